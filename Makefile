@@ -1,0 +1,46 @@
+# Every target works on a fresh machine: the first one that needs it creates .venv with the tested
+# set of constraints.txt. PYTHON=python3.12 chooses the interpreter for that.
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install lint format test test-slow wheel demo clean
+
+help:  ## print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP)  ## create .venv with the tested versions and an editable install
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+lint: $(STAMP)  ## check style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)  ## rewrite the sources as `make lint` wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: $(STAMP)  ## run the default tests (offline, CPU, minutes)
+	$(BIN)/python -m pytest -q
+
+test-slow: $(STAMP)  ## run the tests marked slow
+	$(BIN)/python -m pytest -q -m 'slow and not gpu'
+
+wheel: $(STAMP)  ## build sdist and wheel into dist/ and check the wheel from an empty directory
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist .
+	RLHF_WHEEL_DIR=dist $(BIN)/python -m pytest -q tests/test_wheel.py
+
+demo: $(STAMP)  ## train the embedded demo through all three stages on a CPU
+	$(BIN)/python -m rlhf.demo
+
+clean:  ## remove builds and caches; keeps .venv and runs/
+	rm -rf dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -1,0 +1,47 @@
+"""From files, Hub data sets or Python functions to token ids, for the three stages.
+
+    source -> rows -> format -> canonical rows -> split by prompt -> token ids and labels -> batches
+
+`formats` makes rows canonical, `sources` reads and splits them, `encoding` renders and tokenises.
+
+Canonical rows use TRL's column names. SFT: `messages`, or `prompt` and `completion` (both text or
+both conversations). Reward: `prompt`, `responses`, `ranks` (0 = best, ties share a rank; a pair is
+K = 2). PPO: `prompt`. Other columns of a row are kept under their own names.
+
+Left out: packing (TRL does it), streaming, images, tool calls.
+"""
+
+from rlhf.data.encoding import (
+    RankedCollator,
+    chat_template_text,
+    encode_prompt,
+    encode_prompts,
+    encode_ranked,
+    encode_response,
+    encode_row,
+    encode_sft,
+)
+from rlhf.data.formats import FORMATS, DropRow, Row, check_row, prompt_of, resolve_format
+from rlhf.data.sources import Splits, describe_dropped, load_rows, load_splits, split_by_prompt
+
+__all__ = [
+    "FORMATS",
+    "DropRow",
+    "RankedCollator",
+    "Row",
+    "Splits",
+    "chat_template_text",
+    "check_row",
+    "describe_dropped",
+    "encode_prompt",
+    "encode_prompts",
+    "encode_ranked",
+    "encode_response",
+    "encode_row",
+    "encode_sft",
+    "load_rows",
+    "load_splits",
+    "prompt_of",
+    "resolve_format",
+    "split_by_prompt",
+]

@@ -1,0 +1,315 @@
+"""Encoding: canonical rows to token ids and labels, the same way for the three stages.
+
+A conversation is cut into segments at its assistant turns, by rendering its prefixes with the chat
+template; each segment is tokenised alone and the ids are joined. So labels follow segments, never
+string offsets or pad tokens, and the prompt that PPO samples from has the ids that SFT trained on.
+
+    messages  user "Hi", assistant "Yo"            under conf/chat_template/plain.jinja
+    prompt    "### User:\\nHi\\n\\n### Assistant:\\n"   labels -100
+    response  "Yo</s>"                             labels = ids
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf.config import CONF_DIR, InputError, nearest
+from rlhf.data.formats import Message, Prompt, Row, prompt_of, show
+
+if TYPE_CHECKING:
+    import torch
+
+IGNORED = -100  # label of a token without loss, as in torch.nn.functional.cross_entropy
+
+
+def chat_template_text(name_or_path: str) -> str:
+    """Return a chat template: a name in `conf/chat_template`, a .jinja file, or the text itself."""
+    if "{%" in name_or_path:
+        return name_or_path
+    known = {file.stem: file for file in sorted((CONF_DIR / "chat_template").glob("*.jinja"))}
+    file = known.get(name_or_path, Path(name_or_path).expanduser())
+    if file.suffix == ".jinja" and file.is_file():
+        return file.read_text(encoding="utf-8")
+    raise InputError(
+        f"model.chat_template={name_or_path!r} is neither one of {', '.join(known)}, nor a .jinja "
+        f"file that exists, nor a template's text.{nearest(name_or_path, known)}"
+    )
+
+
+# --- One row ------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Segment:
+    ids: list[int]
+    is_response: bool  # an assistant turn, its EOS included
+
+
+def encode_prompt(prompt: Prompt, tokenizer: Any) -> list[int]:
+    """Token ids of a prompt, up to where the response begins.
+
+    Text is tokenised as it is, after the BOS that the tokenizer adds by itself, if any. A
+    conversation is rendered with the chat template, which writes the BOS where it wants one.
+    """
+    if isinstance(prompt, str):
+        return _text_prompt(prompt, tokenizer)
+    segments, done = _turns(prompt, tokenizer)
+    rest = _continue(done, _render(prompt, tokenizer, generation_prompt=True), tokenizer)
+    return [token for s in segments for token in s.ids] + _tokenize(rest, tokenizer)
+
+
+def encode_response(prompt: Prompt, response: str, tokenizer: Any) -> list[int]:
+    """Token ids of the response that follows `encode_prompt(prompt)`, with EOS at the end."""
+    if isinstance(prompt, str):
+        return _with_eos(_tokenize(response, tokenizer), tokenizer)
+    answer = {"role": "assistant", "content": response}
+    _, text = _turn(prompt, answer, tokenizer)
+    return _with_eos(_tokenize(text, tokenizer), tokenizer)
+
+
+def encode_row(
+    row: Row, tokenizer: Any, train_on_prompt: bool = False
+) -> tuple[list[int], list[int]]:
+    """Token ids of an SFT row, and their labels.
+
+    Every assistant turn of `messages` carries loss, its EOS included; of `prompt` and `completion`
+    only the completion. What follows the last assistant turn is left out.
+
+    Returns:
+        input_ids and labels of equal length, labels -100 where there is no loss. The labels are
+        not shifted.
+    """
+    if isinstance(row.get("completion"), str) and "messages" not in row:
+        prompt = row["prompt"]
+        segments = [
+            _Segment(_text_prompt(prompt, tokenizer), False),
+            _Segment(encode_response(prompt, row["completion"], tokenizer), True),
+        ]
+    else:
+        given: list[Message] = [] if "messages" in row else row["prompt"]
+        trained: list[Message] = row["messages"] if "messages" in row else row["completion"]
+        segments, _ = _turns([*given, *trained], tokenizer)
+        num_given = sum(message["role"] == "assistant" for message in given)
+        for segment in [s for s in segments if s.is_response][:num_given]:
+            segment.is_response = False
+    ids = [token for s in segments for token in s.ids]
+    labels = [t if s.is_response or train_on_prompt else IGNORED for s in segments for t in s.ids]
+    return ids, labels
+
+
+def _turns(messages: list[Message], tokenizer: Any) -> tuple[list[_Segment], str]:
+    """Segments up to the last assistant turn, and the text that they hold."""
+    segments, done = [], ""
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before, response = _turn(messages[:i], message, tokenizer)
+        prompt_ids = _tokenize(_continue(done, before, tokenizer), tokenizer)
+        response_ids = _with_eos(_tokenize(response, tokenizer), tokenizer)
+        segments += [_Segment(prompt_ids, False), _Segment(response_ids, True)]
+        done = before + response
+    return segments, done
+
+
+def _turn(context: list[Message], answer: Message, tokenizer: Any) -> tuple[str, str]:
+    """Text before an assistant turn, and the text of the turn up to its last EOS, if it has one."""
+    before = _render(context, tokenizer, generation_prompt=True)
+    whole = _render([*context, answer], tokenizer, generation_prompt=False)
+    text = _continue(before, whole, tokenizer)
+    end = text.rfind(tokenizer.eos_token)
+    return before, text if end < 0 else text[: end + len(tokenizer.eos_token)]
+
+
+def _continue(start: str, text: str, tokenizer: Any) -> str:
+    """What follows `start` in `text`, both rendered from the same conversation."""
+    if not text.startswith(start):
+        template = tokenizer.chat_template.strip().replace("\n", " ")
+        raise InputError(
+            f"the chat template {show(template)} renders the start of a conversation differently "
+            f"once more turns follow: {start[-40:]!r} is not in {text[: len(start)][-60:]!r}; use "
+            "one that only appends, e.g. model.chat_template=plain"
+        )
+    return text[len(start) :]
+
+
+def _render(messages: list[Message], tokenizer: Any, generation_prompt: bool) -> str:
+    from jinja2 import TemplateError
+
+    if not isinstance(tokenizer.chat_template, str):
+        raise InputError(
+            "the rows are conversations but the tokenizer has no chat template; set one, e.g. "
+            "model.chat_template=plain"
+        )
+    _require_eos(tokenizer)
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=generation_prompt
+        )
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise InputError(
+            f"the chat template refuses a conversation of {roles}: {error}; fix the rows, or set "
+            "another model.chat_template"
+        ) from error
+
+
+def _text_prompt(prompt: str, tokenizer: Any) -> list[int]:
+    ids = _tokenize(prompt, tokenizer)
+    bos = tokenizer.bos_token_id
+    adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+    return [bos, *ids] if adds_bos and ids[:1] != [bos] else ids
+
+
+def _tokenize(text: str, tokenizer: Any) -> list[int]:
+    # verbose: no warning about model_max_length; our own limits drop and count.
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
+
+
+def _with_eos(ids: list[int], tokenizer: Any) -> list[int]:
+    _require_eos(tokenizer)
+    eos = tokenizer.eos_token_id
+    return ids if ids[-1:] == [eos] else [*ids, eos]
+
+
+def _require_eos(tokenizer: Any) -> None:
+    if tokenizer.eos_token_id is None:
+        raise InputError("the tokenizer has no EOS token; a response could never end: set one")
+
+
+# --- All rows of a stage ------------------------------------------------------------------------
+
+
+def encode_sft(
+    rows: Iterable[Row], tokenizer: Any, max_length: int, train_on_prompt: bool = False
+) -> tuple[list[dict[str, list[int]]], Counter[str]]:
+    """Encode SFT rows; those longer than `max_length` tokens are dropped, never truncated.
+
+    Returns:
+        {"input_ids", "labels"} per kept row, and the number of dropped rows by reason.
+
+    Raises:
+        InputError: no row is left.
+    """
+    encoded, longest, dropped = [], 0, Counter[str]()
+    for row in rows:
+        ids, labels = encode_row(row, tokenizer, train_on_prompt)
+        longest = max(longest, len(ids))
+        if len(ids) > max_length:
+            dropped[_too_long("dataset.max_length", max_length)] += 1
+        else:
+            encoded.append({"input_ids": ids, "labels": labels})
+    _require_some(encoded, "dataset.max_length", max_length, longest)
+    return encoded, dropped
+
+
+def encode_ranked(
+    rows: Iterable[Row], tokenizer: Any, max_length: int
+) -> tuple[list[dict[str, Any]], Counter[str]]:
+    """Encode ranked rows; a response that with its prompt exceeds `max_length` tokens is dropped.
+
+    A row stays while at least two responses that are not tied are left of it.
+
+    Returns:
+        Per kept row {"input_ids": K lists of prompt + response + EOS, "ranks": K ints, "lengths":
+        K response lengths in tokens with EOS, "row": index in `rows`}; and what was dropped:
+        rows, and under a reason of its own single responses of rows that stayed.
+
+    Raises:
+        InputError: no row is left.
+    """
+    encoded, longest, dropped = [], 0, Counter[str]()
+    for index, row in enumerate(rows):
+        prompt_ids = encode_prompt(row["prompt"], tokenizer)
+        answers = [encode_response(row["prompt"], r, tokenizer) for r in row["responses"]]
+        longest = max(longest, *(len(prompt_ids) + len(ids) for ids in answers))
+        pairs = zip(answers, row["ranks"], strict=True)
+        fits = [(ids, rank) for ids, rank in pairs if len(prompt_ids) + len(ids) <= max_length]
+        if len({rank for _, rank in fits}) < 2:
+            dropped[_too_long("dataset.max_length", max_length)] += 1
+            continue
+        if len(fits) < len(answers):
+            reason = f"single responses {_too_long('dataset.max_length', max_length)}"
+            dropped[reason] += len(answers) - len(fits)
+        encoded.append(
+            {
+                "input_ids": [prompt_ids + ids for ids, _ in fits],
+                "ranks": [rank for _, rank in fits],
+                "lengths": [len(ids) for ids, _ in fits],
+                "row": index,
+            }
+        )
+    _require_some(encoded, "dataset.max_length", max_length, longest)
+    return encoded, dropped
+
+
+def encode_prompts(
+    rows: Iterable[Row], tokenizer: Any, max_prompt_length: int | None
+) -> tuple[list[dict[str, Any]], Counter[str]]:
+    """Encode the prompts of canonical rows for PPO; those that are too long are dropped.
+
+    Args:
+        max_prompt_length: tokens; None for no limit.
+
+    Returns:
+        {"prompt": canonical prompt, "input_ids"} per kept row, and the dropped rows by reason.
+
+    Raises:
+        InputError: no row is left.
+    """
+    encoded, longest, dropped = [], 0, Counter[str]()
+    for row in rows:
+        prompt = prompt_of(row)
+        ids = encode_prompt(prompt, tokenizer)
+        longest = max(longest, len(ids))
+        if max_prompt_length is not None and len(ids) > max_prompt_length:
+            dropped[_too_long("ppo.max_prompt_length", max_prompt_length)] += 1
+        else:
+            encoded.append({"prompt": prompt, "input_ids": ids})
+    _require_some(encoded, "ppo.max_prompt_length", max_prompt_length, longest)
+    return encoded, dropped
+
+
+def _too_long(name: str, limit: int) -> str:
+    return f"longer than {name}={limit} tokens"
+
+
+def _require_some(encoded: list[Any], name: str, limit: int | None, longest: int) -> None:
+    if not encoded:
+        raise InputError(
+            f"{name}={limit} leaves no row; raise it: the longest has {longest} tokens"
+        )
+
+
+# --- Batches ------------------------------------------------------------------------------------
+
+
+@dataclass
+class RankedCollator:
+    """Collate encoded ranked rows; all responses of a prompt stand in one batch, in order.
+
+    Returns:
+        input_ids (N, L) right-padded, attention_mask (N, L) from lengths (so that pad may equal
+        EOS), ranks (N,), groups (N,): index of the prompt in the batch. All int64.
+    """
+
+    pad_token_id: int
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        import torch
+
+        sequences = [ids for row in rows for ids in row["input_ids"]]
+        lengths = torch.tensor([len(ids) for ids in sequences])
+        input_ids = torch.full((len(sequences), int(lengths.max())), self.pad_token_id)
+        for i, ids in enumerate(sequences):
+            input_ids[i, : len(ids)] = torch.tensor(ids)
+        mask = torch.arange(input_ids.shape[1])[None] < lengths[:, None]  # (N, L)
+        return {
+            "input_ids": input_ids,
+            "attention_mask": mask.long(),
+            "ranks": torch.tensor([rank for row in rows for rank in row["ranks"]]),
+            "groups": torch.tensor([i for i, row in enumerate(rows) for _ in row["ranks"]]),
+        }

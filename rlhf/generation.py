@@ -1,0 +1,219 @@
+"""Sampling: prompt ids in; response ids, log-probs and a `finished` flag out.
+
+The engine is our own decode loop on the transformers cache; it drops rows as soon as they finish.
+Sampling is inverse-CDF with one uniform number per token, drawn from a generator that is keyed by
+(seed, update, row): a response does not depend on the batch it was sampled in, on the number of
+processes, or on what was sampled before.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from rlhf.models import accepts, forward_inputs, unwrap_peft
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample.
+
+    Attributes:
+        max_new_tokens: budget of a response, EOS included.
+        stop_ids: a response ends with the first of these ids, which is part of it.
+        forbidden: ids that are never sampled.
+        temperature: divides the logits.
+        top_p, top_k: restrict the choice (1.0 and 0: off); log-probs stay those of the full
+        distribution.
+    """
+
+    max_new_tokens: int
+    stop_ids: tuple[int, ...]
+    forbidden: Tensor
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+
+@dataclass
+class Generation:
+    """Sampled responses, one entry per prompt.
+
+    Attributes:
+        ids: response tokens, the stop token included.
+        logprobs: log-probs of these tokens under the sampler, nats, float32.
+        finished: True where a stop token was sampled; False where the budget ended the response.
+    """
+
+    ids: list[list[int]]
+    logprobs: list[list[float]]
+    finished: list[bool]
+
+
+def stop_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """The tokenizer's EOS and every EOS id of the model's generation config."""
+    configured = getattr(unwrap_peft(model).generation_config, "eos_token_id", None)
+    ids = configured if isinstance(configured, list) else [configured]
+    return tuple(sorted({tokenizer.eos_token_id, *(i for i in ids if i is not None)}))
+
+
+def uniform_noise(key: Sequence[int], rows: Sequence[int], num_tokens: int) -> Tensor:
+    """Draw the random numbers of a batch of responses.
+
+    Args:
+        key: non-negative integers that name the occasion, e.g. (seed, update).
+        rows: global row numbers; each row has its own stream.
+        num_tokens: numbers per row.
+
+    Returns:
+        (len(rows), num_tokens) float64 in [0, 1).
+    """
+    draws = [np.random.default_rng([*key, row]).random(num_tokens) for row in rows]
+    return (
+        torch.from_numpy(np.stack(draws))
+        if draws
+        else torch.empty(0, num_tokens, dtype=torch.float64)
+    )
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    prompt_ids: Sequence[Sequence[int]],
+    sampling: Sampling,
+    noise: Tensor | None,
+    batch_size: int = 64,
+) -> Generation:
+    """Sample one response per prompt.
+
+    Args:
+        model: a causal LM (PEFT allowed, no distributed wrapper).
+        prompt_ids: token ids per prompt, not padded, not empty.
+        noise: (B, max_new_tokens) from `uniform_noise`; None takes the most likely token.
+        batch_size: sequences decoded together.
+    """
+    count = len(prompt_ids)
+    result = Generation(ids=[[]] * count, logprobs=[[]] * count, finished=[False] * count)
+    order = sorted(
+        range(count), key=lambda i: len(prompt_ids[i])
+    )  # prompts of similar length: little padding
+    with _inference_mode(model):
+        for start in range(0, count, batch_size):
+            rows = order[start : start + batch_size]
+            part = _decode(
+                model,
+                [prompt_ids[i] for i in rows],
+                sampling,
+                None if noise is None else noise[rows],
+            )
+            for i, ids, logprobs, finished in zip(
+                rows, part.ids, part.logprobs, part.finished, strict=True
+            ):
+                result.ids[i], result.logprobs[i], result.finished[i] = ids, logprobs, finished
+    return result
+
+
+def _decode(
+    model: Any, prompts: list[Sequence[int]], sampling: Sampling, noise: Tensor | None
+) -> Generation:
+    device = next(model.parameters()).device
+    width, count, budget = max(map(len, prompts)), len(prompts), sampling.max_new_tokens
+    tokens = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
+    mask = torch.tensor(
+        [[False] * (width - len(p)) + [True] * len(p) for p in prompts], device=device
+    )
+    stop_ids, forbidden = (
+        torch.tensor(sampling.stop_ids, device=device),
+        sampling.forbidden.to(device),
+    )
+    noise = None if noise is None else noise.to(device)
+    out_ids = torch.zeros(count, budget, dtype=torch.long, device=device)
+    out_logprobs = torch.zeros(count, budget, device=device)
+    lengths = torch.full((count,), budget, device=device)
+    finished = torch.zeros(count, dtype=torch.bool, device=device)
+    active = torch.arange(count, device=device)
+    cache = DynamicCache(config=unwrap_peft(model).config)
+    last_only = {"logits_to_keep": 1} if accepts(model, "logits_to_keep") else {}
+    for t in range(budget):
+        inputs = forward_inputs(model, tokens, mask)
+        if t and "position_ids" in inputs:
+            inputs["position_ids"] = inputs["position_ids"][:, -1:]
+        logits = (
+            model(**inputs, **last_only, past_key_values=cache, use_cache=True)
+            .logits[:, -1]
+            .float()
+        )
+        token, logprob = _choose(
+            logits, sampling, forbidden, None if noise is None else noise[active, t]
+        )
+        out_ids[active, t], out_logprobs[active, t] = token, logprob
+        done = torch.isin(token, stop_ids)
+        finished[active] = done
+        lengths[active[done]] = t + 1
+        if done.any():
+            keep = (~done).nonzero().squeeze(1)
+            if not len(keep):
+                break
+            cache.batch_select_indices(keep)
+            active, mask, token = active[keep], mask[keep], token[keep]
+        tokens = token[:, None]
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+    ends = lengths.tolist()
+    return Generation(
+        ids=[row[:end] for row, end in zip(out_ids.tolist(), ends, strict=True)],
+        logprobs=[row[:end] for row, end in zip(out_logprobs.tolist(), ends, strict=True)],
+        finished=finished.tolist(),
+    )
+
+
+def _choose(
+    logits: Tensor, sampling: Sampling, forbidden: Tensor, noise: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Pick one token per row of (B, V) logits; return it with its log-prob."""
+    logits = logits.index_fill(-1, forbidden, -math.inf) / sampling.temperature
+    logprobs = logits.log_softmax(dim=-1)
+    if noise is None:
+        token = logprobs.argmax(dim=-1)
+    else:
+        cdf = _restrict(logprobs, sampling).double().exp().cumsum(dim=-1)
+        # right=True: the first token whose cdf exceeds the draw; it has positive probability
+        token = torch.searchsorted(cdf, noise[:, None] * cdf[:, -1:], right=True).squeeze(1)
+        token = token.clamp(max=logits.shape[-1] - 1)
+    return token, logprobs.gather(-1, token[:, None]).squeeze(1)
+
+
+def _restrict(logprobs: Tensor, sampling: Sampling) -> Tensor:
+    if sampling.top_k:
+        kth = logprobs.topk(min(sampling.top_k, logprobs.shape[-1]), dim=-1).values[:, -1:]
+        logprobs = logprobs.masked_fill(logprobs < kth, -math.inf)
+    if sampling.top_p < 1.0:
+        sorted_logprobs, order = logprobs.softmax(dim=-1).log().sort(dim=-1, descending=True)
+        before = (
+            sorted_logprobs.exp().cumsum(dim=-1) - sorted_logprobs.exp()
+        )  # mass before each token
+        dropped = torch.zeros_like(logprobs, dtype=torch.bool).scatter(
+            -1, order, before >= sampling.top_p
+        )
+        logprobs = logprobs.masked_fill(dropped, -math.inf)
+    return logprobs
+
+
+@contextmanager
+def _inference_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode for every module (checkpointed layers drop the cache otherwise); the flags come "
+    "back at the end."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training

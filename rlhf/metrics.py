@@ -1,0 +1,253 @@
+"""Where numbers go: the table of names, `metrics.jsonl`, Weights & Biases when asked, the terminal.
+
+Every name that a stage writes stands in `METRICS` with its meaning and unit; writing another one is
+an error.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf.config import InputError, StageConfig
+
+METRICS: dict[str, str] = {
+    # all stages
+    "step": "optimiser steps (sft, reward) or PPO updates finished",
+    "seconds": "wall-clock time since the stage began, seconds",
+    "epoch": "passes over the training rows",
+    "loss": "training loss; nats per labelled token (sft), nats per prompt (reward)",
+    "learning_rate": "learning rate of the policy, or of the only model",
+    "grad_norm": "gradient norm before clipping, of the policy or of the only model",
+    # sft
+    "mean_token_accuracy": "share of labelled tokens that are the arg max",
+    "entropy": "mean entropy of the policy's next-token distribution, nats per token",
+    "num_tokens": "tokens seen by training so far",
+    "eval_loss": "loss on held-out rows, in the unit of `loss`",
+    "eval_mean_token_accuracy": "mean_token_accuracy on held-out rows",
+    "eval_entropy": "entropy on held-out rows, nats per token",
+    "eval_num_tokens": "as num_tokens, reported at an evaluation",
+    "eos_rate": "share of sampled responses that end with a stop token",
+    # reward
+    "accuracy": "share of non-tied pairs ranked right (a tied score counts one half)",
+    "margin": "mean score of the better response minus that of the worse",
+    "eval_accuracy": "accuracy on held-out prompts",
+    "eval_longer_wins_accuracy": "accuracy of the rule `the longer response wins` on the same "
+    "pairs",
+    "eval_length_matched_accuracy": "accuracy on pairs whose shorter response has at least 0.8 of "
+    "the longer's tokens",
+    "eval_margin": "margin on held-out prompts",
+    "eval_num_pairs": "number of non-tied held-out pairs",
+    "eval_num_length_matched_pairs": "number of those with similar lengths",
+    # ppo, of the rollout (before its optimiser steps)
+    "score": "mean score of a response, after normalisation and the penalty for a missing EOS",
+    "score_std": "standard deviation of the scores over the rollout",
+    "reward": "mean over sequences of score minus KL penalty",
+    "kl": "mean over sequences of KL(policy || reference), k1 estimate summed over tokens, nats "
+    "per sequence",
+    "kl_k3": "the same by the k3 estimate, never negative, nats per sequence",
+    "kl_coef": "coefficient of the KL penalty",
+    "response_length": "mean number of response tokens, EOS included",
+    "response_length_max": "longest response, tokens",
+    "sampler_gap": "largest |log-prob of the sampler - log-prob of the training forward|, nats per "
+    "token",
+    "value": "mean predicted value over response tokens",
+    "return": "mean return over response tokens",
+    "explained_variance": "1 - Var(return - value) / Var(return), over response tokens",
+    "advantage_std": "standard deviation of the advantages before whitening",
+    # ppo, of the optimiser steps
+    "policy_loss": "clipped surrogate loss, mean over response tokens and steps",
+    "value_loss": "value loss (half the squared error), mean over response tokens and steps",
+    "approx_kl": "mean of ratio - 1 - log ratio between old and new policy, nats per token",
+    "clip_fraction": "share of tokens whose ratio was clipped",
+    "value_clip_fraction": "share of tokens whose value change was clipped",
+    "ratio": "mean probability ratio between new and old policy",
+    "first_ratio_deviation": "largest |ratio - 1| in the first minibatch, which must be 0",
+    "critic_grad_norm": "gradient norm of the critic before clipping",
+    "critic_learning_rate": "learning rate of the critic",
+    "optimizer_steps": "optimiser steps made in this update",
+    "abandoned_epochs": "PPO epochs skipped in this update because approx_kl passed target_kl",
+    "tokens_per_second": "response tokens of the rollout over the seconds of the whole update",
+    "collect_seconds": "sampling, log-probs, values and scores, seconds",
+    "optimize_seconds": "optimiser steps, seconds",
+    # ppo, held-out prompts
+    "eval_score": "score on held-out prompts",
+    "eval_kl": "kl on held-out prompts, nats per sequence",
+    "eval_response_length": "response_length on held-out prompts, tokens",
+    "eval_eos_rate": "eos_rate on held-out prompts",
+    "eval_independent_score": "mean score by evaluation.scorer, which PPO does not train on",
+}
+
+
+def is_main_process() -> bool:
+    """True on the process that prints and writes."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def say(text: str = "") -> None:
+    """Print on the main process only."""
+    if is_main_process():
+        print(text, flush=True)
+
+
+def warn(text: str) -> None:
+    """Print a warning, with its remedy, on the main process only."""
+    if is_main_process():
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
+    """Lay out rows as a plain-text table; numbers to the right, floats with four significant "
+    "digits."""
+    cells = [list(header)] + [[_cell(value) for value in row] for row in rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    numeric = [
+        all(isinstance(row[i], (int, float, type(None))) for row in rows)
+        for i in range(len(header))
+    ]
+    lines = [
+        "  ".join(
+            text.rjust(w) if right else text.ljust(w)
+            for text, w, right in zip(row, widths, numeric, strict=True)
+        )
+        for row in cells
+    ]
+    return "\n".join(
+        [
+            lines[0].rstrip(),
+            "  ".join("-" * w for w in widths),
+            *(line.rstrip() for line in lines[1:]),
+        ]
+    )
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
+    return str(value)
+
+
+def quiet_libraries() -> None:
+    """Silence the progress bars and load reports of the libraries; the stages report what matters "
+    "themselves."""
+    import datasets
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+class MetricsWriter:
+    """Appends one JSON object per step to `metrics.jsonl`, and to Weights & Biases when asked.
+
+    Only the main process writes. The step is our own axis, so that a resumed run continues its
+    curves.
+    """
+
+    def __init__(
+        self, directory: Path, config: StageConfig, stage: str, resume_step: int | None = None
+    ):
+        """Open the files.
+
+        Args:
+            resume_step: keep what was written up to this step and drop what came after; None starts
+                afresh.
+        """
+        self.path = directory / "metrics.jsonl"
+        self._run: Any = None
+        if not is_main_process():
+            return
+        if resume_step is not None:
+            truncate_jsonl(self.path, resume_step)
+        if config.tracker.name == "wandb":
+            self._run = _start_wandb(directory, config, stage, resume=resume_step is not None)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Write the metrics of one step.
+
+        Raises:
+            KeyError: a name is not in `METRICS`.
+        """
+        unknown = [name for name in values if name not in METRICS]
+        if unknown:
+            raise KeyError(f"metrics without an entry in METRICS: {unknown}")
+        if not is_main_process():
+            return
+        row = {"step": step} | {k: _json_number(v) for k, v in values.items() if k != "step"}
+        append_jsonl(self.path, [row])
+        if self._run is not None:
+            self._run.log(row)
+
+    def write_samples(self, step: int, path: Path, samples: list[dict[str, Any]]) -> None:
+        """Append sampled responses to a JSONL file, and log them as a table."""
+        if not is_main_process():
+            return
+        append_jsonl(path, samples)
+        if self._run is not None and samples:
+            import wandb
+
+            columns: list[Any] = list(samples[0])
+            data = [
+                [str(sample[c]) if c == "prompt" else sample[c] for c in columns]
+                for sample in samples
+            ]
+            self._run.log({"step": step, "samples": wandb.Table(columns=columns, data=data)})
+
+    def close(self) -> None:
+        """Finish the tracker's run."""
+        if self._run is not None:
+            self._run.finish()
+
+
+def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Append rows to a JSONL file."""
+    with path.open("a", encoding="utf-8") as stream:
+        for row in rows:
+            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def truncate_jsonl(path: Path, last_step: int) -> None:
+    """Drop the rows after `last_step`, and a torn last line, from a JSONL file whose rows have a "
+    "`step`."""
+    if not path.is_file():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step]
+    path.write_text("".join(kept), encoding="utf-8")
+
+
+def _json_number(value: float) -> float | int | None:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _start_wandb(directory: Path, config: StageConfig, stage: str, resume: bool) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise InputError(
+            "tracker=wandb needs the wandb package: pip install 'rlhf[wandb]'"
+        ) from error
+    from omegaconf import OmegaConf
+
+    id_file = directory / "wandb_run_id"
+    run = wandb.init(
+        project=config.tracker.project,
+        entity=config.tracker.entity,
+        mode=config.tracker.mode,  # type: ignore[arg-type]
+        name=f"{config.run_name}/{stage}",
+        dir=str(directory),
+        id=id_file.read_text().strip() if resume and id_file.is_file() else None,
+        resume="allow" if resume else None,
+        config=OmegaConf.to_container(OmegaConf.structured(config)),  # type: ignore[arg-type]
+    )
+    id_file.write_text(run.id)
+    run.define_metric("*", step_metric="step")
+    return run

@@ -1,0 +1,15 @@
+"""PPO against a scorer: `python -m rlhf.ppo`, or `train_ppo(PPOStageConfig(...))`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["PPOResult", "PPOTrainer", "train_ppo"]
+
+
+def __getattr__(name: str) -> Any:  # keeps `--help` and `--cfg job` free of torch
+    if name in __all__:
+        from rlhf.ppo import stage, trainer
+
+        return getattr(trainer if name == "PPOTrainer" else stage, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,17 @@
+"""Entry point of `python -m rlhf.ppo`."""
+
+from __future__ import annotations
+
+from rlhf.command_line import hydra_main
+from rlhf.config import PPOStageConfig
+
+
+def run(config: PPOStageConfig) -> None:
+    """Import the stage only once the configuration is known to be good."""
+    from rlhf.ppo.stage import train_ppo
+
+    train_ppo(config)
+
+
+if __name__ == "__main__":
+    hydra_main("ppo", run)

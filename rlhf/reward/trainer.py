@@ -1,0 +1,186 @@
+"""The reward stage: a scalar head on the SFT model, trained on ranked responses.
+
+One forward pass per response, never one per pair: all K responses of a prompt stand in one
+micro-batch, and `functional.ranking_loss` compares them (InstructGPT, arXiv 2203.02155, eq. 1). The
+transformers Trainer does the rest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from torch import Tensor
+from transformers import Trainer, TrainingArguments
+
+from rlhf.checkpoint import make_record, prepare_run_directory, require_stage, write_stage
+from rlhf.config import RewardStageConfig, check
+from rlhf.data import RankedCollator, describe_dropped, encode_ranked, load_splits
+from rlhf.functional import ranking_loss
+from rlhf.metrics import quiet_libraries, say, table, warn
+from rlhf.models import (
+    ScalarModel,
+    add_lora,
+    init_reward_model,
+    load_tokenizer,
+    merged,
+    parameter_count,
+    sequence_scores,
+)
+from rlhf.reward.report import RankingReport, ranking_report
+from rlhf.scorers import score_sequences
+from rlhf.training import describe_batches, run_trainer, trainer_arguments
+
+
+@dataclass
+class RewardResult:
+    """What `train_reward` returns.
+
+    Attributes:
+        directory: the stage directory, ready for PPO; None when training was interrupted.
+        metrics: `eval_accuracy`, `eval_longer_wins_accuracy`, `eval_length_matched_accuracy`, ...
+    """
+
+    directory: Path | None
+    metrics: dict[str, float]
+
+
+class RankingTrainer(Trainer):
+    """A Trainer whose rows are prompts with all their ranked responses."""
+
+    def __init__(self, *args: Any, ranking: Any, heldout: list[dict[str, Any]], **kwargs: Any):
+        """Take the loss settings (`config.reward`) and the encoded held-out rows beside the "
+        "Trainer's arguments."""
+        super().__init__(*args, **kwargs)
+        self.ranking, self.heldout = ranking, heldout
+        self._sums: dict[str, float] = {}
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Mean over the prompts of the micro-batch of the ranking loss."""
+        scores = sequence_scores(model, inputs["input_ids"], inputs["attention_mask"].bool())
+        loss, stats = ranking_loss(
+            scores, inputs["ranks"], inputs["groups"], self.ranking.margin, kind=self.ranking.loss
+        )
+        for name in ("accuracy", "margin"):
+            self._sums[name] = self._sums.get(name, 0.0) + float(stats[name]) * float(
+                stats["num_pairs"]
+            )
+        self._sums["num_pairs"] = self._sums.get("num_pairs", 0.0) + float(stats["num_pairs"])
+        return (loss, {"scores": scores}) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add accuracy and margin of the micro-batches since the last log (this process's own)."""
+        if "loss" in logs and self._sums.get("num_pairs"):
+            logs |= {
+                name: self._sums[name] / self._sums["num_pairs"] for name in ("accuracy", "margin")
+            }
+            self._sums = {}
+        super().log(logs, *args, **kwargs)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Score every held-out response and compare with the ranks and with the longer-wins "
+        "rule."""
+        metrics = self.report().metrics()
+        self.log(dict(metrics))
+        return metrics
+
+    def report(self) -> RankingReport:
+        """Rank the held-out responses with the model as it is now."""
+        model = self.accelerator.unwrap_model(self.model)
+        was_training = model.training
+        model.eval()
+        scores = score_rows(model, self.heldout, self.args.per_device_eval_batch_size)
+        model.train(was_training)
+        return ranking_report(scores, self.heldout)
+
+
+def train_reward(config: RewardStageConfig) -> RewardResult:
+    """Train a reward model on ranked responses.
+
+    Args:
+        config: see `conf/reward.yaml` for every knob; `model.path` defaults to this run's SFT
+            directory.
+
+    Raises:
+        InputError: bad configuration, directory or data; nothing has been trained or overwritten
+            then.
+    """
+    check(config)
+    quiet_libraries()
+    parent = config.model.path or str(config.stage_dir("sft") / "final")
+    source = dataclasses.replace(config.model, path=parent)
+    args = trainer_arguments(TrainingArguments, config, config.stage_dir("reward"))
+    require_stage(parent, ("sft",), "model.path")
+    tokenizer = load_tokenizer(source)
+    splits = load_splits(config.dataset, "reward", config.seed)
+    train, too_long = encode_ranked(splits.train, tokenizer, config.dataset.max_length)
+    heldout, _ = encode_ranked(splits.eval, tokenizer, config.dataset.max_length)
+    directory = prepare_run_directory(config, "reward")
+    model = init_reward_model(source, tokenizer, config.seed)
+    if config.peft.enabled:
+        model = add_lora(model, config.peft, "SEQ_CLS", config.seed)
+    total, trainable = parameter_count(model)
+    say(f"reward: {total:,} parameters, {trainable:,} trainable; {len(heldout)} held-out prompts")
+    say(f"        {describe_batches(args, len(train), 'prompts')}; one forward pass per response")
+    say(describe_dropped(splits.dropped + too_long))
+    trainer = RankingTrainer(
+        model=ScalarModel(model),
+        args=args,
+        train_dataset=Dataset.from_list(train),
+        eval_dataset=Dataset.from_list(heldout),
+        data_collator=RankedCollator(tokenizer.pad_token_id),
+        processing_class=tokenizer,
+        ranking=config.reward,
+        heldout=heldout,
+    )
+    if not run_trainer(trainer, config, directory, "reward"):
+        return RewardResult(None, {})
+    report = trainer.report()
+    scalar = trainer.accelerator.unwrap_model(trainer.model)
+    scalar.eval()
+    reference = score_rows(
+        scalar, train[: config.reward.num_normalization_prompts], args.per_device_eval_batch_size
+    )
+    record = make_record("reward", config, parent, tokenizer)
+    record.score_mean = float(torch.cat(reference).mean())
+    record.score_std = float(torch.cat(reference).std())
+    record.metrics = report.metrics()
+    if PartialState().is_main_process:
+        write_stage(directory / "final", merged(scalar.model), tokenizer, config, record)
+    PartialState().wait_for_everyone()
+    _show(report, record.score_mean, record.score_std, directory)
+    return RewardResult(directory / "final", record.metrics)
+
+
+def score_rows(model: Any, rows: list[dict[str, Any]], prompts_per_batch: int) -> list[Tensor]:
+    """Score the responses of encoded ranked rows; one (K,) tensor per row."""
+    sequences = [ids for row in rows for ids in row["input_ids"]]
+    per_prompt = max((len(row["input_ids"]) for row in rows), default=1)
+    scores = score_sequences(model, sequences, prompts_per_batch * per_prompt)
+    return list(scores.split([len(row["input_ids"]) for row in rows]))
+
+
+def _show(report: RankingReport, mean: float, std: float, directory: Path) -> None:
+    say("\n" + table(report.rows(), ("held-out pairs", "accuracy", "pairs")))
+    say(
+        f"scores on reference completions: mean {mean:.3f}, std {std:.3f} (stored; PPO subtracts "
+        f"the mean)"
+    )
+    if report.accuracy < report.longer_wins + 0.02:
+        warn(
+            "the reward model is hardly better than `the longer response wins`: PPO against it "
+            "will mostly change "
+            "length; use more or cleaner rankings, or train longer"
+        )
+    say(f"\nsaved {directory / 'final'}")

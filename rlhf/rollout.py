@@ -1,0 +1,280 @@
+"""One batch of experience: prompts, sampled responses, and what the models say about each token.
+
+`collect` fills a `Rollout` on each process and gathers it, so that every process holds the whole
+batch: whitening and statistics are global by construction, and a minibatch is the same whatever the
+number of processes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from rlhf.functional import token_logprobs
+from rlhf.generation import Sampling, generate, uniform_noise
+from rlhf.models import response_logits
+from rlhf.scorers import RewardModelScorer, Scorer, check_scores, checked_scores
+
+
+@dataclass
+class Rollout:
+    """B prompts with one response each; P prompt tokens, T response tokens.
+
+    Attributes:
+        prompt_ids: (B, P) int64, left-padded.
+        prompt_mask: (B, P) bool.
+        response_ids: (B, T) int64, right-padded, the stop token included.
+        response_mask: (B, T) bool; covers response tokens with the stop token.
+        finished: (B,) bool; True where a stop token was sampled.
+        sampler_logprobs: (B, T) as the sampler saw them, nats.
+        logprobs: (B, T) of the policy that sampled, by the training forward, nats.
+        ref_logprobs: (B, T) of the reference, nats.
+        values: (B, T) of the critic, at the state before each token; zeros without a critic.
+        scores: (B,) normalised, with the penalty for a missing EOS.
+        advantages, returns: (B, T), filled by the trainer.
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    response_ids: Tensor
+    response_mask: Tensor
+    finished: Tensor
+    sampler_logprobs: Tensor
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    values: Tensor
+    scores: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+    @property
+    def sequence_ids(self) -> Tensor:
+        """(B, P + T)."""
+        return torch.cat([self.prompt_ids, self.response_ids], dim=1)
+
+    @property
+    def sequence_mask(self) -> Tensor:
+        """(B, P + T)."""
+        return torch.cat([self.prompt_mask, self.response_mask], dim=1)
+
+    @property
+    def lengths(self) -> Tensor:
+        """(B,) response tokens."""
+        return self.response_mask.sum(dim=1)
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def map(self, function: Any) -> Rollout:
+        """Apply `function(name, tensor)` to every field."""
+        values = {f.name: function(f.name, getattr(self, f.name)) for f in dataclasses.fields(self)}
+        return Rollout(**values)
+
+    def select(self, rows: Tensor) -> Rollout:
+        """Take some rows, and cut the padding that they do not need."""
+        prompt_width = int(self.prompt_mask[rows].sum(dim=1).max())
+        response_width = int(self.response_mask[rows].sum(dim=1).max())
+
+        def take(name: str, tensor: Tensor) -> Tensor:
+            tensor = tensor[rows]
+            if tensor.dim() == 1:
+                return tensor
+            return (
+                tensor[:, -prompt_width:]
+                if name.startswith("prompt")
+                else tensor[:, :response_width]
+            )
+
+        return self.map(take)
+
+    def micro_batches(self, size: int) -> Iterator[tuple[Tensor, Rollout]]:
+        """Yield (rows, part) with `size` rows each, longest first, so that rows of a part have "
+        "similar lengths."""
+        order = self.sequence_mask.sum(dim=1).argsort(descending=True, stable=True)
+        for rows in order.split(size):
+            yield rows, self.select(rows)
+
+
+@dataclass
+class Actors:
+    """The models of PPO.
+
+    Attributes:
+        policy: unwrapped causal LM, PEFT allowed.
+        reference: frozen causal LM; None when the policy with its adapters off is the reference.
+        critic: `ScalarModel`; None when values are not needed.
+        scorer: see `rlhf.scorers`.
+        tokenizer: of the policy.
+        tokenizer_hash: equal to the scorer's when token ids can be scored directly.
+    """
+
+    policy: Any
+    reference: Any
+    critic: Any
+    scorer: Scorer
+    tokenizer: Any
+    tokenizer_hash: str
+
+
+@dataclass(frozen=True)
+class CollectSettings:
+    """How to collect: sampling, the penalty for a missing EOS (None: off), and batch sizes in "
+    "sequences."""
+
+    sampling: Sampling
+    missing_eos_penalty: float | None
+    rollout_batch_size: int
+    micro_batch_size: int
+
+
+@torch.no_grad()
+def collect(
+    actors: Actors,
+    prompts: Sequence[dict[str, Any]],
+    key: Sequence[int],
+    settings: CollectSettings,
+    accelerator: Accelerator,
+    with_values: bool = True,
+) -> Rollout:
+    """Sample a response to each prompt and evaluate it; every process returns the whole batch.
+
+    Args:
+        prompts: encoded prompts (`prompt`, `input_ids`), the same list on every process; their
+            number is a multiple of the number of processes.
+        key: names the random numbers, e.g. (seed, update).
+    """
+    per_process = len(prompts) // accelerator.num_processes
+    first = accelerator.process_index * per_process
+    rows = range(first, first + per_process)
+    mine = [prompts[row] for row in rows]
+    sampling = settings.sampling
+    noise = uniform_noise(key, rows, sampling.max_new_tokens)
+    with accelerator.autocast():
+        sampled = generate(
+            actors.policy,
+            [p["input_ids"] for p in mine],
+            sampling,
+            noise,
+            settings.rollout_batch_size,
+        )
+        rollout = _assemble(mine, sampled, actors.tokenizer.pad_token_id, accelerator.device)
+        rollout.scores = score_rollout(actors, mine, sampled.ids, sampled.finished, settings).to(
+            accelerator.device
+        )
+        _fill_token_values(rollout, actors, settings, with_values)
+    return _gather(rollout, accelerator)
+
+
+def policy_logprobs(model: Any, part: Rollout, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Log-probs of the response tokens by the training forward.
+
+    Returns:
+        logprobs (B, T) float32, and the logits (B, T, V) they come from.
+    """
+    width = part.response_ids.shape[1]
+    logits = response_logits(
+        model, part.sequence_ids, part.sequence_mask, width, sampling.forbidden
+    )
+    return token_logprobs(logits, part.response_ids, sampling.temperature), logits
+
+
+def critic_values(critic: Any, part: Rollout) -> Tensor:
+    """Value of the state before each response token, (B, T) float32."""
+    return critic(part.sequence_ids, part.sequence_mask)[:, -part.response_ids.shape[1] - 1 : -1]
+
+
+def score_rollout(
+    actors: Actors,
+    prompts: Sequence[dict[str, Any]],
+    responses: list[list[int]],
+    finished: list[bool],
+    settings: CollectSettings,
+) -> Tensor:
+    """Score responses, by token ids where the reward model shares the tokenizer, else through "
+    "text; (B,) on the CPU."""
+    scorer = actors.scorer
+    if isinstance(scorer, RewardModelScorer) and scorer.tokenizer_hash == actors.tokenizer_hash:
+        sequences = [[*p["input_ids"], *ids] for p, ids in zip(prompts, responses, strict=True)]
+        scores = check_scores(scorer.score_ids(sequences), responses, "the reward model")
+    else:
+        texts = actors.tokenizer.batch_decode(responses, skip_special_tokens=True)
+        scores = checked_scores(scorer, [p["prompt"] for p in prompts], texts, "scorer.path")
+    if settings.missing_eos_penalty is not None:
+        scores = torch.where(
+            torch.tensor(finished), scores, torch.tensor(settings.missing_eos_penalty)
+        )
+    return scores
+
+
+def _assemble(
+    prompts: Sequence[dict[str, Any]], sampled: Any, pad: int, device: torch.device
+) -> Rollout:
+    """Pad prompts on the left and responses on the right."""
+    width_p = max(len(p["input_ids"]) for p in prompts)
+    width_t = max(len(ids) for ids in sampled.ids)
+
+    def right(rows: list[Any], fill: Any) -> Tensor:
+        return torch.tensor([[*row, *[fill] * (width_t - len(row))] for row in rows], device=device)
+
+    def left(rows: list[Any], fill: Any) -> Tensor:
+        return torch.tensor([[*[fill] * (width_p - len(row)), *row] for row in rows], device=device)
+
+    prompt_rows = [p["input_ids"] for p in prompts]
+    empty = torch.zeros(len(prompts), width_t, device=device)
+    return Rollout(
+        prompt_ids=left(prompt_rows, pad),
+        prompt_mask=left([[True] * len(row) for row in prompt_rows], False),
+        response_ids=right(sampled.ids, pad),
+        response_mask=right([[True] * len(row) for row in sampled.ids], False),
+        finished=torch.tensor(sampled.finished, device=device),
+        sampler_logprobs=right(sampled.logprobs, 0.0),
+        logprobs=empty.clone(),
+        ref_logprobs=empty.clone(),
+        values=empty.clone(),
+        scores=torch.zeros(len(prompts), device=device),
+        advantages=empty.clone(),
+        returns=empty.clone(),
+    )
+
+
+def _fill_token_values(
+    rollout: Rollout, actors: Actors, settings: CollectSettings, with_values: bool
+) -> None:
+    adapters_off = (
+        nullcontext() if actors.reference is not None else actors.policy.disable_adapter()
+    )
+    reference = actors.reference if actors.reference is not None else actors.policy
+    for rows, part in rollout.micro_batches(settings.micro_batch_size):
+        width = part.response_ids.shape[1]
+        logprobs, _ = policy_logprobs(actors.policy, part, settings.sampling)
+        rollout.logprobs[rows, :width] = logprobs.where(part.response_mask, 0.0)
+        if with_values:
+            values = critic_values(actors.critic, part)
+            rollout.values[rows, :width] = values.where(part.response_mask, 0.0)
+    with adapters_off:
+        for rows, part in rollout.micro_batches(settings.micro_batch_size):
+            logprobs, _ = policy_logprobs(reference, part, settings.sampling)
+            rollout.ref_logprobs[rows, : part.response_ids.shape[1]] = logprobs.where(
+                part.response_mask, 0.0
+            )
+
+
+def _gather(rollout: Rollout, accelerator: Accelerator) -> Rollout:
+    if accelerator.num_processes == 1:
+        return rollout
+
+    def share(name: str, tensor: Tensor) -> Tensor:
+        if tensor.dim() == 2:
+            tensor = accelerator.pad_across_processes(
+                tensor, dim=1, pad_first=name.startswith("prompt")
+            )
+        return accelerator.gather(tensor)
+
+    return rollout.map(share)

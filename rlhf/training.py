@@ -1,0 +1,169 @@
+"""What the SFT and reward stages share around the transformers Trainer: arguments, progress, "
+"metrics, interruption."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from rlhf.checkpoint import GracefulStop, latest_checkpoint
+from rlhf.config import InputError, RewardStageConfig, SFTStageConfig, build_arguments
+from rlhf.metrics import METRICS, MetricsWriter, is_main_process, say
+from rlhf.models import use_bfloat16
+
+SHOWN = ("loss", "accuracy", "eval_loss", "eval_accuracy")
+
+
+def trainer_arguments(
+    factory: Callable[..., Any],
+    config: SFTStageConfig | RewardStageConfig,
+    output_dir: Path,
+    **reserved: Any,
+) -> Any:
+    """Build the argument object of a Trainer from `trainer:`, with what the stage itself decides.
+
+    Args:
+        factory: `trl.SFTConfig` or `transformers.TrainingArguments`.
+        reserved: further values of the stage.
+    """
+    on_gpu = torch.cuda.is_available()
+    values = {"eval_strategy": "steps", "save_strategy": "steps"} | dict(config.trainer)
+    return build_arguments(
+        factory,
+        values,
+        {
+            "output_dir": str(output_dir),
+            "seed": config.seed,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "use_cpu": not on_gpu,
+            "bf16": use_bfloat16(config.precision),
+            "gradient_checkpointing": False,  # set on the model by model.gradient_checkpointing
+            "remove_unused_columns": False,
+            "ddp_find_unused_parameters": False,
+        }
+        | reserved,
+    )
+
+
+class StageCallback(TrainerCallback):
+    """Writes metrics, shows a progress bar with the numbers that matter, and saves before it "
+    "stops on Ctrl-C."""
+
+    def __init__(self, writer: MetricsWriter, stop: GracefulStop):
+        self.writer, self.stop = writer, stop
+        self.interrupted = False
+        self._began = time.perf_counter()
+        self._bar: tqdm | None = None
+        self._shown: dict[str, str] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            unit="step",
+            disable=not is_main_process(),
+        )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        assert self._bar is not None
+        self._bar.update(1)
+        if self.stop.requested():
+            self.interrupted = state.global_step < state.max_steps
+            control.should_save = control.should_training_stop = True
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Any = None,
+        **_: Any,
+    ) -> None:
+        values = {name: value for name, value in (logs or {}).items() if name in METRICS}
+        if not values:
+            return
+        if not torch.isfinite(torch.tensor(float(values.get("loss", 0.0)))):
+            raise InputError(
+                f"the loss is {values['loss']} at step {state.global_step}; lower "
+                f"trainer.learning_rate, or use "
+                "precision=float32. The last checkpoint is from before"
+            )
+        self.writer.write(
+            state.global_step, values | {"seconds": time.perf_counter() - self._began}
+        )
+        self._shown |= {name: f"{value:.4g}" for name, value in values.items() if name in SHOWN}
+        if self._bar is not None:
+            self._bar.set_postfix(self._shown)
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        assert self._bar is not None
+        self._bar.close()
+
+
+def run_trainer(
+    trainer: Trainer, config: SFTStageConfig | RewardStageConfig, directory: Path, stage: str
+) -> bool:
+    """Train (or continue) with our callback.
+
+    Returns:
+        True when training came to its end, False when Ctrl-C stopped it after saving a checkpoint.
+
+    Raises:
+        InputError: the loss is not finite.
+    """
+    checkpoint = latest_checkpoint(directory) if config.resume else None
+    if config.resume:
+        say(
+            f"resuming from {checkpoint}"
+            if checkpoint
+            else "no checkpoint to resume from: starting afresh"
+        )
+    writer = MetricsWriter(directory, config, stage, step_of(checkpoint) if config.resume else None)
+    with GracefulStop() as stop:
+        callback = StageCallback(writer, stop)
+        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(callback)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if not callback.interrupted:
+            trainer.evaluate()
+    writer.close()
+    if callback.interrupted:
+        say(f"stopped after step {trainer.state.global_step}; continue with resume=true")
+    return not callback.interrupted
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """Step number in the name of a checkpoint; 0 without one."""
+    return int(checkpoint.name.split("-")[-1]) if checkpoint else 0
+
+
+def describe_batches(args: TrainingArguments, num_rows: int, unit: str) -> str:
+    """Spell out the batch arithmetic before training."""
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    steps_per_epoch = max(1, -(-num_rows // rows))
+    steps = args.max_steps if args.max_steps > 0 else int(steps_per_epoch * args.num_train_epochs)
+    return (
+        f"{num_rows} {unit}; {args.per_device_train_batch_size} per device x "
+        f"{args.gradient_accumulation_steps} "
+        f"accumulated x {args.world_size} processes = {rows} {unit} a step; {steps} optimiser steps"
+    )

@@ -1,0 +1,814 @@
+"""Data: formats, sources, splits, and the token ids and labels that the three stages share."""
+
+import csv
+import gzip
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+import pytest
+from tiny import tiny_tokenizer
+
+from rlhf.config import CONF_DIR, DatasetConfig, InputError
+from rlhf.data import (
+    FORMATS,
+    DropRow,
+    RankedCollator,
+    chat_template_text,
+    check_row,
+    describe_dropped,
+    encode_prompt,
+    encode_prompts,
+    encode_ranked,
+    encode_response,
+    encode_row,
+    encode_sft,
+    load_rows,
+    load_splits,
+    prompt_of,
+    resolve_format,
+    split_by_prompt,
+)
+
+SHARED = Path(__file__).parents[1].parent / "shared"
+
+CHATML = (  # the EOS of the tokenizer is not in it
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+EOS_THEN_NEWLINE = (  # what follows the EOS belongs to the next prompt; writes a BOS where it can
+    "{{ bos_token }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+TEMPLATES = {
+    "plain": "plain",
+    "alpaca": "alpaca",
+    "chatml": CHATML,
+    "eos_then_newline": EOS_THEN_NEWLINE,
+}
+TEMPLATE_EOS = {"chatml": "<|im_end|>\n"}  # what a template writes after an answer, before our EOS
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+CONVERSATIONS = {
+    "one turn": [user("Name a fruit."), assistant("An apple.")],
+    "three turns": [
+        {"role": "system", "content": "Be brief."},
+        user("Name a fruit.\n\n### Input:\nin winter"),
+        assistant("An orange, i think."),
+        user("Why?"),
+        assistant("It is\nsweet: yes"),
+        user("Sure?"),
+        assistant("Yes."),
+    ],
+    "spaces": [user("Hi "), assistant(" leading and trailing  "), user("a"), assistant("\nb\n\n")],
+}
+
+
+def word_level():
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    pieces.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+|\W"), "isolated")
+    texts = [m["content"] for c in CONVERSATIONS.values() for m in c]
+    texts += [(CONF_DIR / "chat_template" / f"{name}.jinja").read_text() for name in FILES]
+    texts += ["<|im_start|>user\n<|im_end|>system\nassistant: 2+2=4 two three"]
+    words = ["<unk>", "<pad>", "<s>", "</s>"]
+    for text in texts:
+        words += [piece for piece, _ in pieces.pre_tokenizer.pre_tokenize_str(text)]
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(words))}
+    pieces.model = models.WordLevel(vocabulary, unk_token="<unk>")
+    pieces.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=pieces, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+FILES = ("plain", "alpaca")
+
+
+def adds_bos():
+    """A tokenizer that writes BOS by itself, as Llama's does when loaded from the Hub."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny_tokenizer()
+    bos = (tokenizer.bos_token, tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos[0]} $A", special_tokens=[bos]
+    )
+    return tokenizer
+
+
+def pythia():
+    from transformers import PreTrainedTokenizerFast
+
+    file = SHARED / "tokenizers" / "pythia_20B_tokenizer.json"
+    return PreTrainedTokenizerFast(tokenizer_file=str(file), eos_token="<|endoftext|>")
+
+
+def llama():
+    from transformers import LlamaTokenizer
+
+    # From a folder: LlamaTokenizer(vocab_file=...) builds an empty vocabulary (transformers 5.23).
+    with tempfile.TemporaryDirectory() as folder:
+        file = SHARED / "tokenizers" / "llama_tokenizer.model"
+        shutil.copyfile(file, Path(folder) / "tokenizer.model")
+        tokenizer = LlamaTokenizer.from_pretrained(folder, local_files_only=True)
+    assert len(tokenizer) == 32000
+    return tokenizer
+
+
+TOKENIZERS = {
+    "byte": tiny_tokenizer,
+    "word": word_level,
+    "adds_bos": adds_bos,
+    "pythia": pythia,
+    "llama": llama,
+}
+_build = cache(lambda name: TOKENIZERS[name]())
+
+
+def get_tokenizer(name, template="plain"):
+    if name in ("pythia", "llama") and not (SHARED / "tokenizers").is_dir():
+        pytest.skip(f"the real {name} tokenizer is not on this machine")
+    tokenizer = _build(name)
+    tokenizer.chat_template = chat_template_text(TEMPLATES.get(template, template))
+    return tokenizer
+
+
+def every(name):
+    values = {"tokenizer": TOKENIZERS, "template": TEMPLATES, "conversation": CONVERSATIONS}[name]
+    return pytest.mark.parametrize(f"{name}_name", list(values))
+
+
+def runs_of_labels(ids, labels):
+    """The labelled stretches, as lists of ids; an EOS ends a stretch."""
+    assert len(ids) == len(labels)
+    assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True))
+    stretches, inside = [], False
+    for label in labels:
+        if label == -100:
+            inside = False
+            continue
+        if not inside:
+            stretches.append([])
+        stretches[-1].append(label)
+        inside = True
+    return stretches
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+# --- Rendering and labels -----------------------------------------------------------------------
+
+
+@every("conversation")
+@every("template")
+@every("tokenizer")
+def test_labelled_text_is_every_answer_and_its_eos(
+    tokenizer_name, template_name, conversation_name
+):
+    tokenizer = get_tokenizer(tokenizer_name, template_name)
+    messages = CONVERSATIONS[conversation_name]
+    ids, labels = encode_row({"messages": messages}, tokenizer)
+    assert tokenizer.unk_token is None or tokenizer.unk_token_id not in ids
+    stretches = runs_of_labels(ids, labels)
+    answers = [m["content"] for m in messages if m["role"] == "assistant"]
+    assert [s[-1] for s in stretches] == [tokenizer.eos_token_id] * len(answers)
+    assert all(s.count(tokenizer.eos_token_id) == 1 for s in stretches)
+    texts = [tokenizer.decode(s[:-1], clean_up_tokenization_spaces=False) for s in stretches]
+    if tokenizer_name == "llama":  # SentencePiece: "x" and " x" have the same ids
+        answers = [answer.removeprefix(" ") for answer in answers]
+    assert texts == [answer + TEMPLATE_EOS.get(template_name, "") for answer in answers]
+
+
+@every("template")
+@every("tokenizer")
+def test_ppo_prompt_has_the_ids_before_each_trained_turn(tokenizer_name, template_name):
+    tokenizer = get_tokenizer(tokenizer_name, template_name)
+    for messages in CONVERSATIONS.values():
+        ids, labels = encode_row({"messages": messages}, tokenizer)
+        starts = [i for i in range(1, len(ids)) if labels[i] != -100 and labels[i - 1] == -100]
+        turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        assert len(starts) == len(turns)
+        for start, turn in zip(starts, turns, strict=True):
+            assert encode_prompt(messages[:turn], tokenizer) == ids[:start]
+            response = encode_response(messages[:turn], messages[turn]["content"], tokenizer)
+            assert response == ids[start : start + len(response)]
+        assert encode_prompt(messages[:-1], tokenizer) + response == ids
+
+
+@every("template")
+@every("tokenizer")
+def test_all_text_of_the_rendering_is_in_the_ids(tokenizer_name, template_name):
+    tokenizer = get_tokenizer(tokenizer_name, template_name)
+    messages = CONVERSATIONS["three turns"]
+    ids, _ = encode_row({"messages": messages}, tokenizer)
+    text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+    if template_name == "chatml":
+        text = text.replace(tokenizer.eos_token, "")  # ours: the template writes none
+    squeeze = "".join  # SentencePiece starts each segment with a space
+    assert squeeze(text.split()) == squeeze(rendered.split())
+
+
+@every("tokenizer")
+def test_text_rows_are_prompt_completion_eos_without_a_template(tokenizer_name):
+    tokenizer = get_tokenizer(tokenizer_name)
+    row = {"prompt": "2+2=", "completion": "4"}
+    ids, labels = encode_row(row, tokenizer)
+    prompt = encode_prompt("2+2=", tokenizer)
+    assert prompt == tokenizer("2+2=")["input_ids"]
+    assert ids[: len(prompt)] == prompt and set(labels[: len(prompt)]) == {-100}
+    assert labels[len(prompt) :] == ids[len(prompt) :] == encode_response("2+2=", "4", tokenizer)
+    assert ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(ids[len(prompt) : -1]) == "4"
+
+
+def test_bos_is_not_doubled():
+    tokenizer = get_tokenizer("adds_bos", "eos_then_newline")
+    bos = tokenizer.bos_token_id
+    for prompt in ("two", "<bos>two", [user("two")]):
+        ids = encode_prompt(prompt, tokenizer)
+        assert ids[0] == bos and ids.count(bos) == 1
+    ids, _ = encode_row({"messages": CONVERSATIONS["three turns"]}, tokenizer)
+    assert ids[0] == bos and ids.count(bos) == 1
+
+
+def test_eos_at_the_end_of_a_text_completion_is_not_doubled():
+    tokenizer = get_tokenizer("byte")
+    ids = encode_response("a", "b<eos>", tokenizer)
+    assert ids == encode_response("a", "b", tokenizer)
+
+
+def test_only_the_completion_of_a_conversational_prompt_is_trained():
+    tokenizer = get_tokenizer("byte")
+    messages = CONVERSATIONS["three turns"]
+    ids, labels = encode_row({"prompt": messages[:-1], "completion": messages[-1:]}, tokenizer)
+    assert ids == encode_row({"messages": messages}, tokenizer)[0]
+    assert [tokenizer.decode(s) for s in runs_of_labels(ids, labels)] == ["Yes.<eos>"]
+
+
+def test_train_on_prompt_labels_every_token():
+    tokenizer = get_tokenizer("byte")
+    for row in ({"messages": CONVERSATIONS["three turns"]}, {"prompt": "a", "completion": "b"}):
+        ids, labels = encode_row(row, tokenizer, train_on_prompt=True)
+        assert labels == ids == encode_row(row, tokenizer)[0]
+
+
+def test_text_after_the_last_answer_is_left_out():
+    tokenizer = get_tokenizer("byte")
+    messages = CONVERSATIONS["one turn"]
+    row = {"messages": [*messages, user("ignored")]}
+    assert encode_row(row, tokenizer) == encode_row({"messages": messages}, tokenizer)
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused():
+    rewriting = (
+        "{% for m in messages %}{{ m['content'] + (messages | length | string) }}{% endfor %}"
+    )
+    with pytest.raises(InputError, match="renders the start of a conversation differently"):
+        encode_row({"messages": CONVERSATIONS["one turn"]}, get_tokenizer("byte", rewriting))
+
+
+def test_a_template_that_refuses_a_conversation_names_its_roles():
+    tokenizer = get_tokenizer("byte", "alpaca")
+    system = {"role": "system", "content": "x"}
+    with pytest.raises(InputError, match="user, system: a system message must come first"):
+        encode_prompt([user("a"), system], tokenizer)
+
+
+def test_conversations_without_a_template_are_refused():
+    tokenizer = tiny_tokenizer()
+    with pytest.raises(InputError, match="model.chat_template=plain"):
+        encode_prompt([user("a")], tokenizer)
+    tokenizer.eos_token = None
+    with pytest.raises(InputError, match="no EOS"):
+        encode_response("a", "b", tokenizer)
+
+
+# --- Chat templates -----------------------------------------------------------------------------
+
+NO_INPUT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.\n\n### Instruction:\nName a fruit.\n\n### Response:"
+)
+WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request.\n\n### Instruction:\n"
+    "Translate.\n\n### Input:\nGood day\n\n### Response:"
+)
+
+
+@pytest.mark.parametrize("name", ["byte", "pythia", "llama"])
+@pytest.mark.parametrize(
+    "row, literal",
+    [
+        ({"instruction": "Name a fruit.", "input": "", "output": "Apple"}, NO_INPUT),
+        ({"instruction": "Translate.", "input": "Good day", "output": "Bonjour"}, WITH_INPUT),
+    ],
+)
+def test_alpaca_prompts_are_byte_exact(name, row, literal):
+    tokenizer = get_tokenizer(name, "alpaca")
+    messages = FORMATS["alpaca"](row)["messages"]
+    bos = tokenizer.bos_token or ""
+    prompt = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+    assert prompt == bos + literal
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert rendered == bos + literal + row["output"] + tokenizer.eos_token
+
+
+def test_plain_template_renders_as_documented():
+    tokenizer = get_tokenizer("pythia")
+    messages = [{"role": "system", "content": "S"}, user("A"), assistant("B"), user("C")]
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert rendered == (
+        "S\n\n### User:\nA\n\n### Assistant:\nB<|endoftext|>\n\n### User:\nC\n\n### Assistant:\n"
+    )
+
+
+@pytest.mark.parametrize("template", FILES)
+def test_generation_markers_cover_the_answer_and_its_eos(template):
+    tokenizer = get_tokenizer("byte", template)
+    encoded = tokenizer.apply_chat_template(
+        CONVERSATIONS["three turns"],
+        return_assistant_tokens_mask=True,
+        return_dict=True,
+    )
+    labels = [
+        token if on else -100
+        for token, on in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
+    ]
+    texts = [tokenizer.decode(s) for s in runs_of_labels(encoded["input_ids"], labels)]
+    assert texts == ["An orange, i think.<eos>", "It is\nsweet: yes<eos>", "Yes.<eos>"]
+
+
+def test_chat_template_by_name_path_or_text(tmp_path):
+    file = tmp_path / "mine.jinja"
+    file.write_text("{{ messages }}")
+    assert chat_template_text(str(file)) == "{{ messages }}"
+    assert chat_template_text(CHATML) == CHATML
+    assert "generation" in chat_template_text("plain")
+    with pytest.raises(InputError, match="alpaca, plain.*Did you mean plain"):
+        chat_template_text("plane")
+    with pytest.raises(InputError, match="that exists"):
+        chat_template_text(str(tmp_path / "absent.jinja"))
+
+
+# --- Formats ------------------------------------------------------------------------------------
+
+
+def test_messages_keeps_other_columns_and_reads_sharegpt():
+    expected = [user("Hi"), assistant("Yo")]
+    row = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]}
+    assert FORMATS["messages"]({**row, "id": 7}) == {"id": 7, "messages": expected}
+    padded = [{"role": None, "from": "human", "value": "Hi"}, {**assistant("Yo"), "name": None}]
+    assert FORMATS["messages"]({"messages": padded, "prompt": "Hi"}) == {"messages": expected}
+
+
+def test_ranked_scores_become_ranks_with_ties_and_zero_is_a_score():
+    row = {"prompt": "p", "responses": list("abcd"), "scores": [0.0, 0.5, 0.0, -1], "subset": "s"}
+    formatted = FORMATS["ranked"](row)
+    assert formatted["ranks"] == [1, 0, 1, 2]
+    assert formatted["subset"] == "s" and formatted["responses"] == list("abcd")
+    check_row(formatted, "reward")
+    ranked = FORMATS["ranked"]({"prompt": "p", "responses": list("abc"), "ranks": [3, 1, 3]})
+    assert ranked["ranks"] == [1, 0, 1]
+
+
+def test_pair_accepts_text_and_conversations():
+    text = FORMATS["pair"]({"prompt": "p", "chosen": "a", "rejected": "b"})
+    assert text == {"prompt": "p", "responses": ["a", "b"], "ranks": [0, 1]}
+    conversation = {"prompt": [user("p")], "responses": ["a", "b"], "ranks": [0, 1]}
+    answers = {"chosen": [assistant("a")], "rejected": [assistant("b")]}
+    whole = {name: [user("p"), *answer] for name, answer in answers.items()}
+    for prompt in ({"prompt": "p"}, {"prompt": [user("p")]}):
+        assert FORMATS["pair"]({**prompt, **answers}) == conversation
+        assert FORMATS["pair"]({**prompt, **whole}) == conversation
+    assert FORMATS["pair"](whole) == conversation
+    with pytest.raises(DropRow, match="prompts differ"):
+        FORMATS["pair"]({"chosen": whole["chosen"], "rejected": [user("q"), assistant("b")]})
+    with pytest.raises(InputError, match="field 'prompt'.*differs"):
+        FORMATS["pair"]({"prompt": "q", **whole})
+    with pytest.raises(InputError, match="field 'rejected'.*user turn"):
+        FORMATS["pair"]({"prompt": "q", "chosen": "a", "rejected": [user("b")]})
+
+
+def test_hh_prompt_is_the_common_turns():
+    chosen = "\n\nHuman: a\n\nb\n\nAssistant: c\n\nHuman: d\n\nAssistant: good"
+    row = FORMATS["hh"]({"chosen": chosen, "rejected": chosen.replace("good", "bad ")})
+    assert row["prompt"] == [user("a\n\nb"), assistant("c"), user("d")]
+    assert row["responses"] == ["good", "bad"] and row["ranks"] == [0, 1]
+
+
+def test_hh_file_drops_five_and_four():
+    file = SHARED / "data" / "hh_harmless_base_test.jsonl.gz"
+    if not file.exists():
+        pytest.skip("the HH file is not on this machine")
+    rows, dropped = load_rows(str(file), "hh", "train", "reward")
+    assert len(rows) == 2303 and dropped == {"prompts differ": 5, "empty response": 4}
+    assert describe_dropped(dropped) == "dropped 9 rows: 5 prompts differ, 4 empty response"
+    tokenizer = get_tokenizer("byte")
+    encoded, _ = encode_ranked(rows[:50], tokenizer, 100_000)
+    for row, one in zip(rows, encoded, strict=False):
+        prompt = encode_prompt(row["prompt"], tokenizer)
+        for ids, length in zip(one["input_ids"], one["lengths"], strict=True):
+            assert ids[:-length] == prompt and ids[-1] == tokenizer.eos_token_id
+
+
+def test_real_files_load_in_full():
+    if not (SHARED / "data").is_dir():
+        pytest.skip("the real data is not on this machine")
+    expected = {
+        ("alpaca_eval_ranked_test.jsonl", "ranked", "reward"): 60,
+        ("alpaca_eval_sft_test.jsonl", "alpaca", "sft"): 1574,
+        ("sharegpt_dummy_conversation.json", "messages", "sft"): 500,
+    }
+    for (file, format, stage), count in expected.items():
+        rows, dropped = load_rows(str(SHARED / "data" / file), format, "train", stage)
+        assert len(rows) == count and not dropped
+
+
+def test_each_format_has_a_config_whose_example_rows_it_reads():
+    files = {file.stem: file.read_text() for file in (CONF_DIR / "dataset").glob("*.yaml")}
+    assert set(files) == {*FORMATS, "none"}
+    stages = {"hh": "reward", "ranked": "reward", "pair": "reward", "prompt_completion": "ppo"}
+    for name, format in FORMATS.items():
+        assert f"\nformat: {name}\n" in files[name]
+        lines = [line[1:].strip() for line in files[name].splitlines()]
+        examples = [json.loads(line) for line in lines if line.startswith("{")]
+        assert examples
+        for example in examples:
+            check_row(format(example), stages.get(name, "sft"))
+
+
+def test_format_by_name_or_dotted_path():
+    assert resolve_format("hh") is FORMATS["hh"]
+    assert resolve_format("json.dumps") is json.dumps
+    with pytest.raises(InputError, match="messages, prompt_completion.*Did you mean alpaca"):
+        resolve_format("alpacca")
+    with pytest.raises(InputError, match="dataset.format='no_such_module.x'"):
+        resolve_format("no_such_module.x")
+
+
+# --- Sources ------------------------------------------------------------------------------------
+
+
+def test_every_file_type_loads_the_same_rows(tmp_path):
+    rows = [
+        {"prompt": "2020-01-01", "completion": "1"},  # neither may become a date or a number
+        {"prompt": 'a "quoted",\nline\u2028 and é', "completion": "NA"},
+    ]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    write(tmp_path / "lines.json", rows)
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(r) for r in rows) + "\n\n")
+    with open(tmp_path / "a.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["prompt", "completion"])
+        writer.writeheader()
+        writer.writerows(rows)
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    for file in list(tmp_path.iterdir()):
+        (tmp_path / f"{file.name}.gz").write_bytes(gzip.compress(file.read_bytes()))
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == 10
+    for file in files:
+        loaded, dropped = load_rows(str(file), "prompt_completion", "test", "sft")
+        assert loaded == rows and not dropped, file
+    (tmp_path / "sub").mkdir()
+    write(tmp_path / "sub" / "test.jsonl", [{"prompt": "p", "completion": "c"}])
+    loaded, _ = load_rows(str(tmp_path / "sub"), "prompt_completion", "test", "sft")
+    assert loaded == [{"prompt": "p", "completion": "c"}]
+    with pytest.raises(InputError, match="dataset.path=.*nosplit"):
+        load_rows(str(tmp_path / "sub"), "prompt_completion", "nosplit", "sft")
+
+
+def test_absent_parquet_fields_are_missing_not_none(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"prompt": "a", "completion": "b", "tag": None}, {"prompt": "a", "completion": None}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"a.parquet, row 2, field 'completion': missing or null"):
+        load_rows(str(tmp_path / "a.parquet"), "prompt_completion", "train", "sft")
+
+
+def test_python_source_gives_canonical_rows(tmp_path, monkeypatch):
+    (tmp_path / "my_rows.py").write_text(
+        "def rows(stage, split):\n    return [{'prompt': stage, 'completion': split}]\n"
+        "def bad(stage, split):\n    return [{'prompt': stage}]\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    splits = load_splits(DatasetConfig(path="python:my_rows.rows", format="hh"), "sft", seed=1)
+    assert splits.train == [{"prompt": "sft", "completion": "train"}]
+    assert splits.eval == [{"prompt": "sft", "completion": "eval"}]
+    assert splits.overlap == 1
+    with pytest.raises(InputError, match="python:my_rows.bad, row 1, field 'completion'"):
+        load_rows("python:my_rows.bad", "hh", "train", "sft")
+    with pytest.raises(InputError, match="dataset.path='python:my_rows.none' cannot be imported"):
+        load_rows("python:my_rows.none", "hh", "train", "sft")
+
+
+def test_what_looks_like_a_path_is_never_sent_to_the_hub(monkeypatch, tmp_path):
+    import datasets
+
+    asked = []
+
+    def refuse(name, **arguments):
+        asked.append(name)
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    for path in ("no/such.jsonl", "such.csv.gz", "./here", "/there/x", "~/x", "a.parquet"):
+        with pytest.raises(InputError, match="dataset.eval_path=.*neither a file nor a directory"):
+            load_rows(path, "messages", "train", "sft", field="dataset.eval_path")
+    assert not asked
+    with pytest.raises(InputError, match="some/name.*neither a file nor a directory.*offline"):
+        load_rows("some/name", "messages", "train", "sft")
+    assert asked == ["some/name"]
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(InputError, match=r"unknown suffix '.txt'; expected .json"):
+        load_rows(str(tmp_path / "a.txt"), "messages", "train", "sft")
+
+
+GOOD = {
+    "messages": {"messages": CONVERSATIONS["one turn"]},
+    "prompt_completion": {"prompt": "p", "completion": "c"},
+    "alpaca": {"instruction": "a", "input": "", "output": "b"},
+    "ranked": {"prompt": "p", "responses": ["a", "b"], "scores": [1.0, 0.0]},
+    "hh": {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"},
+}
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    "format, change, message",
+    [
+        (
+            "messages",
+            {"messages": None},
+            "field 'messages': missing or null; the row has no fields",
+        ),
+        ("messages", {"messages": "Hi"}, "field 'messages': got 'Hi'; expected a list"),
+        ("messages", {"messages": []}, r"field 'messages': got \[\]; expected a list"),
+        ("messages", {"messages": [7]}, r"field 'messages\[0\]': got 7; expected {role, content}"),
+        ("messages", {"messages": [{"role": "users", "content": "x"}]}, "known .* mean user"),
+        ("messages", {"messages": [{"role": "user"}]}, r"field 'messages\[0\].content': got None"),
+        ("messages", {"messages": [user("x")]}, "field 'messages': has no assistant turn"),
+        ("prompt_completion", {"completion": None}, "field 'completion': missing or null"),
+        ("prompt_completion", {"completion": 3}, "field 'completion': got 3"),
+        ("prompt_completion", {"completion": [assistant("c")]}, "make both alike"),
+        (
+            "alpaca",
+            {"instruction": None},
+            "field 'instruction': missing or null; the row has input",
+        ),
+        ("alpaca", {"output": 3}, "field 'output': got 3; expected text"),
+        ("hh", {"chosen": "Hi"}, "field 'chosen': got 'Hi'; expected text that starts with"),
+        ("ranked", {"scores": None}, "field 'ranks': missing or null, and so is 'scores'"),
+        ("ranked", {"scores": [1, None]}, r"field 'scores\[1\]': got null; give each"),
+        ("ranked", {"scores": [NAN, 1]}, r"field 'scores\[0\]': got nan"),
+        ("ranked", {"scores": [True, 1]}, r"field 'scores\[0\]': got True"),
+        ("ranked", {"scores": 1}, "field 'scores': got 1; expected a list"),
+        ("ranked", {"scores": [1, 2, 3]}, "field 'ranks': 3 for 2 responses"),
+        ("ranked", {"ranks": [1, 0]}, "field 'ranks': disagree with 'scores'"),
+        ("ranked", {"responses": ["a"], "scores": [1]}, "needs at least 2, got 1; add a response"),
+        ("ranked", {"responses": ["a", None]}, r"field 'responses\[1\]': got None"),
+        ("ranked", {"responses": "ab"}, "field 'responses': got 'ab'; expected a list"),
+        ("ranked", {"prompt": None}, "field 'prompt': missing or null"),
+    ],
+)
+def test_malformed_row_stops_with_file_row_and_field(tmp_path, format, change, message):
+    stage = "reward" if format in ("ranked", "hh") else "sft"
+    path = write(tmp_path / "rows.jsonl", [GOOD[format], {**GOOD[format], **change}])
+    with pytest.raises(InputError, match=f"rows.jsonl, row 2, .*{message}"):
+        load_rows(path, format, "train", stage)
+
+
+def test_broken_files_stop_with_the_place(tmp_path):
+    good = json.dumps(GOOD["messages"])
+    cases = {
+        "line.jsonl": (
+            f"{good}\n\n{good[:-3]}\n{good}",
+            r"line.jsonl, row 2 \(line 3\): not valid",
+        ),
+        "array.json": (f"[{good},\n{good}", "array.json: not a valid JSON array: .*line 2"),
+        "list.jsonl": (f"{good}\n7", "list.jsonl, row 2: got 7; expected an object"),
+        "empty.jsonl": ("", "empty.jsonl' has no rows"),
+        "empty.json": ("[]", "empty.json' has no rows"),
+        "empty.csv": ("", "empty.csv' has no rows"),
+        "header.csv": ("messages\n", "header.csv' has no rows"),
+        "cells.csv": ("prompt,completion\na,b,c\n", "cells.csv, row 1: more cells"),
+        "quote.csv": ('prompt,completion\na,b\n"a,b\n', "quote.csv, row 2: not valid CSV"),
+    }
+    for name, (text, message) in cases.items():
+        (tmp_path / name).write_text(text)
+        with pytest.raises(InputError, match=message):
+            format = "prompt_completion" if name.endswith("csv") else "messages"
+            load_rows(str(tmp_path / name), format, "train", "sft")
+    broken = {
+        "a.jsonl": (b"\xff\xfe", "a.jsonl: not a UTF-8 text file"),
+        "a.jsonl.gz": (b"no gzip", "a.jsonl.gz: not a readable gzip file"),
+        "cut.csv.gz": (gzip.compress(b"a,b\n" * 9)[:-9], "cut.csv.gz: not a readable gzip file"),
+        "a.parquet": (b"no parquet", "a.parquet: not a readable Parquet file"),
+    }
+    for name, (data, message) in broken.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(InputError, match=message):
+            load_rows(str(tmp_path / name), "messages", "train", "sft")
+
+
+def test_a_users_format_that_fails_names_the_row(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"x": 1}])
+    with pytest.raises(InputError, match="a.jsonl, row 1: format 'math.sqrt' cannot read it"):
+        load_rows(path, "math.sqrt", "train", "sft")
+
+
+def test_unusable_rows_are_dropped_and_counted(tmp_path):
+    ranked = GOOD["ranked"]
+    rows = [
+        ranked,
+        {**ranked, "responses": ["a", "a"]},
+        {**ranked, "scores": [0.0, 0.0]},
+        {**ranked, "responses": ["a", " "]},
+        {**ranked, "prompt": ""},
+        {**ranked, "prompt": [assistant("x")]},
+    ]
+    kept, dropped = load_rows(write(tmp_path / "a.jsonl", rows), "ranked", "train", "reward")
+    assert [row["responses"] for row in kept] == [["a", "b"], ["a", "a"]]
+    assert dropped == {
+        "all ranks tied": 1,
+        "empty response": 1,
+        "empty prompt": 1,
+        "conversation does not start with a user turn": 1,
+    }
+    rows = [GOOD["alpaca"], {**GOOD["alpaca"], "output": ""}]
+    _, dropped = load_rows(write(tmp_path / "b.jsonl", rows), "alpaca", "train", "sft")
+    assert dropped == {"empty response": 1}
+    assert describe_dropped(Counter()) == "dropped 0 rows"
+
+
+def test_ppo_needs_only_a_prompt(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"prompt": "p"}, {"prompt": [user("q")]}])
+    rows, _ = load_rows(path, "prompt_completion", "train", "ppo")
+    assert [prompt_of(row) for row in rows] == ["p", [user("q")]]
+    messages = CONVERSATIONS["three turns"]
+    assert prompt_of({"messages": messages}) == messages[:-1]
+    assert prompt_of({"messages": [user("q")]}) == [user("q")]
+
+
+# --- Splits -------------------------------------------------------------------------------------
+
+
+def test_split_by_prompt_shares_no_prompt_and_ignores_order():
+    rows = [{"prompt": f"p{i % 300}", "n": i} for i in range(900)]
+    rows += [{"messages": [user(f"q{i % 50}"), assistant(str(i))]} for i in range(100)]
+    train, evaluation = split_by_prompt(rows, 0.2, seed=1)
+    keys = [{str(prompt_of(row)) for row in side} for side in (train, evaluation)]
+    assert not keys[0] & keys[1] and len(train) + len(evaluation) == 1000
+    assert 40 <= len(keys[1]) <= 100  # 350 prompts, 70 expected, sd 7.5
+    again = split_by_prompt(rows[::-1], 0.2, seed=1)
+    assert again == (train[::-1], evaluation[::-1])
+    assert split_by_prompt(evaluation, 0.2, seed=1) == ([], evaluation)
+    assert split_by_prompt(rows, 0.2, seed=2)[1] != evaluation
+    assert split_by_prompt(rows, 0.0, seed=1)[1] == []
+
+
+def test_split_is_the_same_in_another_process():
+    program = (
+        "from rlhf.data import split_by_prompt\n"
+        "rows = [{'prompt': str(i)} for i in range(40)]\n"
+        "print([r['prompt'] for r in split_by_prompt(rows, 0.3, 5)[1]])\n"
+        "import sys\n"
+        "assert not {'torch', 'datasets', 'transformers'} & set(sys.modules), 'import is not light'"
+    )
+    root = Path(__file__).parents[1]
+    out = subprocess.run(
+        [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True
+    ).stdout
+    here = split_by_prompt([{"prompt": str(i)} for i in range(40)], 0.3, 5)[1]
+    assert out.strip() == str([row["prompt"] for row in here])
+
+
+def test_load_splits_from_one_and_from_two_files(tmp_path):
+    rows = [{"prompt": f"p{i}", "completion": "c"} for i in range(100)]
+    path = write(tmp_path / "train.jsonl", [*rows, {"prompt": "x", "completion": ""}])
+    config = DatasetConfig(path=path, format="prompt_completion", eval_fraction=0.3)
+    splits = load_splits(config, "sft", seed=3)
+    assert (splits.train, splits.eval) == split_by_prompt(rows, 0.3, 3)
+    assert splits.dropped == {"empty response": 1} and splits.overlap == 0
+    config.max_rows, config.max_eval_rows = 7, 3
+    head = load_splits(config, "sft", seed=3)
+    assert head.train == splits.train[:7] and head.eval == splits.eval[:3]
+    config.max_rows = config.max_eval_rows = None
+    config.eval_path = write(tmp_path / "eval.jsonl", [rows[5], {**rows[0], "prompt": "new"}])
+    both = load_splits(config, "sft", seed=3)
+    assert both.train == rows and len(both.eval) == 2 and both.overlap == 1
+    config.eval_path = str(tmp_path / "absent.jsonl")
+    with pytest.raises(InputError, match="dataset.eval_path="):
+        load_splits(config, "sft", seed=3)
+
+
+def test_an_empty_side_is_an_error(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"prompt": "p", "completion": "c"}])
+    config = DatasetConfig(path=path, format="prompt_completion", eval_fraction=0.0)
+    with pytest.raises(
+        InputError, match="raise dataset.eval_fraction=0.0 or give dataset.eval_path"
+    ):
+        load_splits(config, "sft", seed=1)
+    config.path = write(tmp_path / "b.jsonl", [{"prompt": "p", "completion": ""}])
+    with pytest.raises(InputError, match="no row to train on; dropped 1 rows: 1 empty response"):
+        load_splits(config, "sft", seed=1)
+
+
+# --- Sets and batches ---------------------------------------------------------------------------
+
+
+def test_encode_sft_drops_long_rows_and_counts_them():
+    tokenizer = get_tokenizer("byte")
+    rows = [{"prompt": "a", "completion": "b" * n} for n in (1, 2, 3)]
+    lengths = [len(encode_row(row, tokenizer)[0]) for row in rows]
+    encoded, dropped = encode_sft(rows, tokenizer, max_length=lengths[1])
+    assert [len(row["input_ids"]) for row in encoded] == lengths[:2]
+    assert dropped == {f"longer than dataset.max_length={lengths[1]} tokens": 1}
+    with pytest.raises(InputError, match=f"max_length=2 .* the longest has {lengths[2]} tokens"):
+        encode_sft(rows, tokenizer, max_length=2)
+
+
+def test_encode_prompts_drops_long_prompts():
+    tokenizer = get_tokenizer("byte")
+    rows = [{"prompt": "a"}, {"prompt": "xyz" * 9}, {"messages": CONVERSATIONS["one turn"]}]
+    encoded, dropped = encode_prompts(rows, tokenizer, None)
+    assert [one["prompt"] for one in encoded] == [prompt_of(row) for row in rows] and not dropped
+    assert encoded[2]["input_ids"] == encode_prompt([user("Name a fruit.")], tokenizer)
+    encoded, dropped = encode_prompts(rows, tokenizer, 1)
+    assert len(encoded) == 1 and dropped == {"longer than ppo.max_prompt_length=1 tokens": 2}
+    with pytest.raises(InputError, match="ppo.max_prompt_length=0 leaves no row"):
+        encode_prompts(rows, tokenizer, 0)
+
+
+def test_encode_ranked_loses_only_long_responses_while_two_untied_remain():
+    tokenizer = get_tokenizer("byte")
+    long = "z" * 50
+    rows = [
+        {"prompt": "p", "responses": ["a", long, "b"], "ranks": [0, 1, 2]},
+        {"prompt": "p", "responses": ["a", long, "b"], "ranks": [0, 1, 0]},
+        {"prompt": "p", "responses": ["q", "a"], "ranks": [1, 0]},
+    ]
+    encoded, dropped = encode_ranked(rows, tokenizer, max_length=20)
+    assert [row["row"] for row in encoded] == [0, 2]
+    assert [row["ranks"] for row in encoded] == [[0, 2], [1, 0]]
+    eos, prompt = tokenizer.eos_token_id, encode_prompt("p", tokenizer)
+    a, q = (tokenizer(text)["input_ids"] for text in "aq")
+    assert encoded[1]["input_ids"] == [[*prompt, *q, eos], [*prompt, *a, eos]]
+    assert encoded[1]["lengths"] == [len(q) + 1, len(a) + 1]
+    assert describe_dropped(dropped) == (
+        "dropped 1 rows: 1 longer than dataset.max_length=20 tokens; "
+        "1 single responses longer than dataset.max_length=20 tokens"
+    )
+    with pytest.raises(InputError, match="dataset.max_length=2 leaves no row; raise it"):
+        encode_ranked(rows, tokenizer, max_length=2)
+
+
+def test_collator_masks_by_length_even_where_pad_is_eos():
+    eos = 9
+    rows = [
+        {"input_ids": [[5, 6, eos], [5, eos]], "ranks": [1, 0], "lengths": [2, 1], "row": 4},
+        {"input_ids": [[7, 8, 8, eos], [7, eos, eos], [7, eos]], "ranks": [0, 1, 1]},
+    ]
+    batch = RankedCollator(pad_token_id=eos)(rows)
+    assert batch["input_ids"].tolist() == [
+        [5, 6, 9, 9],
+        [5, 9, 9, 9],
+        [7, 8, 8, 9],
+        [7, 9, 9, 9],
+        [7, 9, 9, 9],
+    ]
+    assert batch["attention_mask"].tolist() == [
+        [1, 1, 1, 0],
+        [1, 1, 0, 0],
+        [1, 1, 1, 1],
+        [1, 1, 1, 0],
+        [1, 1, 0, 0],
+    ]
+    assert batch["ranks"].tolist() == [1, 0, 0, 1, 1]
+    assert batch["groups"].tolist() == [0, 0, 1, 1, 1]
