@@ -18,11 +18,13 @@ from rlhf.config import (
     schema,
 )
 
+OWN_WORK = ("recipe", "model=", "model.path=", "model.config=", "dataset=", "dataset.path=")
+
 
 def hydra_main(stage: str, run: Callable[[Any], Any]) -> None:
     """Run one stage from the command line.
 
-    With neither a model, a data set nor a recipe on the command line, the stage runs the embedded
+    With neither a model nor a data set nor a recipe on the command line, the stage runs the embedded
     demo (`recipe=demo`). An `InputError` or a Hydra complaint becomes one message and exit status
     2; anything else keeps its traceback.
 
@@ -39,7 +41,7 @@ def hydra_main(stage: str, run: Callable[[Any], Any]) -> None:
 
     config_class = STAGES[stage]
     ConfigStore.instance().store(name=f"{stage}_schema", node=schema(config_class))
-    if not any(o.lstrip("+~").startswith(("recipe", "model", "dataset")) for o in sys.argv[1:]):
+    if not any(o.lstrip("+~").startswith(OWN_WORK) for o in sys.argv[1:]):
         sys.argv.append("recipe=demo")
     # recipe=null is the default, but Hydra refuses null for a group on the command line
     sys.argv = [argument for argument in sys.argv if argument != "recipe=null"]
