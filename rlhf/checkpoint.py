@@ -122,7 +122,8 @@ def require_stage(directory: str | Path, stages: tuple[str, ...], field: str) ->
         and not (path / "config.json").is_file()
         and not (path / "adapter_config.json").is_file()
     ):
-        inner = [str(p.parent) for p in sorted(path.glob(f"**/final/{RECORD}"))]
+        found = sorted(path.resolve().glob(f"**/final/{RECORD}"))
+        inner = [str(p.parent) for p in found if p.parts[-3] in stages]
         hint = f"; did you mean {' or '.join(inner[:3])}?" if inner else ""
         raise InputError(f"{field}={directory} is not a model directory (no config.json){hint}")
     record = read_record(path)
@@ -229,8 +230,8 @@ def latest_checkpoint(directory: Path) -> Path | None:
 
 @contextmanager
 def complete_or_nothing(directory: Path) -> Iterator[Path]:
-    """Yield a temporary directory that takes the name of `directory` when the block ends without "
-    "an error."""
+    """Yield a temporary directory that takes the name of `directory` when the block ends without
+    an error."""
     temporary = directory.with_name(directory.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -321,8 +322,7 @@ class GracefulStop:
             raise KeyboardInterrupt
         self._flag = True
         print(
-            "\nCtrl-C: finishing this step, then saving a checkpoint (Ctrl-C again to stop at "
-            "once)",
+            "\nCtrl-C: finishing this step, then saving a checkpoint (again: stop at once)",
             flush=True,
         )
 

@@ -1,9 +1,11 @@
-"""The Hydra entry point that the three stages share: overrides in, one clear message out when "
-"they are wrong."""
+"""The Hydra entry point that the three stages share: overrides in, one clear message out when
+they are wrong."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -12,21 +14,35 @@ from rlhf.config import (
     CONF_DIR,
     STAGES,
     InputError,
+    SFTStageConfig,
     StageConfig,
     check,
     explain,
     schema,
 )
 
+# Hydra's options that take a value as the next argument
+VALUED = (
+    "--config-dir",
+    "-cd",
+    "--config-name",
+    "-cn",
+    "--config-path",
+    "-cp",
+    "--cfg",
+    "-c",
+    "--package",
+    "-p",
+)
 OWN_WORK = ("recipe", "model=", "model.path=", "model.config=", "dataset=", "dataset.path=")
 
 
 def hydra_main(stage: str, run: Callable[[Any], Any]) -> None:
     """Run one stage from the command line.
 
-    With neither a model nor a data set nor a recipe on the command line, the stage runs the embedded
-    demo (`recipe=demo`). An `InputError` or a Hydra complaint becomes one message and exit status
-    2; anything else keeps its traceback.
+    With neither a model nor a data set nor a recipe on the command line, the stage runs the
+    embedded demo (`recipe=demo`). An `InputError` or a Hydra complaint becomes one message and exit
+    status 2; anything else keeps its traceback.
 
     Args:
         stage: key of `STAGES`; also the name of the YAML file.
@@ -38,36 +54,84 @@ def hydra_main(stage: str, run: Callable[[Any], Any]) -> None:
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     config_class = STAGES[stage]
     ConfigStore.instance().store(name=f"{stage}_schema", node=schema(config_class))
     if not any(o.lstrip("+~").startswith(OWN_WORK) for o in sys.argv[1:]):
         sys.argv.append("recipe=demo")
+    sys.argv[1:] = options_first(sys.argv[1:])
     # recipe=null is the default, but Hydra refuses null for a group on the command line
     sys.argv = [argument for argument in sys.argv if argument != "recipe=null"]
 
     @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=stage)
     def task(node: Any) -> None:
         try:
-            config = OmegaConf.to_object(node)
+            # merged once more: "+key=value" adds a key that the schema does not have
+            config = OmegaConf.to_object(
+                OmegaConf.merge(schema(config_class), OmegaConf.to_container(node))
+            )
             assert isinstance(config, config_class)
             _name_sweep_run(config)
             check(config)
             run(config)
         except InputError as error:
             _exit(str(error))
+        except OmegaConfBaseException as error:
+            _exit(explain(error, config_class))
 
     try:
         task()
     except (HydraException, OmegaConfBaseException) as error:
-        _exit(explain(error, config_class))
+        _exit(_explain_hydra(error, config_class))
+    except YAMLError as error:
+        _exit(f"not valid YAML: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
         _exit("interrupted; nothing that was saved is lost. Continue with resume=true", status=130)
 
 
+def options_first(arguments: list[str]) -> list[str]:
+    """Move options before overrides: argparse refuses overrides on both sides of an option."""
+    options, overrides = [], []
+    remaining = iter(arguments)
+    for argument in remaining:
+        if argument.startswith("-"):
+            options.append(argument)
+            if argument in VALUED:
+                options += [value for value in [next(remaining, None)] if value is not None]
+        else:
+            overrides.append(argument)
+    return options + overrides
+
+
+def _explain_hydra(error: Exception, config_class: type) -> str:
+    """Put what Hydra refuses into one line; Hydra's own text lists search paths and links."""
+    from hydra.errors import MissingConfigException, OverrideParseException
+
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        return f"{group}={name} does not exist; choose one of {', '.join(error.options)}"
+    if isinstance(error, OverrideParseException):
+        lines = [line for line in error.message.splitlines() if "override_grammar" not in line]
+        reason = lines[-1]
+        return (
+            f"cannot read {error.override!r} ({reason}); write key=value, and quote a value with "
+            "special characters twice: 'key=\"a (b)\"'"
+        )
+    file = re.match("In '(.+?)': ", str(error))  # the YAML file, where one is to blame
+    return (file.group() if file else "") + explain(error, config_class).removeprefix(
+        file.group() if file else ""
+    )
+
+
 def _name_sweep_run(config: StageConfig) -> None:
-    """Give each job of a sweep (`-m`) its own run name, unless the sweep names the runs itself."""
+    """Give each job of a sweep (`-m`) its own run name, unless the sweep names the runs itself.
+
+    A job without earlier stages of its own starts from those of the run that the sweep is named by.
+    """
     from hydra.core.hydra_config import HydraConfig
+
+    named = dataclasses.replace(config)
 
     job = HydraConfig.get().job
     swept = [o for o in HydraConfig.get().overrides.task if not o.startswith("recipe=demo")]
@@ -79,6 +143,11 @@ def _name_sweep_run(config: StageConfig) -> None:
             if swept
             else f"run-{job.num}"
         )
+        for section, stage in (("model", "sft"), ("scorer", "reward")):
+            own, theirs = (c.stage_dir(stage) / "final" for c in (config, named))
+            part = None if isinstance(config, SFTStageConfig) else getattr(config, section, None)
+            if part and part.path is None and not own.is_dir() and theirs.is_dir():
+                part.path = str(theirs)
 
 
 def _exit(message: str, status: int = 2) -> None:

@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,8 +25,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class InputError(ValueError):
-    """Bad input from the user: the message says what was given, what was expected and how to fix "
-    "it."""
+    """Bad input from the user; the message: what was given, what was expected, how to fix it."""
 
 
 @dataclass
@@ -261,9 +261,7 @@ def check(config: StageConfig) -> None:
 def _missing(config: StageConfig) -> list[str]:
     found = []
     if config.dataset.path is None:
-        found.append(
-            "dataset.path: file or Hub name of the rows, e.g. dataset.path=data/train.jsonl"
-        )
+        found.append("dataset.path: file or Hub name of the rows, e.g. dataset.path=train.jsonl")
     if isinstance(config, SFTStageConfig):
         if config.model.path is None and not config.model.config:
             found.append(
@@ -274,9 +272,11 @@ def _missing(config: StageConfig) -> list[str]:
             found.append("model.tokenizer: Hub id or directory; needed when model.path is not set")
     elif config.model.path is None and not (config.stage_dir("sft") / "final").is_dir():
         found.append(_no_stage("model.path", config, "sft"))
-    if isinstance(config, PPOStageConfig) and config.scorer.path is None:
-        if not (config.stage_dir("reward") / "final").is_dir():
+    if isinstance(config, PPOStageConfig):
+        if config.scorer.path is None and not (config.stage_dir("reward") / "final").is_dir():
             found.append(_no_stage("scorer.path", config, "reward"))
+        if config.scorer.path == "python:":
+            found.append("scorer.path: a function, e.g. scorer.path=python:my_module.my_score")
     return found
 
 
@@ -291,16 +291,16 @@ def _rules(config: StageConfig) -> Iterable[tuple[bool, str]]:
     """Yield (holds, message when it does not) for each rule on the values."""
 
     def at_least(name: str, bound: float, strict: bool = False) -> tuple[bool, str]:
-        value = _get(config, name)
+        value = attrgetter(name)(config)
         ok = value is None or (value > bound if strict else value >= bound)
         return ok, f"{name} must be {'>' if strict else '>='} {bound}, got {value}"
 
     def one_of(name: str, allowed: Iterable[str]) -> tuple[bool, str]:
-        value = _get(config, name)
+        value = attrgetter(name)(config)
         return value in allowed, f"{name} must be one of {', '.join(allowed)}, got {value!r}"
 
     def within(name: str, low: float, high: float) -> tuple[bool, str]:
-        value = _get(config, name)
+        value = attrgetter(name)(config)
         return low <= value <= high, f"{name} must lie in [{low}, {high}], got {value}"
 
     yield one_of("model.dtype", DTYPES)
@@ -309,12 +309,11 @@ def _rules(config: StageConfig) -> Iterable[tuple[bool, str]]:
     yield one_of("tracker.mode", ("online", "offline", "disabled"))
     yield within("dataset.eval_fraction", 0, 0.9)
     yield at_least("dataset.max_length", 2)
-    yield at_least("dataset.max_rows", 1)
-    yield at_least("dataset.max_eval_rows", 1)
+    yield from (at_least(f"dataset.{name}", 1) for name in ("max_rows", "max_eval_rows"))
     yield at_least("peft.r", 1)
     yield within("peft.dropout", 0, 1)
     yield (
-        "/" not in config.run_name and bool(config.run_name),
+        "/" not in config.run_name and config.run_name not in ("", ".", ".."),
         f"run_name must be one folder name, got {config.run_name!r}",
     )
     if isinstance(config, SFTStageConfig):
@@ -332,30 +331,16 @@ def _ppo_rules(
     config: PPOStageConfig, at_least: Any, one_of: Any, within: Any
 ) -> Iterable[tuple[bool, str]]:
     ppo = config.ppo
-    sizes = "batch_size num_mini_batches micro_batch_size rollout_batch_size response_length"
-    counts = ["num_updates", "num_ppo_epochs", *sizes.split()]
-    yield from (at_least(f"ppo.{name}", 1) for name in counts)
-    yield from (
-        at_least(name, 1)
-        for name in ("evaluation.every", "checkpoint.every", "checkpoint.keep_last")
-    )
-    yield from (
-        at_least(f"ppo.{name}", 0) for name in ("kl_coef", "top_k", "vf_coef", "learning_rate")
-    )
-    yield from (
-        at_least(name, 0)
-        for name in ("critic.learning_rate", "critic.warmup_updates", "evaluation.num_prompts")
-    )
-    yield from (
-        at_least(f"ppo.{name}", 0, strict=True)
-        for name in ("temperature", "adam_epsilon", "max_grad_norm")
-    )
-    yield from (
-        at_least(f"ppo.{name}", 0, strict=True)
-        for name in ("cliprange", "cliprange_value", "target_kl")
-    )
-    yield at_least("ppo.max_prompt_length", 1)
-    yield at_least("scorer.batch_size", 1)
+    sizes = "batch_size num_mini_batches micro_batch_size rollout_batch_size"
+    counts = f"num_updates num_ppo_epochs {sizes} response_length max_prompt_length"
+    yield from (at_least(f"ppo.{name}", 1) for name in counts.split())
+    others = "scorer.batch_size evaluation.every checkpoint.every checkpoint.keep_last"
+    yield from (at_least(name, 1) for name in others.split())
+    not_negative = "ppo.kl_coef ppo.top_k ppo.vf_coef ppo.learning_rate critic.learning_rate"
+    yield from (at_least(name, 0) for name in not_negative.split())
+    yield from (at_least(name, 0) for name in ("critic.warmup_updates", "evaluation.num_prompts"))
+    positive = "temperature adam_epsilon max_grad_norm cliprange cliprange_value target_kl"
+    yield from (at_least(f"ppo.{name}", 0, strict=True) for name in positive.split())
     yield from (within(f"ppo.{name}", 0, 1) for name in ("gamma", "lam"))
     yield one_of("ppo.kl_estimator", ("k1", "k2", "k3"))
     yield one_of("ppo.lr_schedule", ("linear", "constant"))
@@ -370,8 +355,7 @@ def _ppo_rules(
     yield (
         ppo.allow_off_policy_sampling or not off_policy,
         f"ppo.top_p={ppo.top_p} and ppo.top_k={ppo.top_k} sample from another distribution than "
-        f"the one PPO scores; "
-        "leave them at 1.0 and 0, or set ppo.allow_off_policy_sampling=true",
+        "the one PPO scores; leave them at 1.0 and 0, or set ppo.allow_off_policy_sampling=true",
     )
     yield 0 < ppo.top_p <= 1, f"ppo.top_p must lie in (0, 1], got {ppo.top_p}"
     from_python = str(config.scorer.path).startswith("python:")
@@ -380,12 +364,6 @@ def _ppo_rules(
         "critic.init=reward needs a reward model, but scorer.path is a Python function: set "
         "critic.init=policy",
     )
-
-
-def _get(config: Any, dotted: str) -> Any:
-    for name in dotted.split("."):
-        config = getattr(config, name)
-    return config
 
 
 # --- Objects named in a configuration -----------------------------------------------------------
@@ -413,8 +391,7 @@ def load_object(dotted: str, field_name: str) -> Any:
     except (ImportError, AttributeError) as error:
         raise InputError(
             f"{field_name}={dotted!r} cannot be imported ({error}); the module is looked for in "
-            f"the working "
-            "directory and in PYTHONPATH"
+            "the working directory and in PYTHONPATH"
         ) from error
 
 
@@ -498,17 +475,14 @@ def schema(config_class: type) -> Any:
     from omegaconf import OmegaConf
 
     node = OmegaConf.structured(config_class)
-    for name in ("trainer",):
-        if name in node:
-            OmegaConf.set_struct(
-                node[name], False
-            )  # a free mapping: any key may be set without "+"
-    OmegaConf.set_struct(node.model.config, False)
+    # free mappings: any key may be set without "+"
+    for mapping in [node.model.config, *([node.trainer] if "trainer" in node else [])]:
+        OmegaConf.set_struct(mapping, False)
     return node
 
 
 def explain(error: BaseException, config_class: type) -> str:
-    """Say what is wrong with a key or value, in one or two lines, with the nearest valid key."""
+    """Say what is wrong with a key or value, in one line, with the nearest valid key."""
     from omegaconf.errors import ConfigAttributeError, ConfigKeyError, ValidationError
 
     cause: BaseException | None = error
@@ -520,5 +494,5 @@ def explain(error: BaseException, config_class: type) -> str:
         if isinstance(cause, ValidationError):
             reason = str(cause).splitlines()[0]
             return f"{cause.full_key}: {reason}" if getattr(cause, "full_key", None) else reason
-        cause = cause.__cause__
+        cause = cause.__cause__ or cause.__context__
     return str(error)

@@ -102,8 +102,8 @@ def warn(text: str) -> None:
 
 
 def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
-    """Lay out rows as a plain-text table; numbers to the right, floats with four significant "
-    "digits."""
+    """Lay out rows as a plain-text table; numbers to the right, floats with four significant
+    digits."""
     cells = [list(header)] + [[_cell(value) for value in row] for row in rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     numeric = [
@@ -135,8 +135,8 @@ def _cell(value: Any) -> str:
 
 
 def quiet_libraries() -> None:
-    """Silence the progress bars and load reports of the libraries; the stages report what matters "
-    "themselves."""
+    """Silence the progress bars and load reports of the libraries; the stages report what matters
+    themselves."""
     import datasets
     import transformers
 
@@ -215,13 +215,17 @@ def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def truncate_jsonl(path: Path, last_step: int) -> None:
-    """Drop the rows after `last_step`, and a torn last line, from a JSONL file whose rows have a "
-    "`step`."""
+    """Drop the rows after `last_step`, and a torn last line, from a JSONL file whose rows have a
+    `step`."""
     if not path.is_file():
         return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step]
-    path.write_text("".join(kept), encoding="utf-8")
+    # bytes: text would also split at the line separators inside a response, and a torn last line
+    # may end in the middle of a character
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [
+        line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= last_step
+    ]
+    path.write_bytes(b"".join(kept))
 
 
 def _json_number(value: float) -> float | int | None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -164,15 +165,18 @@ def load_reward_model(config: ModelConfig, field: str = "scorer.path") -> PreTra
 
     Raises:
         InputError: the directory holds no weights for the scalar head (a fresh head is never
-            substituted).
+            substituted), or weights of another shape.
     """
     assert config.path is not None
-    model, info = _load_classifier(config, field, output_loading_info=True)
-    if any(key.startswith(f"{HEAD}.") for key in info["missing_keys"]):
+    model, info = _load_classifier(
+        config, field, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    misfits = {name for name, *_ in info["mismatched_keys"]}
+    misfits |= {name for name in info["missing_keys"] if name.startswith(f"{HEAD}.")}
+    if misfits:
         raise InputError(
-            f"{field}={config.path} has no weights for the reward head ({HEAD}.weight): it is not "
-            f"a reward model; "
-            "give the final/ directory of a reward stage"
+            f"{field}={config.path} has no weights for {', '.join(sorted(misfits))} that fit: it "
+            f"is not a reward model with one label; give the final/ directory of a reward stage"
         )
     if model.dtype != torch.float32:
         _restore_head(model, Path(config.path))
@@ -206,8 +210,7 @@ def add_lora(model: PreTrainedModel, config: PeftConfig, task_type: str, seed: i
 
 
 def merged(model: Any) -> PreTrainedModel:
-    """Return the plain model; when there are adapters, a new one with the adapters merged into "
-    "copied weights."""
+    """Return the plain model; adapters, if there are any, are merged into copied weights."""
     from peft import PeftModel
 
     if not isinstance(model, PeftModel):
@@ -228,7 +231,10 @@ def merged(model: Any) -> PreTrainedModel:
     plain = type(base)(base.config)
     plain.load_state_dict(state)
     plain.generation_config = getattr(base, "generation_config", None)
-    return plain.to(base.dtype)
+    for name, parameter in plain.named_parameters():
+        # Each in its own dtype: `plain.to` would round a float32 head and the rotary frequencies.
+        parameter.data = parameter.data.to(state[name].dtype)
+    return plain
 
 
 def freeze(model: Any) -> Any:
@@ -281,8 +287,7 @@ def parameter_count(model: nn.Module) -> tuple[int, int]:
 
 
 def use_bfloat16(precision: str) -> bool:
-    """Decide whether forward passes run under bfloat16 autocast; "auto" means on a GPU that has "
-    "it."""
+    """Decide whether forward passes run under bfloat16 autocast; "auto": on a GPU that has it."""
     if precision == "auto":
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     return precision == "bfloat16"
@@ -303,7 +308,7 @@ def _build(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTraine
         return AutoModelForCausalLM.from_config(
             model_config, dtype=dtype, attn_implementation=config.attn_implementation
         )
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, StrictDataclassError) as error:
         raise InputError(f"model.config: {error}") from error
 
 
@@ -413,8 +418,7 @@ def position_ids_from_mask(mask: Tensor) -> Tensor:
 
 
 def forward_inputs(model: Any, input_ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Build the arguments of a forward pass: ids, attention mask, and positions where the family "
-    "takes them."""
+    """Build the inputs of a forward pass: ids, mask, and positions where the family takes any."""
     inputs = {"input_ids": input_ids, "attention_mask": mask.long()}
     if accepts(model, "position_ids"):
         inputs["position_ids"] = position_ids_from_mask(mask)
@@ -459,8 +463,7 @@ class ScalarModel(nn.Module):
         self.model, self.mean, self.std = model, mean, std
 
     def forward(self, sequence_ids: Tensor, mask: Tensor) -> Tensor:
-        """Return one number per token, (B, L) float32; the head runs in float32 even under "
-        "autocast."""
+        """Return one number per token, (B, L) float32; the head is float32 even under autocast."""
         inner = unwrap_peft(self.model)
         inputs = forward_inputs(inner.base_model, sequence_ids, mask)
         hidden = inner.base_model(**inputs, use_cache=False).last_hidden_state

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ SHOWN = ("loss", "accuracy", "eval_loss", "eval_accuracy")
 
 
 def trainer_arguments(
-    factory: Callable[..., Any],
+    factory: Any,
     config: SFTStageConfig | RewardStageConfig,
     output_dir: Path,
     **reserved: Any,
@@ -41,6 +41,12 @@ def trainer_arguments(
         reserved: further values of the stage.
     """
     on_gpu = torch.cuda.is_available()
+    names = [f.name for f in dataclasses.fields(factory)]
+    # renamed in transformers 5.23; checkpointing is set on the model, by
+    # model.gradient_checkpointing
+    checkpointing = next(
+        n for n in ("activation_checkpointing", "gradient_checkpointing") if n in names
+    )
     values = {"eval_strategy": "steps", "save_strategy": "steps"} | dict(config.trainer)
     return build_arguments(
         factory,
@@ -52,7 +58,7 @@ def trainer_arguments(
             "disable_tqdm": True,
             "use_cpu": not on_gpu,
             "bf16": use_bfloat16(config.precision),
-            "gradient_checkpointing": False,  # set on the model by model.gradient_checkpointing
+            checkpointing: False,
             "remove_unused_columns": False,
             "ddp_find_unused_parameters": False,
         }
@@ -99,7 +105,7 @@ class StageCallback(TrainerCallback):
         **_: Any,
     ) -> None:
         values = {name: value for name, value in (logs or {}).items() if name in METRICS}
-        if not values:
+        if not values.keys() - {"epoch"}:
             return
         if not torch.isfinite(torch.tensor(float(values.get("loss", 0.0)))):
             raise InputError(
@@ -144,7 +150,12 @@ def run_trainer(
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(callback)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if not callback.interrupted:
+        evaluated = [
+            row["step"]
+            for row in trainer.state.log_history
+            if "eval_loss" in row or "eval_accuracy" in row
+        ]
+        if not callback.interrupted and trainer.state.global_step not in evaluated:
             trainer.evaluate()
     writer.close()
     if callback.interrupted:

@@ -1,4 +1,4 @@
-"""Tiny tokenizers for tests, built offline."""
+"""Tiny tokenizers and models for tests, built offline."""
 
 from typing import Any
 
@@ -26,3 +26,39 @@ def tiny_tokenizer() -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
     )
+
+
+def tiny_model(family: str, tokenizer: Any, seed: int = 0, **overrides: Any) -> Any:
+    """Causal language model of two layers whose logits differ clearly: no weight is near 0.
+
+    Args:
+        family: "llama" or "gpt_neox".
+        overrides: values of the model's config, e.g. vocab_size or attention_dropout.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    config = AutoConfig.for_model(family, **{**values, **overrides})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() == 1:  # norms and biases: around what they are
+                parameter.add_(0.1 * noise)
+            elif "embed_in" in name or "embed_tokens" in name:
+                parameter.copy_(noise)
+            else:
+                parameter.copy_(noise / 3)
+    return model

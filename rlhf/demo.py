@@ -1,0 +1,89 @@
+"""The three stages on the embedded demo world, and one closing table: `python -m rlhf.demo`.
+
+Runs `python -m rlhf.sft`, `.reward` and `.ppo` with `recipe=demo`, one after the other, under a run
+name that is still free. The world, its data and its gold score are in `rlhf.demo_world`. Arguments
+go to all three stages, e.g. `python -m rlhf.demo seed=2`.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rlhf.metrics import table
+
+STAGES = ("sft", "reward", "ppo")
+NUM_SHOWN = 4
+
+
+def main(arguments: list[str]) -> int:
+    """Run the stages and print the table; return the exit status."""
+    given = [a.partition("=")[2] for a in arguments if a.startswith("run_name=")]
+    run_name = given[0] if given else _free_name(Path("runs"))
+    seconds = {}
+    for stage in STAGES:
+        print(f"\n=== python -m rlhf.{stage} recipe=demo run_name={run_name}", flush=True)
+        began = time.perf_counter()
+        command = [sys.executable, "-m", f"rlhf.{stage}", "recipe=demo", *arguments]
+        status = subprocess.run([*command, f"run_name={run_name}"]).returncode
+        if status:
+            return status
+        seconds[stage] = time.perf_counter() - began
+    print(closing_table(Path("runs") / run_name, seconds))
+    return 0
+
+
+def closing_table(run: Path, seconds: dict[str, float]) -> str:
+    """Summarise a finished demo run: what each stage reached, in terms of the true (gold) score."""
+    records = {stage: json.loads((run / stage / "final/rlhf.json").read_text()) for stage in STAGES}
+    evaluations = [row for row in _rows(run / "ppo/metrics.jsonl") if "eval_score" in row]
+    before, after, reward = evaluations[0], evaluations[-1], records["reward"]["metrics"]
+    figures = [
+        ("gold score of the SFT policy (0 to 1)", before["eval_independent_score"]),
+        ("gold score after PPO", after["eval_independent_score"]),
+        ("reward model's score before PPO", before["eval_score"]),
+        ("reward model's score after PPO", after["eval_score"]),
+        ("KL(PPO || SFT), nats per response", after["eval_kl"]),
+        ("reward model: accuracy against gold", reward["eval_accuracy"]),
+        ("`the longer response wins`: accuracy", reward["eval_longer_wins_accuracy"]),
+        *((f"seconds of {stage}, start-up included", round(s)) for stage, s in seconds.items()),
+    ]
+    return "\n".join(
+        [
+            f"\n=== the demo, on {len(_answers(run, after))} held-out prompts\n",
+            table(figures, ("", "value")),
+            "\nsome answers (prompt | SFT -> PPO, gold score in brackets):",
+            *_comparisons(_answers(run, before), _answers(run, after)),
+            f"\nmetrics.jsonl and samples.jsonl of each stage are in {run}/<stage>/",
+        ]
+    )
+
+
+def _comparisons(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[str]:
+    return [
+        f"  {old['prompt'][-1]['content']} | {old['response']} ({old['independent_score']:.2f}) -> "
+        f"{new['response']} ({new['independent_score']:.2f})"
+        for old, new in list(zip(before, after, strict=True))[:NUM_SHOWN]
+    ]
+
+
+def _answers(run: Path, evaluation: dict[str, Any]) -> list[dict[str, Any]]:
+    rows = _rows(run / "ppo/samples.jsonl")
+    return [row for row in rows if row["step"] == evaluation["step"]]
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _free_name(runs: Path) -> str:
+    names = ["demo", *(f"demo-{number}" for number in range(2, 1000))]
+    return next(name for name in names if not (runs / name).exists())
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

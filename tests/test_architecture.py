@@ -1,0 +1,78 @@
+"""The shape of the package, read from its sources: imports run one way, files and functions are
+short, no module hides another package.
+
+Run: python -m pytest tests/test_architecture.py
+"""
+
+import ast
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = sorted((ROOT / "rlhf").rglob("*.py"))
+TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
+
+LAYERS = {"functional": set(), "config": set(), "metrics": {"config"}}
+LAYERS["data"] = LAYERS["checkpoint"] = {"config", "metrics"}
+LAYERS["command_line"] = {"config"}
+LAYERS["models"] = {"config", "checkpoint", "data"}
+LAYERS["generation"] = {"models"}
+LAYERS["scorers"] = {"config", "checkpoint", "data", "models"}
+LAYERS["rollout"] = {"functional", "generation", "models", "scorers"}
+STAGES = {"sft", "reward", "ppo"}
+
+
+def module_of(path):
+    """First name below `rlhf`: a package such as `rlhf/data/` counts as one module."""
+    return path.relative_to(ROOT / "rlhf").parts[0].removesuffix(".py")
+
+
+def imported(tree):
+    """Modules of ours that a file imports, at the top or inside a function."""
+    names = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+    return {name.split(".")[1] for name in names if name.startswith("rlhf.")}
+
+
+def test_imports_are_found_at_the_top_and_inside_functions():
+    source = (
+        "import rlhf.models\nfrom rlhf import data\ndef f():\n    from rlhf.ppo.stage import x\n"
+    )
+    assert imported(ast.parse(source)) == {"models", "data", "ppo"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_run_one_way(path):
+    module = module_of(path)
+    others = imported(TREES[path]) - {module}
+    if module in LAYERS:
+        assert others <= LAYERS[module]
+    if module not in ("__init__", "demo"):
+        assert not others & STAGES, "no module imports a stage"
+
+
+def test_no_module_hides_the_standard_library_or_a_dependency():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    dependencies = {re.split("[<>=]", name)[0] for name in project["dependencies"]}
+    modules = {module_of(path) for path in FILES} | {path.stem for path in FILES}
+    taken = set(sys.stdlib_module_names) | dependencies | {"hydra", "yaml", "wandb", "tokenizers"}
+    assert not (modules - {"__init__", "__main__"}) & taken
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_are_short(path):
+    num_lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert num_lines < 500, f"{path.name} has {num_lines} lines"
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            num_lines = node.end_lineno - node.lineno + 1
+            assert num_lines < 60, f"{node.name} has {num_lines} lines"

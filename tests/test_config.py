@@ -1,0 +1,396 @@
+"""The configuration: YAML equals dataclass, every rule fires, every message names key and remedy.
+
+Leaves out the command line (test_command_line.py) and what the stages do with the values.
+Run: python -m pytest tests/test_config.py
+"""
+
+import dataclasses
+import re
+from operator import attrgetter
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from rlhf.config import (
+    CONF_DIR,
+    STAGES,
+    InputError,
+    PPOStageConfig,
+    SFTStageConfig,
+    _rules,
+    build_arguments,
+    check,
+    config_keys,
+    load_config,
+    load_object,
+    nearest,
+    save_config,
+    schema,
+)
+
+
+def compose_stage(stage, *overrides):
+    """What Hydra makes of `python -m rlhf.<stage> recipe=null ...`."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store(name=f"{stage}_schema", node=schema(STAGES[stage]))
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):
+        return OmegaConf.to_object(compose(stage, overrides=list(overrides)))
+
+
+def flat(values, prefix=""):
+    """Dotted key -> repr of the value; repr tells 1 from 1.0 and from True."""
+    found = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = repr(value)
+    return found
+
+
+def valid_config(stage, changes=()):
+    """A configuration of `stage` that passes every check, with dotted keys changed."""
+    config = STAGES[stage]()
+    for key, value in {
+        "dataset.path": "rows.jsonl",
+        "model.path": "model",
+        **dict(changes),
+    }.items():
+        parent, _, name = key.rpartition(".")
+        setattr(attrgetter(parent)(config) if parent else config, name, value)
+    if isinstance(config, PPOStageConfig) and config.scorer.path is None:
+        config.scorer.path = "reward_model"
+    return config
+
+
+# --- YAML and dataclass ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_yaml_without_overrides_equals_the_dataclass_defaults(stage):
+    composed = flat(dataclasses.asdict(compose_stage(stage)))
+    assert composed == flat(dataclasses.asdict(STAGES[stage]()))
+
+
+@pytest.mark.parametrize(
+    "overrides, section, expected",
+    [
+        (["peft=lora"], "peft", {"enabled": True}),
+        (["tracker=wandb"], "tracker", {"name": "wandb"}),
+        (["scorer=python"], "scorer", {"path": "python:", "normalize": "none"}),
+    ],
+)
+def test_group_changes_only_what_it_is_for(overrides, section, expected):
+    composed = dataclasses.asdict(compose_stage("ppo", *overrides))
+    wanted = dataclasses.asdict(PPOStageConfig())
+    wanted[section] |= expected
+    assert flat(composed) == flat(wanted)
+
+
+def test_every_dataset_group_names_an_existing_format():
+    from rlhf.data.formats import FORMATS
+
+    groups = sorted(path.stem for path in (CONF_DIR / "dataset").glob("*.yaml"))
+    assert "messages" in groups
+    for group in groups:
+        assert compose_stage("ppo", f"dataset={group}").dataset.format in FORMATS, group
+
+
+KNOB_FILES = [
+    *sorted(CONF_DIR.glob("*.yaml")),
+    *(p for g in ("model", "scorer", "peft", "tracker") for p in sorted((CONF_DIR / g).glob("*"))),
+]
+
+
+def uncommented(text):
+    """Knobs with no comment above them or above the unbroken block of lines they stand in."""
+    covered, in_defaults, found = False, False, []
+    for line in text.splitlines():
+        if not line.strip():
+            covered = in_defaults = False
+        elif line.startswith("defaults:"):
+            in_defaults = True
+        elif line.lstrip().startswith("#"):
+            covered = True
+        elif not in_defaults and line.partition(":")[2] and not covered:
+            found.append(line.strip())
+    return found
+
+
+def test_knob_without_a_comment_is_found():
+    text = "# of a and b\na: 1\nb: 2\n\nc: 3\ngroup:\n  d: 4\n"
+    assert uncommented(text) == ["c: 3", "d: 4"]
+
+
+@pytest.mark.parametrize("path", KNOB_FILES, ids=lambda path: str(path.relative_to(CONF_DIR)))
+def test_every_knob_in_the_yaml_has_a_comment(path):
+    assert uncommented(path.read_text()) == []
+
+
+# --- Checks ---------------------------------------------------------------------------------------
+
+PYTHON_SCORER = {"scorer.path": "python:my_module.score"}
+OFF_POLICY = "or set ppo.allow_off_policy_sampling=true"
+
+# stage, changes, what the message must say
+BAD_VALUES = [
+    ("sft", {"model.dtype": "fp16"}, "model.dtype must be one of auto, float32, bfloat16, float16"),
+    ("sft", {"precision": "fp16"}, "precision must be one of auto, float32, bfloat16, got 'fp16'"),
+    ("sft", {"tracker.name": "mlflow"}, "tracker.name must be one of none, wandb, got 'mlflow'"),
+    ("sft", {"tracker.mode": "off"}, "tracker.mode must be one of online, offline, disabled"),
+    (
+        "sft",
+        {"dataset.eval_fraction": 1.0},
+        "dataset.eval_fraction must lie in [0, 0.9], got 1.0",
+    ),
+    ("sft", {"dataset.max_length": 1}, "dataset.max_length must be >= 2, got 1"),
+    ("sft", {"dataset.max_rows": 0}, "dataset.max_rows must be >= 1, got 0"),
+    ("sft", {"dataset.max_eval_rows": 0}, "dataset.max_eval_rows must be >= 1, got 0"),
+    ("sft", {"peft.r": 0}, "peft.r must be >= 1, got 0"),
+    ("sft", {"peft.dropout": 1.1}, "peft.dropout must lie in [0, 1], got 1.1"),
+    ("sft", {"run_name": "a/b"}, "run_name must be one folder name, got 'a/b'"),
+    ("sft", {"run_name": ""}, "run_name must be one folder name, got ''"),
+    ("sft", {"run_name": ".."}, "run_name must be one folder name, got '..'"),
+    ("sft", {"num_samples": -1}, "num_samples must be >= 0, got -1"),
+    ("sft", {"response_length": 0}, "response_length must be >= 1, got 0"),
+    ("sft", {"temperature": 0.0}, "temperature must be > 0, got 0.0"),
+    ("reward", {"reward.loss": "hinge"}, "reward.loss must be one of pairwise, plackett_luce, got"),
+    (
+        "reward",
+        {"reward.num_normalization_prompts": 0},
+        "reward.num_normalization_prompts must be >= 1, got 0",
+    ),
+    ("reward", {"peft.r": 0}, "peft.r must be >= 1, got 0"),
+    ("ppo", {"ppo.num_updates": 0}, "ppo.num_updates must be >= 1, got 0"),
+    ("ppo", {"ppo.num_ppo_epochs": 0}, "ppo.num_ppo_epochs must be >= 1, got 0"),
+    ("ppo", {"ppo.batch_size": 0}, "ppo.batch_size must be >= 1, got 0"),
+    ("ppo", {"ppo.num_mini_batches": 0}, "ppo.num_mini_batches must be >= 1, got 0"),
+    ("ppo", {"ppo.micro_batch_size": 0}, "ppo.micro_batch_size must be >= 1, got 0"),
+    ("ppo", {"ppo.rollout_batch_size": 0}, "ppo.rollout_batch_size must be >= 1, got 0"),
+    ("ppo", {"ppo.response_length": 0}, "ppo.response_length must be >= 1, got 0"),
+    ("ppo", {"ppo.max_prompt_length": 0}, "ppo.max_prompt_length must be >= 1, got 0"),
+    ("ppo", {"scorer.batch_size": 0}, "scorer.batch_size must be >= 1, got 0"),
+    ("ppo", {"evaluation.every": 0}, "evaluation.every must be >= 1, got 0"),
+    ("ppo", {"checkpoint.every": 0}, "checkpoint.every must be >= 1, got 0"),
+    ("ppo", {"checkpoint.keep_last": 0}, "checkpoint.keep_last must be >= 1, got 0"),
+    ("ppo", {"ppo.kl_coef": -0.1}, "ppo.kl_coef must be >= 0, got -0.1"),
+    ("ppo", {"ppo.kl_coef": float("nan")}, "ppo.kl_coef must be >= 0, got nan"),
+    ("ppo", {"ppo.top_k": -1}, "ppo.top_k must be >= 0, got -1"),
+    ("ppo", {"ppo.vf_coef": -1.0}, "ppo.vf_coef must be >= 0, got -1.0"),
+    ("ppo", {"ppo.learning_rate": -1e-6}, "ppo.learning_rate must be >= 0, got -1e-06"),
+    ("ppo", {"critic.learning_rate": -1.0}, "critic.learning_rate must be >= 0, got -1.0"),
+    ("ppo", {"critic.warmup_updates": -1}, "critic.warmup_updates must be >= 0, got -1"),
+    ("ppo", {"evaluation.num_prompts": -1}, "evaluation.num_prompts must be >= 0, got -1"),
+    ("ppo", {"ppo.temperature": 0.0}, "ppo.temperature must be > 0, got 0.0"),
+    ("ppo", {"ppo.adam_epsilon": 0.0}, "ppo.adam_epsilon must be > 0, got 0.0"),
+    ("ppo", {"ppo.max_grad_norm": 0.0}, "ppo.max_grad_norm must be > 0, got 0.0"),
+    ("ppo", {"ppo.cliprange": 0.0}, "ppo.cliprange must be > 0, got 0.0"),
+    ("ppo", {"ppo.cliprange_value": -0.2}, "ppo.cliprange_value must be > 0, got -0.2"),
+    ("ppo", {"ppo.target_kl": 0.0}, "ppo.target_kl must be > 0, got 0.0"),
+    ("ppo", {"ppo.gamma": 1.5}, "ppo.gamma must lie in [0, 1], got 1.5"),
+    ("ppo", {"ppo.lam": -0.5}, "ppo.lam must lie in [0, 1], got -0.5"),
+    ("ppo", {"ppo.kl_estimator": "k4"}, "ppo.kl_estimator must be one of k1, k2, k3, got 'k4'"),
+    ("ppo", {"ppo.lr_schedule": "cosine"}, "ppo.lr_schedule must be one of linear, constant, got"),
+    ("ppo", {"scorer.normalize": "z"}, "scorer.normalize must be one of none, shift, standardise"),
+    ("ppo", {"critic.init": "random"}, "critic.init must be one of reward, policy, got 'random'"),
+    (
+        "ppo",
+        {"ppo.num_mini_batches": 3},
+        "ppo.batch_size must be divisible by ppo.num_mini_batches, got 64 and 3",
+    ),
+    ("ppo", {"ppo.top_p": 0.9}, OFF_POLICY),
+    ("ppo", {"ppo.top_k": 50}, OFF_POLICY),
+    (
+        "ppo",
+        {"ppo.top_p": 0.0, "ppo.allow_off_policy_sampling": True},
+        "ppo.top_p must lie in (0, 1], got 0.0",
+    ),
+    ("ppo", PYTHON_SCORER, "scorer.path is a Python function: set critic.init=policy"),
+]
+
+
+@pytest.mark.parametrize("stage, changes, message", BAD_VALUES, ids=lambda x: str(x)[:60])
+def test_bad_value_is_named_with_what_is_allowed(stage, changes, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        check(valid_config(stage, changes))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_rule_is_broken_by_some_row_of_the_table(stage):
+    # the rules that all stages share stand under "sft" only
+    rows = [changes for owner, changes, _ in BAD_VALUES if owner in (stage, "sft")]
+    num_rules = len(list(_rules(valid_config(stage))))
+    broken = set()
+    for changes in rows:
+        try:
+            config = valid_config(stage, changes)
+            attrgetter(*changes)(config)
+        except AttributeError:
+            continue  # a key of another stage
+        broken |= {i for i, (holds, _) in enumerate(_rules(config)) if not holds}
+    assert broken == set(range(num_rules))
+
+
+@pytest.mark.parametrize(
+    "stage, changes",
+    [
+        ("sft", {}),
+        ("reward", {}),
+        ("ppo", {}),
+        ("ppo", {"ppo.top_p": 0.9, "ppo.allow_off_policy_sampling": True}),
+        ("ppo", {"ppo.kl_coef": 0.0, "ppo.cliprange_value": None, "ppo.gamma": 0.0}),
+        ("ppo", PYTHON_SCORER | {"critic.init": "policy"}),
+        ("sft", {"model.path": None, "model.config": {"a": 1}, "model.tokenizer": "gpt2"}),
+    ],
+)
+def test_good_values_pass(stage, changes):
+    check(valid_config(stage, changes))
+
+
+def test_all_bad_values_are_reported_at_once():
+    with pytest.raises(InputError) as caught:
+        check(valid_config("ppo", {"ppo.kl_coef": -1.0, "ppo.gamma": 2.0, "peft.r": 0}))
+    lines = str(caught.value).splitlines()
+    assert [line.split()[0] for line in lines] == ["peft.r", "ppo.kl_coef", "ppo.gamma"]
+
+
+@pytest.mark.parametrize(
+    "stage, keys",
+    [
+        ("sft", ["dataset.path", "model.path", "model.tokenizer"]),
+        ("reward", ["dataset.path", "model.path"]),
+        ("ppo", ["dataset.path", "model.path", "scorer.path"]),
+    ],
+)
+def test_all_missing_values_are_reported_at_once(stage, keys, tmp_path):
+    with pytest.raises(InputError) as caught:
+        check(STAGES[stage](runs_dir=str(tmp_path), run_name="mine"))
+    title, *lines = str(caught.value).splitlines()
+    assert title == "missing values:"
+    assert [line.split(":")[0].strip() for line in lines] == keys
+    assert all("e.g. " in line or "run_name=mine" in line or "needed" in line for line in lines)
+
+
+def test_directories_of_the_same_run_stand_in_for_missing_paths(tmp_path):
+    for stage in ("sft", "reward"):
+        (tmp_path / "mine" / stage / "final").mkdir(parents=True)
+    config = PPOStageConfig(runs_dir=str(tmp_path), run_name="mine")
+    config.dataset.path = "rows.jsonl"
+    check(config)
+
+
+def test_python_scorer_without_a_function_is_missing_not_the_reward_model():
+    config = valid_config("ppo", {"scorer.path": "python:", "critic.init": "policy"})
+    with pytest.raises(InputError, match="scorer.path: a function, e.g. scorer.path=python:my_"):
+        check(config)
+
+
+# --- Objects and arguments ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["transformers.TrainingArguments", "trl.SFTConfig"])
+def test_typo_among_trainer_arguments_names_the_nearest(name):
+    factory = load_object(name, "test")
+    with pytest.raises(InputError) as caught:
+        build_arguments(factory, {"learning_rat": 1e-3}, {"output_dir": "x"})
+    assert f"trainer.learning_rat is not an argument of {factory.__name__}" in str(caught.value)
+    assert "Did you mean learning_rate" in str(caught.value)
+
+
+@dataclasses.dataclass
+class Arguments:
+    """Stands for a library's argument class."""
+
+    output_dir: str
+    steps: int = 1
+
+    def __post_init__(self):
+        if self.steps < 0:
+            raise ValueError("steps is negative")
+
+
+def test_trainer_arguments_are_passed_on():
+    built = build_arguments(Arguments, {"steps": 5}, {"output_dir": "here"})
+    assert built == Arguments("here", 5)
+
+
+def test_reserved_trainer_argument_is_refused():
+    with pytest.raises(InputError, match="trainer.output_dir is set by the stage itself; remove"):
+        build_arguments(Arguments, {"output_dir": "there"}, {"output_dir": "here"})
+
+
+def test_value_that_the_library_refuses_is_an_input_error():
+    with pytest.raises(InputError, match="trainer: Arguments refuses these values: steps is neg"):
+        build_arguments(Arguments, {"steps": -1}, {"output_dir": "here"})
+
+
+def test_nearest_says_nothing_without_a_close_name():
+    assert nearest("zzz", ["alpha", "beta"]) == ""
+
+
+@pytest.mark.parametrize(
+    "dotted, message",
+    [
+        ("function", "scorer.path='function' is not a dotted path such as my_module.my_function"),
+        ("no_such_module.f", "scorer.path='no_such_module.f' cannot be imported"),
+        ("python:math.no_such_name", "scorer.path='python:math.no_such_name' cannot be imported"),
+    ],
+)
+def test_object_that_cannot_be_imported_is_named_with_its_key(dotted, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        load_object(dotted, "scorer.path")
+
+
+def test_object_is_found_in_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "module_of_the_user.py").write_text("def score():\n    return 3\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", ["/nonexistent"])
+    assert load_object("python:module_of_the_user.score", "scorer.path")() == 3
+
+
+# --- Reading and writing --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_saved_configuration_is_read_back_equal(stage, tmp_path):
+    config = valid_config(stage, {"seed": 7, "model.config": {"model_type": "llama"}})
+    config.peft.target_modules = ["q_proj"]
+    if stage != "ppo":
+        config.trainer["weight_decay"] = 0.1  # a key that the default lacks
+    save_config(config, tmp_path / "config.yaml")
+    loaded = load_config(STAGES[stage], tmp_path / "config.yaml")
+    assert type(loaded) is STAGES[stage]
+    assert loaded == config
+
+
+def test_unknown_key_in_a_saved_configuration_is_named(tmp_path):
+    path = Path(tmp_path / "config.yaml")
+    path.write_text("ppo:\n  kl_coeff: 0.1\n")
+    with pytest.raises(InputError) as caught:
+        load_config(PPOStageConfig, path)
+    assert str(path) in str(caught.value)
+    assert "unknown key 'ppo.kl_coeff'. Did you mean ppo.kl_coef" in str(caught.value)
+
+
+def test_wrong_type_in_a_saved_configuration_is_named(tmp_path):
+    path = Path(tmp_path / "config.yaml")
+    path.write_text("seed: many\n")
+    with pytest.raises(InputError, match="seed: Value 'many' of type 'str' could not be converted"):
+        load_config(SFTStageConfig, path)
+
+
+def test_config_keys_are_all_dotted_keys():
+    @dataclasses.dataclass
+    class Inner:
+        a: int = 1
+
+    @dataclasses.dataclass
+    class Outer:
+        b: int = 2
+        inner: Inner = dataclasses.field(default_factory=Inner)
+        free: dict = dataclasses.field(default_factory=lambda: {"c": 3})
+
+    assert config_keys(Outer) == ["b", "inner", "inner.a", "free", "free.c"]

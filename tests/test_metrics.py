@@ -1,0 +1,166 @@
+"""What is written and shown: names, `metrics.jsonl`, resuming it, tables, Weights & Biases offline.
+
+Run: python -m pytest tests/test_metrics.py
+"""
+
+import json
+import math
+
+import pytest
+
+from rlhf.config import SFTStageConfig, TrackerConfig
+from rlhf.metrics import METRICS, MetricsWriter, append_jsonl, say, table, truncate_jsonl, warn
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def writer_in(directory, **options):
+    return MetricsWriter(directory, SFTStageConfig(), "sft", **options)
+
+
+def test_each_step_is_one_row_with_the_step_first(tmp_path):
+    writer = writer_in(tmp_path)
+    writer.write(1, {"loss": 0.5, "num_tokens": 12})
+    writer.write(2, {"loss": 0.25, "step": 99})
+    writer.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == (
+        '{"step": 1, "loss": 0.5, "num_tokens": 12}\n{"step": 2, "loss": 0.25}\n'
+    )
+
+
+def test_unknown_metric_is_refused_and_nothing_is_written(tmp_path):
+    writer = writer_in(tmp_path)
+    with pytest.raises(KeyError, match="metrics without an entry in METRICS: \\['los'\\]"):
+        writer.write(1, {"loss": 0.5, "los": 0.5})
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_number_that_json_lacks_becomes_null(value, tmp_path):
+    writer_in(tmp_path).write(1, {"loss": value})
+    assert rows(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": None}]
+
+
+def test_every_metric_has_a_meaning():
+    assert all(len(meaning) > 10 for meaning in METRICS.values())
+
+
+# --- Resuming -------------------------------------------------------------------------------------
+
+
+def test_resuming_keeps_rows_up_to_the_step_and_drops_later_ones(tmp_path):
+    writer = writer_in(tmp_path)
+    for step in range(1, 6):
+        writer.write(step, {"loss": step / 10})
+    resumed = writer_in(tmp_path, resume_step=3)
+    assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    resumed.write(4, {"loss": 9.0})
+    assert [row["loss"] for row in rows(tmp_path / "metrics.jsonl")] == [0.1, 0.2, 0.3, 9.0]
+
+
+def test_resuming_without_a_file_is_no_error(tmp_path):
+    writer_in(tmp_path, resume_step=3).write(4, {"loss": 1.0})
+    assert rows(tmp_path / "metrics.jsonl") == [{"step": 4, "loss": 1.0}]
+
+
+@pytest.mark.parametrize("torn", ['{"step": 2, "lo', '{"step": 2}', '{"step": 2, "response": "é'])
+def test_torn_last_line_is_dropped(torn, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    content = torn.encode()
+    path.write_bytes(b'{"step": 1}\n' + (content[:-1] if torn.endswith("é") else content))
+    truncate_jsonl(path, 5)
+    assert path.read_bytes() == b'{"step": 1}\n'
+
+
+def test_line_separators_inside_a_response_do_not_end_a_row(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    samples = [{"step": step, "response": "a\u2028b\u0085c\x0bd\r\ne\ff"} for step in (1, 2, 3)]
+    append_jsonl(path, samples)
+    truncate_jsonl(path, 2)
+    assert [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] == samples[:2]
+
+
+# --- Ranks ----------------------------------------------------------------------------------------
+
+
+def test_other_ranks_write_and_print_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    config = SFTStageConfig(tracker=TrackerConfig(name="wandb", mode="offline"))
+    writer = MetricsWriter(tmp_path, config, "sft", resume_step=0)
+    writer.write(1, {"loss": 0.5})
+    writer.write_samples(1, tmp_path / "samples.jsonl", [{"step": 1, "response": "x"}])
+    writer.close()
+    say("text")
+    warn("text")
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr() == ("", "")
+    with pytest.raises(KeyError):
+        writer.write(1, {"los": 0.5})
+
+
+def test_warning_goes_to_stderr(capsys):
+    say("one")
+    warn("two")
+    assert capsys.readouterr() == ("one\n", "warning: two\n")
+
+
+# --- Table ----------------------------------------------------------------------------------------
+
+
+def test_table_puts_numbers_right_and_text_left():
+    lines = table(
+        [("accuracy", 0.123456, 7), ("kl", None, 12345), ("score", 123456.7, 1)],
+        ("metric", "value", "n"),
+    )
+    assert lines.splitlines() == [
+        "metric     value      n",
+        "--------  ------  -----",
+        "accuracy  0.1235      7",
+        "kl             -  12345",
+        "score     123457      1",
+    ]
+
+
+def test_table_without_rows_shows_its_header():
+    assert table([], ("a", "long")) == "a  long\n-  ----"
+
+
+def test_table_shows_numbers_that_are_not_finite():
+    lines = table([(math.nan, -math.inf)], ("a", "b")).splitlines()
+    assert lines[-1].split() == ["nan", "-inf"]
+
+
+# --- Weights & Biases -----------------------------------------------------------------------------
+
+
+def test_wandb_offline_run_is_written_and_continued_under_its_id(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="the tracker's test needs `pip install wandb`")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    config = SFTStageConfig(tracker=TrackerConfig(name="wandb", mode="offline"))
+
+    writer = MetricsWriter(tmp_path, config, "sft")
+    writer.write(1, {"loss": 0.5})
+    samples = [{"step": 1, "prompt": [{"role": "user", "content": "Hi"}], "response": "Hello"}]
+    writer.write_samples(1, tmp_path / "samples.jsonl", samples)
+    writer.close()
+    first = (tmp_path / "wandb_run_id").read_text()
+    assert [p.name.split("-")[-1] for p in (tmp_path / "wandb").glob("offline-run-*")] == [first]
+    assert rows(tmp_path / "samples.jsonl") == samples
+
+    resumed = MetricsWriter(tmp_path, config, "sft", resume_step=1)
+    resumed.write(2, {"loss": 0.25})
+    resumed.close()
+    assert (tmp_path / "wandb_run_id").read_text() == first
+    assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_wandb_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    from rlhf.config import InputError
+
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    config = SFTStageConfig(tracker=TrackerConfig(name="wandb", mode="offline"))
+    with pytest.raises(InputError, match=r"pip install 'rlhf\[wandb\]'"):
+        MetricsWriter(tmp_path, config, "sft")

@@ -1,0 +1,391 @@
+"""The PPO loop: invariances, guards, resume, and that it learns what it is told to learn."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from tiny import tiny_model, tiny_tokenizer
+
+import rlhf.ppo.trainer as ppo_trainer
+from rlhf.config import (
+    CheckpointConfig,
+    CriticConfig,
+    DatasetConfig,
+    EvaluationConfig,
+    InputError,
+    ModelConfig,
+    PeftConfig,
+    PPOConfig,
+    PPOStageConfig,
+    ScorerConfig,
+)
+from rlhf.data import encode_prompts
+from rlhf.functional import token_logprobs
+from rlhf.models import load_tokenizer, response_logits
+from rlhf.ppo import PPOTrainer, train_ppo
+from rlhf.ppo.stage import collect_settings, load_actors
+from rlhf.ppo.trainer import prompt_rows
+
+WORDS = "apple river stone cloud paper light green table under seven".split()
+TIMES = ("seconds", "tokens_per_second")  # endings of the metrics that differ between equal runs
+
+
+def count_ascii(prompts, responses):
+    """Score a response by its ASCII characters; half of the tiny tokenizer's bytes are not."""
+    return [float(sum(map(str.isascii, response))) for response in responses]
+
+
+def words_scorer(prompts, responses):
+    """Score by length, so that scores differ between responses of a random policy."""
+    return [len(response) / 10 for response in responses]
+
+
+@pytest.fixture(scope="module")
+def policy_dir(tmp_path_factory) -> Path:
+    """A tiny random Llama with dropout configured, and its tokenizer."""
+    directory = tmp_path_factory.mktemp("policy")
+    tokenizer = tiny_tokenizer()
+    model = tiny_model("llama", tokenizer, attention_dropout=0.5)
+    # many stop tokens, so that responses of the random policy end at different lengths
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, *range(10, 320, 20)]
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def write_prompts(path: Path) -> Path:
+    """24 prompts of different lengths."""
+    rows = [{"prompt": " ".join(WORDS[i % 7 : i % 7 + 1 + i % 4]) + str(i)} for i in range(24)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def make_config(policy_dir: Path, folder: Path, **ppo) -> PPOStageConfig:
+    """A configuration that runs in a second."""
+    knobs = {
+        "num_updates": 4,
+        "batch_size": 8,
+        "num_mini_batches": 2,
+        "num_ppo_epochs": 2,
+        "micro_batch_size": 3,
+        "response_length": 12,
+        "learning_rate": 1e-3,
+    }
+    return PPOStageConfig(
+        runs_dir=str(folder / "runs"),
+        model=ModelConfig(path=str(policy_dir)),
+        dataset=DatasetConfig(
+            path=str(write_prompts(folder / "prompts.jsonl")),
+            format="prompt_completion",
+            eval_fraction=0.3,
+        ),
+        ppo=PPOConfig(**(knobs | ppo)),
+        scorer=ScorerConfig(path=f"python:{__name__}.words_scorer", normalize="none"),
+        critic=CriticConfig(init="policy", learning_rate=1e-3),
+        evaluation=EvaluationConfig(every=2, num_prompts=4),
+        checkpoint=CheckpointConfig(every=2),
+    )
+
+
+def make_trainer(config: PPOStageConfig, folder: Path, num_prompts: int = 16) -> PPOTrainer:
+    """A trainer without the stage around it."""
+    tokenizer = load_tokenizer(config.model)
+    accelerator = Accelerator(cpu=True)
+    actors = load_actors(config, tokenizer, None, accelerator)
+    rows = [{"prompt": " ".join(WORDS[i % 7 : i % 7 + 1 + i % 4])} for i in range(num_prompts)]
+    prompts, _ = encode_prompts(rows, tokenizer, 64)
+    settings = collect_settings(config, actors.policy, tokenizer)
+    return PPOTrainer(config, actors, prompts, settings, accelerator, folder)
+
+
+def weights(trainer: PPOTrainer) -> torch.Tensor:
+    """All parameters of policy and critic in one vector."""
+    models = (trainer.actors.policy, trainer.actors.critic)
+    return torch.cat([p.detach().flatten() for model in models for p in model.parameters()])
+
+
+def test_first_minibatch_has_ratio_one_and_kl_zero_although_dropout_is_configured(
+    policy_dir, tmp_path
+):
+    trainer = make_trainer(make_config(policy_dir, tmp_path), tmp_path)
+    metrics = trainer.step()
+    assert metrics["first_ratio_deviation"] < 1e-5
+    assert metrics["kl"] == 0.0 and metrics["kl_k3"] == 0.0
+    assert metrics["sampler_gap"] < 1e-5
+
+
+def test_lora_starts_from_the_reference_and_leaves_the_base_alone(policy_dir, tmp_path):
+    config = make_config(policy_dir, tmp_path)
+    config.peft = PeftConfig(enabled=True, r=4, dropout=0.5)
+    trainer = make_trainer(config, tmp_path)
+    frozen = {n: p.clone() for n, p in trainer.actors.policy.named_parameters() if "lora" not in n}
+    first = trainer.step()
+    assert first["kl"] == 0.0 and first["first_ratio_deviation"] < 1e-5
+    assert trainer.step()["kl_k3"] > 0.0
+    now = dict(trainer.actors.policy.named_parameters())
+    assert all(torch.equal(value, now[name]) for name, value in frozen.items())
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 3, 8])
+def test_update_does_not_depend_on_the_micro_batch_size(policy_dir, tmp_path, micro_batch_size):
+    results = []
+    for size in (4, micro_batch_size):
+        config = make_config(policy_dir, tmp_path, micro_batch_size=size)
+        trainer = make_trainer(config, tmp_path)
+        start = weights(trainer)
+        metrics = [trainer.step() for _ in range(2)]
+        assert all(m["optimizer_steps"] == 4 for m in metrics)
+        results.append((weights(trainer) - start, metrics[-1]))
+    (expected, plain), (actual, other) = results
+    assert expected.norm() > 1e-3
+    assert (actual - expected).norm() / expected.norm() < 1e-3  # Adam amplifies rounding
+    for name in ("policy_loss", "value_loss", "approx_kl", "grad_norm", "critic_grad_norm"):
+        assert math.isclose(plain[name], other[name], rel_tol=1e-3, abs_tol=1e-5), name
+
+
+def test_gradient_of_a_minibatch_does_not_depend_on_the_micro_batch_size(policy_dir, tmp_path):
+    gradients = []
+    for size in (1, 8):
+        config = make_config(policy_dir, tmp_path, micro_batch_size=size)
+        trainer = make_trainer(config, tmp_path)
+        rollout = trainer.collect()
+        rollout.logprobs = rollout.logprobs + 0.3 * torch.randn(
+            rollout.logprobs.shape, generator=torch.Generator().manual_seed(0)
+        )
+        trainer.estimate_advantages(rollout, trainer.shape_rewards(rollout)[1])
+        assert len(set(rollout.lengths.tolist())) > 1  # unequal lengths, or the test shows little
+        trainer._accumulate(rollout, torch.arange(8))
+        parameters = [*trainer.actors.policy.parameters(), *trainer.actors.critic.parameters()]
+        gradients.append(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]))
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
+
+
+def test_ppo_raises_the_score_and_does_not_with_advantages_zeroed(
+    policy_dir, tmp_path, monkeypatch
+):
+    scores = {}
+    for name in ("real", "zeroed"):
+        if name == "zeroed":
+            monkeypatch.setattr(ppo_trainer, "whiten", lambda x, mask: torch.zeros_like(x))
+        config = make_config(
+            policy_dir, tmp_path, batch_size=32, learning_rate=1e-2, kl_coef=0.0, num_updates=100
+        )
+        config.ppo.missing_eos_penalty, config.ppo.micro_batch_size = None, 16
+        trainer = make_trainer(config, tmp_path, num_prompts=32)
+        trainer.actors.scorer = count_ascii
+        scores[name] = [trainer.step()["score"] for _ in range(8)]
+    first = sum(scores["real"][:2] + scores["zeroed"][:2]) / 4
+    assert sum(scores["real"][-2:]) / 2 > 1.5 * first, scores
+    assert sum(scores["zeroed"][-2:]) / 2 < 1.2 * first, scores
+
+
+def test_one_token_world_reaches_the_closed_form_optimum(policy_dir, tmp_path):
+    """The KL-regularised optimum is pi(a) ~ ref(a) exp(r(a) / beta); see Ziegler et al. 2019, eq. 2."""
+    beta, config = 0.5, make_config(policy_dir, tmp_path)
+    config.ppo = dataclasses.replace(
+        config.ppo,
+        num_updates=40,
+        batch_size=128,
+        micro_batch_size=128,
+        rollout_batch_size=128,
+        num_mini_batches=1,
+        num_ppo_epochs=4,
+        response_length=1,
+        kl_coef=beta,
+        missing_eos_penalty=None,
+        learning_rate=2e-3,
+        whiten_advantages=False,
+    )
+    config.critic.learning_rate = 1e-2
+    trainer = make_trainer(config, tmp_path, num_prompts=1)
+    trainer.prompts = list(trainer.prompts) * 128
+    tokenizer = trainer.actors.tokenizer
+    trainer.actors.scorer = lambda prompts, responses: [
+        1.0 if r and r[0] in "aeiou" else 0.0 for r in responses
+    ]
+    rewards = torch.tensor(
+        trainer.actors.scorer(None, [tokenizer.decode([i]) for i in range(len(tokenizer))])
+    )
+    for _ in range(config.ppo.num_updates):
+        trainer.step()
+    ids = torch.tensor([trainer.prompts[0]["input_ids"] + [0]])
+    mask, token = torch.ones_like(ids, dtype=torch.bool), trainer.settings.sampling.forbidden
+    with torch.no_grad():
+        probs = [
+            response_logits(m, ids, mask, 1, token)[0, 0].softmax(-1)
+            for m in (trainer.actors.policy, trainer.actors.reference)
+        ]
+    optimum = probs[1] * (rewards / beta).exp()
+    optimum = optimum / optimum.sum()
+    good = rewards > 0
+    start, reached, best = (float(p[good].sum()) for p in (probs[1], probs[0], optimum))
+    assert best - start > 0.1
+    assert abs(reached - best) < 0.15 * (best - start), (start, reached, best)
+
+
+def test_target_kl_abandons_the_rest_of_the_epochs(policy_dir, tmp_path):
+    config = make_config(policy_dir, tmp_path, target_kl=1e-6, learning_rate=1e-2)
+    metrics = make_trainer(config, tmp_path).step()
+    assert metrics["optimizer_steps"] == 1  # the first minibatch has KL 0, the second has not
+    assert metrics["abandoned_epochs"] == 2
+
+
+def test_critic_warm_up_keeps_the_policy_still(policy_dir, tmp_path):
+    config = make_config(policy_dir, tmp_path)
+    config.critic.warmup_updates = 1
+    trainer = make_trainer(config, tmp_path)
+    policy = [p.clone() for p in trainer.actors.policy.parameters()]
+    critic = [p.clone() for p in trainer.actors.critic.parameters()]
+    trainer.step()
+    assert all(map(torch.equal, policy, trainer.actors.policy.parameters()))
+    assert not all(map(torch.equal, critic, trainer.actors.critic.parameters()))
+    trainer.step()
+    assert not all(map(torch.equal, policy, trainer.actors.policy.parameters()))
+
+
+def test_non_finite_loss_stops_the_run_and_saves_the_batch(policy_dir, tmp_path):
+    trainer = make_trainer(make_config(policy_dir, tmp_path), tmp_path)
+    rollout = trainer.collect()
+    trainer.estimate_advantages(rollout, trainer.shape_rewards(rollout)[1])
+    rollout.advantages[0, 0] = math.nan
+    before = weights(trainer)
+    with pytest.raises(InputError, match="policy_loss is not finite in update 1.*learning_rate"):
+        trainer.optimize(rollout)
+    assert torch.equal(weights(trainer), before) or torch.isfinite(weights(trainer)).all()
+    saved = load_file(tmp_path / "non_finite_batch_0.safetensors")
+    assert saved["advantages"].isnan().any() and "response_ids" in saved
+
+
+def test_old_logprobs_use_the_sampling_temperature(policy_dir, tmp_path):
+    trainer = make_trainer(make_config(policy_dir, tmp_path, temperature=0.5), tmp_path)
+    rollout = trainer.collect()
+    sequences, width = rollout.sequence_ids, rollout.response_ids.shape[1]
+    logits = response_logits(
+        trainer.actors.policy,
+        sequences,
+        rollout.sequence_mask,
+        width,
+        trainer.settings.sampling.forbidden,
+    )
+    expected = token_logprobs(logits.detach() / 0.5, rollout.response_ids)
+    mask = rollout.response_mask
+    torch.testing.assert_close(rollout.logprobs[mask], expected[mask], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(rollout.sampler_logprobs[mask], expected[mask], rtol=1e-4, atol=1e-5)
+
+
+def test_missing_eos_penalty_replaces_the_score(policy_dir, tmp_path):
+    trainer = make_trainer(make_config(policy_dir, tmp_path, missing_eos_penalty=-7.0), tmp_path)
+    rollout = trainer.collect()
+    assert not rollout.finished.all()
+    assert (rollout.scores[~rollout.finished] == -7.0).all()
+    assert (rollout.scores[rollout.finished] >= 0).all()
+
+
+def test_prompt_stream_covers_every_prompt_once_per_pass_and_needs_no_state():
+    rows = prompt_rows(range(20), 10, seed=3)
+    assert sorted(rows[:10]) == sorted(rows[10:]) == list(range(10)) and rows[:10] != rows[10:]
+    assert prompt_rows(range(7, 13), 10, seed=3) == rows[7:13]
+
+
+def read_metrics(directory: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.endswith(TIMES)} for row in rows]
+
+
+class Crash(Exception):
+    """Stands for a lost machine."""
+
+
+def test_resumed_run_equals_the_uninterrupted_run(policy_dir, tmp_path, monkeypatch):
+    whole = train_ppo(make_config(policy_dir, tmp_path))
+    config = make_config(policy_dir, tmp_path)
+    config.run_name = "crashed"
+    step = PPOTrainer.step
+
+    def crash_in_the_third_update(self):
+        if self.update == 3:
+            raise Crash
+        return step(self)
+
+    monkeypatch.setattr(PPOTrainer, "step", crash_in_the_third_update)
+    with pytest.raises(Crash):
+        train_ppo(config)
+    monkeypatch.setattr(PPOTrainer, "step", step)
+    resumed = train_ppo(dataclasses.replace(config, resume=True))
+    one, two = (load_file(result.directory / "model.safetensors") for result in (whole, resumed))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    folders = [result.directory.parent for result in (whole, resumed)]
+    assert read_metrics(folders[0]) == read_metrics(folders[1])
+    samples = [(folder / "samples.jsonl").read_text() for folder in folders]
+    assert samples[0] == samples[1]
+
+
+def test_same_seed_gives_the_same_metrics_and_another_seed_does_not(policy_dir, tmp_path):
+    runs = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        config = make_config(policy_dir, tmp_path, num_updates=2)
+        config.run_name, config.seed = name, seed
+        runs.append(read_metrics(train_ppo(config).directory.parent))
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_interrupt_saves_a_checkpoint_and_says_how_to_continue(
+    policy_dir, tmp_path, monkeypatch, capsys
+):
+    import signal
+
+    step = PPOTrainer.step
+
+    def press_ctrl_c(self):
+        signal.raise_signal(signal.SIGINT)
+        return step(self)
+
+    monkeypatch.setattr(PPOTrainer, "step", press_ctrl_c)
+    result = train_ppo(make_config(policy_dir, tmp_path))
+    assert result.directory is None
+    assert (tmp_path / "runs/run/ppo/checkpoint-1/state.json").is_file()
+    assert "resume=true" in capsys.readouterr().out
+
+
+BAD = [
+    ({"response_length": 128}, "leaves no room for a prompt in the model's context of 128"),
+    ({"max_prompt_length": 120}, "exceed the model's context of 128"),
+    ({"batch_size": 64}, "is more than the .* training prompts"),
+    ({"max_prompt_length": 1}, "longer than ppo.max_prompt_length=1|prompt"),
+]
+
+
+@pytest.mark.parametrize(("knobs", "message"), BAD)
+def test_bad_lengths_and_sizes_are_refused_with_the_fix(policy_dir, tmp_path, knobs, message):
+    with pytest.raises(InputError, match=message):
+        train_ppo(make_config(policy_dir, tmp_path, **knobs))
+
+
+def nan_scorer(prompts, responses):
+    """Fail for the last response."""
+    return [0.0] * (len(responses) - 1) + [math.nan]
+
+
+def failing_scorer(prompts, responses):
+    """Raise."""
+    raise ConnectionError("no route to host")
+
+
+@pytest.mark.parametrize(
+    ("scorer", "message"),
+    [
+        (nan_scorer, "returned nan for 1 of 4 responses"),
+        (failing_scorer, "no route to host"),
+        (lambda p, r: [1.0], "one score per response: expected shape"),
+    ],
+)
+def test_a_bad_scorer_stops_the_run_with_the_cause(policy_dir, tmp_path, scorer, message):
+    with pytest.raises(InputError, match=message):
+        train_ppo(make_config(policy_dir, tmp_path), scorer=scorer)
