@@ -25,6 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rlhf.config import InputError, StageConfig, save_config
+from rlhf.metrics import warn
 
 RECORD = "rlhf.json"
 PACKAGES = ("rlhf", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
@@ -40,6 +41,7 @@ class StageRecord:
         parent_weights: SHA-256 over the parent's safetensors files (None for a Hub id).
         tokenizer: hash of vocabulary and special tokens.
         template: hash of the chat template.
+        prompts: how training prompts reached the model, "conversation", "text" or "mixed".
         score_mean: mean of the reward model's scores on reference completions (raw units).
         score_std: their standard deviation.
         metrics: final figures of the stage.
@@ -54,6 +56,7 @@ class StageRecord:
     eos_token_id: int
     pad_token_id: int
     seed: int
+    prompts: str | None = None
     score_mean: float | None = None
     score_std: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
@@ -63,7 +66,13 @@ class StageRecord:
 # --- Writing and reading a stage directory -------------------------------------------------------
 
 
-def make_record(stage: str, config: StageConfig, parent: str | None, tokenizer: Any) -> StageRecord:
+def make_record(
+    stage: str,
+    config: StageConfig,
+    parent: str | None,
+    tokenizer: Any,
+    prompts: str | None = None,
+) -> StageRecord:
     """Describe a stage's result before it is written."""
     is_local = parent is not None and Path(parent).is_dir()
     return StageRecord(
@@ -76,6 +85,7 @@ def make_record(stage: str, config: StageConfig, parent: str | None, tokenizer: 
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         seed=config.seed,
+        prompts=prompts,
         versions={name: version(name) for name in PACKAGES},
     )
 
@@ -136,6 +146,16 @@ def require_stage(directory: str | Path, stages: tuple[str, ...], field: str) ->
     return record
 
 
+def warn_about_prompts(record: StageRecord | None, prompts: str) -> None:
+    """Warn when prompts reach the model in another form than the stage before trained on."""
+    if record is not None and record.prompts not in (None, "mixed", prompts):
+        fix = "set dataset.as_conversation=true" if prompts == "text" else "use a text format"
+        warn(
+            f"the {record.stage} stage trained on {record.prompts} prompts, but these are "
+            f"{prompts} prompts, which the model has never seen; {fix}"
+        )
+
+
 def check_same_tokenizer(
     tokenizer: Any, record: StageRecord | None, ours: str, theirs: str
 ) -> None:
@@ -190,36 +210,47 @@ def _hash(text: str) -> str:
 # --- Run directory -------------------------------------------------------------------------------
 
 
-def prepare_run_directory(config: StageConfig, stage: str) -> Path:
-    """Create the stage's directory; refuse one in use unless told to resume or to overwrite.
+def check_run_directory(config: StageConfig, stage: str) -> None:
+    """Refuse a directory that holds a run, unless told to resume or to overwrite; changes nothing.
 
     Raises:
         InputError: the directory is in use, or there is nothing to resume.
     """
-    from accelerate import PartialState
-
-    state, directory = PartialState(), config.stage_dir(stage)
-    in_use = directory.is_dir() and any(directory.iterdir())
+    directory = config.stage_dir(stage)
     if config.resume and config.overwrite:
         raise InputError("resume=true and overwrite=true contradict each other; give one of them")
-    if in_use and not (config.resume or config.overwrite):
+    if _in_use(directory) and not (config.resume or config.overwrite):
         done = "a finished run" if (directory / "final").is_dir() else "an unfinished run"
         raise InputError(
             f"{directory} already holds {done}; use another run_name, resume=true to continue it, "
-            f"or overwrite=true to "
-            "delete it"
+            "or overwrite=true to delete it"
         )
     if config.resume and (directory / "final").is_dir():
         raise InputError(
             f"{directory} is finished: there is nothing to resume; use another run_name"
         )
+
+
+def prepare_run_directory(config: StageConfig, stage: str) -> Path:
+    """Create the stage's directory, once all else is known to be good; see `check_run_directory`.
+
+    With `overwrite=true`, what it held is deleted here.
+    """
+    from accelerate import PartialState
+
+    state, directory = PartialState(), config.stage_dir(stage)
+    check_run_directory(config, stage)
     state.wait_for_everyone()
     if state.is_main_process:
-        if in_use and config.overwrite:
+        if config.overwrite and _in_use(directory):
             shutil.rmtree(directory)
         directory.mkdir(parents=True, exist_ok=True)
     state.wait_for_everyone()
     return directory
+
+
+def _in_use(directory: Path) -> bool:
+    return directory.is_dir() and any(directory.iterdir())
 
 
 def latest_checkpoint(directory: Path) -> Path | None:

@@ -52,6 +52,7 @@ class DatasetConfig:
     eval_path: str | None = None
     eval_split: str = "test"
     format: str = "messages"
+    as_conversation: bool = False
     eval_fraction: float = 0.05
     max_rows: int | None = None
     max_eval_rows: int | None = None

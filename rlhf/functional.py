@@ -375,16 +375,15 @@ def ranking_loss(
     """Compute a reward model's loss on ranked responses, averaged over prompts with non-tied pairs.
 
     "pairwise": per prompt, the mean over non-tied pairs of -log sigmoid(better - worse - margin).
-    "plackett_luce": per prompt, the mean over responses i that have strictly worse ones j, of
-    log(1 + sum_j exp(s_j - s_i + margin)). Without ties these are the K - 1 stages of the ranking's
-    negative log-likelihood; tied responses do not compete. With K = 2 both kinds agree.
+    "plackett_luce": per prompt, the mean over responses i that have strictly worse ones j of
+    log(1 + sum_j exp(s_j - s_i + margin)): without ties the K - 1 stages of the ranking's negative
+    log-likelihood; tied responses do not compete. With K = 2 both kinds agree.
 
     Args:
         scores: (N,) of all responses of all prompts.
         ranks: (N,) *lower is better*, 0 is best; only the order within a group counts.
         groups: (N,) integer id of the prompt, in any order.
         margin: a number, or a tensor that broadcasts to (N, N), read at [better, worse].
-        kind: "pairwise" or "plackett_luce".
 
     Returns: the loss (0-d float32) and statistics over all pairs of the batch: "accuracy" (share
         ordered right, equal scores count half), "margin" (mean s_better - s_worse), "num_pairs",
@@ -406,7 +405,6 @@ def ranking_loss(
     num_in_group = torch.zeros_like(num_terms).index_add(0, group_index, num_terms)
     num_groups = (num_in_group > 0).sum()
     loss = (terms / num_in_group[group_index].clamp(min=1)).sum() / num_groups
-
     pair_leads = leads.detach()[wins]
     stats = {
         "accuracy": ((pair_leads > 0).float() + 0.5 * (pair_leads == 0)).mean(),

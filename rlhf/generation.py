@@ -208,8 +208,8 @@ def _restrict(logprobs: Tensor, sampling: Sampling) -> Tensor:
 
 @contextmanager
 def _inference_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode for every module (checkpointed layers drop the cache otherwise); the flags come "
-    "back at the end."""
+    """Eval mode for every module (checkpointed layers drop the cache otherwise); the flags come
+    back at the end."""
     flags = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -95,8 +95,8 @@ class Rollout:
         return self.map(take)
 
     def micro_batches(self, size: int) -> Iterator[tuple[Tensor, Rollout]]:
-        """Yield (rows, part) with `size` rows each, longest first, so that rows of a part have "
-        "similar lengths."""
+        """Yield (rows, part) with `size` rows each, longest first, so that rows of a part have
+        similar lengths."""
         order = self.sequence_mask.sum(dim=1).argsort(descending=True, stable=True)
         for rows in order.split(size):
             yield rows, self.select(rows)
@@ -125,8 +125,8 @@ class Actors:
 
 @dataclass(frozen=True)
 class CollectSettings:
-    """How to collect: sampling, the penalty for a missing EOS (None: off), and batch sizes in "
-    "sequences."""
+    """How to collect: sampling, the penalty for a missing EOS (None: off), and batch sizes in
+    sequences."""
 
     sampling: Sampling
     missing_eos_penalty: float | None
@@ -197,8 +197,8 @@ def score_rollout(
     finished: list[bool],
     settings: CollectSettings,
 ) -> Tensor:
-    """Score responses, by token ids where the reward model shares the tokenizer, else through "
-    "text; (B,) on the CPU."""
+    """Score responses, by token ids where the reward model shares the tokenizer, else through
+    text; (B,) on the CPU."""
     scorer = actors.scorer
     if isinstance(scorer, RewardModelScorer) and scorer.tokenizer_hash == actors.tokenizer_hash:
         sequences = [[*p["input_ids"], *ids] for p, ids in zip(prompts, responses, strict=True)]

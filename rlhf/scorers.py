@@ -59,8 +59,8 @@ class RewardModelScorer:
 
     @torch.no_grad()
     def score_ids(self, sequences: Sequence[Sequence[int]]) -> Tensor:
-        """Score token sequences (prompt + response) of the reward model's own tokenizer, (B,) "
-        "float32 on the CPU."""
+        """Score token sequences (prompt + response) of the reward model's own tokenizer, (B,)
+        float32 on the CPU."""
         return score_sequences(self.model, sequences, self.batch_size)
 
 

@@ -1,5 +1,5 @@
-"""What the SFT and reward stages share around the transformers Trainer: arguments, progress, "
-"metrics, interruption."""
+"""What the SFT and reward stages share around the transformers Trainer: arguments, progress,
+metrics, interruption."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SHOWN = ("loss", "accuracy", "eval_loss", "eval_accuracy")
 def trainer_arguments(
     factory: Any,
     config: SFTStageConfig | RewardStageConfig,
-    output_dir: Path,
+    stage: str,
     **reserved: Any,
 ) -> Any:
     """Build the argument object of a Trainer from `trainer:`, with what the stage itself decides.
@@ -52,8 +52,9 @@ def trainer_arguments(
         factory,
         values,
         {
-            "output_dir": str(output_dir),
+            "output_dir": str(config.stage_dir(stage)),
             "seed": config.seed,
+            "data_seed": config.seed,
             "report_to": "none",
             "disable_tqdm": True,
             "use_cpu": not on_gpu,
@@ -67,8 +68,8 @@ def trainer_arguments(
 
 
 class StageCallback(TrainerCallback):
-    """Writes metrics, shows a progress bar with the numbers that matter, and saves before it "
-    "stops on Ctrl-C."""
+    """Writes metrics, shows a progress bar with the numbers that matter, and saves before it
+    stops on Ctrl-C."""
 
     def __init__(self, writer: MetricsWriter, stop: GracefulStop):
         self.writer, self.stop = writer, stop

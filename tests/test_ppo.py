@@ -187,7 +187,7 @@ def test_ppo_raises_the_score_and_does_not_with_advantages_zeroed(
 
 
 def test_one_token_world_reaches_the_closed_form_optimum(policy_dir, tmp_path):
-    """The KL-regularised optimum is pi(a) ~ ref(a) exp(r(a) / beta); see Ziegler et al. 2019, eq. 2."""
+    """The optimum is pi(a) ~ ref(a) exp(r(a) / beta) (Ziegler et al. 2019, eq. 2)."""
     beta, config = 0.5, make_config(policy_dir, tmp_path)
     config.ppo = dataclasses.replace(
         config.ppo,

@@ -183,6 +183,21 @@ class Splits:
     dropped: Counter[str] = field(default_factory=Counter)
     overlap: int = 0
 
+    @property
+    def prompts(self) -> str:
+        """How the training prompts reach the model: "conversation", "text" or "mixed"."""
+        kinds = {
+            "text" if isinstance(prompt_of(row), str) else "conversation" for row in self.train
+        }
+        return kinds.pop() if len(kinds) == 1 else "mixed"
+
+    def describe(self, too_long: Counter[str]) -> str:
+        """Say what was dropped, here and because of `too_long`, and whether the sides overlap."""
+        line = describe_dropped(self.dropped + too_long)
+        if self.overlap:
+            line += f"; {self.overlap} held-out rows share their prompt with a training row"
+        return line
+
 
 def _prompt_key(row: Row) -> str:
     prompt = prompt_of(row)
@@ -226,6 +241,8 @@ def load_splits(config: DatasetConfig, stage: str, seed: int) -> Splits:
     else:
         train, evaluation = split_by_prompt(train, config.eval_fraction, seed)
     train, evaluation = train[: config.max_rows], evaluation[: config.max_eval_rows]
+    if config.as_conversation:
+        train, evaluation = ([to_conversation(row) for row in rows] for rows in (train, evaluation))
     if not train:
         raise InputError(
             f"dataset.path={config.path!r}: no row to train on; {describe_dropped(dropped)}"
@@ -238,6 +255,17 @@ def load_splits(config: DatasetConfig, stage: str, seed: int) -> Splits:
     seen = {_prompt_key(row) for row in train}
     overlap = sum(_prompt_key(row) in seen for row in evaluation)
     return Splits(train, evaluation, dropped, overlap)
+
+
+def to_conversation(row: Row) -> Row:
+    """Make a text prompt a user turn and a text completion the assistant's; messages stay."""
+    roles = {"prompt": "user", "completion": "assistant"}
+    turns = {
+        name: [{"role": role, "content": row[name]}]
+        for name, role in roles.items()
+        if isinstance(row.get(name), str)
+    }
+    return row | turns
 
 
 def describe_dropped(dropped: Counter[str]) -> str:

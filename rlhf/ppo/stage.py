@@ -15,6 +15,8 @@ from tqdm import tqdm
 
 from rlhf.checkpoint import (
     GracefulStop,
+    StageRecord,
+    check_run_directory,
     check_same_tokenizer,
     hash_tokenizer,
     latest_checkpoint,
@@ -24,10 +26,11 @@ from rlhf.checkpoint import (
     read_record,
     require_stage,
     save_training_state,
+    warn_about_prompts,
     write_stage,
 )
 from rlhf.config import InputError, PPOStageConfig, ScorerConfig, check, load_object
-from rlhf.data import describe_dropped, encode_prompts, load_splits
+from rlhf.data import encode_prompts, load_splits
 from rlhf.generation import Sampling, stop_token_ids
 from rlhf.metrics import (
     MetricsWriter,
@@ -52,9 +55,10 @@ from rlhf.models import (
     parameter_count,
     use_bfloat16,
 )
+from rlhf.ppo.evaluation import evaluate
 from rlhf.ppo.trainer import PPOTrainer
-from rlhf.rollout import Actors, CollectSettings, Rollout, collect
-from rlhf.scorers import Scorer, checked_scores, load_scorer, score_statistics
+from rlhf.rollout import Actors, CollectSettings
+from rlhf.scorers import Scorer, load_scorer, score_statistics
 
 SHOWN = {"score": "score", "kl": "kl", "response_length": "len", "eos_rate": "eos"}
 TABLE = (
@@ -97,47 +101,48 @@ def train_ppo(config: PPOStageConfig, scorer: Scorer | None = None) -> PPOResult
     config = _with_default_paths(config, scorer)
     check(config)
     quiet_libraries()
-    assert config.model.path is not None
-    require_stage(config.model.path, ("sft", "ppo"), "model.path")
-    tokenizer = load_tokenizer(config.model)
-    if config.critic.init == "reward":
-        check_same_tokenizer(
-            tokenizer,
-            read_record(str(config.scorer.path)),
-            config.model.path,
-            str(config.scorer.path),
-        )
+    check_run_directory(config, "ppo")
+    independent = config.evaluation.scorer
+    independent = load_object(independent, "evaluation.scorer") if independent else None
+    tokenizer, parent = _load_checked_tokenizer(config)
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision="bf16" if use_bfloat16(config.precision) else "no",
     )
-    _check_batches(config, accelerator.num_processes)
+    num_processes = accelerator.num_processes
+    _check_batches(config, num_processes)
     splits = load_splits(config.dataset, "ppo", config.seed)
-    directory = prepare_run_directory(config, "ppo")
+    warn_about_prompts(parent, splits.prompts)
     actors = load_actors(config, tokenizer, scorer, accelerator)
     settings = collect_settings(config, actors.policy, tokenizer)
-    context = _prompt_budget(config, actors.policy)
-    prompts, too_long = encode_prompts(splits.train, tokenizer, context)
-    heldout, _ = encode_prompts(splits.eval, tokenizer, context)
+    budget = _prompt_budget(config, actors.policy)
+    prompts, too_long = encode_prompts(splits.train, tokenizer, budget)
     if len(prompts) < config.ppo.batch_size:
         raise InputError(
             f"ppo.batch_size={config.ppo.batch_size} is more than the {len(prompts)} training "
-            f"prompts; lower it or give "
-            "more prompts"
+            "prompts; lower it or give more prompts"
         )
-    say(describe_batches(config, len(prompts), accelerator.num_processes, actors))
-    say(describe_dropped(splits.dropped + too_long))
+    heldout = encode_prompts(splits.eval, tokenizer, budget)[0][: config.evaluation.num_prompts]
+    heldout = heldout[: len(heldout) - len(heldout) % num_processes]
+    say(describe_batches(config, len(prompts), num_processes, actors))
+    say(splits.describe(too_long))
+    directory = prepare_run_directory(config, "ppo")
     trainer = PPOTrainer(config, actors, prompts, settings, accelerator, directory)
-    heldout = heldout[: config.evaluation.num_prompts]
-    return _Run(
-        config,
-        trainer,
-        heldout[: len(heldout) - len(heldout) % accelerator.num_processes],
-        directory,
-    ).run()
+    return _Run(config, trainer, heldout, splits.prompts, independent).run()
 
 
 # --- Loading ------------------------------------------------------------------------------------
+
+
+def _load_checked_tokenizer(config: PPOStageConfig) -> tuple[Any, StageRecord | None]:
+    """Load the policy's tokenizer, and check that the stages named fit together."""
+    policy, scorer = str(config.model.path), str(config.scorer.path)
+    record = require_stage(policy, ("sft", "ppo"), "model.path")
+    tokenizer = load_tokenizer(config.model)
+    if config.critic.init == "reward":
+        reward_record = require_stage(scorer, ("reward",), "scorer.path")
+        check_same_tokenizer(tokenizer, reward_record, policy, scorer)
+    return tokenizer, record
 
 
 def load_actors(
@@ -169,8 +174,8 @@ def load_actors(
 
 
 def _load_critic(config: PPOStageConfig, tokenizer: Any) -> ScalarModel:
-    """Start the critic from the reward model (IG, N+; predicting normalised scores) or from the "
-    "policy."""
+    """Start the critic from the reward model (IG, N+; predicting normalised scores) or from the
+    policy."""
     if config.critic.init == "policy":
         return ScalarModel(init_reward_model(config.model, tokenizer, config.seed))
     source = dataclasses.replace(
@@ -223,15 +228,13 @@ def _prompt_budget(config: PPOStageConfig, policy: Any) -> int:
     if ppo.response_length >= context:
         raise InputError(
             f"ppo.response_length={ppo.response_length} leaves no room for a prompt in the model's "
-            f"context of {context} "
-            f"tokens; use at most {context - 1}"
+            f"context of {context} tokens; use at most {context - 1}"
         )
     budget = ppo.max_prompt_length or context - ppo.response_length
     if budget + ppo.response_length > context:
         raise InputError(
             f"ppo.max_prompt_length={budget} + ppo.response_length={ppo.response_length} exceed "
-            f"the model's context of "
-            f"{context} tokens; lower one of them"
+            f"the model's context of {context} tokens; lower one of them"
         )
     return budget
 
@@ -241,8 +244,7 @@ def _check_batches(config: PPOStageConfig, num_processes: int) -> None:
     if per_minibatch % num_processes:
         raise InputError(
             f"ppo.batch_size / ppo.num_mini_batches = {per_minibatch} must be divisible by the "
-            f"{num_processes} "
-            "processes; change ppo.batch_size"
+            f"{num_processes} processes; change ppo.batch_size"
         )
 
 
@@ -285,18 +287,14 @@ class _Run:
         config: PPOStageConfig,
         trainer: PPOTrainer,
         heldout: list[dict[str, Any]],
-        directory: Path,
+        prompts: str,
+        independent: Scorer | None,
     ):
-        self.config, self.trainer, self.heldout, self.directory = (
-            config,
-            trainer,
-            heldout,
-            directory,
-        )
-        independent = config.evaluation.scorer
-        self.independent = load_object(independent, "evaluation.scorer") if independent else None
+        self.config, self.trainer, self.heldout = config, trainer, heldout
+        self.prompts, self.independent = prompts, independent
+        self.directory = trainer.directory
         self.before: dict[str, float] = {}
-        self.samples_file = directory / "samples.jsonl"
+        self.samples_file = self.directory / "samples.jsonl"
 
     def run(self) -> PPOResult:
         trainer, config = self.trainer, self.config
@@ -308,14 +306,12 @@ class _Run:
         if trainer.update == 0:
             self.before = self._evaluate(writer)
             _warn_about_penalty(config, self.before)
-        after, bar = (
-            dict(self.before),
-            tqdm(
-                total=config.ppo.num_updates,
-                initial=trainer.update,
-                unit="update",
-                disable=not is_main_process(),
-            ),
+        after = dict(self.before)
+        bar = tqdm(
+            total=config.ppo.num_updates,
+            initial=trainer.update,
+            unit="update",
+            disable=not is_main_process(),
         )
         with GracefulStop() as stop:
             while trainer.update < config.ppo.num_updates:
@@ -351,7 +347,9 @@ class _Run:
     def _finish(self, after: dict[str, float]) -> PPOResult:
         trainer, config = self.trainer, self.config
         if trainer.accelerator.is_main_process:
-            record = make_record("ppo", config, config.model.path, trainer.actors.tokenizer)
+            record = make_record(
+                "ppo", config, config.model.path, trainer.actors.tokenizer, self.prompts
+            )
             record.metrics = after
             write_stage(
                 self.directory / "final",
@@ -398,58 +396,6 @@ class _Run:
             self.trainer.update, self.before = state["update"], state["before"]
         if is_main_process():
             truncate_jsonl(self.samples_file, self.trainer.update if checkpoint else -1)
-
-
-def evaluate(
-    trainer: PPOTrainer, prompts: list[dict[str, Any]], independent: Scorer | None = None
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Answer the held-out prompts, with the same random numbers each time, and score the answers.
-
-    Args:
-        prompts: encoded held-out prompts; their number is a multiple of the number of processes.
-        independent: a second scorer, which PPO does not train on.
-
-    Returns:
-        Metrics with the prefix `eval_`, and one row per prompt for `samples.jsonl`.
-    """
-    actors, accelerator = trainer.actors, trainer.accelerator
-    key = (trainer.config.seed, 1 << 31)  # no update has this number
-    rollout = collect(actors, prompts, key, trainer.settings, accelerator, with_values=False)
-    kl = (rollout.logprobs - rollout.ref_logprobs).sum(dim=1)  # 0 at masked positions
-    metrics = {
-        "eval_score": float(rollout.scores.mean()),
-        "eval_kl": float(kl.mean()),
-        "eval_response_length": float(rollout.lengths.float().mean()),
-        "eval_eos_rate": float(rollout.finished.float().mean()),
-    }
-    responses = _texts(rollout, actors.tokenizer)
-    columns = [[p["prompt"] for p in prompts], responses]
-    extra = None
-    if independent is not None:
-        extra = checked_scores(independent, columns[0], responses, "evaluation.scorer")
-        metrics["eval_independent_score"] = float(extra.mean())
-    samples = [
-        {
-            "step": trainer.update,
-            "prompt": prompt["prompt"],
-            "response": responses[i],
-            "score": float(rollout.scores[i]),
-            "kl": float(kl[i]),
-            "response_length": int(rollout.lengths[i]),
-            "finished": bool(rollout.finished[i]),
-        }
-        | ({} if extra is None else {"independent_score": float(extra[i])})
-        for i, prompt in enumerate(prompts)
-    ]
-    return metrics, samples
-
-
-def _texts(rollout: Rollout, tokenizer: Any) -> list[str]:
-    rows = [
-        ids[mask].tolist()
-        for ids, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)
-    ]
-    return tokenizer.batch_decode(rows, skip_special_tokens=True)
 
 
 def _warn_about_penalty(config: PPOStageConfig, before: dict[str, float]) -> None:

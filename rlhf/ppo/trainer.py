@@ -167,8 +167,8 @@ class PPOTrainer:
         return self._reduce(sums, num_tokens, share)
 
     def _micro_batch(self, part: Rollout, denominator: float, sync: bool) -> dict[str, Tensor]:
-        """Forward and backward of one micro-batch; distributed wrappers average, hence the "
-        "denominator."""
+        """Forward and backward of one micro-batch; distributed wrappers average, hence the
+        denominator."""
         ppo, mask = self.config.ppo, part.response_mask
         stats: dict[str, Tensor] = {}
         with nullcontext() if sync else self.accelerator.no_sync(self.critic):
@@ -209,8 +209,8 @@ class PPOTrainer:
     def _reduce(
         self, sums: dict[str, Tensor], num_tokens: float, share: Rollout
     ) -> dict[str, float]:
-        """Turn this process's sums into means over the whole minibatch; stop the run if one is "
-        "not finite."""
+        """Turn this process's sums into means over the whole minibatch; stop the run if one is
+        not finite."""
         names = [name for name in sums if name != "ratio_max_dev"]
         totals = self.accelerator.reduce(
             torch.stack([sums[name].float() for name in names]), reduction="sum"
@@ -252,8 +252,8 @@ class PPOTrainer:
             optimizer.zero_grad(set_to_none=True)
 
     def _set_learning_rates(self) -> dict[str, float]:
-        """Linear decay to zero over the run (N, N+), or constant; a function of the update "
-        "alone."""
+        """Linear decay to zero over the run (N, N+), or constant; a function of the update
+        alone."""
         ppo = self.config.ppo
         factor = 1.0 - self.update / ppo.num_updates if ppo.lr_schedule == "linear" else 1.0
         for name, rate in (
@@ -276,8 +276,8 @@ def prompt_rows(numbers: Sequence[int], num_prompts: int, seed: int) -> list[int
 
 
 def rollout_metrics(rollout: Rollout, kl: Tensor, rewards: Tensor) -> dict[str, float]:
-    """Metrics of a rollout; KL is summed over tokens and averaged over sequences, nats per "
-    "sequence."""
+    """Metrics of a rollout; KL is summed over tokens and averaged over sequences, nats per
+    sequence."""
     mask = rollout.response_mask
 
     def per_sequence(x: Tensor) -> float:

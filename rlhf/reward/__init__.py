@@ -1,5 +1,5 @@
-"""Reward modelling on ranked responses: `python -m rlhf.reward`, or "
-"`train_reward(RewardStageConfig(...))`."""
+"""Reward modelling on ranked responses: `python -m rlhf.reward`, or
+`train_reward(RewardStageConfig(...))`."""
 
 from __future__ import annotations
 

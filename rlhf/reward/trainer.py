@@ -18,9 +18,16 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
-from rlhf.checkpoint import make_record, prepare_run_directory, require_stage, write_stage
+from rlhf.checkpoint import (
+    check_run_directory,
+    make_record,
+    prepare_run_directory,
+    require_stage,
+    warn_about_prompts,
+    write_stage,
+)
 from rlhf.config import RewardStageConfig, check
-from rlhf.data import RankedCollator, describe_dropped, encode_ranked, load_splits
+from rlhf.data import RankedCollator, encode_ranked, load_splits
 from rlhf.functional import ranking_loss
 from rlhf.metrics import quiet_libraries, say, table, warn
 from rlhf.models import (
@@ -54,11 +61,11 @@ class RankingTrainer(Trainer):
     """A Trainer whose rows are prompts with all their ranked responses."""
 
     def __init__(self, *args: Any, ranking: Any, heldout: list[dict[str, Any]], **kwargs: Any):
-        """Take the loss settings (`config.reward`) and the encoded held-out rows beside the "
-        "Trainer's arguments."""
+        """Take the loss settings (`config.reward`) and the encoded held-out rows beside the
+        Trainer's arguments."""
         super().__init__(*args, **kwargs)
         self.ranking, self.heldout = ranking, heldout
-        self._sums: dict[str, float] = {}
+        self._sums = torch.zeros(3)  # of accuracy, margin and 1 over pairs, since the last log
 
     def compute_loss(
         self,
@@ -72,25 +79,21 @@ class RankingTrainer(Trainer):
         loss, stats = ranking_loss(
             scores, inputs["ranks"], inputs["groups"], self.ranking.margin, kind=self.ranking.loss
         )
-        for name in ("accuracy", "margin"):
-            self._sums[name] = self._sums.get(name, 0.0) + float(stats[name]) * float(
-                stats["num_pairs"]
-            )
-        self._sums["num_pairs"] = self._sums.get("num_pairs", 0.0) + float(stats["num_pairs"])
+        pairs = stats["num_pairs"]
+        self._sums += torch.stack([stats["accuracy"] * pairs, stats["margin"] * pairs, pairs]).cpu()
         return (loss, {"scores": scores}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add accuracy and margin of the micro-batches since the last log (this process's own)."""
-        if "loss" in logs and self._sums.get("num_pairs"):
-            logs |= {
-                name: self._sums[name] / self._sums["num_pairs"] for name in ("accuracy", "margin")
-            }
-            self._sums = {}
+        """Add accuracy and margin over all pairs, of all processes, since the last log."""
+        if "loss" in logs:
+            sums = self.accelerator.reduce(self._sums.to(self.args.device), reduction="sum")
+            accuracy, margin, num_pairs = sums.tolist()
+            logs |= {"accuracy": accuracy / num_pairs, "margin": margin / num_pairs}
+            self._sums.zero_()
         super().log(logs, *args, **kwargs)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Score every held-out response and compare with the ranks and with the longer-wins "
-        "rule."""
+        """Score the held-out responses; compare with the ranks and the longer-wins rule."""
         metrics = self.report().metrics()
         self.log(dict(metrics))
         return metrics
@@ -118,22 +121,24 @@ def train_reward(config: RewardStageConfig) -> RewardResult:
     """
     check(config)
     quiet_libraries()
+    check_run_directory(config, "reward")
     parent = config.model.path or str(config.stage_dir("sft") / "final")
     source = dataclasses.replace(config.model, path=parent)
-    args = trainer_arguments(TrainingArguments, config, config.stage_dir("reward"))
-    require_stage(parent, ("sft",), "model.path")
+    args = trainer_arguments(TrainingArguments, config, "reward")
+    record_of_parent = require_stage(parent, ("sft",), "model.path")
     tokenizer = load_tokenizer(source)
     splits = load_splits(config.dataset, "reward", config.seed)
+    warn_about_prompts(record_of_parent, splits.prompts)
     train, too_long = encode_ranked(splits.train, tokenizer, config.dataset.max_length)
     heldout, _ = encode_ranked(splits.eval, tokenizer, config.dataset.max_length)
-    directory = prepare_run_directory(config, "reward")
     model = init_reward_model(source, tokenizer, config.seed)
     if config.peft.enabled:
         model = add_lora(model, config.peft, "SEQ_CLS", config.seed)
+    directory = prepare_run_directory(config, "reward")
     total, trainable = parameter_count(model)
     say(f"reward: {total:,} parameters, {trainable:,} trainable; {len(heldout)} held-out prompts")
     say(f"        {describe_batches(args, len(train), 'prompts')}; one forward pass per response")
-    say(describe_dropped(splits.dropped + too_long))
+    say(splits.describe(too_long))
     trainer = RankingTrainer(
         model=ScalarModel(model),
         args=args,
@@ -152,7 +157,7 @@ def train_reward(config: RewardStageConfig) -> RewardResult:
     reference = score_rows(
         scalar, train[: config.reward.num_normalization_prompts], args.per_device_eval_batch_size
     )
-    record = make_record("reward", config, parent, tokenizer)
+    record = make_record("reward", config, parent, tokenizer, splits.prompts)
     record.score_mean = float(torch.cat(reference).mean())
     record.score_std = float(torch.cat(reference).std())
     record.metrics = report.metrics()

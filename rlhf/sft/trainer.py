@@ -1,22 +1,40 @@
-"""Supervised fine-tuning: `python -m rlhf.sft`, or `train_sft(SFTStageConfig(...))`.
+"""The SFT stage: a thin layer over TRL's SFTTrainer.
 
-A thin layer over TRL's SFTTrainer: our data layer decides which tokens carry loss (`labels`), TRL
-trains. Ends with `final/`, the share of sampled answers that end by themselves, and a few of these
-answers on held-out prompts.
+Our data layer decides which tokens carry loss (`labels`), TRL trains. Ends with `final/`, the share
+of sampled answers that end by themselves, and a few of these answers on held-out prompts.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from rlhf.command_line import hydra_main
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import SFTConfig, SFTTrainer
+
+from rlhf.checkpoint import (
+    check_run_directory,
+    make_record,
+    prepare_run_directory,
+    write_stage,
+)
 from rlhf.config import SFTStageConfig, check
+from rlhf.data import Splits, encode_prompt, encode_sft, load_splits, prompt_of
+from rlhf.generation import Sampling, generate, stop_token_ids, uniform_noise
 from rlhf.metrics import append_jsonl, quiet_libraries, say, table
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from rlhf.models import (
+    add_lora,
+    forbidden_token_ids,
+    load_policy,
+    load_tokenizer,
+    merged,
+    parameter_count,
+)
+from rlhf.training import describe_batches, run_trainer, trainer_arguments
 
 NUM_SHOWN = 3
 
@@ -47,46 +65,23 @@ def train_sft(config: SFTStageConfig) -> SFTResult:
         InputError: bad configuration or data; nothing has been trained or overwritten then.
     """
     check(config)
-    import torch
-    from accelerate import PartialState
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
-
-    from rlhf.checkpoint import make_record, prepare_run_directory, write_stage
-    from rlhf.data import describe_dropped, encode_sft, load_splits
-    from rlhf.models import add_lora, load_policy, load_tokenizer, merged, parameter_count
-    from rlhf.training import describe_batches, run_trainer, trainer_arguments
-
     quiet_libraries()
-    stage_dir = config.stage_dir("sft")
-    args = trainer_arguments(
-        SFTConfig,
-        config,
-        stage_dir,
-        max_length=config.dataset.max_length,
-        eval_packing=False,
-        dataset_num_proc=None,
-    )
+    check_run_directory(config, "sft")
+    length = config.dataset.max_length
+    args = trainer_arguments(SFTConfig, config, "sft", max_length=length, eval_packing=False)
     tokenizer = load_tokenizer(config.model)
     splits = load_splits(config.dataset, "sft", config.seed)
-    train, too_long = encode_sft(
-        splits.train, tokenizer, config.dataset.max_length, config.train_on_prompt
-    )
-    heldout, _ = encode_sft(
-        splits.eval, tokenizer, config.dataset.max_length, config.train_on_prompt
-    )
-    directory = prepare_run_directory(config, "sft")
+    train, too_long = encode_sft(splits.train, tokenizer, length, config.train_on_prompt)
+    heldout, _ = encode_sft(splits.eval, tokenizer, length, config.train_on_prompt)
     torch.manual_seed(config.seed)
     model = load_policy(config.model, tokenizer)
     if config.peft.enabled:
         model = add_lora(model, config.peft, "CAUSAL_LM", config.seed)
+    directory = prepare_run_directory(config, "sft")
     total, trainable = parameter_count(model)
     say(f"sft: {total:,} parameters, {trainable:,} trainable; {len(heldout)} held-out rows")
-    say(
-        f"     {describe_batches(args, len(train), 'rows')}"
-        + (" (fewer with packing)" if args.packing else "")
-    )
-    say(describe_dropped(splits.dropped + too_long))
+    say(f"     {describe_batches(args, len(train), 'rows')}")
+    say(splits.describe(too_long))
     trainer = SFTTrainer(
         model=model,
         args=args,
@@ -96,16 +91,28 @@ def train_sft(config: SFTStageConfig) -> SFTResult:
     )
     if not run_trainer(trainer, config, directory, "sft"):
         return SFTResult(None, {}, [])
+    return _finish(trainer, tokenizer, splits, config, directory)
+
+
+def _finish(
+    trainer: SFTTrainer,
+    tokenizer: PreTrainedTokenizerBase,
+    splits: Splits,
+    config: SFTStageConfig,
+    directory: Path,
+) -> SFTResult:
+    """Answer some held-out prompts, write `final/`, and show both."""
     policy = trainer.accelerator.unwrap_model(trainer.model)
     policy.__dict__.pop("forward", None)  # TRL patches forward on the instance
-    metrics, samples = _last_eval(trainer), []
+    metrics, samples = _last_evaluation(trainer), []
     if PartialState().is_main_process:
         policy = merged(policy)
-        samples = sample_responses(policy, tokenizer, splits.eval[: config.num_samples], config)
+        rows = splits.eval[: config.num_samples]
+        samples = sample_responses(policy, tokenizer, rows, config)
         if samples:
             metrics["eos_rate"] = sum(s["finished"] for s in samples) / len(samples)
         append_jsonl(directory / "samples.jsonl", samples)
-        record = make_record("sft", config, config.model.path, tokenizer)
+        record = make_record("sft", config, config.model.path, tokenizer, splits.prompts)
         record.metrics = metrics
         write_stage(directory / "final", policy, tokenizer, config, record)
     PartialState().wait_for_everyone()
@@ -116,20 +123,14 @@ def train_sft(config: SFTStageConfig) -> SFTResult:
 def sample_responses(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: list[dict],
+    rows: list[dict[str, Any]],
     config: SFTStageConfig,
 ) -> list[dict[str, Any]]:
-    """Sample one response to the prompt of each row."""
-    from rlhf.data import encode_prompt, prompt_of
-    from rlhf.generation import Sampling, generate, stop_token_ids, uniform_noise
-    from rlhf.models import forbidden_token_ids
-
+    """Sample one response to the prompt of each row; prompts that leave no room are left out."""
     context = getattr(model.config, "max_position_embeddings", None) or 1 << 30
     prompts = [prompt_of(row) for row in rows]
     ids = [encode_prompt(prompt, tokenizer) for prompt in prompts]
-    kept = [
-        i for i, prompt_ids in enumerate(ids) if len(prompt_ids) + config.response_length <= context
-    ]
+    kept = [i for i, row in enumerate(ids) if len(row) + config.response_length <= context]
     sampling = Sampling(
         max_new_tokens=config.response_length,
         stop_ids=stop_token_ids(model, tokenizer),
@@ -149,13 +150,7 @@ def sample_responses(
     ]
 
 
-def prompt_text(prompt: Any) -> str:
-    """One line of a prompt, for the terminal: the text, or the last message."""
-    text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-    return " ".join(text.split())[:300]
-
-
-def _last_eval(trainer: Any) -> dict[str, float]:
+def _last_evaluation(trainer: SFTTrainer) -> dict[str, float]:
     names = ("eval_loss", "eval_mean_token_accuracy")
     last = next(row for row in reversed(trainer.state.log_history) if "eval_loss" in row)
     return {name: last[name] for name in names if name in last}
@@ -163,21 +158,12 @@ def _last_eval(trainer: Any) -> dict[str, float]:
 
 def _report(directory: Path, metrics: dict[str, float], samples: list[dict[str, Any]]) -> None:
     for sample in samples[:NUM_SHOWN]:
-        say(f"\n> {prompt_text(sample['prompt'])}\n{sample['response'].strip()}")
-        say("" if sample["finished"] else "  [no stop token within response_length]")
+        prompt = sample["prompt"]
+        text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        say(f"\n> {' '.join(text.split())[:300]}\n{sample['response'].strip()}")
+        if not sample["finished"]:
+            say("[no stop token within response_length]")
     say("\n" + table(list(metrics.items()), ("held-out", "value")))
     if metrics.get("eos_rate", 1.0) < 0.5:
-        say(
-            "fewer than half of the answers end by themselves: train longer, or raise "
-            "response_length"
-        )
+        say("fewer than half of the answers end by themselves: train longer, or raise the budget")
     say(f"\nsaved {directory / 'final'}")
-
-
-def main() -> None:
-    """Entry point of `python -m rlhf.sft`."""
-    hydra_main("sft", train_sft)
-
-
-if __name__ == "__main__":
-    main()
