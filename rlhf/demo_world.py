@@ -81,10 +81,10 @@ SLOT_FAULTS = {"wrong": 0.5, "repeat": 0.15, "missing": 0.1, "surplus": 0.25}
 FLATTERY_BASE, FLATTERY_SLOPE, FLATTERY_AGAIN = 0.1, 0.4, 0.2
 
 # Annotators of the train split rank by gold, blind to its flattery penalty, + bias * number of
-# flattery words + noise. About one pair in eight comes out against gold.
-FLATTERY_BIAS = 0.04
+# flattery words + noise. About one pair in eighteen comes out against gold.
+FLATTERY_BIAS = 0.02
 # Standard deviation of the noise, in units of the gold score.
-LABEL_NOISE = 0.1
+LABEL_NOISE = 0.05
 
 # A transformers LlamaConfig, without vocab_size and token ids: those are the tokenizer's.
 MODEL_CONFIG: dict[str, Any] = {

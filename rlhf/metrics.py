@@ -101,6 +101,16 @@ def warn(text: str) -> None:
         print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
+def progress_bar(total: int, done: int, unit: str) -> Any:
+    """Return a tqdm bar on the main process; in a log file it prints a line every ten seconds."""
+    from tqdm import tqdm
+
+    interval = 0.2 if sys.stderr.isatty() else 10.0
+    return tqdm(
+        total=total, initial=done, unit=unit, mininterval=interval, disable=not is_main_process()
+    )
+
+
 def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
     """Lay out rows as a plain-text table; numbers to the right, floats with four significant
     digits."""

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import (
     PrinterCallback,
     ProgressCallback,
@@ -22,7 +21,7 @@ from transformers import (
 
 from rlhf.checkpoint import GracefulStop, latest_checkpoint
 from rlhf.config import InputError, RewardStageConfig, SFTStageConfig, build_arguments
-from rlhf.metrics import METRICS, MetricsWriter, is_main_process, say
+from rlhf.metrics import METRICS, MetricsWriter, progress_bar, say
 from rlhf.models import use_bfloat16
 
 SHOWN = ("loss", "accuracy", "eval_loss", "eval_accuracy")
@@ -75,18 +74,13 @@ class StageCallback(TrainerCallback):
         self.writer, self.stop = writer, stop
         self.interrupted = False
         self._began = time.perf_counter()
-        self._bar: tqdm | None = None
+        self._bar: Any = None
         self._shown: dict[str, str] = {}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        self._bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
-            unit="step",
-            disable=not is_main_process(),
-        )
+        self._bar = progress_bar(state.max_steps, state.global_step, "step")
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -119,7 +113,7 @@ class StageCallback(TrainerCallback):
         )
         self._shown |= {name: f"{value:.4g}" for name, value in values.items() if name in SHOWN}
         if self._bar is not None:
-            self._bar.set_postfix(self._shown)
+            self._bar.set_postfix(self._shown, refresh=False)
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         assert self._bar is not None

@@ -812,3 +812,29 @@ def test_collator_masks_by_length_even_where_pad_is_eos():
     ]
     assert batch["ranks"].tolist() == [1, 0, 0, 1, 1]
     assert batch["groups"].tolist() == [0, 0, 1, 1, 1]
+
+
+def test_as_conversation_renders_text_prompts_like_the_conversations_of_sft(tmp_path):
+    ranked = [{"prompt": "Name a fruit.", "responses": ["Apple.", "Car."], "ranks": [0, 1]}] * 2
+    write(tmp_path / "ranked.jsonl", ranked)
+    config = DatasetConfig(
+        path=str(tmp_path / "ranked.jsonl"),
+        eval_path=str(tmp_path / "ranked.jsonl"),
+        format="ranked",
+    )
+    assert load_splits(config, "reward", 1).prompts == "text"
+    config.as_conversation = True
+    splits = load_splits(config, "reward", 1)
+    assert splits.prompts == "conversation"
+    assert splits.train[0]["prompt"] == [{"role": "user", "content": "Name a fruit."}]
+    assert splits.overlap == 2
+    assert "2 held-out rows share their prompt" in splits.describe(Counter())
+
+
+def test_as_conversation_makes_a_text_completion_the_answer(tmp_path):
+    write(tmp_path / "rows.jsonl", [{"prompt": "Hi", "completion": "Hello"}])
+    path = str(tmp_path / "rows.jsonl")
+    config = DatasetConfig(path=path, eval_path=path, format="prompt_completion")
+    config.as_conversation = True
+    row = load_splits(config, "sft", 1).train[0]
+    assert row["completion"] == [{"role": "assistant", "content": "Hello"}]

@@ -30,6 +30,7 @@ from rlhf.config import (
     RewardStageConfig,
     ScorerConfig,
     SFTStageConfig,
+    TrackerConfig,
 )
 from rlhf.data import encode_prompt, encode_response
 from rlhf.demo_world import MODEL_CONFIG
@@ -321,3 +322,70 @@ def test_two_processes_give_the_result_of_one_on_the_same_global_batch(runs, tmp
         for name in ("score", "kl", "policy_loss", "value_loss", "grad_norm", "eval_score"):
             if name in one:
                 assert one[name] == pytest.approx(two[name], rel=1e-3, abs=1e-4), name
+
+
+def test_ctrl_c_saves_a_checkpoint_and_resume_continues(tmp_path, monkeypatch, capsys):
+    import signal
+
+    from rlhf.training import StageCallback
+
+    class Pressed(StageCallback):
+        def on_step_begin(self, args, state, control, **_):
+            if state.global_step == 2:
+                signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rlhf.training.StageCallback", Pressed)
+        assert train_sft(sft_config(tmp_path)).directory is None
+    assert "stopped after step 3; continue with resume=true" in capsys.readouterr().out
+    assert (tmp_path / "run/sft/checkpoint-3").is_dir()
+    resumed = train_sft(sft_config(tmp_path, resume=True))
+    assert resumed.directory is not None
+    assert "resuming from" in capsys.readouterr().out
+
+
+def test_text_prompts_after_conversations_are_warned_about(runs, tmp_path, capsys):
+    rows = [
+        {"prompt": f"name {n} animals", "responses": ["dog", "."], "ranks": [0, 1]}
+        for n in "abcdefgh"
+    ]
+    path = tmp_path / "ranked.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = DatasetConfig(path=str(path), eval_path=str(path), format="ranked", max_length=64)
+    source = ModelConfig(path=str(runs / "run/sft/final"))
+    config = reward_config(tmp_path, model=source, dataset=data)
+    config.trainer["max_steps"] = 1
+    train_reward(config)
+    assert "trained on conversation prompts, but these are text" in capsys.readouterr().err
+
+
+def test_ppo_logs_to_wandb_offline_when_asked(runs, tmp_path):
+    pytest.importorskip("wandb")
+    config = ppo_config(
+        tmp_path,
+        model=ModelConfig(path=str(runs / "run/sft/final")),
+        scorer=ScorerConfig(path=str(runs / "run/reward/final")),
+        tracker=TrackerConfig(name="wandb", mode="offline"),
+    )
+    result = train_ppo(config)
+    assert list((result.directory.parent / "wandb").glob("offline-run-*/*.wandb"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_demo_reaches_its_marks(tmp_path, seed):
+    result = subprocess.run(
+        [sys.executable, "-m", "rlhf.demo", f"seed={seed}"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        timeout=1800,
+    )
+    assert result.returncode == 0
+    run = tmp_path / "runs/demo"
+    reward = json.loads((run / "reward/final/rlhf.json").read_text())["metrics"]
+    assert reward["eval_accuracy"] >= 0.85
+    assert reward["eval_accuracy"] >= reward["eval_longer_wins_accuracy"] + 0.10
+    rows = [json.loads(line) for line in (run / "ppo/metrics.jsonl").read_text().splitlines()]
+    gold = [row["eval_independent_score"] for row in rows if "eval_score" in row]
+    assert 0.35 <= gold[0] <= 0.70
+    assert gold[-1] >= 0.85

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from tqdm import tqdm
 
 from rlhf.checkpoint import (
     GracefulStop,
@@ -35,6 +34,7 @@ from rlhf.generation import Sampling, stop_token_ids
 from rlhf.metrics import (
     MetricsWriter,
     is_main_process,
+    progress_bar,
     quiet_libraries,
     say,
     table,
@@ -307,12 +307,7 @@ class _Run:
             self.before = self._evaluate(writer)
             _warn_about_penalty(config, self.before)
         after = dict(self.before)
-        bar = tqdm(
-            total=config.ppo.num_updates,
-            initial=trainer.update,
-            unit="update",
-            disable=not is_main_process(),
-        )
+        bar = progress_bar(config.ppo.num_updates, trainer.update, "update")
         with GracefulStop() as stop:
             while trainer.update < config.ppo.num_updates:
                 metrics = trainer.step() | {"seconds": time.perf_counter() - began}
