@@ -1,9 +1,8 @@
 """Configuration of the three stages: a dataclass per stage, and its checks.
 
-The dataclasses are the schema and hold every default; `conf/*.yaml` shows the common knobs with
-their comments, and a test keeps the two equal. Library users build a dataclass and call `check`;
-only `hydra_main` knows Hydra. What the free mapping `trainer:` may hold is decided by the libraries
-that receive it (see `build_arguments`).
+The dataclasses hold every default; `conf/*.yaml` shows common knobs with their comments, and a test
+keeps the two equal. Library users build a dataclass; only `rlhf.command_line` knows Hydra. What the
+mapping `trainer:` may hold is decided by the libraries that receive it (see `build_arguments`).
 """
 
 from __future__ import annotations
@@ -77,7 +76,7 @@ class TrackerConfig:
     name: str = "none"
     project: str = "rlhf"
     entity: str | None = None
-    mode: str = "online"
+    mode: str | None = None
 
 
 @dataclass
@@ -307,7 +306,8 @@ def _rules(config: StageConfig) -> Iterable[tuple[bool, str]]:
     yield one_of("model.dtype", DTYPES)
     yield one_of("precision", ("auto", "float32", "bfloat16"))
     yield one_of("tracker.name", ("none", "wandb"))
-    yield one_of("tracker.mode", ("online", "offline", "disabled"))
+    if config.tracker.mode is not None:
+        yield one_of("tracker.mode", ("online", "offline", "disabled"))
     yield within("dataset.eval_fraction", 0, 0.9)
     yield at_least("dataset.max_length", 2)
     yield from (at_least(f"dataset.{name}", 1) for name in ("max_rows", "max_eval_rows"))

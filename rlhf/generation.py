@@ -65,6 +65,11 @@ def stop_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
     return tuple(sorted({tokenizer.eos_token_id, *(i for i in ids if i is not None)}))
 
 
+def context_length(model: Any) -> int:
+    """Longest sequence that the model was built for, tokens; a very large number where unknown."""
+    return getattr(unwrap_peft(model).config, "max_position_embeddings", None) or 1 << 30
+
+
 def uniform_noise(key: Sequence[int], rows: Sequence[int], num_tokens: int) -> Tensor:
     """Draw the random numbers of a batch of responses.
 

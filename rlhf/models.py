@@ -70,8 +70,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         )
     if tokenizer.eos_token_id is None:
         raise InputError(
-            f"the tokenizer of {source} has no EOS token; set eos_token in its "
-            f"tokenizer_config.json"
+            f"the tokenizer of {source} has no EOS token; set it in its tokenizer_config.json"
         )
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
@@ -88,11 +87,7 @@ def forbidden_token_ids(tokenizer: PreTrainedTokenizerBase, num_logits: int) -> 
     Their logits become -inf in sampling and in every log-prob alike.
 
     Args:
-        num_logits: width of the language-model head, at least the size of the tokenizer's
-            vocabulary.
-
-    Returns:
-        int64 tensor of ids.
+        num_logits: width of the language-model head.
     """
     ids = set(range(len(tokenizer), num_logits))
     if tokenizer.pad_token_id != tokenizer.eos_token_id:
@@ -118,7 +113,7 @@ def load_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
         model = _build(config, tokenizer)
     else:
         model = _from_hub_or_disk(
-            _causal_lm_loader(config.path), config.path, "model.path", **_load_arguments(config)
+            _load_causal_lm, config.path, "model.path", **_load_arguments(config)
         )
     resize_embeddings(model, len(tokenizer))
     _set_special_tokens(model, tokenizer)
@@ -322,15 +317,17 @@ def _load_arguments(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _causal_lm_loader(path: str) -> Callable[..., Any]:
-    if not (Path(path) / "adapter_config.json").is_file():
-        return AutoModelForCausalLM.from_pretrained
-    from peft import AutoPeftModelForCausalLM
+def _load_causal_lm(path: str, use_safetensors: bool, **kwargs: Any) -> PreTrainedModel:
+    if (Path(path) / "adapter_config.json").is_file():
+        from peft import AutoPeftModelForCausalLM
 
-    def load(path: str, use_safetensors: bool, **kwargs: Any) -> PreTrainedModel:
         return AutoPeftModelForCausalLM.from_pretrained(path, **kwargs).merge_and_unload()
-
-    return load
+    kwargs |= {"use_safetensors": use_safetensors, "output_loading_info": True}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+    model, info = loaded
+    if info["missing_keys"]:
+        raise ValueError(f"there are no weights for {', '.join(sorted(info['missing_keys'])[:3])}")
+    return model
 
 
 def _load_classifier(config: ModelConfig, field: str, **kwargs: Any) -> Any:

@@ -21,6 +21,7 @@ from transformers import (
 
 from rlhf.checkpoint import GracefulStop, latest_checkpoint
 from rlhf.config import InputError, RewardStageConfig, SFTStageConfig, build_arguments
+from rlhf.generation import context_length
 from rlhf.metrics import METRICS, MetricsWriter, progress_bar, say
 from rlhf.models import use_bfloat16
 
@@ -64,6 +65,15 @@ def trainer_arguments(
         }
         | reserved,
     )
+
+
+def check_max_length(config: SFTStageConfig | RewardStageConfig, model: Any) -> None:
+    """Refuse rows longer than the model's context before any are encoded."""
+    if config.dataset.max_length > context_length(model):
+        raise InputError(
+            f"dataset.max_length={config.dataset.max_length} exceeds the model's context of "
+            f"{context_length(model)} tokens; set dataset.max_length to at most that"
+        )
 
 
 class StageCallback(TrainerCallback):

@@ -404,7 +404,7 @@ def saved_tokenizer(directory, **special):
 
 
 def test_a_tokenizer_without_eos_is_refused(tmp_path):
-    with pytest.raises(InputError, match="has no EOS token; set eos_token"):
+    with pytest.raises(InputError, match="has no EOS token; set it in"):
         load_tokenizer(saved_tokenizer(tmp_path, eos_token=None))
 
 
@@ -702,3 +702,16 @@ def test_freeze_stops_gradients_and_dropout():
     model = freeze(model_with_dropout("gpt_neox", lora=False))
     assert not any(p.requires_grad for p in model.parameters())
     exact(logits_of(model), logits_of(model))
+
+
+def test_a_policy_without_all_of_its_weights_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    tokenizer = tiny_tokenizer()
+    tiny_model("llama", tokenizer).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    del state["model.layers.1.mlp.up_proj.weight"]
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="no weights for model.layers.1.mlp.up_proj.weight"):
+        load_policy(ModelConfig(path=str(tmp_path)), tokenizer)

@@ -389,3 +389,14 @@ def test_demo_reaches_its_marks(tmp_path, seed):
     gold = [row["eval_independent_score"] for row in rows if "eval_score" in row]
     assert 0.35 <= gold[0] <= 0.70
     assert gold[-1] >= 0.85
+
+
+def test_rows_longer_than_the_context_are_refused_by_setting(runs, tmp_path):
+    data = dataclasses.replace(WORLD, max_length=65)
+    message = "dataset.max_length=65 exceeds the model's context of 64"
+    with pytest.raises(InputError, match=message):
+        train_sft(sft_config(tmp_path, dataset=data))
+    source = ModelConfig(path=str(runs / "run/sft/final"))
+    with pytest.raises(InputError, match=message):
+        train_reward(reward_config(tmp_path, dataset=data, model=source))
+    assert not (tmp_path / "run").exists()

@@ -30,7 +30,7 @@ from rlhf.checkpoint import (
 )
 from rlhf.config import InputError, PPOStageConfig, ScorerConfig, check, load_object
 from rlhf.data import encode_prompts, load_splits
-from rlhf.generation import Sampling, stop_token_ids
+from rlhf.generation import Sampling, context_length, stop_token_ids
 from rlhf.metrics import (
     MetricsWriter,
     is_main_process,
@@ -224,7 +224,7 @@ def _with_default_paths(config: PPOStageConfig, scorer: Scorer | None) -> PPOSta
 def _prompt_budget(config: PPOStageConfig, policy: Any) -> int:
     """Longest prompt that leaves room for the response in the model's context."""
     ppo = config.ppo
-    context = getattr(policy.config, "max_position_embeddings", None) or 1 << 30
+    context = context_length(policy)
     if ppo.response_length >= context:
         raise InputError(
             f"ppo.response_length={ppo.response_length} leaves no room for a prompt in the model's "

@@ -41,7 +41,7 @@ from rlhf.models import (
 )
 from rlhf.reward.report import RankingReport, ranking_report
 from rlhf.scorers import score_sequences
-from rlhf.training import describe_batches, run_trainer, trainer_arguments
+from rlhf.training import check_max_length, describe_batches, run_trainer, trainer_arguments
 
 
 @dataclass
@@ -129,9 +129,10 @@ def train_reward(config: RewardStageConfig) -> RewardResult:
     tokenizer = load_tokenizer(source)
     splits = load_splits(config.dataset, "reward", config.seed)
     warn_about_prompts(record_of_parent, splits.prompts)
+    model = init_reward_model(source, tokenizer, config.seed)
+    check_max_length(config, model)
     train, too_long = encode_ranked(splits.train, tokenizer, config.dataset.max_length)
     heldout, _ = encode_ranked(splits.eval, tokenizer, config.dataset.max_length)
-    model = init_reward_model(source, tokenizer, config.seed)
     if config.peft.enabled:
         model = add_lora(model, config.peft, "SEQ_CLS", config.seed)
     directory = prepare_run_directory(config, "reward")

@@ -24,7 +24,7 @@ from rlhf.checkpoint import (
 )
 from rlhf.config import SFTStageConfig, check
 from rlhf.data import Splits, encode_prompt, encode_sft, load_splits, prompt_of
-from rlhf.generation import Sampling, generate, stop_token_ids, uniform_noise
+from rlhf.generation import Sampling, context_length, generate, stop_token_ids, uniform_noise
 from rlhf.metrics import append_jsonl, quiet_libraries, say, table
 from rlhf.models import (
     add_lora,
@@ -34,7 +34,7 @@ from rlhf.models import (
     merged,
     parameter_count,
 )
-from rlhf.training import describe_batches, run_trainer, trainer_arguments
+from rlhf.training import check_max_length, describe_batches, run_trainer, trainer_arguments
 
 NUM_SHOWN = 3
 
@@ -71,10 +71,11 @@ def train_sft(config: SFTStageConfig) -> SFTResult:
     args = trainer_arguments(SFTConfig, config, "sft", max_length=length, eval_packing=False)
     tokenizer = load_tokenizer(config.model)
     splits = load_splits(config.dataset, "sft", config.seed)
-    train, too_long = encode_sft(splits.train, tokenizer, length, config.train_on_prompt)
-    heldout, _ = encode_sft(splits.eval, tokenizer, length, config.train_on_prompt)
     torch.manual_seed(config.seed)
     model = load_policy(config.model, tokenizer)
+    check_max_length(config, model)
+    train, too_long = encode_sft(splits.train, tokenizer, length, config.train_on_prompt)
+    heldout, _ = encode_sft(splits.eval, tokenizer, length, config.train_on_prompt)
     if config.peft.enabled:
         model = add_lora(model, config.peft, "CAUSAL_LM", config.seed)
     directory = prepare_run_directory(config, "sft")
@@ -127,7 +128,7 @@ def sample_responses(
     config: SFTStageConfig,
 ) -> list[dict[str, Any]]:
     """Sample one response to the prompt of each row; prompts that leave no room are left out."""
-    context = getattr(model.config, "max_position_embeddings", None) or 1 << 30
+    context = context_length(model)
     prompts = [prompt_of(row) for row in rows]
     ids = [encode_prompt(prompt, tokenizer) for prompt in prompts]
     kept = [i for i, row in enumerate(ids) if len(row) + config.response_length <= context]
