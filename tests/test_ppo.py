@@ -389,3 +389,22 @@ def failing_scorer(prompts, responses):
 def test_a_bad_scorer_stops_the_run_with_the_cause(policy_dir, tmp_path, scorer, message):
     with pytest.raises(InputError, match=message):
         train_ppo(make_config(policy_dir, tmp_path), scorer=scorer)
+
+
+def test_a_critic_that_is_worse_than_a_constant_is_warned_about(policy_dir, tmp_path, capsys):
+    config = make_config(policy_dir, tmp_path, num_updates=1)
+    config.critic.learning_rate = 0.0
+
+    def large(prompts, responses):
+        return [100.0] * len(responses)
+
+    train_ppo(config, scorer=large)
+    assert "critic.warmup_updates" not in capsys.readouterr().err
+    config.run_name = "noisy"
+
+    def constant(prompts, responses):
+        return [0.0] * len(responses)
+
+    config.ppo.missing_eos_penalty = 1e-3  # returns vary little, the fresh critic much
+    train_ppo(config, scorer=constant)
+    assert "set critic.warmup_updates" in capsys.readouterr().err

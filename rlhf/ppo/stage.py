@@ -311,6 +311,8 @@ class _Run:
         with GracefulStop() as stop:
             while trainer.update < config.ppo.num_updates:
                 metrics = trainer.step() | {"seconds": time.perf_counter() - began}
+                if trainer.update == 1:
+                    _warn_about_critic(config, metrics)
                 bar.set_postfix(
                     {short: f"{metrics[name]:.3g}" for name, short in SHOWN.items()}, refresh=False
                 )
@@ -409,4 +411,14 @@ def _warn_about_penalty(config: PPOStageConfig, before: dict[str, float]) -> Non
             f"only {before['eval_eos_rate']:.0%} of the responses end with a stop token: raise "
             f"ppo.response_length, or "
             "train the SFT stage longer"
+        )
+
+
+def _warn_about_critic(config: PPOStageConfig, metrics: dict[str, float]) -> None:
+    if metrics["explained_variance"] < -0.5 and not config.critic.warmup_updates:
+        warn(
+            f"the critic predicts returns worse than a constant would (explained variance "
+            f"{metrics['explained_variance']:.2f}, mean value {metrics['value']:.2f}, mean return "
+            f"{metrics['return']:.2f}): its error will steer the policy; set "
+            "critic.warmup_updates=5 or more"
         )
