@@ -276,7 +276,11 @@ def complete_or_nothing(directory: Path) -> Iterator[Path]:
 
 
 def save_training_state(
-    directory: Path, modules: dict[str, Any], optimizers: dict[str, Any], state: dict
+    directory: Path,
+    modules: dict[str, Any],
+    optimizers: dict[str, Any],
+    state: dict[str, Any],
+    config: StageConfig | None = None,
 ) -> None:
     """Write trainable weights and optimiser state as safetensors, and plain values as JSON.
 
@@ -284,6 +288,7 @@ def save_training_state(
         modules: name -> module; only parameters that train are written.
         optimizers: name -> optimiser.
         state: JSON values, e.g. the number of finished updates.
+        config: written beside, resolved.
     """
     with complete_or_nothing(directory) as temporary:
         for name, module in modules.items():
@@ -297,6 +302,8 @@ def save_training_state(
             }
             save_file(tensors, temporary / f"optimizer_{name}.safetensors")
         (temporary / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
+        if config is not None:
+            save_config(config, temporary / "config.yaml")
 
 
 def load_training_state(

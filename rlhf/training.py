@@ -20,9 +20,9 @@ from transformers import (
 )
 
 from rlhf.checkpoint import GracefulStop, latest_checkpoint
-from rlhf.config import InputError, RewardStageConfig, SFTStageConfig, build_arguments
+from rlhf.config import InputError, RewardStageConfig, SFTStageConfig, build_arguments, save_config
 from rlhf.generation import context_length
-from rlhf.metrics import METRICS, MetricsWriter, progress_bar, say
+from rlhf.metrics import METRICS, MetricsWriter, is_main_process, progress_bar, say
 from rlhf.models import use_bfloat16
 
 SHOWN = ("loss", "accuracy", "eval_loss", "eval_accuracy")
@@ -80,8 +80,13 @@ class StageCallback(TrainerCallback):
     """Writes metrics, shows a progress bar with the numbers that matter, and saves before it
     stops on Ctrl-C."""
 
-    def __init__(self, writer: MetricsWriter, stop: GracefulStop):
-        self.writer, self.stop = writer, stop
+    def __init__(
+        self,
+        config: SFTStageConfig | RewardStageConfig,
+        writer: MetricsWriter,
+        stop: GracefulStop,
+    ):
+        self.config, self.writer, self.stop = config, writer, stop
         self.interrupted = False
         self._began = time.perf_counter()
         self._bar: Any = None
@@ -100,6 +105,13 @@ class StageCallback(TrainerCallback):
         if self.stop.requested():
             self.interrupted = state.global_step < state.max_steps
             control.should_save = control.should_training_stop = True
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if is_main_process():
+            checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+            save_config(self.config, checkpoint / "config.yaml")
 
     def on_log(
         self,
@@ -150,7 +162,7 @@ def run_trainer(
         )
     writer = MetricsWriter(directory, config, stage, step_of(checkpoint) if config.resume else None)
     with GracefulStop() as stop:
-        callback = StageCallback(writer, stop)
+        callback = StageCallback(config, writer, stop)
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(callback)

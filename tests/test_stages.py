@@ -109,6 +109,8 @@ def test_each_stage_leaves_an_ordinary_directory_that_names_its_parent(runs):
         assert record["stage"] == stage
         assert (final / "config.yaml").is_file()
         assert not list(final.glob("*.bin")) and not list(final.parent.glob("*.tmp"))
+        checkpoints = list(final.parent.glob("checkpoint-*"))
+        assert checkpoints and all((c / "config.yaml").is_file() for c in checkpoints)
         parent = None if stage == "sft" else str(runs / "run/sft/final")
         assert record["parent"] == parent
     reward = json.loads((runs / "run/reward/final/rlhf.json").read_text())

@@ -370,7 +370,10 @@ class _Run:
         if self.trainer.accelerator.is_main_process:
             state = {"update": self.trainer.update, "before": self.before}
             save_training_state(
-                self.directory / f"checkpoint-{self.trainer.update}", *self._parts(), state
+                self.directory / f"checkpoint-{self.trainer.update}",
+                *self._parts(),
+                state,
+                self.config,
             )
             found = sorted(
                 self.directory.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[-1])
