@@ -115,6 +115,8 @@ def test_first_minibatch_has_ratio_one_and_kl_zero_although_dropout_is_configure
     policy_dir, tmp_path
 ):
     trainer = make_trainer(make_config(policy_dir, tmp_path), tmp_path)
+    trainer.actors.policy.train()  # as user code might; dropout must stay off
+    trainer.actors.reference.train()
     metrics = trainer.step()
     assert metrics["first_ratio_deviation"] < 1e-5
     assert metrics["kl"] == 0.0 and metrics["kl_k3"] == 0.0
@@ -286,6 +288,20 @@ def test_missing_eos_penalty_replaces_the_score(policy_dir, tmp_path):
     assert not rollout.finished.all()
     assert (rollout.scores[~rollout.finished] == -7.0).all()
     assert (rollout.scores[rollout.finished] >= 0).all()
+
+
+def test_each_update_draws_new_random_numbers(policy_dir, tmp_path):
+    trainer = make_trainer(make_config(policy_dir, tmp_path), tmp_path, num_prompts=8)
+    answers = []
+    for trainer.update in (0, 1, 0):
+        rollout = trainer.collect()
+        prompts = [
+            str(row[mask].tolist())
+            for row, mask in zip(rollout.prompt_ids, rollout.prompt_mask, strict=True)
+        ]
+        answers.append(dict(zip(prompts, rollout.response_ids.tolist(), strict=True)))
+    assert answers[0] == answers[2]
+    assert all(answers[0][prompt][:4] != answers[1][prompt][:4] for prompt in answers[0])
 
 
 def test_prompt_stream_covers_every_prompt_once_per_pass_and_needs_no_state():
