@@ -173,17 +173,15 @@ def check_same_tokenizer(
     if record.tokenizer != hash_tokenizer(tokenizer):
         raise InputError(
             f"tokenizer mismatch: {theirs} (hash {record.tokenizer[:12]}, eos "
-            f"{record.eos_token_id}, pad "
-            f"{record.pad_token_id}) and {ours} (hash {hash_tokenizer(tokenizer)[:12]}, eos "
-            f"{tokenizer.eos_token_id}, pad {tokenizer.pad_token_id}) have different vocabularies; "
-            f"train both from "
-            "the same SFT directory"
+            f"{record.eos_token_id}, pad {record.pad_token_id}) and {ours} (hash "
+            f"{hash_tokenizer(tokenizer)[:12]}, eos {tokenizer.eos_token_id}, pad "
+            f"{tokenizer.pad_token_id}) have different vocabularies; train both from the same SFT "
+            "directory"
         )
     if record.template != _hash(tokenizer.chat_template or ""):
         raise InputError(
             f"chat template mismatch: {theirs} and {ours} render prompts differently; train both "
-            f"from the same SFT "
-            "directory, or leave model.chat_template unset"
+            "from the same SFT directory, or leave model.chat_template unset"
         )
 
 
@@ -319,7 +317,7 @@ def load_training_state(
         if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in own.items()}:
             raise InputError(
                 f"{directory}: the {name} weights there belong to another model or adapter "
-                f"configuration"
+                "configuration"
             )
         with torch.no_grad():
             for key, value in own.items():

@@ -265,8 +265,8 @@ def _missing(config: StageConfig) -> list[str]:
     if isinstance(config, SFTStageConfig):
         if config.model.path is None and not config.model.config:
             found.append(
-                "model.path: Hub id or directory, e.g. model.path=EleutherAI/pythia-410m "
-                "(or model.config to train from scratch)"
+                "model.path: Hub id or directory, e.g. model.path=EleutherAI/pythia-410m (or "
+                "model.config to train from scratch)"
             )
         if config.model.path is None and config.model.tokenizer is None:
             found.append("model.tokenizer: Hub id or directory; needed when model.path is not set")
@@ -282,8 +282,8 @@ def _missing(config: StageConfig) -> list[str]:
 
 def _no_stage(key: str, config: StageConfig, stage: str) -> str:
     return (
-        f"{key}: {config.stage_dir(stage) / 'final'} does not exist; run "
-        f"`python -m rlhf.{stage} run_name={config.run_name}` first, or set {key}=<directory>"
+        f"{key}: {config.stage_dir(stage) / 'final'} does not exist; run `python -m rlhf.{stage} "
+        f"run_name={config.run_name}` first, or set {key}=<directory>"
     )
 
 

@@ -171,7 +171,7 @@ def load_reward_model(config: ModelConfig, field: str = "scorer.path") -> PreTra
     if misfits:
         raise InputError(
             f"{field}={config.path} has no weights for {', '.join(sorted(misfits))} that fit: it "
-            f"is not a reward model with one label; give the final/ directory of a reward stage"
+            "is not a reward model with one label; give the final/ directory of a reward stage"
         )
     if model.dtype != torch.float32:
         _restore_head(model, Path(config.path))
@@ -359,8 +359,8 @@ def _from_hub_or_disk(load: Callable[..., Any], path: Any, field: str, **kwargs:
         if pickled and not any(n.endswith(".safetensors") for n in names):
             raise InputError(
                 f"{field}={path} holds pickled weights only ({', '.join(sorted(pickled))}), which "
-                f"can run code when "
-                "loaded; convert them with save_pretrained, which writes safetensors"
+                "can run code when loaded; convert them with save_pretrained, which writes "
+                "safetensors"
             )
     elif str(path).startswith((".", "/")) or str(path).count("/") > 1:
         raise InputError(f"{field}={path}: no such directory")
@@ -370,8 +370,7 @@ def _from_hub_or_disk(load: Callable[..., Any], path: Any, field: str, **kwargs:
         reason = " ".join(str(error).split())[:400]
         raise InputError(
             f"{field}={path} cannot be loaded: it is neither a directory here nor a Hub model that "
-            f"can be reached "
-            f"({type(error).__name__}: {reason})"
+            f"can be reached ({type(error).__name__}: {reason})"
         ) from error
 
 

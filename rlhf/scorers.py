@@ -94,8 +94,7 @@ def score_statistics(config: ScorerConfig, record: Any) -> tuple[float, float]:
     if record is None or record.score_mean is None:
         raise InputError(
             f"scorer.normalize={config.normalize} needs the score statistics that the reward stage "
-            f"stores, but "
-            f"{config.path} has none; set scorer.normalize=none"
+            f"stores, but {config.path} has none; set scorer.normalize=none"
         )
     return record.score_mean, (
         record.score_std or 1.0
@@ -150,7 +149,6 @@ def check_scores(scores: Tensor, responses: Sequence[Any], field: str) -> Tensor
         row = int(bad[0])
         raise InputError(
             f"{field} returned {scores[row].item()} for {len(bad)} of {len(responses)} responses, "
-            f"the first being "
-            f"{str(responses[row])[:200]!r}; a score must be a finite number"
+            f"the first being {str(responses[row])[:200]!r}; a score must be a finite number"
         )
     return scores

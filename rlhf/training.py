@@ -127,8 +127,8 @@ class StageCallback(TrainerCallback):
         if not torch.isfinite(torch.tensor(float(values.get("loss", 0.0)))):
             raise InputError(
                 f"the loss is {values['loss']} at step {state.global_step}; lower "
-                f"trainer.learning_rate, or use "
-                "precision=float32. The last checkpoint is from before"
+                "trainer.learning_rate, or use precision=float32. The last checkpoint is from "
+                "before"
             )
         self.writer.write(
             state.global_step, values | {"seconds": time.perf_counter() - self._began}
@@ -192,6 +192,6 @@ def describe_batches(args: TrainingArguments, num_rows: int, unit: str) -> str:
     steps = args.max_steps if args.max_steps > 0 else int(steps_per_epoch * args.num_train_epochs)
     return (
         f"{num_rows} {unit}; {args.per_device_train_batch_size} per device x "
-        f"{args.gradient_accumulation_steps} "
-        f"accumulated x {args.world_size} processes = {rows} {unit} a step; {steps} optimiser steps"
+        f"{args.gradient_accumulation_steps} accumulated x {args.world_size} "
+        f"process{'es' * (args.world_size > 1)} = {rows} {unit} a step; {steps} optimiser steps"
     )

@@ -258,20 +258,19 @@ def describe_batches(
     micro = -(-share // ppo.micro_batch_size)
     total, trainable = parameter_count(actors.policy)
     reference = "adapters off" if actors.reference is None else "own copy"
+    steps = ppo.num_ppo_epochs * ppo.num_mini_batches
+    episodes = ppo.num_updates * ppo.batch_size
     return "\n".join(
         [
             f"ppo: policy {total:,} parameters, {trainable:,} trainable (reference: {reference}); "
-            f"critic from "
-            f"{config.critic.init}, {parameter_count(actors.critic)[1]:,} trainable",
+            f"critic from {config.critic.init}, {parameter_count(actors.critic)[1]:,} trainable",
             f"     rollout: {ppo.batch_size} of {num_prompts} prompts, at most "
-            f"{ppo.response_length} tokens each; "
-            f"{ppo.num_updates} updates = {ppo.num_updates * ppo.batch_size} episodes = "
-            f"{ppo.num_updates * ppo.batch_size / num_prompts:.1f} passes over the prompts",
+            f"{ppo.response_length} tokens each; {ppo.num_updates} updates = {episodes} episodes "
+            f"= {episodes / num_prompts:.1f} passes over the prompts",
             f"     update: {ppo.num_ppo_epochs} epochs x {ppo.num_mini_batches} minibatches of "
-            f"{minibatch} = "
-            f"{ppo.num_ppo_epochs * ppo.num_mini_batches} optimiser steps; {num_processes} "
-            f"processes x {micro} "
-            f"micro-batches of at most {ppo.micro_batch_size}",
+            f"{minibatch} = {steps} optimiser steps; {num_processes} "
+            f"process{'es' * (num_processes > 1)} x {micro} micro-batches of at most "
+            f"{ppo.micro_batch_size}",
         ]
     )
 
@@ -405,22 +404,20 @@ def _warn_about_penalty(config: PPOStageConfig, before: dict[str, float]) -> Non
     if before["eval_score"] < penalty:
         warn(
             f"the mean score before training ({before['eval_score']:.2f}) is below "
-            f"ppo.missing_eos_penalty ({penalty}): "
-            "not ending a response would pay; lower the penalty, or use "
-            "scorer.normalize=standardise"
+            f"ppo.missing_eos_penalty ({penalty}): not ending a response would pay; lower the "
+            "penalty, or use scorer.normalize=standardise"
         )
     if before["eval_eos_rate"] < 0.5:
         warn(
             f"only {before['eval_eos_rate']:.0%} of the responses end with a stop token: raise "
-            f"ppo.response_length, or "
-            "train the SFT stage longer"
+            "ppo.response_length, or train the SFT stage longer"
         )
 
 
 def _warn_about_critic(config: PPOStageConfig, metrics: dict[str, float]) -> None:
     if metrics["explained_variance"] < -0.5 and not config.critic.warmup_updates:
         warn(
-            f"the critic predicts returns worse than a constant would (explained variance "
+            "the critic predicts returns worse than a constant would (explained variance "
             f"{metrics['explained_variance']:.2f}, mean value {metrics['value']:.2f}, mean return "
             f"{metrics['return']:.2f}): its error will steer the policy; set "
             "critic.warmup_updates=5 or more"

@@ -229,10 +229,9 @@ class PPOTrainer:
             bad = [name for name, value in means.items() if not math.isfinite(value)]
             raise InputError(
                 f"{', '.join(bad)} is not finite in update {self.update + 1}; nothing was updated "
-                f"with it and the "
-                f"batch is in {file}. Lower ppo.learning_rate or critic.learning_rate, or use "
-                f"precision=float32; "
-                "resume=true continues from the last checkpoint"
+                f"with it and the batch is in {file}. Lower ppo.learning_rate or "
+                "critic.learning_rate, or use precision=float32; resume=true continues from the "
+                "last checkpoint"
             )
         return means | {"ratio_max_dev": float(largest)}
 

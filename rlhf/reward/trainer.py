@@ -126,9 +126,9 @@ def train_reward(config: RewardStageConfig) -> RewardResult:
     source = dataclasses.replace(config.model, path=parent)
     args = trainer_arguments(TrainingArguments, config, "reward")
     record_of_parent = require_stage(parent, ("sft",), "model.path")
-    tokenizer = load_tokenizer(source)
     splits = load_splits(config.dataset, "reward", config.seed)
     warn_about_prompts(record_of_parent, splits.prompts)
+    tokenizer = load_tokenizer(source)
     model = init_reward_model(source, tokenizer, config.seed)
     check_max_length(config, model)
     train, too_long = encode_ranked(splits.train, tokenizer, config.dataset.max_length)
@@ -181,12 +181,11 @@ def _show(report: RankingReport, mean: float, std: float, directory: Path) -> No
     say("\n" + table(report.rows(), ("held-out pairs", "accuracy", "pairs")))
     say(
         f"scores on reference completions: mean {mean:.3f}, std {std:.3f} (stored; PPO subtracts "
-        f"the mean)"
+        "the mean)"
     )
     if report.accuracy < report.longer_wins + 0.02:
         warn(
             "the reward model is hardly better than `the longer response wins`: PPO against it "
-            "will mostly change "
-            "length; use more or cleaner rankings, or train longer"
+            "will mostly change length; use more or cleaner rankings, or train longer"
         )
     say(f"\nsaved {directory / 'final'}")

@@ -69,8 +69,8 @@ def train_sft(config: SFTStageConfig) -> SFTResult:
     check_run_directory(config, "sft")
     length = config.dataset.max_length
     args = trainer_arguments(SFTConfig, config, "sft", max_length=length, eval_packing=False)
-    tokenizer = load_tokenizer(config.model)
     splits = load_splits(config.dataset, "sft", config.seed)
+    tokenizer = load_tokenizer(config.model)
     torch.manual_seed(config.seed)
     model = load_policy(config.model, tokenizer)
     check_max_length(config, model)
