@@ -374,7 +374,7 @@ BAD = [
     ({"response_length": 128}, "leaves no room for a prompt in the model's context of 128"),
     ({"max_prompt_length": 120}, "exceed the model's context of 128"),
     ({"batch_size": 64}, "is more than the .* training prompts"),
-    ({"max_prompt_length": 1}, "longer than ppo.max_prompt_length=1|prompt"),
+    ({"max_prompt_length": 1}, "max_prompt_length=1 leaves no row; raise it: the longest has 23"),
 ]
 
 
