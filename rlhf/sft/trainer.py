@@ -81,7 +81,8 @@ def train_sft(config: SFTStageConfig) -> SFTResult:
     directory = prepare_run_directory(config, "sft")
     total, trainable = parameter_count(model)
     say(f"sft: {total:,} parameters, {trainable:,} trainable; {len(heldout)} held-out rows")
-    say(f"     {describe_batches(args, len(train), 'rows')}")
+    packing = ", fewer with packing" if args.packing else ""
+    say(f"     {describe_batches(args, len(train), 'rows')}{packing}")
     say(splits.describe(too_long))
     trainer = SFTTrainer(
         model=model,
