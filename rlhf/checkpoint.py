@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rlhf.config import InputError, StageConfig, save_config
-from rlhf.metrics import warn
+from rlhf.metrics import say, warn
 
 RECORD = "rlhf.json"
 PACKAGES = ("rlhf", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
@@ -251,10 +251,30 @@ def _in_use(directory: Path) -> bool:
     return directory.is_dir() and any(directory.iterdir())
 
 
+def complete_checkpoints(directory: Path) -> list[Path]:
+    """Return every `checkpoint-N` of a stage, oldest first, without those left half-written."""
+    found = [p for p in directory.glob("checkpoint-*") if p.name.split("-")[-1].isdigit()]
+    return sorted(found, key=step_of)
+
+
 def latest_checkpoint(directory: Path) -> Path | None:
     """Return the newest complete `checkpoint-N` in a stage directory."""
-    found = [p for p in directory.glob("checkpoint-*") if p.name.split("-")[-1].isdigit()]
-    return max(found, key=lambda p: int(p.name.split("-")[-1]), default=None)
+    return next(reversed(complete_checkpoints(directory)), None)
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """Step number in the name of a checkpoint; 0 without one."""
+    return int(checkpoint.name.split("-")[-1]) if checkpoint else 0
+
+
+def checkpoint_to_resume(config: StageConfig, directory: Path) -> Path | None:
+    """Return the newest checkpoint when resuming is asked for, and say which."""
+    if not config.resume:
+        return None
+    checkpoint = latest_checkpoint(directory)
+    found = f"resuming from {checkpoint}"
+    say(found if checkpoint else "no checkpoint to resume from: starting afresh")
+    return checkpoint
 
 
 @contextmanager

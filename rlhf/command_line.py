@@ -119,9 +119,8 @@ def _explain_hydra(error: Exception, config_class: type) -> str:
             "special characters twice: 'key=\"a (b)\"'"
         )
     file = re.match("In '(.+?)': ", str(error))  # the YAML file, where one is to blame
-    return (file.group() if file else "") + explain(error, config_class).removeprefix(
-        file.group() if file else ""
-    )
+    prefix = file.group() if file else ""
+    return prefix + explain(error, config_class).removeprefix(prefix)
 
 
 def _name_sweep_run(config: StageConfig) -> None:

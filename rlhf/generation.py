@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from rlhf.models import accepts, forward_inputs, unwrap_peft
+from rlhf.models import accepts, forbidden_token_ids, forward_inputs, unwrap_peft
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,26 @@ def stop_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
     configured = getattr(unwrap_peft(model).generation_config, "eos_token_id", None)
     ids = configured if isinstance(configured, list) else [configured]
     return tuple(sorted({tokenizer.eos_token_id, *(i for i in ids if i is not None)}))
+
+
+def sampling_for(
+    model: Any,
+    tokenizer: Any,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float = 1.0,
+    top_k: int = 0,
+) -> Sampling:
+    """Build the settings of a model: its stop tokens end a response, its unused ids never occur."""
+    num_logits = model.get_output_embeddings().weight.shape[0]
+    return Sampling(
+        max_new_tokens=max_new_tokens,
+        stop_ids=stop_token_ids(model, tokenizer),
+        forbidden=forbidden_token_ids(tokenizer, num_logits),
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+    )
 
 
 def context_length(model: Any) -> int:

@@ -19,7 +19,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from rlhf.checkpoint import GracefulStop, latest_checkpoint
+from rlhf.checkpoint import GracefulStop, checkpoint_to_resume, step_of
 from rlhf.config import InputError, RewardStageConfig, SFTStageConfig, build_arguments, save_config
 from rlhf.generation import context_length
 from rlhf.metrics import METRICS, MetricsWriter, is_main_process, progress_bar, say
@@ -153,13 +153,7 @@ def run_trainer(
     Raises:
         InputError: the loss is not finite.
     """
-    checkpoint = latest_checkpoint(directory) if config.resume else None
-    if config.resume:
-        say(
-            f"resuming from {checkpoint}"
-            if checkpoint
-            else "no checkpoint to resume from: starting afresh"
-        )
+    checkpoint = checkpoint_to_resume(config, directory)
     writer = MetricsWriter(directory, config, stage, step_of(checkpoint) if config.resume else None)
     with GracefulStop() as stop:
         callback = StageCallback(config, writer, stop)
@@ -178,11 +172,6 @@ def run_trainer(
     if callback.interrupted:
         say(f"stopped after step {trainer.state.global_step}; continue with resume=true")
     return not callback.interrupted
-
-
-def step_of(checkpoint: Path | None) -> int:
-    """Step number in the name of a checkpoint; 0 without one."""
-    return int(checkpoint.name.split("-")[-1]) if checkpoint else 0
 
 
 def describe_batches(args: TrainingArguments, num_rows: int, unit: str) -> str:

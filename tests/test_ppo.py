@@ -343,6 +343,13 @@ def test_resumed_run_equals_the_uninterrupted_run(policy_dir, tmp_path, monkeypa
     assert samples[0] == samples[1]
 
 
+def test_a_checkpoint_left_half_written_does_not_stop_a_run(policy_dir, tmp_path):
+    config = make_config(policy_dir, tmp_path)
+    (tmp_path / "runs/run/ppo/checkpoint-3.tmp").mkdir(parents=True)
+    result = train_ppo(dataclasses.replace(config, resume=True))
+    assert result.directory is not None
+
+
 def test_same_seed_gives_the_same_metrics_and_another_seed_does_not(policy_dir, tmp_path):
     runs = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):

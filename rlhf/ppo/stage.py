@@ -17,8 +17,9 @@ from rlhf.checkpoint import (
     StageRecord,
     check_run_directory,
     check_same_tokenizer,
+    checkpoint_to_resume,
+    complete_checkpoints,
     hash_tokenizer,
-    latest_checkpoint,
     load_training_state,
     make_record,
     prepare_run_directory,
@@ -30,7 +31,7 @@ from rlhf.checkpoint import (
 )
 from rlhf.config import InputError, PPOStageConfig, ScorerConfig, check, load_object
 from rlhf.data import encode_prompts, load_splits
-from rlhf.generation import Sampling, context_length, stop_token_ids
+from rlhf.generation import context_length, sampling_for
 from rlhf.metrics import (
     MetricsWriter,
     is_main_process,
@@ -45,7 +46,6 @@ from rlhf.models import (
     ScalarModel,
     add_lora,
     disable_dropout,
-    forbidden_token_ids,
     init_reward_model,
     load_policy,
     load_reference,
@@ -188,13 +188,8 @@ def _load_critic(config: PPOStageConfig, tokenizer: Any) -> ScalarModel:
 def collect_settings(config: PPOStageConfig, policy: Any, tokenizer: Any) -> CollectSettings:
     """Derive how rollouts are collected."""
     ppo = config.ppo
-    sampling = Sampling(
-        max_new_tokens=ppo.response_length,
-        stop_ids=stop_token_ids(policy, tokenizer),
-        forbidden=forbidden_token_ids(tokenizer, policy.get_output_embeddings().weight.shape[0]),
-        temperature=ppo.temperature,
-        top_p=ppo.top_p,
-        top_k=ppo.top_k,
+    sampling = sampling_for(
+        policy, tokenizer, ppo.response_length, ppo.temperature, ppo.top_p, ppo.top_k
     )
     return CollectSettings(
         sampling, ppo.missing_eos_penalty, ppo.rollout_batch_size, ppo.micro_batch_size
@@ -374,26 +369,16 @@ class _Run:
                 state,
                 self.config,
             )
-            found = sorted(
-                self.directory.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[-1])
-            )
-            for old in found[: -self.config.checkpoint.keep_last]:
+            for old in complete_checkpoints(self.directory)[: -self.config.checkpoint.keep_last]:
                 shutil.rmtree(old)
         self.trainer.accelerator.wait_for_everyone()
 
     def _resume(self) -> None:
-        if not self.config.resume:
-            return
-        checkpoint = latest_checkpoint(self.directory)
-        say(
-            f"resuming from {checkpoint}"
-            if checkpoint
-            else "no checkpoint to resume from: starting afresh"
-        )
+        checkpoint = checkpoint_to_resume(self.config, self.directory)
         if checkpoint is not None:
             state = load_training_state(checkpoint, *self._parts())
             self.trainer.update, self.before = state["update"], state["before"]
-        if is_main_process():
+        if self.config.resume and is_main_process():
             truncate_jsonl(self.samples_file, self.trainer.update if checkpoint else -1)
 
 

@@ -24,11 +24,10 @@ from rlhf.checkpoint import (
 )
 from rlhf.config import SFTStageConfig, check
 from rlhf.data import Splits, encode_prompt, encode_sft, load_splits, prompt_of
-from rlhf.generation import Sampling, context_length, generate, stop_token_ids, uniform_noise
+from rlhf.generation import context_length, generate, sampling_for, uniform_noise
 from rlhf.metrics import append_jsonl, quiet_libraries, say, table
 from rlhf.models import (
     add_lora,
-    forbidden_token_ids,
     load_policy,
     load_tokenizer,
     merged,
@@ -133,12 +132,7 @@ def sample_responses(
     prompts = [prompt_of(row) for row in rows]
     ids = [encode_prompt(prompt, tokenizer) for prompt in prompts]
     kept = [i for i, row in enumerate(ids) if len(row) + config.response_length <= context]
-    sampling = Sampling(
-        max_new_tokens=config.response_length,
-        stop_ids=stop_token_ids(model, tokenizer),
-        forbidden=forbidden_token_ids(tokenizer, model.get_output_embeddings().weight.shape[0]),
-        temperature=config.temperature,
-    )
+    sampling = sampling_for(model, tokenizer, config.response_length, config.temperature)
     noise = uniform_noise((config.seed,), range(len(kept)), config.response_length)
     sampled = generate(model, [ids[i] for i in kept], sampling, noise)
     return [
