@@ -4,9 +4,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+# TRL 1.12 and the TRL that rlhf uses exclude each other: the peers have an environment of their own.
+PEERS := .venv-peers
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint format test test-slow wheel demo clean
+.PHONY: help install lint format test test-slow test-peers wheel demo overoptimization clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +35,14 @@ test: $(STAMP)  ## run the default tests (offline, CPU, minutes)
 test-slow: $(STAMP)  ## run the tests marked slow
 	$(BIN)/python -m pytest -q -m 'slow and not gpu'
 
+test-peers: $(PEERS)/.installed  ## compare the PPO maths with TRL 1.12, stable-baselines3 and torchrl
+	$(PEERS)/bin/python -m pytest -q -m peers tests/peers
+
+$(PEERS)/.installed: tests/peers/requirements.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet -r tests/peers/requirements.txt
+	touch $@
+
 wheel: $(STAMP)  ## build sdist and wheel into dist/ and check the wheel from an empty directory
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation --outdir dist .
@@ -40,6 +50,9 @@ wheel: $(STAMP)  ## build sdist and wheel into dist/ and check the wheel from an
 
 demo: $(STAMP)  ## train the embedded demo through all three stages on a CPU
 	$(BIN)/python -m rlhf.demo
+
+overoptimization: $(STAMP)  ## draw true and proxy score against KL on the demo, minutes on a CPU
+	$(BIN)/python -m rlhf.overoptimization
 
 clean:  ## remove builds and caches; keeps .venv and runs/
 	rm -rf dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -37,16 +37,18 @@ VALUED = (
 OWN_WORK = ("recipe", "model=", "model.path=", "model.config=", "dataset=", "dataset.path=")
 
 
-def hydra_main(stage: str, run: Callable[[Any], Any]) -> None:
+def hydra_main(stage: str, run: Callable[[Any], int | None]) -> None:
     """Run one stage from the command line.
 
     With neither a model nor a data set nor a recipe on the command line, the stage runs the
     embedded demo (`recipe=demo`). An `InputError` or a Hydra complaint becomes one message and exit
-    status 2; anything else keeps its traceback.
+    status 2; anything else keeps its traceback. A run that a signal interrupted ends with status
+    128 + signal, as shells have it: 130 after Ctrl-C, 143 after SIGTERM.
 
     Args:
         stage: key of `STAGES`; also the name of the YAML file.
-        run: called with the resolved dataclass.
+        run: called with the resolved dataclass; returns the number of the signal that interrupted
+            it, if one did.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand exceptions to us instead of printing and exiting
     import hydra
@@ -74,11 +76,13 @@ def hydra_main(stage: str, run: Callable[[Any], Any]) -> None:
             assert isinstance(config, config_class)
             _name_sweep_run(config)
             check(config)
-            run(config)
+            stopped_by = run(config)
         except InputError as error:
             _exit(str(error))
         except OmegaConfBaseException as error:
             _exit(explain(error, config_class))
+        if stopped_by is not None:
+            raise SystemExit(128 + stopped_by)
 
     try:
         task()

@@ -1,40 +1,72 @@
 """The three stages on the embedded demo world, and one closing table: `python -m rlhf.demo`.
 
 Runs `python -m rlhf.sft`, `.reward` and `.ppo` with `recipe=demo`, one after the other, under a run
-name that is still free. The world, its data and its gold score are in `rlhf.demo_world`. Arguments
-go to all three stages, e.g. `python -m rlhf.demo seed=2`.
+name that is still free. The world, its data and its gold score are in `rlhf.demo_world`. Each
+argument goes to the stages that know it, e.g. `python -m rlhf.demo seed=2 ppo.num_updates=40`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from rlhf.config import STAGES
 from rlhf.metrics import table
 
-STAGES = ("sft", "reward", "ppo")
 NUM_SHOWN = 4
 
 
 def main(arguments: list[str]) -> int:
     """Run the stages and print the table; return the exit status."""
-    given = [a.partition("=")[2] for a in arguments if a.startswith("run_name=")]
-    run_name = given[0] if given else _free_name(Path("runs"))
+    runs = Path(argument(arguments, "runs_dir", "runs"))
+    run_name = argument(arguments, "run_name", "") or _free_name(runs)
     seconds = {}
     for stage in STAGES:
-        print(f"\n=== python -m rlhf.{stage} recipe=demo run_name={run_name}", flush=True)
         began = time.perf_counter()
-        command = [sys.executable, "-m", f"rlhf.{stage}", "recipe=demo", *arguments]
-        status = subprocess.run([*command, f"run_name={run_name}"]).returncode
+        status = run_stage(stage, [*arguments, f"run_name={run_name}"])
         if status:
             return status
         seconds[stage] = time.perf_counter() - began
-    print(closing_table(Path("runs") / run_name, seconds))
+    print(closing_table(runs / run_name, seconds))
     return 0
+
+
+def argument(arguments: list[str], key: str, default: str) -> str:
+    """Value of the last `key=value` in a list of overrides."""
+    given = [a.partition("=")[2] for a in arguments if a.startswith(f"{key}=")]
+    return given[-1] if given else default
+
+
+def run_stage(stage: str, arguments: list[str]) -> int:
+    """Run `python -m rlhf.<stage> recipe=demo` with overrides; return its exit status, 128 + signal
+    where one ended it.
+
+    Overrides that only other stages know are left out; what no stage knows is handed on, so that
+    the stage refuses it by name.
+    """
+    keys = {name: {f.name for f in dataclasses.fields(config)} for name, config in STAGES.items()}
+    foreign = set().union(*keys.values()) - keys[stage]
+    mine = [a for a in arguments if re.split(r"[=.@]", a.lstrip("+~"))[0] not in foreign]
+    print(f"\n=== python -m rlhf.{stage} recipe=demo {' '.join(mine)}", flush=True)
+    process = subprocess.Popen([sys.executable, "-m", f"rlhf.{stage}", "recipe=demo", *mine])
+    # Ctrl-C reaches the stage from the terminal, SIGTERM from here: it needs time to save.
+    previous = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    try:
+        while True:
+            try:
+                status = process.wait()
+                return status if status >= 0 else 128 - status
+            except KeyboardInterrupt:
+                continue
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def closing_table(run: Path, seconds: dict[str, float]) -> str:

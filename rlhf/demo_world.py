@@ -301,13 +301,15 @@ def rows(stage: str, split: str) -> list[dict[str, Any]]:
     Args:
         stage: "sft" -> {"messages": [user, assistant]};
             "reward" -> {"prompt": [user], "responses": K texts, "ranks": K ints, 0 = best};
-            "ppo" -> {"prompt": [user]}.
+            "ppo" -> {"prompt": [user]};
+            "ptx" -> those of "sft".
         split: "train", or "eval": other prompts, and rankings by gold without noise, ties kept
             (ranks [0, 1, 1, 3] say that the middle two are equally good).
 
     Raises:
         ValueError: Unknown stage or split.
     """
+    stage = "sft" if stage == "ptx" else stage
     if (stage, split) not in NUM_ROWS:
         known = ", ".join(f"({a!r}, {b!r})" for a, b in NUM_ROWS)
         raise ValueError(f"no demo rows for ({stage!r}, {split!r}); expected one of {known}")

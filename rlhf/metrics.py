@@ -1,7 +1,9 @@
-"""Where numbers go: the table of names, `metrics.jsonl`, Weights & Biases when asked, the terminal.
+"""Where numbers go: the table of names, `metrics.jsonl` and `timings.jsonl`, Weights & Biases when
+asked, the terminal.
 
 Every name that a stage writes stands in `METRICS` with its meaning and unit; writing another one is
-an error.
+an error. Equal runs write equal bytes to `metrics.jsonl`: what the clock says goes to
+`timings.jsonl`.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from typing import Any
 
 from rlhf.config import InputError, StageConfig
 
+IDENTITY = "run.json"  # in a stage directory: who wrote it, {"id": ..., "stage": ...}
+TIMINGS = frozenset({"seconds", "tokens_per_second", "collect_seconds", "optimize_seconds"})
 METRICS: dict[str, str] = {
     # all stages
     "step": "optimiser steps (sft, reward) or PPO updates finished",
@@ -47,10 +51,12 @@ METRICS: dict[str, str] = {
     # ppo, of the rollout (before its optimiser steps)
     "score": "mean score of a response, after normalisation and the penalty for a missing EOS",
     "score_std": "standard deviation of the scores over the rollout",
+    "finished_score": "mean score of the responses that end with a stop token",
     "reward": "mean over sequences of score minus KL penalty",
     "kl": "mean over sequences of KL(policy || reference), k1 estimate summed over tokens, nats "
     "per sequence",
     "kl_k3": "the same by the k3 estimate, never negative, nats per sequence",
+    "kl_std": "standard deviation of the k1 estimate over sequences, nats per sequence",
     "kl_coef": "coefficient of the KL penalty",
     "response_length": "mean number of response tokens, EOS included",
     "response_length_max": "longest response, tokens",
@@ -64,9 +70,13 @@ METRICS: dict[str, str] = {
     "policy_loss": "clipped surrogate loss, mean over response tokens and steps",
     "value_loss": "value loss (half the squared error), mean over response tokens and steps",
     "approx_kl": "mean of ratio - 1 - log ratio between old and new policy, nats per token",
-    "clip_fraction": "share of tokens whose ratio was clipped",
-    "value_clip_fraction": "share of tokens whose value change was clipped",
+    "clip_fraction": "share of tokens whose gradient the clipping of the ratio removed",
+    "value_clip_fraction": "share of tokens whose clipped value error is the larger",
+    "dual_clip_fraction": "share of tokens held by ppo.dual_clip",
     "ratio": "mean probability ratio between new and old policy",
+    "ratio_max": "largest ratio at any token of the update",
+    "ratio_min": "smallest ratio at any token of the update",
+    "ptx_loss": "loss on the PPO-ptx texts, nats per token",
     "first_ratio_deviation": "largest |ratio - 1| in the first minibatch, which must be 0",
     "critic_grad_norm": "gradient norm of the critic before clipping",
     "critic_learning_rate": "learning rate of the critic",
@@ -81,6 +91,14 @@ METRICS: dict[str, str] = {
     "eval_response_length": "response_length on held-out prompts, tokens",
     "eval_eos_rate": "eos_rate on held-out prompts",
     "eval_independent_score": "mean score by evaluation.scorer, which PPO does not train on",
+    "eval_win_rate": "share of held-out prompts whose answer beats the one before training, by "
+    "evaluation.scorer or else the training scorer (a tie counts one half)",
+}
+_BOUNDED = "score kl response_length eos_rate independent_score win_rate".split()
+METRICS |= {
+    f"eval_{name}_{side}": f"{side} end of the 95 % bootstrap interval of eval_{name}"
+    for name in _BOUNDED
+    for side in ("low", "high")
 }
 
 
@@ -156,29 +174,19 @@ def quiet_libraries() -> None:
 
 
 class MetricsWriter:
-    """Appends one JSON object per step to `metrics.jsonl`, and to Weights & Biases when asked.
+    """Appends one JSON object per step to `metrics.jsonl` and to `timings.jsonl`, and to Weights &
+    Biases when asked.
 
     Only the main process writes. The step is our own axis, so that a resumed run continues its
-    curves.
+    curves; what was written after the checkpoint is dropped by `checkpoint_to_resume`.
     """
 
-    def __init__(
-        self, directory: Path, config: StageConfig, stage: str, resume_step: int | None = None
-    ):
-        """Open the files.
-
-        Args:
-            resume_step: keep what was written up to this step and drop what came after; None starts
-                afresh.
-        """
-        self.path = directory / "metrics.jsonl"
+    def __init__(self, directory: Path, config: StageConfig, stage: str):
+        """Take the stage directory; start or continue the tracker's run."""
+        self._directory = directory
         self._run: Any = None
-        if not is_main_process():
-            return
-        if resume_step is not None:
-            truncate_jsonl(self.path, resume_step)
-        if config.tracker.name == "wandb":
-            self._run = _start_wandb(directory, config, stage, resume=resume_step is not None)
+        if is_main_process() and config.tracker.name == "wandb":
+            self._run = _start_wandb(directory, config, stage)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Write the metrics of one step.
@@ -191,10 +199,16 @@ class MetricsWriter:
             raise KeyError(f"metrics without an entry in METRICS: {unknown}")
         if not is_main_process():
             return
-        row = {"step": step} | {k: _json_number(v) for k, v in values.items() if k != "step"}
-        append_jsonl(self.path, [row])
+        row = {name: _json_number(value) for name, value in values.items() if name != "step"}
+        for file, names in (
+            ("metrics.jsonl", row.keys() - TIMINGS),
+            ("timings.jsonl", row.keys() & TIMINGS),
+        ):
+            if names:
+                kept = {name: value for name, value in row.items() if name in names}
+                append_jsonl(self._directory / file, [{"step": step} | kept])
         if self._run is not None:
-            self._run.log(row)
+            self._run.log({"step": step} | row)
 
     def write_samples(self, step: int, path: Path, samples: list[dict[str, Any]]) -> None:
         """Append sampled responses to a JSONL file, and log them as a table."""
@@ -224,25 +238,24 @@ def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
             stream.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def truncate_jsonl(path: Path, last_step: int) -> None:
-    """Drop the rows after `last_step`, and a torn last line, from a JSONL file whose rows have a
-    `step`."""
-    if not path.is_file():
-        return
-    # bytes: text would also split at the line separators inside a response, and a torn last line
-    # may end in the middle of a character
-    lines = path.read_bytes().splitlines(keepends=True)
-    kept = [
-        line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= last_step
-    ]
-    path.write_bytes(b"".join(kept))
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Read the rows of a JSONL file; none where there is no file."""
+    # not splitlines() of the text: it would also split at the line separators inside a response
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines]
 
 
 def _json_number(value: float) -> float | int | None:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _start_wandb(directory: Path, config: StageConfig, stage: str, resume: bool) -> Any:
+def read_identity(directory: Path) -> dict[str, str] | None:
+    """Read the identity of the run in a stage directory; None where no stage has begun."""
+    file = directory / IDENTITY
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def _start_wandb(directory: Path, config: StageConfig, stage: str) -> Any:
     try:
         import wandb
     except ImportError as error:
@@ -251,17 +264,16 @@ def _start_wandb(directory: Path, config: StageConfig, stage: str, resume: bool)
         ) from error
     from omegaconf import OmegaConf
 
-    id_file = directory / "wandb_run_id"
+    identity = read_identity(directory)
     run = wandb.init(
         project=config.tracker.project,
         entity=config.tracker.entity,
         mode=config.tracker.mode,  # type: ignore[arg-type]
         name=f"{config.run_name}/{stage}",
         dir=str(directory),
-        id=id_file.read_text().strip() if resume and id_file.is_file() else None,
-        resume="allow" if resume else None,
+        id=identity["id"] if identity else None,  # our id is its id: a resumed run is continued
+        resume="allow",
         config=OmegaConf.to_container(OmegaConf.structured(config)),  # type: ignore[arg-type]
     )
-    id_file.write_text(run.id)
     run.define_metric("*", step_metric="step")
     return run

@@ -109,7 +109,7 @@ class Actors:
     Attributes:
         policy: unwrapped causal LM, PEFT allowed.
         reference: frozen causal LM; None when the policy with its adapters off is the reference.
-        critic: `ScalarModel`; None when values are not needed.
+        critic: `ScalarModel`; None for estimators without one.
         scorer: see `rlhf.scorers`.
         tokenizer: of the policy.
         tokenizer_hash: equal to the scorer's when token ids can be scored directly.
@@ -141,6 +141,7 @@ def collect(
     key: Sequence[int],
     settings: CollectSettings,
     accelerator: Accelerator,
+    minibatches: Sequence[Tensor] | None = None,
     with_values: bool = True,
 ) -> Rollout:
     """Sample a response to each prompt and evaluate it; every process returns the whole batch.
@@ -149,6 +150,9 @@ def collect(
         prompts: encoded prompts (`prompt`, `input_ids`), the same list on every process; their
             number is a multiple of the number of processes.
         key: names the random numbers, e.g. (seed, update).
+        minibatches: rows of each minibatch of the first epoch. The models read the rollout in the
+            same batches as training will, so that the first ratio is exactly 1.
+        with_values: also fill `values`, where there is a critic.
     """
     per_process = len(prompts) // accelerator.num_processes
     first = accelerator.process_index * per_process
@@ -168,8 +172,12 @@ def collect(
         rollout.scores = score_rollout(actors, mine, sampled.ids, sampled.finished, settings).to(
             accelerator.device
         )
-        _fill_token_values(rollout, actors, settings, with_values)
-    return _gather(rollout, accelerator)
+        rollout = _gather(rollout, accelerator)
+        everything = [torch.arange(len(rollout), device=accelerator.device)]
+        _fill_token_values(
+            rollout, actors, settings, accelerator, minibatches or everything, with_values
+        )
+    return rollout
 
 
 def policy_logprobs(model: Any, part: Rollout, sampling: Sampling) -> tuple[Tensor, Tensor]:
@@ -245,25 +253,45 @@ def _assemble(
 
 
 def _fill_token_values(
-    rollout: Rollout, actors: Actors, settings: CollectSettings, with_values: bool
+    rollout: Rollout,
+    actors: Actors,
+    settings: CollectSettings,
+    accelerator: Accelerator,
+    minibatches: Sequence[Tensor],
+    with_values: bool,
 ) -> None:
+    """Fill log-probs and values of the whole rollout, each process reading its share of every
+    minibatch."""
+    filled = ["logprobs", "ref_logprobs"]
+    if with_values and actors.critic is not None:
+        filled.append("values")
     adapters_off = (
         nullcontext() if actors.reference is not None else actors.policy.disable_adapter()
     )
     reference = actors.reference if actors.reference is not None else actors.policy
-    for rows, part in rollout.micro_batches(settings.micro_batch_size):
-        width = part.response_ids.shape[1]
-        logprobs, _ = policy_logprobs(actors.policy, part, settings.sampling)
-        rollout.logprobs[rows, :width] = logprobs.where(part.response_mask, 0.0)
-        if with_values:
-            values = critic_values(actors.critic, part)
-            rollout.values[rows, :width] = values.where(part.response_mask, 0.0)
-    with adapters_off:
-        for rows, part in rollout.micro_batches(settings.micro_batch_size):
-            logprobs, _ = policy_logprobs(reference, part, settings.sampling)
-            rollout.ref_logprobs[rows, : part.response_ids.shape[1]] = logprobs.where(
-                part.response_mask, 0.0
-            )
+
+    def read(name: str, part: Rollout) -> Tensor:
+        if name == "values":
+            return critic_values(actors.critic, part)
+        model = actors.policy if name == "logprobs" else reference
+        return policy_logprobs(model, part, settings.sampling)[0]
+
+    for name in filled:
+        target = getattr(rollout, name)
+        with adapters_off if name == "ref_logprobs" else nullcontext():
+            for minibatch in minibatches:
+                mine = share_of(minibatch, accelerator)
+                for rows, part in rollout.select(mine).micro_batches(settings.micro_batch_size):
+                    width = part.response_ids.shape[1]
+                    target[mine[rows], :width] = read(name, part).where(part.response_mask, 0.0)
+        if accelerator.num_processes > 1:
+            # the rows of the others are 0 here: a sum puts the shares together
+            setattr(rollout, name, accelerator.reduce(target, reduction="sum"))
+
+
+def share_of(minibatch: Tensor, accelerator: Accelerator) -> Tensor:
+    """Rows of a minibatch that this process reads."""
+    return minibatch[accelerator.process_index :: accelerator.num_processes]
 
 
 def _gather(rollout: Rollout, accelerator: Accelerator) -> Rollout:

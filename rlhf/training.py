@@ -1,14 +1,21 @@
 """What the SFT and reward stages share around the transformers Trainer: arguments, progress,
-metrics, interruption."""
+metrics, checkpoints, interruption.
+
+The Trainer writes its checkpoints itself; we add what it forgets (the averages since the last log)
+and the manifest. The last step has no checkpoint: `final/` follows it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import (
     PrinterCallback,
     ProgressCallback,
@@ -19,13 +26,16 @@ from transformers import (
     TrainingArguments,
 )
 
-from rlhf.checkpoint import GracefulStop, checkpoint_to_resume, step_of
+from rlhf.checkpoint import GracefulStop, checkpoint_to_resume, prune_checkpoints, seal
 from rlhf.config import InputError, RewardStageConfig, SFTStageConfig, build_arguments, save_config
 from rlhf.generation import context_length
 from rlhf.metrics import METRICS, MetricsWriter, is_main_process, progress_bar, say
 from rlhf.models import use_bfloat16
 
 SHOWN = ("loss", "accuracy", "eval_loss", "eval_accuracy")
+# What a Trainer, TRL's and ours have summed up since the last log, and TRL's count of tokens; none
+# of them save it, and without it the first log after a resume would be another.
+SUMS = ("_tr_loss", "_globalstep_last_logged", "_metrics", "_total_train_tokens", "_sums")
 
 
 def trainer_arguments(
@@ -47,7 +57,7 @@ def trainer_arguments(
     checkpointing = next(
         n for n in ("activation_checkpointing", "gradient_checkpointing") if n in names
     )
-    values = {"eval_strategy": "steps", "save_strategy": "steps"} | dict(config.trainer)
+    values = {"eval_strategy": "steps"} | dict(config.trainer)
     return build_arguments(
         factory,
         values,
@@ -62,6 +72,11 @@ def trainer_arguments(
             checkpointing: False,
             "remove_unused_columns": False,
             "ddp_find_unused_parameters": False,
+            "save_strategy": "steps",
+            "save_steps": config.checkpoint.every,
+            "save_total_limit": None,  # it would delete before the manifest of the new one is there
+            "save_only_model": False,
+            "load_best_model_at_end": False,  # it would need a checkpoint of the last step
         }
         | reserved,
     )
@@ -77,16 +92,19 @@ def check_max_length(config: SFTStageConfig | RewardStageConfig, model: Any) -> 
 
 
 class StageCallback(TrainerCallback):
-    """Writes metrics, shows a progress bar with the numbers that matter, and saves before it
-    stops on Ctrl-C."""
+    """Writes metrics, shows a progress bar with the numbers that matter, completes checkpoints, and
+    saves before it stops on SIGTERM or Ctrl-C."""
 
     def __init__(
         self,
+        trainer: Trainer,
         config: SFTStageConfig | RewardStageConfig,
         writer: MetricsWriter,
         stop: GracefulStop,
+        checkpoint: Path | None,
     ):
-        self.config, self.writer, self.stop = config, writer, stop
+        self.trainer, self.config, self.writer, self.stop = trainer, config, writer, stop
+        self.checkpoint = checkpoint  # that training continues from
         self.interrupted = False
         self._began = time.perf_counter()
         self._bar: Any = None
@@ -96,22 +114,33 @@ class StageCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         self._bar = progress_bar(state.max_steps, state.global_step, "step")
+        state.save_steps = self.config.checkpoint.every  # else the Trainer takes the checkpoint's
+        if self.checkpoint is not None:
+            load_sums(self.trainer, self.checkpoint)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         assert self._bar is not None
         self._bar.update(1)
-        if self.stop.requested():
-            self.interrupted = state.global_step < state.max_steps
+        asked = self.stop.requested()
+        if state.global_step >= state.max_steps:
+            control.should_save = False
+        elif asked:
+            self.interrupted = True
             control.should_save = control.should_training_stop = True
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
+        directory = Path(str(args.output_dir))
+        checkpoint = directory / f"checkpoint-{state.global_step}"
+        save_sums(self.trainer, checkpoint)
+        PartialState().wait_for_everyone()  # every process has written its part
         if is_main_process():
-            checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
             save_config(self.config, checkpoint / "config.yaml")
+            seal(checkpoint, directory)
+            prune_checkpoints(directory, self.config.checkpoint.keep_last)
 
     def on_log(
         self,
@@ -122,7 +151,8 @@ class StageCallback(TrainerCallback):
         **_: Any,
     ) -> None:
         values = {name: value for name, value in (logs or {}).items() if name in METRICS}
-        if not values.keys() - {"epoch"}:
+        # the Trainer's last words hold averages over the steps since the last log, without a loss
+        if not values.keys() - {"epoch"} or "train_runtime" in (logs or {}):
             return
         if not torch.isfinite(torch.tensor(float(values.get("loss", 0.0)))):
             raise InputError(
@@ -142,36 +172,59 @@ class StageCallback(TrainerCallback):
         self._bar.close()
 
 
+def save_sums(trainer: Trainer, checkpoint: Path) -> None:
+    """Write what a Trainer has summed up since its last log, on each process its own."""
+    sums = {name: getattr(trainer, name) for name in SUMS if hasattr(trainer, name)}
+    _sums_file(checkpoint).write_text(json.dumps(sums, default=torch.Tensor.tolist))
+
+
+def load_sums(trainer: Trainer, checkpoint: Path) -> None:
+    """Restore what `save_sums` wrote."""
+    for name, value in json.loads(_sums_file(checkpoint).read_text()).items():
+        own = getattr(trainer, name)
+        if isinstance(own, torch.Tensor):
+            value = torch.tensor(value, dtype=own.dtype, device=own.device)
+        elif isinstance(own, dict):  # of dicts that make a list for a new name
+            value = {mode: defaultdict(list, lists) for mode, lists in value.items()}
+        setattr(trainer, name, value)
+
+
+def _sums_file(checkpoint: Path) -> Path:
+    return checkpoint / f"sums_{PartialState().process_index}.json"
+
+
 def run_trainer(
     trainer: Trainer, config: SFTStageConfig | RewardStageConfig, directory: Path, stage: str
-) -> bool:
+) -> int | None:
     """Train (or continue) with our callback.
 
     Returns:
-        True when training came to its end, False when Ctrl-C stopped it after saving a checkpoint.
+        None when training came to its end; the number of the signal that stopped it after a
+        checkpoint was saved.
 
     Raises:
-        InputError: the loss is not finite.
+        InputError: the loss is not finite, or the checkpoint does not fit the run.
     """
     checkpoint = checkpoint_to_resume(config, directory)
-    writer = MetricsWriter(directory, config, stage, step_of(checkpoint) if config.resume else None)
-    with GracefulStop() as stop:
-        callback = StageCallback(config, writer, stop)
+    writer = MetricsWriter(directory, config, stage)
+    with GracefulStop(config.checkpoint.grace_seconds, directory) as stop:
+        callback = StageCallback(trainer, config, writer, stop, checkpoint)
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(callback)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        evaluated = [
-            row["step"]
-            for row in trainer.state.log_history
-            if "eval_loss" in row or "eval_accuracy" in row
-        ]
-        if not callback.interrupted and trainer.state.global_step not in evaluated:
-            trainer.evaluate()
+    evaluated = [
+        row["step"]
+        for row in trainer.state.log_history
+        if "eval_loss" in row or "eval_accuracy" in row
+    ]
+    if not callback.interrupted and trainer.state.global_step not in evaluated:
+        trainer.evaluate()
     writer.close()
-    if callback.interrupted:
-        say(f"stopped after step {trainer.state.global_step}; continue with resume=true")
-    return not callback.interrupted
+    if not callback.interrupted:
+        return None
+    say(f"stopped after step {trainer.state.global_step}; continue with resume=true")
+    return stop.signal
 
 
 def describe_batches(args: TrainingArguments, num_rows: int, unit: str) -> str:

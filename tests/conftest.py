@@ -3,3 +3,13 @@
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def policy_dir(tmp_path_factory):
+    """Directory of the tiny random policy of `tiny_ppo`."""
+    from tiny_ppo import write_policy
+
+    return write_policy(tmp_path_factory.mktemp("policy"))

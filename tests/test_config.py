@@ -18,7 +18,6 @@ from rlhf.config import (
     InputError,
     PPOStageConfig,
     SFTStageConfig,
-    _rules,
     build_arguments,
     check,
     config_keys,
@@ -28,6 +27,7 @@ from rlhf.config import (
     save_config,
     schema,
 )
+from rlhf.config.checks import _rules
 
 
 def compose_stage(stage, *overrides):
@@ -139,6 +139,10 @@ OFF_POLICY = "or set ppo.allow_off_policy_sampling=true"
 BAD_VALUES = [
     ("sft", {"model.dtype": "fp16"}, "model.dtype must be one of auto, float32, bfloat16, float16"),
     ("sft", {"precision": "fp16"}, "precision must be one of auto, float32, bfloat16, got 'fp16'"),
+    ("sft", {"resume": "yes"}, "resume must be one of true, false, auto, got 'yes'"),
+    ("sft", {"checkpoint.every": 0}, "checkpoint.every must be >= 1, got 0"),
+    ("sft", {"checkpoint.keep_last": 0}, "checkpoint.keep_last must be >= 1, got 0"),
+    ("sft", {"checkpoint.grace_seconds": 0.0}, "checkpoint.grace_seconds must be > 0, got 0.0"),
     ("sft", {"tracker.name": "mlflow"}, "tracker.name must be one of none, wandb, got 'mlflow'"),
     ("sft", {"tracker.mode": "off"}, "tracker.mode must be one of online, offline, disabled"),
     (
@@ -174,8 +178,56 @@ BAD_VALUES = [
     ("ppo", {"ppo.max_prompt_length": 0}, "ppo.max_prompt_length must be >= 1, got 0"),
     ("ppo", {"scorer.batch_size": 0}, "scorer.batch_size must be >= 1, got 0"),
     ("ppo", {"evaluation.every": 0}, "evaluation.every must be >= 1, got 0"),
-    ("ppo", {"checkpoint.every": 0}, "checkpoint.every must be >= 1, got 0"),
-    ("ppo", {"checkpoint.keep_last": 0}, "checkpoint.keep_last must be >= 1, got 0"),
+    ("ppo", {"ppo.samples_per_prompt": 0}, "ppo.samples_per_prompt must be >= 1, got 0"),
+    ("ppo", {"ppo.kl_horizon": 0}, "ppo.kl_horizon must be >= 1, got 0"),
+    ("ppo", {"ptx.batch_size": 0}, "ptx.batch_size must be >= 1, got 0"),
+    ("ppo", {"ptx.max_length": 1}, "ptx.max_length must be >= 2, got 1"),
+    ("ppo", {"ptx.coef": -1.0}, "ptx.coef must be >= 0, got -1.0"),
+    ("ppo", {"ppo.entropy_coef": -1.0}, "ppo.entropy_coef must be >= 0, got -1.0"),
+    ("ppo", {"evaluation.select_kl_coef": -1.0}, "evaluation.select_kl_coef must be >= 0, got"),
+    ("ppo", {"ppo.kl_target": 0.0}, "ppo.kl_target must be > 0, got 0.0"),
+    ("ppo", {"ppo.clip_scores": 0.0}, "ppo.clip_scores must be > 0, got 0.0"),
+    ("ppo", {"ppo.dual_clip": 1.0}, "ppo.dual_clip must be > 1, got 1.0"),
+    ("ppo", {"ppo.ema_decay": 1.0}, "ppo.ema_decay must lie in (0, 1), e.g. 0.992, got 1.0"),
+    ("ppo", {"preflight": "maybe"}, "preflight must be one of true, false, only, got 'maybe'"),
+    ("ppo", {"ppo.kl_in": "score"}, "ppo.kl_in must be one of reward, loss, got 'score'"),
+    ("ppo", {"ppo.advantage": "vtrace"}, "ppo.advantage must be one of gae, rloo, grpo, reinforce"),
+    ("ppo", {"evaluation.select": "best"}, "evaluation.select must be one of score_minus_kl, ind"),
+    ("ppo", {"watchdog.first_ratio": 0.0}, "watchdog.first_ratio must be > 0, got 0.0"),
+    ("ppo", {"watchdog.negative_kl": -1.0}, "watchdog.negative_kl must be > 0, got -1.0"),
+    ("ppo", {"watchdog.kl_budget": 0.0}, "watchdog.kl_budget must be > 0, got 0.0"),
+    ("ppo", {"watchdog.score_std": 0.0}, "watchdog.score_std must be > 0, got 0.0"),
+    ("ppo", {"watchdog.grad_norm": 0.0}, "watchdog.grad_norm must be > 0, got 0.0"),
+    ("ppo", {"watchdog.sampler_gap": 0.0}, "watchdog.sampler_gap must be > 0, got 0.0"),
+    ("ppo", {"watchdog.ratio": 1.0}, "watchdog.ratio must be > 1, got 1.0"),
+    ("ppo", {"watchdog.length_drift": 0.5}, "watchdog.length_drift must be > 1, got 0.5"),
+    ("ppo", {"watchdog.clip_fraction": 1.5}, "watchdog.clip_fraction must lie in [0, 1], got 1.5"),
+    ("ppo", {"watchdog.entropy_drop": -1.0}, "watchdog.entropy_drop must lie in [0, 1], got -1.0"),
+    ("ppo", {"watchdog.eos_rate": 1.1}, "watchdog.eos_rate must lie in [0, 1], got 1.1"),
+    ("ppo", {"watchdog.explained_variance": 1.0}, "watchdog.explained_variance must be < 1, got"),
+    (
+        "ppo",
+        {"ppo.samples_per_prompt": 3},
+        "ppo.batch_size must be divisible by ppo.samples_per_prompt, got 64 and 3",
+    ),
+    ("ppo", {"ppo.advantage": "rloo"}, "compares the responses of one prompt, but ppo.samples_per"),
+    (
+        "ppo",
+        {"ppo.target_kl": 0.1, "ppo.num_ppo_epochs": 1},
+        "ppo.target_kl=0.1 has nothing to skip with one optimiser step an update",
+    ),
+    ("ppo", {"ppo.kl_in": "loss"}, "has an expected gradient of 0; use ppo.kl_estimator=k3"),
+    ("ppo", {"ppo.kl_target": 6.0, "ppo.kl_coef": 0.0}, "multiplies ppo.kl_coef, which is 0"),
+    (
+        "ppo",
+        {"evaluation.select": "independent_score"},
+        "evaluation.select=independent_score needs evaluation.scorer",
+    ),
+    (
+        "ppo",
+        {"critic.warmup_updates": 2, "ppo.advantage": "reinforce_pp"},
+        "critic.warmup_updates=2 has no critic to warm up with ppo.advantage=reinforce_pp",
+    ),
     ("ppo", {"ppo.kl_coef": -0.1}, "ppo.kl_coef must be >= 0, got -0.1"),
     ("ppo", {"ppo.kl_coef": float("nan")}, "ppo.kl_coef must be >= 0, got nan"),
     ("ppo", {"ppo.top_k": -1}, "ppo.top_k must be >= 0, got -1"),
@@ -243,6 +295,8 @@ def test_every_rule_is_broken_by_some_row_of_the_table(stage):
         ("ppo", {"ppo.top_p": 0.9, "ppo.allow_off_policy_sampling": True}),
         ("ppo", {"ppo.kl_coef": 0.0, "ppo.cliprange_value": None, "ppo.gamma": 0.0}),
         ("ppo", PYTHON_SCORER | {"critic.init": "policy"}),
+        ("ppo", PYTHON_SCORER | {"ppo.advantage": "rloo", "ppo.samples_per_prompt": 4}),
+        ("ppo", {"ppo.kl_in": "loss", "ppo.kl_estimator": "k3", "resume": "auto"}),
         ("sft", {"model.path": None, "model.config": {"a": 1}, "model.tokenizer": "gpt2"}),
     ],
 )
@@ -262,12 +316,15 @@ def test_all_bad_values_are_reported_at_once():
     [
         ("sft", ["dataset.path", "model.path", "model.tokenizer"]),
         ("reward", ["dataset.path", "model.path"]),
-        ("ppo", ["dataset.path", "model.path", "scorer.path"]),
+        ("ppo", ["dataset.path", "model.path", "scorer.path", "ptx.path"]),
     ],
 )
 def test_all_missing_values_are_reported_at_once(stage, keys, tmp_path):
     with pytest.raises(InputError) as caught:
-        check(STAGES[stage](runs_dir=str(tmp_path), run_name="mine"))
+        config = STAGES[stage](runs_dir=str(tmp_path), run_name="mine")
+        if isinstance(config, PPOStageConfig):
+            config.ptx.coef = 1.0
+        check(config)
     title, *lines = str(caught.value).splitlines()
     assert title == "missing values:"
     assert [line.split(":")[0].strip() for line in lines] == keys

@@ -28,6 +28,7 @@ from rlhf.data import (
     encode_response,
     encode_row,
     encode_sft,
+    encode_texts,
     load_rows,
     load_splits,
     prompt_of,
@@ -449,7 +450,13 @@ def test_real_files_load_in_full():
 def test_each_format_has_a_config_whose_example_rows_it_reads():
     files = {file.stem: file.read_text() for file in (CONF_DIR / "dataset").glob("*.yaml")}
     assert set(files) == {*FORMATS, "none"}
-    stages = {"hh": "reward", "ranked": "reward", "pair": "reward", "prompt_completion": "ppo"}
+    stages = {
+        "hh": "reward",
+        "ranked": "reward",
+        "pair": "reward",
+        "prompt_completion": "ppo",
+        "text": "ptx",
+    }
     for name, format in FORMATS.items():
         assert f"\nformat: {name}\n" in files[name]
         lines = [line[1:].strip() for line in files[name].splitlines()]
@@ -838,3 +845,29 @@ def test_as_conversation_makes_a_text_completion_the_answer(tmp_path):
     config.as_conversation = True
     row = load_splits(config, "sft", 1).train[0]
     assert row["completion"] == [{"role": "assistant", "content": "Hello"}]
+
+
+# --- PPO-ptx ------------------------------------------------------------------------------------
+
+
+def test_texts_are_encoded_whole_cut_and_never_too_short_to_predict():
+    tokenizer = get_tokenizer("byte")
+    rows = [
+        {"text": "ab"},
+        {"prompt": "a", "completion": "b"},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+    ]
+    text, pair, conversation = encode_texts(rows, tokenizer, 100)
+    assert text == tokenizer("ab", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    assert pair == encode_row(rows[1], tokenizer)[0]
+    assert conversation == encode_row(rows[2], tokenizer)[0]
+    assert encode_texts(rows[:1], tokenizer, 2) == [text[:2]]
+    with pytest.raises(InputError, match="ptx.max_length=1 leaves no row"):
+        encode_texts(rows[:1], tokenizer, 1)
+
+
+def test_empty_texts_are_dropped_and_counted(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": "a b"}\n{"text": " "}\n')
+    rows, dropped = load_rows(str(path), "text", "train", "ptx", field="ptx.path")
+    assert [row["text"] for row in rows] == ["a b"] and dropped == {"empty text": 1}

@@ -100,8 +100,12 @@ def test_every_make_target_of_the_readme_exists():
         assert run(["make", "-n", target], ROOT).returncode == 0, target
 
 
-def test_paths_and_tests_named_in_the_readme_exist():
-    text = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "examples").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_paths_and_tests_named_in_a_page_exist(page):
+    text = page.read_text()
     for path in re.findall(r"`((?:rlhf|conf|examples|tests)/[\w/.]*\w)/?`", text):
         assert (ROOT / path).exists(), path
     defined = "".join(file.read_text() for file in (ROOT / "tests").glob("test_*.py"))

@@ -1,4 +1,5 @@
-"""What is written and shown: names, `metrics.jsonl`, resuming it, tables, Weights & Biases offline.
+"""What is written and shown: names, `metrics.jsonl`, `timings.jsonl`, tables, Weights & Biases
+offline.
 
 Run: python -m pytest tests/test_metrics.py
 """
@@ -9,15 +10,24 @@ import math
 import pytest
 
 from rlhf.config import SFTStageConfig, TrackerConfig
-from rlhf.metrics import METRICS, MetricsWriter, append_jsonl, say, table, truncate_jsonl, warn
+from rlhf.metrics import (
+    METRICS,
+    TIMINGS,
+    MetricsWriter,
+    append_jsonl,
+    read_jsonl,
+    say,
+    table,
+    warn,
+)
 
 
 def rows(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def writer_in(directory, **options):
-    return MetricsWriter(directory, SFTStageConfig(), "sft", **options)
+def writer_in(directory):
+    return MetricsWriter(directory, SFTStageConfig(), "sft")
 
 
 def test_each_step_is_one_row_with_the_step_first(tmp_path):
@@ -47,39 +57,27 @@ def test_every_metric_has_a_meaning():
     assert all(len(meaning) > 10 for meaning in METRICS.values())
 
 
-# --- Resuming -------------------------------------------------------------------------------------
-
-
-def test_resuming_keeps_rows_up_to_the_step_and_drops_later_ones(tmp_path):
+def test_what_the_clock_says_stands_in_a_file_of_its_own(tmp_path):
     writer = writer_in(tmp_path)
-    for step in range(1, 6):
-        writer.write(step, {"loss": step / 10})
-    resumed = writer_in(tmp_path, resume_step=3)
-    assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [1, 2, 3]
-    resumed.write(4, {"loss": 9.0})
-    assert [row["loss"] for row in rows(tmp_path / "metrics.jsonl")] == [0.1, 0.2, 0.3, 9.0]
+    writer.write(1, {"loss": 0.5, "seconds": 1.5, "kl": 0.25, "collect_seconds": 0.75})
+    writer.write(2, {"seconds": 2.5})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 0.5, "kl": 0.25}\n'
+    assert (tmp_path / "timings.jsonl").read_text() == (
+        '{"step": 1, "seconds": 1.5, "collect_seconds": 0.75}\n{"step": 2, "seconds": 2.5}\n'
+    )
 
 
-def test_resuming_without_a_file_is_no_error(tmp_path):
-    writer_in(tmp_path, resume_step=3).write(4, {"loss": 1.0})
-    assert rows(tmp_path / "metrics.jsonl") == [{"step": 4, "loss": 1.0}]
-
-
-@pytest.mark.parametrize("torn", ['{"step": 2, "lo', '{"step": 2}', '{"step": 2, "response": "é'])
-def test_torn_last_line_is_dropped(torn, tmp_path):
-    path = tmp_path / "rows.jsonl"
-    content = torn.encode()
-    path.write_bytes(b'{"step": 1}\n' + (content[:-1] if torn.endswith("é") else content))
-    truncate_jsonl(path, 5)
-    assert path.read_bytes() == b'{"step": 1}\n'
+def test_every_timing_is_a_metric():
+    assert TIMINGS <= METRICS.keys()
+    assert {name for name in METRICS if name.endswith("second") or "seconds" in name} == TIMINGS
 
 
 def test_line_separators_inside_a_response_do_not_end_a_row(tmp_path):
     path = tmp_path / "samples.jsonl"
     samples = [{"step": step, "response": "a\u2028b\u0085c\x0bd\r\ne\ff"} for step in (1, 2, 3)]
     append_jsonl(path, samples)
-    truncate_jsonl(path, 2)
-    assert [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] == samples[:2]
+    assert read_jsonl(path) == samples
+    assert read_jsonl(tmp_path / "none.jsonl") == []
 
 
 # --- Ranks ----------------------------------------------------------------------------------------
@@ -88,7 +86,7 @@ def test_line_separators_inside_a_response_do_not_end_a_row(tmp_path):
 def test_other_ranks_write_and_print_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     config = SFTStageConfig(tracker=TrackerConfig(name="wandb", mode="offline"))
-    writer = MetricsWriter(tmp_path, config, "sft", resume_step=0)
+    writer = MetricsWriter(tmp_path, config, "sft")
     writer.write(1, {"loss": 0.5})
     writer.write_samples(1, tmp_path / "samples.jsonl", [{"step": 1, "response": "x"}])
     writer.close()
@@ -135,25 +133,25 @@ def test_table_shows_numbers_that_are_not_finite():
 # --- Weights & Biases -----------------------------------------------------------------------------
 
 
-def test_wandb_offline_run_is_written_and_continued_under_its_id(tmp_path, monkeypatch):
+def test_wandb_offline_run_is_written_and_continued_under_the_id_of_the_run(tmp_path, monkeypatch):
     pytest.importorskip("wandb", reason="the tracker's test needs `pip install wandb`")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_MODE", "offline")
     config = SFTStageConfig(tracker=TrackerConfig(name="wandb", mode="offline"))
 
+    (tmp_path / "run.json").write_text('{"id": "0123456789abcdef", "stage": "sft"}')
     writer = MetricsWriter(tmp_path, config, "sft")
     writer.write(1, {"loss": 0.5})
     samples = [{"step": 1, "prompt": [{"role": "user", "content": "Hi"}], "response": "Hello"}]
     writer.write_samples(1, tmp_path / "samples.jsonl", samples)
     writer.close()
-    first = (tmp_path / "wandb_run_id").read_text()
-    assert [p.name.split("-")[-1] for p in (tmp_path / "wandb").glob("offline-run-*")] == [first]
     assert rows(tmp_path / "samples.jsonl") == samples
 
-    resumed = MetricsWriter(tmp_path, config, "sft", resume_step=1)
+    resumed = MetricsWriter(tmp_path, config, "sft")
     resumed.write(2, {"loss": 0.25})
     resumed.close()
-    assert (tmp_path / "wandb_run_id").read_text() == first
+    runs = {p.name.split("-")[-1] for p in (tmp_path / "wandb").glob("offline-run-*")}
+    assert runs == {"0123456789abcdef"}
     assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [1, 2]
 
 

@@ -9,106 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load_file
-from tiny import tiny_model, tiny_tokenizer
+from tiny_ppo import count_ascii, make_config, make_trainer, weights
 
 import rlhf.ppo.trainer as ppo_trainer
 from rlhf.config import (
-    CheckpointConfig,
-    CriticConfig,
-    DatasetConfig,
-    EvaluationConfig,
     InputError,
-    ModelConfig,
     PeftConfig,
-    PPOConfig,
-    PPOStageConfig,
-    ScorerConfig,
 )
-from rlhf.data import encode_prompts
 from rlhf.functional import token_logprobs
-from rlhf.models import load_tokenizer, response_logits
+from rlhf.models import response_logits
 from rlhf.ppo import PPOTrainer, train_ppo
-from rlhf.ppo.stage import collect_settings, load_actors
-from rlhf.ppo.trainer import prompt_rows
-
-WORDS = "apple river stone cloud paper light green table under seven".split()
-TIMES = ("seconds", "tokens_per_second")  # endings of the metrics that differ between equal runs
-
-
-def count_ascii(prompts, responses):
-    """Score a response by its ASCII characters; half of the tiny tokenizer's bytes are not."""
-    return [float(sum(map(str.isascii, response))) for response in responses]
-
-
-def words_scorer(prompts, responses):
-    """Score by length, so that scores differ between responses of a random policy."""
-    return [len(response) / 10 for response in responses]
-
-
-@pytest.fixture(scope="module")
-def policy_dir(tmp_path_factory) -> Path:
-    """A tiny random Llama with dropout configured, and its tokenizer."""
-    directory = tmp_path_factory.mktemp("policy")
-    tokenizer = tiny_tokenizer()
-    model = tiny_model("llama", tokenizer, attention_dropout=0.5)
-    # many stop tokens, so that responses of the random policy end at different lengths
-    model.generation_config.eos_token_id = [tokenizer.eos_token_id, *range(10, 320, 20)]
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
-
-
-def write_prompts(path: Path) -> Path:
-    """24 prompts of different lengths."""
-    rows = [{"prompt": " ".join(WORDS[i % 7 : i % 7 + 1 + i % 4]) + str(i)} for i in range(24)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def make_config(policy_dir: Path, folder: Path, **ppo) -> PPOStageConfig:
-    """A configuration that runs in a second."""
-    knobs = {
-        "num_updates": 4,
-        "batch_size": 8,
-        "num_mini_batches": 2,
-        "num_ppo_epochs": 2,
-        "micro_batch_size": 3,
-        "response_length": 12,
-        "learning_rate": 1e-3,
-    }
-    return PPOStageConfig(
-        runs_dir=str(folder / "runs"),
-        model=ModelConfig(path=str(policy_dir)),
-        dataset=DatasetConfig(
-            path=str(write_prompts(folder / "prompts.jsonl")),
-            format="prompt_completion",
-            eval_fraction=0.3,
-        ),
-        ppo=PPOConfig(**(knobs | ppo)),
-        scorer=ScorerConfig(path=f"python:{__name__}.words_scorer", normalize="none"),
-        critic=CriticConfig(init="policy", learning_rate=1e-3),
-        evaluation=EvaluationConfig(every=2, num_prompts=4),
-        checkpoint=CheckpointConfig(every=2),
-    )
-
-
-def make_trainer(config: PPOStageConfig, folder: Path, num_prompts: int = 16) -> PPOTrainer:
-    """A trainer without the stage around it."""
-    tokenizer = load_tokenizer(config.model)
-    accelerator = Accelerator(cpu=True)
-    actors = load_actors(config, tokenizer, None, accelerator)
-    rows = [{"prompt": " ".join(WORDS[i % 7 : i % 7 + 1 + i % 4])} for i in range(num_prompts)]
-    prompts, _ = encode_prompts(rows, tokenizer, 64)
-    settings = collect_settings(config, actors.policy, tokenizer)
-    return PPOTrainer(config, actors, prompts, settings, accelerator, folder)
-
-
-def weights(trainer: PPOTrainer) -> torch.Tensor:
-    """All parameters of policy and critic in one vector."""
-    models = (trainer.actors.policy, trainer.actors.critic)
-    return torch.cat([p.detach().flatten() for model in models for p in model.parameters()])
+from rlhf.ppo.optimization import stream_rows
 
 
 def test_first_minibatch_has_ratio_one_and_kl_zero_although_dropout_is_configured(
@@ -118,7 +30,7 @@ def test_first_minibatch_has_ratio_one_and_kl_zero_although_dropout_is_configure
     trainer.actors.policy.train()  # as user code might; dropout must stay off
     trainer.actors.reference.train()
     metrics = trainer.step()
-    assert metrics["first_ratio_deviation"] < 1e-5
+    assert metrics["first_ratio_deviation"] == 0.0
     assert metrics["kl"] == 0.0 and metrics["kl_k3"] == 0.0
     assert metrics["sampler_gap"] < 1e-5
 
@@ -129,14 +41,16 @@ def test_lora_starts_from_the_reference_and_leaves_the_base_alone(policy_dir, tm
     trainer = make_trainer(config, tmp_path)
     frozen = {n: p.clone() for n, p in trainer.actors.policy.named_parameters() if "lora" not in n}
     first = trainer.step()
-    assert first["kl"] == 0.0 and first["first_ratio_deviation"] < 1e-5
-    assert trainer.step()["kl_k3"] > 0.0
+    assert first["kl"] == 0.0 and first["first_ratio_deviation"] == 0.0
+    second = trainer.step()
+    assert second["kl_k3"] > 0.0 and second["first_ratio_deviation"] == 0.0
     now = dict(trainer.actors.policy.named_parameters())
     assert all(torch.equal(value, now[name]) for name, value in frozen.items())
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 3, 8])
 def test_update_does_not_depend_on_the_micro_batch_size(policy_dir, tmp_path, micro_batch_size):
+    """Two updates with responses of unequal lengths differ by 1e-5 of what they change."""
     results = []
     for size in (4, micro_batch_size):
         config = make_config(policy_dir, tmp_path, micro_batch_size=size)
@@ -144,12 +58,15 @@ def test_update_does_not_depend_on_the_micro_batch_size(policy_dir, tmp_path, mi
         start = weights(trainer)
         metrics = [trainer.step() for _ in range(2)]
         assert all(m["optimizer_steps"] == 4 for m in metrics)
+        assert metrics[0]["response_length"] < metrics[0]["response_length_max"]
+        for optimizer in trainer.optimization.optimizers.values():
+            assert {float(s["step"]) for s in optimizer.state.values()} == {8.0}
         results.append((weights(trainer) - start, metrics[-1]))
     (expected, plain), (actual, other) = results
     assert expected.norm() > 1e-3
-    assert (actual - expected).norm() / expected.norm() < 1e-3  # Adam amplifies rounding
+    assert (actual - expected).norm() / expected.norm() < 1e-5
     for name in ("policy_loss", "value_loss", "approx_kl", "grad_norm", "critic_grad_norm"):
-        assert math.isclose(plain[name], other[name], rel_tol=1e-3, abs_tol=1e-5), name
+        assert math.isclose(plain[name], other[name], rel_tol=1e-5, abs_tol=1e-6), name
 
 
 def test_gradient_of_a_minibatch_does_not_depend_on_the_micro_batch_size(policy_dir, tmp_path):
@@ -163,7 +80,7 @@ def test_gradient_of_a_minibatch_does_not_depend_on_the_micro_batch_size(policy_
         )
         trainer.estimate_advantages(rollout, trainer.shape_rewards(rollout)[1])
         assert len(set(rollout.lengths.tolist())) > 1  # unequal lengths, or the test shows little
-        trainer._accumulate(rollout, torch.arange(8))
+        trainer.optimization.accumulate(rollout, torch.arange(8))
         parameters = [*trainer.actors.policy.parameters(), *trainer.actors.critic.parameters()]
         gradients.append(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]))
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
@@ -177,59 +94,16 @@ def test_ppo_raises_the_score_and_does_not_with_advantages_zeroed(
         if name == "zeroed":
             monkeypatch.setattr(ppo_trainer, "whiten", lambda x, mask: torch.zeros_like(x))
         config = make_config(
-            policy_dir, tmp_path, batch_size=32, learning_rate=1e-2, kl_coef=0.0, num_updates=100
+            policy_dir, tmp_path, batch_size=64, learning_rate=3e-3, kl_coef=0.0, num_updates=100
         )
-        config.ppo.missing_eos_penalty, config.ppo.micro_batch_size = None, 16
+        config.ppo.missing_eos_penalty, config.ppo.micro_batch_size = None, 32
         trainer = make_trainer(config, tmp_path, num_prompts=32)
         trainer.actors.scorer = count_ascii
-        scores[name] = [trainer.step()["score"] for _ in range(8)]
+        scores[name] = [trainer.step()["score"] for _ in range(16)]
     first = sum(scores["real"][:2] + scores["zeroed"][:2]) / 4
-    assert sum(scores["real"][-2:]) / 2 > 1.5 * first, scores
+    # three seeds gave 1.7 to 2.1 times the first, and 1.0 with advantages zeroed
+    assert sum(scores["real"][-2:]) / 2 > 1.4 * first, scores
     assert sum(scores["zeroed"][-2:]) / 2 < 1.2 * first, scores
-
-
-def test_one_token_world_reaches_the_closed_form_optimum(policy_dir, tmp_path):
-    """The optimum is pi(a) ~ ref(a) exp(r(a) / beta) (Ziegler et al. 2019, eq. 2)."""
-    beta, config = 0.5, make_config(policy_dir, tmp_path)
-    config.ppo = dataclasses.replace(
-        config.ppo,
-        num_updates=40,
-        batch_size=128,
-        micro_batch_size=128,
-        rollout_batch_size=128,
-        num_mini_batches=1,
-        num_ppo_epochs=4,
-        response_length=1,
-        kl_coef=beta,
-        missing_eos_penalty=None,
-        learning_rate=2e-3,
-        whiten_advantages=False,
-    )
-    config.critic.learning_rate = 1e-2
-    trainer = make_trainer(config, tmp_path, num_prompts=1)
-    trainer.prompts = list(trainer.prompts) * 128
-    tokenizer = trainer.actors.tokenizer
-    trainer.actors.scorer = lambda prompts, responses: [
-        1.0 if r and r[0] in "aeiou" else 0.0 for r in responses
-    ]
-    rewards = torch.tensor(
-        trainer.actors.scorer(None, [tokenizer.decode([i]) for i in range(len(tokenizer))])
-    )
-    for _ in range(config.ppo.num_updates):
-        trainer.step()
-    ids = torch.tensor([trainer.prompts[0]["input_ids"] + [0]])
-    mask, token = torch.ones_like(ids, dtype=torch.bool), trainer.settings.sampling.forbidden
-    with torch.no_grad():
-        probs = [
-            response_logits(m, ids, mask, 1, token)[0, 0].softmax(-1)
-            for m in (trainer.actors.policy, trainer.actors.reference)
-        ]
-    optimum = probs[1] * (rewards / beta).exp()
-    optimum = optimum / optimum.sum()
-    good = rewards > 0
-    start, reached, best = (float(p[good].sum()) for p in (probs[1], probs[0], optimum))
-    assert best - start > 0.1
-    assert abs(reached - best) < 0.15 * (best - start), (start, reached, best)
 
 
 def test_target_kl_abandons_the_rest_of_the_epochs(policy_dir, tmp_path):
@@ -259,7 +133,7 @@ def test_non_finite_loss_stops_the_run_and_saves_the_batch(policy_dir, tmp_path)
     rollout.advantages[0, 0] = math.nan
     before = weights(trainer)
     with pytest.raises(InputError, match="policy_loss is not finite in update 1.*learning_rate"):
-        trainer.optimize(rollout)
+        trainer.optimization.run(rollout, 0, 0.0)
     assert torch.equal(weights(trainer), before) or torch.isfinite(weights(trainer)).all()
     saved = load_file(tmp_path / "non_finite_batch_0.safetensors")
     assert saved["advantages"].isnan().any() and "response_ids" in saved
@@ -305,14 +179,13 @@ def test_each_update_draws_new_random_numbers(policy_dir, tmp_path):
 
 
 def test_prompt_stream_covers_every_prompt_once_per_pass_and_needs_no_state():
-    rows = prompt_rows(range(20), 10, seed=3)
+    rows = stream_rows(range(20), 10, key=(3,))
     assert sorted(rows[:10]) == sorted(rows[10:]) == list(range(10)) and rows[:10] != rows[10:]
-    assert prompt_rows(range(7, 13), 10, seed=3) == rows[7:13]
+    assert stream_rows(range(7, 13), 10, key=(3,)) == rows[7:13]
 
 
 def read_metrics(directory: Path) -> list[dict]:
-    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.endswith(TIMES)} for row in rows]
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
 class Crash(Exception):
@@ -412,22 +285,3 @@ def failing_scorer(prompts, responses):
 def test_a_bad_scorer_stops_the_run_with_the_cause(policy_dir, tmp_path, scorer, message):
     with pytest.raises(InputError, match=message):
         train_ppo(make_config(policy_dir, tmp_path), scorer=scorer)
-
-
-def test_a_critic_that_is_worse_than_a_constant_is_warned_about(policy_dir, tmp_path, capsys):
-    config = make_config(policy_dir, tmp_path, num_updates=1)
-    config.critic.learning_rate = 0.0
-
-    def large(prompts, responses):
-        return [100.0] * len(responses)
-
-    train_ppo(config, scorer=large)
-    assert "critic.warmup_updates" not in capsys.readouterr().err
-    config.run_name = "noisy"
-
-    def constant(prompts, responses):
-        return [0.0] * len(responses)
-
-    config.ppo.missing_eos_penalty = 1e-3  # returns vary little, the fresh critic much
-    train_ppo(config, scorer=constant)
-    assert "set critic.warmup_updates" in capsys.readouterr().err

@@ -1,4 +1,7 @@
-"""The three stages in sequence, as a user runs them: hand-off, resume, bad input, two processes."""
+"""The three stages in sequence, as a user runs them: hand-off, bad input, two processes.
+
+Leaves out runs that are interrupted (test_resume.py). Run: python -m pytest tests/test_stages.py
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ from transformers import (
     AutoTokenizer,
 )
 
+from rlhf.checkpoint import find_damage
 from rlhf.config import (
     CheckpointConfig,
     DatasetConfig,
@@ -58,7 +62,8 @@ def sft_config(runs: Path, **values) -> SFTStageConfig:
         response_length=16,
     )
     config.trainer |= {"max_steps": 16, "learning_rate": 3e-3, "logging_steps": 4, "eval_steps": 8}
-    config.trainer |= {"save_steps": 8, "per_device_train_batch_size": 16}
+    config.trainer["per_device_train_batch_size"] = 16
+    config.checkpoint.every = 8
     return dataclasses.replace(config, **values)
 
 
@@ -66,7 +71,8 @@ def reward_config(runs: Path, **values) -> RewardStageConfig:
     """Sixteen optimiser steps of the demo's reward stage."""
     config = RewardStageConfig(runs_dir=str(runs), dataset=WORLD)
     config.trainer |= {"max_steps": 16, "learning_rate": 1e-3, "logging_steps": 4, "eval_steps": 8}
-    config.trainer |= {"save_steps": 8, "per_device_train_batch_size": 8}
+    config.trainer["per_device_train_batch_size"] = 8
+    config.checkpoint.every = 8
     return dataclasses.replace(config, **values)
 
 
@@ -81,6 +87,7 @@ def ppo_config(runs: Path, **values) -> PPOStageConfig:
                 every=1, num_prompts=8, scorer="python:rlhf.demo_world.gold_scores"
             ),
             checkpoint=CheckpointConfig(every=1),
+            preflight=False,
         ),
         **values,
     )
@@ -110,7 +117,7 @@ def test_each_stage_leaves_an_ordinary_directory_that_names_its_parent(runs):
         assert (final / "config.yaml").is_file()
         assert not list(final.glob("*.bin")) and not list(final.parent.glob("*.tmp"))
         checkpoints = list(final.parent.glob("checkpoint-*"))
-        assert checkpoints and all((c / "config.yaml").is_file() for c in checkpoints)
+        assert checkpoints and all(find_damage(c) is None for c in checkpoints)
         parent = None if stage == "sft" else str(runs / "run/sft/final")
         assert record["parent"] == parent
     reward = json.loads((runs / "run/reward/final/rlhf.json").read_text())
@@ -149,7 +156,7 @@ def test_ppo_writes_metrics_and_fixed_samples_at_every_evaluation(runs):
     assert [row["step"] for row in metrics if "eval_score" in row] == [0, 1, 2]
     assert metrics[0]["eval_kl"] == 0.0
     first = next(row for row in metrics if row["step"] == 1 and "score" in row)
-    assert first["kl"] == 0.0 and first["first_ratio_deviation"] < 1e-5
+    assert first["kl"] == 0.0 and first["first_ratio_deviation"] == 0.0
     assert first["optimizer_steps"] == 4
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     prompts = {step: [s["prompt"] for s in samples if s["step"] == step] for step in (0, 1, 2)}
@@ -172,42 +179,6 @@ def test_lora_in_all_three_stages_hands_over_plain_merged_models(tmp_path):
     result = train_ppo(ppo_config(tmp_path, run_name="lora", peft=peft))
     assert result.before["eval_kl"] == 0.0  # adapters off = the SFT policy with its adapter merged
     AutoModelForCausalLM.from_pretrained(result.directory)
-
-
-class Crash(Exception):
-    """Stands for a lost machine."""
-
-
-@pytest.mark.parametrize("stage", ["sft", "reward"])
-def test_resumed_trainer_stage_equals_the_uninterrupted_one(runs, tmp_path, stage, monkeypatch):
-    train = train_sft if stage == "sft" else train_reward
-    source = {} if stage == "sft" else {"model": ModelConfig(path=str(runs / "run/sft/final"))}
-    config = (sft_config if stage == "sft" else reward_config)(tmp_path, **source)
-
-    from rlhf.training import StageCallback
-
-    class Crashing(StageCallback):
-        def on_step_begin(self, args, state, control, **_):
-            if state.global_step == 12:
-                raise Crash
-
-    with monkeypatch.context() as patch:
-        patch.setattr("rlhf.training.StageCallback", Crashing)
-        with pytest.raises(Crash):
-            train(config)
-    resumed = train(dataclasses.replace(config, resume=True)).directory
-    whole = runs / "run" / stage / "final"
-    one, two = (load_file(folder / "model.safetensors") for folder in (whole, resumed))
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    rows = [
-        [json.loads(line) for line in (folder.parent / "metrics.jsonl").read_text().splitlines()]
-        for folder in (whole, resumed)
-    ]
-    for row in [*rows[0], *rows[1]]:
-        # TRL counts tokens since the start of the process
-        for name in ("seconds", "num_tokens", "eval_num_tokens"):
-            row.pop(name, None)
-    assert rows[0] == rows[1]
 
 
 def test_packing_trains_and_evaluates(tmp_path):
@@ -324,26 +295,6 @@ def test_two_processes_give_the_result_of_one_on_the_same_global_batch(runs, tmp
         for name in ("score", "kl", "policy_loss", "value_loss", "grad_norm", "eval_score"):
             if name in one:
                 assert one[name] == pytest.approx(two[name], rel=1e-3, abs=1e-4), name
-
-
-def test_ctrl_c_saves_a_checkpoint_and_resume_continues(tmp_path, monkeypatch, capsys):
-    import signal
-
-    from rlhf.training import StageCallback
-
-    class Pressed(StageCallback):
-        def on_step_begin(self, args, state, control, **_):
-            if state.global_step == 2:
-                signal.raise_signal(signal.SIGINT)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("rlhf.training.StageCallback", Pressed)
-        assert train_sft(sft_config(tmp_path)).directory is None
-    assert "stopped after step 3; continue with resume=true" in capsys.readouterr().out
-    assert (tmp_path / "run/sft/checkpoint-3").is_dir()
-    resumed = train_sft(sft_config(tmp_path, resume=True))
-    assert resumed.directory is not None
-    assert "resuming from" in capsys.readouterr().out
 
 
 def test_text_prompts_after_conversations_are_warned_about(runs, tmp_path, capsys):

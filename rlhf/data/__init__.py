@@ -6,7 +6,7 @@
 
 Canonical rows use TRL's column names. SFT: `messages`, or `prompt` and `completion` (both text or
 both conversations). Reward: `prompt`, `responses`, `ranks` (0 = best, ties share a rank; a pair is
-K = 2). PPO: `prompt`. Other columns of a row are kept under their own names.
+K = 2). PPO: `prompt`; PPO-ptx: `text`, or an SFT row. Other columns are kept under their own names.
 
 Left out: packing (TRL does it), streaming, images, tool calls.
 """
@@ -20,6 +20,7 @@ from rlhf.data.encoding import (
     encode_response,
     encode_row,
     encode_sft,
+    encode_texts,
 )
 from rlhf.data.formats import FORMATS, DropRow, Row, check_row, prompt_of, resolve_format
 from rlhf.data.sources import Splits, describe_dropped, load_rows, load_splits, split_by_prompt
@@ -39,6 +40,7 @@ __all__ = [
     "encode_response",
     "encode_row",
     "encode_sft",
+    "encode_texts",
     "load_rows",
     "load_splits",
     "prompt_of",

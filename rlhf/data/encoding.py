@@ -206,6 +206,30 @@ def encode_sft(
     return encoded, dropped
 
 
+def encode_texts(rows: Iterable[Row], tokenizer: Any, max_length: int) -> list[list[int]]:
+    """Encode the rows of PPO-ptx: `text` with BOS and EOS, or an SFT row as a whole.
+
+    Args:
+        max_length: longer texts are cut, tokens.
+
+    Returns:
+        Token ids per row, at least two each; shorter rows have nothing to predict and are left out.
+
+    Raises:
+        InputError: no row is left.
+    """
+    encoded = []
+    for row in rows:
+        if "text" in row:
+            ids = _with_eos(_text_prompt(row["text"], tokenizer), tokenizer)
+        else:
+            ids, _ = encode_row(row, tokenizer)
+        encoded.append(ids[:max_length])
+    encoded = [ids for ids in encoded if len(ids) > 1]
+    _require_some(encoded, "ptx.max_length", max_length, 1)
+    return encoded
+
+
 def encode_ranked(
     rows: Iterable[Row], tokenizer: Any, max_length: int
 ) -> tuple[list[dict[str, Any]], Counter[str]]:

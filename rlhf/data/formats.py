@@ -87,6 +87,11 @@ def format_prompt_completion(row: Row) -> Row:
     return _with_extras(canonical, row, [])
 
 
+def format_text(row: Row) -> Row:
+    """`text`, without prompt and response: what PPO-ptx trains on."""
+    return _with_extras({"text": _text(row["text"], "text")}, row, [])
+
+
 def format_alpaca(row: Row) -> Row:
     """`instruction`, `input` (may be empty), `output` -> one user and one assistant message.
 
@@ -180,6 +185,7 @@ def format_pair(row: Row) -> Row:
 FORMATS: dict[str, Callable[[Row], Row]] = {
     "messages": format_messages,
     "prompt_completion": format_prompt_completion,
+    "text": format_text,
     "alpaca": format_alpaca,
     "hh": format_hh,
     "ranked": format_ranked,
@@ -212,17 +218,21 @@ def prompt_of(row: Row) -> Prompt:
 
 
 def check_row(row: Row, stage: str) -> None:
-    """Check that a canonical row has what `stage` needs.
+    """Check that a canonical row has what `stage` needs ("ptx": text, or an SFT row).
 
     Raises:
         InputError, KeyError: a malformed row.
         DropRow: a well-formed row that the stage cannot use.
     """
+    if stage == "ptx" and "text" in row:
+        if not row["text"].strip():
+            raise DropRow("empty text")
+        return
     if "messages" in row:
         _messages(row["messages"], "messages")
     else:
         _prompt(row["prompt"], "prompt")
-    if stage == "sft":
+    if stage in ("sft", "ptx"):
         _check_sft(row)
     elif stage == "reward":
         _check_ranked(row)

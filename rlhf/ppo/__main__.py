@@ -8,9 +8,15 @@ from rlhf.config import PPOStageConfig
 
 def run(config: PPOStageConfig) -> None:
     """Import the stage only once the configuration is known to be good."""
+    from rlhf.ppo.preflight import PreflightFailed
     from rlhf.ppo.stage import train_ppo
 
-    train_ppo(config)
+    try:
+        train_ppo(config)
+    except PreflightFailed:
+        if config.preflight != "only":
+            raise
+        raise SystemExit(1) from None  # the report, which names what failed, stands in the terminal
 
 
 if __name__ == "__main__":

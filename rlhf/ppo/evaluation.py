@@ -1,61 +1,134 @@
-"""Held-out evaluation of a policy: the same prompts and random numbers every time."""
+"""Held-out evaluation of a policy, and the choice of the update that becomes `final/`.
+
+The same prompts and random numbers every time, so that two evaluations differ by the policy alone.
+Every figure has a bootstrap interval over the prompts. The win rate compares each answer with that
+of the policy before training to the same prompt, by `evaluation.scorer` where there is one.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from rlhf.config import PPOStageConfig
+from rlhf.functional import bootstrap_interval, wins
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.rollout import Rollout, collect
 from rlhf.scorers import Scorer, checked_scores
 
+EVALUATION_KEY = 1 << 31  # names the random numbers; no update has this number
 
-def evaluate(
-    trainer: PPOTrainer, prompts: list[dict[str, Any]], independent: Scorer | None = None
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Answer the held-out prompts, with the same random numbers each time, and score the answers.
 
-    Args:
+@dataclass
+class Evaluator:
+    """Evaluates the policy of a trainer on held-out prompts.
+
+    Attributes:
         prompts: encoded held-out prompts; their number is a multiple of the number of processes.
         independent: a second scorer, which PPO does not train on.
-
-    Returns:
-        Metrics with the prefix `eval_`, and one row per prompt for `samples.jsonl`.
+        baseline: score of each answer before training, by the scorer of the win rate; filled by the
+            first call.
     """
-    actors, accelerator = trainer.actors, trainer.accelerator
-    key = (trainer.config.seed, 1 << 31)  # no update has this number
-    rollout = collect(actors, prompts, key, trainer.settings, accelerator, with_values=False)
-    kl = (rollout.logprobs - rollout.ref_logprobs).sum(dim=1)  # 0 at masked positions
-    metrics = {
-        "eval_score": float(rollout.scores.mean()),
-        "eval_kl": float(kl.mean()),
-        "eval_response_length": float(rollout.lengths.float().mean()),
-        "eval_eos_rate": float(rollout.finished.float().mean()),
-    }
-    responses = _texts(rollout, actors.tokenizer)
-    columns = [[p["prompt"] for p in prompts], responses]
-    extra = None
-    if independent is not None:
-        extra = checked_scores(independent, columns[0], responses, "evaluation.scorer")
-        metrics["eval_independent_score"] = float(extra.mean())
-    samples = [
-        {
-            "step": trainer.update,
-            "prompt": prompt["prompt"],
-            "response": responses[i],
-            "score": float(rollout.scores[i]),
-            "kl": float(kl[i]),
-            "response_length": int(rollout.lengths[i]),
-            "finished": bool(rollout.finished[i]),
+
+    trainer: PPOTrainer
+    prompts: list[dict[str, Any]]
+    independent: Scorer | None = None
+    baseline: list[float] = field(default_factory=list)
+
+    def __call__(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Answer the held-out prompts with the (averaged, where asked) policy and score the
+        answers.
+
+        Returns:
+            Metrics with the prefix `eval_`, with their 95 % bounds under `_low` and `_high`, and
+            one row per prompt for `samples.jsonl`.
+        """
+        trainer, actors = self.trainer, self.trainer.actors
+        key = (trainer.config.seed, EVALUATION_KEY)
+        with trainer.optimization.averaged_weights():
+            rollout = collect(
+                actors,
+                self.prompts,
+                key,
+                trainer.settings,
+                trainer.accelerator,
+                with_values=False,
+            )
+        responses = response_texts(rollout, actors.tokenizer)
+        figures = {
+            "score": rollout.scores,
+            "kl": (rollout.logprobs - rollout.ref_logprobs).sum(dim=1),  # 0 at masked positions
+            "response_length": rollout.lengths,
+            "eos_rate": rollout.finished,
         }
-        | ({} if extra is None else {"independent_score": float(extra[i])})
-        for i, prompt in enumerate(prompts)
-    ]
-    return metrics, samples
+        if self.independent is not None:
+            figures["independent_score"] = checked_scores(
+                self.independent,
+                [p["prompt"] for p in self.prompts],
+                responses,
+                "evaluation.scorer",
+            )
+        figures = {name: values.float().cpu() for name, values in figures.items()}
+        judged = figures.get("independent_score", figures["score"])
+        if not self.baseline:
+            self.baseline = judged.tolist()
+        elif trainer.update:
+            figures["win_rate"] = wins(judged, torch.tensor(self.baseline))
+        samples = [
+            {"step": trainer.update, "prompt": prompt["prompt"], "response": responses[row]}
+            | dict(_sample_field(name, values[row]) for name, values in figures.items())
+            for row, prompt in enumerate(self.prompts)
+        ]
+        return _with_bounds(figures), samples
 
 
-def _texts(rollout: Rollout, tokenizer: Any) -> list[str]:
+def _with_bounds(figures: dict[str, Tensor]) -> dict[str, float]:
+    metrics = {}
+    for name, values in figures.items():
+        low, high = bootstrap_interval(values)
+        metrics[f"eval_{name}"] = float(values.mean())
+        metrics |= {f"eval_{name}_low": low, f"eval_{name}_high": high}
+    return metrics
+
+
+def _sample_field(name: str, value: Tensor) -> tuple[str, float | int | bool]:
+    """Name and value of a figure for one response; its mean over responses is the metric."""
+    if name == "eos_rate":
+        return "finished", bool(value)
+    if name == "win_rate":
+        return "win", float(value)
+    return name, int(value) if name == "response_length" else float(value)
+
+
+def response_texts(rollout: Rollout, tokenizer: Any) -> list[str]:
+    """The responses of a rollout as text, without special tokens."""
     rows = [
         ids[mask].tolist()
         for ids, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)
     ]
     return tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+
+def selection_value(config: PPOStageConfig, metrics: dict[str, float]) -> float | None:
+    """How good an evaluated update is by `evaluation.select`; None where the last is taken."""
+    rule = config.evaluation.select
+    if rule == "last" or not metrics:
+        return None
+    if rule == "independent_score":
+        return metrics["eval_independent_score"]
+    return metrics["eval_score"] - _selection_kl_coef(config) * metrics["eval_kl"]
+
+
+def describe_selection(config: PPOStageConfig) -> str:
+    """The rule of `evaluation.select` in words."""
+    if config.evaluation.select == "independent_score":
+        return "the highest held-out score by evaluation.scorer"
+    return f"the highest held-out score - {_selection_kl_coef(config):g} x KL"
+
+
+def _selection_kl_coef(config: PPOStageConfig) -> float:
+    chosen = config.evaluation.select_kl_coef
+    return config.ppo.kl_coef if chosen is None else chosen

@@ -6,11 +6,15 @@ from rlhf.command_line import hydra_main
 from rlhf.config import RewardStageConfig
 
 
-def run(config: RewardStageConfig) -> None:
-    """Import the stage only once the configuration is known to be good."""
+def run(config: RewardStageConfig) -> int | None:
+    """Import the stage only once the configuration is known to be good.
+
+    Returns:
+        Number of the signal that interrupted training, if one did.
+    """
     from rlhf.reward.trainer import train_reward
 
-    train_reward(config)
+    return train_reward(config).stopped_by
 
 
 if __name__ == "__main__":

@@ -16,10 +16,12 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from rlhf.checkpoint import (
+    StageRecord,
     check_run_directory,
+    finished_run,
     make_record,
     prepare_run_directory,
     require_stage,
@@ -51,10 +53,12 @@ class RewardResult:
     Attributes:
         directory: the stage directory, ready for PPO; None when training was interrupted.
         metrics: `eval_accuracy`, `eval_longer_wins_accuracy`, `eval_length_matched_accuracy`, ...
+        stopped_by: number of the signal that interrupted training; None when it was not.
     """
 
     directory: Path | None
     metrics: dict[str, float]
+    stopped_by: int | None = None
 
 
 class RankingTrainer(Trainer):
@@ -121,6 +125,9 @@ def train_reward(config: RewardStageConfig) -> RewardResult:
     """
     check(config)
     quiet_libraries()
+    done = finished_run(config, "reward")
+    if done is not None:
+        return RewardResult(config.stage_dir("reward") / "final", done.metrics)
     check_run_directory(config, "reward")
     parent = config.model.path or str(config.stage_dir("sft") / "final")
     source = dataclasses.replace(config.model, path=parent)
@@ -150,15 +157,27 @@ def train_reward(config: RewardStageConfig) -> RewardResult:
         ranking=config.reward,
         heldout=heldout,
     )
-    if not run_trainer(trainer, config, directory, "reward"):
-        return RewardResult(None, {})
+    stopped_by = run_trainer(trainer, config, directory, "reward")
+    if stopped_by is not None:
+        return RewardResult(None, {}, stopped_by)
+    record = make_record("reward", config, parent, tokenizer, splits.prompts)
+    return _finish(trainer, tokenizer, train, config, directory, record)
+
+
+def _finish(
+    trainer: RankingTrainer,
+    tokenizer: PreTrainedTokenizerBase,
+    train: list[dict[str, Any]],
+    config: RewardStageConfig,
+    directory: Path,
+    record: StageRecord,
+) -> RewardResult:
+    """Rank the held-out responses, store the scale of the scores, write `final/`, show both."""
     report = trainer.report()
     scalar = trainer.accelerator.unwrap_model(trainer.model)
     scalar.eval()
-    reference = score_rows(
-        scalar, train[: config.reward.num_normalization_prompts], args.per_device_eval_batch_size
-    )
-    record = make_record("reward", config, parent, tokenizer, splits.prompts)
+    rows = train[: config.reward.num_normalization_prompts]
+    reference = score_rows(scalar, rows, trainer.args.per_device_eval_batch_size)
     record.score_mean = float(torch.cat(reference).mean())
     record.score_std = float(torch.cat(reference).std())
     record.metrics = report.metrics()

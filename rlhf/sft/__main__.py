@@ -6,11 +6,15 @@ from rlhf.command_line import hydra_main
 from rlhf.config import SFTStageConfig
 
 
-def run(config: SFTStageConfig) -> None:
-    """Import the stage only once the configuration is known to be good."""
+def run(config: SFTStageConfig) -> int | None:
+    """Import the stage only once the configuration is known to be good.
+
+    Returns:
+        Number of the signal that interrupted training, if one did.
+    """
     from rlhf.sft.trainer import train_sft
 
-    train_sft(config)
+    return train_sft(config).stopped_by
 
 
 if __name__ == "__main__":

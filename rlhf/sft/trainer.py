@@ -18,6 +18,7 @@ from trl import SFTConfig, SFTTrainer
 
 from rlhf.checkpoint import (
     check_run_directory,
+    finished_run,
     make_record,
     prepare_run_directory,
     write_stage,
@@ -25,7 +26,7 @@ from rlhf.checkpoint import (
 from rlhf.config import SFTStageConfig, check
 from rlhf.data import Splits, encode_prompt, encode_sft, load_splits, prompt_of
 from rlhf.generation import context_length, generate, sampling_for, uniform_noise
-from rlhf.metrics import append_jsonl, quiet_libraries, say, table
+from rlhf.metrics import append_jsonl, quiet_libraries, read_jsonl, say, table
 from rlhf.models import (
     add_lora,
     load_policy,
@@ -47,11 +48,13 @@ class SFTResult:
             interrupted.
         metrics: `eval_loss`, `eval_mean_token_accuracy`, `eos_rate`, ...
         samples: prompt, response and finished flag of sampled held-out prompts.
+        stopped_by: number of the signal that interrupted training; None when it was not.
     """
 
     directory: Path | None
     metrics: dict[str, float]
     samples: list[dict[str, Any]]
+    stopped_by: int | None = None
 
 
 def train_sft(config: SFTStageConfig) -> SFTResult:
@@ -65,6 +68,10 @@ def train_sft(config: SFTStageConfig) -> SFTResult:
     """
     check(config)
     quiet_libraries()
+    done = finished_run(config, "sft")
+    if done is not None:
+        stage = config.stage_dir("sft")
+        return SFTResult(stage / "final", done.metrics, read_jsonl(stage / "samples.jsonl"))
     check_run_directory(config, "sft")
     length = config.dataset.max_length
     args = trainer_arguments(SFTConfig, config, "sft", max_length=length, eval_packing=False)
@@ -90,8 +97,9 @@ def train_sft(config: SFTStageConfig) -> SFTResult:
         eval_dataset=Dataset.from_list(heldout),
         processing_class=tokenizer,
     )
-    if not run_trainer(trainer, config, directory, "sft"):
-        return SFTResult(None, {}, [])
+    stopped_by = run_trainer(trainer, config, directory, "sft")
+    if stopped_by is not None:
+        return SFTResult(None, {}, [], stopped_by)
     return _finish(trainer, tokenizer, splits, config, directory)
 
 

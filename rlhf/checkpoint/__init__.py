@@ -1,0 +1,61 @@
+"""The hand-off between stages, and the state that a stopped run resumes from.
+
+`handoff` is what a stage leaves for the next one, `resume` decides where a stopped run continues,
+`state` is what a PPO checkpoint holds, `interruption` how a run is stopped, `files` how directories
+are written whole and damage is found.
+"""
+
+from rlhf.checkpoint.files import complete_or_nothing, find_damage, read_manifest, write_manifest
+from rlhf.checkpoint.handoff import (
+    StageRecord,
+    check_same_tokenizer,
+    hash_tokenizer,
+    hash_weights,
+    make_record,
+    read_record,
+    require_stage,
+    warn_about_prompts,
+    write_stage,
+)
+from rlhf.checkpoint.interruption import GracefulStop
+from rlhf.checkpoint.resume import (
+    check_run_directory,
+    checkpoint_to_resume,
+    complete_checkpoints,
+    finished_run,
+    latest_checkpoint,
+    prepare_run_directory,
+    prune_checkpoints,
+    seal,
+    step_of,
+)
+from rlhf.checkpoint.state import load_modules, load_training_state, save_training_state
+
+__all__ = [
+    "GracefulStop",
+    "StageRecord",
+    "check_run_directory",
+    "check_same_tokenizer",
+    "checkpoint_to_resume",
+    "complete_checkpoints",
+    "complete_or_nothing",
+    "find_damage",
+    "finished_run",
+    "hash_tokenizer",
+    "hash_weights",
+    "latest_checkpoint",
+    "load_modules",
+    "load_training_state",
+    "make_record",
+    "prepare_run_directory",
+    "prune_checkpoints",
+    "read_manifest",
+    "read_record",
+    "require_stage",
+    "save_training_state",
+    "seal",
+    "step_of",
+    "warn_about_prompts",
+    "write_manifest",
+    "write_stage",
+]

@@ -1,0 +1,198 @@
+"""The hand-off between stages: what a stage directory holds, and what the next stage refuses.
+
+`runs/<run_name>/<stage>/final/` is an ordinary Hugging Face directory (safetensors, config,
+tokenizer with its chat template) with two files beside: `config.yaml`, the resolved configuration,
+and `rlhf.json`, a `StageRecord`. The next stage reads the record and refuses a mismatch by naming
+both sides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rlhf.checkpoint.files import complete_or_nothing
+from rlhf.config import InputError, StageConfig, save_config
+from rlhf.metrics import warn
+
+RECORD = "rlhf.json"
+PACKAGES = ("rlhf", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
+
+
+@dataclass
+class StageRecord:
+    """What a stage writes about its result, for the next stage and for people.
+
+    Attributes:
+        stage: "sft", "reward" or "ppo".
+        parent: directory or Hub id that training started from (None: from scratch).
+        parent_weights: SHA-256 over the parent's safetensors files (None for a Hub id).
+        tokenizer: hash of vocabulary and special tokens.
+        template: hash of the chat template.
+        prompts: how training prompts reached the model, "conversation", "text" or "mixed".
+        score_mean: mean of the reward model's scores on reference completions (raw units).
+        score_std: their standard deviation.
+        metrics: final figures of the stage.
+    """
+
+    stage: str
+    parent: str | None
+    parent_weights: str | None
+    revision: str | None
+    tokenizer: str
+    template: str
+    eos_token_id: int
+    pad_token_id: int
+    seed: int
+    prompts: str | None = None
+    score_mean: float | None = None
+    score_std: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+# --- Writing and reading a stage directory -------------------------------------------------------
+
+
+def make_record(
+    stage: str,
+    config: StageConfig,
+    parent: str | None,
+    tokenizer: Any,
+    prompts: str | None = None,
+) -> StageRecord:
+    """Describe a stage's result before it is written."""
+    is_local = parent is not None and Path(parent).is_dir()
+    return StageRecord(
+        stage=stage,
+        parent=parent,
+        parent_weights=hash_weights(Path(str(parent))) if is_local else None,
+        revision=config.model.revision,
+        tokenizer=hash_tokenizer(tokenizer),
+        template=_hash(tokenizer.chat_template or ""),
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        seed=config.seed,
+        prompts=prompts,
+        versions={name: version(name) for name in PACKAGES},
+    )
+
+
+def write_stage(
+    directory: Path, model: Any, tokenizer: Any, config: StageConfig, record: StageRecord
+) -> None:
+    """Write a stage directory, complete or not at all.
+
+    Args:
+        directory: e.g. `runs/demo/sft/final`.
+        model: a plain transformers model (adapters merged).
+    """
+    with complete_or_nothing(directory) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        save_config(config, temporary / "config.yaml")
+        (temporary / RECORD).write_text(
+            json.dumps(dataclasses.asdict(record), indent=2), encoding="utf-8"
+        )
+
+
+def read_record(directory: str | Path) -> StageRecord | None:
+    """Read `rlhf.json`; None for a directory or Hub id that no stage wrote."""
+    file = Path(directory) / RECORD
+    if not file.is_file():
+        return None
+    try:
+        return StageRecord(**json.loads(file.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, TypeError) as error:
+        raise InputError(f"{file} is damaged ({error}); run the stage again") from error
+
+
+def require_stage(directory: str | Path, stages: tuple[str, ...], field: str) -> StageRecord | None:
+    """Read the record of a directory and check that the right stage wrote it.
+
+    Raises:
+        InputError: another stage wrote it, or the directory is a run or stage folder rather than
+            its `final/`.
+    """
+    path = Path(directory)
+    if (
+        path.is_dir()
+        and not (path / "config.json").is_file()
+        and not (path / "adapter_config.json").is_file()
+    ):
+        found = sorted(path.resolve().glob(f"**/final/{RECORD}"))
+        inner = [str(p.parent) for p in found if p.parts[-3] in stages]
+        hint = f"; did you mean {' or '.join(inner[:3])}?" if inner else ""
+        raise InputError(f"{field}={directory} is not a model directory (no config.json){hint}")
+    record = read_record(path)
+    if record is not None and record.stage not in stages:
+        raise InputError(
+            f"{field}={directory} was written by the {record.stage} stage, but a directory of the "
+            f"{' or '.join(stages)} stage is needed; point {field} at "
+            f"runs/<run_name>/{stages[0]}/final"
+        )
+    return record
+
+
+def warn_about_prompts(record: StageRecord | None, prompts: str) -> None:
+    """Warn when prompts reach the model in another form than the stage before trained on."""
+    if record is not None and record.prompts not in (None, "mixed", prompts):
+        fix = "set dataset.as_conversation=true" if prompts == "text" else "use a text format"
+        warn(
+            f"the {record.stage} stage trained on {record.prompts} prompts, but these are "
+            f"{prompts} prompts, which the model has never seen; {fix}"
+        )
+
+
+def check_same_tokenizer(
+    tokenizer: Any, record: StageRecord | None, ours: str, theirs: str
+) -> None:
+    """Check that two stages share vocabulary, special tokens and chat template.
+
+    Args:
+        ours: description of where `tokenizer` comes from, for the message.
+        theirs: description of where `record` comes from.
+
+    Raises:
+        InputError: names both sides and what differs.
+    """
+    if record is None:
+        return
+    if record.tokenizer != hash_tokenizer(tokenizer):
+        raise InputError(
+            f"tokenizer mismatch: {theirs} (hash {record.tokenizer[:12]}, eos "
+            f"{record.eos_token_id}, pad {record.pad_token_id}) and {ours} (hash "
+            f"{hash_tokenizer(tokenizer)[:12]}, eos {tokenizer.eos_token_id}, pad "
+            f"{tokenizer.pad_token_id}) have different vocabularies; train both from the same SFT "
+            "directory"
+        )
+    if record.template != _hash(tokenizer.chat_template or ""):
+        raise InputError(
+            f"chat template mismatch: {theirs} and {ours} render prompts differently; train both "
+            "from the same SFT directory, or leave model.chat_template unset"
+        )
+
+
+def hash_tokenizer(tokenizer: Any) -> str:
+    """Hash vocabulary and special tokens."""
+    special = sorted((key, str(value)) for key, value in tokenizer.special_tokens_map.items())
+    return _hash(json.dumps([sorted(tokenizer.get_vocab().items()), special]))
+
+
+def hash_weights(directory: Path) -> str:
+    """SHA-256 over the safetensors files of a directory."""
+    digest = hashlib.sha256()
+    for file in sorted(directory.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,85 @@
+"""Stopping a run: SIGTERM and the first Ctrl-C let the step end and a checkpoint be saved."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from rlhf.checkpoint.resume import latest_checkpoint
+from rlhf.metrics import is_main_process
+
+REPEAT_SECONDS = 5.0  # an exception raised while Python destroys an object is lost: raise it again
+
+
+class GracefulStop:
+    """Turns SIGTERM or the first Ctrl-C into a flag, so that a loop can save; a second Ctrl-C
+    interrupts at once.
+
+    Use as a context manager; read `requested()` at the end of each step, on every rank alike. When
+    the block has not ended `grace_seconds` after the signal, it is left by SystemExit: a save that
+    is under way then is cut off, which leaves no checkpoint of that name.
+
+    Attributes:
+        signal: number of the signal that asked to stop; None as long as there is none.
+    """
+
+    def __init__(self, grace_seconds: float, directory: Path):
+        """Take the seconds that the step and the save may take, and the stage directory."""
+        self.signal: int | None = None
+        self._grace_seconds, self._directory = grace_seconds, directory
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> GracefulStop:
+        handlers = {signal.SIGINT: self._ask, signal.SIGTERM: self._ask, signal.SIGALRM: self._end}
+        for number, handler in handlers.items():
+            self._previous[number] = signal.signal(number, handler)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is None:
+            self.signal = number
+            signal.setitimer(signal.ITIMER_REAL, self._grace_seconds, REPEAT_SECONDS)
+            name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+            _write(
+                f"\n{name}: finishing this step, then saving a checkpoint, for at most "
+                f"{self._grace_seconds:g} seconds (Ctrl-C: stop at once)\n"
+            )
+        elif number == signal.SIGINT:
+            raise KeyboardInterrupt
+
+    def _end(self, number: int, frame: FrameType | None) -> None:
+        assert self.signal is not None
+        kept = latest_checkpoint(self._directory)
+        _write(
+            f"the step was not finished after checkpoint.grace_seconds={self._grace_seconds:g}: "
+            f"exiting without saving; {f'{kept} remains' if kept else 'there is no checkpoint'}\n"
+        )
+        raise SystemExit(128 + self.signal)
+
+    def requested(self) -> bool:
+        """True on every rank as soon as any rank was asked to stop."""
+        from accelerate import PartialState
+
+        state = PartialState()
+        if state.num_processes > 1:
+            from accelerate.utils import gather
+
+            own = torch.tensor([self.signal or 0], device=state.device)
+            self.signal = int(gather(own).max()) or None
+        return self.signal is not None
+
+
+def _write(text: str) -> None:
+    """Write to stderr past Python's buffers, which the signal may have interrupted."""
+    if is_main_process():
+        os.write(2, text.encode())

@@ -1,0 +1,130 @@
+"""What a PPO checkpoint holds: weights, optimiser state, random numbers, plain values."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from rlhf.checkpoint.files import complete_or_nothing
+from rlhf.checkpoint.resume import seal
+from rlhf.config import InputError, StageConfig, save_config
+
+
+def save_training_state(
+    directory: Path,
+    modules: dict[str, Any],
+    optimizers: dict[str, Any],
+    state: dict[str, Any],
+    config: StageConfig,
+) -> None:
+    """Write a checkpoint whole or not at all: safetensors and JSON, nothing pickled.
+
+    The states of Python's, NumPy's and torch's global random numbers, which scorers of the user may
+    draw from, are those of this process.
+
+    Args:
+        directory: `<stage directory>/checkpoint-<step>`.
+        modules: name -> module, of which only parameters that train are written, or name -> dict of
+            tensors.
+        optimizers: name -> optimiser.
+        state: JSON values, e.g. the number of finished updates; `state["best"]["update"]`, where
+            there is one, is the best checkpoint so far, which is kept with this one.
+        config: written beside, resolved.
+    """
+    with complete_or_nothing(directory) as temporary:
+        for name, module in modules.items():
+            save_file(_tensors(module), temporary / f"{name}.safetensors")
+        for name, optimizer in optimizers.items():
+            content = optimizer.state_dict()
+            tensors = {
+                f"{index}.{key}": torch.as_tensor(value).contiguous()
+                for index, values in content["state"].items()
+                for key, value in values.items()
+            }
+            save_file(tensors, temporary / f"optimizer_{name}.safetensors")
+        _write_json(temporary / "state.json", state)
+        _write_json(temporary / "random.json", _random_state())
+        save_config(config, temporary / "config.yaml")
+        seal(temporary, directory.parent, (state.get("best") or {}).get("update"))
+
+
+def load_training_state(
+    directory: Path, modules: dict[str, Any], optimizers: dict[str, Any]
+) -> dict[str, Any]:
+    """Load what `save_training_state` wrote, in place, and return the JSON values.
+
+    Raises:
+        InputError: the checkpoint belongs to another model.
+    """
+    load_modules(directory, modules)
+    for name, optimizer in optimizers.items():
+        content = optimizer.state_dict()
+        content["state"] = {}
+        for key, value in load_file(directory / f"optimizer_{name}.safetensors").items():
+            index, _, entry = key.partition(".")
+            content["state"].setdefault(int(index), {})[entry] = value
+        optimizer.load_state_dict(content)
+    _restore_random_state(_read_json(directory / "random.json"))
+    return _read_json(directory / "state.json")
+
+
+def load_modules(directory: Path, modules: dict[str, Any]) -> None:
+    """Load the named modules of a checkpoint, in place, and nothing else of it.
+
+    Args:
+        modules: as `save_training_state` takes them; a part of what it wrote will do.
+
+    Raises:
+        InputError: the checkpoint belongs to another model.
+    """
+    for name, module in modules.items():
+        saved, own = load_file(directory / f"{name}.safetensors"), _tensors(module)
+        if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in own.items()}:
+            raise InputError(
+                f"{directory}: the {name} weights there belong to another model or adapter "
+                "configuration"
+            )
+        with torch.no_grad():
+            for key, value in own.items():
+                value.copy_(saved[key])
+
+
+def _tensors(module: Any) -> dict[str, torch.Tensor]:
+    if isinstance(module, dict):
+        return module
+    return {name: p.data for name, p in module.named_parameters() if p.requires_grad}
+
+
+def _random_state() -> dict[str, Any]:
+    numpy_state = np.random.get_state(legacy=False)
+    numpy_state["state"]["key"] = numpy_state["state"]["key"].tolist()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {
+        "python": random.getstate(),
+        "numpy": numpy_state,
+        "torch": torch.get_rng_state().tolist(),
+        "cuda": [generator.tolist() for generator in cuda],
+    }
+
+
+def _restore_random_state(state: dict[str, Any]) -> None:
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([torch.tensor(s, dtype=torch.uint8) for s in state["cuda"]])
+
+
+def _write_json(file: Path, value: Any) -> None:
+    file.write_text(json.dumps(value, indent=2), encoding="utf-8")
+
+
+def _read_json(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))

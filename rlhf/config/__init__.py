@@ -1,0 +1,70 @@
+"""Configuration of the three stages: a dataclass per stage, and its checks.
+
+The dataclasses hold every default; `conf/*.yaml` shows common knobs with their comments, and a test
+keeps the two equal. Library users build a dataclass; only `rlhf.command_line` knows Hydra. What the
+mapping `trainer:` may hold is decided by the libraries that receive it (see `build_arguments`).
+"""
+
+from rlhf.config.checks import check
+from rlhf.config.loading import (
+    build_arguments,
+    config_keys,
+    explain,
+    load_config,
+    load_object,
+    nearest,
+    save_config,
+    schema,
+)
+from rlhf.config.stages import (
+    CONF_DIR,
+    STAGES,
+    CheckpointConfig,
+    CriticConfig,
+    DatasetConfig,
+    EvaluationConfig,
+    InputError,
+    ModelConfig,
+    PeftConfig,
+    PPOConfig,
+    PPOStageConfig,
+    PtxConfig,
+    RewardConfig,
+    RewardStageConfig,
+    ScorerConfig,
+    SFTStageConfig,
+    StageConfig,
+    TrackerConfig,
+    WatchdogConfig,
+)
+
+__all__ = [
+    "CONF_DIR",
+    "STAGES",
+    "CheckpointConfig",
+    "CriticConfig",
+    "DatasetConfig",
+    "EvaluationConfig",
+    "InputError",
+    "ModelConfig",
+    "PPOConfig",
+    "PPOStageConfig",
+    "PeftConfig",
+    "PtxConfig",
+    "RewardConfig",
+    "RewardStageConfig",
+    "SFTStageConfig",
+    "ScorerConfig",
+    "StageConfig",
+    "TrackerConfig",
+    "WatchdogConfig",
+    "build_arguments",
+    "check",
+    "config_keys",
+    "explain",
+    "load_config",
+    "load_object",
+    "nearest",
+    "save_config",
+    "schema",
+]

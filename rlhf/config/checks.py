@@ -1,0 +1,209 @@
+"""Checks of a stage's configuration, before anything expensive starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from operator import attrgetter
+from typing import Any
+
+from rlhf.config.stages import (
+    ADVANTAGES,
+    DTYPES,
+    InputError,
+    PPOStageConfig,
+    RewardStageConfig,
+    SFTStageConfig,
+    StageConfig,
+)
+
+
+def check(config: StageConfig) -> None:
+    """Check a stage's configuration, before anything expensive starts.
+
+    Raises:
+        InputError: names every missing value at once, or every value out of range at once.
+    """
+    missing = _missing(config)
+    if missing:
+        raise InputError("missing values:\n  " + "\n  ".join(missing))
+    problems = [message for ok, message in _rules(config) if not ok]
+    if problems:
+        raise InputError("\n".join(problems))
+
+
+def _missing(config: StageConfig) -> list[str]:
+    found = []
+    if config.dataset.path is None:
+        found.append("dataset.path: file or Hub name of the rows, e.g. dataset.path=train.jsonl")
+    if isinstance(config, SFTStageConfig):
+        if config.model.path is None and not config.model.config:
+            found.append(
+                "model.path: Hub id or directory, e.g. model.path=EleutherAI/pythia-410m (or "
+                "model.config to train from scratch)"
+            )
+        if config.model.path is None and config.model.tokenizer is None:
+            found.append("model.tokenizer: Hub id or directory; needed when model.path is not set")
+    elif config.model.path is None and not (config.stage_dir("sft") / "final").is_dir():
+        found.append(_no_stage("model.path", config, "sft"))
+    if isinstance(config, PPOStageConfig):
+        if config.scorer.path is None and not (config.stage_dir("reward") / "final").is_dir():
+            found.append(_no_stage("scorer.path", config, "reward"))
+        if config.ptx.coef > 0 and config.ptx.path is None:
+            found.append("ptx.path: file or Hub name of the text, e.g. ptx.path=text.jsonl")
+        if config.scorer.path == "python:":
+            found.append("scorer.path: a function, e.g. scorer.path=python:my_module.my_score")
+    return found
+
+
+def _no_stage(key: str, config: StageConfig, stage: str) -> str:
+    return (
+        f"{key}: {config.stage_dir(stage) / 'final'} does not exist; run `python -m rlhf.{stage} "
+        f"run_name={config.run_name}` first, or set {key}=<directory>"
+    )
+
+
+def _rules(config: StageConfig) -> Iterable[tuple[bool, str]]:
+    """Yield (holds, message when it does not) for each rule on the values."""
+
+    def at_least(name: str, bound: float, strict: bool = False) -> tuple[bool, str]:
+        value = attrgetter(name)(config)
+        ok = value is None or (value > bound if strict else value >= bound)
+        return ok, f"{name} must be {'>' if strict else '>='} {bound}, got {value}"
+
+    def one_of(name: str, allowed: Iterable[str | bool]) -> tuple[bool, str]:
+        value = attrgetter(name)(config)
+        listed = ", ".join(str(a).lower() if isinstance(a, bool) else a for a in allowed)
+        return value in allowed, f"{name} must be one of {listed}, got {value!r}"
+
+    def within(name: str, low: float, high: float) -> tuple[bool, str]:
+        value = attrgetter(name)(config)
+        return low <= value <= high, f"{name} must lie in [{low}, {high}], got {value}"
+
+    yield one_of("model.dtype", DTYPES)
+    yield one_of("precision", ("auto", "float32", "bfloat16"))
+    yield one_of("resume", (True, False, "auto"))
+    yield from (at_least(f"checkpoint.{name}", 1) for name in ("every", "keep_last"))
+    yield at_least("checkpoint.grace_seconds", 0, strict=True)
+    yield one_of("tracker.name", ("none", "wandb"))
+    if config.tracker.mode is not None:
+        yield one_of("tracker.mode", ("online", "offline", "disabled"))
+    yield within("dataset.eval_fraction", 0, 0.9)
+    yield at_least("dataset.max_length", 2)
+    yield from (at_least(f"dataset.{name}", 1) for name in ("max_rows", "max_eval_rows"))
+    yield at_least("peft.r", 1)
+    yield within("peft.dropout", 0, 1)
+    yield (
+        "/" not in config.run_name and config.run_name not in ("", ".", ".."),
+        f"run_name must be one folder name, got {config.run_name!r}",
+    )
+    if isinstance(config, SFTStageConfig):
+        yield at_least("num_samples", 0)
+        yield at_least("response_length", 1)
+        yield at_least("temperature", 0, strict=True)
+    if isinstance(config, RewardStageConfig):
+        yield one_of("reward.loss", ("pairwise", "plackett_luce"))
+        yield at_least("reward.num_normalization_prompts", 1)
+    if isinstance(config, PPOStageConfig):
+        yield from _ppo_rules(config, at_least, one_of, within)
+
+
+def _ppo_rules(
+    config: PPOStageConfig, at_least: Any, one_of: Any, within: Any
+) -> Iterable[tuple[bool, str]]:
+    ppo = config.ppo
+    sizes = "batch_size samples_per_prompt num_mini_batches micro_batch_size rollout_batch_size"
+    counts = f"num_updates num_ppo_epochs {sizes} response_length max_prompt_length kl_horizon"
+    yield from (at_least(f"ppo.{name}", 1) for name in counts.split())
+    others = "scorer.batch_size evaluation.every ptx.batch_size"
+    yield from (at_least(name, 1) for name in others.split())
+    yield at_least("ptx.max_length", 2)
+    not_negative = "kl_coef top_k vf_coef learning_rate entropy_coef"
+    yield from (at_least(f"ppo.{name}", 0) for name in not_negative.split())
+    not_negative = "critic.learning_rate critic.warmup_updates evaluation.num_prompts ptx.coef"
+    yield from (at_least(name, 0) for name in f"{not_negative} evaluation.select_kl_coef".split())
+    positive = "temperature adam_epsilon max_grad_norm cliprange cliprange_value target_kl"
+    positive += " kl_target clip_scores"
+    yield from (at_least(f"ppo.{name}", 0, strict=True) for name in positive.split())
+    yield at_least("ppo.dual_clip", 1, strict=True)
+    yield from (within(f"ppo.{name}", 0, 1) for name in ("gamma", "lam"))
+    yield (
+        ppo.ema_decay is None or 0 < ppo.ema_decay < 1,
+        (f"ppo.ema_decay must lie in (0, 1), e.g. 0.992, got {ppo.ema_decay}"),
+    )
+    yield one_of("preflight", (True, False, "only"))
+    yield one_of("ppo.kl_estimator", ("k1", "k2", "k3"))
+    yield one_of("ppo.kl_in", ("reward", "loss"))
+    yield one_of("ppo.advantage", ADVANTAGES)
+    yield one_of("ppo.lr_schedule", ("linear", "constant"))
+    yield one_of("scorer.normalize", ("none", "shift", "standardise"))
+    yield one_of("critic.init", ("reward", "policy"))
+    yield one_of("evaluation.select", ("score_minus_kl", "independent_score", "last"))
+    yield from _watchdog_rules(config, at_least, within)
+    yield from _combination_rules(config)
+
+
+def _watchdog_rules(config: PPOStageConfig, at_least: Any, within: Any) -> Iterable[Any]:
+    positive = "first_ratio negative_kl kl_budget score_std grad_norm sampler_gap"
+    yield from (at_least(f"watchdog.{name}", 0, strict=True) for name in positive.split())
+    yield from (at_least(f"watchdog.{name}", 1, strict=True) for name in ("ratio", "length_drift"))
+    for name in ("clip_fraction", "entropy_drop", "eos_rate"):
+        if getattr(config.watchdog, name) is not None:
+            yield within(f"watchdog.{name}", 0, 1)
+    if config.watchdog.explained_variance is not None:
+        yield (
+            config.watchdog.explained_variance < 1,
+            (f"watchdog.explained_variance must be < 1, got {config.watchdog.explained_variance}"),
+        )
+
+
+def _combination_rules(config: PPOStageConfig) -> Iterable[tuple[bool, str]]:
+    """Values that are fine alone and wrong together."""
+    ppo = config.ppo
+    for divisor in ("num_mini_batches", "samples_per_prompt"):
+        number = getattr(ppo, divisor)
+        yield (
+            number < 1 or ppo.batch_size % number == 0,
+            f"ppo.batch_size must be divisible by ppo.{divisor}, got {ppo.batch_size} and {number}",
+        )
+    yield (
+        ppo.samples_per_prompt > 1 or ppo.advantage not in ("rloo", "grpo"),
+        f"ppo.advantage={ppo.advantage} compares the responses of one prompt, but "
+        f"ppo.samples_per_prompt={ppo.samples_per_prompt}; set it to 2 or more, e.g. 4",
+    )
+    yield (
+        ppo.target_kl is None or ppo.num_ppo_epochs * ppo.num_mini_batches > 1,
+        f"ppo.target_kl={ppo.target_kl} has nothing to skip with one optimiser step an update; "
+        "raise ppo.num_ppo_epochs or ppo.num_mini_batches, or set ppo.target_kl=null",
+    )
+    yield (
+        ppo.kl_in == "reward" or ppo.kl_estimator != "k1",
+        "ppo.kl_in=loss with ppo.kl_estimator=k1 has an expected gradient of 0; use "
+        "ppo.kl_estimator=k3 (GRPO) or k2, or ppo.kl_in=reward",
+    )
+    yield (
+        ppo.kl_target is None or ppo.kl_coef > 0,
+        f"ppo.kl_target={ppo.kl_target} multiplies ppo.kl_coef, which is 0; start it above 0",
+    )
+    off_policy = ppo.top_p != 1.0 or ppo.top_k != 0
+    yield (
+        ppo.allow_off_policy_sampling or not off_policy,
+        f"ppo.top_p={ppo.top_p} and ppo.top_k={ppo.top_k} sample from another distribution than "
+        "the one PPO scores; leave them at 1.0 and 0, or set ppo.allow_off_policy_sampling=true",
+    )
+    yield 0 < ppo.top_p <= 1, f"ppo.top_p must lie in (0, 1], got {ppo.top_p}"
+    from_python = str(config.scorer.path).startswith("python:")
+    yield (
+        not (from_python and config.critic.init == "reward" and ppo.advantage == "gae"),
+        "critic.init=reward needs a reward model, but scorer.path is a Python function: set "
+        "critic.init=policy",
+    )
+    yield (
+        config.evaluation.select != "independent_score" or config.evaluation.scorer is not None,
+        "evaluation.select=independent_score needs evaluation.scorer, e.g. "
+        "evaluation.scorer=python:my_module.my_score",
+    )
+    yield (
+        not config.critic.warmup_updates or ppo.advantage == "gae",
+        f"critic.warmup_updates={config.critic.warmup_updates} has no critic to warm up with "
+        f"ppo.advantage={ppo.advantage}; set it to 0",
+    )

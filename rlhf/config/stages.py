@@ -1,0 +1,274 @@
+"""The dataclasses of the three stages: every knob with its default."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+CONF_DIR = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
+ADVANTAGES = ("gae", "rloo", "grpo", "reinforce_pp")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+class InputError(ValueError):
+    """Bad input from the user; the message: what was given, what was expected, how to fix it."""
+
+
+@dataclass
+class ModelConfig:
+    """Which model to start from, and how it is loaded."""
+
+    path: str | None = None
+    revision: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    tokenizer: str | None = None
+    chat_template: str | None = None
+    dtype: str = "float32"
+    attn_implementation: str | None = None
+    gradient_checkpointing: bool = False
+    trust_remote_code: bool = False
+
+
+@dataclass
+class DatasetConfig:
+    """Which rows to read, and which function makes them canonical."""
+
+    path: str | None = None
+    split: str = "train"
+    eval_path: str | None = None
+    eval_split: str = "test"
+    format: str = "messages"
+    as_conversation: bool = False
+    eval_fraction: float = 0.05
+    max_rows: int | None = None
+    max_eval_rows: int | None = None
+    max_length: int = 1024
+
+
+@dataclass
+class PeftConfig:
+    """LoRA adapters instead of full fine-tuning."""
+
+    enabled: bool = False
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    target_modules: list[str] | None = None
+
+
+@dataclass
+class TrackerConfig:
+    """Where metrics go beside `metrics.jsonl`."""
+
+    name: str = "none"
+    project: str = "rlhf"
+    entity: str | None = None
+    mode: str | None = None
+
+
+@dataclass
+class CheckpointConfig:
+    """When a stage writes a checkpoint that it can resume from."""
+
+    every: int = 200
+    keep_last: int = 2
+    grace_seconds: float = 60.0
+
+
+@dataclass
+class StageConfig:
+    """What the three stages have in common."""
+
+    run_name: str = "run"
+    runs_dir: str = "runs"
+    seed: int = 1
+    resume: bool | str = False
+    overwrite: bool = False
+    precision: str = "auto"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    peft: PeftConfig = field(default_factory=PeftConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def stage_dir(self, stage: str) -> Path:
+        """Directory of `stage` in this run: `runs_dir/run_name/stage`."""
+        return Path(self.runs_dir) / self.run_name / stage
+
+
+@dataclass
+class SFTStageConfig(StageConfig):
+    """`python -m rlhf.sft`."""
+
+    train_on_prompt: bool = False
+    num_samples: int = 32
+    response_length: int = 128
+    temperature: float = 1.0
+    trainer: dict[str, Any] = field(
+        default_factory=lambda: {
+            "num_train_epochs": 3,
+            "learning_rate": 2e-5,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 0.03,
+            "per_device_train_batch_size": 8,
+            "per_device_eval_batch_size": 8,
+            "gradient_accumulation_steps": 1,
+            "packing": False,
+            "logging_steps": 10,
+            "eval_steps": 200,
+        }
+    )
+
+
+@dataclass
+class RewardConfig:
+    """The ranking loss and what is stored with the reward model."""
+
+    loss: str = "pairwise"
+    margin: float | None = None
+    num_normalization_prompts: int = 256
+
+
+@dataclass
+class RewardStageConfig(StageConfig):
+    """`python -m rlhf.reward`."""
+
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    trainer: dict[str, Any] = field(
+        default_factory=lambda: {
+            "num_train_epochs": 1,
+            "learning_rate": 9e-6,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 0.03,
+            "per_device_train_batch_size": 4,
+            "per_device_eval_batch_size": 8,
+            "gradient_accumulation_steps": 1,
+            "logging_steps": 10,
+            "eval_steps": 200,
+        }
+    )
+
+
+@dataclass
+class ScorerConfig:
+    """What scores a response."""
+
+    path: str | None = None
+    normalize: str = "shift"
+    batch_size: int = 32
+
+
+@dataclass
+class CriticConfig:
+    """The value model."""
+
+    init: str = "reward"
+    learning_rate: float = 3e-6
+    warmup_updates: int = 0
+
+
+@dataclass
+class PPOConfig:
+    """The algorithm; names are those of TRL's late PPOConfig where one existed."""
+
+    num_updates: int = 200
+    batch_size: int = 64
+    samples_per_prompt: int = 1
+    num_ppo_epochs: int = 4
+    num_mini_batches: int = 1
+    micro_batch_size: int = 8
+    rollout_batch_size: int = 64
+    max_prompt_length: int | None = None
+    response_length: int = 128
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    allow_off_policy_sampling: bool = False
+    missing_eos_penalty: float | None = -1.0
+    scale_scores: bool = False
+    clip_scores: float | None = None
+    kl_coef: float = 0.05
+    kl_estimator: str = "k1"
+    kl_in: str = "reward"
+    kl_target: float | None = None
+    kl_horizon: int = 10000
+    whiten_rewards: bool = False
+    advantage: str = "gae"
+    gamma: float = 1.0
+    lam: float = 0.95
+    whiten_advantages: bool | None = None
+    cliprange: float = 0.2
+    dual_clip: float | None = None
+    cliprange_value: float | None = 0.2
+    vf_coef: float = 0.1
+    entropy_coef: float = 0.0
+    target_kl: float | None = None
+    learning_rate: float = 3e-6
+    lr_schedule: str = "linear"
+    adam_epsilon: float = 1e-5
+    max_grad_norm: float = 1.0
+    ema_decay: float | None = None
+
+
+@dataclass
+class PtxConfig:
+    """Text that PPO-ptx keeps the policy good at."""
+
+    coef: float = 0.0
+    path: str | None = None
+    split: str = "train"
+    format: str = "text"
+    batch_size: int = 64
+    max_length: int = 512
+
+
+@dataclass
+class EvaluationConfig:
+    """Held-out evaluation during and after PPO, and which update becomes `final/`."""
+
+    every: int = 20
+    num_prompts: int = 64
+    scorer: str | None = None
+    select: str = "score_minus_kl"
+    select_kl_coef: float | None = None
+
+
+@dataclass
+class WatchdogConfig:
+    """Thresholds beyond which PPO warns (`kl_budget`: stops); None turns a rule off."""
+
+    first_ratio: float | None = 1e-3
+    ratio: float | None = 10.0
+    clip_fraction: float | None = 0.3
+    negative_kl: float | None = 3.0
+    kl_budget: float | None = None
+    entropy_drop: float | None = 0.2
+    explained_variance: float | None = -0.5
+    eos_rate: float | None = 0.5
+    length_drift: float | None = 2.0
+    score_std: float | None = 1e-4
+    grad_norm: float | None = 100.0
+    sampler_gap: float | None = 0.5
+
+
+@dataclass
+class PPOStageConfig(StageConfig):
+    """`python -m rlhf.ppo`."""
+
+    preflight: bool | str = True
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    ptx: PtxConfig = field(default_factory=PtxConfig)
+    scorer: ScorerConfig = field(default_factory=ScorerConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    checkpoint: CheckpointConfig = field(default_factory=lambda: CheckpointConfig(every=20))
+
+
+STAGES: dict[str, type[StageConfig]] = {
+    "sft": SFTStageConfig,
+    "reward": RewardStageConfig,
+    "ppo": PPOStageConfig,
+}

@@ -1,0 +1,113 @@
+"""From scores to rewards per token, and from those to advantages."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlhf.functional.masks import check_masked, check_shapes, zero_masked
+
+
+def shape_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
+    """Turn one score per response and one KL per token into one reward per token.
+
+    With score 2 and kl_coef 0.1:  kl 1 1 1 9,  mask 1 0 1 0  ->  rewards -0.1 0 1.9 0
+
+    Args:
+        scores: (B,).
+        kl, mask: (B, T); the mask is True at response tokens, EOS included.
+        kl_coef: price of one nat in units of the score, >= 0.
+
+    Returns: (B, T) float32: -kl_coef * kl at valid tokens, plus the score at the last valid one; 0
+        where masked. A row without valid tokens is 0: its score goes nowhere.
+    Source: Ziegler et al. 2019 (arXiv 1909.08593) eq. 2, spread over tokens. The score is not put
+        one step after EOS, where TRL's PPO had it: that would discount it once more.
+    """
+    check_masked(mask, kl=kl)
+    check_shapes(mask.shape[:1], scores=scores)
+    # Valid tokens from here to the end: mask 1 0 1 0 -> 2 1 1 0. The last valid token counts 1.
+    is_last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
+    return zero_masked(scores[:, None], is_last) - kl_coef * zero_masked(kl, mask)
+
+
+@torch.no_grad()
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """Estimate advantages and returns by generalised advantage estimation.
+
+    The successor of a valid token is the next valid one of its row, over any gap; the value after
+    the last is 0. With gamma = lam = 1:  rewards 1 _ 3,  values 5 _ 7  ->  advantages -1 0 -4
+
+    Args:
+        rewards, values, mask: (B, T); a value is the critic's before the token is chosen.
+        gamma, lam: discount per token and GAE's lambda, in [0, 1].
+
+    Returns: advantages, and returns = advantages + values: (B, T) float32, 0 if masked, detached.
+    Source: Schulman et al. 2016 (arXiv 1506.02438) eq. 16.
+    """
+    check_masked(mask, rewards=rewards, values=values)
+    rewards, values = zero_masked(rewards, mask), zero_masked(values, mask)
+    advantages = torch.zeros_like(rewards)
+    next_value = next_advantage = rewards.new_zeros(len(rewards))  # (B,)
+    for t in reversed(range(rewards.shape[1])):
+        advantage = rewards[:, t] + gamma * next_value - values[:, t] + gamma * lam * next_advantage
+        # A masked token hands on the state of its successor.
+        next_advantage = torch.where(mask[:, t], advantage, next_advantage)
+        next_value = torch.where(mask[:, t], values[:, t], next_value)
+        advantages[:, t] = next_advantage
+    advantages = zero_masked(advantages, mask)
+    return advantages, advantages + values
+
+
+def reinforce_pp(rewards: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
+    """Compute REINFORCE++'s advantages before normalisation: each token's discounted reward-to-go.
+
+    With gamma 0.5:  rewards 1 _ 2 4,  mask 1 0 1 1  ->  1 + 0.5 * 4, 0, 2 + 0.5 * 4, 4
+
+    Args:
+        rewards: (B, T) as `shape_rewards` makes them: the KL is in them, as k1.
+        mask: (B, T); a gap is skipped and costs no discount.
+        gamma: discount per token, in [0, 1].
+
+    Returns: (B, T) float32 in units of the score, 0 where masked, detached. The paper then
+        normalises over the whole batch: the caller's `whiten`.
+    Source: REINFORCE++ (arXiv 2501.03262), A_t = r - beta * sum_{i >= t} KL_i: that at gamma 1.
+    """
+    # Without a critic and with lambda 1, GAE is the reward-to-go.
+    return gae(rewards, torch.zeros_like(rewards), mask, gamma, lam=1.0)[0]
+
+
+def _group_deviations(scores: Tensor) -> Tensor:
+    if scores.dim() != 2 or scores.shape[1] < 2:
+        raise ValueError(f"scores must have shape (P, K), K >= 2, got {tuple(scores.shape)}")
+    # Shifted by the first, equal scores give exactly 0; the mean of three 1000.1 is rounded.
+    shifted = scores.float() - scores[:, :1].float()
+    return shifted - shifted.mean(dim=1, keepdim=True)
+
+
+def rloo(scores: Tensor) -> Tensor:
+    """Compute leave-one-out advantages: each score minus the mean of its prompt's other K - 1.
+
+    Args:
+        scores: (P, K) scores of K >= 2 responses to each of P prompts.
+
+    Returns: (P, K) float32 in units of the score; every row sums to 0.
+    Source: Ahmadian et al. 2024 (arXiv 2402.14740), RLOO; here K / (K - 1) * (score - mean).
+    """
+    deviations = _group_deviations(scores)
+    return deviations * (scores.shape[1] / (scores.shape[1] - 1))
+
+
+def grpo(scores: Tensor) -> Tensor:
+    """Compute group-relative advantages: scores standardised over the K responses of a prompt.
+
+    Args:
+        scores: (P, K) scores of K >= 2 responses to each of P prompts.
+
+    Returns: (P, K) float32, without unit; a prompt whose scores are all equal gets 0.
+    Source: DeepSeekMath (arXiv 2402.03300) section 4.1.2, (r - mean) / std. It leaves the std open;
+        ours is TRL's GRPOTrainer's: the unbiased one (K - 1), plus 1e-4.
+    """
+    deviations = _group_deviations(scores)
+    return deviations / (deviations.std(dim=1, keepdim=True) + 1e-4)

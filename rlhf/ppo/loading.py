@@ -1,0 +1,201 @@
+"""What PPO starts from: the models of a run, its prompts and texts, and the batch arithmetic."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from accelerate import Accelerator
+
+from rlhf.checkpoint import (
+    StageRecord,
+    check_same_tokenizer,
+    hash_tokenizer,
+    read_record,
+    require_stage,
+)
+from rlhf.config import InputError, PPOStageConfig, ScorerConfig
+from rlhf.data import encode_texts, load_rows
+from rlhf.generation import context_length, sampling_for
+from rlhf.models import (
+    ScalarModel,
+    add_lora,
+    disable_dropout,
+    init_reward_model,
+    load_policy,
+    load_reference,
+    load_reward_model,
+    load_tokenizer,
+    parameter_count,
+)
+from rlhf.rollout import Actors, CollectSettings
+from rlhf.scorers import Scorer, load_scorer, score_statistics
+
+
+def load_checked_tokenizer(config: PPOStageConfig) -> tuple[Any, StageRecord | None]:
+    """Load the policy's tokenizer, and check that the stages named fit together."""
+    policy, scorer = str(config.model.path), str(config.scorer.path)
+    record = require_stage(policy, ("sft", "ppo"), "model.path")
+    tokenizer = load_tokenizer(config.model)
+    if needs_reward_model(config):
+        reward_record = require_stage(scorer, ("reward",), "scorer.path")
+        check_same_tokenizer(tokenizer, reward_record, policy, scorer)
+    return tokenizer, record
+
+
+def load_actors(
+    config: PPOStageConfig, tokenizer: Any, scorer: Scorer | None, accelerator: Accelerator
+) -> Actors:
+    """Load policy, reference, critic and scorer, without dropout, on this process's device."""
+    device = accelerator.device
+    if scorer is None:
+        scorer = load_scorer(config.scorer, device)
+    policy, reference = load_policy(config.model, tokenizer), None
+    critic = _load_critic(config, tokenizer) if config.ppo.advantage == "gae" else None
+    if config.peft.enabled:
+        # the policy with its adapters off is the reference
+        policy = add_lora(policy, config.peft, "CAUSAL_LM", config.seed)
+        if critic is not None:
+            critic.model = add_lora(critic.model, config.peft, "SEQ_CLS", config.seed)
+    else:
+        reference = load_reference(config.model, tokenizer).to(device)
+    for model in (policy, critic):
+        if model is not None:
+            disable_dropout(model)
+    return Actors(
+        policy=policy.to(device),
+        reference=reference,
+        critic=critic if critic is None else critic.to(device),
+        scorer=scorer,
+        tokenizer=tokenizer,
+        tokenizer_hash=hash_tokenizer(tokenizer),
+    )
+
+
+def needs_reward_model(config: PPOStageConfig) -> bool:
+    """True if there is a critic that starts from the reward model."""
+    return config.ppo.advantage == "gae" and config.critic.init == "reward"
+
+
+def _load_critic(config: PPOStageConfig, tokenizer: Any) -> ScalarModel:
+    """Start the critic from the reward model (IG, N+; predicting normalised scores) or from the
+    policy."""
+    if config.critic.init == "policy":
+        return ScalarModel(init_reward_model(config.model, tokenizer, config.seed))
+    source = dataclasses.replace(
+        config.model, path=config.scorer.path, tokenizer=None, revision=None
+    )
+    mean, std = score_statistics(config.scorer, read_record(str(config.scorer.path)))
+    return ScalarModel(load_reward_model(source), mean, std)
+
+
+def collect_settings(config: PPOStageConfig, policy: Any, tokenizer: Any) -> CollectSettings:
+    """Derive how rollouts are collected."""
+    ppo = config.ppo
+    sampling = sampling_for(
+        policy, tokenizer, ppo.response_length, ppo.temperature, ppo.top_p, ppo.top_k
+    )
+    return CollectSettings(
+        sampling, ppo.missing_eos_penalty, ppo.rollout_batch_size, ppo.micro_batch_size
+    )
+
+
+def with_default_paths(config: PPOStageConfig, scorer: Scorer | None) -> PPOStageConfig:
+    """Point model and scorer at this run's own earlier stages, where those exist."""
+    config = dataclasses.replace(
+        config, model=dataclasses.replace(config.model), scorer=dataclasses.replace(config.scorer)
+    )
+    for holder, stage in ((config.model, "sft"), (config.scorer, "reward")):
+        final = config.stage_dir(stage) / "final"
+        if holder.path is None and final.is_dir():
+            holder.path = str(final)
+    if scorer is not None:
+        if needs_reward_model(config):
+            raise InputError(
+                "critic.init=reward needs a reward model; with a scorer of your own set "
+                "critic.init=policy"
+            )
+        name = getattr(scorer, "__qualname__", type(scorer).__qualname__)
+        config.scorer = ScorerConfig(path=f"python:{scorer.__module__}.{name}")
+    return config
+
+
+def prompt_budget(config: PPOStageConfig, policy: Any) -> int:
+    """Longest prompt that leaves room for the response in the model's context."""
+    ppo = config.ppo
+    context = context_length(policy)
+    if ppo.response_length >= context:
+        raise InputError(
+            f"ppo.response_length={ppo.response_length} leaves no room for a prompt in the model's "
+            f"context of {context} tokens; use at most {context - 1}"
+        )
+    budget = ppo.max_prompt_length or context - ppo.response_length
+    if budget + ppo.response_length > context:
+        raise InputError(
+            f"ppo.max_prompt_length={budget} + ppo.response_length={ppo.response_length} exceed "
+            f"the model's context of {context} tokens; lower one of them"
+        )
+    return budget
+
+
+def load_texts(config: PPOStageConfig, tokenizer: Any, context: int) -> list[list[int]]:
+    """Token ids of the PPO-ptx texts; none where `ptx.coef` is 0."""
+    ptx = config.ptx
+    if not ptx.coef:
+        return []
+    if ptx.max_length > context:
+        raise InputError(
+            f"ptx.max_length={ptx.max_length} exceeds the model's context of {context} tokens; "
+            "lower it"
+        )
+    assert ptx.path is not None  # `check` has made sure
+    rows, _ = load_rows(ptx.path, ptx.format, ptx.split, "ptx", field="ptx.path")
+    return encode_texts(rows, tokenizer, ptx.max_length)
+
+
+def check_batches(config: PPOStageConfig, num_processes: int) -> None:
+    """Check that every process gets the same share of each minibatch, and of the ptx texts."""
+    per_minibatch = config.ppo.batch_size // config.ppo.num_mini_batches
+    if per_minibatch % num_processes:
+        raise InputError(
+            f"ppo.batch_size / ppo.num_mini_batches = {per_minibatch} must be divisible by the "
+            f"{num_processes} processes; change ppo.batch_size"
+        )
+    if config.ptx.coef and config.ptx.batch_size % num_processes:
+        raise InputError(
+            f"ptx.batch_size={config.ptx.batch_size} must be divisible by the {num_processes} "
+            "processes"
+        )
+
+
+def describe_batches(
+    config: PPOStageConfig, num_prompts: int, num_processes: int, actors: Actors
+) -> str:
+    """Spell out the derived batch arithmetic."""
+    ppo = config.ppo
+    minibatch = ppo.batch_size // ppo.num_mini_batches
+    share = minibatch // num_processes
+    micro = -(-share // ppo.micro_batch_size)
+    total, trainable = parameter_count(actors.policy)
+    reference = "adapters off" if actors.reference is None else "own copy"
+    critic = f"no critic ({ppo.advantage})"
+    if actors.critic is not None:
+        size = parameter_count(actors.critic)[1]
+        critic = f"critic from {config.critic.init}, {size:,} trainable"
+    steps = ppo.num_ppo_epochs * ppo.num_mini_batches
+    prompts = ppo.batch_size // ppo.samples_per_prompt
+    each = f" x {ppo.samples_per_prompt} responses" if ppo.samples_per_prompt > 1 else ""
+    passes = ppo.num_updates * prompts / num_prompts
+    return "\n".join(
+        [
+            f"ppo: policy {total:,} parameters, {trainable:,} trainable (reference: {reference}); "
+            f"{critic}",
+            f"     rollout: {prompts} of {num_prompts} prompts{each}, at most "
+            f"{ppo.response_length} tokens each; {ppo.num_updates} updates = "
+            f"{ppo.num_updates * ppo.batch_size} episodes = {passes:.1f} passes over the prompts",
+            f"     update: {ppo.num_ppo_epochs} epochs x {ppo.num_mini_batches} minibatches of "
+            f"{minibatch} = {steps} optimiser steps; {num_processes} "
+            f"process{'es' * (num_processes > 1)} x {micro} micro-batches of at most "
+            f"{ppo.micro_batch_size}",
+        ]
+    )

@@ -1,0 +1,228 @@
+"""The outer loop of the PPO stage: updates, evaluations, checkpoints, interruption, `final/`."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf.checkpoint import (
+    GracefulStop,
+    checkpoint_to_resume,
+    load_modules,
+    load_training_state,
+    make_record,
+    prune_checkpoints,
+    save_training_state,
+    write_stage,
+)
+from rlhf.config import PPOStageConfig
+from rlhf.metrics import (
+    MetricsWriter,
+    progress_bar,
+    say,
+    table,
+    warn,
+)
+from rlhf.models import merged
+from rlhf.ppo.evaluation import Evaluator, describe_selection, selection_value
+from rlhf.ppo.trainer import PPOTrainer
+from rlhf.ppo.watchdog import Watchdog
+
+SHOWN = {"score": "score", "kl": "kl", "response_length": "len", "eos_rate": "eos"}
+TABLE = (
+    ("score", "eval_score"),
+    ("independent score", "eval_independent_score"),
+    ("win rate against the answers before", "eval_win_rate"),
+    ("KL to the reference, nats per response", "eval_kl"),
+    ("response length, tokens", "eval_response_length"),
+    ("share of responses that end with EOS", "eval_eos_rate"),
+)
+
+
+@dataclass
+class PPOResult:
+    """What `train_ppo` returns.
+
+    Attributes:
+        directory: the stage directory with the trained policy; None when training was interrupted.
+        before: metrics on held-out prompts before the first update.
+        after: the same of the policy in `directory`.
+        update: the update that policy was taken after.
+    """
+
+    directory: Path | None
+    before: dict[str, float]
+    after: dict[str, float]
+    update: int = 0
+
+
+class Run:
+    """One run of the stage.
+
+    Attributes:
+        before: metrics of the evaluation before the first update.
+        last: metrics of the latest evaluation.
+        best: `update`, `value` and `metrics` of the best evaluated update by `evaluation.select`,
+            whose checkpoint is kept; None before the first one, or where the last is taken.
+    """
+
+    def __init__(
+        self, config: PPOStageConfig, trainer: PPOTrainer, evaluator: Evaluator, prompts: str
+    ):
+        self.config, self.trainer, self.evaluate, self.prompts = config, trainer, evaluator, prompts
+        self.directory = trainer.directory
+        self.watchdog = Watchdog(config, self.directory)
+        self.before: dict[str, float] = {}
+        self.last: dict[str, float] = {}
+        self.best: dict[str, Any] | None = None
+        self.samples_file = self.directory / "samples.jsonl"
+
+    def run(self) -> PPOResult:
+        """Train to the end, or until interrupted; write `final/`."""
+        trainer, config = self.trainer, self.config
+        self._resume()
+        writer = MetricsWriter(self.directory, config, "ppo")
+        if trainer.update == 0:
+            self.before = self._evaluate(writer)
+        began = time.perf_counter()
+        bar = progress_bar(config.ppo.num_updates, trainer.update, "update")
+        over_budget = False
+        with GracefulStop(config.checkpoint.grace_seconds, self.directory) as stop:
+            while trainer.update < config.ppo.num_updates and not over_budget:
+                metrics = trainer.step() | {"seconds": time.perf_counter() - began}
+                bar.set_postfix(
+                    {short: f"{metrics[name]:.3g}" for name, short in SHOWN.items()}, refresh=False
+                )
+                bar.update(1)
+                writer.write(trainer.update, metrics)
+                over_budget = "kl_budget" in self.watchdog.check(trainer.update, metrics)
+                last = over_budget or trainer.update == config.ppo.num_updates
+                improved = False
+                if last or trainer.update % config.evaluation.every == 0:
+                    self.last = self._evaluate(writer)
+                    improved = self._keep_best(self.last)
+                interrupted = stop.requested() and not last
+                due = trainer.update % config.checkpoint.every == 0 or improved or interrupted
+                if due and not last:
+                    self._save()
+                if interrupted:
+                    bar.close()
+                    writer.close()
+                    say(f"stopped after update {trainer.update}; continue with resume=true")
+                    return PPOResult(None, self.before, self.last)
+        bar.close()
+        writer.close()
+        return self._finish()
+
+    def _evaluate(self, writer: MetricsWriter) -> dict[str, float]:
+        if not self.evaluate.prompts:
+            return {}
+        metrics, samples = self.evaluate()
+        writer.write(self.trainer.update, metrics)
+        writer.write_samples(self.trainer.update, self.samples_file, samples)
+        return metrics
+
+    def _keep_best(self, metrics: dict[str, float]) -> bool:
+        """Remember an evaluation that is the best so far; its checkpoint will be kept."""
+        value = selection_value(self.config, metrics)
+        if value is None or (self.best is not None and value <= self.best["value"]):
+            return False
+        self.best = {"update": self.trainer.update, "value": value, "metrics": metrics}
+        return True
+
+    def _finish(self) -> PPOResult:
+        """Write `final/` from the best update and say which that is."""
+        trainer, config = self.trainer, self.config
+        updates_made = chosen = trainer.update
+        metrics = self.last
+        if self.best is not None:
+            chosen, metrics = self.best["update"], self.best["metrics"]
+            if chosen != updates_made:
+                load_modules(self.directory / f"checkpoint-{chosen}", self._modules())
+        if trainer.accelerator.is_main_process:
+            record = make_record(
+                "ppo", config, config.model.path, trainer.actors.tokenizer, self.prompts
+            )
+            record.metrics = metrics | {"update": chosen}
+            with trainer.optimization.averaged_weights():
+                write_stage(
+                    self.directory / "final",
+                    merged(trainer.actors.policy),
+                    trainer.actors.tokenizer,
+                    config,
+                    record,
+                )
+        trainer.accelerator.wait_for_everyone()
+        self._report(chosen, updates_made, metrics)
+        return PPOResult(self.directory / "final", self.before, metrics, chosen)
+
+    def _report(self, chosen: int, updates_made: int, metrics: dict[str, float]) -> None:
+        rows = [
+            (name, _with_interval(self.before, key), _with_interval(metrics, key))
+            for name, key in TABLE
+            if key in metrics
+        ]
+        if rows:
+            number = len(self.evaluate.prompts)
+            title = (
+                f"\n{number} held-out prompts, 95 % bootstrap intervals over them in brackets:\n"
+            )
+            say(title + table(rows, ("", "before", f"update {chosen}")))
+        if self.watchdog.summary():
+            say(self.watchdog.summary())
+        before = selection_value(self.config, self.before)
+        if self.best is not None and before is not None and self.best["value"] <= before:
+            warn(
+                f"by {describe_selection(self.config)}, no evaluated update is better than the "
+                "policy before training; python -m rlhf.ppo preflight=only shows what the scorer "
+                "leaves to gain"
+            )
+        rule = describe_selection(self.config) if self.best is not None else "the last"
+        say(
+            f"\nsaved {self.directory / 'final'}: the policy after update {chosen} of "
+            f"{updates_made} ({rule})"
+        )
+
+    def _modules(self) -> dict[str, Any]:
+        actors, averages = self.trainer.actors, self.trainer.optimization.averages
+        modules = {"policy": actors.policy, "critic": actors.critic, "averages": averages}
+        return {name: module for name, module in modules.items() if module is not None}
+
+    def _save(self) -> None:
+        if self.trainer.accelerator.is_main_process:
+            state = self.trainer.state() | {
+                "before": self.before,
+                "last": self.last,
+                "best": self.best,
+                "baseline": self.evaluate.baseline,
+                "watchdog": self.watchdog.state(),
+            }
+            save_training_state(
+                self.directory / f"checkpoint-{self.trainer.update}",
+                self._modules(),
+                self.trainer.optimization.optimizers,
+                state,
+                self.config,
+            )
+            prune_checkpoints(self.directory, self.config.checkpoint.keep_last)
+        self.trainer.accelerator.wait_for_everyone()
+
+    def _resume(self) -> None:
+        checkpoint = checkpoint_to_resume(self.config, self.directory)
+        if checkpoint is None:
+            return
+        optimizers = self.trainer.optimization.optimizers
+        state = load_training_state(checkpoint, self._modules(), optimizers)
+        self.trainer.load_state(state)
+        self.before, self.last, self.best = state["before"], state["last"], state["best"]
+        self.evaluate.baseline = state["baseline"]
+        self.watchdog.load_state(state["watchdog"])
+
+
+def _with_interval(metrics: dict[str, float], name: str) -> str:
+    if name not in metrics:
+        return "-"
+    low, high = metrics[f"{name}_low"], metrics[f"{name}_high"]
+    return f"{metrics[name]:.3g} [{low:.3g}, {high:.3g}]"
