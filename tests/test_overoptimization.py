@@ -16,24 +16,47 @@ import pytest
 import torch
 
 from rlhf import overoptimization
-from rlhf.config import InputError, PPOStageConfig, load_config
+from rlhf.config import (
+    DatasetConfig,
+    InputError,
+    ModelConfig,
+    PPOStageConfig,
+    RewardStageConfig,
+    SFTStageConfig,
+    load_config,
+)
+from rlhf.demo import run_stage
+from rlhf.demo_world import MODEL_CONFIG
+from rlhf.reward import train_reward
+from rlhf.sft import train_sft
 
 ROOT = Path(__file__).parents[1]
+WORLD = DatasetConfig(
+    path="python:rlhf.demo_world.rows", max_length=64, max_rows=64, max_eval_rows=16
+)
 MINIATURE = [
     "kl_coefs=[0.5,0]",
-    *("dataset.max_rows=64", "dataset.max_eval_rows=16"),
-    *("trainer.max_steps=8", "trainer.per_device_train_batch_size=8", "num_samples=4"),
+    *("dataset.max_rows=64", "dataset.max_eval_rows=16", "trainer.learning_rate=1"),
     *("ppo.num_updates=4", "ppo.batch_size=16", "ppo.response_length=8", "evaluation.every=2"),
 ]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder in which the whole command has run in miniature, from nothing."""
+    """A folder with a barely trained SFT policy and reward model, and the command run on them."""
     folder = tmp_path_factory.mktemp("picture")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("PYTHONPATH", str(ROOT))
+        tokenizer = "python:rlhf.demo_world.build_tokenizer"
+        start = ModelConfig(config=MODEL_CONFIG, tokenizer=tokenizer)
+        steps = {"max_steps": 16, "learning_rate": 3e-3, "per_device_train_batch_size": 8}
+        sft = SFTStageConfig("demo", model=start, dataset=WORLD, num_samples=0)
+        sft.trainer |= steps
+        train_sft(sft)
+        reward = RewardStageConfig("demo", dataset=WORLD)
+        reward.trainer |= steps
+        train_reward(reward)
         assert overoptimization.main(MINIATURE) == 0
     return folder
 
@@ -145,6 +168,17 @@ def test_second_call_uses_what_is_finished_and_refuses_other_settings(folder, mo
 def test_bad_coefficients_are_refused(text):
     with pytest.raises(InputError, match="kl_coefs must be distinct finite numbers >= 0"):
         overoptimization.parse_coefs(text)
+
+
+def test_an_override_goes_to_the_stages_that_know_it_and_a_typo_to_all(capfd):
+    assert run_stage("sft", ["seed=3", "ppo.num_updates=4", "--cfg", "job"]) == 0
+    out = capfd.readouterr().out
+    assert "\nseed: 3\n" in out and "num_updates" not in out
+    assert run_stage("ppo", ["ppo.num_updates=4", "trainer.max_steps=4", "--cfg", "job"]) == 0
+    out = capfd.readouterr().out
+    assert "num_updates: 4" in out and "max_steps" not in out
+    assert run_stage("sft", ["poo.num_updates=4", "--cfg", "job"]) == 2
+    assert "unknown key 'poo'" in capfd.readouterr().err
 
 
 def test_title_claims_only_what_the_intervals_bear_out():

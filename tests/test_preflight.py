@@ -28,7 +28,7 @@ import rlhf.ppo.preflight as preflight
 from rlhf.config import PeftConfig
 from rlhf.data import encode_prompts
 from rlhf.functional import token_entropy
-from rlhf.generation import Sampling
+from rlhf.generation import Generation, Sampling
 from rlhf.models import disable_dropout, forbidden_token_ids
 from rlhf.ppo import train_ppo
 from rlhf.ppo.memory import (
@@ -154,7 +154,7 @@ def test_preflight_passes_and_leaves_weights_gradients_and_random_numbers_alone(
     policy_dir, tmp_path, capsys, name
 ):
     config = make_config(policy_dir, tmp_path, **OPTIONS.get(name, {}))
-    config.ppo.missing_eos_penalty = None
+    config.ppo.missing_eos_penalty, config.watchdog.eos_rate = None, None
     config.peft = PeftConfig(enabled=name == "lora", r=4, dropout=0.5)
     config.critic.warmup_updates = 1 if name == "plain" else 0
     trainer = make_trainer(config, tmp_path)
@@ -168,9 +168,8 @@ def test_preflight_passes_and_leaves_weights_gradients_and_random_numbers_alone(
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     checks, bottom, _ = look(trainer, capsys, heldout=name != "rloo")
     statuses = {check: status for check, (status, _) in checks.items()}
-    assert statuses.pop("stop token") == "WARN"  # a random policy
-    assert set(statuses.values()) == {"ok"} and bottom.startswith("preflight: 1 warning (")
-    assert len(statuses) == 7
+    assert set(statuses.values()) == {"ok"} and bottom.startswith("preflight: ok (")
+    assert len(statuses) == 8
     for model, old in zip(models, before, strict=True):
         assert all(torch.equal(old[key], value) for key, value in model.state_dict().items())
         assert all(p.grad is None for p in model.parameters())
@@ -201,7 +200,7 @@ def test_preflight_only_writes_nothing_and_minds_no_finished_run(policy_dir, tmp
     paths = sorted(tmp_path.rglob("*"))
     config.preflight = "only"
     assert train_ppo(config, scorer=letters) == PPOResult(None, {}, {})
-    with pytest.raises(PreflightFailed, match="scorer: mean score 0.25.*preflight=false"):
+    with pytest.raises(PreflightFailed, match="scorer: mean score 0.25, .* a constant"):
         train_ppo(config, scorer=constant)
     assert sorted(tmp_path.rglob("*")) == paths
 
@@ -235,7 +234,7 @@ def test_exit_status_says_whether_a_check_failed(policy_dir, tmp_path):
         )
         assert done.returncode == status, done.stderr
         assert "Traceback" not in done.stderr and "error:" not in done.stderr
-        expected = "preflight: failed: scorer" if status else "preflight: 1 warning"
+        expected = "preflight: failed: scorer" if status else "preflight: "
         assert done.stdout.splitlines()[-1].startswith(expected)
         assert [path.name for path in tmp_path.iterdir()] == ["prompts.jsonl"]
 
@@ -448,45 +447,56 @@ def test_a_reference_that_is_another_model_fails(policy_dir, tmp_path, capsys):
 def test_numbers_that_are_not_finite_fail(policy_dir, tmp_path, capsys):
     trainer = scored_by(policy_dir, tmp_path, letters)
     with torch.no_grad():
-        trainer.actors.policy.model.norm.weight.fill_(1e30)
+        trainer.actors.policy.model.norm.weight.fill_(math.inf)
     checks, _, _ = look(trainer, capsys)
     assert checks["longest step"][0] == "FAIL" and "not finite" in checks["longest step"][1]
     assert checks["first ratio"][0] == "FAIL"
 
 
+def ending_in(folder, stop_ids):
+    """The tiny policy with these stop tokens."""
+    directory = write_policy(folder / "policy")
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": stop_ids}))
+    return directory
+
+
 def test_a_policy_that_never_ends_is_the_sft_stages_fault(tmp_path, capsys):
-    directory = write_policy(tmp_path / "policy")
-    (directory / "generation_config.json").write_text('{"eos_token_id": 2}')
-    trainer = scored_by(directory, tmp_path, letters, missing_eos_penalty=-1.0)
+    trainer = scored_by(ending_in(tmp_path, [2]), tmp_path, letters, missing_eos_penalty=-1.0)
     checks, bottom, _ = look(trainer, capsys)
     status, text = checks["stop token"]
-    assert status == "WARN" and "the SFT stage is at fault" in text
+    assert status == "WARN" and "given 48 tokens, " in text and "SFT stage is at fault" in text
     assert "warning" in bottom and "failed" not in bottom
 
 
-def rollout_of(trainer, lengths, finished):
-    """A rollout whose responses have these lengths."""
-    part = longest_micro_batch(trainer).select(torch.zeros(len(lengths), dtype=torch.long))
-    width = part.response_ids.shape[1]
-    part.response_mask = torch.arange(width)[None] < torch.tensor(lengths)[:, None]
+def test_a_budget_that_is_too_short_is_told_from_an_sft_stage_at_fault(tmp_path, capsys):
+    directory = ending_in(tmp_path, [2, *range(10, 320, 10)])
+    trainer = scored_by(directory, tmp_path, letters, response_length=3)
+    trainer.config.watchdog.eos_rate = 0.7
+    status, text = look(trainer, capsys)[0]["stop token"]
+    assert status == "WARN" and "of at most 3 tokens; given 12 tokens, " in text
+    assert "raise ppo.response_length to about " in text
+    trainer.config.watchdog.eos_rate = None
+    assert look(trainer, capsys)[0]["stop token"][0] == "ok"
+
+
+def longest_rollout(trainer, finished):
+    """A rollout with the whole budget used, and these flags."""
+    part = longest_micro_batch(trainer).select(torch.zeros(len(finished), dtype=torch.long))
     part.finished = torch.tensor(finished)
     return part
 
 
-def test_a_budget_that_is_too_short_is_told_from_an_sft_stage_at_fault(policy_dir, tmp_path):
+def test_the_budget_that_is_advised_lets_95_percent_of_those_that_end_end(policy_dir, tmp_path):
     trainer = make_trainer(make_config(policy_dir, tmp_path), tmp_path)
-    sampling = dataclasses.replace(trainer.settings.sampling, max_new_tokens=10)
-    # a fifth ends in each half of the budget: 36 % end, 50 % at 10 + 5 log(.5 / .64) / log(.8)
-    steady = rollout_of(trainer, [4] * 20 + [8] * 16 + [10] * 64, [True] * 36 + [False] * 64)
-    check = check_stop_token(2, sampling, steady, 0.5)
-    assert check.status == "WARN" and check.remedy == "raise ppo.response_length to about 16"
-    assert check.text.startswith("36% of the responses end, mean length 8.5 of at most 10 tokens")
-    assert check_stop_token(2, sampling, steady, 0.36).status == "ok"
-    assert check_stop_token(2, sampling, steady, None).status == "ok"
-    early = rollout_of(trainer, [4] * 36 + [10] * 64, [True] * 36 + [False] * 64)
-    assert "SFT stage is at fault" in check_stop_token(2, sampling, early, 0.5).remedy
-    few = rollout_of(trainer, [8] + [10] * 99, [True] + [False] * 99)
-    assert "SFT stage is at fault" in check_stop_token(2, sampling, few, 0.5).remedy
+    rollout = longest_rollout(trainer, [False] * 9 + [True])
+    lengths = [*range(1, 21), 30, 30]
+    longer = Generation([[5] * n for n in lengths], [[0.0] * n for n in lengths], [True] * 22)
+    longer.finished[-2:] = [False, False]  # 20 of 22 end, 19 of them within 19 tokens
+    sampling = trainer.settings.sampling
+    check = check_stop_token(2, sampling, rollout, 0.5, lambda: (30, longer))
+    assert "response_length to about 19, " in check.remedy and "30 tokens, 91% do" in check.text
+    check = check_stop_token(2, sampling, rollout, 0.95, lambda: (30, longer))
+    assert "SFT stage is at fault" in check.remedy
 
 
 def test_an_eos_that_can_never_be_sampled_fails(policy_dir, tmp_path):
@@ -500,9 +510,9 @@ def test_an_eos_that_can_never_be_sampled_fails(policy_dir, tmp_path):
         eos_token="<eos>",
     )
     trainer = make_trainer(make_config(policy_dir, tmp_path), tmp_path)
-    rollout = rollout_of(trainer, [4] * 4, [True] * 4)
+    rollout = longest_rollout(trainer, [True] * 4)
     sampling = Sampling(10, (7,), forbidden_token_ids(tokenizer, 8))
-    check = check_stop_token(tokenizer.eos_token_id, sampling, rollout, 0.5)
+    check = check_stop_token(tokenizer.eos_token_id, sampling, rollout, 0.5, None)
     assert check.status == "FAIL" and "EOS (id 7)" in check.text and "eos_token" in check.remedy
 
 
@@ -602,35 +612,32 @@ def test_report_wraps_long_texts_and_sums_up():
 # --- Several processes ----------------------------------------------------------------------------
 
 
-def run_rank(rank, port, config, folder, scorer):
-    """One process of two: look, and write down what came of it."""
+def run_rank(rank, port, config, folder):
+    """One process of two: look twice, and write down what came of it."""
     values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
     values |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in values.items()}
     trainer = make_trainer(config, folder)
-    trainer.actors.scorer = scorer
+    heldout = heldout_prompts(trainer, 1) * 3
     before = torch.cat([p.detach().flatten() for p in trainer.actors.policy.parameters()])
-    try:
-        checks = run_preflight(trainer, heldout_prompts(trainer, 3))
-        outcome = [check.status for check in checks]
-    except PreflightFailed as error:
-        outcome = str(error)
+    trainer.actors.scorer = letters
+    outcomes = [[check.status for check in run_preflight(trainer, heldout)]]
+    trainer.actors.scorer = constant
+    with pytest.raises(PreflightFailed) as raised:
+        run_preflight(trainer, heldout)
     after = torch.cat([p.detach().flatten() for p in trainer.actors.policy.parameters()])
     assert torch.equal(before, after)
-    ratio = trainer.step()["first_ratio_deviation"]  # the processes are still in step
-    (folder / f"{rank}.json").write_text(json.dumps([outcome, ratio]))
+    ranks = trainer.accelerator.gather(torch.tensor([rank])).tolist()  # still in step
+    (folder / f"{rank}.json").write_text(json.dumps([*outcomes, str(raised.value), ranks]))
 
 
-@pytest.mark.parametrize("scorer", [letters, constant])
-def test_all_processes_come_to_the_same_end(policy_dir, tmp_path, scorer):
+def test_all_processes_come_to_the_same_end(policy_dir, tmp_path):
     config = make_config(policy_dir, tmp_path, missing_eos_penalty=None)
+    config.watchdog.eos_rate = None
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    spawn(run_rank, (port, config, tmp_path, scorer), nprocs=2)
-    outcomes = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-    assert outcomes[0] == outcomes[1] and outcomes[0][1] == 0.0
-    if scorer is constant:
-        assert "scorer: mean score 0.25" in outcomes[0][0]
-    else:
-        assert sorted(outcomes[0][0]) == ["WARN", *["ok"] * 7]
+    spawn(run_rank, (port, config, tmp_path), nprocs=2)
+    one, two = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert one == two
+    assert one[0] == ["ok"] * 8 and "scorer: mean score 0.25" in one[1] and one[2] == [0, 1]

@@ -41,13 +41,15 @@ from rlhf.config import (
     SFTStageConfig,
     save_config,
 )
-from rlhf.demo_world import MODEL_CONFIG, rows
+from rlhf.demo_world import MODEL_CONFIG
+from rlhf.demo_world import rows as demo_rows
+from rlhf.metrics import TIMINGS, read_jsonl
 
 STAGES = ("sft", "reward", "ppo")
 ACCESSES = ("open", "os.rename", "os.remove", "os.mkdir", "os.truncate", "shutil.rmtree")
 # started once, with everything imported: each run is a fork of it
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["rlhf.sft.trainer", "rlhf.reward.trainer", "rlhf.ppo.stage"])
+PROCESSES.set_forkserver_preload(["rlhf.sft.trainer", "rlhf.reward.stage", "rlhf.ppo.stage"])
 
 # --- The three runs, which take a second each -----------------------------------------------------
 
@@ -58,7 +60,7 @@ def data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     for stage in ("sft", "reward"):
         for split, number in (("train", 40), ("eval", 8)):
-            write_rows(folder / f"{stage}_{split}.jsonl", rows(stage, split)[:number])
+            write_rows(folder / f"{stage}_{split}.jsonl", demo_rows(stage, split)[:number])
     write_rows(folder / "prompts.jsonl", [{"prompt": f"Name a fruit {i}"} for i in range(24)])
     return folder
 
@@ -359,6 +361,16 @@ def test_killed_runs_end_as_if_they_had_never_stopped(stage, wholes, tmp_path, c
 @pytest.mark.parametrize("stage", STAGES)
 def test_many_killed_runs_end_as_if_they_had_never_stopped(stage, seed, wholes, tmp_path):
     kill_and_resume(stage, wholes, tmp_path, 40, seed)
+
+
+def test_metrics_hold_one_row_for_each_log_and_each_evaluation(wholes):
+    rows = read_jsonl(wholes("sft")[1] / "metrics.jsonl")
+    logs = [row["step"] for row in rows if "loss" in row]
+    evaluations = [row["step"] for row in rows if "eval_loss" in row]
+    assert (logs, evaluations) == ([3, 6, 9, 12], [5, 10, 14])
+    assert len(rows) == 7 and all(row.keys().isdisjoint(TIMINGS) for row in rows)
+    timings = read_jsonl(wholes("sft")[1] / "timings.jsonl")
+    assert [row["step"] for row in timings] == [row["step"] for row in rows]
 
 
 # --- Damage ---------------------------------------------------------------------------------------

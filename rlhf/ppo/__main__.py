@@ -6,13 +6,17 @@ from rlhf.command_line import hydra_main
 from rlhf.config import PPOStageConfig
 
 
-def run(config: PPOStageConfig) -> None:
-    """Import the stage only once the configuration is known to be good."""
+def run(config: PPOStageConfig) -> int | None:
+    """Import the stage only once the configuration is known to be good.
+
+    Returns:
+        Number of the signal that interrupted training, if one did.
+    """
     from rlhf.ppo.preflight import PreflightFailed
     from rlhf.ppo.stage import train_ppo
 
     try:
-        train_ppo(config)
+        return train_ppo(config).stopped_by
     except PreflightFailed:
         if config.preflight != "only":
             raise

@@ -25,6 +25,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from rlhf.config import InputError
+from rlhf.generation import Generation, context_length, generate, uniform_noise
 from rlhf.metrics import say
 from rlhf.models import use_bfloat16
 from rlhf.ppo.evaluation import response_texts
@@ -220,18 +221,33 @@ def _sample_checks(
     if not accelerator.is_main_process:
         return []
     tokenizer, watchdog = trainer.actors.tokenizer, config.watchdog
-    sampling = trainer.settings.sampling
+    eos, sampling = tokenizer.eos_token_id, trainer.settings.sampling
+    longer = partial(_sample_longer, trainer, prompts)
     rollout = rollout.select(order[: len(rows)])
     samples = Samples(rows, rollout, response_texts(rollout, tokenizer))
     checks = [
         check_first_ratio(deviation, rollout, watchdog.first_ratio),
         check_tokenizer(tokenizer, [p["prompt"] for p in prompts], samples.texts),
-        check_stop_token(tokenizer.eos_token_id, sampling, rollout, watchdog.eos_rate),
+        check_stop_token(eos, sampling, rollout, watchdog.eos_rate, longer),
     ]
     fix = f"set scorer.batch_size={max(1, config.scorer.batch_size // 2)}"
     with accelerator.autocast():  # as in `collect`
         look = partial(_scorer_checks, trainer, samples, independent)
         return [*checks, *_or_out_of_memory(trainer, "scorer", fix, look)]
+
+
+def _sample_longer(
+    trainer: PPOTrainer, prompts: Sequence[dict[str, Any]]
+) -> tuple[int, Generation]:
+    """Sample four responses to each prompt with four times the budget, or what the context has."""
+    policy, sampling = trainer.actors.policy, trainer.settings.sampling
+    ids = [p["input_ids"] for p in prompts for _ in range(4)]
+    budget = min(4 * sampling.max_new_tokens, context_length(policy) - max(map(len, ids)))
+    noise = uniform_noise((trainer.config.seed, PREFLIGHT_KEY), range(len(ids)), budget)
+    longer = replace(sampling, max_new_tokens=budget)
+    with trainer.accelerator.autocast():
+        batch_size = max(1, trainer.config.ppo.rollout_batch_size // 4)  # the cache is longer too
+        return budget, generate(policy, ids, longer, noise, batch_size)
 
 
 def _no_scores(prompts: Sequence[Any], responses: Sequence[str]) -> list[float]:
@@ -273,6 +289,8 @@ def _scorer_checks(
         checks = [check_scorer(score, scores, lengths, watchdog.score_std or 0.0, tolerance)]
     except InputError as error:
         return [Check("scorer", FAIL, str(error), "correct the scorer, or its input")]
+    if checks[0].status == FAIL:
+        return checks
     checks.append(check_length(scores, lengths))
     if penalty is not None:
         checks.append(check_penalty(scores[finished], penalty))

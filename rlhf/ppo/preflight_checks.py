@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +16,13 @@ from torch import Tensor
 
 from rlhf.config import PPOStageConfig
 from rlhf.functional import best_of_n, best_of_n_kl, bootstrap_interval
-from rlhf.generation import Sampling
+from rlhf.generation import Generation, Sampling
 from rlhf.metrics import table
 from rlhf.ppo.memory import MemoryEstimate, Step, remedy
 from rlhf.rollout import Rollout
 
 FULL = 0.85  # share of the memory beyond which a run is at risk
+LENGTH_DRIVEN = 0.8  # correlation of score and length beyond which length is what is scored
 OK, WARN, FAIL = "ok", "WARN", "FAIL"
 
 
@@ -75,7 +76,7 @@ def check_step(
         free: bytes that this process could still get before the step.
     """
     shape = f"{len(part)} x ({part.prompt_ids.shape[1]} + {part.response_ids.shape[1]}) tokens"
-    text = f"{shape}: forward and backward {step.seconds:.2f} s"
+    text = f"{shape}: {step.seconds:.2f} s"
     if step.problem == "out of memory":
         return Check("longest step", FAIL, f"{text}, out of memory", remedy(estimate, config))
     if step.problem:
@@ -89,7 +90,7 @@ def check_step(
         return Check("longest step", OK, text)
     needed = step.rise + estimate.sum("adam")
     status = FAIL if needed > free else WARN if needed > FULL * free else OK
-    text += f", {_size(step.rise)}, with Adam {_size(needed)} of {_size(free)}"
+    text += f", {_size(step.rise)}; with Adam states {_size(needed)} of {_size(free)}"
     return Check("longest step", status, text, remedy(estimate, config) if status != OK else "")
 
 
@@ -165,14 +166,19 @@ def check_tokenizer(tokenizer: Any, prompts: Sequence[Any], responses: Sequence[
 
 
 def check_stop_token(
-    eos: int, sampling: Sampling, rollout: Rollout, least_share: float | None
+    eos: int,
+    sampling: Sampling,
+    rollout: Rollout,
+    least_share: float | None,
+    sample_longer: Callable[[], tuple[int, Generation]],
 ) -> Check:
-    """Check that responses can end, and do; if not, tell a stage at fault from a budget too
-    small by where the others end.
+    """Check that responses can end, and do; if not, tell a stage at fault from a budget too small
+    by what a larger budget gives.
 
     Args:
         eos: id of the tokenizer's EOS.
         least_share: of responses that ought to end; None: any.
+        sample_longer: returns a larger budget, tokens, and responses within it.
     """
     if eos in sampling.forbidden.tolist():
         return Check(
@@ -182,40 +188,22 @@ def check_stop_token(
             "number of tokens that the tokenizer counts",
             "set the eos_token of model.tokenizer to the token that SFT responses end with",
         )
-    budget, lengths = sampling.max_new_tokens, rollout.lengths
     share = float(rollout.finished.float().mean())
     text = (
-        f"{share:.0%} of the responses end, mean length {float(lengths.float().mean()):.1f} of at "
-        f"most {budget} tokens"
+        f"{share:.0%} of the responses end, mean length {float(rollout.lengths.float().mean()):.1f}"
+        f" of at most {sampling.max_new_tokens} tokens"
     )
     if least_share is None or share >= least_share:
         return Check("stop token", OK, text)
-    needed = _budget_to_end(lengths, rollout.finished, budget, least_share)
-    if needed <= 4 * budget:
-        return Check(
-            "stop token",
-            WARN,
-            f"{text}; they still end at the same pace in the second half of the budget",
-            f"raise ppo.response_length to about {math.ceil(needed)}",
-        )
-    return Check(
-        "stop token",
-        WARN,
-        f"{text}; hardly any ends in the second half of the budget",
-        "the SFT stage is at fault: train it longer, on responses that all end with EOS",
-    )
-
-
-def _budget_to_end(lengths: Tensor, finished: Tensor, budget: int, share: float) -> float:
-    """Tokens after which a share of the responses has ended, at the pace of the second half."""
-    half = budget / 2
-    early = int((finished & (lengths <= half)).sum())
-    late = int(finished.sum()) - early
-    if not late or share >= 1:
-        return math.inf
-    pace = late / (len(lengths) - early)  # chance to end within half a budget
-    running = 1 - float(finished.float().mean())
-    return budget + half * math.log((1 - share) / running) / math.log(1 - pace)
+    budget, longer = sample_longer()
+    ended = [len(ids) for ids, end in zip(longer.ids, longer.finished, strict=True) if end]
+    share = len(ended) / len(longer.ids)
+    if share >= least_share:
+        needed = sorted(ended)[math.ceil(0.95 * len(ended)) - 1]
+        fix = f"raise ppo.response_length to about {needed}, where 95 % of these have ended"
+    else:
+        fix = "the SFT stage is at fault: train it longer, on responses that all end with EOS"
+    return Check("stop token", WARN, f"{text}; given {budget} tokens, {share:.0%} do", fix)
 
 
 def check_scorer(
@@ -266,10 +254,11 @@ def check_scorer(
 
 def check_length(scores: Tensor, lengths: Tensor) -> Check:
     """Check that scores are not the length of the response in disguise."""
-    pair = torch.stack([scores.double(), lengths.double()])
-    correlation = float(torch.corrcoef(pair)[0, 1])  # nan where all are of one length
+    if len(lengths.unique()) == 1:
+        return Check("length", OK, "every response has the same length")
+    correlation = float(torch.corrcoef(torch.stack([scores.double(), lengths.double()]))[0, 1])
     text = f"correlation of score and response length {correlation:.2f}"
-    if not abs(correlation) > 0.8:
+    if abs(correlation) <= LENGTH_DRIVEN:
         return Check("length", OK, text)
     return Check(
         "length",

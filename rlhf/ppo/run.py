@@ -50,12 +50,14 @@ class PPOResult:
         before: metrics on held-out prompts before the first update.
         after: the same of the policy in `directory`.
         update: the update that policy was taken after.
+        stopped_by: number of the signal that interrupted training; None when it was not.
     """
 
     directory: Path | None
     before: dict[str, float]
     after: dict[str, float]
     update: int = 0
+    stopped_by: int | None = None
 
 
 class Run:
@@ -111,7 +113,9 @@ class Run:
                     bar.close()
                     writer.close()
                     say(f"stopped after update {trainer.update}; continue with resume=true")
-                    return PPOResult(None, self.before, self.last)
+                    return PPOResult(
+                        None, self.before, self.last, trainer.update, stopped_by=stop.signal
+                    )
         bar.close()
         writer.close()
         return self._finish()

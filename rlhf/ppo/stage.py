@@ -59,7 +59,8 @@ def train_ppo(config: PPOStageConfig, scorer: Scorer | None = None) -> PPOResult
     if not only_look:
         done = finished_run(config, "ppo")
         if done is not None:
-            return PPOResult(config.stage_dir("ppo") / "final", {}, done.metrics)
+            update = int(done.metrics.pop("update"))
+            return PPOResult(config.stage_dir("ppo") / "final", {}, done.metrics, update)
         check_run_directory(config, "ppo")
     independent = config.evaluation.scorer
     independent = load_object(independent, "evaluation.scorer") if independent else None

@@ -10,7 +10,7 @@ __all__ = ["RewardResult", "train_reward"]
 
 def __getattr__(name: str) -> Any:  # keeps `--help` and `--cfg job` free of torch
     if name in __all__:
-        from rlhf.reward import trainer
+        from rlhf.reward import stage
 
-        return getattr(trainer, name)
+        return getattr(stage, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,7 +12,7 @@ def run(config: RewardStageConfig) -> int | None:
     Returns:
         Number of the signal that interrupted training, if one did.
     """
-    from rlhf.reward.trainer import train_reward
+    from rlhf.reward.stage import train_reward
 
     return train_reward(config).stopped_by
 
