@@ -73,23 +73,25 @@ def closing_table(run: Path, seconds: dict[str, float]) -> str:
     """Summarise a finished demo run: what each stage reached, in terms of the true (gold) score."""
     records = {stage: json.loads((run / stage / "final/rlhf.json").read_text()) for stage in STAGES}
     evaluations = [row for row in _rows(run / "ppo/metrics.jsonl") if "eval_score" in row]
-    before, after, reward = evaluations[0], evaluations[-1], records["reward"]["metrics"]
+    before, after, reward = evaluations[0], records["ppo"]["metrics"], records["reward"]["metrics"]
     figures = [
         ("gold score of the SFT policy (0 to 1)", before["eval_independent_score"]),
         ("gold score after PPO", after["eval_independent_score"]),
         ("reward model's score before PPO", before["eval_score"]),
         ("reward model's score after PPO", after["eval_score"]),
         ("KL(PPO || SFT), nats per response", after["eval_kl"]),
+        ("win rate of PPO over SFT, by gold", after["eval_win_rate"]),
+        ("PPO update taken, the best on these prompts", after["update"]),
         ("reward model: accuracy against gold", reward["eval_accuracy"]),
         ("`the longer response wins`: accuracy", reward["eval_longer_wins_accuracy"]),
         *((f"seconds of {stage}, start-up included", round(s)) for stage, s in seconds.items()),
     ]
     return "\n".join(
         [
-            f"\n=== the demo, on {len(_answers(run, after))} held-out prompts\n",
+            f"\n=== the demo, on {len(_answers(run, 0))} held-out prompts\n",
             table(figures, ("", "value")),
             "\nsome answers (prompt | SFT -> PPO, gold score in brackets):",
-            *_comparisons(_answers(run, before), _answers(run, after)),
+            *_comparisons(_answers(run, 0), _answers(run, after["update"])),
             f"\nmetrics.jsonl and samples.jsonl of each stage are in {run}/<stage>/",
         ]
     )
@@ -103,9 +105,8 @@ def _comparisons(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> l
     ]
 
 
-def _answers(run: Path, evaluation: dict[str, Any]) -> list[dict[str, Any]]:
-    rows = _rows(run / "ppo/samples.jsonl")
-    return [row for row in rows if row["step"] == evaluation["step"]]
+def _answers(run: Path, update: int) -> list[dict[str, Any]]:
+    return [row for row in _rows(run / "ppo/samples.jsonl") if row["step"] == update]
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

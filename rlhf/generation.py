@@ -130,7 +130,7 @@ def generate(
     order = sorted(
         range(count), key=lambda i: len(prompt_ids[i])
     )  # prompts of similar length: little padding
-    with _inference_mode(model):
+    with inference_mode(model):
         for start in range(0, count, batch_size):
             rows = order[start : start + batch_size]
             part = _decode(
@@ -146,11 +146,50 @@ def generate(
     return result
 
 
+@torch.no_grad()
+def stream(
+    model: Any, prompt_ids: Sequence[int], sampling: Sampling, noise: Tensor | None
+) -> Iterator[int]:
+    """Sample one response and yield each token as soon as it is chosen, the stop token included.
+
+    The tokens are those of `generate`.
+
+    Args:
+        prompt_ids: token ids of one prompt, not empty.
+        noise: (1, max_new_tokens) from `uniform_noise`; None takes the most likely token.
+    """
+    with inference_mode(model):
+        for _, token, _, _ in _steps(model, [prompt_ids], sampling, noise):
+            yield int(token)
+
+
 def _decode(
     model: Any, prompts: list[Sequence[int]], sampling: Sampling, noise: Tensor | None
 ) -> Generation:
+    device, count, budget = next(model.parameters()).device, len(prompts), sampling.max_new_tokens
+    out_ids = torch.zeros(count, budget, dtype=torch.long, device=device)
+    out_logprobs = torch.zeros(count, budget, device=device)
+    lengths = torch.full((count,), budget, device=device)
+    finished = torch.zeros(count, dtype=torch.bool, device=device)
+    for t, (active, token, logprob, done) in enumerate(_steps(model, prompts, sampling, noise)):
+        out_ids[active, t], out_logprobs[active, t] = token, logprob
+        finished[active] = done
+        lengths[active[done]] = t + 1
+    ends = lengths.tolist()
+    return Generation(
+        ids=[row[:end] for row, end in zip(out_ids.tolist(), ends, strict=True)],
+        logprobs=[row[:end] for row, end in zip(out_logprobs.tolist(), ends, strict=True)],
+        finished=finished.tolist(),
+    )
+
+
+def _steps(
+    model: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, noise: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Yield the rows that go on, and for each its next token, that token's log-prob, and whether it
+    is a stop token; a row with one goes no further. The decode loop."""
     device = next(model.parameters()).device
-    width, count, budget = max(map(len, prompts)), len(prompts), sampling.max_new_tokens
+    width, count = max(map(len, prompts)), len(prompts)
     tokens = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor(
         [[False] * (width - len(p)) + [True] * len(p) for p in prompts], device=device
@@ -160,14 +199,10 @@ def _decode(
         sampling.forbidden.to(device),
     )
     noise = None if noise is None else noise.to(device)
-    out_ids = torch.zeros(count, budget, dtype=torch.long, device=device)
-    out_logprobs = torch.zeros(count, budget, device=device)
-    lengths = torch.full((count,), budget, device=device)
-    finished = torch.zeros(count, dtype=torch.bool, device=device)
     active = torch.arange(count, device=device)
     cache = DynamicCache(config=unwrap_peft(model).config)
     last_only = {"logits_to_keep": 1} if accepts(model, "logits_to_keep") else {}
-    for t in range(budget):
+    for t in range(sampling.max_new_tokens):
         inputs = forward_inputs(model, tokens, mask)
         if t and "position_ids" in inputs:
             inputs["position_ids"] = inputs["position_ids"][:, -1:]
@@ -179,10 +214,8 @@ def _decode(
         token, logprob = _choose(
             logits, sampling, forbidden, None if noise is None else noise[active, t]
         )
-        out_ids[active, t], out_logprobs[active, t] = token, logprob
         done = torch.isin(token, stop_ids)
-        finished[active] = done
-        lengths[active[done]] = t + 1
+        yield active, token, logprob, done
         if done.any():
             keep = (~done).nonzero().squeeze(1)
             if not len(keep):
@@ -191,12 +224,6 @@ def _decode(
             active, mask, token = active[keep], mask[keep], token[keep]
         tokens = token[:, None]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-    ends = lengths.tolist()
-    return Generation(
-        ids=[row[:end] for row, end in zip(out_ids.tolist(), ends, strict=True)],
-        logprobs=[row[:end] for row, end in zip(out_logprobs.tolist(), ends, strict=True)],
-        finished=finished.tolist(),
-    )
 
 
 def _choose(
@@ -232,7 +259,7 @@ def _restrict(logprobs: Tensor, sampling: Sampling) -> Tensor:
 
 
 @contextmanager
-def _inference_mode(model: nn.Module) -> Iterator[None]:
+def inference_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode for every module (checkpointed layers drop the cache otherwise); the flags come
     back at the end."""
     flags = [(module, module.training) for module in model.modules()]

@@ -50,6 +50,8 @@ METRICS: dict[str, str] = {
     "eval_num_length_matched_pairs": "number of those with similar lengths",
     # ppo, of the rollout (before its optimiser steps)
     "score": "mean score of a response, after normalisation and the penalty for a missing EOS",
+    "score/": "score/<component>: mean score by one of scorer.components, without its weight and "
+    "the penalty",
     "score_std": "standard deviation of the scores over the rollout",
     "finished_score": "mean score of the responses that end with a stop token",
     "reward": "mean over sequences of score minus KL penalty",
@@ -87,6 +89,7 @@ METRICS: dict[str, str] = {
     "optimize_seconds": "optimiser steps, seconds",
     # ppo, held-out prompts
     "eval_score": "score on held-out prompts",
+    "eval_score/": "eval_score/<component>: that component's mean score on held-out prompts",
     "eval_kl": "kl on held-out prompts, nats per sequence",
     "eval_response_length": "response_length on held-out prompts, tokens",
     "eval_eos_rate": "eos_rate on held-out prompts",
@@ -192,9 +195,10 @@ class MetricsWriter:
         """Write the metrics of one step.
 
         Raises:
-            KeyError: a name is not in `METRICS`.
+            KeyError: a name is not in `METRICS`, and what it starts with up to a slash is not
+                either.
         """
-        unknown = [name for name in values if name not in METRICS]
+        unknown = [name for name in values if not METRICS.keys() & {name, _family(name)}]
         if unknown:
             raise KeyError(f"metrics without an entry in METRICS: {unknown}")
         if not is_main_process():
@@ -229,6 +233,11 @@ class MetricsWriter:
         """Finish the tracker's run."""
         if self._run is not None:
             self._run.finish()
+
+
+def _family(name: str) -> str:
+    """score/helpful -> score/"""
+    return name.partition("/")[0] + "/"
 
 
 def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -38,7 +38,7 @@ BEST_OF_N_KEY = 1 << 32  # names the random numbers; no PPO update or evaluation
 FIGURES = {"kl": "eval_kl", "proxy": "eval_score", "gold": "eval_independent_score"}
 PROXY_UNITS = {
     "none": "its own unit",
-    "shift": "its own unit, 0 = demonstrations",
+    "demo_mean_zero": "its own unit, 0 = demonstrations",
     "standardise": "standard deviations, 0 = demonstrations",
 }
 
@@ -336,8 +336,8 @@ def footnote_of(result: dict[str, Any]) -> str:
 
 def draw(result: dict[str, Any], file: Path) -> None:
     """Draw proxy and gold side by side over the square root of KL; write a PNG."""
-    import matplotlib
     from matplotlib.figure import Figure
+    from PIL import Image
 
     curves, best = result["ppo"], result["best_of_n"]
     figure = Figure(figsize=(9, 5), dpi=100, layout="constrained")
@@ -350,7 +350,7 @@ def draw(result: dict[str, Any], file: Path) -> None:
     for panel, (name, (title, label)) in zip(panels, names.items(), strict=True):
         for number, curve in enumerate(curves):
             points, label_ppo = curve["points"], f"PPO, kl_coef = {curve['kl_coef']:g}"
-            color = matplotlib.colormaps["plasma"](number / len(curves))
+            color = f"C{number}"
             _line(panel, points, name, color=color, label=label_ppo)
             _mark(panel, points[-1], name, marker="s", color=color, markersize=6)
             _mark(panel, chosen_of(curve), name, marker="*", color=color, markersize=15)
@@ -364,7 +364,9 @@ def draw(result: dict[str, Any], file: Path) -> None:
     figure.suptitle(title_of(curves), fontsize=13, fontweight="bold")
     figure.supxlabel(footnote_of(result), fontsize=9)
     panels[0].legend(loc="lower right", fontsize=9)
-    figure.savefig(file, pil_kwargs={"optimize": True})
+    figure.savefig(file)
+    with Image.open(file) as image:  # 128 colours do, at a third of the size
+        image.convert("RGB").quantize(128).save(file, optimize=True)
 
 
 def _line(panel: Any, points: list[Point], name: str, **style: Any) -> None:

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from rlhf.functional import token_logprobs
 from rlhf.generation import Sampling, generate, uniform_noise
 from rlhf.models import response_logits
-from rlhf.scorers import RewardModelScorer, Scorer, check_scores, checked_scores
+from rlhf.scorers import Scorer, Scores, Tokens, component_names, score_responses
 
 
 @dataclass
@@ -37,7 +38,9 @@ class Rollout:
         logprobs: (B, T) of the policy that sampled, by the training forward, nats.
         ref_logprobs: (B, T) of the reference, nats.
         values: (B, T) of the critic, at the state before each token; zeros without a critic.
-        scores: (B,) normalised, with the penalty for a missing EOS.
+        scores: (B,) normalised, with the penalty for a missing EOS and the sum of `dense_rewards`.
+        dense_rewards: (B, T) that the scorer gave at the tokens; zeros for most scorers.
+        component_scores: (B, C) of the scorer's C components, without the penalty; C is 0 for most.
         advantages, returns: (B, T), filled by the trainer.
     """
 
@@ -51,6 +54,8 @@ class Rollout:
     ref_logprobs: Tensor
     values: Tensor
     scores: Tensor
+    dense_rewards: Tensor
+    component_scores: Tensor
     advantages: Tensor
     returns: Tensor
 
@@ -84,7 +89,7 @@ class Rollout:
 
         def take(name: str, tensor: Tensor) -> Tensor:
             tensor = tensor[rows]
-            if tensor.dim() == 1:
+            if tensor.dim() == 1 or name == "component_scores":
                 return tensor
             return (
                 tensor[:, -prompt_width:]
@@ -112,7 +117,8 @@ class Actors:
         critic: `ScalarModel`; None for estimators without one.
         scorer: see `rlhf.scorers`.
         tokenizer: of the policy.
-        tokenizer_hash: equal to the scorer's when token ids can be scored directly.
+        tokenizer_hash: `rlhf.scorers.hash_rendering` of it; a reward model with the same scores
+            token ids directly.
     """
 
     policy: Any
@@ -169,9 +175,7 @@ def collect(
             settings.rollout_batch_size,
         )
         rollout = _assemble(mine, sampled, actors.tokenizer.pad_token_id, accelerator.device)
-        rollout.scores = score_rollout(actors, mine, sampled.ids, sampled.finished, settings).to(
-            accelerator.device
-        )
+        _fill_scores(rollout, score_sampled(actors, mine, sampled.ids, sampled.finished, settings))
         rollout = _gather(rollout, accelerator)
         everything = [torch.arange(len(rollout), device=accelerator.device)]
         _fill_token_values(
@@ -205,20 +209,46 @@ def score_rollout(
     finished: list[bool],
     settings: CollectSettings,
 ) -> Tensor:
-    """Score responses, by token ids where the reward model shares the tokenizer, else through
-    text; (B,) on the CPU."""
-    scorer = actors.scorer
-    if isinstance(scorer, RewardModelScorer) and scorer.tokenizer_hash == actors.tokenizer_hash:
-        sequences = [[*p["input_ids"], *ids] for p, ids in zip(prompts, responses, strict=True)]
-        scores = check_scores(scorer.score_ids(sequences), responses, "the reward model")
-    else:
-        texts = actors.tokenizer.batch_decode(responses, skip_special_tokens=True)
-        scores = checked_scores(scorer, [p["prompt"] for p in prompts], texts, "scorer.path")
+    """Score sampled responses, (B,) on the CPU; see `score_sampled`."""
+    return score_sampled(actors, prompts, responses, finished, settings).total
+
+
+def score_sampled(
+    actors: Actors,
+    prompts: Sequence[dict[str, Any]],
+    responses: list[list[int]],
+    finished: list[bool],
+    settings: CollectSettings,
+) -> Scores:
+    """Score sampled responses, on the CPU.
+
+    The penalty for a missing EOS takes the place of the score at the end (N, N+); rewards that a
+    scorer gave at the tokens stay, so that the total is then their sum plus the penalty.
+    """
+    tokens = Tokens([p["input_ids"] for p in prompts], responses, actors.tokenizer_hash)
+    texts = actors.tokenizer.batch_decode(responses, skip_special_tokens=True)
+    scores = score_responses(
+        actors.scorer, [p["prompt"] for p in prompts], texts, "the scorer", tokens
+    )
     if settings.missing_eos_penalty is not None:
-        scores = torch.where(
-            torch.tensor(finished), scores, torch.tensor(settings.missing_eos_penalty)
-        )
+        penalised = settings.missing_eos_penalty + scores.dense_total
+        scores.total = torch.where(torch.tensor(finished), scores.total, penalised)
     return scores
+
+
+def component_scores(rollout: Rollout, scorer: Scorer) -> dict[str, Tensor]:
+    """Scores by component, each (B,), under their names as metrics: `score/<component>`."""
+    columns = rollout.component_scores.unbind(dim=1)
+    return {f"score/{n}": c for n, c in zip(component_names(scorer), columns, strict=True)}
+
+
+def _fill_scores(rollout: Rollout, scores: Scores) -> None:
+    device = rollout.scores.device
+    rollout.scores = scores.total.to(device)
+    if scores.dense is not None:
+        rollout.dense_rewards = pad_sequence(scores.dense, batch_first=True).to(device)
+    if scores.components:
+        rollout.component_scores = torch.stack([*scores.components.values()], dim=1).to(device)
 
 
 def _assemble(
@@ -247,6 +277,8 @@ def _assemble(
         ref_logprobs=empty.clone(),
         values=empty.clone(),
         scores=torch.zeros(len(prompts), device=device),
+        dense_rewards=empty.clone(),
+        component_scores=torch.zeros(len(prompts), 0, device=device),
         advantages=empty.clone(),
         returns=empty.clone(),
     )
@@ -300,9 +332,10 @@ def _gather(rollout: Rollout, accelerator: Accelerator) -> Rollout:
 
     def share(name: str, tensor: Tensor) -> Tensor:
         if tensor.dim() == 2:
+            # only the processes that pad get an int64 for a bool back
             tensor = accelerator.pad_across_processes(
                 tensor, dim=1, pad_first=name.startswith("prompt")
-            )
+            ).to(tensor.dtype)
         return accelerator.gather(tensor)
 
     return rollout.map(share)

@@ -17,6 +17,7 @@ from rlhf.config import (
     STAGES,
     InputError,
     PPOStageConfig,
+    ScorerComponent,
     SFTStageConfig,
     build_arguments,
     check,
@@ -61,9 +62,15 @@ def valid_config(stage, changes=()):
     }.items():
         parent, _, name = key.rpartition(".")
         setattr(attrgetter(parent)(config) if parent else config, name, value)
-    if isinstance(config, PPOStageConfig) and config.scorer.path is None:
+    if isinstance(config, PPOStageConfig) and not (config.scorer.path or config.scorer.components):
         config.scorer.path = "reward_model"
     return config
+
+
+def several(*components, **values):
+    """Changes that give the PPO stage several scorers."""
+    parts = [ScorerComponent(**component) for component in components]
+    return {"scorer.components": parts} | {f"scorer.{k}": v for k, v in values.items()}
 
 
 # --- YAML and dataclass ---------------------------------------------------------------------------
@@ -167,6 +174,20 @@ BAD_VALUES = [
         {"reward.num_normalization_prompts": 0},
         "reward.num_normalization_prompts must be >= 1, got 0",
     ),
+    ("reward", {"reward.tokens_per_batch": 0}, "reward.tokens_per_batch must be >= 1, got 0"),
+    ("reward", {"reward.margin": -1.0}, "reward.margin must be >= 0, got -1.0"),
+    ("reward", {"reward.margin_scale": -1.0}, "reward.margin_scale must be >= 0, got -1.0"),
+    ("reward", {"reward.center_coef": -0.1}, "reward.center_coef must be >= 0, got -0.1"),
+    (
+        "reward",
+        {"reward.label_smoothing": 0.5},
+        "reward.label_smoothing must lie in [0, 0.5), got 0.5",
+    ),
+    (
+        "reward",
+        {"reward.loss": "plackett_luce", "reward.label_smoothing": 0.1},
+        "set it to 0, or reward.loss=pairwise",
+    ),
     ("reward", {"peft.r": 0}, "peft.r must be >= 1, got 0"),
     ("ppo", {"ppo.num_updates": 0}, "ppo.num_updates must be >= 1, got 0"),
     ("ppo", {"ppo.num_ppo_epochs": 0}, "ppo.num_ppo_epochs must be >= 1, got 0"),
@@ -246,7 +267,45 @@ BAD_VALUES = [
     ("ppo", {"ppo.lam": -0.5}, "ppo.lam must lie in [0, 1], got -0.5"),
     ("ppo", {"ppo.kl_estimator": "k4"}, "ppo.kl_estimator must be one of k1, k2, k3, got 'k4'"),
     ("ppo", {"ppo.lr_schedule": "cosine"}, "ppo.lr_schedule must be one of linear, constant, got"),
-    ("ppo", {"scorer.normalize": "z"}, "scorer.normalize must be one of none, shift, standardise"),
+    ("ppo", {"scorer.normalize": "shift"}, "scorer.normalize must be one of demo_mean_zero, stand"),
+    (
+        "ppo",
+        several({"path": "a", "normalize": "zero"}),
+        "scorer.normalize must be one of demo_mean_zero, standardise, none, got zero",
+    ),
+    ("ppo", {"scorer.combine": "median"}, "scorer.combine must be one of weighted_sum, mean, min,"),
+    ("ppo", {"scorer.std_coef": -1.0}, "scorer.std_coef must be >= 0, got -1.0"),
+    (
+        "ppo",
+        several({"path": "a"}, path="b"),
+        "scorer.path=b and scorer.components exclude each other; make the former one of the",
+    ),
+    (
+        "ppo",
+        several({"path": "a"}, combine="min"),
+        "scorer.combine=min combines several scorers, but scorer.components names 1; name at least",
+    ),
+    (
+        "ppo",
+        several({"path": "a", "weight": 0.0}),
+        "scorer.components: a weight must be a finite number other than 0, got [0.0]",
+    ),
+    (
+        "ppo",
+        several({"path": "a", "weight": 2.0}, {"path": "b"}, combine="mean"),
+        "scorer.combine=mean knows no weights, got [2.0, 1.0]; leave them at 1",
+    ),
+    (
+        "ppo",
+        several({"path": "runs/a/reward/final"}, {"path": "other/a"}),
+        "scorer.components must have names that differ, of letters, digits and _.-, got a, a; set",
+    ),
+    ("ppo", several({"path": "a", "name": "a/b"}), "of letters, digits and _.-, got a/b; set name"),
+    (
+        "ppo",
+        several({"path": "python:m.f"}, {"path": "b"}),
+        "critic.init=reward needs a reward model, but scorer.path is a Python function",
+    ),
     ("ppo", {"critic.init": "random"}, "critic.init must be one of reward, policy, got 'random'"),
     (
         "ppo",
@@ -295,6 +354,9 @@ def test_every_rule_is_broken_by_some_row_of_the_table(stage):
         ("ppo", {"ppo.top_p": 0.9, "ppo.allow_off_policy_sampling": True}),
         ("ppo", {"ppo.kl_coef": 0.0, "ppo.cliprange_value": None, "ppo.gamma": 0.0}),
         ("ppo", PYTHON_SCORER | {"critic.init": "policy"}),
+        ("ppo", several({"path": "runs/a/reward/final"}, {"path": "runs/b/reward/final"})),
+        ("ppo", several({"path": "a"}, {"path": "b", "normalize": "none"}, combine="min")),
+        ("ppo", several({"path": "a", "weight": -0.5}, {"path": "python:m.f", "name": "x"})),
         ("ppo", PYTHON_SCORER | {"ppo.advantage": "rloo", "ppo.samples_per_prompt": 4}),
         ("ppo", {"ppo.kl_in": "loss", "ppo.kl_estimator": "k3", "resume": "auto"}),
         ("sft", {"model.path": None, "model.config": {"a": 1}, "model.tokenizer": "gpt2"}),
@@ -343,6 +405,47 @@ def test_python_scorer_without_a_function_is_missing_not_the_reward_model():
     config = valid_config("ppo", {"scorer.path": "python:", "critic.init": "policy"})
     with pytest.raises(InputError, match="scorer.path: a function, e.g. scorer.path=python:my_"):
         check(config)
+
+
+def test_component_without_a_path_is_missing():
+    with pytest.raises(
+        InputError, match=r"missing values:\n  scorer.components\[1\].path: the final"
+    ):
+        check(valid_config("ppo", several({"path": "a"}, {})))
+
+
+def test_the_reward_model_of_the_run_does_not_join_the_components(tmp_path):
+    from rlhf.ppo.loading import with_default_paths
+
+    (tmp_path / "run/reward/final").mkdir(parents=True)
+    config = valid_config("ppo", several({"path": "a"}) | {"runs_dir": str(tmp_path)})
+    assert with_default_paths(config, None).scorer == config.scorer
+
+
+@pytest.mark.parametrize(
+    ("path", "label"),
+    [
+        ("runs/helpful/reward/final", "helpful"),
+        ("/data/safe/reward/final/", "safe"),
+        ("OpenAssistant/reward-model", "reward-model"),
+        ("python:my_module.brevity", "brevity"),
+    ],
+)
+def test_a_component_is_named_by_its_run_or_function(path, label):
+    assert ScorerComponent(path).label == label
+    assert ScorerComponent(path, name="mine").label == "mine"
+
+
+def test_components_are_read_from_the_command_line_and_from_a_saved_configuration(tmp_path):
+    text = "[{path:runs/helpful/reward/final},{path:python:m.f,weight:-0.5,name:brief}]"
+    config = compose_stage("ppo", f"scorer.components={text}")
+    expected = [
+        ScorerComponent("runs/helpful/reward/final"),
+        ScorerComponent("python:m.f", weight=-0.5, name="brief"),
+    ]
+    assert config.scorer.components == expected
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(PPOStageConfig, tmp_path / "config.yaml") == config
 
 
 # --- Objects and arguments ------------------------------------------------------------------------

@@ -17,7 +17,6 @@ from tiny import tiny_tokenizer
 from rlhf.config import CONF_DIR, DatasetConfig, InputError
 from rlhf.data import (
     FORMATS,
-    DropRow,
     RankedCollator,
     chat_template_text,
     check_row,
@@ -35,6 +34,7 @@ from rlhf.data import (
     resolve_format,
     split_by_prompt,
 )
+from rlhf.data.formats import GROUPED
 
 SHARED = Path(__file__).parents[1].parent / "shared"
 
@@ -384,61 +384,10 @@ def test_messages_keeps_other_columns_and_reads_sharegpt():
     assert FORMATS["messages"]({"messages": padded, "prompt": "Hi"}) == {"messages": expected}
 
 
-def test_ranked_scores_become_ranks_with_ties_and_zero_is_a_score():
-    row = {"prompt": "p", "responses": list("abcd"), "scores": [0.0, 0.5, 0.0, -1], "subset": "s"}
-    formatted = FORMATS["ranked"](row)
-    assert formatted["ranks"] == [1, 0, 1, 2]
-    assert formatted["subset"] == "s" and formatted["responses"] == list("abcd")
-    check_row(formatted, "reward")
-    ranked = FORMATS["ranked"]({"prompt": "p", "responses": list("abc"), "ranks": [3, 1, 3]})
-    assert ranked["ranks"] == [1, 0, 1]
-
-
-def test_pair_accepts_text_and_conversations():
-    text = FORMATS["pair"]({"prompt": "p", "chosen": "a", "rejected": "b"})
-    assert text == {"prompt": "p", "responses": ["a", "b"], "ranks": [0, 1]}
-    conversation = {"prompt": [user("p")], "responses": ["a", "b"], "ranks": [0, 1]}
-    answers = {"chosen": [assistant("a")], "rejected": [assistant("b")]}
-    whole = {name: [user("p"), *answer] for name, answer in answers.items()}
-    for prompt in ({"prompt": "p"}, {"prompt": [user("p")]}):
-        assert FORMATS["pair"]({**prompt, **answers}) == conversation
-        assert FORMATS["pair"]({**prompt, **whole}) == conversation
-    assert FORMATS["pair"](whole) == conversation
-    with pytest.raises(DropRow, match="prompts differ"):
-        FORMATS["pair"]({"chosen": whole["chosen"], "rejected": [user("q"), assistant("b")]})
-    with pytest.raises(InputError, match="field 'prompt'.*differs"):
-        FORMATS["pair"]({"prompt": "q", **whole})
-    with pytest.raises(InputError, match="field 'rejected'.*user turn"):
-        FORMATS["pair"]({"prompt": "q", "chosen": "a", "rejected": [user("b")]})
-
-
-def test_hh_prompt_is_the_common_turns():
-    chosen = "\n\nHuman: a\n\nb\n\nAssistant: c\n\nHuman: d\n\nAssistant: good"
-    row = FORMATS["hh"]({"chosen": chosen, "rejected": chosen.replace("good", "bad ")})
-    assert row["prompt"] == [user("a\n\nb"), assistant("c"), user("d")]
-    assert row["responses"] == ["good", "bad"] and row["ranks"] == [0, 1]
-
-
-def test_hh_file_drops_five_and_four():
-    file = SHARED / "data" / "hh_harmless_base_test.jsonl.gz"
-    if not file.exists():
-        pytest.skip("the HH file is not on this machine")
-    rows, dropped = load_rows(str(file), "hh", "train", "reward")
-    assert len(rows) == 2303 and dropped == {"prompts differ": 5, "empty response": 4}
-    assert describe_dropped(dropped) == "dropped 9 rows: 5 prompts differ, 4 empty response"
-    tokenizer = get_tokenizer("byte")
-    encoded, _ = encode_ranked(rows[:50], tokenizer, 100_000)
-    for row, one in zip(rows, encoded, strict=False):
-        prompt = encode_prompt(row["prompt"], tokenizer)
-        for ids, length in zip(one["input_ids"], one["lengths"], strict=True):
-            assert ids[:-length] == prompt and ids[-1] == tokenizer.eos_token_id
-
-
 def test_real_files_load_in_full():
     if not (SHARED / "data").is_dir():
         pytest.skip("the real data is not on this machine")
     expected = {
-        ("alpaca_eval_ranked_test.jsonl", "ranked", "reward"): 60,
         ("alpaca_eval_sft_test.jsonl", "alpaca", "sft"): 1574,
         ("sharegpt_dummy_conversation.json", "messages", "sft"): 500,
     }
@@ -451,9 +400,8 @@ def test_each_format_has_a_config_whose_example_rows_it_reads():
     files = {file.stem: file.read_text() for file in (CONF_DIR / "dataset").glob("*.yaml")}
     assert set(files) == {*FORMATS, "none"}
     stages = {
-        "hh": "reward",
-        "ranked": "reward",
-        "pair": "reward",
+        "messages": "sft",
+        "alpaca": "sft",
         "prompt_completion": "ppo",
         "text": "ptx",
     }
@@ -462,8 +410,9 @@ def test_each_format_has_a_config_whose_example_rows_it_reads():
         lines = [line[1:].strip() for line in files[name].splitlines()]
         examples = [json.loads(line) for line in lines if line.startswith("{")]
         assert examples
-        for example in examples:
-            check_row(format(example), stages.get(name, "sft"))
+        rows = GROUPED.get(name, list)([format(example) for example in examples])
+        for row in rows:
+            check_row(row, stages.get(name, "reward"))
 
 
 def test_format_by_name_or_dotted_path():
@@ -561,10 +510,7 @@ GOOD = {
     "messages": {"messages": CONVERSATIONS["one turn"]},
     "prompt_completion": {"prompt": "p", "completion": "c"},
     "alpaca": {"instruction": "a", "input": "", "output": "b"},
-    "ranked": {"prompt": "p", "responses": ["a", "b"], "scores": [1.0, 0.0]},
-    "hh": {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"},
 }
-NAN = float("nan")
 
 
 @pytest.mark.parametrize(
@@ -590,25 +536,12 @@ NAN = float("nan")
             "field 'instruction': missing or null; the row has input",
         ),
         ("alpaca", {"output": 3}, "field 'output': got 3; expected text"),
-        ("hh", {"chosen": "Hi"}, "field 'chosen': got 'Hi'; expected text that starts with"),
-        ("ranked", {"scores": None}, "field 'ranks': missing or null, and so is 'scores'"),
-        ("ranked", {"scores": [1, None]}, r"field 'scores\[1\]': got null; give each"),
-        ("ranked", {"scores": [NAN, 1]}, r"field 'scores\[0\]': got nan"),
-        ("ranked", {"scores": [True, 1]}, r"field 'scores\[0\]': got True"),
-        ("ranked", {"scores": 1}, "field 'scores': got 1; expected a list"),
-        ("ranked", {"scores": [1, 2, 3]}, "field 'ranks': 3 for 2 responses"),
-        ("ranked", {"ranks": [1, 0]}, "field 'ranks': disagree with 'scores'"),
-        ("ranked", {"responses": ["a"], "scores": [1]}, "needs at least 2, got 1; add a response"),
-        ("ranked", {"responses": ["a", None]}, r"field 'responses\[1\]': got None"),
-        ("ranked", {"responses": "ab"}, "field 'responses': got 'ab'; expected a list"),
-        ("ranked", {"prompt": None}, "field 'prompt': missing or null"),
     ],
 )
 def test_malformed_row_stops_with_file_row_and_field(tmp_path, format, change, message):
-    stage = "reward" if format in ("ranked", "hh") else "sft"
     path = write(tmp_path / "rows.jsonl", [GOOD[format], {**GOOD[format], **change}])
     with pytest.raises(InputError, match=f"rows.jsonl, row 2, .*{message}"):
-        load_rows(path, format, "train", stage)
+        load_rows(path, format, "train", "sft")
 
 
 def test_broken_files_stop_with_the_place(tmp_path):
@@ -651,19 +584,17 @@ def test_a_users_format_that_fails_names_the_row(tmp_path):
 
 
 def test_unusable_rows_are_dropped_and_counted(tmp_path):
-    ranked = GOOD["ranked"]
+    good = GOOD["prompt_completion"]
     rows = [
-        ranked,
-        {**ranked, "responses": ["a", "a"]},
-        {**ranked, "scores": [0.0, 0.0]},
-        {**ranked, "responses": ["a", " "]},
-        {**ranked, "prompt": ""},
-        {**ranked, "prompt": [assistant("x")]},
+        good,
+        {**good, "completion": " "},
+        {**good, "prompt": ""},
+        {"prompt": [assistant("x")], "completion": [assistant("y")]},
     ]
-    kept, dropped = load_rows(write(tmp_path / "a.jsonl", rows), "ranked", "train", "reward")
-    assert [row["responses"] for row in kept] == [["a", "b"], ["a", "a"]]
+    path = write(tmp_path / "a.jsonl", rows)
+    kept, dropped = load_rows(path, "prompt_completion", "train", "sft")
+    assert kept == [good]
     assert dropped == {
-        "all ranks tied": 1,
         "empty response": 1,
         "empty prompt": 1,
         "conversation does not start with a user turn": 1,

@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 
+import numpy
 import pytest
 import torch
 from hypothesis import given
@@ -17,6 +18,7 @@ from tensors import INF, NAN, close, draw, draw_mask, exact, few, leaf, seeds
 from torch.distributions import Categorical, kl_divergence
 
 from rlhf import functional as F
+from rlhf.functional.diagnostics import calibration, correlation, kendall_tau
 
 # explained_variance
 
@@ -283,6 +285,156 @@ def test_a_bootstrap_without_measurements_or_of_an_impossible_level_is_refused()
 
 def test_a_bootstrap_does_not_hide_a_nan():
     assert all(math.isnan(end) for end in F.bootstrap_interval(torch.tensor([1.0, NAN, 2.0])))
+
+
+def test_clusters_are_drawn_whole_and_weigh_by_what_they_hold():
+    # Clusters {0, 0, 0} and {1}: the means are 0, 1/4, 1 with probability 1/4, 1/2, 1/4.
+    x, clusters = torch.tensor([0.0, 1.0, 0.0, 0.0]), torch.tensor([7, -2, 7, 7])
+    assert F.bootstrap_interval(x, clusters=clusters) == (0.0, 1.0)
+    assert F.bootstrap_interval(x, level=0.4, clusters=clusters) == (0.25, 0.25)
+
+
+def test_clusters_of_one_change_nothing():
+    x = draw(0, 20)
+    own = torch.arange(20).flip(0) * 3
+    # The same measurements in another order, as `clusters` sorts them.
+    assert F.bootstrap_interval(x, clusters=own) == pytest.approx(F.bootstrap_interval(x.flip(0)))
+
+
+@few
+@given(seed=seeds, size=st.integers(2, 30))
+def test_copies_of_a_measurement_in_its_cluster_do_not_narrow_the_interval(seed, size):
+    x = draw(seed, size)
+    clusters = torch.arange(size).repeat_interleave(9)
+    copied = F.bootstrap_interval(x.repeat_interleave(9), clusters=clusters)
+    assert copied == pytest.approx(F.bootstrap_interval(x), abs=1e-6)
+
+
+def test_a_cluster_for_each_measurement_is_demanded():
+    with pytest.raises(ValueError, match=r"clusters must have shape \(3,\), got \(2,\)"):
+        F.bootstrap_interval(torch.zeros(3), clusters=torch.zeros(2))
+
+
+def test_the_interval_does_not_depend_on_how_many_draws_are_made_at_once():
+    # 1500 measurements are drawn 699 times at once; one resample at a time by hand.
+    x, generator = draw(0, 1500), torch.Generator().manual_seed(0)
+    draws = [torch.randint(1500, (1500,), generator=generator) for _ in range(2000)]
+    means = torch.stack([x.double()[chosen].mean() for chosen in draws])
+    expected = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    assert F.bootstrap_interval(x) == pytest.approx(expected, rel=1e-9)
+
+
+# correlation, kendall_tau
+
+
+def test_correlation_by_hand():
+    x, y = torch.tensor([1.0, 2, 3]), torch.tensor([1.0, 2, 9])
+    assert correlation(x, y) == pytest.approx(8 / math.sqrt(2 * 38), rel=1e-12)
+    assert correlation(x, y, "spearman") == pytest.approx(1, rel=1e-12)
+    assert correlation(x, -y) == pytest.approx(-8 / math.sqrt(2 * 38), rel=1e-12)
+    # Ranks 0 1.5 1.5 3 against 0 1 2 3: covariance 4.5, squares 4.5 and 5.
+    tied, steps = torch.tensor([5, 7, 7, 9]), torch.tensor([1, 20, 300, 4000])
+    assert correlation(tied, steps, "spearman") == pytest.approx(4.5 / math.sqrt(22.5), rel=1e-12)
+
+
+@few
+@given(seed=seeds, size=st.integers(2, 30))
+def test_correlation_equals_that_of_numpy(seed, size):
+    x, y = draw(seed, size).double(), draw(seed + 1, size).double()
+    expected = numpy.corrcoef(x, y)[0, 1]
+    assert correlation(x, y) == pytest.approx(expected, abs=1e-9)
+    ranks = [v.argsort().argsort().numpy() for v in (x, y)]
+    expected = numpy.corrcoef(*ranks)[0, 1]
+    assert correlation(x, y, "spearman") == pytest.approx(expected, abs=1e-9)
+
+
+def test_kendall_tau_by_hand():
+    x = torch.tensor([1.0, 2, 3, 4])
+    assert kendall_tau(x, torch.tensor([1.0, 3, 2, 4])) == pytest.approx(4 / 6, rel=1e-12)
+    assert kendall_tau(x, -x) == pytest.approx(-1, rel=1e-12)
+    # One of three pairs is tied in x; the others agree.
+    tied, steps = torch.tensor([1, 1, 2]), torch.tensor([1, 2, 3])
+    assert kendall_tau(tied, steps) == pytest.approx(2 / math.sqrt(2 * 3), rel=1e-12)
+
+
+@few
+@given(seed=seeds, size=st.integers(2, 9))
+def test_kendall_tau_counts_pairs(seed, size):
+    x, y = (2 * draw(seed, size)).round(), (2 * draw(seed + 1, size)).round()
+    pairs = list(itertools.combinations(zip(x.tolist(), y.tolist(), strict=True), 2))
+    products = [(a[0] - b[0]) * (a[1] - b[1]) for a, b in pairs]
+    untied = [sum(a[i] != b[i] for a, b in pairs) for i in (0, 1)]
+    result = kendall_tau(x, y)
+    if 0 in untied:
+        assert math.isnan(result)
+    else:
+        alike = sum(p > 0 for p in products) - sum(p < 0 for p in products)
+        assert result == pytest.approx(alike / math.sqrt(untied[0] * untied[1]), abs=1e-12)
+
+
+@pytest.mark.parametrize("measure", ["pearson", "spearman", "tau"])
+@pytest.mark.parametrize("x", [[0.1, 0.1, 0.1], [4.0, NAN, 2.0]])
+def test_what_does_not_vary_or_is_nan_correlates_with_nothing(measure, x):
+    x, y = torch.tensor(x), torch.tensor([3.0, 1.0, 2.0])
+    for first, second in ((x, y), (y, x)):
+        if measure == "tau":
+            assert math.isnan(kendall_tau(first, second))
+        else:
+            assert math.isnan(correlation(first, second, measure))
+
+
+def test_unknown_correlations_and_unequal_lengths_are_refused():
+    with pytest.raises(ValueError, match="pearson or spearman, got 'cosine'"):
+        correlation(torch.zeros(2), torch.zeros(2), "cosine")
+    for measure in (correlation, kendall_tau):
+        with pytest.raises(ValueError, match=r"y must have shape \(2,\), got \(1,\)"):
+            measure(torch.zeros(2), torch.zeros(1))
+
+
+# calibration
+
+
+def test_calibration_by_hand():
+    # Probability 0.85, right in two of three; two ties; probability 0.65, right.
+    gaps = torch.tensor([17 / 3, 3 / 17, 17 / 3, 1.0, 1.0, 13 / 7]).log()
+    result = calibration(gaps, num_bins=5)  # edges 0.5 0.6 0.7 0.8 0.9 1
+    assert result.counts.tolist() == [2, 1, 0, 3, 0]
+    predicted, observed = [0.5, 0.65, NAN, 0.85, NAN], [0.5, 1.0, NAN, 2 / 3, NAN]
+    for values, expected in ((result.predicted, predicted), (result.observed, observed)):
+        expected = torch.tensor(expected, dtype=torch.float64)
+        torch.testing.assert_close(values, expected, equal_nan=True, rtol=1e-6, atol=1e-6)
+    assert result.ece == pytest.approx(((1 - 0.65) + 3 * (0.85 - 2 / 3)) / 6, rel=1e-6)
+    squares = 2 * 0.15**2 + 0.85**2 + 2 * 0.5**2 + 0.35**2
+    assert result.brier == pytest.approx(squares / 6, rel=1e-6)
+
+
+def preferences(seed, temperature):
+    """Score differences, signed by outcomes that sigmoid(difference / temperature) predicts."""
+    generator = torch.Generator().manual_seed(seed)
+    gaps = 2 * torch.randn(20_000, generator=generator)
+    won = torch.rand(20_000, generator=generator) < (gaps / temperature).sigmoid()
+    return torch.where(won, gaps, -gaps)
+
+
+def test_true_probabilities_are_calibrated_and_overconfident_ones_are_not():
+    fair, over, under = (calibration(preferences(0, t)) for t in (1.0, 4.0, 0.25))
+    assert fair.ece < 0.02
+    assert over.ece > 0.1 and (over.predicted > over.observed)[1:].all()
+    assert under.ece > 0.1 and (under.predicted < under.observed)[1:-1].all()
+    assert fair.brier < calibration(10 * preferences(0, 1.0)).brier
+    assert fair.brier < calibration(0 * preferences(0, 1.0)).brier == 0.25
+
+
+def test_extreme_scores_are_calibrated_without_nan():
+    result = calibration(torch.tensor([1e4, INF, -1e4]))
+    assert result.counts.tolist() == [0] * 9 + [3]
+    assert result.ece == pytest.approx(1 / 3) and result.brier == pytest.approx(1 / 3)
+
+
+def test_a_calibration_of_nothing_or_of_nan_is_refused():
+    for gaps in (torch.zeros(0), torch.zeros(2, 3), torch.tensor([1.0, NAN])):
+        with pytest.raises(ValueError, match=r"gaps must be \(N,\) numbers"):
+            calibration(gaps)
 
 
 # wins

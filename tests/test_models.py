@@ -248,7 +248,7 @@ def test_saved_reward_model_loads_with_identical_scores(family, tmp_path, saved_
     exact(scores_of(load_reward_model(config)), raw)
     for normalize, expected in (
         ("none", raw),
-        ("shift", raw - 0.5),
+        ("demo_mean_zero", raw - 0.5),
         ("standardise", (raw - 0.5) / 2.0),
     ):
         scorer = RewardModelScorer(ScorerConfig(path=config.path, normalize=normalize))
@@ -715,3 +715,17 @@ def test_a_policy_without_all_of_its_weights_is_refused(tmp_path):
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match="no weights for model.layers.1.mlp.up_proj.weight"):
         load_policy(ModelConfig(path=str(tmp_path)), tokenizer)
+
+
+@pytest.mark.parametrize("num_response", [1, 3, 12])
+def test_a_frozen_copy_gives_bit_identical_logits(num_response):
+    """torch multiplies a slice by a frozen weight otherwise than by one that trains."""
+    policy = tiny_model("llama", TOKENIZER, hidden_size=128, intermediate_size=256)
+    ids = torch.randint(3, 300, (64, 20), generator=torch.Generator().manual_seed(0))
+    mask, forbidden = torch.ones_like(ids, dtype=torch.bool), torch.tensor([0])
+    logits = []
+    for trains in (True, False):
+        policy.requires_grad_(trains)
+        with torch.no_grad():
+            logits.append(response_logits(policy, ids, mask, num_response, forbidden))
+    assert torch.equal(*logits)

@@ -25,16 +25,15 @@ from tiny_ppo import WORDS, make_config, make_trainer, write_policy, write_promp
 from torch.multiprocessing import spawn
 
 import rlhf.ppo.preflight as preflight
-from rlhf.config import PeftConfig
+from rlhf.config import PeftConfig, ScorerConfig
 from rlhf.data import encode_prompts
 from rlhf.functional import token_entropy
 from rlhf.generation import Generation, Sampling
-from rlhf.models import disable_dropout, forbidden_token_ids
+from rlhf.models import disable_dropout, forbidden_token_ids, init_reward_model
 from rlhf.ppo import train_ppo
 from rlhf.ppo.memory import (
     MemoryEstimate,
     ModelMemory,
-    activation_bytes,
     cache_bytes_per_token,
     estimate_memory,
     longest_micro_batch,
@@ -46,12 +45,14 @@ from rlhf.ppo.preflight_checks import (
     Check,
     check_best_of_n,
     check_memory,
+    check_scorer,
     check_step,
     check_stop_token,
     check_tokenizer,
 )
 from rlhf.ppo.run import PPOResult
 from rlhf.rollout import policy_logprobs
+from rlhf.scorers import load_scorer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -272,6 +273,18 @@ def test_weights_gradients_and_adam_states_are_counted_exactly(policy_dir, tmp_p
         assert reference == ModelMemory(weights=nbytes(trainer.actors.reference.parameters()))
 
 
+def test_reward_models_that_score_and_judge_are_counted(policy_dir, tmp_path):
+    trainer = make_trainer(make_config(policy_dir, tmp_path), tmp_path)
+    model = init_reward_model(trainer.config.model, trainer.actors.tokenizer, seed=0)
+    model.save_pretrained(tmp_path / "reward")
+    trainer.actors.tokenizer.save_pretrained(tmp_path / "reward")
+    trainer.actors.scorer = load_scorer(ScorerConfig(str(tmp_path / "reward"), normalize="none"))
+    part, weights = longest_micro_batch(trainer), nbytes(trainer.actors.scorer.model.parameters())
+    for independent, number in ((None, 1), (letters, 1), (trainer.actors.scorer, 2)):
+        estimate = estimate_memory(trainer, part, independent)
+        assert estimate.models["reward models"] == ModelMemory(number * weights)
+
+
 def test_gradients_stand_twice_where_processes_exchange_them(policy_dir, tmp_path):
     model = tiny_model("llama", tiny_tokenizer())
     alone, together = model_memory(model), model_memory(model, distributed=True)
@@ -297,14 +310,11 @@ def test_activations_are_estimated_within_a_tenth(policy_dir, tmp_path, family, 
     model = tiny_model(family, trainer.actors.tokenizer, vocab_size=2000, **sizes)
     model.set_attn_implementation(attention)
     disable_dropout(model)
+    trainer.actors.policy = model
     trainer.settings = dataclasses.replace(
         trainer.settings, sampling=dataclasses.replace(trainer.settings.sampling, max_new_tokens=96)
     )
     part = longest_micro_batch(trainer)
-
-    def read(rows):
-        logprobs, logits = policy_logprobs(model, rows, trainer.settings.sampling)
-        return logprobs, 2 * logits.nbytes
 
     def step():
         logprobs, logits = policy_logprobs(model, part, trainer.settings.sampling)
@@ -314,7 +324,8 @@ def test_activations_are_estimated_within_a_tenth(policy_dir, tmp_path, family, 
 
     step()  # gradients stand from here on
     assert len(part) == 4
-    estimate, actual = activation_bytes(read, model, part), most_allocated(step)
+    estimate = estimate_memory(trainer, part).models["policy"].activations
+    actual = most_allocated(step)
     assert 0.9 < estimate / actual <= 1.02, (estimate, actual)
 
 
@@ -322,6 +333,9 @@ def test_cache_is_two_tensors_a_layer(policy_dir, tmp_path):
     part = longest_micro_batch(make_trainer(make_config(policy_dir, tmp_path), tmp_path))
     layers, heads, head_size = 2, 2, 8
     model = tiny_model("llama", tiny_tokenizer(), num_key_value_heads=heads)
+    assert cache_bytes_per_token(model, part) == 2 * layers * heads * head_size * 4
+    model.gradient_checkpointing_enable()
+    disable_dropout(model)  # its layers train from here on, and training layers keep no cache
     assert cache_bytes_per_token(model, part) == 2 * layers * heads * head_size * 4
 
 
@@ -543,7 +557,7 @@ def test_special_tokens_and_the_chat_template_are_checked():
 SCORERS = [
     (constant, "scorer", "FAIL", "a constant, there is nothing to learn"),
     (some_nan, "scorer", "FAIL", "returned nan for"),
-    (one_at_most, "scorer", "FAIL", "must return one score per response"),
+    (one_at_most, "scorer", "FAIL", "correct the scorer, or its input"),
     (noisy, "scorer", "WARN", "make the scorer deterministic"),
     (leaky, "scorer", "FAIL", "check the padding and attention mask"),
     (slightly_leaky, "scorer", "WARN", "check the padding and attention mask"),
@@ -559,6 +573,20 @@ def test_a_scorer_is_judged(policy_dir, tmp_path, capsys, scorer, name, status, 
     checks, bottom, message = look(scored_by(policy_dir, tmp_path, scorer), capsys)
     assert checks[name][0] == status and text in checks[name][1], checks[name]
     assert ("failed: scorer" in bottom) == (status == "FAIL") == bool(message)
+    assert ("best of n" in checks) == (status != "FAIL")
+
+
+def test_padding_is_tried_with_the_longest_response():
+    lengths = torch.arange(1, 13)
+
+    def score(rows):
+        """Three of twelve tokens of padding leak."""
+        width = max(rows) + 1
+        return torch.tensor([(row % 3) + 0.5 * (width - row > 8) for row in rows])
+
+    scores = torch.tensor([row % 3.0 for row in range(12)])
+    assert check_scorer(score, scores, lengths, 0.0, 1e-4).status == "FAIL"
+    assert check_scorer(lambda rows: scores[rows], scores, lengths, 0.0, 1e-4).status == "ok"
 
 
 def test_a_penalty_above_the_scores_is_warned_about(policy_dir, tmp_path, capsys):
@@ -567,6 +595,13 @@ def test_a_penalty_above_the_scores_is_warned_about(policy_dir, tmp_path, capsys
         checks, _, _ = look(trainer, capsys)
         assert checks["missing EOS"][0] == status
     assert "not ending pays" in checks["missing EOS"][1]
+
+
+def test_best_of_n_counts_the_penalty_as_ppo_does(policy_dir, tmp_path, capsys):
+    trainer = scored_by(policy_dir, tmp_path, letters, missing_eos_penalty=-100.0)
+    words = look(trainer, capsys)[0]["best of n"][1].split()
+    mean = float(words[words.index("scorer", words.index("of", 20)) + 1])
+    assert -90 < mean < -10  # about half of the responses end
 
 
 def test_best_of_n_shows_expected_maxima_and_what_they_are_worth():
@@ -581,6 +616,9 @@ def test_best_of_n_shows_expected_maxima_and_what_they_are_worth():
     assert check.details.splitlines()[-1].split()[-3:] == ["30", "[30,", "30]"]
     check = check_best_of_n(scores, -scores, 0.0)
     assert check.status == "WARN" and "the reward model is at fault" in check.remedy
+    mixed = scores * torch.tensor([[1.0], [1.0], [-1.0]])
+    check = check_best_of_n(scores, mixed, 0.0)
+    assert check.status == "WARN" and "not clearly better" in check.text
     check = check_best_of_n(torch.tensor([[1.0], [5.0]]).expand(2, 16), None, 0.0)
     assert check.status == "WARN" and "raise ppo.temperature" in check.remedy
 
@@ -618,7 +656,8 @@ def run_rank(rank, port, config, folder):
     values |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in values.items()}
     trainer = make_trainer(config, folder)
-    heldout = heldout_prompts(trainer, 1) * 3
+    heldout = heldout_prompts(trainer, 3)
+    assert len({len(p["input_ids"]) for p in heldout}) > 1
     before = torch.cat([p.detach().flatten() for p in trainer.actors.policy.parameters()])
     trainer.actors.scorer = letters
     outcomes = [[check.status for check in run_preflight(trainer, heldout)]]
@@ -627,8 +666,9 @@ def run_rank(rank, port, config, folder):
         run_preflight(trainer, heldout)
     after = torch.cat([p.detach().flatten() for p in trainer.actors.policy.parameters()])
     assert torch.equal(before, after)
-    ranks = trainer.accelerator.gather(torch.tensor([rank])).tolist()  # still in step
-    (folder / f"{rank}.json").write_text(json.dumps([*outcomes, str(raised.value), ranks]))
+    trainer.actors.scorer = letters
+    ratio_off = trainer.step()["first_ratio_deviation"]  # the processes are still in step
+    (folder / f"{rank}.json").write_text(json.dumps([*outcomes, str(raised.value), ratio_off]))
 
 
 def test_all_processes_come_to_the_same_end(policy_dir, tmp_path):
@@ -640,4 +680,4 @@ def test_all_processes_come_to_the_same_end(policy_dir, tmp_path):
     spawn(run_rank, (port, config, tmp_path), nprocs=2)
     one, two = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert one == two
-    assert one[0] == ["ok"] * 8 and "scorer: mean score 0.25" in one[1] and one[2] == [0, 1]
+    assert one[0] == ["ok"] * 8 and "scorer: mean score 0.25" in one[1] and one[2] == 0.0

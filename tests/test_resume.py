@@ -573,8 +573,10 @@ def test_two_processes_continue_bit_identically(stage, wholes, tmp_path):
     from test_stages import launch
 
     config = new_run(wholes(stage)[0], tmp_path / "runs", "run", resume=False)
-    if stage == "ppo":  # random numbers of scorers are those of the first process
-        config.scorer = ScorerConfig("python:rlhf.demo_world.gold_scores", normalize="none")
+    if stage == "ppo":  # without noise: the random numbers saved are those of the first process
+        scorer = "def lengths(prompts, responses):\n    return [len(r) / 10 for r in responses]\n"
+        (tmp_path / "own_scorer.py").write_text(scorer)
+        config.scorer = ScorerConfig("python:own_scorer.lengths", normalize="none")
     (tmp_path / "recipe").mkdir()
     recipe = tmp_path / "recipe" / "mine.yaml"
     save_config(config, recipe)

@@ -5,7 +5,7 @@ keeps the two equal. Library users build a dataclass; only `rlhf.command_line` k
 mapping `trainer:` may hold is decided by the libraries that receive it (see `build_arguments`).
 """
 
-from rlhf.config.checks import check
+from rlhf.config.checks import check, check_scorer_config
 from rlhf.config.loading import (
     build_arguments,
     config_keys,
@@ -31,6 +31,7 @@ from rlhf.config.stages import (
     PtxConfig,
     RewardConfig,
     RewardStageConfig,
+    ScorerComponent,
     ScorerConfig,
     SFTStageConfig,
     StageConfig,
@@ -54,12 +55,14 @@ __all__ = [
     "RewardConfig",
     "RewardStageConfig",
     "SFTStageConfig",
+    "ScorerComponent",
     "ScorerConfig",
     "StageConfig",
     "TrackerConfig",
     "WatchdogConfig",
     "build_arguments",
     "check",
+    "check_scorer_config",
     "config_keys",
     "explain",
     "load_config",

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterable
 from operator import attrgetter
 from typing import Any
 
 from rlhf.config.stages import (
     ADVANTAGES,
+    COMBINATIONS,
     DTYPES,
+    NORMALIZATIONS,
     InputError,
     PPOStageConfig,
     RewardStageConfig,
+    ScorerConfig,
     SFTStageConfig,
     StageConfig,
 )
@@ -46,12 +51,18 @@ def _missing(config: StageConfig) -> list[str]:
     elif config.model.path is None and not (config.stage_dir("sft") / "final").is_dir():
         found.append(_no_stage("model.path", config, "sft"))
     if isinstance(config, PPOStageConfig):
-        if config.scorer.path is None and not (config.stage_dir("reward") / "final").is_dir():
+        scorer, own = config.scorer, config.stage_dir("reward") / "final"
+        if scorer.path is None and not scorer.components and not own.is_dir():
             found.append(_no_stage("scorer.path", config, "reward"))
         if config.ptx.coef > 0 and config.ptx.path is None:
             found.append("ptx.path: file or Hub name of the text, e.g. ptx.path=text.jsonl")
         if config.scorer.path == "python:":
             found.append("scorer.path: a function, e.g. scorer.path=python:my_module.my_score")
+        found += [
+            f"scorer.components[{i}].path: the final/ of a reward stage, or python:module.function"
+            for i, component in enumerate(scorer.components)
+            if not component.path
+        ]
     return found
 
 
@@ -101,10 +112,30 @@ def _rules(config: StageConfig) -> Iterable[tuple[bool, str]]:
         yield at_least("response_length", 1)
         yield at_least("temperature", 0, strict=True)
     if isinstance(config, RewardStageConfig):
-        yield one_of("reward.loss", ("pairwise", "plackett_luce"))
-        yield at_least("reward.num_normalization_prompts", 1)
+        yield from _reward_rules(config, at_least, one_of)
     if isinstance(config, PPOStageConfig):
         yield from _ppo_rules(config, at_least, one_of, within)
+
+
+def _reward_rules(
+    config: RewardStageConfig, at_least: Any, one_of: Any
+) -> Iterable[tuple[bool, str]]:
+    reward = config.reward
+    yield one_of("reward.loss", ("pairwise", "plackett_luce"))
+    not_negative = ("margin", "margin_scale", "center_coef")
+    yield from (at_least(f"reward.{name}", 0) for name in not_negative)
+    yield from (
+        at_least(f"reward.{name}", 1) for name in ("num_normalization_prompts", "tokens_per_batch")
+    )
+    yield (
+        0 <= reward.label_smoothing < 0.5,
+        f"reward.label_smoothing must lie in [0, 0.5), got {reward.label_smoothing}",
+    )
+    yield (
+        reward.loss != "plackett_luce" or not reward.label_smoothing,
+        f"reward.label_smoothing={reward.label_smoothing} is of single pairs, which "
+        "reward.loss=plackett_luce has none of; set it to 0, or reward.loss=pairwise",
+    )
 
 
 def _ppo_rules(
@@ -114,7 +145,7 @@ def _ppo_rules(
     sizes = "batch_size samples_per_prompt num_mini_batches micro_batch_size rollout_batch_size"
     counts = f"num_updates num_ppo_epochs {sizes} response_length max_prompt_length kl_horizon"
     yield from (at_least(f"ppo.{name}", 1) for name in counts.split())
-    others = "scorer.batch_size evaluation.every ptx.batch_size"
+    others = "evaluation.every ptx.batch_size"
     yield from (at_least(name, 1) for name in others.split())
     yield at_least("ptx.max_length", 2)
     not_negative = "kl_coef top_k vf_coef learning_rate entropy_coef"
@@ -135,11 +166,63 @@ def _ppo_rules(
     yield one_of("ppo.kl_in", ("reward", "loss"))
     yield one_of("ppo.advantage", ADVANTAGES)
     yield one_of("ppo.lr_schedule", ("linear", "constant"))
-    yield one_of("scorer.normalize", ("none", "shift", "standardise"))
+    yield from _scorer_rules(config.scorer)
     yield one_of("critic.init", ("reward", "policy"))
     yield one_of("evaluation.select", ("score_minus_kl", "independent_score", "last"))
     yield from _watchdog_rules(config, at_least, within)
     yield from _combination_rules(config)
+
+
+def check_scorer_config(scorer: ScorerConfig) -> None:
+    """Check a scorer's configuration by itself; `check` does so for the PPO stage.
+
+    Raises:
+        InputError: names every value out of range at once.
+    """
+    problems = [message for ok, message in _scorer_rules(scorer) if not ok]
+    if problems:
+        raise InputError("\n".join(problems))
+
+
+def _scorer_rules(scorer: ScorerConfig) -> Iterable[tuple[bool, str]]:
+    components, combine = scorer.components, scorer.combine
+    yield scorer.batch_size >= 1, f"scorer.batch_size must be >= 1, got {scorer.batch_size}"
+    yield scorer.std_coef >= 0, f"scorer.std_coef must be >= 0, got {scorer.std_coef}"
+    wrong = [scorer.normalize] + [c.normalize for c in components if c.normalize is not None]
+    wrong = [value for value in wrong if value not in NORMALIZATIONS]
+    yield (
+        not wrong,
+        f"scorer.normalize must be one of {', '.join(NORMALIZATIONS)}, got {', '.join(wrong)}",
+    )
+    yield (
+        combine in COMBINATIONS,
+        f"scorer.combine must be one of {', '.join(COMBINATIONS)}, got {combine!r}",
+    )
+    yield (
+        not components or scorer.path is None,
+        f"scorer.path={scorer.path} and scorer.components exclude each other; make the former one "
+        "of the components",
+    )
+    yield (
+        combine == "weighted_sum" or len(components) > 1,
+        f"scorer.combine={combine} combines several scorers, but scorer.components names "
+        f"{len(components)}; name at least two",
+    )
+    weights = [component.weight for component in components]
+    yield (
+        all(math.isfinite(weight) and weight != 0 for weight in weights),
+        f"scorer.components: a weight must be a finite number other than 0, got {weights}",
+    )
+    yield (
+        combine == "weighted_sum" or all(weight == 1 for weight in weights),
+        f"scorer.combine={combine} knows no weights, got {weights}; leave them at 1",
+    )
+    names = [component.label for component in components]
+    yield (
+        len(set(names)) == len(names) and all(re.fullmatch(r"[\w.-]+", name) for name in names),
+        "scorer.components must have names that differ, of letters, digits and _.-, got "
+        f"{', '.join(names)}; set name",
+    )
 
 
 def _watchdog_rules(config: PPOStageConfig, at_least: Any, within: Any) -> Iterable[Any]:
@@ -191,7 +274,8 @@ def _combination_rules(config: PPOStageConfig) -> Iterable[tuple[bool, str]]:
         "the one PPO scores; leave them at 1.0 and 0, or set ppo.allow_off_policy_sampling=true",
     )
     yield 0 < ppo.top_p <= 1, f"ppo.top_p must lie in (0, 1], got {ppo.top_p}"
-    from_python = str(config.scorer.path).startswith("python:")
+    first = config.scorer.components[0] if config.scorer.components else config.scorer
+    from_python = str(first.path).startswith("python:")
     yield (
         not (from_python and config.critic.init == "reward" and ppo.advantage == "gae"),
         "critic.init=reward needs a reward model, but scorer.path is a Python function: set "

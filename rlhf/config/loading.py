@@ -136,6 +136,9 @@ def explain(error: BaseException, config_class: type) -> str:
     while cause is not None:
         if isinstance(cause, (ConfigAttributeError, ConfigKeyError)):
             key = str(getattr(cause, "full_key", None) or getattr(cause, "key", ""))
+            owner = getattr(cause, "object_type", None)
+            if isinstance(owner, type) and dataclasses.is_dataclass(owner) and "." not in key:
+                config_class = owner  # inside a list, where the key lacks what stands before it
             hint = nearest(key, config_keys(config_class))
             return f"unknown key {key!r}.{hint} (--help lists the keys)"
         if isinstance(cause, ValidationError):

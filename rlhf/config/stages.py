@@ -9,6 +9,8 @@ from typing import Any
 _PACKAGE = Path(__file__).resolve().parents[1]
 CONF_DIR = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
 ADVANTAGES = ("gae", "rloo", "grpo", "reinforce_pp")
+COMBINATIONS = ("weighted_sum", "mean", "min", "mean_minus_std")
+NORMALIZATIONS = ("demo_mean_zero", "standardise", "none")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -124,10 +126,14 @@ class SFTStageConfig(StageConfig):
 
 @dataclass
 class RewardConfig:
-    """The ranking loss and what is stored with the reward model."""
+    """The ranking loss, its batches, and what is stored with the reward model."""
 
     loss: str = "pairwise"
     margin: float | None = None
+    margin_scale: float = 0.0
+    label_smoothing: float = 0.0
+    center_coef: float = 0.0
+    tokens_per_batch: int | None = None
     num_normalization_prompts: int = 256
 
 
@@ -152,12 +158,41 @@ class RewardStageConfig(StageConfig):
 
 
 @dataclass
-class ScorerConfig:
-    """What scores a response."""
+class ScorerComponent:
+    """One of several scorers; `normalize` falls back to that of `ScorerConfig`, `name` to one that
+    is made from `path`."""
 
     path: str | None = None
-    normalize: str = "shift"
+    weight: float = 1.0
+    normalize: str | None = None
+    name: str | None = None
+
+    @property
+    def label(self) -> str:
+        """Name in metrics: that of the run, of the directory or of the Python function."""
+        if self.name is not None:
+            return self.name
+        path = str(self.path)
+        if path.startswith("python:"):
+            return path.rpartition(".")[2]
+        parts = [part for part in Path(path).parts if part not in ("reward", "final")]
+        return parts[-1] if parts else path
+
+
+@dataclass
+class ScorerConfig:
+    """What scores a response: `path`, or several `components`."""
+
+    path: str | None = None
+    normalize: str = "demo_mean_zero"
     batch_size: int = 32
+    components: list[ScorerComponent] = field(default_factory=list)
+    combine: str = "weighted_sum"
+    std_coef: float = 1.0
+
+    def of_component(self, component: ScorerComponent) -> ScorerConfig:
+        """Configuration of one component as a scorer of its own."""
+        return ScorerConfig(component.path, component.normalize or self.normalize, self.batch_size)
 
 
 @dataclass

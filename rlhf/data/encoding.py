@@ -235,11 +235,13 @@ def encode_ranked(
 ) -> tuple[list[dict[str, Any]], Counter[str]]:
     """Encode ranked rows; a response that with its prompt exceeds `max_length` tokens is dropped.
 
-    A row stays while at least two responses that are not tied are left of it.
+    A row stays while at least two responses that are not tied are left of it: a pair that has a
+    margin or a probability, and loses one, goes.
 
     Returns:
         Per kept row {"input_ids": K lists of prompt + response + EOS, "ranks": K ints, "lengths":
-        K response lengths in tokens with EOS, "row": index in `rows`}; and what was dropped:
+        K response lengths in tokens with EOS, "row": index in `rows`, "scores": K floats, "margin",
+        "probability": a float each, these three None where the row has none}; and what was dropped:
         rows, and under a reason of its own single responses of rows that stayed.
 
     Raises:
@@ -250,9 +252,8 @@ def encode_ranked(
         prompt_ids = encode_prompt(row["prompt"], tokenizer)
         answers = [encode_response(row["prompt"], r, tokenizer) for r in row["responses"]]
         longest = max(longest, *(len(prompt_ids) + len(ids) for ids in answers))
-        pairs = zip(answers, row["ranks"], strict=True)
-        fits = [(ids, rank) for ids, rank in pairs if len(prompt_ids) + len(ids) <= max_length]
-        if len({rank for _, rank in fits}) < 2:
+        fits = [i for i, ids in enumerate(answers) if len(prompt_ids) + len(ids) <= max_length]
+        if len({row["ranks"][i] for i in fits}) < 2:
             dropped[_too_long("dataset.max_length", max_length)] += 1
             continue
         if len(fits) < len(answers):
@@ -260,10 +261,13 @@ def encode_ranked(
             dropped[reason] += len(answers) - len(fits)
         encoded.append(
             {
-                "input_ids": [prompt_ids + ids for ids, _ in fits],
-                "ranks": [rank for _, rank in fits],
-                "lengths": [len(ids) for ids, _ in fits],
+                "input_ids": [prompt_ids + answers[i] for i in fits],
+                "ranks": [row["ranks"][i] for i in fits],
+                "lengths": [len(answers[i]) for i in fits],
                 "row": index,
+                "scores": [float(row["scores"][i]) for i in fits] if "scores" in row else None,
+                "margin": row.get("margin"),
+                "probability": row.get("probability"),
             }
         )
     _require_some(encoded, "dataset.max_length", max_length, longest)
@@ -317,7 +321,9 @@ class RankedCollator:
 
     Returns:
         input_ids (N, L) right-padded, attention_mask (N, L) from lengths (so that pad may equal
-        EOS), ranks (N,), groups (N,): index of the prompt in the batch. All int64.
+        EOS), ranks (N,), groups (N,): index of the prompt in the batch. All int64. (N,) float32:
+        scores of the data (0 where the row has none), margin of the response's pair (0), and the
+        probability that the response is preferred (1).
     """
 
     pad_token_id: int
@@ -331,9 +337,24 @@ class RankedCollator:
         for i, ids in enumerate(sequences):
             input_ids[i, : len(ids)] = torch.tensor(ids)
         mask = torch.arange(input_ids.shape[1])[None] < lengths[:, None]  # (N, L)
+        strengths = [_strengths(row) for row in rows]
         return {
             "input_ids": input_ids,
             "attention_mask": mask.long(),
             "ranks": torch.tensor([rank for row in rows for rank in row["ranks"]]),
             "groups": torch.tensor([i for i, row in enumerate(rows) for _ in row["ranks"]]),
+            **{
+                name: torch.tensor([value for strength in strengths for value in strength[name]])
+                for name in ("scores", "margin", "probability")
+            },
         }
+
+
+def _strengths(row: dict[str, Any]) -> dict[str, list[float]]:
+    """What says how much better a response is, one number each; without it, what has no effect."""
+    num, probability = len(row["ranks"]), row.get("probability")
+    return {
+        "scores": row.get("scores") or [0.0] * num,
+        "margin": [float(row.get("margin") or 0.0)] * num,
+        "probability": [1.0] * num if probability is None else [probability, 1.0 - probability],
+    }

@@ -15,7 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config import DatasetConfig, InputError, load_object
-from rlhf.data.formats import DropRow, Row, check_row, prompt_of, resolve_format, show
+from rlhf.data.formats import (
+    GROUPED,
+    DropRow,
+    Row,
+    check_row,
+    prompt_of,
+    resolve_format,
+    show,
+    without_repeats,
+)
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 
@@ -41,6 +50,7 @@ def load_rows(
         InputError: no such source, no rows, or a malformed row: file, row number (1-based), field.
     """
     apply: Callable[[Row], Row] = dict
+    merge = None if path.startswith("python:") else GROUPED.get(format)
     if path.startswith("python:"):
         source: Iterable[Any] = load_object(path, field)(stage, split)
     else:
@@ -55,7 +65,8 @@ def load_rows(
         raw = {name: value for name, value in raw.items() if value is not None}
         try:
             row = apply(raw)
-            check_row(row, stage)
+            if merge is None:
+                check_row(row, stage)
         except DropRow as reason:
             dropped[str(reason)] += 1
         except KeyError as error:
@@ -69,7 +80,35 @@ def load_rows(
             rows.append(row)
     if number == 0:
         raise InputError(f"{field}={path!r} has no rows; expected at least one")
+    if merge is not None:
+        rows = _checked(merge(rows), path, stage, dropped)
+    if stage == "reward":
+        rows = _without_repeats(rows, dropped)
     return rows, dropped
+
+
+def _checked(rows: list[Row], path: str, stage: str, dropped: Counter[str]) -> list[Row]:
+    """Check rows that were merged from several of the source; count the dropped ones."""
+    kept = []
+    for row in rows:
+        try:
+            check_row(row, stage)
+        except DropRow as reason:
+            dropped[str(reason)] += 1
+        except InputError as error:
+            raise InputError(f"{path}, prompt {show(row['prompt'])}, {error}") from error
+        else:
+            kept.append(row)
+    return kept
+
+
+def _without_repeats(rows: list[Row], dropped: Counter[str]) -> list[Row]:
+    kept = [without_repeats(row) for row in rows]
+    num_repeats = sum(len(row["responses"]) for row in rows)
+    num_repeats -= sum(len(row["responses"]) for row in kept)
+    if num_repeats:
+        dropped["single responses that repeat another"] = num_repeats
+    return kept
 
 
 def _read(path: str, split: str, field: str) -> Iterable[Any]:

@@ -16,8 +16,8 @@ from torch import Tensor
 from rlhf.config import PPOStageConfig
 from rlhf.functional import bootstrap_interval, wins
 from rlhf.ppo.trainer import PPOTrainer
-from rlhf.rollout import Rollout, collect
-from rlhf.scorers import Scorer, checked_scores
+from rlhf.rollout import Rollout, collect, component_scores
+from rlhf.scorers import Scorer, Tokens, score_responses
 
 EVALUATION_KEY = 1 << 31  # names the random numbers; no update has this number
 
@@ -60,17 +60,23 @@ class Evaluator:
         responses = response_texts(rollout, actors.tokenizer)
         figures = {
             "score": rollout.scores,
+            **component_scores(rollout, actors.scorer),
             "kl": (rollout.logprobs - rollout.ref_logprobs).sum(dim=1),  # 0 at masked positions
             "response_length": rollout.lengths,
             "eos_rate": rollout.finished,
         }
         if self.independent is not None:
-            figures["independent_score"] = checked_scores(
+            figures["independent_score"] = score_responses(
                 self.independent,
                 [p["prompt"] for p in self.prompts],
                 responses,
                 "evaluation.scorer",
-            )
+                Tokens(
+                    [p["input_ids"] for p in self.prompts],
+                    response_ids(rollout),
+                    actors.tokenizer_hash,
+                ),
+            ).total
         figures = {name: values.float().cpu() for name, values in figures.items()}
         judged = figures.get("independent_score", figures["score"])
         if not self.baseline:
@@ -103,13 +109,15 @@ def _sample_field(name: str, value: Tensor) -> tuple[str, float | int | bool]:
     return name, int(value) if name == "response_length" else float(value)
 
 
+def response_ids(rollout: Rollout) -> list[list[int]]:
+    """The responses of a rollout as token ids, stop token included."""
+    rows = zip(rollout.response_ids, rollout.response_mask, strict=True)
+    return [ids[mask].tolist() for ids, mask in rows]
+
+
 def response_texts(rollout: Rollout, tokenizer: Any) -> list[str]:
     """The responses of a rollout as text, without special tokens."""
-    rows = [
-        ids[mask].tolist()
-        for ids, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)
-    ]
-    return tokenizer.batch_decode(rows, skip_special_tokens=True)
+    return tokenizer.batch_decode(response_ids(rollout), skip_special_tokens=True)
 
 
 def selection_value(config: PPOStageConfig, metrics: dict[str, float]) -> float | None:

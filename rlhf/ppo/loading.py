@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -10,13 +12,13 @@ from accelerate import Accelerator
 from rlhf.checkpoint import (
     StageRecord,
     check_same_tokenizer,
-    hash_tokenizer,
     read_record,
     require_stage,
 )
 from rlhf.config import InputError, PPOStageConfig, ScorerConfig
 from rlhf.data import encode_texts, load_rows
 from rlhf.generation import context_length, sampling_for
+from rlhf.metrics import say, warn
 from rlhf.models import (
     ScalarModel,
     add_lora,
@@ -29,15 +31,22 @@ from rlhf.models import (
     parameter_count,
 )
 from rlhf.rollout import Actors, CollectSettings
-from rlhf.scorers import Scorer, load_scorer, score_statistics
+from rlhf.scorers import (
+    Scorer,
+    hash_rendering,
+    load_scorer,
+    reward_models,
+    score_statistics,
+)
 
 
 def load_checked_tokenizer(config: PPOStageConfig) -> tuple[Any, StageRecord | None]:
     """Load the policy's tokenizer, and check that the stages named fit together."""
-    policy, scorer = str(config.model.path), str(config.scorer.path)
+    policy = str(config.model.path)
     record = require_stage(policy, ("sft", "ppo"), "model.path")
     tokenizer = load_tokenizer(config.model)
     if needs_reward_model(config):
+        scorer = str(_first_scorer(config)[0].path)
         reward_record = require_stage(scorer, ("reward",), "scorer.path")
         check_same_tokenizer(tokenizer, reward_record, policy, scorer)
     return tokenizer, record
@@ -50,6 +59,14 @@ def load_actors(
     device = accelerator.device
     if scorer is None:
         scorer = load_scorer(config.scorer, device)
+    rendering = hash_rendering(tokenizer)
+    for reward_model in reward_models(scorer):
+        _show_report(reward_model.path)
+        if reward_model.tokenizer_hash != rendering:
+            say(
+                f"{reward_model.path} has another tokenizer or chat template than the policy: it "
+                "scores the responses' text, rendered again by its own"
+            )
     policy, reference = load_policy(config.model, tokenizer), None
     critic = _load_critic(config, tokenizer) if config.ppo.advantage == "gae" else None
     if config.peft.enabled:
@@ -68,8 +85,43 @@ def load_actors(
         critic=critic if critic is None else critic.to(device),
         scorer=scorer,
         tokenizer=tokenizer,
-        tokenizer_hash=hash_tokenizer(tokenizer),
+        tokenizer_hash=rendering,
     )
+
+
+def _show_report(path: str) -> None:
+    """Pass on what the reward stage found out about its model: the summary and the warnings of
+    `report.json` (`rlhf.reward.report`), where there is one.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    file = Path(path) / "report.json"
+    if not file.is_file():
+        return
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))
+        summary, warnings = report["summary"], report["warnings"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise InputError(
+            f"{file} is damaged ({error!r}); make it again: python -m rlhf.reward.report "
+            f"path={path}"
+        ) from error
+    say(f"reward model {path}: {summary}")
+    for warning in warnings:
+        warn(warning)
+
+
+def load_independent_scorer(config: PPOStageConfig, device: Any) -> Scorer | None:
+    """Load `evaluation.scorer`, a Python function or a reward model; None where there is none.
+
+    A reward model gives its raw scores: they are reported and compared, never trained on.
+    """
+    path = config.evaluation.scorer
+    if path is None:
+        return None
+    judge = ScorerConfig(path, "none", config.scorer.batch_size)
+    return load_scorer(judge, device, field="evaluation.scorer")
 
 
 def needs_reward_model(config: PPOStageConfig) -> bool:
@@ -77,16 +129,23 @@ def needs_reward_model(config: PPOStageConfig) -> bool:
     return config.ppo.advantage == "gae" and config.critic.init == "reward"
 
 
+def _first_scorer(config: PPOStageConfig) -> tuple[ScorerConfig, float]:
+    """The scorer, or the first of several, and its weight."""
+    scorer = config.scorer
+    if not scorer.components:
+        return scorer, 1.0
+    return scorer.of_component(scorer.components[0]), scorer.components[0].weight
+
+
 def _load_critic(config: PPOStageConfig, tokenizer: Any) -> ScalarModel:
-    """Start the critic from the reward model (IG, N+; predicting normalised scores) or from the
-    policy."""
+    """Start the critic from the reward model (IG, N+; predicting normalised scores), the first of
+    several, or from the policy."""
     if config.critic.init == "policy":
         return ScalarModel(init_reward_model(config.model, tokenizer, config.seed))
-    source = dataclasses.replace(
-        config.model, path=config.scorer.path, tokenizer=None, revision=None
-    )
-    mean, std = score_statistics(config.scorer, read_record(str(config.scorer.path)))
-    return ScalarModel(load_reward_model(source), mean, std)
+    scorer, weight = _first_scorer(config)
+    source = dataclasses.replace(config.model, path=scorer.path, tokenizer=None, revision=None)
+    mean, std = score_statistics(scorer, read_record(str(scorer.path)))
+    return ScalarModel(load_reward_model(source), mean, std / weight)
 
 
 def collect_settings(config: PPOStageConfig, policy: Any, tokenizer: Any) -> CollectSettings:
@@ -107,6 +166,8 @@ def with_default_paths(config: PPOStageConfig, scorer: Scorer | None) -> PPOStag
     )
     for holder, stage in ((config.model, "sft"), (config.scorer, "reward")):
         final = config.stage_dir(stage) / "final"
+        if holder is config.scorer and config.scorer.components:
+            continue
         if holder.path is None and final.is_dir():
             holder.path = str(final)
     if scorer is not None:
@@ -116,7 +177,7 @@ def with_default_paths(config: PPOStageConfig, scorer: Scorer | None) -> PPOStag
                 "critic.init=policy"
             )
         name = getattr(scorer, "__qualname__", type(scorer).__qualname__)
-        config.scorer = ScorerConfig(path=f"python:{scorer.__module__}.{name}")
+        config.scorer = ScorerConfig(f"python:{scorer.__module__}.{name}", normalize="none")
     return config
 
 

@@ -21,12 +21,12 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from rlhf.config import PPOStageConfig
-from rlhf.generation import _inference_mode
+from rlhf.generation import inference_mode
 from rlhf.models import forward_inputs, unwrap_peft
 from rlhf.ppo.optimization import text_loss
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.rollout import Rollout, critic_values, policy_logprobs
-from rlhf.scorers import RewardModelScorer
+from rlhf.scorers import Scorer, reward_models
 
 # of one number of the vocabulary while sampling: logits and log-probs in float32, and three float64
 SAMPLER_BYTES = 2 * 4 + 3 * 8
@@ -47,7 +47,7 @@ class MemoryEstimate:
     """Bytes that a run needs on this process.
 
     Attributes:
-        models: policy, reference, critic and reward model, those that there are.
+        models: policy, reference, critic and reward models (together), those that there are.
         sampling: key-value cache and logits of one batch of the rollout, at full length.
     """
 
@@ -97,11 +97,14 @@ class Step:
 # --- Estimate -----------------------------------------------------------------------------------
 
 
-def estimate_memory(trainer: PPOTrainer, part: Rollout) -> MemoryEstimate:
+def estimate_memory(
+    trainer: PPOTrainer, part: Rollout, independent: Scorer | None = None
+) -> MemoryEstimate:
     """Estimate what a run needs on this process.
 
     Args:
         part: see `longest_micro_batch`.
+        independent: the scorer of `evaluation.scorer`.
     """
     actors, sampling = trainer.actors, trainer.settings.sampling
     distributed = trainer.accelerator.num_processes > 1
@@ -123,8 +126,10 @@ def estimate_memory(trainer: PPOTrainer, part: Rollout) -> MemoryEstimate:
     if actors.critic is not None:
         models["critic"] = model_memory(actors.critic, distributed)
         models["critic"].activations = activation_bytes(read_critic, actors.critic, part)
-    if isinstance(actors.scorer, RewardModelScorer):
-        models["reward model"] = model_memory(actors.scorer.model)
+    judges = [actors.scorer] if independent is None else [actors.scorer, independent]
+    weights = [model_memory(m.model).weights for judge in judges for m in reward_models(judge)]
+    if weights:
+        models["reward models"] = ModelMemory(sum(weights))
     ppo = trainer.config.ppo
     num_rows = min(ppo.rollout_batch_size, ppo.batch_size // trainer.accelerator.num_processes)
     per_row = part.sequence_ids.shape[1] * cache_bytes_per_token(actors.policy, part)
@@ -183,7 +188,7 @@ def cache_bytes_per_token(model: Any, part: Rollout) -> int:
     """Bytes of keys and values that generation keeps of one token."""
     ids, mask = part.prompt_ids[:1], part.prompt_mask[:1]
     cache = DynamicCache(config=unwrap_peft(model).config)
-    with _inference_mode(model):  # gradient checkpointing drops the cache
+    with inference_mode(model):  # gradient checkpointing drops the cache
         model(**forward_inputs(model, ids, mask), past_key_values=cache, use_cache=True)
     kept = sum(
         t.nbytes for layer in cache.layers for t in vars(layer).values() if torch.is_tensor(t)
@@ -249,6 +254,8 @@ def longest_micro_batch(trainer: PPOTrainer) -> Rollout:
         ref_logprobs=zeros,
         values=zeros,
         scores=zeros[:, 0],
+        dense_rewards=zeros,
+        component_scores=zeros[:, :0],
         advantages=zeros + 1.0,
         returns=zeros,
     )
@@ -300,8 +307,8 @@ def _forward_and_backward(trainer: PPOTrainer, part: Rollout) -> bool:
             if model is not None:
                 stack.enter_context(accelerator.no_sync(model))
         if optimization.has_critic:
-            losses.append(optimization._critic_backward(part, denominator)["value_loss"])
-        losses.append(optimization._policy_backward(part, denominator)["policy_loss"])
+            losses.append(optimization.critic_backward(part, denominator)["value_loss"])
+        losses.append(optimization.policy_backward(part, denominator)["policy_loss"])
         if optimization.texts:
             texts = sorted(optimization.texts, key=len)[-trainer.config.ppo.micro_batch_size :]
             loss = text_loss(optimization.policy, texts, denominator)

@@ -70,6 +70,7 @@ class Optimization:
         """
         self.config, self.sampling, self.texts = config, sampling, texts
         self.accelerator, self.directory, self.update = accelerator, directory, 0
+        self.kl_coef = config.ppo.kl_coef  # where the penalty stands in the loss
         self.has_critic = actors.critic is not None
         knobs: dict[str, Any] = {"eps": config.ppo.adam_epsilon, "weight_decay": 0.0}
         rates = {"policy": config.ppo.learning_rate}
@@ -137,18 +138,18 @@ class Optimization:
             stats: dict[str, Tensor] = {}
             if self.has_critic:
                 with nullcontext() if last else self.accelerator.no_sync(self.critic):
-                    stats |= self._critic_backward(part, num_tokens / world)
+                    stats |= self.critic_backward(part, num_tokens / world)
             if not self.warming_up:
                 # with ptx the last of its micro-batches synchronises the processes
                 sync = last and not self.texts
                 with nullcontext() if sync else self.accelerator.no_sync(self.policy):
-                    stats |= self._policy_backward(part, num_tokens / world)
+                    stats |= self.policy_backward(part, num_tokens / world)
             for name, value in stats.items():
                 combine = EXTREMES.get(name, torch.add)
                 sums[name] = combine(sums[name], value) if name in sums else value
         return self._reduce(sums, num_tokens, share)
 
-    def _critic_backward(self, part: Rollout, denominator: float) -> dict[str, Tensor]:
+    def critic_backward(self, part: Rollout, denominator: float) -> dict[str, Tensor]:
         """Value loss of one micro-batch; distributed wrappers average, hence the denominator."""
         ppo = self.config.ppo
         values = critic_values(self.critic, part)
@@ -166,7 +167,7 @@ class Optimization:
             "value_clip_fraction": stats["value_clip_fraction"],
         }
 
-    def _policy_backward(self, part: Rollout, denominator: float) -> dict[str, Tensor]:
+    def policy_backward(self, part: Rollout, denominator: float) -> dict[str, Tensor]:
         """Clipped surrogate of one micro-batch, with entropy bonus and KL penalty where asked."""
         ppo, mask = self.config.ppo, part.response_mask
         logprobs, logits = policy_logprobs(self.policy, part, self.sampling)

@@ -28,7 +28,7 @@ from rlhf.config import InputError
 from rlhf.generation import Generation, context_length, generate, uniform_noise
 from rlhf.metrics import say
 from rlhf.models import use_bfloat16
-from rlhf.ppo.evaluation import response_texts
+from rlhf.ppo.evaluation import response_ids, response_texts
 from rlhf.ppo.memory import (
     estimate_memory,
     free_bytes,
@@ -51,8 +51,8 @@ from rlhf.ppo.preflight_checks import (
     check_tokenizer,
 )
 from rlhf.ppo.trainer import PPOTrainer
-from rlhf.rollout import Rollout, collect, policy_logprobs, score_rollout, share_of
-from rlhf.scorers import Scorer, checked_scores
+from rlhf.rollout import Rollout, collect, policy_logprobs, score_sampled, share_of
+from rlhf.scorers import Scorer, Scores, Tokens, score_responses
 
 PREFLIGHT_KEY = (1 << 31) + 1  # names the random numbers; no update, nor the evaluation, has it
 NUM_PROMPTS, NUM_SAMPLES = 16, 16
@@ -71,19 +71,13 @@ class Samples:
     Attributes:
         prompts: encoded prompts, one per response.
         rollout: their responses, without scores.
-        texts: the same as text.
+        ids, texts: the same as token ids and as text.
     """
 
     prompts: list[dict[str, Any]]
     rollout: Rollout
+    ids: list[list[int]]
     texts: list[str]
-
-    @property
-    def ids(self) -> list[list[int]]:
-        """Token ids of the responses."""
-        rollout = self.rollout
-        rows = zip(rollout.response_ids, rollout.response_mask, strict=True)
-        return [ids[mask].tolist() for ids, mask in rows]
 
 
 def run_preflight(
@@ -108,7 +102,8 @@ def run_preflight(
     prompts = list(heldout or trainer.prompts)[:NUM_PROMPTS]
     with _random_state_kept(trainer.accelerator.device):
         fix = "set model.gradient_checkpointing=true or peft=lora"
-        checks = _or_out_of_memory(trainer, "memory", fix, partial(_capacity_checks, trainer))
+        look = partial(_capacity_checks, trainer, independent)
+        checks = _or_out_of_memory(trainer, "memory", fix, look)
         fix = f"set ppo.rollout_batch_size={max(1, trainer.config.ppo.rollout_batch_size // 2)}"
         look = partial(_sample_checks, trainer, prompts, independent)
         checks += _or_out_of_memory(trainer, "sampling", fix, look)
@@ -179,7 +174,7 @@ def _or_out_of_memory(
 # --- Memory and the longest step ------------------------------------------------------------------
 
 
-def _capacity_checks(trainer: PPOTrainer) -> list[Check]:
+def _capacity_checks(trainer: PPOTrainer, independent: Scorer | None) -> list[Check]:
     """Check that the run fits; every process makes the same exchanges."""
     config, device = trainer.config, trainer.accelerator.device
     part = longest_micro_batch(trainer)
@@ -187,7 +182,7 @@ def _capacity_checks(trainer: PPOTrainer) -> list[Check]:
     if device.type == "cpu":  # shared by the processes of this machine
         free //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     free = int(trainer.accelerator.gather(torch.tensor([free], device=device)).min())
-    estimate = estimate_memory(trainer, part)
+    estimate = estimate_memory(trainer, part, independent)
     checks = [check_memory(estimate, free + estimate.sum("weights"), config)]
     if checks[0].status != FAIL:  # without swap, a system rather kills a process than say no
         step = measure_step(trainer, part)
@@ -224,7 +219,7 @@ def _sample_checks(
     eos, sampling = tokenizer.eos_token_id, trainer.settings.sampling
     longer = partial(_sample_longer, trainer, prompts)
     rollout = rollout.select(order[: len(rows)])
-    samples = Samples(rows, rollout, response_texts(rollout, tokenizer))
+    samples = Samples(rows, rollout, response_ids(rollout), response_texts(rollout, tokenizer))
     checks = [
         check_first_ratio(deviation, rollout, watchdog.first_ratio),
         check_tokenizer(tokenizer, [p["prompt"] for p in prompts], samples.texts),
@@ -272,37 +267,48 @@ def _scorer_checks(
     trainer: PPOTrainer, samples: Samples, independent: Scorer | None
 ) -> list[Check]:
     """Check the scorer on the samples, and what choosing by it is worth."""
-    settings = replace(trainer.settings, missing_eos_penalty=None)
-    ids, finished = samples.ids, samples.rollout.finished.cpu()
+    without_penalty = replace(trainer.settings, missing_eos_penalty=None)
+    finished, lengths = samples.rollout.finished.cpu(), samples.rollout.lengths.cpu()
 
-    def score(rows: Sequence[int]) -> Tensor:
-        chosen = [samples.prompts[row] for row in rows]
-        return score_rollout(
-            trainer.actors, chosen, [ids[r] for r in rows], [True] * len(rows), settings
+    def score(rows: Sequence[int]) -> Scores:
+        return score_sampled(
+            trainer.actors,
+            [samples.prompts[row] for row in rows],
+            [samples.ids[row] for row in rows],
+            [True] * len(rows),
+            without_penalty,
         )
 
     watchdog, penalty = trainer.config.watchdog, trainer.config.ppo.missing_eos_penalty
-    lengths = samples.rollout.lengths.cpu()
+    least_std = watchdog.score_std or 0.0
     tolerance = 1e-2 if use_bfloat16(trainer.config.precision) else 1e-4
     try:
-        scores = score(range(len(ids)))
-        checks = [check_scorer(score, scores, lengths, watchdog.score_std or 0.0, tolerance)]
+        scores = score(range(len(samples.ids)))
+        total = scores.total
+        check = check_scorer(lambda rows: score(rows).total, total, lengths, least_std, tolerance)
     except InputError as error:
         return [Check("scorer", FAIL, str(error), "correct the scorer, or its input")]
-    if checks[0].status == FAIL:
-        return checks
-    checks.append(check_length(scores, lengths))
+    if check.status == FAIL:
+        return [check]
+    checks = [check, check_length(total, lengths)]
     if penalty is not None:
-        checks.append(check_penalty(scores[finished], penalty))
-        scores = torch.where(finished, scores, torch.tensor(penalty))
-    judged = None
-    if independent is not None:
-        prompts = [p["prompt"] for p in samples.prompts]
-        try:
-            judged = checked_scores(independent, prompts, samples.texts, "evaluation.scorer")
-        except InputError as error:
-            fix = "correct it, or set evaluation.scorer=null"
-            return [*checks, Check("best of n", FAIL, str(error), fix)]
-        judged = judged.view(-1, NUM_SAMPLES)
-    limit = watchdog.score_std or 0.0
-    return [*checks, check_best_of_n(scores.view(-1, NUM_SAMPLES), judged, limit)]
+        checks.append(check_penalty(total[finished], penalty))
+        total = torch.where(finished, total, penalty + scores.dense_total)  # as in a rollout
+    try:
+        judged = _judge(trainer, samples, independent)
+    except InputError as error:
+        fix = "correct it, or set evaluation.scorer=null"
+        return [*checks, Check("best of n", FAIL, str(error), fix)]
+    return [*checks, check_best_of_n(total.view(-1, NUM_SAMPLES), judged, least_std)]
+
+
+def _judge(trainer: PPOTrainer, samples: Samples, independent: Scorer | None) -> Tensor | None:
+    """Scores of the samples by the independent scorer, (P, NUM_SAMPLES)."""
+    if independent is None:
+        return None
+    tokens = Tokens(
+        [p["input_ids"] for p in samples.prompts], samples.ids, trainer.actors.tokenizer_hash
+    )
+    prompts = [p["prompt"] for p in samples.prompts]
+    scores = score_responses(independent, prompts, samples.texts, "evaluation.scorer", tokens)
+    return scores.total.view(-1, NUM_SAMPLES)

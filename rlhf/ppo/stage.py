@@ -14,7 +14,7 @@ from rlhf.checkpoint import (
     prepare_run_directory,
     warn_about_prompts,
 )
-from rlhf.config import InputError, PPOStageConfig, check, load_object
+from rlhf.config import InputError, PPOStageConfig, check
 from rlhf.data import Splits, encode_prompts, load_splits
 from rlhf.generation import context_length
 from rlhf.metrics import quiet_libraries, say
@@ -26,6 +26,7 @@ from rlhf.ppo.loading import (
     describe_batches,
     load_actors,
     load_checked_tokenizer,
+    load_independent_scorer,
     load_texts,
     prompt_budget,
     with_default_paths,
@@ -42,8 +43,7 @@ def train_ppo(config: PPOStageConfig, scorer: Scorer | None = None) -> PPOResult
     Args:
         config: see `conf/ppo.yaml` for every knob; `model.path` and `scorer.path` default to this
             run's SFT and reward directories.
-        scorer: a callable `(prompts, responses) -> (B,)` in place of `config.scorer`; needs
-            `critic.init=policy`.
+        scorer: see `rlhf.scorers`, in place of `config.scorer`; needs `critic.init=policy`.
 
     Returns:
         With `preflight=only`, an empty result: nothing is trained or written.
@@ -62,8 +62,6 @@ def train_ppo(config: PPOStageConfig, scorer: Scorer | None = None) -> PPOResult
             update = int(done.metrics.pop("update"))
             return PPOResult(config.stage_dir("ppo") / "final", {}, done.metrics, update)
         check_run_directory(config, "ppo")
-    independent = config.evaluation.scorer
-    independent = load_object(independent, "evaluation.scorer") if independent else None
     tokenizer, parent = load_checked_tokenizer(config)
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
@@ -71,6 +69,7 @@ def train_ppo(config: PPOStageConfig, scorer: Scorer | None = None) -> PPOResult
     )
     num_processes = accelerator.num_processes
     check_batches(config, num_processes)
+    independent = load_independent_scorer(config, accelerator.device)
     splits = load_splits(config.dataset, "ppo", config.seed)
     warn_about_prompts(parent, splits.prompts)
     actors = load_actors(config, tokenizer, scorer, accelerator)

@@ -31,7 +31,7 @@ from rlhf.functional import (
 )
 from rlhf.ppo.estimators import ESTIMATORS, WHITENED
 from rlhf.ppo.optimization import Optimization, stream_rows
-from rlhf.rollout import Actors, CollectSettings, Rollout, collect
+from rlhf.rollout import Actors, CollectSettings, Rollout, collect, component_scores
 
 
 class PPOTrainer:
@@ -80,6 +80,8 @@ class PPOTrainer:
         metrics = self.estimate_advantages(rollout, rewards)
         metrics |= self.optimization.run(rollout, self.update, self.kl_coef)
         ended = time.perf_counter()
+        components = component_scores(rollout, self.actors.scorer)
+        metrics |= {name: float(scores.mean()) for name, scores in components.items()}
         metrics |= rollout_metrics(rollout, rewards) | {
             "kl_coef": self.kl_coef,
             "collect_seconds": collected - began,
@@ -113,19 +115,24 @@ class PPOTrainer:
     def shape_rewards(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """Put the KL penalty on every token and the score on the last (Z, S, IG, N, N+).
 
-        Scores are first divided by their running standard deviation and clipped where asked (Sec).
+        A scorer's rewards per token are given at their tokens, what is left of the score on the
+        last. Both are first divided by the running standard deviation of the scores, and the score
+        is clipped, where asked (Sec). So without KL, the rewards of a response add up to its score.
 
         Returns:
             kl (B, T), by `ppo.kl_estimator`, and rewards (B, T).
         """
-        ppo, mask, scores = self.config.ppo, rollout.response_mask, rollout.scores
+        ppo, mask = self.config.ppo, rollout.response_mask
+        scores, dense = rollout.scores, rollout.dense_rewards
         if ppo.scale_scores:
             self.score_moments = update_moments(self.score_moments, scores)
-            scores = scores / (self.score_moments.std or 1.0)
+            std = self.score_moments.std or 1.0
+            scores, dense = scores / std, dense / std
         if ppo.clip_scores is not None:
             scores = scores.clamp(-ppo.clip_scores, ppo.clip_scores)
         kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, ppo.kl_estimator)
-        rewards = shape_rewards(scores, kl, mask, self.kl_coef if ppo.kl_in == "reward" else 0.0)
+        at_end, kl_coef = scores - dense.sum(dim=1), self.kl_coef if ppo.kl_in == "reward" else 0.0
+        rewards = shape_rewards(at_end, kl, mask, kl_coef) + dense
         if ppo.whiten_rewards:  # N: scaled, but not shifted
             rewards = whiten(rewards, mask, center=False)
         return kl, rewards

@@ -1,6 +1,8 @@
-"""Entry point of `python -m rlhf.reward`."""
+"""Entry point of `python -m rlhf.reward`: the stage, or with `score=` the scoring of a file."""
 
 from __future__ import annotations
+
+import sys
 
 from rlhf.command_line import hydra_main
 from rlhf.config import RewardStageConfig
@@ -18,4 +20,8 @@ def run(config: RewardStageConfig) -> int | None:
 
 
 if __name__ == "__main__":
+    if any(argument.startswith("score=") for argument in sys.argv[1:]):
+        from rlhf.reward.scoring import main
+
+        raise SystemExit(main(sys.argv[1:]))
     hydra_main("reward", run)

@@ -1,4 +1,5 @@
-"""The reward stage: a scalar head on the SFT model, trained on ranked responses."""
+"""The reward stage: a scalar head on the SFT model, trained on ranked responses, and what it is
+worth on held-out ones (`rlhf.reward.report`)."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import TrainingArguments
 
 from rlhf.checkpoint import (
     StageRecord,
@@ -23,8 +24,8 @@ from rlhf.checkpoint import (
     write_stage,
 )
 from rlhf.config import RewardStageConfig, check
-from rlhf.data import RankedCollator, encode_ranked, load_splits
-from rlhf.metrics import quiet_libraries, say, table, warn
+from rlhf.data import RankedCollator, Splits, encode_ranked, load_splits
+from rlhf.metrics import quiet_libraries, say, warn
 from rlhf.models import (
     ScalarModel,
     add_lora,
@@ -33,9 +34,17 @@ from rlhf.models import (
     merged,
     parameter_count,
 )
-from rlhf.reward.report import RankingReport
-from rlhf.reward.trainer import RankingTrainer, score_rows
-from rlhf.training import check_max_length, describe_batches, run_trainer, trainer_arguments
+from rlhf.reward.report import (
+    NO_PICTURE,
+    PICTURE,
+    heldout_name,
+    make_report,
+    page_files,
+    ranking_report,
+    terminal_text,
+)
+from rlhf.reward.trainer import RankingTrainer, describe_plan, plan_batches, score_rows
+from rlhf.training import check_max_length, run_trainer, trainer_arguments
 
 
 @dataclass
@@ -81,12 +90,13 @@ def train_reward(config: RewardStageConfig) -> RewardResult:
     check_max_length(config, model)
     train, too_long = encode_ranked(splits.train, tokenizer, config.dataset.max_length)
     heldout, _ = encode_ranked(splits.eval, tokenizer, config.dataset.max_length)
+    plan = plan_batches(train, config.reward, args.world_size)
     if config.peft.enabled:
         model = add_lora(model, config.peft, "SEQ_CLS", config.seed)
     directory = prepare_run_directory(config, "reward")
     total, trainable = parameter_count(model)
     say(f"reward: {total:,} parameters, {trainable:,} trainable; {len(heldout)} held-out prompts")
-    say(f"        {describe_batches(args, len(train), 'prompts')}; one forward pass per response")
+    say(f"        {describe_plan(args, train, plan)}; one forward pass per response")
     say(splits.describe(too_long))
     trainer = RankingTrainer(
         model=ScalarModel(model),
@@ -97,47 +107,53 @@ def train_reward(config: RewardStageConfig) -> RewardResult:
         processing_class=tokenizer,
         ranking=config.reward,
         heldout=heldout,
+        batches=plan,
     )
     stopped_by = run_trainer(trainer, config, directory, "reward")
     if stopped_by is not None:
         return RewardResult(None, {}, stopped_by)
     record = make_record("reward", config, parent, tokenizer, splits.prompts)
-    return _finish(trainer, tokenizer, train, config, directory, record)
+    return _finish(trainer, train, splits, config, directory, record)
 
 
 def _finish(
     trainer: RankingTrainer,
-    tokenizer: PreTrainedTokenizerBase,
     train: list[dict[str, Any]],
+    splits: Splits,
     config: RewardStageConfig,
     directory: Path,
     record: StageRecord,
 ) -> RewardResult:
-    """Rank the held-out responses, store the scale of the scores, write `final/`, show both."""
-    report = trainer.report()
-    scalar = trainer.accelerator.unwrap_model(trainer.model)
+    """Rank the held-out responses, store the scale of the scores, write `final/` with its report,
+    show both."""
+    scalar, heldout = trainer.accelerator.unwrap_model(trainer.model), trainer.heldout
+    tokenizer: Any = trainer.processing_class
     scalar.eval()
-    rows = train[: config.reward.num_normalization_prompts]
-    reference = score_rows(scalar, rows, trainer.args.per_device_eval_batch_size)
+    batches = trainer.args.per_device_eval_batch_size, config.reward.tokens_per_batch
+    reference = score_rows(scalar, train[: config.reward.num_normalization_prompts], *batches)
     record.score_mean = float(torch.cat(reference).mean())
     record.score_std = float(torch.cat(reference).std())
-    record.metrics = report.metrics()
+    scores = score_rows(scalar, heldout, *batches)
+    record.metrics = ranking_report(scores, heldout).metrics()
+    report = make_report(scores, heldout, splits.eval, tokenizer, heldout_name(config.dataset))
     if PartialState().is_main_process:
+        files = page_files(report, scores, heldout)
         write_stage(directory / "final", merged(scalar.model), tokenizer, config, record)
+        for name, content in files.items():
+            (directory / "final" / name).write_bytes(content)
+        _show(report, record, directory / "final", PICTURE in files)
     PartialState().wait_for_everyone()
-    _show(report, record.score_mean, record.score_std, directory)
     return RewardResult(directory / "final", record.metrics)
 
 
-def _show(report: RankingReport, mean: float, std: float, directory: Path) -> None:
-    say("\n" + table(report.rows(), ("held-out pairs", "accuracy", "pairs")))
+def _show(report: dict[str, Any], record: StageRecord, final: Path, has_picture: bool) -> None:
+    say("\n" + terminal_text(report))
     say(
-        f"scores on reference completions: mean {mean:.3f}, std {std:.3f} (stored; PPO subtracts "
-        "the mean)"
+        f"scores on reference completions: mean {record.score_mean:.3f}, std "
+        f"{record.score_std:.3f} (stored for scorer.normalize)"
     )
-    if report.accuracy < report.longer_wins + 0.02:
-        warn(
-            "the reward model is hardly better than `the longer response wins`: PPO against it "
-            "will mostly change length; use more or cleaner rankings, or train longer"
-        )
-    say(f"\nsaved {directory / 'final'}")
+    for warning in report["warnings"]:
+        warn(warning)
+    say(f"\nsaved {final}, with report.md" + (f" and {PICTURE}" if has_picture else ""))
+    if not has_picture:
+        say(NO_PICTURE)

@@ -1,18 +1,7 @@
-"""THE model-loading layer: tokenizer, policy, reference, reward model, critic, forward passes.
-
-One layer serves the three stages: a Hub id, a local directory or a stage directory goes in.
-Policies are `AutoModelForCausalLM`; reward models and critics are
-`AutoModelForSequenceClassification` with one label, read at every position by `ScalarModel`.
-Weights come from safetensors only; pickled weights are refused. Sequences are laid out as
-[left-padded prompt | right-padded response], in sampling and in training alike, so that both see
-the same positions.
-
-Left out: sharded models and quantised loading.
-"""
+"""Loading and building: tokenizer, policy, reference, reward model; adapters and embeddings."""
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -31,9 +20,9 @@ from transformers import (
 )
 
 from rlhf.config import InputError, ModelConfig, PeftConfig, load_object
+from rlhf.models.forward import HEAD
 
 PAD_TOKEN = "<|pad|>"
-HEAD = "score"
 
 
 # --- Tokenizer ----------------------------------------------------------------------------------
@@ -89,10 +78,16 @@ def forbidden_token_ids(tokenizer: PreTrainedTokenizerBase, num_logits: int) -> 
     Args:
         num_logits: width of the language-model head.
     """
-    ids = set(range(len(tokenizer), num_logits))
+    ids = set(range(num_tokens(tokenizer), num_logits))
     if tokenizer.pad_token_id != tokenizer.eos_token_id:
         ids.add(tokenizer.pad_token_id)
     return torch.tensor(sorted(ids), dtype=torch.long)
+
+
+def num_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Rows that an embedding table needs: the largest id + 1, which is more than the number of
+    tokens where ids are left out."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 # --- Loading ------------------------------------------------------------------------------------
@@ -115,7 +110,7 @@ def load_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
         model = _from_hub_or_disk(
             _load_causal_lm, config.path, "model.path", **_load_arguments(config)
         )
-    resize_embeddings(model, len(tokenizer))
+    resize_embeddings(model, num_tokens(tokenizer))
     _set_special_tokens(model, tokenizer)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
@@ -142,7 +137,7 @@ def init_reward_model(
     """
     assert config.path is not None
     model = _load_classifier(config, "model.path")
-    resize_embeddings(model, len(tokenizer))
+    resize_embeddings(model, num_tokens(tokenizer))
     _set_special_tokens(model, tokenizer)
     head = getattr(model, HEAD)
     generator = torch.Generator().manual_seed(seed)
@@ -258,16 +253,16 @@ def disable_dropout(model: nn.Module) -> None:
             module.training = True
 
 
-def resize_embeddings(model: PreTrainedModel, num_tokens: int) -> None:
-    """Grow the embedding tables to `num_tokens` rows, in place; new rows are the mean of the old.
+def resize_embeddings(model: PreTrainedModel, num_rows: int) -> None:
+    """Grow the embedding tables to `num_rows` rows, in place; new rows are the mean of the old.
 
     A table that is already larger (Pythia pads its own) is left alone: its surplus ids are never
     sampled.
     """
     old = cast(Any, model.get_input_embeddings()).weight.shape[0]
-    if old >= num_tokens:
+    if old >= num_rows:
         return
-    model.resize_token_embeddings(num_tokens, mean_resizing=False)
+    model.resize_token_embeddings(num_rows, mean_resizing=False)
     with torch.no_grad():
         for module in {model.get_input_embeddings(), model.get_output_embeddings()} - {None}:
             module.weight[old:] = module.weight[:old].mean(dim=0)
@@ -293,7 +288,7 @@ def _build(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTraine
     model_type = values.pop("model_type", None)
     if model_type is None:
         raise InputError("model.config has no model_type, e.g. model.config.model_type=llama")
-    values.setdefault("vocab_size", len(tokenizer))
+    values.setdefault("vocab_size", num_tokens(tokenizer))
     special = {
         name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")
     }
@@ -394,102 +389,3 @@ def _set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
         stop = holder.eos_token_id
         if not isinstance(stop, list) or tokenizer.eos_token_id not in stop:
             holder.eos_token_id = tokenizer.eos_token_id
-
-
-# --- Forward passes -----------------------------------------------------------------------------
-
-
-def position_ids_from_mask(mask: Tensor) -> Tensor:
-    """Number the valid tokens of each row from 0, whatever the side of the padding.
-
-    mask 0 0 1 1 1 0 -> positions 0 0 0 1 2 2
-
-    Args:
-        mask: (B, L) bool, True where valid.
-
-    Returns:
-        (B, L) int64.
-    """
-    return (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
-
-
-def forward_inputs(model: Any, input_ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Build the inputs of a forward pass: ids, mask, and positions where the family takes any."""
-    inputs = {"input_ids": input_ids, "attention_mask": mask.long()}
-    if accepts(model, "position_ids"):
-        inputs["position_ids"] = position_ids_from_mask(mask)
-    return inputs
-
-
-def response_logits(
-    model: Any, sequence_ids: Tensor, mask: Tensor, num_response: int, forbidden: Tensor
-) -> Tensor:
-    """Return the logits that predict the response tokens, without materialising the prompt's.
-
-    Args:
-        model: a causal LM, possibly wrapped by PEFT or by a distributed wrapper.
-        sequence_ids: (B, P + T) int64, left-padded prompts followed by right-padded responses.
-        mask: (B, P + T) bool.
-        num_response: T.
-        forbidden: ids whose logits become -inf.
-
-    Returns:
-        (B, T, V) in the model's dtype; row t predicts response token t.
-    """
-    inputs = forward_inputs(model, sequence_ids, mask)
-    if accepts(model, "logits_to_keep"):
-        logits = model(**inputs, logits_to_keep=num_response + 1, use_cache=False).logits
-    else:
-        logits = model(**inputs, use_cache=False).logits[:, -num_response - 1 :]
-    logits = logits[:, :-1]
-    return (
-        logits.index_fill(-1, forbidden.to(logits.device), -math.inf) if len(forbidden) else logits
-    )
-
-
-class ScalarModel(nn.Module):
-    """A one-label classifier read at every position: reward model (last token) or critic (all).
-
-    Its numbers are normalised, (raw - mean) / std, so that a critic that starts from a reward model
-    predicts the scores that PPO sees.
-    """
-
-    def __init__(self, model: Any, mean: float = 0.0, std: float = 1.0):
-        super().__init__()
-        self.model, self.mean, self.std = model, mean, std
-
-    def forward(self, sequence_ids: Tensor, mask: Tensor) -> Tensor:
-        """Return one number per token, (B, L) float32; the head is float32 even under autocast."""
-        inner = unwrap_peft(self.model)
-        inputs = forward_inputs(inner.base_model, sequence_ids, mask)
-        hidden = inner.base_model(**inputs, use_cache=False).last_hidden_state
-        with torch.autocast(hidden.device.type, enabled=False):
-            raw = getattr(inner, HEAD)(hidden.float()).squeeze(-1).float()  # (B, L)
-        return (raw - self.mean) / self.std
-
-
-def sequence_scores(model: nn.Module, sequence_ids: Tensor, mask: Tensor) -> Tensor:
-    """Score each sequence at its last valid token.
-
-    Args:
-        model: a `ScalarModel`, possibly wrapped.
-        sequence_ids: (B, L) int64; padding on either side.
-        mask: (B, L) bool.
-
-    Returns:
-        (B,) float32.
-    """
-    values = model(sequence_ids, mask)
-    last = (mask.long() * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(dim=-1)
-    return values.gather(1, last[:, None]).squeeze(1)
-
-
-def unwrap_peft(model: Any) -> Any:
-    """Return the transformers model inside a PEFT wrapper (its adapters stay active)."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def accepts(model: Any, name: str) -> bool:
-    """True if the model's own forward (inside any wrapper) takes an argument of this name."""
-    inner = unwrap_peft(getattr(model, "module", model))
-    return name in inspect.signature(inner.forward).parameters

@@ -1,0 +1,248 @@
+"""What one forward pass per response saves: the reward stage against pairs through TRL.
+
+Both sides train the same small Llama on the same ranked data, whose K responses a prompt make
+K (K - 1) / 2 pairs. Our Trainer passes each response through the model once a step; TRL's
+RewardTrainer takes each pair for itself, so each response K - 1 times. One optimiser step covers
+the same prompts on both sides, in one forward pass, and its loss is the same number: that is
+checked before anything is timed. Each side runs in a process of its own.
+
+Left out: GPUs, mixed precision, gradient accumulation, the time of an evaluation.
+
+Run: python examples/benchmarks/reward_kwise.py        (minutes on one CPU core)
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+VOCABULARY = 2048
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--responses", type=int, nargs="+", default=[2, 4, 8], help="values of K")
+    parser.add_argument("--prompts", type=int, default=8, help="prompts in an epoch")
+    parser.add_argument("--prompts-per-step", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3, help="timed epochs, after one to warm up")
+    parser.add_argument("--hidden", type=int, default=256, help="hidden size of the model")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--prompt-tokens", type=int, default=24)
+    parser.add_argument(
+        "--response-tokens", type=int, nargs=2, default=[16, 64], help="least, most"
+    )
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", default="reward_kwise.json", help="where the numbers go")
+    parser.add_argument("--side", choices=["kwise", "pairs"], help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+# --- One side, in a process of its own ----------------------------------------------------------
+
+
+def ranked_rows(settings: argparse.Namespace, num_responses: int) -> list[dict[str, Any]]:
+    """Encoded rows of random tokens, best response first."""
+    draw = random.Random(num_responses)
+    rows = []
+    for _ in range(settings.prompts):
+        prompt = [draw.randrange(10, VOCABULARY) for _ in range(settings.prompt_tokens)]
+        lengths = [draw.randint(*settings.response_tokens) for _ in range(num_responses)]
+        responses = [[draw.randrange(10, VOCABULARY) for _ in range(num)] for num in lengths]
+        row = {"input_ids": [prompt + ids for ids in responses], "ranks": [*range(num_responses)]}
+        rows.append(row | {"scores": None, "margin": None, "probability": None})
+    return rows
+
+
+def build_model(settings: argparse.Namespace, pad_token_id: int) -> Any:
+    import torch
+    from transformers import AutoModelForSequenceClassification, LlamaConfig
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=settings.hidden,
+        intermediate_size=4 * settings.hidden,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=4,
+        pad_token_id=pad_token_id,
+        num_labels=1,
+    )
+    return AutoModelForSequenceClassification.from_config(config)
+
+
+def build_kwise(rows: list[dict], settings: argparse.Namespace, arguments: dict) -> tuple:
+    """Our Trainer, and the rows of its first step."""
+    from datasets import Dataset
+    from transformers import TrainingArguments
+
+    from rlhf.config import RewardConfig
+    from rlhf.data import RankedCollator
+    from rlhf.demo_world import build_tokenizer
+    from rlhf.models import ScalarModel
+    from rlhf.reward.trainer import RankingTrainer
+
+    pad = build_tokenizer().pad_token_id
+    size = settings.prompts_per_step
+    trainer = RankingTrainer(
+        model=ScalarModel(build_model(settings, pad)),
+        args=TrainingArguments(per_device_train_batch_size=size, **arguments),
+        train_dataset=Dataset.from_list(rows),
+        data_collator=RankedCollator(pad),
+        ranking=RewardConfig(),
+        heldout=[],
+    )
+    return trainer, rows[:size]
+
+
+def build_pairs(rows: list[dict], settings: argparse.Namespace, arguments: dict) -> tuple:
+    """TRL's RewardTrainer on all pairs, and the pairs of the prompts of our first step."""
+    import trl
+    from datasets import Dataset
+
+    from rlhf.demo_world import build_tokenizer
+
+    tokenizer = build_tokenizer()
+    pairs = [
+        {"chosen_ids": chosen, "rejected_ids": rejected}
+        for row in rows
+        for chosen, rejected in itertools.combinations(row["input_ids"], 2)
+    ]
+    size = settings.prompts_per_step * len(pairs) // len(rows)
+    args = trl.RewardConfig(
+        per_device_train_batch_size=size,
+        bf16=False,
+        gradient_checkpointing=False,
+        max_length=None,
+        **arguments,
+    )
+    trainer = trl.RewardTrainer(
+        build_model(settings, tokenizer.pad_token_id),
+        args,
+        train_dataset=Dataset.from_list(pairs),
+        processing_class=tokenizer,
+    )
+    return trainer, pairs[:size]
+
+
+def measure(settings: argparse.Namespace, num_responses: int) -> dict[str, Any]:
+    """Time the epochs of one side, and its memory beyond what was in use before training."""
+    import torch
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):
+        seconds: list[float] = []
+
+        def on_epoch_begin(self, *_: Any, **__: Any) -> None:
+            self.began = time.perf_counter()
+
+        def on_epoch_end(self, *_: Any, **__: Any) -> None:
+            self.seconds.append(time.perf_counter() - self.began)
+
+    torch.set_num_threads(settings.threads)
+    arguments = {
+        "num_train_epochs": settings.repeats + 1,
+        "learning_rate": 1e-5,
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+    }
+    build = build_kwise if settings.side == "kwise" else build_pairs
+    with tempfile.TemporaryDirectory() as folder:
+        trainer, first = build(
+            ranked_rows(settings, num_responses), settings, arguments | {"output_dir": folder}
+        )
+        trainer.add_callback(Clock())
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with torch.no_grad():
+            loss = trainer.compute_loss(trainer.model, trainer.data_collator(first))
+        trainer.train()
+        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    mebibytes = 1024**2 if sys.platform == "darwin" else 1024
+    return {
+        "seconds": statistics.median(Clock.seconds[1:]),
+        "epochs": Clock.seconds[1:],
+        "growth": (after - before) / mebibytes,
+        "peak": after / mebibytes,
+        "loss": loss.item(),
+    }
+
+
+# --- Both sides -----------------------------------------------------------------------------------
+
+
+def run_side(side: str, num_responses: int, arguments: list[str]) -> dict[str, Any]:
+    """Measure one side in a new process."""
+    given = [*arguments, "--side", side, "--responses", str(num_responses)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, __file__, *given], env=environment, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise SystemExit(f"{side}, K={num_responses} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare(num_responses: int, arguments: list[str]) -> dict[str, Any]:
+    """Measure both sides; their first losses must agree."""
+    sides = {side: run_side(side, num_responses, arguments) for side in ("kwise", "pairs")}
+    kwise, pairs = sides["kwise"], sides["pairs"]
+    if abs(kwise["loss"] - pairs["loss"]) > 1e-5:
+        raise SystemExit(f"not the same loss: {kwise['loss']} and {pairs['loss']}")
+    return {
+        "responses": num_responses,
+        "sequences_ratio": 1 / (num_responses - 1),
+        "time_ratio": kwise["seconds"] / pairs["seconds"],
+        "growth_ratio": kwise["growth"] / pairs["growth"],
+        "peak_ratio": kwise["peak"] / pairs["peak"],
+        **sides,
+    }
+
+
+def markdown(results: list[dict[str, Any]]) -> str:
+    lines = [
+        "| K | sequences | time of an epoch | memory of training | peak of the process |",
+        "|---|---|---|---|---|",
+    ]
+    for result in results:
+        ratios = [f"{result[f'{name}_ratio']:.2f}" for name in ("sequences", "time", "growth")]
+        lines.append(
+            f"| {result['responses']} | {' | '.join(ratios)} | {result['peak_ratio']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    settings = parse(arguments)
+    if settings.side:
+        print(json.dumps(measure(settings, settings.responses[0])))
+        return
+    began, results = time.perf_counter(), []
+    for num_responses in settings.responses:
+        results.append(compare(num_responses, arguments))
+        sides = [f"{name} {results[-1][name]['seconds']:.2f} s" for name in ("kwise", "pairs")]
+        print(f"K = {num_responses}: {', '.join(sides)} an epoch", file=sys.stderr)
+    Path(settings.out).write_text(
+        json.dumps({"settings": vars(settings), "results": results}, indent=1)
+    )
+    print("ours / TRL's RewardTrainer on the same pairs\n\n" + markdown(results))
+    print(f"\n{time.perf_counter() - began:.0f} s in all", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

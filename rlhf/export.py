@@ -1,0 +1,242 @@
+"""Write a plain model directory: python -m rlhf.export path=runs/demo/ppo/checkpoint-40 out=policy
+
+What `from_pretrained`, `transformers serve` and every other reader of Hugging Face directories
+load is made of a directory that holds adapters or the state of a run. Options, each as key=value:
+
+    path    checkpoint-N of an SFT or PPO run, a PEFT adapter directory, or a model directory
+    out     directory to write; must be new or empty
+    dtype   float32, bfloat16, float16, or auto, as it is stored (the default); the head of a reward
+            model stays in float32
+
+Tokenizer, chat template, rlhf.json and config.yaml go along. A checkpoint is built as its run built
+the model, from the paths in its config.yaml; where the run averages its weights (ppo.ema_decay),
+the averages are written, as into final/. Left out: checkpoints of the reward stage, which lack the
+scale of the scores.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf.chat import run_command
+from rlhf.config import STAGES, InputError, ModelConfig, StageConfig, load_config, nearest
+from rlhf.config.stages import DTYPES
+
+CONFIG, ADAPTER = "config.yaml", "adapter_config.json"
+
+
+@dataclass
+class ExportOptions:
+    """The command line; see the module's docstring."""
+
+    path: str | None = None
+    out: str | None = None
+    dtype: str = "auto"
+
+
+def export(options: ExportOptions) -> None:
+    """Write the directory and say how to use it.
+
+    Raises:
+        InputError: bad options, nothing that can be exported, or something would be overwritten.
+    """
+    _check(options)
+    import transformers
+
+    from rlhf.checkpoint import complete_or_nothing, require_stage
+    from rlhf.checkpoint.handoff import RECORD
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    path, out, record = Path(str(options.path)), Path(str(options.out)), None
+    if (path / CONFIG).is_file() and not (path / RECORD).is_file():
+        model, tokenizer, record = load_checkpoint(path)
+    else:
+        require_stage(path, tuple(STAGES), "path")
+        model, tokenizer = load_directory(path)
+    if options.dtype != "auto":
+        _cast(model, options.dtype)
+    with complete_or_nothing(out) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        for name in (CONFIG, RECORD):
+            if (path / name).is_file():
+                shutil.copyfile(path / name, temporary / name)
+        if record is not None:
+            text = json.dumps(dataclasses.asdict(record), indent=2)
+            (temporary / RECORD).write_text(text, encoding="utf-8")
+    _report(model, out)
+
+
+def _check(options: ExportOptions) -> None:
+    for name in ("path", "out"):
+        if not getattr(options, name):
+            raise InputError(f"{name} is missing; write path=<directory> out=<new directory>")
+    if not Path(str(options.path)).is_dir():
+        raise InputError(f"path={options.path}: no such directory")
+    if options.dtype not in DTYPES:
+        hint = nearest(options.dtype, DTYPES)
+        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {options.dtype}.{hint}")
+    for end in ("", ".tmp", ".old"):  # names that are used while writing
+        taken = Path(str(options.out) + end)
+        if taken.exists() and (not taken.is_dir() or any(taken.iterdir())):
+            raise InputError(f"out={options.out}: {taken} exists and is not empty; choose another")
+
+
+# --- What is exported ---------------------------------------------------------------------------
+
+
+def load_checkpoint(path: Path) -> tuple[Any, Any, Any]:
+    """Build the policy that a checkpoint of an SFT or PPO run holds.
+
+    Returns:
+        Plain model, tokenizer, and a `StageRecord` for it.
+
+    Raises:
+        InputError: the checkpoint is damaged or of the reward stage, or what its run started from
+            is gone.
+    """
+    from rlhf.checkpoint import (
+        find_damage,
+        make_record,
+        read_manifest,
+        read_record,
+        step_of,
+    )
+    from rlhf.models import load_tokenizer
+
+    damage = find_damage(path)
+    if damage is not None:
+        raise InputError(f"path={path} is damaged or incomplete: {damage}; take another checkpoint")
+    stage = ((read_manifest(path) or {}).get("run") or {}).get("stage")
+    if stage not in ("sft", "ppo"):
+        raise InputError(
+            f"path={path} is a checkpoint of the {stage} stage; only those of sft and ppo can be "
+            "exported. Finish the run with resume=true and use its final/"
+        )
+    config = load_config(STAGES[stage], path / CONFIG)
+    try:
+        tokenizer = load_tokenizer(config.model)
+        model = _policy_of(path, stage, config, tokenizer)
+    except InputError as error:
+        raise InputError(
+            f"{path}: {error}. The paths in its {CONFIG} are those of the run: export from the "
+            "folder where the run was started"
+        ) from error
+    sources = (path.parent / "final", Path(str(config.model.path)))
+    known = [r.prompts for r in map(read_record, sources) if r is not None]
+    prompts = known[0] if known else None
+    record = make_record(stage, config, config.model.path, tokenizer, prompts)
+    record.metrics = {"update" if stage == "ppo" else "step": step_of(path)}
+    return model, tokenizer, record
+
+
+def _policy_of(path: Path, stage: str, config: StageConfig, tokenizer: Any) -> Any:
+    """Build the model as the stage does, and give it the weights of the checkpoint."""
+    import torch
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    from rlhf.checkpoint import load_modules
+    from rlhf.models import add_lora, load_policy, merged
+
+    if stage == "sft" and not config.peft.enabled:  # the transformers Trainer writes all of it
+        own = dataclasses.replace(config.model, path=str(path), revision=None)
+        return load_policy(own, tokenizer)
+    torch.manual_seed(config.seed)  # a model from model.config has random weights
+    model: Any = load_policy(config.model, tokenizer)
+    if config.peft.enabled:
+        model = add_lora(model, config.peft, "CAUSAL_LM", config.seed)
+    if stage == "sft":
+        set_peft_model_state_dict(model, load_file(path / "adapter_model.safetensors"))
+    else:
+        averaged = (path / "averages.safetensors").is_file()
+        load_modules(path, {"averages" if averaged else "policy": model})
+    return merged(model)
+
+
+def load_directory(path: Path) -> tuple[Any, Any]:
+    """Load a policy or reward model, its adapters merged, and its tokenizer as it is.
+
+    Adapters of a reward model are merged in float32.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    from rlhf.models import load_policy, load_reward_model
+
+    adapter = _read(path / ADAPTER)
+    base = adapter.get("base_model_name_or_path")
+    own_tokenizer = (path / "tokenizer_config.json").is_file()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path if own_tokenizer or not base else base)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:400]
+        raise InputError(f"path={path}: its tokenizer cannot be loaded ({reason})") from error
+    config = ModelConfig(path=str(path), dtype="auto")
+    if adapter.get("task_type") == "SEQ_CLS":
+        return _merge_reward_adapter(path), tokenizer
+    architectures = _read(path / "config.json").get("architectures") or [""]
+    if architectures[0].endswith("ForSequenceClassification"):
+        return load_reward_model(config, field="path"), tokenizer
+    try:
+        return load_policy(config, tokenizer), tokenizer
+    except InputError as error:
+        raise InputError(str(error).replace("model.path=", "path=")) from error
+
+
+def _merge_reward_adapter(path: Path) -> Any:
+    import torch
+    from peft import AutoPeftModelForSequenceClassification
+
+    try:
+        model = AutoPeftModelForSequenceClassification.from_pretrained(
+            path, num_labels=1, dtype=torch.float32
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:400]
+        raise InputError(f"path={path} cannot be loaded as a reward model ({reason})") from error
+    return model.merge_and_unload()
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _cast(model: Any, dtype: str) -> None:
+    """Round every weight but the head of a reward model, in place."""
+    import torch
+
+    from rlhf.models import HEAD
+
+    for name, parameter in model.named_parameters():
+        if not name.startswith(f"{HEAD}."):
+            parameter.data = parameter.data.to(getattr(torch, dtype))
+
+
+def _report(model: Any, out: Path) -> None:
+    from rlhf.metrics import say
+    from rlhf.models import parameter_count
+
+    size = sum(file.stat().st_size for file in out.glob("*.safetensors")) / 1e6
+    name, dtype = type(model).__name__, str(model.dtype).removeprefix("torch.")
+    say(f"saved {out}: {name}, {parameter_count(model)[0]:,} parameters, {dtype}, {size:,.1f} MB")
+    if name.endswith("ForSequenceClassification"):
+        say(f'  AutoModelForSequenceClassification.from_pretrained("{out}")')
+        say(f"  python -m rlhf.ppo scorer.path={out} ...")
+    else:
+        say(f'  AutoModelForCausalLM.from_pretrained("{out}")')
+        say(f"  python -m rlhf.chat path={out}")
+        say(f"  transformers serve {out}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(str(__doc__), ExportOptions, export, sys.argv[1:]))

@@ -1,0 +1,65 @@
+"""THE model-loading layer: tokenizer, policy, reference, reward model, critic, forward passes.
+
+One layer serves the three stages: a Hub id, a local directory or a stage directory goes in.
+Policies are `AutoModelForCausalLM`; reward models and critics are
+`AutoModelForSequenceClassification` with one label, read at every position by `ScalarModel`.
+Weights come from safetensors only; pickled weights are refused. Sequences are laid out as
+[left-padded prompt | right-padded response], in sampling and in training alike, so that both see
+the same positions.
+
+Left out: sharded models and quantised loading.
+"""
+
+from rlhf.models.forward import (
+    HEAD,
+    ScalarModel,
+    accepts,
+    forward_inputs,
+    position_ids_from_mask,
+    response_logits,
+    sequence_scores,
+    unwrap_peft,
+)
+from rlhf.models.loading import (
+    PAD_TOKEN,
+    add_lora,
+    disable_dropout,
+    forbidden_token_ids,
+    freeze,
+    init_reward_model,
+    load_policy,
+    load_reference,
+    load_reward_model,
+    load_tokenizer,
+    merged,
+    num_tokens,
+    parameter_count,
+    resize_embeddings,
+    use_bfloat16,
+)
+
+__all__ = [
+    "HEAD",
+    "PAD_TOKEN",
+    "ScalarModel",
+    "accepts",
+    "add_lora",
+    "disable_dropout",
+    "forbidden_token_ids",
+    "forward_inputs",
+    "freeze",
+    "init_reward_model",
+    "load_policy",
+    "load_reference",
+    "load_reward_model",
+    "load_tokenizer",
+    "merged",
+    "num_tokens",
+    "parameter_count",
+    "position_ids_from_mask",
+    "resize_embeddings",
+    "response_logits",
+    "sequence_scores",
+    "unwrap_peft",
+    "use_bfloat16",
+]

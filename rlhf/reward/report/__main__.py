@@ -1,0 +1,139 @@
+"""Make the report of a reward model: python -m rlhf.reward.report path=runs/mine/reward/final
+
+path=      final/ of a reward stage, or any one-label sequence classifier
+compare=   [a,b]: reward models with the same tokenizer, e.g. of other seeds, to agree with
+out=       where report.json, report.md and report.png go (default: path)
+dataset.*  other held-out rows than those of the stage, e.g. dataset.eval_path=new.jsonl; the keys
+           are those of conf/dataset
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf.checkpoint import require_stage
+from rlhf.config import InputError, RewardStageConfig, ScorerConfig, explain, schema
+from rlhf.data import describe_dropped, encode_ranked, load_splits
+from rlhf.metrics import quiet_libraries, say, warn
+from rlhf.reward.report.measures import Row, agreement, ranking_report
+from rlhf.reward.report.page import NO_PICTURE, PICTURE, page_files, terminal_text
+from rlhf.reward.report.verdict import heldout_name, make_report
+from rlhf.reward.trainer import score_rows
+from rlhf.scorers import RewardModelScorer
+
+
+def main(arguments: list[str]) -> int:
+    """Score, print and write; return the exit status."""
+    try:
+        run(arguments)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(arguments: list[str]) -> dict[str, Any]:
+    """Make the report that the arguments ask for, and return it."""
+    settings, overrides = _parse(arguments)
+    quiet_libraries()
+    path = settings["path"]
+    out = Path(settings.get("out", path))
+    if not out.is_dir():
+        raise InputError(f"out={out} is not a directory; give out=<one that exists>")
+    require_stage(path, ("reward",), "path")
+    config = _load_config(Path(path), overrides)
+    splits = load_splits(config.dataset, "reward", config.seed)
+    scorer = _load(path)
+    rows, too_long = encode_ranked(splits.eval, scorer.tokenizer, config.dataset.max_length)
+    data = heldout_name(config.dataset)
+    say(f"{len(rows)} held-out prompts of {data}; {describe_dropped(too_long)}")
+    scores = _score(scorer, rows, config)
+    report = make_report(scores, rows, splits.eval, scorer.tokenizer, data)
+    others = [other for other in settings.get("compare", "").strip("[] ").split(",") if other]
+    if others:
+        report["agreement"] = [_compare(scorer, scores, o.strip(), rows, config) for o in others]
+    files = page_files(report, scores, rows)
+    for file, content in files.items():
+        (out / file).write_bytes(content)
+    say("\n" + terminal_text(report))
+    for warning in report["warnings"]:
+        warn(warning)
+    say(f"\nsaved {', '.join(str(out / file) for file in files)}")
+    if PICTURE not in files:
+        say(NO_PICTURE)
+    return report
+
+
+def _parse(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
+    settings, overrides = {}, []
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key in ("path", "compare", "out"):
+            settings[key] = value
+        elif key.startswith("dataset.") and "=" in argument:
+            overrides.append(argument)
+        else:
+            raise InputError(f"got {argument!r}; expected\n{__doc__}")
+    if not settings.get("path"):
+        raise InputError(f"path is missing; expected\n{__doc__}")
+    return settings, overrides
+
+
+def _load_config(path: Path, overrides: list[str]) -> RewardStageConfig:
+    """The configuration of the stage, if one made the reward model, with other data."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    file = path / "config.yaml"
+    stored: Any = OmegaConf.load(file) if file.is_file() else {}
+    try:
+        merged = OmegaConf.merge(
+            schema(RewardStageConfig), stored, OmegaConf.from_dotlist(overrides)
+        )
+        config: Any = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise InputError(explain(error, RewardStageConfig)) from error
+    if config.dataset.path is None:
+        raise InputError(
+            f"{path} does not say what it was trained on; give dataset.path=<rows> and "
+            "dataset.format=ranked (or another format of conf/dataset)"
+        )
+    return config
+
+
+def _load(path: str) -> RewardModelScorer:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return RewardModelScorer(ScorerConfig(path, normalize="none"), device, field="path")
+
+
+def _score(scorer: RewardModelScorer, rows: list[Row], config: RewardStageConfig) -> list[Tensor]:
+    prompts_per_batch = config.trainer["per_device_eval_batch_size"]
+    with torch.no_grad():
+        return score_rows(scorer.model, rows, prompts_per_batch, config.reward.tokens_per_batch)
+
+
+def _compare(
+    scorer: RewardModelScorer,
+    scores: list[Tensor],
+    path: str,
+    rows: list[Row],
+    config: RewardStageConfig,
+) -> dict[str, Any]:
+    other = _load(path)
+    if other.tokenizer_hash != scorer.tokenizer_hash:
+        raise InputError(
+            f"compare={path} has another tokenizer or chat template than path={scorer.path}; "
+            "compare reward models that started from the same SFT stage"
+        )
+    theirs = _score(other, rows, config)
+    accuracy = ranking_report(theirs, rows).accuracy
+    return {"model": path, "accuracy": accuracy} | agreement(scores, theirs)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

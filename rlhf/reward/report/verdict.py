@@ -1,0 +1,114 @@
+"""What a report amounts to: one line, and the warnings. The rules of both stand here alone: PPO
+passes on what the reward stage wrote.
+
+A reward model is named
+- near chance (or worse), where the 95 % interval of its accuracy reaches down to 0.5;
+- not shown to know more than length, where that of its accuracy on pairs of similar length does, or
+  where there are no such pairs and "the longer response wins" lies within the interval;
+- length-driven, where the mean correlation (Spearman) of score and length within prompts is beyond
+  +-`LENGTH_DRIVEN`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from rlhf.config import DatasetConfig, InputError
+from rlhf.reward.report.measures import Row, find_mistakes, measure
+
+LENGTH_DRIVEN = 0.6
+
+
+def heldout_name(data: DatasetConfig) -> str:
+    """Say where the held-out rows of a stage are from."""
+    return data.eval_path or f"{data.path} (a held-out part of it)"
+
+
+def make_report(
+    scores: list[Tensor], rows: list[Row], canonical: list[Row], tokenizer: Any, data: str
+) -> dict[str, Any]:
+    """Make the report of a reward model; its keys are documented in `rlhf.reward.report`.
+
+    Args:
+        scores: raw, one (K,) tensor per row.
+        rows: held-out rows as `encode_ranked` gives them.
+        canonical: the rows that it was given.
+        tokenizer: that encoded them.
+        data: where they are from.
+
+    Raises:
+        InputError: a score is not finite.
+    """
+    bad = [i for i, row_scores in enumerate(scores) if not row_scores.isfinite().all()]
+    if bad:
+        raise InputError(
+            f"the reward model gives {scores[bad[0]].tolist()} to the responses of held-out prompt "
+            f"{bad[0] + 1}; expected finite scores: use precision=float32 and model.dtype=float32"
+        )
+    origin = [canonical[row["row"]] for row in rows]
+    subsets = [str(row["subset"]) if row.get("subset") is not None else None for row in origin]
+    report = {"data": data, "summary": "", "warnings": []} | measure(scores, rows, subsets)
+    report["mistakes"] = find_mistakes(scores, rows, [row["prompt"] for row in origin], tokenizer)
+    report["summary"], report["warnings"] = summarise(report), judge(report)
+    return report
+
+
+def summarise(report: dict[str, Any]) -> str:
+    """Put the main numbers into one line."""
+    all_pairs, similar = report["slices"]["all"]["all"], report["slices"]["length"].get("similar")
+    parts = [
+        f"accuracy {_interval(all_pairs)} on {all_pairs['num_pairs']} held-out pairs of "
+        f"{report['num_prompts']} prompts (the longer response wins: "
+        f"{all_pairs['longer_wins']:.3f})"
+    ]
+    if similar:
+        parts.append(f"at similar length {_interval(similar)} ({similar['longer_wins']:.3f})")
+    within = report["length"]["within_prompt_spearman"]
+    if within is not None:
+        parts.append(f"correlation of score and length within prompts {within:+.2f}")
+    return "; ".join(parts)
+
+
+def judge(report: dict[str, Any]) -> list[str]:
+    """Say what is wrong with the reward model, with the remedy; see the top of this file."""
+    all_pairs, similar = report["slices"]["all"]["all"], report["slices"]["length"].get("similar")
+    found, num = f"accuracy {_interval(all_pairs)}", report["num_prompts"]
+    warnings = []
+    if all_pairs["accuracy_high"] < 0.5:
+        warnings.append(
+            f"the reward model orders held-out pairs the wrong way round ({found}): check that "
+            "rank 0, or the highest score, is the best response of the data, or train it longer"
+        )
+    elif all_pairs["accuracy_low"] <= 0.5:
+        warnings.append(
+            f"the reward model is near chance on {num} held-out prompts ({found}): PPO against it "
+            "follows noise. Train it longer or with another trainer.learning_rate, start it from a "
+            "better SFT model, give it more or cleaner comparisons, or hold out more prompts to see"
+        )
+    elif similar and similar["accuracy_low"] <= 0.5:
+        warnings.append(
+            "the reward model is not shown to know more than that longer is better: on pairs of "
+            f"similar length its accuracy is {_interval(similar)}. Add comparisons of similar "
+            "length, or more and cleaner ones; or hold out more prompts to see"
+        )
+    elif not similar and all_pairs["accuracy_low"] <= all_pairs["longer_wins"]:
+        warnings.append(
+            "the reward model is not shown to know more than length: no held-out pair has similar "
+            f"lengths, and `the longer response wins` is right on {all_pairs['longer_wins']:.3f} "
+            f"of the pairs ({found}). Add comparisons of similar length"
+        )
+    within = report["length"]["within_prompt_spearman"]
+    if within is not None and abs(within) > LENGTH_DRIVEN:
+        warnings.append(
+            f"the reward model's scores follow length: correlation {within:+.2f} within prompts. "
+            f"PPO against it will mostly write {'longer' if within > 0 else 'shorter'}: add "
+            f"comparisons whose better response is the {'shorter' if within > 0 else 'longer'} one "
+            "or as long, and watch response_length and the KL"
+        )
+    return warnings
+
+
+def _interval(piece: dict[str, float]) -> str:
+    return f"{piece['accuracy']:.3f} [{piece['accuracy_low']:.3f}, {piece['accuracy_high']:.3f}]"

@@ -1,0 +1,149 @@
+"""Trained reward models as scorers: loading, rendering, scoring."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf.checkpoint import hash_tokenizer, require_stage
+from rlhf.config import InputError, ModelConfig, ScorerConfig
+from rlhf.data import encode_prompt, encode_response
+from rlhf.models import ScalarModel, freeze, load_reward_model, load_tokenizer, sequence_scores
+
+
+class RewardModelScorer:
+    """A trained reward model; its scores are normalised with what its stage recorded.
+
+    Attributes:
+        path: directory or Hub id.
+        tokenizer: of the reward model; text is rendered with it and with its chat template.
+        tokenizer_hash: see `hash_rendering`; a policy with the same hash is scored by token ids.
+        max_length: longest prompt with response, tokens.
+    """
+
+    def __init__(
+        self,
+        config: ScorerConfig,
+        device: torch.device | str = "cpu",
+        dtype: str = "float32",
+        field: str = "scorer.path",
+    ):
+        """Load the model, its tokenizer and its score statistics.
+
+        Args:
+            config: `path` is the `final/` of a reward stage, or any one-label sequence classifier;
+                for `normalize` see `score_statistics`.
+            field: configuration key, for messages.
+
+        Raises:
+            InputError: not a reward model, or a normalisation is asked for and no statistics are
+                stored.
+        """
+        assert config.path is not None
+        record = require_stage(config.path, ("reward",), field)
+        mean, std = score_statistics(config, record, field)
+        source = ModelConfig(path=config.path, dtype=dtype)
+        model = load_reward_model(source, field)
+        self.model = freeze(ScalarModel(model, mean, std)).to(device)
+        self.tokenizer = load_tokenizer(source)
+        self.tokenizer_hash = hash_rendering(self.tokenizer)
+        self.path, self.batch_size = config.path, config.batch_size
+        self.max_length = getattr(model.config, "max_position_embeddings", None) or 1 << 30
+
+    def __call__(self, prompts: Sequence[Any], responses: Sequence[str]) -> Tensor:
+        """Score complete responses given as text, (B,) float32 on the CPU."""
+        pairs = zip(prompts, responses, strict=True)
+        return self.score_ids([self.encode(prompt, response) for prompt, response in pairs])
+
+    def encode(self, prompt: Any, response: str) -> list[int]:
+        """Token ids of a prompt (text or messages) and a complete response, as in training."""
+        ids = encode_prompt(prompt, self.tokenizer)
+        return ids + encode_response(prompt, response, self.tokenizer)
+
+    @torch.no_grad()
+    def score_ids(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+        """Score token sequences (prompt + response) of the reward model's own tokenizer, (B,)
+        float32 on the CPU.
+
+        Raises:
+            InputError: a sequence is longer than the model's context.
+        """
+        longest = max(map(len, sequences), default=0)
+        if longest > self.max_length:
+            raise InputError(
+                f"a prompt with its response has {longest} tokens, but the context of the reward "
+                f"model {self.path} is {self.max_length}; shorten it (PPO: ppo.max_prompt_length, "
+                "ppo.response_length)"
+            )
+        return score_sequences(self.model, sequences, self.batch_size)
+
+
+@torch.no_grad()
+def score_sequences(model: Any, sequences: Sequence[Sequence[int]], batch_size: int) -> Tensor:
+    """Score token sequences with a `ScalarModel` in batches of similar length.
+
+    Returns:
+        (len(sequences),) float32 on the CPU, in the order given.
+    """
+    device = next(model.parameters()).device
+    scores = torch.zeros(len(sequences))
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        width = len(sequences[rows[-1]])
+        ids = torch.tensor(
+            [[*sequences[i], *[0] * (width - len(sequences[i]))] for i in rows], device=device
+        )
+        mask = torch.tensor(
+            [[j < len(sequences[i]) for j in range(width)] for i in rows], device=device
+        )
+        scores[rows] = sequence_scores(model, ids, mask).cpu()
+    return scores
+
+
+def score_statistics(
+    config: ScorerConfig, record: Any, field: str = "scorer.path"
+) -> tuple[float, float]:
+    """Return (mean, std) to normalise with: score = (raw - mean) / std.
+
+    Args:
+        config: `normalize` is "demo_mean_zero" (subtract the mean over reference completions:
+            Stiennon et al. 2020, InstructGPT), "standardise" (also divide by their standard
+            deviation) or "none".
+        record: `StageRecord` of the reward model, None where no stage wrote it.
+        field: configuration key of `path`, for messages.
+
+    Raises:
+        InputError: no statistics are stored.
+    """
+    if config.normalize == "none":
+        return 0.0, 1.0
+    if record is None or record.score_mean is None:
+        key = field.removesuffix("path") + "normalize"
+        what = "has none" if Path(str(config.path)).is_dir() else "is no directory here"
+        raise InputError(
+            f"{key}={config.normalize} needs the score statistics that the reward stage stores, "
+            f"but {config.path} {what}; for a model from elsewhere set {key}=none"
+        )
+    standardise = config.normalize == "standardise"
+    return record.score_mean, (record.score_std or 1.0) if standardise else 1.0
+
+
+def hash_rendering(tokenizer: Any) -> str:
+    """Hash all that turns a conversation into token ids: vocabulary, special tokens, the rules
+    that split text, the chat template.
+
+    Only under equal hashes do the ids that a policy saw stand for the same to a reward model.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = {} if backend is None else json.loads(backend.to_str())
+    for state in ("padding", "truncation"):  # of the latest call
+        rules.pop(state, None)
+    facts = [hash_tokenizer(tokenizer), tokenizer.chat_template, rules]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
