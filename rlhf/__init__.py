@@ -19,6 +19,8 @@ _PUBLIC = {
     "PPOTrainer": "rlhf.ppo",
     "RewardStageConfig": "rlhf.config",
     "SFTStageConfig": "rlhf.config",
+    "ScorerComponent": "rlhf.config",
+    "ScorerConfig": "rlhf.config",
     "load_scorer": "rlhf.scorers",
     "train_ppo": "rlhf.ppo",
     "train_reward": "rlhf.reward",

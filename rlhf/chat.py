@@ -180,14 +180,14 @@ class Chat:
 
     def _knobs(self) -> tuple[float, float, int]:
         """temperature, top_p and top_k: the options, else the generation config, else plain."""
-        configured, options = self.model.generation_config, self.options
-        samples = configured.do_sample is not False
-        given: list[Any] = []
-        for name, plain in (("temperature", 1.0), ("top_p", 1.0), ("top_k", 0)):
-            theirs = getattr(configured, name, None) if samples else None
-            ours = getattr(options, name)
-            given.append(ours if ours is not None else plain if theirs is None else theirs)
-        return given[0], given[1], given[2]
+        configured = self.model.generation_config
+        greedy = configured.do_sample is False
+        plain = {"temperature": 0.0 if greedy else 1.0, "top_p": 1.0, "top_k": 0}
+        theirs = {} if greedy else {name: getattr(configured, name, None) for name in plain}
+        ours = {name: getattr(self.options, name) for name in plain}
+        for values in (theirs, ours):
+            plain |= {name: value for name, value in values.items() if value is not None}
+        return plain["temperature"], plain["top_p"], int(plain["top_k"])
 
     def describe(self) -> str:
         """Say what was loaded, how it samples, and what of its generation config is not obeyed."""
@@ -266,16 +266,19 @@ class Chat:
 
         context = context_length(self.model)
         reserve = min(self.sampling.max_new_tokens, context // 2)
-        ids = self._encode(question)
-        while self.rounds and len(ids) + reserve > context:
-            del self.rounds[0]
-            ids = self._encode(question)
-            if not self._said_full:
+        kept = self.rounds
+        ids = self._encode(question, kept)
+        while kept and len(ids) + reserve > context:
+            kept = kept[1:]
+            ids = self._encode(question, kept)
+        if len(ids) < context:
+            if len(kept) < len(self.rounds) and not self._said_full:
                 note(f"[the context of {context} tokens is full: the oldest rounds are left out]")
                 self._said_full = True
+            self.rounds = kept
         return ids, context - len(ids)
 
-    def _encode(self, question: str) -> list[int]:
+    def _encode(self, question: str, rounds: list[tuple[str, str]]) -> list[int]:
         from jinja2 import TemplateError
 
         from rlhf.data import encode_prompt
@@ -284,7 +287,7 @@ class Chat:
             return encode_prompt(question, self.tokenizer)
         system = self.options.system
         messages = [{"role": "system", "content": system}] if system is not None else []
-        for asked, answered in self.rounds:
+        for asked, answered in rounds:
             messages.append({"role": "user", "content": asked})
             messages.append({"role": "assistant", "content": answered})
         messages.append({"role": "user", "content": question})

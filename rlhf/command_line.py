@@ -149,7 +149,9 @@ def _name_sweep_run(config: StageConfig) -> None:
         for section, stage in (("model", "sft"), ("scorer", "reward")):
             own, theirs = (c.stage_dir(stage) / "final" for c in (config, named))
             part = None if isinstance(config, SFTStageConfig) else getattr(config, section, None)
-            if part and part.path is None and not own.is_dir() and theirs.is_dir():
+            if part is None or part.path is not None or getattr(part, "components", None):
+                continue
+            if not own.is_dir() and theirs.is_dir():
                 part.path = str(theirs)
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.checkpoint import hash_weights, read_record
-from rlhf.config import InputError, PPOStageConfig, load_config, load_object
+from rlhf.config import InputError, PPOStageConfig, ScorerConfig, load_config
 from rlhf.demo import argument, run_stage
 from rlhf.metrics import quiet_libraries, say, table
 
@@ -228,8 +228,8 @@ def sample_scores(
     from rlhf.data import encode_prompt
     from rlhf.generation import generate, sampling_for, uniform_noise
     from rlhf.models import load_policy, load_tokenizer
-    from rlhf.rollout import Actors, CollectSettings, score_rollout
-    from rlhf.scorers import checked_scores, load_scorer
+    from rlhf.rollout import Actors, CollectSettings, score_sampled
+    from rlhf.scorers import checked_scores, hash_rendering, load_scorer
 
     quiet_libraries()
     say(f"\nbest-of-n: {num_samples} samples of the SFT policy to each of {len(prompts)} prompts")
@@ -243,13 +243,14 @@ def sample_scores(
     noise = uniform_noise((config.seed, BEST_OF_N_KEY), range(len(rows)), ppo.response_length)
     ids = [row["input_ids"] for row in rows]
     sampled = generate(policy.to(device), ids, sampling, noise, batch_size=256)
-    actors = Actors(policy, None, None, scorer, tokenizer, getattr(scorer, "tokenizer_hash", ""))
+    actors = Actors(policy, None, None, scorer, tokenizer, hash_rendering(tokenizer))
     settings = CollectSettings(
         sampling, ppo.missing_eos_penalty, ppo.rollout_batch_size, ppo.micro_batch_size
     )
-    proxy = score_rollout(actors, rows, sampled.ids, sampled.finished, settings)
+    proxy = score_sampled(actors, rows, sampled.ids, sampled.finished, settings).total
+    judge = ScorerConfig(path=config.evaluation.scorer, normalize="none")
     gold = checked_scores(
-        load_object(str(config.evaluation.scorer), "evaluation.scorer"),
+        load_scorer(judge, device, field="evaluation.scorer"),
         [row["prompt"] for row in rows],
         tokenizer.batch_decode(sampled.ids, skip_special_tokens=True),
         "evaluation.scorer",

@@ -202,17 +202,6 @@ def critic_values(critic: Any, part: Rollout) -> Tensor:
     return critic(part.sequence_ids, part.sequence_mask)[:, -part.response_ids.shape[1] - 1 : -1]
 
 
-def score_rollout(
-    actors: Actors,
-    prompts: Sequence[dict[str, Any]],
-    responses: list[list[int]],
-    finished: list[bool],
-    settings: CollectSettings,
-) -> Tensor:
-    """Score sampled responses, (B,) on the CPU; see `score_sampled`."""
-    return score_sampled(actors, prompts, responses, finished, settings).total
-
-
 def score_sampled(
     actors: Actors,
     prompts: Sequence[dict[str, Any]],
@@ -331,6 +320,8 @@ def _gather(rollout: Rollout, accelerator: Accelerator) -> Rollout:
         return rollout
 
     def share(name: str, tensor: Tensor) -> Tensor:
+        if not tensor.numel():  # no components: there is nothing to exchange
+            return tensor.new_zeros(len(tensor) * accelerator.num_processes, 0)
         if tensor.dim() == 2:
             # only the processes that pad get an int64 for a bool back
             tensor = accelerator.pad_across_processes(

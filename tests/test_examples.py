@@ -29,7 +29,13 @@ def run(command: list[str], folder: Path, **environment: str) -> subprocess.Comp
     """Run a command as a user would, on one thread."""
     variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
     return subprocess.run(
-        command, cwd=folder, env=variables, capture_output=True, text=True, timeout=300
+        command,
+        cwd=folder,
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        stdin=subprocess.DEVNULL,
     )
 
 
@@ -68,7 +74,9 @@ def tiny_version(command: str) -> list[str]:
         words[:2] = [sys.executable, "-m", "accelerate.commands.launch"]
     elif words[0] == "python":
         words[0] = sys.executable
-    stage = next(s for s in SMALL if f"rlhf.{s}" in words)
+    stage = next((s for s in SMALL if f"rlhf.{s}" in words), None)
+    if stage is None:  # chat, export: of what the stages left
+        return [word.replace("checkpoint-40", "checkpoint-1") for word in words]
     if "--help" not in words and "--cfg" not in words:
         words += SMALL[stage].split()
         if "recipe=demo" in words:

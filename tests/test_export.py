@@ -324,7 +324,7 @@ def test_a_checkpoint_whose_base_is_gone_says_where_to_go(policy_dir, tmp_path, 
 
 def test_a_checkpoint_of_the_reward_stage_is_refused(checkpoint, tmp_path, capsys):
     copy = tmp_path / "checkpoint-2"
-    shutil.copytree(checkpoint, copy)
+    shutil.copytree(checkpoint, copy, ignore=shutil.ignore_patterns("manifest.json"))
     write_manifest(copy, {"run": {"id": "a", "stage": "reward"}})
     message = refusal(capsys, f"path={copy}", f"out={tmp_path / 'out'}")
     assert message.startswith(f"path={copy} is a checkpoint of the reward stage; only those of")

@@ -34,6 +34,7 @@ from rlhf.models import (
     load_reward_model,
     load_tokenizer,
     merged,
+    num_tokens,
     parameter_count,
     position_ids_from_mask,
     resize_embeddings,
@@ -729,3 +730,17 @@ def test_a_frozen_copy_gives_bit_identical_logits(num_response):
         with torch.no_grad():
             logits.append(response_logits(policy, ids, mask, num_response, forbidden))
     assert torch.equal(*logits)
+
+
+def test_ids_are_counted_up_to_the_largest_where_some_are_left_out():
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<pad>": 0, "a": 1, "b": 2, "<eos>": 7}  # four tokens, but ids up to 7
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="a")),
+        pad_token="<pad>",
+        eos_token="<eos>",
+    )
+    assert num_tokens(tokenizer) == 8
+    assert forbidden_token_ids(tokenizer, 10).tolist() == [0, 8, 9]  # EOS stays possible

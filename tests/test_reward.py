@@ -8,9 +8,12 @@ Run: python -m pytest tests/test_reward.py
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -450,3 +453,18 @@ def test_two_processes_under_a_budget_give_the_result_of_one_and_resume_bit_iden
     shutil.rmtree(directory / "final")
     launch("reward", [*arguments, "resume=true"], tmp_path)
     assert outcome(directory) == whole
+
+
+# --- The benchmark --------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_benchmark_compares_the_same_work_and_writes_ratios(tmp_path):
+    size = "--responses 3 --prompts 2 --repeats 1 --hidden 32 --layers 1 --out numbers.json".split()
+    command = [sys.executable, str(ROOT / "examples/benchmarks/reward_kwise.py"), *size]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]  # also where the two losses differ
+    (result,) = json.loads((tmp_path / "numbers.json").read_text())["results"]
+    seconds = [result[side]["seconds"] for side in ("kwise", "pairs")]
+    assert result["time_ratio"] == pytest.approx(seconds[0] / seconds[1])
+    assert f"| 3 | 0.50 | {result['time_ratio']:.2f} |" in done.stdout

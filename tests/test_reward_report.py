@@ -79,10 +79,10 @@ def report_of(scores, ranks, lengths, **canonical):
 # Prompt A: three responses ranked 0 1 2 that score 3 1 2, of 10, 4 and 9 tokens: pairs 0-1 right (2
 # apart, better longer), 0-2 right (1 apart, similar), 1-2 wrong (1 apart, better shorter).
 # Prompt B: two responses that score the same, of 5 and 4 tokens (similar). Prompt C: a pair ordered
-# wrong by 4, of 3 and 8 tokens.
-SCORES = [[3.0, 1.0, 2.0], [0.5, 0.5], [-2.0, 2.0]]
-RANKS = [[0, 1, 2], [0, 1], [0, 1]]
-LENGTHS = [[10, 4, 9], [5, 4], [3, 8]]
+# wrong by 4, the worse one first, of 8 and 3 tokens.
+SCORES = [[3.0, 1.0, 2.0], [0.5, 0.5], [2.0, -2.0]]
+RANKS = [[0, 1, 2], [0, 1], [1, 0]]
+LENGTHS = [[10, 4, 9], [5, 4], [8, 3]]
 
 
 def test_accuracy_and_the_longer_wins_rule_by_hand_in_every_slice():
@@ -140,6 +140,14 @@ def test_order_and_scores_of_best_and_worst_by_hand():
     assert report["scores"]["all"]["std"] == pytest.approx((15.5 / 7) ** 0.5)
 
 
+def test_a_perfect_ranking_of_four():
+    report = report_of([[4.0, 1.0, 3.0, 2.0]], [[0, 3, 1, 2]], [[5, 5, 5, 5]])
+    assert report["order"] == {"top1": 1, "top1_chance": 0.25, "kendall_tau": pytest.approx(1)}
+    pieces = report["slices"]["ranks apart"]
+    assert {name: piece["num_pairs"] for name, piece in pieces.items()} == {"1": 3, "2": 2, "3+": 1}
+    assert report["mistakes"] == [] and report["scores"]["worst"]["mean"] == 1
+
+
 def test_correlation_with_length_is_measured_within_prompts_as_well():
     # Within each prompt the longer response scores less; between prompts, longer ones more.
     scores = [[1.0, 0.0], [11.0, 10.0], [5.0, 5.0]]
@@ -152,17 +160,17 @@ def test_correlation_with_length_is_measured_within_prompts_as_well():
 
 def test_calibration_tells_calibrated_from_overconfident_scores():
     generator = torch.Generator().manual_seed(0)
-    gaps = 2 * torch.randn(4000, generator=generator)
-    first_wins = torch.rand(4000, generator=generator) < gaps.sigmoid()
+    gaps = 2 * torch.randn(2000, generator=generator)
+    first_wins = torch.rand(2000, generator=generator) < gaps.sigmoid()
     ranks = [[0, 1] if won else [1, 0] for won in first_wins.tolist()]
-    rows, _ = make_rows(ranks, [[5, 5]] * 4000)
+    rows, _ = make_rows(ranks, [[5, 5]] * 2000)
     errors = {}
     for scale in (1.0, 5.0):
         scores = [torch.tensor([scale * gap, 0.0]) for gap in gaps.tolist()]
-        bins = measure(scores, rows, [None] * 4000)["calibration"]
+        bins = measure(scores, rows, [None] * 2000)["calibration"]
         errors[scale] = bins["ece"]
-        assert sum(b["num_pairs"] for b in bins["bins"]) == 4000
-    assert errors[1.0] < 0.03 and errors[5.0] > 0.12
+        assert sum(b["num_pairs"] for b in bins["bins"]) == 2000
+    assert errors[1.0] < 0.04 and errors[5.0] > 0.12
 
 
 def test_mistakes_are_the_largest_wrong_gaps_one_of_a_prompt_with_their_texts():
@@ -171,6 +179,8 @@ def test_mistakes_are_the_largest_wrong_gaps_one_of_a_prompt_with_their_texts():
     better = {"score": -2.0, "rank": 0, "length": 3, "response": "w0 w1 w2"}
     worse = {"score": 2.0, "rank": 1, "length": 8, "response": "w0 w1 w2 w3 w4 w5 w6 w7"}
     assert found[0]["better"] == better and found[0]["worse"] == worse
+    (only,) = report_of([[0.0, 5.0, 9.0]], [[0, 1, 2]], [[4, 4, 4]])["mistakes"]
+    assert (only["better"]["score"], only["worse"]["score"]) == (0.0, 9.0)
     many = report_of([[0.0, i, 9.0] for i in range(8)], [[0, 1, 2]] * 8, [[4, 4, 4]] * 8)
     assert [m["worse"]["score"] - m["better"]["score"] for m in many["mistakes"]] == [9.0] * 5
 
@@ -207,7 +217,7 @@ def test_a_scorer_of_length_is_named_although_it_is_far_above_chance():
     report = synthetic(0, lambda quality, length, noise: length.sqrt())
     assert report["slices"]["all"]["all"]["accuracy_low"] > 0.6
     only_length, driven = report["warnings"]
-    assert "not shown to know more than that longer is better" in only_length
+    assert "not shown to know more than length: on held-out pairs of similar" in only_length
     assert "comparisons of similar length" in only_length
     assert "follow length: correlation +1.00" in driven and "write longer" in driven
     (driven,) = synthetic(0, lambda quality, length, noise: noise / 9 - length)["warnings"][1:]

@@ -54,9 +54,9 @@ RESPONSES = ["dog cat horse .", "red blue .", "an apple thanks ."]
 MEAN, STD = 0.5, 2.0
 
 
-def write_reward_model(directory: Path, tokenizer, seed: int, family: str = "llama") -> str:
+def write_reward_model(directory: Path, tokenizer, seed: int, family="llama", **overrides) -> str:
     """A tiny reward model in the `final/` of a reward stage, with score statistics."""
-    tiny_model(family, tokenizer, seed=seed).save_pretrained(directory / "base")
+    tiny_model(family, tokenizer, seed=seed, **overrides).save_pretrained(directory / "base")
     tokenizer.save_pretrained(directory / "base")
     source = ModelConfig(path=str(directory / "base"))
     model = init_reward_model(source, load_tokenizer(source), seed)
@@ -176,6 +176,21 @@ def test_a_conversation_beyond_the_context_of_the_reward_model_is_an_error(helpf
     assert scorer.max_length == 128
     with pytest.raises(InputError, match="has 129 tokens, but the context of the reward model "):
         scorer.score_ids([[5], [5] * 129])
+
+
+def test_prompts_beyond_the_context_of_the_reward_model_are_dropped_before_training(
+    policy_dir, tmp_path, capsys
+):
+    tokenizer = load_tokenizer(ModelConfig(path=str(policy_dir)))
+    path = write_reward_model(tmp_path / "short", tokenizer, seed=1, max_position_embeddings=32)
+    config = make_config(policy_dir, tmp_path, num_updates=1, batch_size=4)
+    config.evaluation.num_prompts = 1
+    config.scorer = ScorerConfig(path)
+    assert train_ppo(config).directory is not None
+    assert "longer than ppo.max_prompt_length=20 tokens" in capsys.readouterr().out
+    config.run_name, config.ppo.response_length = "other", 32
+    with pytest.raises(InputError, match="no room for a prompt in the model.s context of 32"):
+        train_ppo(config)
 
 
 # --- Rendering ------------------------------------------------------------------------------------

@@ -115,6 +115,8 @@ def test_each_stage_leaves_an_ordinary_directory_that_names_its_parent(runs):
         record = json.loads((final / "rlhf.json").read_text())
         assert record["stage"] == stage
         assert (final / "config.yaml").is_file()
+        modes = {file.stat().st_mode for file in final.iterdir()}
+        assert len(modes) == 1  # a server under another account can read the weights as well
         assert not list(final.glob("*.bin")) and not list(final.parent.glob("*.tmp"))
         checkpoints = list(final.parent.glob("checkpoint-*"))
         assert checkpoints and all(find_damage(c) is None for c in checkpoints)

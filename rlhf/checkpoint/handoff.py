@@ -99,6 +99,9 @@ def write_stage(
         (temporary / RECORD).write_text(
             json.dumps(dataclasses.asdict(record), indent=2), encoding="utf-8"
         )
+        mode = (temporary / RECORD).stat().st_mode
+        for weights in temporary.glob("*.safetensors"):
+            weights.chmod(mode)  # safetensors lets only the owner read them, whatever the umask
 
 
 def read_record(directory: str | Path) -> StageRecord | None:

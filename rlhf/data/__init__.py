@@ -2,7 +2,8 @@
 
     source -> rows -> format -> canonical rows -> split by prompt -> token ids and labels -> batches
 
-`formats` makes rows canonical, `sources` reads and splits them, `encoding` renders and tokenises.
+`formats` and `instructions` make rows canonical, `canonical` checks them, `sources` reads and
+splits them, `encoding` renders and tokenises.
 
 Canonical rows use TRL's column names. SFT: `messages`, or `prompt` and `completion` (both text or
 both conversations). Reward: `prompt`, `responses`, `ranks` (0 = best, ties share a rank; a pair is
@@ -11,6 +12,7 @@ K = 2). PPO: `prompt`; PPO-ptx: `text`, or an SFT row. Other columns are kept un
 Left out: packing (TRL does it), streaming, images, tool calls.
 """
 
+from rlhf.data.canonical import DropRow, Row, check_row, prompt_of
 from rlhf.data.encoding import (
     RankedCollator,
     chat_template_text,
@@ -22,7 +24,7 @@ from rlhf.data.encoding import (
     encode_sft,
     encode_texts,
 )
-from rlhf.data.formats import FORMATS, DropRow, Row, check_row, prompt_of, resolve_format
+from rlhf.data.formats import FORMATS, resolve_format
 from rlhf.data.sources import Splits, describe_dropped, load_rows, load_splits, split_by_prompt
 
 __all__ = [

@@ -15,16 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config import DatasetConfig, InputError, load_object
-from rlhf.data.formats import (
-    GROUPED,
-    DropRow,
-    Row,
-    check_row,
-    prompt_of,
-    resolve_format,
-    show,
-    without_repeats,
-)
+from rlhf.data.canonical import DropRow, Row, check_row, prompt_of, show, without_repeats
+from rlhf.data.formats import GROUPED, resolve_format
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 

@@ -181,10 +181,14 @@ def with_default_paths(config: PPOStageConfig, scorer: Scorer | None) -> PPOStag
     return config
 
 
-def prompt_budget(config: PPOStageConfig, policy: Any) -> int:
-    """Longest prompt that leaves room for the response in the model's context."""
+def prompt_budget(config: PPOStageConfig, actors: Actors) -> int:
+    """Longest prompt that leaves room for the response in the context of the policy, and of every
+    reward model that scores the same ids."""
     ppo = config.ppo
-    context = context_length(policy)
+    context = context_length(actors.policy)
+    for reward_model in reward_models(actors.scorer):
+        if reward_model.tokenizer_hash == actors.tokenizer_hash:
+            context = min(context, reward_model.max_length)
     if ppo.response_length >= context:
         raise InputError(
             f"ppo.response_length={ppo.response_length} leaves no room for a prompt in the model's "

@@ -75,7 +75,7 @@ def train_ppo(config: PPOStageConfig, scorer: Scorer | None = None) -> PPOResult
     actors = load_actors(config, tokenizer, scorer, accelerator)
     settings = collect_settings(config, actors.policy, tokenizer)
     texts = load_texts(config, tokenizer, context_length(actors.policy))
-    budget = prompt_budget(config, actors.policy)
+    budget = prompt_budget(config, actors)
     prompts, heldout, too_long = _encode(config, splits, tokenizer, budget, num_processes)
     say(describe_batches(config, len(prompts), num_processes, actors))
     say(splits.describe(too_long))

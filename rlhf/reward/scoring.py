@@ -27,8 +27,7 @@ import torch
 from rlhf.checkpoint import hash_weights
 from rlhf.config import InputError, ScorerConfig, nearest
 from rlhf.config.stages import DTYPES, NORMALIZATIONS
-from rlhf.data import FORMATS
-from rlhf.data.formats import show
+from rlhf.data.canonical import as_messages, as_prompt, as_text, show
 from rlhf.metrics import progress_bar, quiet_libraries, say, table
 from rlhf.scorers import RewardModelScorer, checked_scores
 
@@ -40,6 +39,7 @@ KEYS = {
     "batch_size": f"sequences scored together (default: {ScorerConfig().batch_size})",
     "dtype": f"of the weights, one of {', '.join(DTYPES)} (default: float32)",
 }
+KINDS = ({"prompt", "response"}, {"prompt", "responses"}, {"messages"})  # fields of a row
 CHUNK = 8  # batches between two writes
 NUM_SHOWN = 10  # bad rows
 
@@ -203,28 +203,26 @@ def _read_row(number: int, line: bytes) -> ScoredRow:
     given = {name for name, value in row.items() if value is not None}
     if taken := given & {"score", "scores"}:
         raise InputError(f"the field {taken.pop()!r} is there already; rename it")
-    answer = given & {"response", "responses", "messages"}
-    if len(answer) != 1 or ("prompt" in given) == ("messages" in given):
+    if given & {"prompt", "response", "responses", "messages"} not in KINDS:
         raise InputError(
             "expected `prompt` and `response`, `prompt` and `responses`, or `messages`; the row "
             f"has {', '.join(sorted(given)) or 'no fields'}"
         )
     if "messages" in given:
-        messages = FORMATS["messages"]({"messages": row["messages"]})["messages"]
+        messages = as_messages(row["messages"], "messages")
         if messages[-1]["role"] != "assistant":
             raise InputError("the last of `messages` must be the assistant's")
         _check_start(messages[:-1])
         return ScoredRow(number, row, messages[:-1], [messages[-1]["content"]], is_list=False)
-    prompt = FORMATS["prompt_completion"]({"prompt": row["prompt"]})["prompt"]
+    prompt = as_prompt(row["prompt"], "prompt")
     if isinstance(prompt, list):
         _check_start(prompt)
-    is_list = "responses" in given
-    responses = row["responses"] if is_list else [row["response"]]
-    texts = isinstance(responses, list) and all(isinstance(r, str) for r in responses)
-    if not texts or not responses:
-        kind = "`responses` must be a list of texts" if is_list else "`response` must be text"
-        raise InputError(f"{kind}, got {show(row[answer.pop()])}")
-    return ScoredRow(number, row, prompt, responses, is_list)
+    if "response" in given:
+        return ScoredRow(number, row, prompt, [as_text(row["response"], "response")], is_list=False)
+    if not isinstance(row["responses"], list) or not row["responses"]:
+        raise InputError(f"field 'responses': got {show(row['responses'])}; expected some texts")
+    responses = [as_text(r, f"responses[{i}]") for i, r in enumerate(row["responses"])]
+    return ScoredRow(number, row, prompt, responses, is_list=True)
 
 
 def _check_start(prompt: list[dict[str, str]]) -> None:

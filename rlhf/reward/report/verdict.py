@@ -60,11 +60,12 @@ def summarise(report: dict[str, Any]) -> str:
     all_pairs, similar = report["slices"]["all"]["all"], report["slices"]["length"].get("similar")
     parts = [
         f"accuracy {_interval(all_pairs)} on {all_pairs['num_pairs']} held-out pairs of "
-        f"{report['num_prompts']} prompts (the longer response wins: "
-        f"{all_pairs['longer_wins']:.3f})"
+        f"{report['num_prompts']} prompts (longer wins: {all_pairs['longer_wins']:.3f})"
     ]
     if similar:
-        parts.append(f"at similar length {_interval(similar)} ({similar['longer_wins']:.3f})")
+        parts.append(
+            f"at similar length {_interval(similar)} (longer wins: {similar['longer_wins']:.3f})"
+        )
     within = report["length"]["within_prompt_spearman"]
     if within is not None:
         parts.append(f"correlation of score and length within prompts {within:+.2f}")
@@ -89,7 +90,7 @@ def judge(report: dict[str, Any]) -> list[str]:
         )
     elif similar and similar["accuracy_low"] <= 0.5:
         warnings.append(
-            "the reward model is not shown to know more than that longer is better: on pairs of "
+            "the reward model is not shown to know more than length: on held-out pairs of "
             f"similar length its accuracy is {_interval(similar)}. Add comparisons of similar "
             "length, or more and cleaner ones; or hold out more prompts to see"
         )

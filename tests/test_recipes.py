@@ -1,0 +1,452 @@
+"""Recipes of the named systems: their published values in the resolved configuration, short runs.
+
+The table holds facts of the papers and repositories, not of the YAML files.
+Run: python -m pytest tests/test_recipes.py
+"""
+
+import json
+import math
+import re
+from operator import attrgetter
+
+import pytest
+from test_config import compose_stage
+from test_instructions import DOLLY, SHAREGPT
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from trl import SFTConfig
+
+from rlhf.config import CONF_DIR, STAGES, check
+from rlhf.data import chat_template_text, encode_row, resolve_format
+from rlhf.sft import train_sft
+from rlhf.training import trainer_arguments
+
+LLAMA_ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+BAIZE_LAYERS = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
+LORA_BAIZE = {"peft.enabled": True, "peft.r": 8, "peft.alpha": 16, "peft.dropout": 0.05}
+SELF_CHAT = {
+    "dataset.format": "baize",
+    "train_on_prompt": True,
+    "num_train_epochs": 1,
+    "learning_rate": 2e-4,
+    "warmup_steps": 100,
+    "batch": 64,
+}
+TO_A_TENTH = {
+    "lr_scheduler_type": "cosine_with_min_lr",
+    "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+}
+
+# (recipe, stage) -> key -> value. A key without a dot that the stage does not have is one of
+# `trainer`; "batch" is what one process brings to an optimiser step.
+FACTS = {
+    ("alpaca", "sft"): {
+        "model.path": "huggyllama/llama-7b",
+        "model.chat_template": "alpaca",
+        "dataset.path": "tatsu-lab/alpaca",
+        "dataset.format": "alpaca",
+        "dataset.max_length": 512,
+        "train_on_prompt": False,
+        "peft.enabled": False,
+        "num_train_epochs": 3,
+        "learning_rate": 2e-5,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.03,
+        "weight_decay": 0.0,
+        "batch": 128,
+    },
+    ("alpaca_lora", "sft"): {
+        "model.path": "huggyllama/llama-7b",
+        "model.chat_template": "alpaca_nl",
+        "dataset.path": "tatsu-lab/alpaca",
+        "dataset.format": "alpaca",
+        "dataset.max_length": 512,
+        "dataset.max_eval_rows": 2000,
+        "train_on_prompt": True,
+        "peft.enabled": True,
+        "peft.r": 16,
+        "peft.alpha": 16,
+        "peft.dropout": 0.05,
+        "peft.target_modules": LLAMA_ATTENTION,
+        "num_train_epochs": 10,
+        "learning_rate": 3e-4,
+        "warmup_steps": 100,
+        "train_sampling_strategy": "group_by_length",
+        "per_device_train_batch_size": 8,
+        "eval_steps": 200,
+        "checkpoint.every": 200,
+        "checkpoint.keep_last": 3,
+        "batch": 128,
+    },
+    ("dolly_v1", "sft"): {
+        "model.path": "EleutherAI/gpt-j-6b",
+        "model.chat_template": "dolly",
+        "model.gradient_checkpointing": True,
+        "dataset.path": "tatsu-lab/alpaca",
+        "dataset.format": "alpaca",
+        "dataset.max_length": 1024,
+        "train_on_prompt": False,
+        "response_length": 256,
+        "num_train_epochs": 1,
+        "learning_rate": 1e-5,
+        "per_device_train_batch_size": 8,
+        "batch": 64,
+    },
+    ("dolly_v2", "sft"): {
+        "seed": 42,
+        "model.path": "EleutherAI/pythia-6.9b",
+        "model.chat_template": "dolly",
+        "model.gradient_checkpointing": True,
+        "dataset.path": "databricks/databricks-dolly-15k",
+        "dataset.format": "dolly15k",
+        "dataset.max_length": 2048,
+        "dataset.max_eval_rows": 200,
+        "train_on_prompt": False,
+        "num_train_epochs": 2,
+        "learning_rate": 5e-6,
+        "warmup_steps": 50,
+        "per_device_train_batch_size": 6,
+        "eval_steps": 50,
+        "checkpoint.every": 200,
+        "checkpoint.keep_last": 20,
+        "batch": 48,
+    },
+    ("vicuna", "sft"): {
+        "resume": "auto",
+        "model.path": "huggyllama/llama-7b",
+        "model.chat_template": "vicuna_v1",
+        "model.gradient_checkpointing": True,
+        "dataset.path": None,
+        "dataset.format": "sharegpt",
+        "dataset.max_length": 2048,
+        "dataset.eval_fraction": 0.01,
+        "train_on_prompt": False,
+        "num_train_epochs": 3,
+        "learning_rate": 2e-5,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.03,
+        "weight_decay": 0.0,
+        "batch": 128,
+    },
+    ("baize", "sft"): {
+        "model.path": "huggyllama/llama-7b",
+        "model.chat_template": "baize",
+        "dataset.max_length": 512,
+        "dataset.max_eval_rows": 2000,
+        "peft.target_modules": BAIZE_LAYERS,
+        **LORA_BAIZE,
+        **SELF_CHAT,
+    },
+    ("falcon_instruct", "sft"): {
+        "model.path": "tiiuae/falcon-7b",
+        "model.chat_template": "falcon",
+        "dataset.max_length": 2048,
+        "peft.target_modules": ["query_key_value"],
+        **LORA_BAIZE,
+        **SELF_CHAT,
+    },
+    ("chatllama", "sft"): {
+        "model.path": "facebook/opt-1.3b",
+        "model.chat_template": "chatllama",
+        "dataset.format": "chatllama_actor",
+        "train_on_prompt": False,
+        "num_train_epochs": 1,
+        "learning_rate": 9e-6,
+        "batch": 2,
+    },
+    ("chatllama", "reward"): {"dataset.format": "chatllama_reward", "learning_rate": 9e-6},
+    ("chatllama", "ppo"): {
+        "dataset.format": "chatllama_rlhf",
+        "ppo.num_updates": 100,
+        "ppo.batch_size": 32,
+        "ppo.num_mini_batches": 32,
+        "ppo.num_ppo_epochs": 1,
+        "ppo.learning_rate": 5e-6,
+        "ppo.gamma": 1.0,
+        "ppo.cliprange": 0.2,
+        "ppo.cliprange_value": 0.2,
+        "ppo.entropy_coef": 0.02,
+        "critic.learning_rate": 9e-6,
+    },
+    ("alpaca_farm", "sft"): {
+        "model.path": "huggyllama/llama-7b",
+        "model.chat_template": "alpaca",
+        "dataset.format": "alpaca",
+        "dataset.max_length": 512,
+        "train_on_prompt": False,
+        "num_train_epochs": 3,
+        "learning_rate": 2e-5,
+        "batch": 128,
+    },
+    ("alpaca_farm", "reward"): {
+        "dataset.format": "alpaca_farm",
+        "num_train_epochs": 1,
+        "learning_rate": 3e-6,
+        "batch": 16,
+    },
+    ("alpaca_farm", "ppo"): {
+        "dataset.format": "alpaca",
+        "ppo.batch_size": 512,
+        "ppo.num_mini_batches": 2,
+        "ppo.num_ppo_epochs": 2,
+        "ppo.num_updates": 80,
+        "ppo.max_prompt_length": 192,
+        "ppo.response_length": 300,
+        "ppo.learning_rate": 1e-5,
+        "ppo.adam_epsilon": 1e-5,
+        "ppo.kl_coef": 0.02,
+        "ppo.gamma": 1.0,
+        "ppo.lam": 1.0,
+        "ppo.vf_coef": 0.1,
+        "ppo.cliprange": 0.2,
+        "ppo.cliprange_value": 0.2,
+        "ppo.whiten_rewards": True,
+        "critic.init": "reward",
+    },
+    ("hh", "sft"): {
+        "model.path": None,
+        "model.chat_template": "hh",
+        "dataset.path": "Anthropic/hh-rlhf",
+        "dataset.eval_path": "Anthropic/hh-rlhf",
+        "dataset.format": "hh_chosen",
+        "train_on_prompt": False,
+        "num_train_epochs": 1,
+    },
+    ("hh", "reward"): {
+        "dataset.path": "Anthropic/hh-rlhf",
+        "dataset.format": "hh",
+        "num_train_epochs": 1,
+    },
+    ("hh", "ppo"): {
+        "dataset.path": "Anthropic/hh-rlhf",
+        "dataset.format": "hh",
+        "ppo.kl_coef": 0.001,
+        "ppo.temperature": 1.0,
+    },
+    ("tldr", "sft"): {
+        "dataset.format": "tldr",
+        "num_train_epochs": 1,
+        "lr_scheduler_type": "cosine",
+        "batch": 128,
+    },
+    ("tldr", "reward"): {
+        "dataset.format": "summarize_from_feedback",
+        "num_train_epochs": 1,
+        "learning_rate": 1.5e-5,
+        "batch": 64,
+    },
+    ("tldr", "ppo"): {
+        "dataset.format": "tldr",
+        "scorer.normalize": "demo_mean_zero",
+        "ppo.batch_size": 512,
+        "ppo.num_updates": 1_000_000 // 512,
+        "ppo.num_ppo_epochs": 4,
+        "ppo.learning_rate": 1.5e-5,
+        "ppo.lr_schedule": "linear",
+        "ppo.kl_coef": 0.05,
+        "ppo.gamma": 1.0,
+        "ppo.lam": 0.95,
+        "ppo.cliprange": 0.2,
+    },
+    ("instructgpt", "sft"): {
+        "dataset.format": "prompt_completion",
+        "num_train_epochs": 16,
+        "learning_rate": 9.65e-6,
+        "warmup_steps": 0,
+        "batch": 32,
+        **TO_A_TENTH,
+    },
+    ("instructgpt", "reward"): {
+        "dataset.format": "ranked",
+        "reward.loss": "pairwise",
+        "num_train_epochs": 1,
+        "learning_rate": 9e-6,
+        "batch": 64,
+        **TO_A_TENTH,
+    },
+    ("instructgpt", "ppo"): {
+        "dataset.format": "prompt_completion",
+        "scorer.normalize": "demo_mean_zero",
+        "ppo.num_updates": 256_000 // 512,
+        "ppo.batch_size": 512,
+        "ppo.num_mini_batches": 512 // 64,
+        "ppo.num_ppo_epochs": 1,
+        "ppo.kl_coef": 0.02,
+        "ppo.lr_schedule": "constant",
+        "ppo.gamma": 1.0,
+        "ppo.cliprange": 0.2,
+        "ppo.temperature": 1.0,
+        "ppo.ema_decay": 0.992,
+        "ptx.coef": 27.8,
+        "ptx.batch_size": 8 * 64,
+        "critic.init": "reward",
+        "critic.learning_rate": 9e-6,
+    },
+    ("llama2_chat", "sft"): {
+        "model.path": "meta-llama/Llama-2-7b-hf",
+        "dataset.format": "messages",
+        "dataset.max_length": 4096,
+        "train_on_prompt": False,
+        "num_train_epochs": 2,
+        "learning_rate": 2e-5,
+        "lr_scheduler_type": "cosine",
+        "weight_decay": 0.1,
+        "packing": True,
+        "batch": 64,
+    },
+    ("llama2_chat", "reward"): {
+        "dataset.format": "pair",
+        "num_train_epochs": 1,
+        "learning_rate": 1e-5,
+        "warmup_steps": 0.03,
+        "batch": 512,
+    },
+    ("llama2_chat", "ppo"): {
+        "dataset.format": "prompt_completion",
+        "ppo.batch_size": 512,
+        "ppo.num_mini_batches": 512 // 64,
+        "ppo.num_ppo_epochs": 1,
+        "ppo.num_updates": 400,
+        "ppo.kl_coef": 0.01,
+        "ppo.learning_rate": 1e-6,
+        "ppo.lr_schedule": "constant",
+        "ppo.adam_epsilon": 1e-5,
+        "ppo.max_grad_norm": 1.0,
+        "ppo.cliprange": 0.2,
+    },
+}
+each = pytest.mark.parametrize("recipe, stage", FACTS)
+
+
+def resolved(config, key):
+    if key == "batch":
+        trainer = config.trainer
+        return trainer["per_device_train_batch_size"] * trainer["gradient_accumulation_steps"]
+    if "." in key or hasattr(config, key):
+        return attrgetter(key)(config)
+    return config.trainer[key]
+
+
+@each
+def test_recipe_has_the_published_values(recipe, stage):
+    config = compose_stage(stage, f"recipe={recipe}")
+    expected = FACTS[recipe, stage]
+    assert {key: resolved(config, key) for key in expected} == expected
+    assert config.run_name == recipe
+
+
+def test_the_table_covers_every_recipe_and_stage_and_no_other():
+    stages = {(file.parent.name, file.stem) for file in (CONF_DIR / "recipe").glob("*/*.yaml")}
+    assert stages - {("demo", stage) for stage in STAGES} == set(FACTS)
+    assert {file.stem for file in (CONF_DIR / "recipe").glob("*.yaml")} == {
+        "demo",
+        *(recipe for recipe, _ in FACTS),
+    }
+
+
+@each
+def test_recipe_passes_the_checks_and_the_libraries_know_its_arguments(recipe, stage):
+    config = compose_stage(stage, f"recipe={recipe}")
+    config.dataset.path = config.dataset.path or "rows.json"
+    config.model.path = config.model.path or "model"
+    if stage == "ppo":
+        config.scorer.path, config.ptx.path = "reward_model", "text.jsonl"
+    check(config)
+    resolve_format(config.dataset.format)
+    if config.model.chat_template is not None:
+        chat_template_text(config.model.chat_template)
+    if stage != "ppo":
+        trainer_arguments(SFTConfig if stage == "sft" else TrainingArguments, config, stage)
+
+
+@each
+def test_only_the_first_stage_names_model_and_template(recipe, stage):
+    config = compose_stage(stage, f"recipe={recipe}")
+    if stage != "sft":
+        assert config.model.path is None and config.model.chat_template is None
+
+
+@each
+def test_the_users_data_set_format_wins_over_the_recipes(recipe, stage):
+    config = compose_stage(stage, f"recipe={recipe}", "dataset=ultrafeedback", "run_name=x")
+    assert config.dataset.format == "ultrafeedback" and config.run_name == "x"
+
+
+def test_the_user_can_switch_the_recipes_lora_off_and_change_single_values():
+    overrides = ["peft=none", "trainer.learning_rate=1e-4", "model.path=huggyllama/llama-13b"]
+    config = compose_stage("sft", "recipe=baize", *overrides)
+    assert not config.peft.enabled
+    assert config.trainer["learning_rate"] == 1e-4 and config.trainer["warmup_steps"] == 100
+    assert config.model.path == "huggyllama/llama-13b"
+
+
+def test_commands_in_the_comments_of_recipes_name_keys_that_exist():
+    lines = 0
+    for recipe, stage in FACTS:
+        text = (CONF_DIR / "recipe" / f"{recipe}.yaml").read_text()
+        for line in re.findall(r"^#   (?:\w+: )?(\w+\.\w+=.*)", text, re.M):
+            words = [word for word in line.split() if "=" in word]
+            if any(word.startswith("ppo.") for word in words) == (stage == "ppo"):
+                compose_stage(stage, f"recipe={recipe}", *words)
+                lines += 1
+    assert lines
+
+
+# --- Short runs -------------------------------------------------------------------------------
+
+ALPACA = {"instruction": "Name a fruit.", "input": "in winter", "output": "An orange."}
+TINY = (
+    "{model_type: %s, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, "
+    "num_attention_heads: 4, max_position_embeddings: 2048}"
+)
+
+
+@pytest.mark.parametrize(
+    "recipe, family, row, answer",
+    [
+        ("alpaca", "llama", ALPACA, "An orange.<eos>"),
+        ("dolly_v2", "gpt_neox", DOLLY, "In 1902.\n\n### End<eos>"),
+        ("vicuna", "llama", SHAREGPT, " Vicuna.<eos> You too!<eos>"),
+    ],
+)
+def test_sft_recipe_trains_a_tiny_model(tmp_path, recipe, family, row, answer):
+    name = next(key for key in ("instruction", "conversations") if key in row)
+    rows = [row, *({**row, name: changed} for changed in variants(row[name]))]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    config = compose_stage(
+        "sft",
+        f"recipe={recipe}",
+        f"dataset.path={tmp_path}/rows.json",
+        "dataset.eval_fraction=0.2",
+        "model.path=null",
+        f"model.config={TINY % family}",
+        "model.tokenizer=python:tiny.tiny_tokenizer",
+        f"runs_dir={tmp_path}/runs",
+        "num_samples=2",
+        "response_length=8",
+        "trainer.max_steps=6",
+        "trainer.learning_rate=1e-2",
+        "trainer.warmup_steps=0",
+        "trainer.gradient_accumulation_steps=2",
+        "trainer.logging_steps=1",
+    )
+    result = train_sft(config)
+    final = tmp_path / "runs" / recipe / "sft" / "final"
+    assert result.directory == final
+    lines = [json.loads(line) for line in (final.parent / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 6 and losses[-1] < losses[0] - 0.5, losses
+    assert math.isfinite(result.metrics["eval_loss"])
+    assert AutoModelForCausalLM.from_pretrained(final).config.model_type == family
+    tokenizer = AutoTokenizer.from_pretrained(final)
+    assert tokenizer.chat_template == chat_template_text(config.model.chat_template)
+    canonical = resolve_format(config.dataset.format)(row)
+    labels = [label for label in encode_row(canonical, tokenizer)[1] if label != -100]
+    assert tokenizer.decode(labels, clean_up_tokenization_spaces=False) == answer
+
+
+def variants(value):
+    """Fifteen other questions: the same row with a number in its first user turn."""
+    if isinstance(value, str):
+        return [f"{value} {i}" for i in range(15)]
+    first = value[0]
+    return [[{**first, "value": f"{first['value']} {i}"}, *value[1:]] for i in range(15)]
