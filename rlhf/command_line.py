@@ -114,6 +114,14 @@ def _explain_hydra(error: Exception, config_class: type) -> str:
 
     if isinstance(error, MissingConfigException) and error.options:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
+        if group == "recipe/parts":  # conf/recipe/parts/<recipe>_<stage>.yaml
+            recipe, _, stage = name.rpartition("_")
+            has = [o.removeprefix(f"{recipe}_") for o in error.options if o.startswith(recipe)]
+            has = [stage for stage in has if stage in STAGES]
+            return (
+                f"recipe={recipe} has no {stage} stage (it has {', '.join(sorted(has))}); to go on "
+                f"from its result, give run_name={recipe} and no recipe"
+            )
         return f"{group}={name} does not exist; choose one of {', '.join(error.options)}"
     if isinstance(error, OverrideParseException):
         lines = [line for line in error.message.splitlines() if "override_grammar" not in line]

@@ -131,7 +131,12 @@ def test_command_answers_within_a_second_of_processor_time(tmp_path):
         ("ppo", ["recipe=typo"], "In 'recipe/typo': unknown key 'ppo.kl_coeff'. Did you mean"),
         ("ppo", ["recipe=wrong"], "In 'recipe/wrong': ppo.kl_coef: Value 'much' of type 'str'"),
         ("ppo", ["recipe=broken"], "not valid YAML: while parsing a flow sequence"),
-        ("ppo", ["recipe=gone"], "recipe=gone does not exist; choose one of broken, demo, mine"),
+        (
+            "ppo",
+            ["recipe=vicuna"],
+            "recipe=vicuna has no ppo stage (it has sft); to go on from its",
+        ),
+        ("ppo", ["recipe=gone"], "recipe=gone does not exist; choose one of alpaca, "),
         ("sft", ["dataset=gone"], "dataset=gone does not exist; choose one of alpaca, "),
         ("ppo", ["ppo.kl_coef=-1"], "ppo.kl_coef must be >= 0, got -1.0"),
         ("sft", ["dataset.path=a (1).jsonl"], "cannot read 'dataset.path=a (1).jsonl' ("),

@@ -290,6 +290,42 @@ def test_real_files_of_self_instruct_and_chatllama_load_in_full():
         assert len(rows) == 1 and not dropped
 
 
+def message(role, text, *replies, rank=None):
+    return {"role": role, "text": text, "rank": rank, "replies": list(replies), "lang": "en"}
+
+
+def test_a_tree_becomes_one_ranking_per_turn_with_ranked_answers(tmp_path):
+    deeper = message(
+        "prompter",
+        "Why?",
+        message("assistant", "So.", rank=2),
+        message("assistant", "It is ripe.", rank=0),
+        message("assistant", "unranked"),
+    )
+    root = message(
+        "prompter",
+        "A fruit?",
+        message("assistant", "A car.", rank=1),
+        message("assistant", "Apple.", deeper, message("prompter", "Thanks!"), rank=0),
+    )
+    alone = message("prompter", "Hi", message("assistant", "Yo", rank=0))
+    path = write(tmp_path / "trees.jsonl", [{"prompt": root}, {"prompt": alone}])
+    rows, dropped = load_rows(path, "oasst", "train", "reward")
+    assert rows == [
+        {"prompt": [user("A fruit?")], "responses": ["A car.", "Apple."], "ranks": [1, 0]},
+        {
+            "prompt": [user("A fruit?"), assistant("Apple."), user("Why?")],
+            "responses": ["So.", "It is ripe."],
+            "ranks": [1, 0],
+        },
+    ]
+    assert dropped == {"no turn with two ranked answers": 1}
+    for wrong in (message("human", "Hi"), message("prompter", 3)):
+        path = write(tmp_path / "wrong.jsonl", [{"prompt": wrong}])
+        with pytest.raises(InputError, match="wrong.jsonl, row 1, field '(prompt|text)': got"):
+            load_rows(path, "oasst", "train", "reward")
+
+
 # --- Chat templates -----------------------------------------------------------------------------
 
 NO_INPUT = (

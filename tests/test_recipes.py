@@ -335,7 +335,8 @@ def test_recipe_has_the_published_values(recipe, stage):
 
 
 def test_the_table_covers_every_recipe_and_stage_and_no_other():
-    stages = {(file.parent.name, file.stem) for file in (CONF_DIR / "recipe").glob("*/*.yaml")}
+    parts = (CONF_DIR / "recipe/parts").glob("*.yaml")
+    stages = {tuple(file.stem.rsplit("_", 1)) for file in parts}
     assert stages - {("demo", stage) for stage in STAGES} == set(FACTS)
     assert {file.stem for file in (CONF_DIR / "recipe").glob("*.yaml")} == {
         "demo",
@@ -379,16 +380,36 @@ def test_the_user_can_switch_the_recipes_lora_off_and_change_single_values():
     assert config.model.path == "huggyllama/llama-13b"
 
 
-def test_commands_in_the_comments_of_recipes_name_keys_that_exist():
-    lines = 0
-    for recipe, stage in FACTS:
-        text = (CONF_DIR / "recipe" / f"{recipe}.yaml").read_text()
-        for line in re.findall(r"^#   (?:\w+: )?(\w+\.\w+=.*)", text, re.M):
-            words = [word for word in line.split() if "=" in word]
-            if any(word.startswith("ppo.") for word in words) == (stage == "ppo"):
-                compose_stage(stage, f"recipe={recipe}", *words)
-                lines += 1
-    assert lines
+VARIANTS = [
+    (file.stem, stage, words)
+    for file in sorted((CONF_DIR / "recipe").glob("*.yaml"))
+    for stage, words in re.findall(
+        r"^#   [\w.,' ]*\b(sft|reward|ppo): (.*=.*)", file.read_text(), re.M
+    )
+]
+
+
+@pytest.mark.parametrize("recipe, stage, words", VARIANTS)
+def test_variants_in_the_comments_of_recipes_compose_and_change_something(recipe, stage, words):
+    varied = compose_stage(stage, f"recipe={recipe}", *words.split())
+    for word in words.split():
+        key = word.partition("=")[0].removeprefix("trainer.")
+        assert resolved(varied, key) != resolved(compose_stage(stage, f"recipe={recipe}"), key)
+
+
+def test_every_model_size_of_the_papers_has_a_variant():
+    assert {(recipe, words) for recipe, _, words in VARIANTS} >= {
+        (
+            "alpaca",
+            "model.path=huggyllama/llama-13b trainer.num_train_epochs=5 trainer.learning_rate=1e-5",
+        ),
+        ("alpaca", "model.path=facebook/opt-6.7b"),
+        ("baize", "model.path=huggyllama/llama-13b trainer.learning_rate=1e-4"),
+        ("baize", "model.path=huggyllama/llama-30b trainer.learning_rate=5e-5"),
+        ("dolly_v2", "model.path=EleutherAI/pythia-12b"),
+        ("vicuna", "model.path=huggyllama/llama-13b"),
+        ("falcon_instruct", "model.path=tiiuae/falcon-40b"),
+    }
 
 
 # --- Short runs -------------------------------------------------------------------------------

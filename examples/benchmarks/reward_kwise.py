@@ -4,7 +4,7 @@ Both sides train the same small Llama on the same ranked data, whose K responses
 K (K - 1) / 2 pairs. Our Trainer passes each response through the model once a step; TRL's
 RewardTrainer takes each pair for itself, so each response K - 1 times. One optimiser step covers
 the same prompts on both sides, in one forward pass, and its loss is the same number: that is
-checked before anything is timed. Each side runs in a process of its own.
+checked. Each side runs in a process of its own; they take turns, epoch by epoch.
 
 Left out: GPUs, mixed precision, gradient accumulation, the time of an evaluation.
 
@@ -29,6 +29,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCABULARY = 2048
+SIDES = ("kwise", "pairs")
+ANSWER = "answer "
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -45,7 +47,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", default="reward_kwise.json", help="where the numbers go")
-    parser.add_argument("--side", choices=["kwise", "pairs"], help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 
@@ -136,19 +138,18 @@ def build_pairs(rows: list[dict], settings: argparse.Namespace, arguments: dict)
     return trainer, pairs[:size]
 
 
-def measure(settings: argparse.Namespace, num_responses: int) -> dict[str, Any]:
-    """Time the epochs of one side, and its memory beyond what was in use before training."""
+def measure(settings: argparse.Namespace, num_responses: int) -> None:
+    """Train one side, each epoch on request; print its times, then its memory and first loss."""
     import torch
     from transformers import TrainerCallback
 
-    class Clock(TrainerCallback):
-        seconds: list[float] = []
-
+    class EpochOnRequest(TrainerCallback):
         def on_epoch_begin(self, *_: Any, **__: Any) -> None:
+            sys.stdin.readline()
             self.began = time.perf_counter()
 
         def on_epoch_end(self, *_: Any, **__: Any) -> None:
-            self.seconds.append(time.perf_counter() - self.began)
+            answer(time.perf_counter() - self.began)
 
     torch.set_num_threads(settings.threads)
     arguments = {
@@ -166,41 +167,63 @@ def measure(settings: argparse.Namespace, num_responses: int) -> dict[str, Any]:
         trainer, first = build(
             ranked_rows(settings, num_responses), settings, arguments | {"output_dir": folder}
         )
-        trainer.add_callback(Clock())
+        trainer.add_callback(EpochOnRequest())
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         with torch.no_grad():
             loss = trainer.compute_loss(trainer.model, trainer.data_collator(first))
         trainer.train()
-        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    mebibytes = 1024**2 if sys.platform == "darwin" else 1024
-    return {
-        "seconds": statistics.median(Clock.seconds[1:]),
-        "epochs": Clock.seconds[1:],
-        "growth": (after - before) / mebibytes,
-        "peak": after / mebibytes,
-        "loss": loss.item(),
-    }
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    mebibyte = 1024**2 if sys.platform == "darwin" else 1024
+    growth = (peak - before) / mebibyte
+    answer({"growth": growth, "peak": peak / mebibyte, "loss": loss.item()})
+
+
+def answer(value: Any) -> None:
+    print(ANSWER + json.dumps(value), flush=True)
 
 
 # --- Both sides -----------------------------------------------------------------------------------
 
 
-def run_side(side: str, num_responses: int, arguments: list[str]) -> dict[str, Any]:
-    """Measure one side in a new process."""
-    given = [*arguments, "--side", side, "--responses", str(num_responses)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, __file__, *given], env=environment, capture_output=True, text=True
-    )
-    if done.returncode:
-        raise SystemExit(f"{side}, K={num_responses} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+class Side:
+    """A process that trains one side."""
+
+    def __init__(self, name: str, num_responses: int, arguments: list[str]):
+        command = [sys.executable, __file__, *arguments, "--side", name]
+        self.name, self.errors = name, tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen(
+            [*command, "--responses", str(num_responses)],
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
+        )
+
+    def read(self) -> Any:
+        """Its next answer, past what libraries print."""
+        for line in self.process.stdout:
+            if line.startswith(ANSWER):
+                return json.loads(line.removeprefix(ANSWER))
+        self.errors.seek(0)
+        raise SystemExit(f"{self.name} failed:\n{self.errors.read()[-3000:]}")
+
+    def train_epoch(self) -> float:
+        """Seconds of one more epoch."""
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return self.read()
 
 
-def compare(num_responses: int, arguments: list[str]) -> dict[str, Any]:
-    """Measure both sides; their first losses must agree."""
-    sides = {side: run_side(side, num_responses, arguments) for side in ("kwise", "pairs")}
-    kwise, pairs = sides["kwise"], sides["pairs"]
+def compare(num_responses: int, arguments: list[str], repeats: int) -> dict[str, Any]:
+    """Train both sides, in turns, so that other load meets both; their first losses must agree."""
+    sides = [Side(name, num_responses, arguments) for name in SIDES]
+    epochs = [[side.train_epoch() for side in sides] for _ in range(repeats + 1)][1:]
+    found = {side.name: side.read() for side in sides}
+    for side, seconds in zip(sides, zip(*epochs, strict=True), strict=True):
+        side.process.wait()
+        found[side.name] |= {"seconds": statistics.median(seconds), "epochs": seconds}
+    kwise, pairs = (found[name] for name in SIDES)
     if abs(kwise["loss"] - pairs["loss"]) > 1e-5:
         raise SystemExit(f"not the same loss: {kwise['loss']} and {pairs['loss']}")
     return {
@@ -209,7 +232,7 @@ def compare(num_responses: int, arguments: list[str]) -> dict[str, Any]:
         "time_ratio": kwise["seconds"] / pairs["seconds"],
         "growth_ratio": kwise["growth"] / pairs["growth"],
         "peak_ratio": kwise["peak"] / pairs["peak"],
-        **sides,
+        **found,
     }
 
 
@@ -230,12 +253,11 @@ def main() -> None:
     arguments = sys.argv[1:]
     settings = parse(arguments)
     if settings.side:
-        print(json.dumps(measure(settings, settings.responses[0])))
-        return
+        return measure(settings, settings.responses[0])
     began, results = time.perf_counter(), []
     for num_responses in settings.responses:
-        results.append(compare(num_responses, arguments))
-        sides = [f"{name} {results[-1][name]['seconds']:.2f} s" for name in ("kwise", "pairs")]
+        results.append(compare(num_responses, arguments, settings.repeats))
+        sides = [f"{name} {results[-1][name]['seconds']:.2f} s" for name in SIDES]
         print(f"K = {num_responses}: {', '.join(sides)} an epoch", file=sys.stderr)
     Path(settings.out).write_text(
         json.dumps({"settings": vars(settings), "results": results}, indent=1)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.config import CONF_DIR, InputError, nearest
-from rlhf.data.formats import Message, Prompt, Row, prompt_of, show
+from rlhf.data.canonical import Message, Prompt, Row, prompt_of, show
 
 if TYPE_CHECKING:
     import torch

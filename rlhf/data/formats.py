@@ -32,7 +32,6 @@ from rlhf.data.canonical import (
     show,
     with_extras,
 )
-from rlhf.data.canonical import prompt_of as prompt_of  # rlhf.data.encoding imports it from here
 from rlhf.data.instructions import (
     alpaca_prompt,
     format_alpaca,
@@ -302,6 +301,42 @@ def merge_by_prompt(rows: list[Row]) -> list[Row]:
     return [{**row, "ranks": ranks_of(row["scores"])} for row in merged.values()]
 
 
+def _ranked_siblings(node: Row, before: list[Message]) -> list[Row]:
+    """One row for each user turn of a tree that has at least two ranked answers."""
+    roles = {"prompter": "user", "assistant": "assistant"}
+    role, replies = node.get("role"), node.get("replies") or []
+    if role not in roles or not isinstance(replies, list):
+        what = f"got role {role!r} and replies {show(replies)}"
+        raise bad_field("prompt", what, "expected {text, role: prompter or assistant, replies}")
+    path = [*before, {"role": roles[role], "content": as_text(node.get("text"), "text")}]
+    ranked = [reply for reply in replies if reply.get("rank") is not None]
+    rows: list[Row] = []
+    if role == "prompter" and len(ranked) > 1:
+        ranks = ranks_of(
+            [-as_number(r["rank"], "rank", "expected 0, the best, 1, ...") for r in ranked]
+        )
+        responses = [as_text(reply.get("text"), "text") for reply in ranked]
+        rows.append({"prompt": path, "responses": responses, "ranks": ranks})
+    return rows + [row for reply in replies for row in _ranked_siblings(reply, path)]
+
+
+def format_oasst(row: Row) -> Row:
+    """OpenAssistant's trees: `prompt`, the first message, of {text, role, rank, replies}.
+
+    Every user turn with at least two ranked answers becomes one ranking (see `GROUPED`), with the
+    turns on the way to it as its prompt. Answers without a rank only lead to further turns.
+    """
+    rankings = _ranked_siblings(row["prompt"], [])
+    if not rankings:
+        raise DropRow("no turn with two ranked answers")
+    return {"prompt": rankings[0]["prompt"], "rankings": rankings}
+
+
+def split_rankings(rows: list[Row]) -> list[Row]:
+    """Return the rankings of all trees, in the order of the source."""
+    return [ranking for row in rows for ranking in row["rankings"]]
+
+
 FORMATS: dict[str, Callable[[Row], Row]] = {
     "messages": format_messages,
     "prompt_completion": format_prompt_completion,
@@ -316,6 +351,7 @@ FORMATS: dict[str, Callable[[Row], Row]] = {
     "stack_exchange": format_stack_exchange,
     "chatllama_reward": format_chatllama_reward,
     "summarize_from_feedback": format_summarize_from_feedback,
+    "oasst": format_oasst,
     "hh_chosen": format_hh_chosen,
     "dolly15k": format_dolly15k,
     "self_instruct": format_self_instruct,
@@ -326,8 +362,11 @@ FORMATS: dict[str, Callable[[Row], Row]] = {
     "tldr": format_tldr,
 }
 
-# Formats whose rows are parts of canonical rows, and what puts the parts together.
-GROUPED: dict[str, Callable[[list[Row]], list[Row]]] = {"chatllama_reward": merge_by_prompt}
+# Formats whose rows are parts of canonical rows, or hold several, and what makes these of them.
+GROUPED: dict[str, Callable[[list[Row]], list[Row]]] = {
+    "chatllama_reward": merge_by_prompt,
+    "oasst": split_rankings,
+}
 
 
 def resolve_format(name: str) -> Callable[[Row], Row]:
