@@ -134,7 +134,7 @@ def test_command_answers_within_a_second_of_processor_time(tmp_path):
         (
             "ppo",
             ["recipe=vicuna"],
-            "recipe=vicuna has no ppo stage (it has sft); to go on from its",
+            "recipe=vicuna has no ppo stage (it has sft); to go on",
         ),
         ("ppo", ["recipe=gone"], "recipe=gone does not exist; choose one of alpaca, "),
         ("sft", ["dataset=gone"], "dataset=gone does not exist; choose one of alpaca, "),
