@@ -27,6 +27,7 @@ def main(arguments: list[str]) -> int:
     """Run the stages and print the table; return the exit status."""
     runs = Path(argument(arguments, "runs_dir", "runs"))
     run_name = argument(arguments, "run_name", "") or _free_name(runs)
+    arguments = [a for a in arguments if not a.startswith("run_name=")]
     seconds = {}
     for stage in STAGES:
         began = time.perf_counter()

@@ -61,7 +61,8 @@ def folder(tmp_path_factory) -> Path:
         {"prompt": row["instruction"], "responses": [row["output"], "no"], "scores": [1.0, 0.0]}
         for row in rows
     ]
-    for name, content in (("train", rows), ("ranked", ranked)):
+    answers = [{"prompt": row["instruction"], "response": row["output"]} for row in rows[:3]]
+    for name, content in (("train", rows), ("ranked", ranked), ("answers", answers)):
         lines = "".join(json.dumps(row) + "\n" for row in content)
         (folder / f"{name}.jsonl").write_text(lines)
     return folder
@@ -75,7 +76,7 @@ def tiny_version(command: str) -> list[str]:
     elif words[0] == "python":
         words[0] = sys.executable
     stage = next((s for s in SMALL if f"rlhf.{s}" in words), None)
-    if stage is None:  # chat, export: of what the stages left
+    if stage is None or "score=answers.jsonl" in words:  # of what the stages left
         return [word.replace("checkpoint-40", "checkpoint-1") for word in words]
     if "--help" not in words and "--cfg" not in words:
         words += SMALL[stage].split()
