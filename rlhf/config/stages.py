@@ -275,7 +275,7 @@ class WatchdogConfig:
     """Thresholds beyond which PPO warns (`kl_budget`: stops); None turns a rule off."""
 
     first_ratio: float | None = 1e-3
-    ratio: float | None = 10.0
+    ratio: float | None = 100.0
     clip_fraction: float | None = 0.3
     negative_kl: float | None = 3.0
     kl_budget: float | None = None

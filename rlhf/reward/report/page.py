@@ -193,7 +193,7 @@ def draw(report: Report, scores: list[Tensor], rows: list[Row]) -> bytes:
     for panel in panels.flat:
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(textwrap.fill(report["summary"], 100), fontsize=11, fontweight="bold")
+    figure.suptitle(report["summary"].replace("; ", "\n"), fontsize=11, fontweight="bold")
     stream = io.BytesIO()
     figure.savefig(stream, format="png", pil_kwargs={"optimize": True})
     return stream.getvalue()
@@ -211,16 +211,15 @@ def _draw_accuracy(panel: Any, report: Report) -> None:
         panel.hlines(y, *ends, color="C0", linewidth=2)
     values = [[piece[key] for _, piece in named] for key in ("accuracy", "longer_wins")]
     places = range(len(named))
-    panel.plot(values[0], places, "o", color="C0", label="reward model, 95 % interval")
-    panel.plot(values[1], places, "|", color="black", markersize=12, label="the longer one wins")
+    panel.plot(values[0], places, "o", color="C0")
+    panel.plot(values[1], places, "|", color="black", markersize=12)
     panel.axvline(0.5, color="grey", linestyle=":", linewidth=1)
     labels = [f"{name} ({piece['num_pairs']})" for name, piece in named]
     panel.set_yticks(places, labels, fontsize=9)
     panel.invert_yaxis()
     panel.set_xlim(0, 1)
-    panel.set_xlabel("share of pairs ordered right")
-    panel.set_title("Accuracy (number of pairs)", fontsize=11)
-    panel.legend(fontsize=8, loc="lower left")
+    panel.set_xlabel("dot: reward model, 95 % interval; bar: the longer one wins", fontsize=9)
+    panel.set_title("Share of pairs ordered right (number of pairs)", fontsize=11)
 
 
 def _draw_calibration(panel: Any, report: Report) -> None:
