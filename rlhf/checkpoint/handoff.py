@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -84,18 +85,26 @@ def make_record(
 
 
 def write_stage(
-    directory: Path, model: Any, tokenizer: Any, config: StageConfig, record: StageRecord
+    directory: Path,
+    model: Any,
+    tokenizer: Any,
+    config: StageConfig,
+    record: StageRecord,
+    files: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write a stage directory, complete or not at all.
 
     Args:
         directory: e.g. `runs/demo/sft/final`.
         model: a plain transformers model (adapters merged).
+        files: name -> content of what else belongs there.
     """
     with complete_or_nothing(directory) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         save_config(config, temporary / "config.yaml")
+        for name, content in (files or {}).items():
+            (temporary / name).write_bytes(content)
         (temporary / RECORD).write_text(
             json.dumps(dataclasses.asdict(record), indent=2), encoding="utf-8"
         )

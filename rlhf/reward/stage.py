@@ -138,9 +138,7 @@ def _finish(
     report = make_report(scores, heldout, splits.eval, tokenizer, heldout_name(config.dataset))
     if PartialState().is_main_process:
         files = page_files(report, scores, heldout)
-        write_stage(directory / "final", merged(scalar.model), tokenizer, config, record)
-        for name, content in files.items():
-            (directory / "final" / name).write_bytes(content)
+        write_stage(directory / "final", merged(scalar.model), tokenizer, config, record, files)
         _show(report, record, directory / "final", PICTURE in files)
     PartialState().wait_for_everyone()
     return RewardResult(directory / "final", record.metrics)
