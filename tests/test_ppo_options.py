@@ -261,7 +261,7 @@ def test_ptx_keeps_the_text_likely_and_does_not_touch_a_run_without_it(policy_di
         source = dataclasses.replace(config.model, path=str(result.directory))
         model = load_policy(source, tokenizer)
         texts = [tokenizer(row["text"])["input_ids"][:32] for row in rows]
-        losses[coef] = float(text_loss(model, texts, sum(len(t) - 1 for t in texts)))
+        losses[coef] = text_loss(model, texts, sum(len(t) - 1 for t in texts)).item()
         metrics = (result.directory.parent / "metrics.jsonl").read_text()
         assert ("ptx_loss" in metrics) == (coef > 0)
     assert losses[10.0] < losses[0.0] - 1.0
