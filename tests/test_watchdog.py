@@ -70,8 +70,8 @@ def test_a_learning_rate_that_is_too_high_is_seen_by_its_ratios(policy_dir, tmp_
 def test_a_ratio_far_below_one_counts_like_one_far_above(policy_dir, tmp_path):
     watchdog = make_watchdog(make_config(policy_dir, tmp_path), tmp_path)
     metrics = {"kl": 0.0, "kl_std": 0.0, "response_length": 1.0, "ratio_max": 1.0}
-    assert "ratio" not in watchdog.check(1, metrics | {"ratio_min": 0.2})
-    assert "ratio" in watchdog.check(2, metrics | {"ratio_min": 0.05})
+    assert "ratio" not in watchdog.check(1, metrics | {"ratio_min": 0.02})
+    assert "ratio" in watchdog.check(2, metrics | {"ratio_min": 0.005})
 
 
 def test_sampling_from_another_distribution_makes_kl_negative(policy_dir, tmp_path):
