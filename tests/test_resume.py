@@ -177,11 +177,12 @@ class Whole:
     accesses: int
 
 
-def run_stage(config, log: str, kill_at: int, hang_at: int | None) -> None:
+def run_stage(config, log: str, kill_at: int, hang_at: int | None, ask: int | None) -> None:
     """Run a stage in this process; kill it at its `kill_at`-th access to a file that it writes.
 
     Args:
         hang_at: number of steps after which the Trainer hangs.
+        ask: number of a signal that the run gets as it writes its first row of metrics.
     """
     gc.freeze()  # the Trainer collects garbage: half a second over all that the fork inherited
     with open(log, "a") as stream:
@@ -193,7 +194,10 @@ def run_stage(config, log: str, kill_at: int, hang_at: int | None) -> None:
     accesses, directory = 0, str(directory_of(config))
 
     def watch(event, arguments):
-        nonlocal accesses
+        nonlocal accesses, ask
+        if ask is not None and event == "open" and str(arguments[0]).endswith("/metrics.jsonl"):
+            number, ask = ask, None
+            os.kill(os.getpid(), number)
         if event in ACCESSES and any(str(path).startswith(directory) for path in arguments[:2]):
             accesses += 1
             if accesses == kill_at:
@@ -248,10 +252,10 @@ def names(directory: Path, pattern: str) -> list[str]:
     return sorted(str(path.relative_to(directory)) for path in directory.glob(pattern))
 
 
-def start(config, kill_at: int = 0, hang_at: int | None = None):
+def start(config, kill_at: int = 0, hang_at: int | None = None, ask: int | None = None):
     """Start a stage as a process of its own."""
     Path(config.runs_dir).mkdir(exist_ok=True, parents=True)
-    arguments = (config, str(log_of(config)), kill_at, hang_at)
+    arguments = (config, str(log_of(config)), kill_at, hang_at, ask)
     process = PROCESSES.Process(target=run_stage, args=arguments)
     process.start()
     return process
@@ -523,9 +527,7 @@ def test_finished_run_has_nothing_to_do(stage, wholes):
 def test_run_that_is_asked_to_stop_saves_and_continues(stage, number, wholes, tmp_path):
     plain, _, whole = wholes(stage)
     config = new_run(plain, tmp_path, "run")
-    process = start(config)
-    wait_for((directory_of(config) / "metrics.jsonl").exists, process)
-    os.kill(process.pid, number)
+    process = start(config, ask=number)  # for PPO: in the evaluation before the first update
     process.join(120)
     assert process.exitcode == 128 + number
     assert "finishing this step, then saving a checkpoint" in text_of(config)

@@ -83,42 +83,44 @@ class Run:
 
     def run(self) -> PPOResult:
         """Train to the end, or until interrupted; write `final/`."""
-        trainer, config = self.trainer, self.config
+        trainer = self.trainer
         self._resume()
-        writer = MetricsWriter(self.directory, config, "ppo")
+        writer = MetricsWriter(self.directory, self.config, "ppo")
+        with GracefulStop(self.config.checkpoint.grace_seconds, self.directory) as stop:
+            interrupted = self._train(writer, stop)
+        writer.close()
+        if not interrupted:
+            return self._finish()
+        say(f"stopped after update {trainer.update}; continue with resume=true")
+        return PPOResult(None, self.before, self.last, trainer.update, stopped_by=stop.signal)
+
+    def _train(self, writer: MetricsWriter, stop: GracefulStop) -> bool:
+        """Make the updates; True when a signal ended them early, with a checkpoint saved."""
+        trainer, config = self.trainer, self.config
         if trainer.update == 0:
             self.before = self._evaluate(writer)
         began = time.perf_counter()
         bar = progress_bar(config.ppo.num_updates, trainer.update, "update")
-        over_budget = False
-        with GracefulStop(config.checkpoint.grace_seconds, self.directory) as stop:
-            while trainer.update < config.ppo.num_updates and not over_budget:
-                metrics = trainer.step() | {"seconds": time.perf_counter() - began}
-                bar.set_postfix(
-                    {short: f"{metrics[name]:.3g}" for name, short in SHOWN.items()}, refresh=False
-                )
-                bar.update(1)
-                writer.write(trainer.update, metrics)
-                over_budget = "kl_budget" in self.watchdog.check(trainer.update, metrics)
-                last = over_budget or trainer.update == config.ppo.num_updates
-                improved = False
-                if last or trainer.update % config.evaluation.every == 0:
-                    self.last = self._evaluate(writer)
-                    improved = self._keep_best(self.last)
-                interrupted = stop.requested() and not last
-                due = trainer.update % config.checkpoint.every == 0 or improved or interrupted
-                if due and not last:
-                    self._save()
-                if interrupted:
-                    bar.close()
-                    writer.close()
-                    say(f"stopped after update {trainer.update}; continue with resume=true")
-                    return PPOResult(
-                        None, self.before, self.last, trainer.update, stopped_by=stop.signal
-                    )
+        over_budget = interrupted = False
+        while trainer.update < config.ppo.num_updates and not over_budget and not interrupted:
+            metrics = trainer.step() | {"seconds": time.perf_counter() - began}
+            bar.set_postfix(
+                {short: f"{metrics[name]:.3g}" for name, short in SHOWN.items()}, refresh=False
+            )
+            bar.update(1)
+            writer.write(trainer.update, metrics)
+            over_budget = "kl_budget" in self.watchdog.check(trainer.update, metrics)
+            last = over_budget or trainer.update == config.ppo.num_updates
+            improved = False
+            if last or trainer.update % config.evaluation.every == 0:
+                self.last = self._evaluate(writer)
+                improved = self._keep_best(self.last)
+            interrupted = stop.requested() and not last
+            due = trainer.update % config.checkpoint.every == 0 or improved or interrupted
+            if due and not last:
+                self._save()
         bar.close()
-        writer.close()
-        return self._finish()
+        return interrupted
 
     def _evaluate(self, writer: MetricsWriter) -> dict[str, float]:
         if not self.evaluate.prompts:
