@@ -10,6 +10,7 @@ the same positions.
 Left out: sharded models and quantised loading.
 """
 
+from rlhf.models.adapters import add_lora, merged
 from rlhf.models.forward import (
     HEAD,
     ScalarModel,
@@ -21,21 +22,21 @@ from rlhf.models.forward import (
     unwrap_peft,
 )
 from rlhf.models.loading import (
-    PAD_TOKEN,
-    add_lora,
     disable_dropout,
-    forbidden_token_ids,
     freeze,
     init_reward_model,
     load_policy,
     load_reference,
     load_reward_model,
-    load_tokenizer,
-    merged,
-    num_tokens,
     parameter_count,
-    resize_embeddings,
     use_bfloat16,
+)
+from rlhf.models.tokenizers import (
+    PAD_TOKEN,
+    forbidden_token_ids,
+    load_tokenizer,
+    num_tokens,
+    resize_embeddings,
 )
 
 __all__ = [
