@@ -31,7 +31,7 @@ from rlhf.models.loading import (
     parameter_count,
     use_bfloat16,
 )
-from rlhf.models.tokenizers import (
+from rlhf.models.vocabulary import (
     PAD_TOKEN,
     forbidden_token_ids,
     load_tokenizer,

@@ -20,7 +20,7 @@ from transformers import (
 from rlhf.config import InputError, ModelConfig
 from rlhf.models.forward import HEAD
 from rlhf.models.hub import from_hub_or_disk
-from rlhf.models.tokenizers import num_tokens, resize_embeddings
+from rlhf.models.vocabulary import num_tokens, resize_embeddings
 
 
 def load_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
