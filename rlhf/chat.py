@@ -221,6 +221,7 @@ class Chat:
             number: names the random numbers, together with the seed.
         """
         from rlhf.generation import stream, uniform_noise
+        from rlhf.models import response_text
 
         prompt_ids, room = self._prompt(question)
         if room < 1:
@@ -240,21 +241,30 @@ class Chat:
         try:
             for token in stream(self.model, prompt_ids, sampling, noise):
                 ids.append(token)
-                text = self._text(ids).rstrip(INCOMPLETE)
+                text = self._settled_text(ids)
                 if len(text) > num_shown:
                     yield text[num_shown:]
                     num_shown = len(text)
-            yield self._text(ids)[num_shown:]
-            self.cut_off = ids[-1] not in sampling.stop_ids
+            yield response_text(ids, self.tokenizer)[num_shown:]
+            stops = sampling.stop_strings
+            ended = ids[-1] in sampling.stop_ids or (stops is not None and stops.end(ids))
+            self.cut_off = not ended
         finally:
             if not self.why_text:
-                self.rounds.append((question, self._text(ids)))
+                self.rounds.append((question, response_text(ids, self.tokenizer)))
 
-    def _text(self, ids: list[int]) -> str:
-        # No clean-up of spaces: it would change text that has been shown.
-        return self.tokenizer.decode(
-            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+    def _settled_text(self, ids: list[int]) -> str:
+        """What is said for good: without an incomplete character, or what may yet become a stop
+        string and the whitespace before it."""
+        from rlhf.models import response_text
+
+        text = response_text(ids, self.tokenizer).rstrip(INCOMPLETE)
+        stops = self.sampling.stop_strings
+        if stops is None:
+            return text
+        starts = (stop[:n] for stop in stops.strings for n in range(1, len(stop)))
+        held = max((len(start) for start in starts if text.endswith(start)), default=0)
+        return text[: len(text) - held].rstrip()
 
     def _prompt(self, question: str) -> tuple[list[int], int]:
         """Token ids up to the answer, and the room for it, tokens; negative if there is none.

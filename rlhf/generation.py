@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from rlhf.models import accepts, forbidden_token_ids, forward_inputs, unwrap_peft
+from rlhf.models import StopStrings, accepts, forbidden_token_ids, forward_inputs, unwrap_peft
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Sampling:
         temperature: divides the logits.
         top_p, top_k: restrict the choice (1.0 and 0: off); log-probs stay those of the full
         distribution.
+        stop_strings: a response also ends with the token that completes one of these; None: none.
     """
 
     max_new_tokens: int
@@ -41,6 +42,7 @@ class Sampling:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    stop_strings: StopStrings | None = None
 
 
 @dataclass
@@ -48,9 +50,10 @@ class Generation:
     """Sampled responses, one entry per prompt.
 
     Attributes:
-        ids: response tokens, the stop token included.
+        ids: response tokens, those of what ends it (stop token or stop string) included.
         logprobs: log-probs of these tokens under the sampler, nats, float32.
-        finished: True where a stop token was sampled; False where the budget ended the response.
+        finished: True where a stop token or stop string was sampled; False where the budget ended
+            the response.
     """
 
     ids: list[list[int]]
@@ -59,9 +62,13 @@ class Generation:
 
 
 def stop_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    """The tokenizer's EOS and every EOS id of the model's generation config."""
+    """The tokenizer's EOS, every EOS id of the model's generation config, and the stop strings that
+    are special tokens, which text does not show."""
+    stops = StopStrings(tokenizer).strings
+    special = [stop for stop in stops if stop in tokenizer.all_special_tokens]
     configured = getattr(unwrap_peft(model).generation_config, "eos_token_id", None)
     ids = configured if isinstance(configured, list) else [configured]
+    ids = [*ids, *tokenizer.convert_tokens_to_ids(special)]
     return tuple(sorted({tokenizer.eos_token_id, *(i for i in ids if i is not None)}))
 
 
@@ -73,8 +80,10 @@ def sampling_for(
     top_p: float = 1.0,
     top_k: int = 0,
 ) -> Sampling:
-    """Build the settings of a model: its stop tokens end a response, its unused ids never occur."""
+    """Build the settings of a model: its stop tokens and the stop strings of its chat template end
+    a response, its unused ids never occur."""
     num_logits = model.get_output_embeddings().weight.shape[0]
+    stops = StopStrings(tokenizer)
     return Sampling(
         max_new_tokens=max_new_tokens,
         stop_ids=stop_token_ids(model, tokenizer),
@@ -82,6 +91,7 @@ def sampling_for(
         temperature=temperature,
         top_p=top_p,
         top_k=top_k,
+        stop_strings=stops if stops.strings else None,
     )
 
 
@@ -150,7 +160,7 @@ def generate(
 def stream(
     model: Any, prompt_ids: Sequence[int], sampling: Sampling, noise: Tensor | None
 ) -> Iterator[int]:
-    """Sample one response and yield each token as soon as it is chosen, the stop token included.
+    """Sample one response and yield each token as soon as it is chosen, those that end it included.
 
     The tokens are those of `generate`.
 
@@ -187,7 +197,7 @@ def _steps(
     model: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, noise: Tensor | None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Yield the rows that go on, and for each its next token, that token's log-prob, and whether it
-    is a stop token; a row with one goes no further. The decode loop."""
+    ends the row, which then goes no further. The decode loop."""
     device = next(model.parameters()).device
     width, count = max(map(len, prompts)), len(prompts)
     tokens = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
@@ -200,6 +210,7 @@ def _steps(
     )
     noise = None if noise is None else noise.to(device)
     active = torch.arange(count, device=device)
+    responses: list[list[int]] = [[] for _ in prompts]  # kept where stop strings are looked for
     cache = DynamicCache(config=unwrap_peft(model).config)
     last_only = {"logits_to_keep": 1} if accepts(model, "logits_to_keep") else {}
     for t in range(sampling.max_new_tokens):
@@ -215,6 +226,8 @@ def _steps(
             logits, sampling, forbidden, None if noise is None else noise[active, t]
         )
         done = torch.isin(token, stop_ids)
+        if sampling.stop_strings is not None:
+            done |= _at_stop_string(sampling.stop_strings, responses, active, token)
         yield active, token, logprob, done
         if done.any():
             keep = (~done).nonzero().squeeze(1)
@@ -224,6 +237,18 @@ def _steps(
             active, mask, token = active[keep], mask[keep], token[keep]
         tokens = token[:, None]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+
+
+def _at_stop_string(
+    stop_strings: StopStrings, responses: list[list[int]], active: Tensor, token: Tensor
+) -> Tensor:
+    """Add the next token of each active row to its response; return which have come to a stop
+    string, bool as `active`."""
+    ended = []
+    for row, next_token in zip(active.tolist(), token.tolist(), strict=True):
+        responses[row].append(next_token)
+        ended.append(stop_strings.end(responses[row]))
+    return torch.tensor(ended, device=active.device)
 
 
 def _choose(

@@ -49,9 +49,11 @@ METRICS: dict[str, str] = {
     "eval_num_pairs": "number of non-tied held-out pairs",
     "eval_num_length_matched_pairs": "number of those with similar lengths",
     # ppo, of the rollout (before its optimiser steps)
-    "score": "mean score of a response, after normalisation and the penalty for a missing EOS",
+    "score": "mean score of a response, after normalisation and the penalty for a missing EOS "
+    "(under ppo.whiten_scores before both the whitening and the penalty)",
     "score/": "score/<component>: mean score by one of scorer.components, without its weight and "
     "the penalty",
+    "gated_rate": "share of responses that a component with a gate scored alone",
     "score_std": "standard deviation of the scores over the rollout",
     "finished_score": "mean score of the responses that end with a stop token",
     "reward": "mean over sequences of score minus KL penalty",

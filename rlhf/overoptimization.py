@@ -227,7 +227,7 @@ def sample_scores(
 
     from rlhf.data import encode_prompt
     from rlhf.generation import generate, sampling_for, uniform_noise
-    from rlhf.models import load_policy, load_tokenizer
+    from rlhf.models import load_policy, load_tokenizer, response_text
     from rlhf.rollout import Actors, CollectSettings, score_sampled
     from rlhf.scorers import checked_scores, hash_rendering, load_scorer
 
@@ -252,7 +252,7 @@ def sample_scores(
     gold = checked_scores(
         load_scorer(judge, device, field="evaluation.scorer"),
         [row["prompt"] for row in rows],
-        tokenizer.batch_decode(sampled.ids, skip_special_tokens=True),
+        [response_text(ids, tokenizer) for ids in sampled.ids],
         "evaluation.scorer",
     )
     return proxy.view(-1, num_samples), gold.view(-1, num_samples)

@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rlhf.functional import token_logprobs
 from rlhf.generation import Sampling, generate, uniform_noise
-from rlhf.models import response_logits
+from rlhf.models import response_logits, response_text
 from rlhf.scorers import Scorer, Scores, Tokens, component_names, score_responses
 
 
@@ -31,14 +31,15 @@ class Rollout:
     Attributes:
         prompt_ids: (B, P) int64, left-padded.
         prompt_mask: (B, P) bool.
-        response_ids: (B, T) int64, right-padded, the stop token included.
-        response_mask: (B, T) bool; covers response tokens with the stop token.
-        finished: (B,) bool; True where a stop token was sampled.
+        response_ids: (B, T) int64, right-padded, the stop token or stop string included.
+        response_mask: (B, T) bool; covers response tokens with what ends them.
+        finished: (B,) bool; True where a stop token or stop string was sampled.
         sampler_logprobs: (B, T) as the sampler saw them, nats.
         logprobs: (B, T) of the policy that sampled, by the training forward, nats.
         ref_logprobs: (B, T) of the reference, nats.
         values: (B, T) of the critic, at the state before each token; zeros without a critic.
-        scores: (B,) normalised, with the penalty for a missing EOS and the sum of `dense_rewards`.
+        scores: (B,) normalised, with the sum of `dense_rewards` and the penalty for a missing EOS,
+            unless `ppo.whiten_scores` puts it in later.
         dense_rewards: (B, T) that the scorer gave at the tokens; zeros for most scorers.
         component_scores: (B, C) of the scorer's C components, without the penalty; C is 0 for most.
         advantages, returns: (B, T), filled by the trainer.
@@ -211,11 +212,12 @@ def score_sampled(
 ) -> Scores:
     """Score sampled responses, on the CPU.
 
-    The penalty for a missing EOS takes the place of the score at the end (N, N+); rewards that a
-    scorer gave at the tokens stay, so that the total is then their sum plus the penalty.
+    The penalty for a missing EOS takes the place of the score of a response that neither EOS nor a
+    stop string ends (N, N+); rewards that a scorer gave at the tokens stay, so that the total is
+    then their sum plus the penalty.
     """
     tokens = Tokens([p["input_ids"] for p in prompts], responses, actors.tokenizer_hash)
-    texts = actors.tokenizer.batch_decode(responses, skip_special_tokens=True)
+    texts = [response_text(ids, actors.tokenizer) for ids in responses]
     scores = score_responses(
         actors.scorer, [p["prompt"] for p in prompts], texts, "the scorer", tokens
     )

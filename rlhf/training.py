@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from transformers import (
+    IntervalStrategy,
     PrinterCallback,
     ProgressCallback,
     Trainer,
@@ -32,6 +33,10 @@ from rlhf.generation import context_length
 from rlhf.metrics import METRICS, MetricsWriter, is_main_process, progress_bar, say
 from rlhf.models import use_bfloat16
 
+BEST_METRICS = {
+    "sft": ("eval_loss", "eval_mean_token_accuracy"),
+    "reward": ("eval_accuracy", "eval_margin"),
+}
 SHOWN = ("loss", "accuracy", "eval_loss", "eval_accuracy")
 # What a Trainer, TRL's and ours have summed up since the last log, and TRL's count of tokens; none
 # of them save it, and without it the first log after a resume would be another.
@@ -58,7 +63,8 @@ def trainer_arguments(
         n for n in ("activation_checkpointing", "gradient_checkpointing") if n in names
     )
     values = {"eval_strategy": "steps"} | dict(config.trainer)
-    return build_arguments(
+    load_best = _pop_load_best(values, stage)
+    args = build_arguments(
         factory,
         values,
         {
@@ -76,10 +82,54 @@ def trainer_arguments(
             "save_steps": config.checkpoint.every,
             "save_total_limit": None,  # it would delete before the manifest of the new one is there
             "save_only_model": False,
-            "load_best_model_at_end": False,  # it would need a checkpoint of the last step
         }
         | reserved,
     )
+    # not given above: it would want evaluations at every checkpoint, and we add a checkpoint to
+    # every evaluation that is the best
+    args.load_best_model_at_end = load_best
+    if config.batch_size is not None:
+        rows = args.train_batch_size * args.world_size
+        args.gradient_accumulation_steps = accumulation_steps(config.batch_size, rows)
+    return args
+
+
+def accumulation_steps(batch_size: int, rows: int) -> int:
+    """Forward passes of an optimiser step that make `batch_size`.
+
+    Args:
+        rows: of one forward pass, over all processes.
+
+    Raises:
+        InputError: `batch_size` is no multiple of `rows`.
+    """
+    steps, rest = divmod(batch_size, rows)
+    if rest:
+        nearest = [str(rows * number) for number in (steps, steps + 1) if number]
+        raise InputError(
+            f"batch_size={batch_size} is not a multiple of the {rows} rows of a forward pass "
+            "(trainer.per_device_train_batch_size x processes); set it to "
+            f"{' or '.join(nearest)}, or change trainer.per_device_train_batch_size"
+        )
+    return steps
+
+
+def _pop_load_best(values: dict[str, Any], stage: str) -> bool:
+    """Take load_best_model_at_end out of `trainer:`, check what it needs, and name its metric."""
+    if not values.pop("load_best_model_at_end", False):
+        return False
+    metric = values.setdefault("metric_for_best_model", BEST_METRICS[stage][0])
+    if metric not in BEST_METRICS[stage]:
+        raise InputError(
+            f"trainer.metric_for_best_model={metric!r} must be one of "
+            f"{', '.join(BEST_METRICS[stage])}"
+        )
+    if values["eval_strategy"] == "no":
+        raise InputError(
+            "trainer.load_best_model_at_end=true needs evaluations, but trainer.eval_strategy=no; "
+            "set trainer.eval_strategy to steps or epoch"
+        )
+    return True
 
 
 def check_max_length(config: SFTStageConfig | RewardStageConfig, model: Any) -> None:
@@ -106,6 +156,7 @@ class StageCallback(TrainerCallback):
         self.trainer, self.config, self.writer, self.stop = trainer, config, writer, stop
         self.checkpoint = checkpoint  # that training continues from
         self.interrupted = False
+        self._evaluated = -1  # last step of an epoch that was evaluated at that step
         self._began = time.perf_counter()
         self._bar: Any = None
         self._shown: dict[str, str] = {}
@@ -115,6 +166,10 @@ class StageCallback(TrainerCallback):
     ) -> None:
         self._bar = progress_bar(state.max_steps, state.global_step, "step")
         state.save_steps = self.config.checkpoint.every  # else the Trainer takes the checkpoint's
+        if args.load_best_model_at_end and state.best_global_step:
+            # where it is now, should the run have been moved
+            best = Path(str(args.output_dir)) / f"checkpoint-{state.best_global_step}"
+            state.best_model_checkpoint = str(best)
         if self.checkpoint is not None:
             load_sums(self.trainer, self.checkpoint)
 
@@ -123,12 +178,24 @@ class StageCallback(TrainerCallback):
     ) -> None:
         assert self._bar is not None
         self._bar.update(1)
+        epoch = state.epoch or 0.0
+        if args.eval_strategy == IntervalStrategy.EPOCH and epoch == int(epoch) >= args.eval_delay:
+            # not at the end of the epoch, which comes after the checkpoint of this step
+            control.should_evaluate = True
+            self._evaluated = state.global_step
         asked = self.stop.requested()
         if state.global_step >= state.max_steps:
             control.should_save = False
         elif asked:
             self.interrupted = True
             control.should_save = control.should_training_stop = True
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        # asked for by the last step, and done: the reward stage's Trainer does not take it back
+        if args.eval_strategy != IntervalStrategy.EPOCH or state.global_step == self._evaluated:
+            control.should_evaluate = False
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -139,7 +206,7 @@ class StageCallback(TrainerCallback):
         PartialState().wait_for_everyone()  # every process has written its part
         if is_main_process():
             save_config(self.config, checkpoint / "config.yaml")
-            seal(checkpoint, directory)
+            seal(checkpoint, directory, best_step(args, state))
             prune_checkpoints(directory, self.config.checkpoint.keep_last)
 
     def on_log(
@@ -163,13 +230,41 @@ class StageCallback(TrainerCallback):
         self.writer.write(
             state.global_step, values | {"seconds": time.perf_counter() - self._began}
         )
+        if args.load_best_model_at_end:
+            self._keep_if_best(args, state, control, values)
         self._shown |= {name: f"{value:.4g}" for name, value in values.items() if name in SHOWN}
         if self._bar is not None:
             self._bar.set_postfix(self._shown, refresh=False)
 
+    def _keep_if_best(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        values: dict[str, float],
+    ) -> None:
+        """Have the Trainer save an evaluation that is better than all before it.
+
+        What it saves last as the best it loads at the end. The weights of the last step are there
+        already: without a best checkpoint they stay.
+        """
+        name = str(args.metric_for_best_model)
+        sign, before = 1 if args.greater_is_better else -1, state.best_metric
+        if name not in values or not (before is None or sign * values[name] > sign * before):
+            return
+        if state.global_step < state.max_steps:
+            control.should_save = True
+        else:
+            state.best_model_checkpoint = None
+
     def on_train_end(self, *_: Any, **__: Any) -> None:
         assert self._bar is not None
         self._bar.close()
+
+
+def best_step(args: TrainingArguments, state: TrainerState) -> int | None:
+    """Step of the best evaluation so far where training is to end with it; else None."""
+    return state.best_global_step if args.load_best_model_at_end else None
 
 
 def save_sums(trainer: Trainer, checkpoint: Path) -> None:
@@ -222,9 +317,20 @@ def run_trainer(
         trainer.evaluate()
     writer.close()
     if not callback.interrupted:
+        _say_best(trainer)
         return None
     say(f"stopped after step {trainer.state.global_step}; continue with resume=true")
     return stop.signal
+
+
+def _say_best(trainer: Trainer) -> None:
+    state, best = trainer.state, best_step(trainer.args, trainer.state)
+    if best is not None:
+        name = trainer.args.metric_for_best_model
+        say(
+            f"taking step {best} of {state.global_step}, with the best {name}: "
+            f"{state.best_metric:.4g}"
+        )
 
 
 def describe_batches(args: TrainingArguments, num_rows: int, unit: str) -> str:

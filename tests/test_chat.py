@@ -21,7 +21,7 @@ import rlhf.chat
 from rlhf.chat import Chat, ChatOptions, printable, run_command, talk
 from rlhf.checkpoint import make_record, write_stage
 from rlhf.config import ModelConfig, StageConfig
-from rlhf.data import chat_template_text, encode_prompt
+from rlhf.data import chat_template_text, declare_stop_strings, encode_prompt
 from rlhf.generation import generate, sampling_for, stream, uniform_noise
 from rlhf.models import init_reward_model, load_policy, load_tokenizer
 
@@ -154,6 +154,28 @@ def test_character_that_stays_incomplete_comes_at_the_end(tmp_path):
     chat = chat_with(path, temperature=0, max_new_tokens=3)
     assert list(chat.ask("Hi", 0)) == ["a", "\ufffd"]
     assert chat.cut_off
+
+
+@pytest.mark.parametrize(
+    "said, stops, pieces, cut_off",
+    [
+        # the space and "x", "xy" are held back: they may come before, or begin, a stop string
+        ("ab xyz", ["xyz"], ["a", "b"], False),
+        ("ab xyc" + EOS, ["xyz"], ["a", "b", " xyc"], False),
+        ("ab xy" + EOS, ["xyz"], ["a", "b", " xy"], False),
+        ("ab \t" + EOS, ["xyz"], ["a", "b"], False),
+        ("abcde", ["cdf", "de"], ["a", "b", "c"], False),  # "cd" was the beginning of another one
+        ("aé🙂b", ["🙂"], ["a", "é"], False),
+        ("abc d", ["never"], ["a", "b", "c", " d", "a", "b"], True),
+    ],
+)
+def test_no_part_of_a_stop_string_is_streamed(tmp_path, said, stops, pieces, cut_off):
+    path = write(tmp_path / "final", scripted(said))
+    template = declare_stop_strings(PLAIN, stops)
+    chat = chat_with(path, temperature=0, chat_template=template, max_new_tokens=7)
+    shown = list(filter(None, chat.ask("Hi", 0)))
+    assert (shown, chat.cut_off) == (pieces, cut_off)
+    assert chat.rounds == [("Hi", "".join(pieces))]
 
 
 def test_every_stop_token_of_the_generation_config_ends_an_answer(tmp_path):

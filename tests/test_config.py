@@ -145,6 +145,23 @@ OFF_POLICY = "or set ppo.allow_off_policy_sampling=true"
 # stage, changes, what the message must say
 BAD_VALUES = [
     ("sft", {"model.dtype": "fp16"}, "model.dtype must be one of auto, float32, bfloat16, float16"),
+    ("sft", {"model.quantization": "int8"}, "model.quantization must be one of 8bit, 4bit"),
+    ("sft", {"model.quantization": "8bit"}, "only adapters on them; set peft=lora, or model.quant"),
+    (
+        "sft",
+        {"model.quantization": "4bit", "peft.enabled": True, "model.path": None}
+        | {"model.config": {"a": 1}, "model.tokenizer": "gpt2"},
+        "model.config builds one with random weights; give model.path, or set model.quantization=",
+    ),
+    ("sft", {"model.dropout": 1.0}, "model.dropout must lie in [0, 1), e.g. 0.2, got 1.0"),
+    ("ppo", {"model.dropout": 0.1}, "model.dropout=0.1: PPO has all dropout off, as its ratios"),
+    ("sft", {"model.special_tokens": ["", "a"]}, "model.special_tokens must be texts that are not"),
+    ("sft", {"model.stop_strings": ["a", "a"]}, "model.stop_strings must be texts that are not"),
+    (
+        "sft",
+        {"model.eos_token": "### End", "model.pad_token": "### End"},
+        "model.pad_token='### End' is model.eos_token too, but PPO never samples the pad token",
+    ),
     ("sft", {"precision": "fp16"}, "precision must be one of auto, float32, bfloat16, got 'fp16'"),
     ("sft", {"resume": "yes"}, "resume must be one of true, false, auto, got 'yes'"),
     ("sft", {"checkpoint.every": 0}, "checkpoint.every must be >= 1, got 0"),
@@ -168,6 +185,21 @@ BAD_VALUES = [
     ("sft", {"num_samples": -1}, "num_samples must be >= 0, got -1"),
     ("sft", {"response_length": 0}, "response_length must be >= 1, got 0"),
     ("sft", {"temperature": 0.0}, "temperature must be > 0, got 0.0"),
+    ("sft", {"top_p": 0.0}, "top_p must lie in (0, 1], got 0.0"),
+    ("sft", {"mix.fraction": -0.1}, "mix.fraction must lie in [0, 0.9], got -0.1"),
+    ("sft", {"batch_size": 0}, "batch_size must be >= 1, got 0"),
+    (
+        "sft",
+        {"batch_size": 128, "trainer": {"gradient_accumulation_steps": 16}},
+        "batch_size=128 sets trainer.gradient_accumulation_steps, which is 16; leave that at 1, or",
+    ),
+    ("reward", {"dataset.split_long": True}, "dataset.split_long splits the conversations of SFT"),
+    ("ppo", {"dataset.split_long": True}, "dataset.split_long splits the conversations of SFT"),
+    (
+        "reward",
+        {"batch_size": 64, "reward.tokens_per_batch": 4096},
+        "batch_size=64 counts prompts, but with reward.tokens_per_batch=4096 a step has as many as",
+    ),
     ("reward", {"reward.loss": "hinge"}, "reward.loss must be one of pairwise, plackett_luce, got"),
     (
         "reward",
@@ -206,6 +238,26 @@ BAD_VALUES = [
     ("ppo", {"ptx.coef": -1.0}, "ptx.coef must be >= 0, got -1.0"),
     ("ppo", {"ppo.entropy_coef": -1.0}, "ppo.entropy_coef must be >= 0, got -1.0"),
     ("ppo", {"evaluation.select_kl_coef": -1.0}, "evaluation.select_kl_coef must be >= 0, got"),
+    ("ppo", {"ppo.weight_decay": -0.1}, "ppo.weight_decay must be >= 0, got -0.1"),
+    ("ppo", {"ppo.lr_warmup_updates": -1}, "ppo.lr_warmup_updates must be >= 0, got -1"),
+    ("ppo", {"ppo.lr_warmup_start": 1.5}, "ppo.lr_warmup_start must lie in [0, 1], got 1.5"),
+    ("ppo", {"ppo.adam_betas": [0.9]}, "ppo.adam_betas must be two numbers in [0, 1), e.g. [0.9"),
+    ("ppo", {"ppo.adam_betas": [0.9, 1.0]}, "two numbers in [0, 1), e.g. [0.9, 0.95], got [0.9, 1"),
+    (
+        "ppo",
+        {"ppo.scale_scores": True, "ppo.whiten_scores": True},
+        "ppo.scale_scores and ppo.whiten_scores both set the scale of the scores; set one to false",
+    ),
+    (
+        "ppo",
+        several({"path": "a"}, {"path": "b", "gate": 15.0}),
+        "scorer.components: a gate must lie in (0, 1), e.g. 0.15, got [None, 15.0]",
+    ),
+    (
+        "ppo",
+        several({"path": "a", "gate": 0.15}),
+        "scorer.components: every one has a gate, [0.15]; the responses that pass them all need an",
+    ),
     ("ppo", {"ppo.kl_target": 0.0}, "ppo.kl_target must be > 0, got 0.0"),
     ("ppo", {"ppo.clip_scores": 0.0}, "ppo.clip_scores must be > 0, got 0.0"),
     ("ppo", {"ppo.dual_clip": 1.0}, "ppo.dual_clip must be > 1, got 1.0"),
@@ -357,9 +409,13 @@ def test_every_rule_is_broken_by_some_row_of_the_table(stage):
         ("ppo", several({"path": "runs/a/reward/final"}, {"path": "runs/b/reward/final"})),
         ("ppo", several({"path": "a"}, {"path": "b", "normalize": "none"}, combine="min")),
         ("ppo", several({"path": "a", "weight": -0.5}, {"path": "python:m.f", "name": "x"})),
+        ("ppo", several({"path": "a"}, {"path": "b", "gate": 0.15})),
+        ("ppo", {"ppo.adam_betas": [0.0, 0.95], "ppo.lr_warmup_updates": 500}),
         ("ppo", PYTHON_SCORER | {"ppo.advantage": "rloo", "ppo.samples_per_prompt": 4}),
         ("ppo", {"ppo.kl_in": "loss", "ppo.kl_estimator": "k3", "resume": "auto"}),
         ("sft", {"model.path": None, "model.config": {"a": 1}, "model.tokenizer": "gpt2"}),
+        ("ppo", {"model.quantization": "4bit", "peft.enabled": True}),
+        ("reward", {"model.dropout": 0.0}),
     ],
 )
 def test_good_values_pass(stage, changes):
@@ -376,7 +432,7 @@ def test_all_bad_values_are_reported_at_once():
 @pytest.mark.parametrize(
     "stage, keys",
     [
-        ("sft", ["dataset.path", "model.path", "model.tokenizer"]),
+        ("sft", ["dataset.path", "model.path", "model.tokenizer", "mix.path"]),
         ("reward", ["dataset.path", "model.path"]),
         ("ppo", ["dataset.path", "model.path", "scorer.path", "ptx.path"]),
     ],
@@ -386,6 +442,8 @@ def test_all_missing_values_are_reported_at_once(stage, keys, tmp_path):
         config = STAGES[stage](runs_dir=str(tmp_path), run_name="mine")
         if isinstance(config, PPOStageConfig):
             config.ptx.coef = 1.0
+        if isinstance(config, SFTStageConfig):
+            config.mix.fraction = 0.05
         check(config)
     title, *lines = str(caught.value).splitlines()
     assert title == "missing values:"

@@ -1,25 +1,20 @@
-"""Data: formats, sources, splits, and the token ids and labels that the three stages share."""
+"""Encoding: the token ids and labels that the three stages share; formats and sources are in
+test_sources.py."""
 
-import csv
-import gzip
 import json
 import shutil
-import subprocess
-import sys
 import tempfile
-from collections import Counter
 from functools import cache
 from pathlib import Path
 
 import pytest
 from tiny import tiny_tokenizer
 
-from rlhf.config import CONF_DIR, DatasetConfig, InputError
+from rlhf.config import CONF_DIR, InputError
 from rlhf.data import (
     FORMATS,
     RankedCollator,
     chat_template_text,
-    check_row,
     describe_dropped,
     encode_prompt,
     encode_prompts,
@@ -28,13 +23,8 @@ from rlhf.data import (
     encode_row,
     encode_sft,
     encode_texts,
-    load_rows,
-    load_splits,
     prompt_of,
-    resolve_format,
-    split_by_prompt,
 )
-from rlhf.data.formats import GROUPED
 
 SHARED = Path(__file__).parents[1].parent / "shared"
 
@@ -373,309 +363,6 @@ def test_chat_template_by_name_path_or_text(tmp_path):
         chat_template_text(str(tmp_path / "absent.jinja"))
 
 
-# --- Formats ------------------------------------------------------------------------------------
-
-
-def test_messages_keeps_other_columns_and_reads_sharegpt():
-    expected = [user("Hi"), assistant("Yo")]
-    row = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]}
-    assert FORMATS["messages"]({**row, "id": 7}) == {"id": 7, "messages": expected}
-    padded = [{"role": None, "from": "human", "value": "Hi"}, {**assistant("Yo"), "name": None}]
-    assert FORMATS["messages"]({"messages": padded, "prompt": "Hi"}) == {"messages": expected}
-
-
-def test_real_files_load_in_full():
-    if not (SHARED / "data").is_dir():
-        pytest.skip("the real data is not on this machine")
-    expected = {
-        ("alpaca_eval_sft_test.jsonl", "alpaca", "sft"): 1574,
-        ("sharegpt_dummy_conversation.json", "messages", "sft"): 500,
-    }
-    for (file, format, stage), count in expected.items():
-        rows, dropped = load_rows(str(SHARED / "data" / file), format, "train", stage)
-        assert len(rows) == count and not dropped
-
-
-def test_each_format_has_a_config_whose_example_rows_it_reads():
-    files = {file.stem: file.read_text() for file in (CONF_DIR / "dataset").glob("*.yaml")}
-    assert set(files) == {*FORMATS, "none"}
-    stages = {"prompt_completion": "ppo", "chatllama_rlhf": "ppo", "text": "ptx"}
-    sft = "messages alpaca self_instruct dolly15k sharegpt baize chatllama_actor tldr hh_chosen"
-    for name in sft.split():
-        stages[name] = "sft"
-    for name, format in FORMATS.items():
-        assert f"\nformat: {name}\n" in files[name]
-        lines = [line[1:].strip() for line in files[name].splitlines()]
-        examples = [json.loads(line) for line in lines if line.startswith("{")]
-        assert examples
-        rows = GROUPED.get(name, list)([format(example) for example in examples])
-        for row in rows:
-            check_row(row, stages.get(name, "reward"))
-
-
-def test_format_by_name_or_dotted_path():
-    assert resolve_format("hh") is FORMATS["hh"]
-    assert resolve_format("json.dumps") is json.dumps
-    with pytest.raises(InputError, match="messages, prompt_completion.*Did you mean alpaca"):
-        resolve_format("alpacca")
-    with pytest.raises(InputError, match="dataset.format='no_such_module.x'"):
-        resolve_format("no_such_module.x")
-
-
-# --- Sources ------------------------------------------------------------------------------------
-
-
-def test_every_file_type_loads_the_same_rows(tmp_path):
-    rows = [
-        {"prompt": "2020-01-01", "completion": "1"},  # neither may become a date or a number
-        {"prompt": 'a "quoted",\nline\u2028 and é', "completion": "NA"},
-    ]
-    (tmp_path / "a.json").write_text(json.dumps(rows))
-    write(tmp_path / "lines.json", rows)
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(r) for r in rows) + "\n\n")
-    with open(tmp_path / "a.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["prompt", "completion"])
-        writer.writeheader()
-        writer.writerows(rows)
-    import pyarrow
-    import pyarrow.parquet
-
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
-    for file in list(tmp_path.iterdir()):
-        (tmp_path / f"{file.name}.gz").write_bytes(gzip.compress(file.read_bytes()))
-    files = sorted(tmp_path.iterdir())
-    assert len(files) == 10
-    for file in files:
-        loaded, dropped = load_rows(str(file), "prompt_completion", "test", "sft")
-        assert loaded == rows and not dropped, file
-    (tmp_path / "sub").mkdir()
-    write(tmp_path / "sub" / "test.jsonl", [{"prompt": "p", "completion": "c"}])
-    loaded, _ = load_rows(str(tmp_path / "sub"), "prompt_completion", "test", "sft")
-    assert loaded == [{"prompt": "p", "completion": "c"}]
-    with pytest.raises(InputError, match="dataset.path=.*nosplit"):
-        load_rows(str(tmp_path / "sub"), "prompt_completion", "nosplit", "sft")
-
-
-def test_absent_parquet_fields_are_missing_not_none(tmp_path):
-    import pyarrow
-    import pyarrow.parquet
-
-    rows = [{"prompt": "a", "completion": "b", "tag": None}, {"prompt": "a", "completion": None}]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
-    with pytest.raises(InputError, match=r"a.parquet, row 2, field 'completion': missing or null"):
-        load_rows(str(tmp_path / "a.parquet"), "prompt_completion", "train", "sft")
-
-
-def test_python_source_gives_canonical_rows(tmp_path, monkeypatch):
-    (tmp_path / "my_rows.py").write_text(
-        "def rows(stage, split):\n    return [{'prompt': stage, 'completion': split}]\n"
-        "def bad(stage, split):\n    return [{'prompt': stage}]\n"
-    )
-    monkeypatch.syspath_prepend(str(tmp_path))
-    splits = load_splits(DatasetConfig(path="python:my_rows.rows", format="hh"), "sft", seed=1)
-    assert splits.train == [{"prompt": "sft", "completion": "train"}]
-    assert splits.eval == [{"prompt": "sft", "completion": "eval"}]
-    assert splits.overlap == 1
-    with pytest.raises(InputError, match="python:my_rows.bad, row 1, field 'completion'"):
-        load_rows("python:my_rows.bad", "hh", "train", "sft")
-    with pytest.raises(InputError, match="dataset.path='python:my_rows.none' cannot be imported"):
-        load_rows("python:my_rows.none", "hh", "train", "sft")
-
-
-def test_what_looks_like_a_path_is_never_sent_to_the_hub(monkeypatch, tmp_path):
-    import datasets
-
-    asked = []
-
-    def refuse(name, **arguments):
-        asked.append(name)
-        raise ConnectionError("offline")
-
-    monkeypatch.setattr(datasets, "load_dataset", refuse)
-    for path in ("no/such.jsonl", "such.csv.gz", "./here", "/there/x", "~/x", "a.parquet"):
-        with pytest.raises(InputError, match="dataset.eval_path=.*neither a file nor a directory"):
-            load_rows(path, "messages", "train", "sft", field="dataset.eval_path")
-    assert not asked
-    with pytest.raises(InputError, match="some/name.*neither a file nor a directory.*offline"):
-        load_rows("some/name", "messages", "train", "sft")
-    assert asked == ["some/name"]
-    (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(InputError, match=r"unknown suffix '.txt'; expected .json"):
-        load_rows(str(tmp_path / "a.txt"), "messages", "train", "sft")
-
-
-GOOD = {
-    "messages": {"messages": CONVERSATIONS["one turn"]},
-    "prompt_completion": {"prompt": "p", "completion": "c"},
-    "alpaca": {"instruction": "a", "input": "", "output": "b"},
-}
-
-
-@pytest.mark.parametrize(
-    "format, change, message",
-    [
-        (
-            "messages",
-            {"messages": None},
-            "field 'messages': missing or null; the row has no fields",
-        ),
-        ("messages", {"messages": "Hi"}, "field 'messages': got 'Hi'; expected a list"),
-        ("messages", {"messages": []}, r"field 'messages': got \[\]; expected a list"),
-        ("messages", {"messages": [7]}, r"field 'messages\[0\]': got 7; expected {role, content}"),
-        ("messages", {"messages": [{"role": "users", "content": "x"}]}, "known .* mean user"),
-        ("messages", {"messages": [{"role": "user"}]}, r"field 'messages\[0\].content': got None"),
-        ("messages", {"messages": [user("x")]}, "field 'messages': has no assistant turn"),
-        ("prompt_completion", {"completion": None}, "field 'completion': missing or null"),
-        ("prompt_completion", {"completion": 3}, "field 'completion': got 3"),
-        ("prompt_completion", {"completion": [assistant("c")]}, "make both alike"),
-        (
-            "alpaca",
-            {"instruction": None},
-            "field 'instruction': missing or null; the row has input",
-        ),
-        ("alpaca", {"output": 3}, "field 'output': got 3; expected text"),
-    ],
-)
-def test_malformed_row_stops_with_file_row_and_field(tmp_path, format, change, message):
-    path = write(tmp_path / "rows.jsonl", [GOOD[format], {**GOOD[format], **change}])
-    with pytest.raises(InputError, match=f"rows.jsonl, row 2, .*{message}"):
-        load_rows(path, format, "train", "sft")
-
-
-def test_broken_files_stop_with_the_place(tmp_path):
-    good = json.dumps(GOOD["messages"])
-    cases = {
-        "line.jsonl": (
-            f"{good}\n\n{good[:-3]}\n{good}",
-            r"line.jsonl, row 2 \(line 3\): not valid",
-        ),
-        "array.json": (f"[{good},\n{good}", "array.json: not a valid JSON array: .*line 2"),
-        "list.jsonl": (f"{good}\n7", "list.jsonl, row 2: got 7; expected an object"),
-        "empty.jsonl": ("", "empty.jsonl' has no rows"),
-        "empty.json": ("[]", "empty.json' has no rows"),
-        "empty.csv": ("", "empty.csv' has no rows"),
-        "header.csv": ("messages\n", "header.csv' has no rows"),
-        "cells.csv": ("prompt,completion\na,b,c\n", "cells.csv, row 1: more cells"),
-        "quote.csv": ('prompt,completion\na,b\n"a,b\n', "quote.csv, row 2: not valid CSV"),
-    }
-    for name, (text, message) in cases.items():
-        (tmp_path / name).write_text(text)
-        with pytest.raises(InputError, match=message):
-            format = "prompt_completion" if name.endswith("csv") else "messages"
-            load_rows(str(tmp_path / name), format, "train", "sft")
-    broken = {
-        "a.jsonl": (b"\xff\xfe", "a.jsonl: not a UTF-8 text file"),
-        "a.jsonl.gz": (b"no gzip", "a.jsonl.gz: not a readable gzip file"),
-        "cut.csv.gz": (gzip.compress(b"a,b\n" * 9)[:-9], "cut.csv.gz: not a readable gzip file"),
-        "a.parquet": (b"no parquet", "a.parquet: not a readable Parquet file"),
-    }
-    for name, (data, message) in broken.items():
-        (tmp_path / name).write_bytes(data)
-        with pytest.raises(InputError, match=message):
-            load_rows(str(tmp_path / name), "messages", "train", "sft")
-
-
-def test_a_users_format_that_fails_names_the_row(tmp_path):
-    path = write(tmp_path / "a.jsonl", [{"x": 1}])
-    with pytest.raises(InputError, match="a.jsonl, row 1: format 'math.sqrt' cannot read it"):
-        load_rows(path, "math.sqrt", "train", "sft")
-
-
-def test_unusable_rows_are_dropped_and_counted(tmp_path):
-    good = GOOD["prompt_completion"]
-    rows = [
-        good,
-        {**good, "completion": " "},
-        {**good, "prompt": ""},
-        {"prompt": [assistant("x")], "completion": [assistant("y")]},
-    ]
-    path = write(tmp_path / "a.jsonl", rows)
-    kept, dropped = load_rows(path, "prompt_completion", "train", "sft")
-    assert kept == [good]
-    assert dropped == {
-        "empty response": 1,
-        "empty prompt": 1,
-        "conversation does not start with a user turn": 1,
-    }
-    rows = [GOOD["alpaca"], {**GOOD["alpaca"], "output": ""}]
-    _, dropped = load_rows(write(tmp_path / "b.jsonl", rows), "alpaca", "train", "sft")
-    assert dropped == {"empty response": 1}
-    assert describe_dropped(Counter()) == "dropped 0 rows"
-
-
-def test_ppo_needs_only_a_prompt(tmp_path):
-    path = write(tmp_path / "a.jsonl", [{"prompt": "p"}, {"prompt": [user("q")]}])
-    rows, _ = load_rows(path, "prompt_completion", "train", "ppo")
-    assert [prompt_of(row) for row in rows] == ["p", [user("q")]]
-    messages = CONVERSATIONS["three turns"]
-    assert prompt_of({"messages": messages}) == messages[:-1]
-    assert prompt_of({"messages": [user("q")]}) == [user("q")]
-
-
-# --- Splits -------------------------------------------------------------------------------------
-
-
-def test_split_by_prompt_shares_no_prompt_and_ignores_order():
-    rows = [{"prompt": f"p{i % 300}", "n": i} for i in range(900)]
-    rows += [{"messages": [user(f"q{i % 50}"), assistant(str(i))]} for i in range(100)]
-    train, evaluation = split_by_prompt(rows, 0.2, seed=1)
-    keys = [{str(prompt_of(row)) for row in side} for side in (train, evaluation)]
-    assert not keys[0] & keys[1] and len(train) + len(evaluation) == 1000
-    assert 40 <= len(keys[1]) <= 100  # 350 prompts, 70 expected, sd 7.5
-    again = split_by_prompt(rows[::-1], 0.2, seed=1)
-    assert again == (train[::-1], evaluation[::-1])
-    assert split_by_prompt(evaluation, 0.2, seed=1) == ([], evaluation)
-    assert split_by_prompt(rows, 0.2, seed=2)[1] != evaluation
-    assert split_by_prompt(rows, 0.0, seed=1)[1] == []
-
-
-def test_split_is_the_same_in_another_process():
-    program = (
-        "from rlhf.data import split_by_prompt\n"
-        "rows = [{'prompt': str(i)} for i in range(40)]\n"
-        "print([r['prompt'] for r in split_by_prompt(rows, 0.3, 5)[1]])\n"
-        "import sys\n"
-        "assert not {'torch', 'datasets', 'transformers'} & set(sys.modules), 'import is not light'"
-    )
-    root = Path(__file__).parents[1]
-    out = subprocess.run(
-        [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True
-    ).stdout
-    here = split_by_prompt([{"prompt": str(i)} for i in range(40)], 0.3, 5)[1]
-    assert out.strip() == str([row["prompt"] for row in here])
-
-
-def test_load_splits_from_one_and_from_two_files(tmp_path):
-    rows = [{"prompt": f"p{i}", "completion": "c"} for i in range(100)]
-    path = write(tmp_path / "train.jsonl", [*rows, {"prompt": "x", "completion": ""}])
-    config = DatasetConfig(path=path, format="prompt_completion", eval_fraction=0.3)
-    splits = load_splits(config, "sft", seed=3)
-    assert (splits.train, splits.eval) == split_by_prompt(rows, 0.3, 3)
-    assert splits.dropped == {"empty response": 1} and splits.overlap == 0
-    config.max_rows, config.max_eval_rows = 7, 3
-    head = load_splits(config, "sft", seed=3)
-    assert head.train == splits.train[:7] and head.eval == splits.eval[:3]
-    config.max_rows = config.max_eval_rows = None
-    config.eval_path = write(tmp_path / "eval.jsonl", [rows[5], {**rows[0], "prompt": "new"}])
-    both = load_splits(config, "sft", seed=3)
-    assert both.train == rows and len(both.eval) == 2 and both.overlap == 1
-    config.eval_path = str(tmp_path / "absent.jsonl")
-    with pytest.raises(InputError, match="dataset.eval_path="):
-        load_splits(config, "sft", seed=3)
-
-
-def test_an_empty_side_is_an_error(tmp_path):
-    path = write(tmp_path / "a.jsonl", [{"prompt": "p", "completion": "c"}])
-    config = DatasetConfig(path=path, format="prompt_completion", eval_fraction=0.0)
-    with pytest.raises(
-        InputError, match="raise dataset.eval_fraction=0.0 or give dataset.eval_path"
-    ):
-        load_splits(config, "sft", seed=1)
-    config.path = write(tmp_path / "b.jsonl", [{"prompt": "p", "completion": ""}])
-    with pytest.raises(InputError, match="no row to train on; dropped 1 rows: 1 empty response"):
-        load_splits(config, "sft", seed=1)
-
-
 # --- Sets and batches ---------------------------------------------------------------------------
 
 
@@ -750,32 +437,6 @@ def test_collator_masks_by_length_even_where_pad_is_eos():
     assert batch["groups"].tolist() == [0, 0, 1, 1, 1]
 
 
-def test_as_conversation_renders_text_prompts_like_the_conversations_of_sft(tmp_path):
-    ranked = [{"prompt": "Name a fruit.", "responses": ["Apple.", "Car."], "ranks": [0, 1]}] * 2
-    write(tmp_path / "ranked.jsonl", ranked)
-    config = DatasetConfig(
-        path=str(tmp_path / "ranked.jsonl"),
-        eval_path=str(tmp_path / "ranked.jsonl"),
-        format="ranked",
-    )
-    assert load_splits(config, "reward", 1).prompts == "text"
-    config.as_conversation = True
-    splits = load_splits(config, "reward", 1)
-    assert splits.prompts == "conversation"
-    assert splits.train[0]["prompt"] == [{"role": "user", "content": "Name a fruit."}]
-    assert splits.overlap == 2
-    assert "2 held-out rows share their prompt" in splits.describe(Counter())
-
-
-def test_as_conversation_makes_a_text_completion_the_answer(tmp_path):
-    write(tmp_path / "rows.jsonl", [{"prompt": "Hi", "completion": "Hello"}])
-    path = str(tmp_path / "rows.jsonl")
-    config = DatasetConfig(path=path, eval_path=path, format="prompt_completion")
-    config.as_conversation = True
-    row = load_splits(config, "sft", 1).train[0]
-    assert row["completion"] == [{"role": "assistant", "content": "Hello"}]
-
-
 # --- PPO-ptx ------------------------------------------------------------------------------------
 
 
@@ -793,10 +454,3 @@ def test_texts_are_encoded_whole_cut_and_never_too_short_to_predict():
     assert encode_texts(rows[:1], tokenizer, 2) == [text[:2]]
     with pytest.raises(InputError, match="ptx.max_length=1 leaves no row"):
         encode_texts(rows[:1], tokenizer, 1)
-
-
-def test_empty_texts_are_dropped_and_counted(tmp_path):
-    path = tmp_path / "texts.jsonl"
-    path.write_text('{"text": "a b"}\n{"text": " "}\n')
-    rows, dropped = load_rows(str(path), "text", "train", "ptx", field="ptx.path")
-    assert [row["text"] for row in rows] == ["a b"] and dropped == {"empty text": 1}

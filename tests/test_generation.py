@@ -6,22 +6,27 @@ Run: pytest tests/test_generation.py
 from __future__ import annotations
 
 import math
+import random
+from dataclasses import replace
 
 import pytest
 import torch
+from test_data import get_tokenizer, user
 from tiny import tiny_model, tiny_tokenizer
 from torch.testing import assert_close
 
+from rlhf.data import declare_stop_strings, encode_prompt, encode_response
 from rlhf.generation import (
     Sampling,
     _choose,
     _restrict,
     generate,
     stop_token_ids,
+    stream,
     uniform_noise,
 )
-from rlhf.models import disable_dropout, forbidden_token_ids
-from rlhf.rollout import _assemble, policy_logprobs
+from rlhf.models import StopStrings, disable_dropout, forbidden_token_ids, response_text
+from rlhf.rollout import Actors, CollectSettings, _assemble, policy_logprobs, score_sampled
 
 FAMILIES = ("llama", "gpt_neox")
 TOKENIZER = tiny_tokenizer()
@@ -211,6 +216,147 @@ def test_extreme_draws_never_choose_a_token_of_probability_zero():
         assert token.item() == expected
         close = math.log(1 / (1 + math.e)) if expected == 1 else math.log(math.e / (1 + math.e))
         assert math.isclose(logprob.item(), close, rel_tol=1e-6)
+
+
+# --- Stop strings ---------------------------------------------------------------------------------
+
+
+def stopping_at(tokenizer, *stops):
+    """The tokenizer, with a template that declares these stop strings."""
+    tokenizer.chat_template = declare_stop_strings("{{ messages }}", stops)
+    return tokenizer
+
+
+def first_end(ids, tokenizer, stops):
+    """Length of the shortest prefix whose text contains a stop string; None where none does."""
+    for t in range(1, len(ids) + 1):
+        text = tokenizer.decode(
+            ids[:t], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        if any(stop in text for stop in stops):
+            return t
+    return None
+
+
+STOPS = [
+    ("\nUser",),
+    ("[|Human|]",),
+    ("### End",),
+    ("é", "🙂!"),
+    ("本", " a", "\n\n"),
+    ("x ", "\u00e9\u00e9"),
+]
+
+
+@pytest.mark.parametrize("name", ["byte", "pythia", "llama"])
+@pytest.mark.parametrize("stops", STOPS)
+def test_stop_string_is_seen_at_the_first_token_that_completes_it(name, stops):
+    """Against decoding every prefix: on random ids, pieces of stop strings and of characters."""
+    tokenizer = stopping_at(get_tokenizer(name), *stops)
+    watch, random_ids = StopStrings(tokenizer), random.Random(0)
+    pieces = [*stops, *(stop[:n] for stop in stops for n in range(len(stop))), "Users", "é", "🙂"]
+    pieces += ["日本", "\n", " ", "a\n", "x", "# End", "Human|]", tokenizer.eos_token]
+    found = set()
+    for _ in range(150):
+        ids = []
+        for _ in range(12):
+            if random_ids.random() < 0.3:
+                ids.append(random_ids.randrange(len(tokenizer)))
+            else:  # in one go, or character by character, or cut within a character
+                piece = random_ids.choice(pieces)
+                units = random_ids.choice([[piece], list(piece)])
+                more = [i for u in units for i in tokenizer(u, add_special_tokens=False).input_ids]
+                ids += more[: random_ids.randint(1, len(more))] if more else []
+        expected = first_end(ids, tokenizer, stops)
+        ends = [t for t in range(1, len(ids) + 1) if watch.end(ids[:t])]
+        assert (ends[0] if ends else None) == expected, ids
+        found.add(expected is not None)
+    assert found == {True, False}
+
+
+def pair_of(ids):
+    """The characters on both sides of a border between two sampled tokens."""
+    texts = [TOKENIZER.decode([token], skip_special_tokens=True) for token in ids]
+    pairs = (a[-1:] + b[:1] for a, b in zip(texts[2:], texts[3:], strict=False) if a and b)
+    return next(pair for pair in pairs if pair.isascii() and pair.isprintable())
+
+
+def with_stop_strings(sampling, *stops):
+    return replace(sampling, stop_strings=StopStrings(stopping_at(tiny_tokenizer(), *stops)))
+
+
+@pytest.mark.parametrize("batch_size", [2, 64])
+def test_rows_end_where_their_text_has_a_stop_string(model, batch_size):
+    noise = uniform_noise((8,), range(6), 40)
+    free = generate(model, PROMPTS, sampling_for(model, budget=40), noise)
+    stops = (pair_of(free.ids[0]), pair_of(free.ids[3]))
+    sampling = with_stop_strings(sampling_for(model, budget=40), *stops)
+    result = generate(model, PROMPTS, sampling, noise, batch_size)
+    ends = [first_end(ids, TOKENIZER, stops) for ids in free.ids]
+    assert len({*ends}) >= 3 and None in ends
+    assert result.ids == [ids[:end] for ids, end in zip(free.ids, ends, strict=True)]
+    for row, end in enumerate(ends):
+        assert result.finished[row] == (end is not None or free.finished[row])
+        assert_close(result.logprobs[row], free.logprobs[row][:end], rtol=1e-5, atol=1e-5)
+        streamed = list(stream(model, PROMPTS[row], sampling, noise[row : row + 1]))
+        assert streamed == result.ids[row]
+
+
+def test_stop_string_across_the_border_of_the_prompt_ends_nothing(llama):
+    sampling = sampling_for(llama, NONE_STOPS)
+    free = generate(llama, PROMPTS, sampling, noise=None)
+    for prompt, ids in zip(PROMPTS, free.ids, strict=True):
+        across = TOKENIZER.decode([prompt[-1], ids[0]])
+        within = TOKENIZER.decode(prompt)
+        assert across not in TOKENIZER.decode(ids) and within not in TOKENIZER.decode(ids)
+        same = generate(llama, [prompt], with_stop_strings(sampling, across, within), noise=None)
+        assert same.ids == [ids] and same.finished == [False]
+
+
+def test_response_ended_by_a_stop_string_is_scored_whole_and_not_penalised(llama):
+    """Its score stands at the stop string's last token; the scorer's text ends before it."""
+    noise = uniform_noise((8,), range(6), 40)
+    free = generate(llama, PROMPTS, sampling_for(llama, NONE_STOPS, budget=40), noise)
+    stop = pair_of(free.ids[0])
+    tokenizer = stopping_at(tiny_tokenizer(), stop)
+    sampling = with_stop_strings(sampling_for(llama, NONE_STOPS, budget=40), stop)
+    sampled = generate(llama, PROMPTS, sampling, noise)
+    assert {True, False} == set(sampled.finished)
+    given = []
+
+    def scorer(prompts, responses):
+        given.extend(responses)
+        return [float(len(text)) for text in responses]
+
+    prompts = [{"prompt": "a", "input_ids": ids} for ids in PROMPTS]
+    actors = Actors(llama, None, None, scorer, tokenizer, "")
+    settings = CollectSettings(sampling, -1.0, 8, 8)
+    scores = score_sampled(actors, prompts, sampled.ids, sampled.finished, settings).total
+    for text, ids, ended, score in zip(given, sampled.ids, sampled.finished, scores, strict=True):
+        whole = TOKENIZER.decode(ids, skip_special_tokens=True)
+        assert (stop in whole) == ended and text == whole.split(stop)[0].rstrip()
+        assert float(score) == (len(text) if ended else -1.0)
+    rollout = _assemble(prompts, sampled, PAD, torch.device("cpu"))
+    assert rollout.lengths.tolist() == [len(ids) for ids in sampled.ids]
+    row = sampled.finished.index(True)
+    last = rollout.response_ids[row, rollout.lengths[row] - 1]
+    assert stop in TOKENIZER.decode(rollout.response_ids[row, : rollout.lengths[row]])
+    assert stop[-1] in TOKENIZER.decode([last]) and len(sampled.ids[row]) < 40
+
+
+@pytest.mark.parametrize("template", ["baize", "falcon", "dolly"])
+def test_what_training_ends_an_answer_with_ends_a_sampled_one(template):
+    tokenizer = get_tokenizer("byte", template)
+    ids, watch = (
+        encode_response([user("Hi")], "It is\n\na fruit.", tokenizer),
+        StopStrings(tokenizer),
+    )
+    assert [watch.end(ids[:t]) for t in range(1, len(ids) + 1)] == [*[False] * (len(ids) - 1), True]
+    assert tokenizer.eos_token_id not in ids
+    said = response_text(ids, tokenizer)
+    later = [user("Hi"), {"role": "assistant", "content": said}, user("a")]
+    start = encode_prompt(later[:1], tokenizer) + ids
+    assert encode_prompt(later, tokenizer)[: len(start)] == start
 
 
 # --- Random numbers and batches ------------------------------------------------------------------

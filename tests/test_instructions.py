@@ -4,20 +4,25 @@ Run: python -m pytest tests/test_instructions.py
 """
 
 import json
+import re
+import shutil
 
 import pytest
 from test_data import SHARED, assistant, get_tokenizer, runs_of_labels, user, write
 
-from rlhf.config import InputError
+from rlhf.config import CONF_DIR, InputError
 from rlhf.data import (
     FORMATS,
     DropRow,
+    chat_template_text,
     check_row,
+    declare_stop_strings,
     encode_prompt,
     encode_response,
     encode_row,
     load_rows,
 )
+from rlhf.models import response_text
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 
@@ -246,8 +251,6 @@ def test_sharegpt_drops_and_counts_what_is_no_conversation(tmp_path):
     good = sharegpt(("human", "a"), ("gpt", "b"))
     rows = [
         good,
-        {"id": "no turns"},
-        {"conversations": "text"},
         sharegpt(),
         sharegpt(("gpt", "b")),
         sharegpt(("human", "a"), ("human", "c"), ("gpt", "b")),
@@ -258,7 +261,6 @@ def test_sharegpt_drops_and_counts_what_is_no_conversation(tmp_path):
     kept, dropped = load_rows(write(tmp_path / "a.jsonl", rows), "sharegpt", "train", "sft")
     assert kept == [{"messages": [user("a"), assistant("b")]}]
     assert dropped == {
-        "no conversation": 2,
         "no question with an answer": 2,
         "speakers do not alternate": 2,
         "a speaker other than human, gpt and system": 1,
@@ -344,7 +346,7 @@ BAIZE_INTRO = "The conversation between human and AI assistant.\n"
 ALPACA_ROW = {"instruction": "Translate.", "input": "Good day", "output": "Bonjour"}
 TWO_TURNS = [user("Hi"), assistant("Yo"), user("Why?")]
 
-# template, messages, the prompt; {eos} stands for the tokenizer's
+# template, messages, the prompt after BOS; {bos} and {eos} stand for the tokenizer's
 PROMPTS = [
     ("dolly", [user("Name a fruit.")], NO_INPUT + "Name a fruit.\n\n### Response:\n"),
     (
@@ -361,7 +363,7 @@ PROMPTS = [
     (
         "dolly",
         TWO_TURNS,
-        NO_INPUT + "Hi\n\n### Response:\nYo\n\n### End{eos}"
+        NO_INPUT + "Hi\n\n### Response:\nYo\n\n### End"
         "\n\n### Instruction:\nWhy?\n\n### Response:\n",
     ),
     ("alpaca_nl", [user("Name a fruit.")], NO_INPUT + "Name a fruit.\n\n### Response:\n"),
@@ -374,9 +376,18 @@ PROMPTS = [
     ("vicuna_v1", TWO_TURNS, VICUNA + "USER: Hi ASSISTANT: Yo{eos}USER: Why? ASSISTANT:"),
     ("vicuna_v1", [SYSTEM, user("Hi")], "Be brief. USER: Hi ASSISTANT:"),
     ("baize", [user("Hi")], BAIZE_INTRO + "[|Human|] Hi\n[|AI|]"),
-    ("baize", TWO_TURNS, BAIZE_INTRO + "[|Human|] Hi\n[|AI|] Yo{eos}\n[|Human|] Why?\n[|AI|]"),
+    ("baize", TWO_TURNS, BAIZE_INTRO + "[|Human|] Hi\n[|AI|] Yo\n[|Human|] Why?\n[|AI|]"),
     ("falcon", [user("Hi")], "User: Hi\n\nAssistant:"),
-    ("falcon", TWO_TURNS, "User: Hi\n\nAssistant: Yo{eos}\n\nUser: Why?\n\nAssistant:"),
+    ("baize", [SYSTEM, user("Hi"), user("a")], "Be brief.\n[|Human|] Hi\n[|Human|] a\n[|AI|]"),
+    ("falcon", TWO_TURNS, "User: Hi\n\nAssistant: Yo\n\nUser: Why?\n\nAssistant:"),
+    ("falcon", [SYSTEM, user("Hi"), user("a")], "Be brief.\n\nUser: Hi\n\nUser: a\n\nAssistant:"),
+    ("llama2", [user(" Hi\n")], "[INST] Hi [/INST]"),
+    ("llama2", TWO_TURNS, "[INST] Hi [/INST] Yo {eos}{bos}[INST] Why? [/INST]"),
+    (
+        "llama2",
+        [SYSTEM, user("Hi "), assistant(" Yo\n"), user(" Why?")],
+        "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi [/INST] Yo {eos}{bos}[INST] Why? [/INST]",
+    ),
     ("hh", [user("Hi")], "\n\nHuman: Hi\n\nAssistant:"),
     ("hh", TWO_TURNS, "\n\nHuman: Hi\n\nAssistant: Yo{eos}\n\nHuman: Why?\n\nAssistant:"),
     ("chatllama", [user("Hi")], "Human: Hi\n\n##\n\nAssistant:"),
@@ -388,14 +399,16 @@ PROMPTS = [
 ]
 # What a template writes before and after an answer, inside the labels
 AROUND = {
+    "plain": ("", "{eos}"),
     "dolly": ("", "\n\n### End"),
-    "alpaca": ("", ""),
-    "alpaca_nl": ("", ""),
-    "vicuna_v1": (" ", ""),
-    "baize": (" ", ""),
-    "falcon": (" ", ""),
-    "hh": (" ", ""),
-    "chatllama": (" ", ""),
+    "alpaca": ("", "{eos}"),
+    "alpaca_nl": ("", "{eos}"),
+    "vicuna_v1": (" ", "{eos}"),
+    "baize": (" ", "\n[|Human|]"),
+    "falcon": (" ", "\n\nUser"),
+    "hh": (" ", "{eos}"),
+    "chatllama": (" ", "{eos}"),
+    "llama2": (" ", " {eos}"),
 }
 CONVERSATION = [
     SYSTEM,
@@ -414,7 +427,7 @@ def test_prompts_are_byte_exact(tokenizer_name, template, messages, literal):
     tokenizer = get_tokenizer(tokenizer_name, template)
     prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     bos = tokenizer.bos_token or ""
-    assert prompt == bos + literal.replace("{eos}", tokenizer.eos_token)
+    assert prompt == bos + literal.format(eos=tokenizer.eos_token, bos=bos)
     ids = encode_prompt(messages, tokenizer)
     decoded = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     if tokenizer_name != "llama":  # SentencePiece: a segment begins with a space of its own
@@ -434,7 +447,8 @@ def test_labelled_text_is_every_answer_with_what_ends_it(tokenizer_name, templat
         tokenizer.decode(stretch, clean_up_tokenization_spaces=False)
         for stretch in runs_of_labels(ids, labels)
     ]
-    assert texts == [before + answer + after + tokenizer.eos_token for answer in answers]
+    after = after.format(eos=tokenizer.eos_token)
+    assert texts == [before + answer + after for answer in answers]
 
 
 @pytest.mark.parametrize("tokenizer_name", ["pythia", "llama"])
@@ -459,8 +473,9 @@ def test_labelled_text_of_the_real_conversations_is_every_answer_and_eos(tokeniz
 def test_a_sampled_answer_is_encoded_to_the_ids_it_was_sampled_with(tokenizer_name, template):
     tokenizer = get_tokenizer(tokenizer_name, template)
     ids = encode_response([user("Hi")], "It is\nsweet.", tokenizer)
-    text = tokenizer.decode(ids[:-1], clean_up_tokenization_spaces=False)
+    text = response_text(ids, tokenizer)
     assert encode_response([user("Hi")], text, tokenizer) == ids
+    assert text.strip() == "It is\nsweet."
     longer = [[user("Hi"), assistant(said), user("a")] for said in (text, "It is\nsweet.")]
     assert encode_prompt(longer[0], tokenizer) == encode_prompt(longer[1], tokenizer)
 
@@ -478,12 +493,114 @@ def test_generation_markers_cover_what_carries_loss(template):
     before, after = AROUND[template]
     answers = [m["content"] for m in CONVERSATION if m["role"] == "assistant"]
     texts = [tokenizer.decode(s) for s in runs_of_labels(encoded["input_ids"], labels)]
-    assert texts == [before + answer + after + "<eos>" for answer in answers]
+    assert texts == [before + answer + after.format(eos="<eos>") for answer in answers]
 
 
-def test_dolly_writes_no_second_end_where_eos_is_its_end_token():
-    tokenizer = get_tokenizer("byte", "dolly")
-    rendered = tokenizer.apply_chat_template(
-        [user("Hi"), assistant("Yo")], tokenize=False, eos_token="### End"
-    )
-    assert rendered.endswith("### Response:\nYo\n\n### End")
+def test_a_whole_transcript_of_baize_is_rendered_byte_for_byte_but_for_the_last_space():
+    tokenizer = get_tokenizer("byte", "baize")
+    messages = FORMATS["baize"](BAIZE)["messages"]
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert rendered + " " == "<bos>" + BAIZE["input"]
+    ids, labels = encode_row({"messages": messages}, tokenizer, train_on_prompt=True)
+    assert tokenizer.decode(ids) == rendered and labels == ids
+
+
+def test_llama2_ids_are_those_of_metas_code(tmp_path):
+    """llama/generation.py: each round is encoded by itself, between BOS and EOS."""
+    from transformers import LlamaTokenizer
+
+    file = SHARED / "tokenizers" / "llama_tokenizer.model"
+    if not file.exists():
+        pytest.skip("the real llama tokenizer is not on this machine")
+    shutil.copyfile(file, tmp_path / "tokenizer.model")
+    # legacy: as Meta's SentencePiece, a space comes before what follows a special token
+    tokenizer = LlamaTokenizer.from_pretrained(tmp_path, local_files_only=True, legacy=True)
+    tokenizer.chat_template = get_tokenizer("byte", "llama2").chat_template
+
+    def encode(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    # strip() comes after the system message is put in: the space before "Name" stays
+    rounds = ["<<SYS>>\nBe brief.\n<</SYS>>\n\n Name a fruit.", "An orange, I think."], ["b", "c d"]
+    expected = []
+    for question, answer in rounds:
+        expected += [1, *encode(f"[INST] {question} [/INST] {answer} "), 2]
+    messages = [SYSTEM, user(" Name a fruit.\n"), assistant("An orange, I think. "), user("b")]
+    ids, _ = encode_row({"messages": [*messages, assistant("c d")]}, tokenizer)
+    assert ids == expected
+    assert ids[:4] == [1, 518, 25580, 29962]  # <s>, "_[", "INST", "]"
+    assert encode_prompt(messages, tokenizer) == expected[: -len(encode(" c d ")) - 1]
+
+
+def test_an_answer_that_has_a_stop_string_inside_is_trained_on_in_full():
+    for template, inside in (("falcon", "Roles:\nUser and root."), ("dolly", "Say ### End, ok")):
+        tokenizer = get_tokenizer("byte", template)
+        row = {"messages": [user("Hi"), assistant(inside), user("Hi"), assistant("Yo")]}
+        texts = [tokenizer.decode(s) for s in runs_of_labels(*encode_row(row, tokenizer))]
+        before, after = AROUND[template]
+        assert texts == [before + inside + after, before + "Yo" + after]
+    ends_with_eos = declare_stop_strings(chat_template_text("plain"), ["User"])
+    row = {"messages": [user("Hi"), assistant("A User said so.")]}
+    ids, labels = encode_row(row, get_tokenizer("byte", ends_with_eos))
+    assert (ids, labels) == encode_row(row, get_tokenizer("byte", "plain"))
+
+
+# --- Templates that cannot be trained with ------------------------------------------------------
+
+MARKERS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
+
+
+@pytest.mark.parametrize("template", AROUND)
+def test_labels_are_the_same_without_generation_markers(template):
+    text = (CONF_DIR / "chat_template" / f"{template}.jinja").read_text()
+    bare, num_markers = MARKERS.subn("{#- -#}", text)
+    assert num_markers == 2
+    expected = encode_row({"messages": CONVERSATION}, get_tokenizer("byte", template))
+    assert encode_row({"messages": CONVERSATION}, get_tokenizer("byte", bare)) == expected
+
+
+ROLES_ALONE = "{% for m in messages %}{{ m['role'] + ':' }}{% if m['role'] == 'user' %}"
+ROLES_ALONE += "{{ m['content'] }}{% else %}{{ eos_token }}{% endif %}{% endfor %}"
+QUESTIONS = "{% for m in messages if m['role'] == 'user' %}{{ 'Q: ' + m['content'] }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        ROLES_ALONE,
+        ROLES_ALONE + "{% if add_generation_prompt %}assistant:{% endif %}",
+        QUESTIONS,
+        QUESTIONS + "{% if add_generation_prompt %} A: {% endif %}",
+    ],
+)
+def test_template_that_leaves_out_the_answers_is_refused(template):
+    tokenizer = get_tokenizer("byte", template)
+    messages = [user("Hi"), assistant("Yo")]
+    for encode in (
+        lambda: encode_row({"messages": messages}, tokenizer),
+        lambda: encode_response(messages[:1], "Yo", tokenizer),
+    ):
+        with pytest.raises(InputError, match="leaves out what the assistant says: nothing of 'Yo'"):
+            encode()
+
+
+def test_conversation_that_starts_with_the_assistant_is_refused_where_turns_must_alternate():
+    tokenizer = get_tokenizer("byte", "llama2")
+    for messages, roles in (
+        ([SYSTEM, assistant("Hi"), user("a")], "system, assistant"),
+        ([user("a"), user("b")], "user, user"),
+        ([user("a"), SYSTEM, user("b")], "user, system, user"),
+    ):
+        message = f"refuses a conversation of {roles}: user and assistant must take turns, after a"
+        with pytest.raises(InputError, match=message):
+            encode_prompt(messages, tokenizer)
+    with pytest.raises(InputError, match="starts with the assistant; it must start with the user"):
+        encode_prompt([assistant("Hi"), user("a")], tokenizer)
+
+
+@pytest.mark.parametrize("template", AROUND)
+def test_unknown_role_is_refused_first_and_later(template):
+    tokenizer, tool = get_tokenizer("byte", template), {"role": "tool", "content": "2"}
+    for messages in ([tool, user("Hi")], [user("Hi"), tool], [user("a"), assistant("b"), tool]):
+        with pytest.raises(InputError, match="the chat template refuses a conversation of .*tool"):
+            encode_prompt(messages, tokenizer)

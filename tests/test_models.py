@@ -1,5 +1,6 @@
-"""Contract tests of rlhf.models on tiny models of two families, built and saved offline.
+"""rlhf.models: loading, refusals, tokenizers, precision, adapters; tiny models of two families.
 
+The contract of every family is in test_families.py.
 Run: pytest tests/test_models.py
 """
 
@@ -12,20 +13,28 @@ import types
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from families import (
+    EOS,
+    LORA,
+    PAD,
+    SEQUENCES,
+    TOKENIZER,
+    VOCAB,
+    close,
+    exact,
+    logits_of,
+    save,
+    scores_of,
+    train_policy,
+    train_scores,
+)
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model, tiny_tokenizer
 from torch import nn
-from torch.testing import assert_close
 
-from rlhf.checkpoint import make_record, write_stage
-from rlhf.config import InputError, ModelConfig, PeftConfig, ScorerConfig, StageConfig
-from rlhf.functional import token_logprobs
-from rlhf.generation import Generation, Sampling
+from rlhf.config import InputError, ModelConfig, ScorerConfig
 from rlhf.models import (
-    ScalarModel,
     add_lora,
-    disable_dropout,
     forbidden_token_ids,
     freeze,
     init_reward_model,
@@ -41,40 +50,14 @@ from rlhf.models import (
     response_logits,
     sequence_scores,
 )
-from rlhf.rollout import _assemble, critic_values, policy_logprobs
-from rlhf.scorers import RewardModelScorer, score_sequences
+from rlhf.scorers import RewardModelScorer
 
 both_families = pytest.mark.parametrize("family", ["llama", "gpt_neox"])
-TOKENIZER = tiny_tokenizer()
-PAD, EOS, VOCAB = TOKENIZER.pad_token_id, TOKENIZER.eos_token_id, len(TOKENIZER)
-PROMPTS = [[40, 41, 42, 43, 44], [50], [60, 61, 62]]
-# Sequences of 7, 6 and 9 tokens: each needs other padding, on either side.
-RESPONSES = [[101, 102], [103, 104, 105, 106, 107], [109, 110, 111, 112, 113, EOS]]
-SEQUENCES = [p + r for p, r in zip(PROMPTS, RESPONSES, strict=True)]
-NONE_FORBIDDEN = torch.empty(0, dtype=torch.long)
-LORA = PeftConfig(enabled=True, r=4, alpha=8)
 
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
-def exact(actual, expected):
-    assert_close(actual, expected, rtol=0, atol=0)
-
-
-def close(actual, expected, atol=1e-6):
-    assert_close(actual, expected, rtol=1e-5, atol=atol)
-
-
-def save(directory, model, stage="sft", tokenizer=TOKENIZER, **record_values):
-    """Write a stage directory and return the ModelConfig that loads it by path alone."""
-    record = make_record(stage, StageConfig(), None, tokenizer)
-    for name, value in record_values.items():
-        setattr(record, name, value)
-    write_stage(directory, model, tokenizer, StageConfig(), record)
-    return ModelConfig(path=str(directory))
 
 
 @pytest.fixture(scope="module")
@@ -101,114 +84,12 @@ def saved_reward_model(tmp_path_factory, saved_policy):
     return config
 
 
-def padded(sequences, side, fill=PAD):
-    width = max(map(len, sequences))
-    ids, mask = [], []
-    for sequence in sequences:
-        gap = width - len(sequence)
-        before = gap if side == "left" else 0
-        ids.append([fill] * before + sequence + [fill] * (gap - before))
-        mask.append([False] * before + [True] * len(sequence) + [False] * (gap - before))
-    return torch.tensor(ids), torch.tensor(mask)
-
-
-@torch.no_grad()
-def logits_of(model, ids=SEQUENCES[0]):
-    return model(input_ids=torch.tensor([ids])).logits
-
-
-@torch.no_grad()
-def scores_of(model, sequences=SEQUENCES):
-    return score_sequences(ScalarModel(model).eval(), sequences, batch_size=8)
-
-
-def rollout_of(prompts, responses, fill=PAD):
-    sampled = Generation(responses, [[0.0] * len(r) for r in responses], [True] * len(responses))
-    return _assemble([{"input_ids": p} for p in prompts], sampled, fill, torch.device("cpu"))
-
-
-def train_policy(model, num_steps=3):
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(parameters, lr=0.3)
-    ids = torch.tensor([SEQUENCES[0]])
-    for _ in range(num_steps):
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def train_scores(model, num_steps=3):
-    scalar = ScalarModel(model)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    ids, mask = padded(SEQUENCES, "right")
-    for _ in range(num_steps):
-        loss = (sequence_scores(scalar, ids, mask) - torch.tensor([1.0, -1.0, 2.0])).square().mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
 # --- Padding ------------------------------------------------------------------------------------
 
 
 def test_positions_count_valid_tokens_from_zero():
     mask = torch.tensor([[0, 0, 1, 1, 1, 0], [1, 1, 1, 0, 0, 1]]).bool()
     exact(position_ids_from_mask(mask), torch.tensor([[0, 0, 0, 1, 2, 2], [0, 1, 2, 2, 2, 3]]))
-
-
-@both_families
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_logprobs_do_not_depend_on_padding(family, side):
-    model = tiny_model(family, TOKENIZER)
-
-    def logprobs(ids, mask):
-        with torch.no_grad():
-            logits = response_logits(model, ids, mask, ids.shape[1] - 1, NONE_FORBIDDEN)
-        return token_logprobs(logits, ids[:, 1:])
-
-    # Any fill will do: what stands under the mask is not read.
-    ids, mask = padded(SEQUENCES, side, fill=77)
-    # A token can be predicted where it and the one before it are valid.
-    predicted = mask[:, 1:] & mask[:, :-1]
-    batch = logprobs(ids, mask)
-    for row, sequence in enumerate(SEQUENCES):
-        alone = logprobs(*padded([sequence], side))[0]
-        close(batch[row][predicted[row]], alone)
-
-
-@both_families
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_values_and_scores_do_not_depend_on_padding(family, side, saved_reward_model):
-    model = ScalarModel(load_reward_model(saved_reward_model(family)), mean=0.2, std=1.5).eval()
-    ids, mask = padded(SEQUENCES, side, fill=77)
-    with torch.no_grad():
-        batch, scores = model(ids, mask), sequence_scores(model, ids, mask)
-        for row, sequence in enumerate(SEQUENCES):
-            alone = model(*padded([sequence], side))[0]
-            close(batch[row][mask[row]], alone)
-            close(scores[row], alone[-1])
-    close(score_sequences(model, SEQUENCES, batch_size=2), scores)
-
-
-@both_families
-def test_rollout_layout_gives_the_numbers_of_each_sequence_alone(family, saved_reward_model):
-    policy = tiny_model(family, TOKENIZER)
-    critic = ScalarModel(load_reward_model(saved_reward_model(family))).eval()
-    sampling = Sampling(6, (EOS,), forbidden_token_ids(TOKENIZER, VOCAB), temperature=0.7)
-    rollout = rollout_of(PROMPTS, RESPONSES)
-    with torch.no_grad():
-        logprobs, _ = policy_logprobs(policy, rollout, sampling)
-        values = critic_values(critic, rollout)
-        for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
-            ids = torch.tensor([prompt + response])
-            logits = policy(ids).logits[0] / 0.7
-            logits[:, PAD] = -math.inf
-            start, end = len(prompt) - 1, len(prompt + response) - 1
-            expected = logits[start:end].log_softmax(-1)
-            expected = expected.gather(-1, torch.tensor(response)[:, None]).squeeze(-1)
-            valid = rollout.response_mask[row]
-            close(logprobs[row][valid], expected)
-            close(values[row][valid], critic(ids, torch.ones_like(ids).bool())[0, start:end])
 
 
 @both_families
@@ -223,14 +104,6 @@ def test_sequence_scores_read_the_last_valid_token_not_the_last_that_is_not_pad(
 
 
 # --- Saving and loading -------------------------------------------------------------------------
-
-
-@both_families
-def test_saved_policy_loads_by_path_with_identical_logits(family, saved_policy):
-    exact(
-        logits_of(load_policy(saved_policy(family), TOKENIZER)),
-        logits_of(tiny_model(family, TOKENIZER)),
-    )
 
 
 @both_families
@@ -254,16 +127,6 @@ def test_saved_reward_model_loads_with_identical_scores(family, tmp_path, saved_
     ):
         scorer = RewardModelScorer(ScorerConfig(path=config.path, normalize=normalize))
         close(scorer.score_ids(SEQUENCES), expected)
-
-
-@both_families
-def test_reward_model_scores_are_head_times_hidden_state(family, saved_policy):
-    model = init_reward_model(saved_policy(family), TOKENIZER, seed=3)
-    policy = tiny_model(family, TOKENIZER)
-    with torch.no_grad():
-        for sequence, score in zip(SEQUENCES, scores_of(model), strict=True):
-            hidden = policy.base_model(torch.tensor([sequence])).last_hidden_state[0, -1]
-            close(score, hidden @ model.score.weight[0])
 
 
 @both_families
@@ -433,23 +296,6 @@ def test_policy_table_grows_for_an_added_pad_token(tmp_path):
 
 
 @both_families
-@pytest.mark.parametrize("tied", [False, True])
-def test_new_rows_of_both_tables_are_the_mean_of_the_old(family, tied):
-    model = tiny_model(family, TOKENIZER, tie_word_embeddings=tied)
-    tables = [model.get_input_embeddings, model.get_output_embeddings]
-    before = [table().weight.detach().clone() for table in tables]
-    resize_embeddings(model, VOCAB + 3)
-    assert model.config.vocab_size == VOCAB + 3
-    for table, old in zip(tables, before, strict=True):
-        weight = table().weight
-        exact(weight[:VOCAB], old)
-        close(weight[VOCAB:], old.mean(dim=0).expand(3, -1))
-    assert (tables[0]().weight is tables[1]().weight) == tied
-    if not tied:
-        assert not torch.equal(before[0], before[1])
-
-
-@both_families
 def test_a_larger_table_is_left_alone(family):
     model = tiny_model(family, TOKENIZER, vocab_size=VOCAB + 64)
     before = logits_of(model)
@@ -488,18 +334,6 @@ def test_response_logits_are_those_of_the_full_forward_with_forbidden_ids_at_min
 # --- LoRA ---------------------------------------------------------------------------------------
 
 
-@both_families
-def test_policy_with_adapters_off_is_the_reference_before_and_after_training(family, saved_policy):
-    reference = logits_of(load_reference(saved_policy(family), TOKENIZER))
-    policy = add_lora(load_policy(saved_policy(family), TOKENIZER), LORA, "CAUSAL_LM", seed=0)
-    exact(logits_of(policy), reference)
-    train_policy(policy)
-    assert (logits_of(policy) - reference).abs().max() > 0.1
-    with policy.disable_adapter():
-        exact(logits_of(policy), reference)
-    assert (logits_of(policy) - reference).abs().max() > 0.1
-
-
 def test_adapters_are_drawn_from_their_seed(saved_policy):
     def adapters(seed):
         torch.manual_seed(99)
@@ -523,49 +357,6 @@ def test_adapters_alone_train_and_of_a_classifier_the_head_too(saved_policy):
     model = add_lora(model, LORA, "SEQ_CLS", seed=0)
     rest = [n for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n]
     assert [name.split(".")[-4:-2] for name in rest] == [["score", "modules_to_save"]]
-
-
-def test_unknown_lora_targets_are_an_input_error(saved_policy):
-    config = PeftConfig(target_modules=["no_such_layer"])
-    with pytest.raises(InputError, match=r"peft\.target_modules=\['no_such_layer'\]"):
-        add_lora(load_policy(saved_policy("llama"), TOKENIZER), config, "CAUSAL_LM", seed=0)
-
-
-@both_families
-@pytest.mark.parametrize("tied", [False, True])
-def test_merged_policy_equals_the_live_adapters_and_leaves_them_alone(family, tied, tmp_path):
-    base = tiny_model(family, TOKENIZER, tie_word_embeddings=tied)
-    live = add_lora(base, LORA, "CAUSAL_LM", seed=0)
-    train_policy(live)
-    before = {key: value.clone() for key, value in live.state_dict().items()}
-    logits = logits_of(live)
-    plain = merged(live)
-    assert type(plain).__name__ in ("LlamaForCausalLM", "GPTNeoXForCausalLM")
-    close(logits_of(plain.eval()), logits, atol=1e-5)
-    train_policy(plain, num_steps=1)  # shares nothing with the live model
-    exact(dict(live.state_dict()), before)
-    exact(logits_of(live), logits)
-    loaded = load_policy(save(tmp_path / "final", merged(live)), TOKENIZER)
-    close(logits_of(loaded), logits, atol=1e-5)
-
-
-@both_families
-def test_merged_reward_model_equals_the_live_adapters_and_loads_by_path(
-    family, tmp_path, saved_policy
-):
-    live = add_lora(
-        init_reward_model(saved_policy(family), TOKENIZER, seed=3), LORA, "SEQ_CLS", seed=0
-    )
-    fresh_head = live.get_base_model().score.weight.detach().clone()
-    train_scores(live)
-    before = {key: value.clone() for key, value in live.state_dict().items()}
-    scores = scores_of(live)
-    plain = merged(live)
-    assert not torch.equal(plain.score.weight, fresh_head)
-    exact(dict(live.state_dict()), before)
-    close(scores_of(plain), scores, atol=1e-5)
-    loaded = load_reward_model(save(tmp_path / "reward", plain, "reward"))
-    exact(scores_of(loaded), scores_of(plain))
 
 
 @both_families
@@ -599,72 +390,7 @@ def test_an_adapter_directory_loads_as_the_merged_model(family, tmp_path, saved_
         assert not any("lora" in name for name, _ in loaded.named_parameters())
 
 
-# --- Dropout and gradient checkpointing ----------------------------------------------------------
-
-
-def model_with_dropout(family, lora):
-    dropout = {"attention_dropout": 0.5}
-    if family == "gpt_neox":
-        dropout["hidden_dropout"] = 0.5
-    model = tiny_model(family, TOKENIZER, attn_implementation="eager", **dropout)
-    if lora:
-        config = LoraConfig(
-            r=4, lora_dropout=0.5, target_modules="all-linear", init_lora_weights=False
-        )
-        torch.manual_seed(0)
-        model = get_peft_model(model, config)
-    return model.train()
-
-
-@both_families
-@pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_disable_dropout_reaches_every_dropout(family, lora, checkpointing):
-    model = model_with_dropout(family, lora)
-    assert not torch.equal(logits_of(model), logits_of(model))
-    expected = logits_of(model.eval())
-    model.train()
-    if checkpointing:
-        model.gradient_checkpointing_enable()
-    disable_dropout(model)
-    for training in (False, True):  # what a caller's train() does must not bring it back
-        ids = torch.tensor([SEQUENCES[0]])
-        exact(model(input_ids=ids, use_cache=False).logits, expected)
-        exact(model(input_ids=ids, use_cache=False).logits, expected)
-        if training is False:
-            model.train()
-
-
-def gradients_and_recomputations(model):
-    """Gradients by name, and how often a layer's MLP was entered during the backward pass."""
-    calls = {"forward": 0, "backward": 0}
-    phase = "forward"
-    layers = [m for m in model.modules() if type(m).__name__ in ("LlamaMLP", "GPTNeoXMLP")]
-    assert len(layers) == 2
-    for layer in layers:
-        layer.register_forward_pre_hook(lambda *_: calls.update({phase: calls[phase] + 1}))
-    ids = torch.tensor([SEQUENCES[0]])
-    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-    phase = "backward"
-    loss.backward()
-    assert calls["forward"] == 2
-    return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}, calls["backward"]
-
-
-@both_families
-@pytest.mark.parametrize("lora", [False, True])
-def test_checkpointing_stays_active_without_dropout_and_gives_the_same_gradients(family, lora):
-    plain = model_with_dropout(family, lora)
-    disable_dropout(plain)
-    expected, recomputed = gradients_and_recomputations(plain)
-    assert recomputed == 0
-    model = model_with_dropout(family, lora)
-    model.gradient_checkpointing_enable()
-    disable_dropout(model)
-    actual, recomputed = gradients_and_recomputations(model)
-    assert recomputed == 2
-    assert any(gradient.abs().max() > 0.01 for gradient in expected.values())
-    close(actual, expected)
+# --- Gradient checkpointing ---------------------------------------------------------------------
 
 
 @both_families
@@ -700,7 +426,8 @@ def test_reference_does_not_follow_the_policy(family, patched, saved_policy):
 
 
 def test_freeze_stops_gradients_and_dropout():
-    model = freeze(model_with_dropout("gpt_neox", lora=False))
+    model = tiny_model("gpt_neox", TOKENIZER, attention_dropout=0.5, hidden_dropout=0.5)
+    model = freeze(model.train())
     assert not any(p.requires_grad for p in model.parameters())
     exact(logits_of(model), logits_of(model))
 

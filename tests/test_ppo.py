@@ -192,9 +192,14 @@ class Crash(Exception):
     """Stands for a lost machine."""
 
 
-def test_resumed_run_equals_the_uninterrupted_run(policy_dir, tmp_path, monkeypatch):
-    whole = train_ppo(make_config(policy_dir, tmp_path))
-    config = make_config(policy_dir, tmp_path)
+# the checkpoint after the second update stands in the middle of the warm-up
+RESUMED = [{}, {"lr_warmup_updates": 3, "weight_decay": 0.1, "whiten_scores": True}]
+
+
+@pytest.mark.parametrize("knobs", RESUMED, ids=["plain", "warm-up"])
+def test_resumed_run_equals_the_uninterrupted_run(policy_dir, tmp_path, monkeypatch, knobs):
+    whole = train_ppo(make_config(policy_dir, tmp_path, **knobs))
+    config = make_config(policy_dir, tmp_path, **knobs)
     config.run_name = "crashed"
     step = PPOTrainer.step
 

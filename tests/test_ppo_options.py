@@ -13,13 +13,16 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import tiny_model, tiny_tokenizer
 from tiny_ppo import make_config, make_trainer, weights, write_prompts
 
 from rlhf.config import InputError, PPOConfig
 from rlhf.functional import adaptive_kl_coef
+from rlhf.metrics import read_jsonl
 from rlhf.models import load_policy, load_tokenizer
 from rlhf.ppo import train_ppo
-from rlhf.ppo.optimization import text_loss
+from rlhf.ppo.evaluation import response_texts
+from rlhf.ppo.optimization import learning_rate_factor, text_loss
 from rlhf.rollout import policy_logprobs
 
 
@@ -45,6 +48,7 @@ def test_every_option_is_off_or_as_in_instructgpt_by_default():
     assert (ppo.kl_in, ppo.kl_estimator, ppo.kl_target) == ("reward", "k1", None)
     assert (ppo.advantage, ppo.samples_per_prompt) == ("gae", 1)
     assert not (ppo.scale_scores or ppo.whiten_rewards or ppo.entropy_coef)
+    assert not (ppo.whiten_scores or ppo.lr_warmup_updates or ppo.weight_decay)
     assert ppo.clip_scores is ppo.dual_clip is ppo.ema_decay is ppo.target_kl is None
 
 
@@ -54,7 +58,7 @@ def test_the_published_settings_are_the_defaults():
     assert (ppo.gamma, ppo.lam, ppo.cliprange, ppo.cliprange_value) == (1.0, 0.95, 0.2, 0.2)
     assert (ppo.vf_coef, ppo.num_ppo_epochs, ppo.num_mini_batches) == (0.1, 4, 1)
     assert (ppo.learning_rate, ppo.lr_schedule, ppo.adam_epsilon) == (3e-6, "linear", 1e-5)
-    assert (ppo.kl_coef, ppo.missing_eos_penalty) == (0.05, -1.0)
+    assert (ppo.kl_coef, ppo.missing_eos_penalty, ppo.adam_betas) == (0.05, -1.0, [0.9, 0.999])
 
 
 def test_the_optimisers_are_adam_with_the_configured_epsilon_and_a_linear_decay(
@@ -66,8 +70,89 @@ def test_the_optimisers_are_adam_with_the_configured_epsilon_and_a_linear_decay(
     assert rates == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
     for optimizer in trainer.optimization.optimizers.values():
         assert isinstance(optimizer, torch.optim.AdamW)
-        assert optimizer.defaults["eps"] == 1e-4 and optimizer.defaults["weight_decay"] == 0.0
-        assert optimizer.param_groups[0]["lr"] == pytest.approx(0.25e-3)
+        for group in optimizer.param_groups:
+            assert group["eps"] == 1e-4 and group["weight_decay"] == 0.0
+            assert group["lr"] == pytest.approx(0.25e-3)
+
+
+RATES = [
+    ({"num_updates": 4}, [1, 0.75, 0.5, 0.25]),
+    ({"num_updates": 3, "lr_schedule": "constant"}, [1, 1, 1]),
+    ({"num_updates": 6, "lr_warmup_updates": 2}, [1 / 3, 2 / 3, 1, 0.75, 0.5, 0.25]),
+    ({"num_updates": 4, "lr_warmup_updates": 2, "lr_warmup_start": 0.1}, [0.1, 0.55, 1, 0.5]),
+    # InstructGPT
+    (
+        {
+            "num_updates": 12,
+            "lr_warmup_updates": 10,
+            "lr_warmup_start": 0.1,
+            "lr_schedule": "constant",
+        },
+        [0.1, 0.19, 0.28, 0.37, 0.46, 0.55, 0.64, 0.73, 0.82, 0.91, 1, 1],
+    ),
+    ({"num_updates": 2, "lr_warmup_updates": 1, "lr_warmup_start": 1.0}, [1, 1]),
+    ({"num_updates": 2, "lr_warmup_updates": 3}, [0.25, 0.5]),  # longer than the run
+]
+
+
+@pytest.mark.parametrize(("knobs", "expected"), RATES)
+def test_the_share_of_the_learning_rate_is_a_function_of_the_update_by_hand(knobs, expected):
+    ppo = PPOConfig(**knobs)
+    factors = [learning_rate_factor(update, ppo) for update in range(ppo.num_updates)]
+    assert factors == pytest.approx(expected, rel=1e-12)
+
+
+def test_policy_and_critic_warm_up_together_and_the_rates_are_logged(policy_dir, tmp_path):
+    config = make_config(
+        policy_dir, tmp_path, num_updates=3, lr_warmup_updates=1, lr_warmup_start=0.2
+    )
+    config.critic.learning_rate = 1e-2
+    trainer = make_trainer(config, tmp_path)
+    for factor in (0.2, 1.0, 0.5):
+        metrics = trainer.step()
+        assert metrics["learning_rate"] == pytest.approx(factor * 1e-3)
+        assert metrics["critic_learning_rate"] == pytest.approx(factor * 1e-2)
+        for name, rate in (("policy", 1e-3), ("critic", 1e-2)):
+            for group in trainer.optimization.optimizers[name].param_groups:
+                assert group["lr"] == pytest.approx(factor * rate)
+
+
+def test_weight_decay_shrinks_the_matrices_of_both_models_and_nothing_else(tmp_path):
+    source = tmp_path / "neox"
+    tokenizer = tiny_tokenizer()
+    tiny_model("gpt_neox", tokenizer).save_pretrained(source)  # with biases
+    tokenizer.save_pretrained(source)
+    config = make_config(source, tmp_path, weight_decay=0.1)
+    config.critic.learning_rate = 1e-2
+    trainer = make_trainer(config, tmp_path)
+    for name, rate in (("policy", 1e-3), ("critic", 1e-2)):
+        parameters = dict(getattr(trainer.actors, name).named_parameters())
+        before = {key: p.detach().clone() for key, p in parameters.items()}
+        for parameter in parameters.values():
+            parameter.grad = torch.zeros_like(parameter)  # Adam itself does not move
+        trainer.optimization.optimizers[name].step()
+        kept = [key for key, p in parameters.items() if torch.equal(p, before[key])]
+        assert kept == [key for key in parameters if key.endswith("bias") or "norm" in key]
+        assert any("attention.dense.bias" in key for key in kept)
+        for key in parameters.keys() - set(kept):
+            torch.testing.assert_close(parameters[key], before[key] * (1 - 0.1 * rate))
+
+
+def test_adam_uses_the_configured_betas_in_both_models(policy_dir, tmp_path):
+    config = make_config(policy_dir, tmp_path, adam_betas=[0.5, 0.75])
+    trainer = make_trainer(config, tmp_path)
+    for name in ("policy", "critic"):
+        parameter = next(getattr(trainer.actors, name).parameters())
+        before = parameter.detach().clone()
+        for gradient in (1.0, -2.0):
+            parameter.grad = torch.full_like(parameter, gradient)
+            trainer.optimization.optimizers[name].step()
+        # after 1: m 0.5, v 0.25, corrected 1 and 1; after -2: m 0.25 - 1 = -0.75 / (1 - 0.25) = -1,
+        # v 0.1875 + 1 = 1.1875 / (1 - 0.5625) = 19 / 7
+        moved = -1e-3 * (1 / (1 + 1e-5) - 1 / ((19 / 7) ** 0.5 + 1e-5))
+        torch.testing.assert_close(
+            parameter - before, torch.full_like(before, moved), rtol=1e-3, atol=0
+        )
 
 
 # --- KL -------------------------------------------------------------------------------------------
@@ -157,6 +242,50 @@ def test_equal_scores_are_not_scaled_by_zero(policy_dir, tmp_path):
 
     config = make_config(policy_dir, tmp_path, scale_scores=True, missing_eos_penalty=None)
     assert step_once(config, tmp_path, constant)[0]["reward"] == 2.0
+
+
+def test_whitened_scores_are_those_of_the_whole_rollout_then_penalised_then_clipped(
+    policy_dir, tmp_path
+):
+    """One number per response, whatever the batches; the penalty replaces, but counts not."""
+    for batches in ((1, 2), (8, 8)):
+        config = make_config(policy_dir, tmp_path, whiten_scores=True, kl_coef=0.0)
+        config.ppo.missing_eos_penalty, config.ppo.clip_scores = -1.25, 1.3
+        config.ppo.micro_batch_size, config.ppo.rollout_batch_size = batches
+        trainer = make_trainer(config, tmp_path)
+        rollout = trainer.collect()
+        texts = response_texts(rollout, trainer.actors.tokenizer)
+        raw = torch.tensor([len(text) / 10 for text in texts], dtype=torch.float64)
+        torch.testing.assert_close(rollout.scores.double(), raw, rtol=1e-6, atol=0)
+        expected = (raw - raw.mean()) / raw.std(unbiased=False)
+        assert 0 < rollout.finished.sum() < 8 and expected[rollout.finished].abs().max() > 1.3
+        expected = torch.where(rollout.finished, expected, -1.25).clamp(-1.3, 1.3).float()
+        rewards = trainer.shape_rewards(rollout)[1]
+        torch.testing.assert_close(rewards.sum(dim=1), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_whitened_scores_leave_the_metrics_and_the_evaluation_raw(policy_dir, tmp_path):
+    rows = {}
+    for whitened in (False, True):
+        config = make_config(policy_dir, tmp_path, num_updates=1, whiten_scores=whitened)
+        config.run_name, config.ppo.missing_eos_penalty = f"whitened-{whitened}", None
+        config.evaluation.every = 1
+        directory = train_ppo(config).directory.parent
+        rows[whitened] = read_jsonl(directory / "metrics.jsonl")
+    first = [rows[whitened][0] for whitened in (False, True)]
+    assert "eval_score" in first[0] and first[0] == first[1]
+    plain, other = rows[False][1], rows[True][1]
+    for name in ("score", "score_std", "finished_score"):
+        assert plain[name] == other[name]
+    assert other["reward"] == pytest.approx(0.0, abs=1e-5) and plain["reward"] > 0.1
+
+
+def test_whitening_refuses_rewards_per_token_with_the_way_out(policy_dir, tmp_path):
+    trainer = make_trainer(make_config(policy_dir, tmp_path, whiten_scores=True), tmp_path)
+    rollout = trainer.collect()
+    rollout.dense_rewards[0, 0] = 0.1
+    with pytest.raises(InputError, match="rewards per token; set it to false .ppo.scale_scores"):
+        trainer.shape_rewards(rollout)
 
 
 def test_whitened_rewards_have_unit_variance_and_their_old_mean(policy_dir, tmp_path):

@@ -292,6 +292,28 @@ def test_gradients_stand_twice_where_processes_exchange_them(policy_dir, tmp_pat
     assert (together.weights, together.adam) == (alone.weights, alone.adam)
 
 
+@pytest.mark.parametrize(
+    ("knobs", "per_number"),
+    [
+        ({"load_in_8bit": True}, 1.0),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, 0.5 + 4 / 64),
+    ],
+    ids=["8bit", "4bit"],
+)
+def test_quantised_layers_count_as_they_are_packed_by_hand(tmp_path, knobs, per_number):
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    tiny_model("llama", tiny_tokenizer()).save_pretrained(tmp_path)
+    quantised = BitsAndBytesConfig(**knobs)
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=quantised, dtype=torch.float32
+    )
+    blocks = 2 * (4 * 32 * 32 + 3 * 32 * 64)  # attention and MLP of two layers
+    others = 2 * 320 * 32 + 5 * 32  # embeddings and head; norms: in float32
+    assert model_memory(model).weights == blocks * per_number + others * 4
+
+
 def most_allocated(function):
     """Bytes that a function holds at most at once, by torch's own record of its allocations."""
     kinds = [torch.profiler.ProfilerActivity.CPU]
@@ -357,7 +379,16 @@ def estimate_of(weights=0, adam=0, activations=0, sampling=0):
 
 REMEDIES = [
     ({"weights": 100, "adam": 300}, {}, "gradients and Adam states: set peft=lora"),
-    ({"weights": 300, "adam": 10}, {"lora": True}, "weights: set model.dtype=bfloat16"),
+    (
+        {"weights": 300, "adam": 10},
+        {"lora": True},
+        "weights: set model.dtype=bfloat16 or model.quantization=4bit",
+    ),
+    (
+        {"weights": 300, "adam": 10},
+        {"lora": True, "dtype": "bfloat16"},
+        "weights: set model.quantization=4bit",
+    ),
     ({"activations": 300, "adam": 10}, {}, "set ppo.micro_batch_size=1 or model.gradient_check"),
     (
         {"activations": 300, "adam": 10},
@@ -372,7 +403,13 @@ REMEDIES = [
     ),
     (
         {"activations": 300, "weights": 20},
-        {"micro_batch_size": 1, "checkpointing": True, "lora": True, "dtype": "bfloat16"},
+        {
+            "micro_batch_size": 1,
+            "checkpointing": True,
+            "lora": True,
+            "dtype": "bfloat16",
+            "quantization": "4bit",
+        },
         "take a smaller model",
     ),
 ]
@@ -386,6 +423,7 @@ def test_too_little_memory_names_the_knob_of_the_largest_part(
     config.peft = PeftConfig(enabled=knobs.get("lora", False))
     config.model.gradient_checkpointing = knobs.get("checkpointing", False)
     config.model.dtype = knobs.get("dtype", "float32")
+    config.model.quantization = knobs.get("quantization")
     estimate = estimate_of(**sizes)
     assert estimate.total == sum(sizes.values())
     for room, status in ((1.01, "WARN"), (0.99, "FAIL"), (1.2, "ok")):
@@ -581,8 +619,13 @@ def test_padding_is_tried_with_the_longest_response():
 
 
 def test_a_penalty_above_the_scores_is_warned_about(policy_dir, tmp_path, capsys):
-    for scorer, status in ((letters, "ok"), (very_low, "WARN")):
-        trainer = scored_by(policy_dir, tmp_path, scorer, missing_eos_penalty=-1.0)
+    for scorer, whiten, status in (
+        (letters, False, "ok"),
+        (very_low, True, "ok"),  # about 0 on the scale of whitened scores
+        (very_low, False, "WARN"),
+    ):
+        knobs = {"missing_eos_penalty": -1.0, "whiten_scores": whiten}
+        trainer = scored_by(policy_dir, tmp_path, scorer, **knobs)
         checks, _, _ = look(trainer, capsys)
         assert checks["missing EOS"][0] == status
     assert "not ending pays" in checks["missing EOS"][1]

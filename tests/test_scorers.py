@@ -44,6 +44,7 @@ from rlhf.scorers import (
     load_scorer,
     score_responses,
 )
+from rlhf.scorers.calling import counting
 
 PROMPTS = [
     [{"role": "user", "content": "name three animals"}],
@@ -353,6 +354,99 @@ def test_components_are_normalised_one_by_one_then_weighted(helpful, safe):
     pair = [ScorerComponent(helpful, name="helpful"), ScorerComponent(safe, name="safe")]
     ensemble = load_scorer(ScorerConfig(components=pair, combine="min", normalize="none"))
     assert_close(ensemble(PROMPTS, RESPONSES), torch.minimum(raw_scores(helpful, sequences), two))
+
+
+def test_a_gate_counts_alone_below_and_not_at_all_above_by_hand():
+    # sigmoid of -2, -1.7, 1: 0.119, 0.154, 0.731
+    raw = torch.tensor([[1.0, -9.0, 4.0], [-2.0, -1.7, 1.0]])
+    assert counting(raw, torch.tensor([0.0, 0.15])).tolist() == [
+        [False, True, True],
+        [True, False, False],
+    ]
+    two = counting(torch.cat([raw, raw[1:]]), torch.tensor([0.0, 0.15, 0.74]))
+    assert two.tolist() == [[False] * 3, [True, False, False], [True] * 3]
+    assert counting(raw, torch.zeros(2)).all()
+
+
+@pytest.mark.parametrize(
+    ("combine", "weights", "expected"),
+    [
+        ("weighted_sum", [2.0, 1.0, 3.0], [2 * 1 + 5, -2 * 3.0, 2 * 3 + 2]),
+        ("mean", [1.0, 1.0, 1.0], [3.0, -2.0, 2.5]),
+        ("min", [1.0, 1.0, 1.0], [1.0, -2.0, 2.0]),
+        ("mean_minus_std", [1.0, 1.0, 1.0], [3.0 - 2.0, -2.0, 2.5 - 0.5]),
+    ],
+)
+def test_the_components_that_count_are_combined_as_asked(combine, weights, expected):
+    parts = {
+        "a": lambda p, r: [1.0, 9.0, 3.0],
+        "b": lambda p, r: [5.0, 9.0, 2.0],
+        "gated": lambda p, r: [0.0, -2.0, 7.0],  # below 0.15 for the second response
+    }
+    scorer = CombinedScorer(parts, weights, combine, 1.0, [None, None, 0.15])
+    scores = score_responses(scorer, PROMPTS, RESPONSES, "x")
+    assert_close(scores.total, torch.tensor(expected))
+    assert scores.components["gated"].tolist() == [0.0, -2.0, 7.0]
+    totals = torch.stack([*scores.components.values()])
+    assert scorer.gated(totals).tolist() == [False, True, False]
+    assert CombinedScorer(parts, weights).gated(totals) is None
+
+
+@pytest.mark.parametrize("combine", ["weighted_sum", "mean"])
+def test_rewards_per_token_count_where_their_component_does(combine):
+    def flags(prompts, responses):
+        return [-5.0, 5.0, 5.0]
+
+    scorer = CombinedScorer({"h": halves, "f": flags}, [1.0, 1.0], combine, 1.0, [None, 0.5])
+    scores = score_responses(scorer, PROMPTS, RESPONSES, "x", TOKENS)
+    assert_close(scores.total, torch.tensor([-5.0, 0.9, 1.6]))
+    for row, expected in zip(scores.dense, ([0.0] * 3, [0.9], [0.7, 0.9]), strict=True):
+        assert_close(row, torch.tensor(expected))
+    gated = CombinedScorer({"f": flags, "h": halves}, [1.0, 2.0], gates=[None, 0.75])
+    scores = score_responses(gated, PROMPTS, RESPONSES, "x", TOKENS)  # sigmoids 0.85 0.71 0.83
+    assert_close(scores.total, torch.tensor([-5.0, 1.8, 5.0]))
+    assert_close(scores.dense[1], torch.tensor([1.8]))
+    assert scores.dense[0].tolist() == [0.0] * 3
+
+
+def test_a_gate_is_of_the_raw_score_of_a_reward_model(helpful, safe):
+    sequences = rendered(policy_tokenizer())
+    kind, raw = raw_scores(helpful, sequences) - MEAN, raw_scores(safe, sequences)
+    low, middle, _ = raw.sigmoid().sort().values.tolist()
+    gate = (low + middle) / 2
+    components = [
+        ScorerComponent(helpful, name="helpful"),
+        ScorerComponent(safe, normalize="standardise", name="safe", gate=gate),
+    ]
+    scorer = load_scorer(ScorerConfig(components=components))
+    below = raw.sigmoid() < gate
+    expected = torch.where(below, (raw - MEAN) / STD, kind)
+    assert below.sum() == 1
+    assert not torch.equal(((raw - MEAN) / STD).sigmoid() < gate, below)  # or it shows nothing
+    assert_close(scorer(PROMPTS, RESPONSES), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_ppo_reports_the_share_of_gated_responses(policy_dir, tmp_path):
+    config = make_config(policy_dir, tmp_path, missing_eos_penalty=None)
+    components = [
+        ScorerComponent(f"python:{__name__}.num_words"),
+        ScorerComponent(f"python:{__name__}.minus_words", name="short", gate=0.2),
+    ]
+    config.scorer = ScorerConfig(components=components)
+    metrics = make_trainer(config, tmp_path).step()
+    rollout = make_trainer(config, tmp_path).collect()  # the same one
+    words = rollout.component_scores[:, 0]
+    gated = words >= 2.0  # sigmoid(-1) = 0.27, sigmoid(-2) = 0.12
+    assert 0 < gated.sum() < 8
+    assert metrics["gated_rate"] == pytest.approx(float(gated.float().mean()))
+    assert_close(rollout.scores, torch.where(gated, -words, words))
+    config.scorer.components[1].gate = None
+    assert "gated_rate" not in make_trainer(config, tmp_path).step()
+
+
+def minus_words(prompts, responses):
+    """Score by words, fewer being better."""
+    return [-float(words) for words in num_words(prompts, responses)]
 
 
 def num_words(prompts, responses):
@@ -707,10 +801,17 @@ def save_rollouts(config, file, folder):
     trainer.actors.scorer = CombinedScorer({"t": token_rewards, "w": num_words}, [1.0, 2.0])
     first = trainer.collect()
     trainer.actors.scorer = num_words
-    torch.save([vars(first), vars(trainer.collect())], file)
+    second = trainer.collect()
+    ppo = dataclasses.replace(config.ppo, whiten_scores=True)
+    trainer.config = dataclasses.replace(config, ppo=ppo)
+    third = trainer.collect()
+    whitened = vars(third) | {"scores": trainer.shape_rewards(third)[1].sum(dim=1)}
+    torch.save([vars(first), vars(second), whitened], file)
 
 
-def test_two_processes_gather_rewards_per_token_and_components(policy_dir, tmp_path):
+def test_two_processes_gather_rewards_per_token_and_components_and_whiten_all_scores(
+    policy_dir, tmp_path
+):
     config = make_config(policy_dir, tmp_path)
     save_rollouts(config, tmp_path / "one.pt", tmp_path)
     with socket.socket() as free:
@@ -723,4 +824,4 @@ def test_two_processes_gather_rewards_per_token_and_components(policy_dir, tmp_p
     for rank in range(2):
         for one, two in zip(alone, torch.load(tmp_path / f"{rank}.pt"), strict=True):
             for name in ("response_ids", "scores", "dense_rewards", "component_scores"):
-                assert_close(two[name], one[name], msg=name)
+                assert_close(two[name], one[name], msg=lambda m, name=name: f"{name}: {m}")

@@ -213,6 +213,29 @@ def test_a_directory_of_the_wrong_stage_is_refused(runs, tmp_path):
         )
 
 
+def test_a_template_that_is_not_the_checkpoints_is_refused_after_sft(runs, tmp_path):
+    sft = str(runs / "run/sft/final")
+    model = ModelConfig(path=sft, chat_template="alpaca")
+    with pytest.raises(InputError, match=f"chat template mismatch: {sft} and the model settings"):
+        train_reward(reward_config(tmp_path, model=model))
+    scorer = ScorerConfig(path=str(runs / "run/reward/final"))
+    with pytest.raises(InputError, match=f"chat template mismatch: {sft} and the model settings"):
+        train_ppo(ppo_config(tmp_path, model=model, scorer=scorer))
+    assert not any(tmp_path.iterdir())
+
+
+def test_sft_warns_of_words_that_the_model_does_not_know(runs, tmp_path, capsys):
+    model = ModelConfig(path=str(runs / "run/sft/final"), special_tokens=["### End"])
+    for template, warned in ((None, False), ("alpaca", True)):
+        config = sft_config(tmp_path / str(template), model=dataclasses.replace(model))
+        config.model.chat_template = template
+        config.peft.enabled = warned
+        train_sft(config)
+        text = "".join(capsys.readouterr())
+        assert ("was trained with another chat template" in text) == warned
+        assert ("new tokens of model.special_tokens keep the mean" in text) == warned
+
+
 def test_tokenizer_mismatch_names_both_sides(runs, tmp_path):
     from tiny import tiny_model, tiny_tokenizer
 
@@ -273,8 +296,10 @@ def test_two_processes_give_the_result_of_one_on_the_same_global_batch(runs, tmp
     trainer = ["trainer.max_steps=16", "trainer.logging_steps=4", "trainer.eval_steps=8"]
     sft = [f"model.config={model}", "model.tokenizer=python:rlhf.demo_world.build_tokenizer"]
     sft += ["num_samples=8", "response_length=16", "trainer.learning_rate=3e-3"]
-    launch("sft", [*world, *trainer, *sft, "trainer.per_device_train_batch_size=8"], tmp_path)
-    reward = ["trainer.learning_rate=1e-3", "trainer.per_device_train_batch_size=4"]
+    sft += ["batch_size=16", "trainer.per_device_train_batch_size=4"]  # accumulates over two
+    launch("sft", [*world, *trainer, *sft], tmp_path)
+    reward = ["trainer.learning_rate=1e-3"]
+    reward += ["batch_size=8", "trainer.per_device_train_batch_size=2"]
     start = [f"model.path={runs / 'run/sft/final'}"]
     launch("reward", [*world, *trainer, *reward, *start], tmp_path)
     ppo = ["ppo.num_updates=2", "ppo.batch_size=16", "ppo.response_length=16"]

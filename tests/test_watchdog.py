@@ -125,6 +125,8 @@ def test_a_penalty_above_the_scores_of_finished_responses_is_named(policy_dir, t
     config = make_config(policy_dir, tmp_path)
     assert fired(config, tmp_path, missing_eos_penalty=-5.0) == set()
     assert fired(config, tmp_path, missing_eos_penalty=50.0) == {"missing_eos_penalty"}
+    config.ppo.whiten_scores = True  # the penalty is then on another scale than the raw scores
+    assert fired(config, tmp_path, missing_eos_penalty=50.0) == set()
 
 
 def test_responses_that_do_not_end_are_named(policy_dir, tmp_path):

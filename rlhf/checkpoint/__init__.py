@@ -15,6 +15,7 @@ from rlhf.checkpoint.handoff import (
     read_record,
     require_stage,
     warn_about_prompts,
+    warn_about_template,
     write_stage,
 )
 from rlhf.checkpoint.interruption import GracefulStop
@@ -56,6 +57,7 @@ __all__ = [
     "seal",
     "step_of",
     "warn_about_prompts",
+    "warn_about_template",
     "write_manifest",
     "write_stage",
 ]

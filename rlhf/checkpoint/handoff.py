@@ -161,6 +161,15 @@ def warn_about_prompts(record: StageRecord | None, prompts: str) -> None:
         )
 
 
+def warn_about_template(record: StageRecord | None, tokenizer: Any, path: str | None) -> None:
+    """Warn when SFT gives a checkpoint another chat template than it was trained with."""
+    if record is not None and record.template != _hash(tokenizer.chat_template or ""):
+        warn(
+            f"model.path={path} was trained with another chat template than this stage's; leave "
+            "model.chat_template and model.stop_strings unset (null) to keep the checkpoint's"
+        )
+
+
 def check_same_tokenizer(
     tokenizer: Any, record: StageRecord | None, ours: str, theirs: str
 ) -> None:
@@ -186,7 +195,7 @@ def check_same_tokenizer(
     if record.template != _hash(tokenizer.chat_template or ""):
         raise InputError(
             f"chat template mismatch: {theirs} and {ours} render prompts differently; train both "
-            "from the same SFT directory, or leave model.chat_template unset"
+            "from the same SFT directory, or leave model.chat_template unset (null)"
         )
 
 

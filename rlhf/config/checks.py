@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
+from importlib.util import find_spec
 from operator import attrgetter
 from typing import Any
 
@@ -14,6 +15,7 @@ from rlhf.config.stages import (
     DTYPES,
     NORMALIZATIONS,
     InputError,
+    ModelConfig,
     PPOStageConfig,
     RewardStageConfig,
     ScorerConfig,
@@ -34,6 +36,11 @@ def check(config: StageConfig) -> None:
     problems = [message for ok, message in _rules(config) if not ok]
     if problems:
         raise InputError("\n".join(problems))
+    if config.model.quantization is not None and find_spec("bitsandbytes") is None:
+        raise InputError(
+            f"model.quantization={config.model.quantization} needs bitsandbytes, which is not "
+            "installed: pip install 'rlhf[quant]', or set model.quantization=null"
+        )
 
 
 def _missing(config: StageConfig) -> list[str]:
@@ -48,6 +55,8 @@ def _missing(config: StageConfig) -> list[str]:
             )
         if config.model.path is None and config.model.tokenizer is None:
             found.append("model.tokenizer: Hub id or directory; needed when model.path is not set")
+        if config.mix.fraction > 0 and config.mix.path is None:
+            found.append("mix.path: file or Hub name of the text, e.g. mix.path=text.jsonl")
     elif config.model.path is None and not (config.stage_dir("sft") / "final").is_dir():
         found.append(_no_stage("model.path", config, "sft"))
     if isinstance(config, PPOStageConfig):
@@ -91,6 +100,7 @@ def _rules(config: StageConfig) -> Iterable[tuple[bool, str]]:
         return low <= value <= high, f"{name} must lie in [{low}, {high}], got {value}"
 
     yield one_of("model.dtype", DTYPES)
+    yield from _model_rules(config)
     yield one_of("precision", ("auto", "float32", "bfloat16"))
     yield one_of("resume", (True, False, "auto"))
     yield from (at_least(f"checkpoint.{name}", 1) for name in ("every", "keep_last"))
@@ -111,10 +121,71 @@ def _rules(config: StageConfig) -> Iterable[tuple[bool, str]]:
         yield at_least("num_samples", 0)
         yield at_least("response_length", 1)
         yield at_least("temperature", 0, strict=True)
+        yield 0 < config.top_p <= 1, f"top_p must lie in (0, 1], got {config.top_p}"
+        yield within("mix.fraction", 0, 0.9)
+    else:
+        yield (
+            not config.dataset.split_long,
+            "dataset.split_long splits the conversations of SFT and has no meaning here; set it to "
+            "false",
+        )
+    if isinstance(config, SFTStageConfig | RewardStageConfig):
+        yield at_least("batch_size", 1)
+        accumulated = config.trainer.get("gradient_accumulation_steps", 1)
+        yield (
+            config.batch_size is None or accumulated == 1,
+            f"batch_size={config.batch_size} sets trainer.gradient_accumulation_steps, which is "
+            f"{accumulated}; leave that at 1, or set batch_size=null",
+        )
     if isinstance(config, RewardStageConfig):
         yield from _reward_rules(config, at_least, one_of)
     if isinstance(config, PPOStageConfig):
         yield from _ppo_rules(config, at_least, one_of, within)
+
+
+def _model_rules(config: StageConfig) -> Iterable[tuple[bool, str]]:
+    yield from _token_rules(config.model)
+    quantization, dropout = config.model.quantization, config.model.dropout
+    yield (
+        quantization in (None, "8bit", "4bit"),
+        f"model.quantization must be one of 8bit, 4bit, null, got {quantization!r}",
+    )
+    yield (
+        quantization is None or config.peft.enabled,
+        f"model.quantization={quantization}: quantised weights cannot be trained, only adapters on "
+        "them; set peft=lora, or model.quantization=null",
+    )
+    yield (
+        dropout is None or 0 <= dropout < 1,
+        f"model.dropout must lie in [0, 1), e.g. 0.2, got {dropout}",
+    )
+    if isinstance(config, SFTStageConfig):
+        yield (
+            quantization is None or config.model.path is not None,
+            f"model.quantization={quantization} is of a model that has been trained, but "
+            "model.config builds one with random weights; give model.path, or set "
+            "model.quantization=null",
+        )
+    if isinstance(config, PPOStageConfig):
+        yield (
+            dropout is None,
+            f"model.dropout={dropout}: PPO has all dropout off, as its ratios compare two passes "
+            "over the same tokens; set model.dropout=null, or give it to the SFT stage only",
+        )
+
+
+def _token_rules(model: ModelConfig) -> Iterable[tuple[bool, str]]:
+    for name in ("special_tokens", "stop_strings"):
+        texts = getattr(model, name) or []
+        yield (
+            all(texts) and len(set(texts)) == len(texts),
+            f"model.{name} must be texts that are not empty and differ, got {texts}",
+        )
+    yield (
+        model.pad_token is None or model.pad_token != model.eos_token,
+        f"model.pad_token={model.pad_token!r} is model.eos_token too, but PPO never samples the "
+        "pad token: no response could end; give another one, or null",
+    )
 
 
 def _reward_rules(
@@ -136,6 +207,11 @@ def _reward_rules(
         f"reward.label_smoothing={reward.label_smoothing} is of single pairs, which "
         "reward.loss=plackett_luce has none of; set it to 0, or reward.loss=pairwise",
     )
+    yield (
+        config.batch_size is None or reward.tokens_per_batch is None,
+        f"batch_size={config.batch_size} counts prompts, but with reward.tokens_per_batch="
+        f"{reward.tokens_per_batch} a step has as many as fit; set one of them to null",
+    )
 
 
 def _ppo_rules(
@@ -148,7 +224,8 @@ def _ppo_rules(
     others = "evaluation.every ptx.batch_size"
     yield from (at_least(name, 1) for name in others.split())
     yield at_least("ptx.max_length", 2)
-    not_negative = "kl_coef top_k vf_coef learning_rate entropy_coef"
+    not_negative = "kl_coef top_k vf_coef learning_rate entropy_coef weight_decay"
+    not_negative += " lr_warmup_updates"
     yield from (at_least(f"ppo.{name}", 0) for name in not_negative.split())
     not_negative = "critic.learning_rate critic.warmup_updates evaluation.num_prompts ptx.coef"
     yield from (at_least(name, 0) for name in f"{not_negative} evaluation.select_kl_coef".split())
@@ -156,7 +233,11 @@ def _ppo_rules(
     positive += " kl_target clip_scores"
     yield from (at_least(f"ppo.{name}", 0, strict=True) for name in positive.split())
     yield at_least("ppo.dual_clip", 1, strict=True)
-    yield from (within(f"ppo.{name}", 0, 1) for name in ("gamma", "lam"))
+    yield from (within(f"ppo.{name}", 0, 1) for name in ("gamma", "lam", "lr_warmup_start"))
+    yield (
+        len(ppo.adam_betas) == 2 and all(0 <= beta < 1 for beta in ppo.adam_betas),
+        f"ppo.adam_betas must be two numbers in [0, 1), e.g. [0.9, 0.95], got {ppo.adam_betas}",
+    )
     yield (
         ppo.ema_decay is None or 0 < ppo.ema_decay < 1,
         (f"ppo.ema_decay must lie in (0, 1), e.g. 0.992, got {ppo.ema_decay}"),
@@ -217,6 +298,16 @@ def _scorer_rules(scorer: ScorerConfig) -> Iterable[tuple[bool, str]]:
         combine == "weighted_sum" or all(weight == 1 for weight in weights),
         f"scorer.combine={combine} knows no weights, got {weights}; leave them at 1",
     )
+    gates = [component.gate for component in components]
+    yield (
+        all(gate is None or 0 < gate < 1 for gate in gates),
+        f"scorer.components: a gate must lie in (0, 1), e.g. 0.15, got {gates}",
+    )
+    yield (
+        not components or None in gates,
+        f"scorer.components: every one has a gate, {gates}; the responses that pass them all need "
+        "another without one",
+    )
     names = [component.label for component in components]
     yield (
         len(set(names)) == len(names) and all(re.fullmatch(r"[\w.-]+", name) for name in names),
@@ -266,6 +357,10 @@ def _combination_rules(config: PPOStageConfig) -> Iterable[tuple[bool, str]]:
     yield (
         ppo.kl_target is None or ppo.kl_coef > 0,
         f"ppo.kl_target={ppo.kl_target} multiplies ppo.kl_coef, which is 0; start it above 0",
+    )
+    yield (
+        not (ppo.scale_scores and ppo.whiten_scores),
+        "ppo.scale_scores and ppo.whiten_scores both set the scale of the scores; set one to false",
     )
     off_policy = ppo.top_p != 1.0 or ppo.top_k != 0
     yield (

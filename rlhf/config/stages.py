@@ -27,9 +27,16 @@ class ModelConfig:
     config: dict[str, Any] = field(default_factory=dict)
     tokenizer: str | None = None
     chat_template: str | None = None
+    stop_strings: list[str] | None = None
+    special_tokens: list[str] = field(default_factory=list)
+    eos_token: str | None = None
+    pad_token: str | None = None
+    shrink_embeddings: bool = False
     dtype: str = "float32"
     attn_implementation: str | None = None
     gradient_checkpointing: bool = False
+    quantization: str | None = None
+    dropout: float | None = None
     trust_remote_code: bool = False
 
 
@@ -47,6 +54,7 @@ class DatasetConfig:
     max_rows: int | None = None
     max_eval_rows: int | None = None
     max_length: int = 1024
+    split_long: bool = False
 
 
 @dataclass
@@ -101,13 +109,26 @@ class StageConfig:
 
 
 @dataclass
+class MixConfig:
+    """Plain text that SFT trains on beside the rows."""
+
+    path: str | None = None
+    split: str = "train"
+    format: str = "text"
+    fraction: float = 0.0
+
+
+@dataclass
 class SFTStageConfig(StageConfig):
     """`python -m rlhf.sft`."""
 
     train_on_prompt: bool = False
+    batch_size: int | None = None
+    mix: MixConfig = field(default_factory=MixConfig)
     num_samples: int = 32
     response_length: int = 128
     temperature: float = 1.0
+    top_p: float = 1.0
     trainer: dict[str, Any] = field(
         default_factory=lambda: {
             "num_train_epochs": 3,
@@ -120,6 +141,7 @@ class SFTStageConfig(StageConfig):
             "packing": False,
             "logging_steps": 10,
             "eval_steps": 200,
+            "load_best_model_at_end": False,
         }
     )
 
@@ -142,6 +164,7 @@ class RewardStageConfig(StageConfig):
     """`python -m rlhf.reward`."""
 
     reward: RewardConfig = field(default_factory=RewardConfig)
+    batch_size: int | None = None
     trainer: dict[str, Any] = field(
         default_factory=lambda: {
             "num_train_epochs": 1,
@@ -153,6 +176,7 @@ class RewardStageConfig(StageConfig):
             "gradient_accumulation_steps": 1,
             "logging_steps": 10,
             "eval_steps": 200,
+            "load_best_model_at_end": False,
         }
     )
 
@@ -160,12 +184,13 @@ class RewardStageConfig(StageConfig):
 @dataclass
 class ScorerComponent:
     """One of several scorers; `normalize` falls back to that of `ScorerConfig`, `name` to one that
-    is made from `path`."""
+    is made from `path`; for `gate` see `rlhf.scorers.calling.counting`."""
 
     path: str | None = None
     weight: float = 1.0
     normalize: str | None = None
     name: str | None = None
+    gate: float | None = None
 
     @property
     def label(self) -> str:
@@ -223,6 +248,7 @@ class PPOConfig:
     allow_off_policy_sampling: bool = False
     missing_eos_penalty: float | None = -1.0
     scale_scores: bool = False
+    whiten_scores: bool = False
     clip_scores: float | None = None
     kl_coef: float = 0.05
     kl_estimator: str = "k1"
@@ -242,7 +268,11 @@ class PPOConfig:
     target_kl: float | None = None
     learning_rate: float = 3e-6
     lr_schedule: str = "linear"
+    lr_warmup_updates: int = 0
+    lr_warmup_start: float = 0.0
+    adam_betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     adam_epsilon: float = 1e-5
+    weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     ema_decay: float | None = None
 

@@ -2,8 +2,9 @@
 
     source -> rows -> format -> canonical rows -> split by prompt -> token ids and labels -> batches
 
-`formats` and `instructions` make rows canonical, `canonical` checks them, `sources` reads and
-splits them, `encoding` renders and tokenises.
+`formats` and `instructions` make rows canonical, `canonical` checks them, `sources` reads them and
+holds some out, `templates` finds chat templates and their stop strings, `encoding` renders and
+tokenises, `splitting` cuts long conversations, `mixing` adds plain text.
 
 Canonical rows use TRL's column names. SFT: `messages`, or `prompt` and `completion` (both text or
 both conversations). Reward: `prompt`, `responses`, `ranks` (0 = best, ties share a rank; a pair is
@@ -15,7 +16,6 @@ Left out: packing (TRL does it), streaming, images, tool calls.
 from rlhf.data.canonical import DropRow, Row, check_row, prompt_of
 from rlhf.data.encoding import (
     RankedCollator,
-    chat_template_text,
     encode_prompt,
     encode_prompts,
     encode_ranked,
@@ -25,7 +25,10 @@ from rlhf.data.encoding import (
     encode_texts,
 )
 from rlhf.data.formats import FORMATS, resolve_format
+from rlhf.data.mixing import mix_texts
 from rlhf.data.sources import Splits, describe_dropped, load_rows, load_splits, split_by_prompt
+from rlhf.data.splitting import split_conversations
+from rlhf.data.templates import chat_template_text, declare_stop_strings, stop_strings
 
 __all__ = [
     "FORMATS",
@@ -35,6 +38,7 @@ __all__ = [
     "Splits",
     "chat_template_text",
     "check_row",
+    "declare_stop_strings",
     "describe_dropped",
     "encode_prompt",
     "encode_prompts",
@@ -45,7 +49,10 @@ __all__ = [
     "encode_texts",
     "load_rows",
     "load_splits",
+    "mix_texts",
     "prompt_of",
     "resolve_format",
     "split_by_prompt",
+    "split_conversations",
+    "stop_strings",
 ]

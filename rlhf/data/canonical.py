@@ -141,6 +141,8 @@ def check_row(row: Row, stage: str) -> None:
         roles = [message["role"] for message in prompt if message["role"] != "system"]
         if roles[:1] != ["user"]:
             raise DropRow("conversation does not start with a user turn")
+        if any(m["role"] == "user" and not m["content"].strip() for m in prompt):
+            raise DropRow("empty user turn")
 
 
 def _check_sft(row: Row) -> None:

@@ -14,30 +14,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf.config import CONF_DIR, InputError, nearest
+from rlhf.config import InputError
 from rlhf.data.canonical import Message, Prompt, Row, prompt_of, show
+from rlhf.data.templates import stop_strings
 
 if TYPE_CHECKING:
     import torch
 
 IGNORED = -100  # label of a token without loss, as in torch.nn.functional.cross_entropy
-
-
-def chat_template_text(name_or_path: str) -> str:
-    """Return a chat template: a name in `conf/chat_template`, a .jinja file, or the text itself."""
-    if "{%" in name_or_path:
-        return name_or_path
-    known = {file.stem: file for file in sorted((CONF_DIR / "chat_template").glob("*.jinja"))}
-    file = known.get(name_or_path, Path(name_or_path).expanduser())
-    if file.suffix == ".jinja" and file.is_file():
-        return file.read_text(encoding="utf-8")
-    raise InputError(
-        f"model.chat_template={name_or_path!r} is neither one of {', '.join(known)}, nor a .jinja "
-        f"file that exists, nor a template's text.{nearest(name_or_path, known)}"
-    )
 
 
 # --- One row ------------------------------------------------------------------------------------
@@ -46,7 +32,7 @@ def chat_template_text(name_or_path: str) -> str:
 @dataclass
 class _Segment:
     ids: list[int]
-    is_response: bool  # an assistant turn, its EOS included
+    is_response: bool  # an assistant turn, with what ends it
 
 
 def encode_prompt(prompt: Prompt, tokenizer: Any) -> list[int]:
@@ -63,12 +49,13 @@ def encode_prompt(prompt: Prompt, tokenizer: Any) -> list[int]:
 
 
 def encode_response(prompt: Prompt, response: str, tokenizer: Any) -> list[int]:
-    """Token ids of the response that follows `encode_prompt(prompt)`, with EOS at the end."""
+    """Token ids of the response that follows `encode_prompt(prompt)`, with what ends it: EOS, or
+    the stop string that the chat template writes after an answer."""
     if isinstance(prompt, str):
         return _with_eos(_tokenize(response, tokenizer), tokenizer)
     answer = {"role": "assistant", "content": response}
     _, text = _turn(prompt, answer, tokenizer)
-    return _with_eos(_tokenize(text, tokenizer), tokenizer)
+    return _answer_ids(text, tokenizer)
 
 
 def encode_row(
@@ -76,8 +63,8 @@ def encode_row(
 ) -> tuple[list[int], list[int]]:
     """Token ids of an SFT row, and their labels.
 
-    Every assistant turn of `messages` carries loss, its EOS included; of `prompt` and `completion`
-    only the completion. What follows the last assistant turn is left out.
+    Every assistant turn of `messages` carries loss, with the EOS or stop string that ends it; of
+    `prompt` and `completion` only the completion. What follows the last assistant turn is left out.
 
     Returns:
         input_ids and labels of equal length, labels -100 where there is no loss. The labels are
@@ -109,29 +96,62 @@ def _turns(messages: list[Message], tokenizer: Any) -> tuple[list[_Segment], str
             continue
         before, response = _turn(messages[:i], message, tokenizer)
         prompt_ids = _tokenize(_continue(done, before, tokenizer), tokenizer)
-        response_ids = _with_eos(_tokenize(response, tokenizer), tokenizer)
+        response_ids = _answer_ids(response, tokenizer)
         segments += [_Segment(prompt_ids, False), _Segment(response_ids, True)]
         done = before + response
     return segments, done
 
 
 def _turn(context: list[Message], answer: Message, tokenizer: Any) -> tuple[str, str]:
-    """Text before an assistant turn, and the text of the turn up to its last EOS, if it has one."""
+    """Text before an assistant turn, and the text of the turn with what ends it, if anything."""
+    if not context:
+        raise InputError("a conversation starts with the assistant; it must start with the user")
     before = _render(context, tokenizer, generation_prompt=True)
     whole = _render([*context, answer], tokenizer, generation_prompt=False)
+    _require_answer(whole.removeprefix(before), answer, tokenizer)
     text = _continue(before, whole, tokenizer)
-    end = text.rfind(tokenizer.eos_token)
-    return before, text if end < 0 else text[: end + len(tokenizer.eos_token)]
+    return before, text[: _end_of_answer(text, tokenizer)]
+
+
+def _end_of_answer(text: str, tokenizer: Any) -> int:
+    """Where the text of an assistant turn ends: after a stop string that only whitespace follows,
+    as one in the middle is the answer's own; else after the last EOS."""
+    stops = [(text.rfind(stop), len(stop)) for stop in stop_strings(tokenizer)]
+    ends = [at + length for at, length in stops if at >= 0 and not text[at + length :].strip()]
+    if ends:
+        return max(ends)
+    at = text.rfind(tokenizer.eos_token)
+    return len(text) if at < 0 else at + len(tokenizer.eos_token)
+
+
+def _answer_ids(text: str, tokenizer: Any) -> list[int]:
+    ids = _tokenize(text, tokenizer)
+    return ids if text.endswith(stop_strings(tokenizer)) else _with_eos(ids, tokenizer)
+
+
+def _require_answer(text: str, answer: Message, tokenizer: Any) -> None:
+    """Refuse a template that renders nothing of an answer: there would be nothing to train on."""
+    words = answer["content"].split()
+    if words and not any(word in text for word in words):
+        raise InputError(
+            f"the chat template {_in_one_line(tokenizer)} leaves out what the assistant says: "
+            f"nothing of {show(answer['content'])} is in {show(text)}; set another one, e.g. "
+            "model.chat_template=plain"
+        )
+
+
+def _in_one_line(tokenizer: Any) -> str:
+    return show(tokenizer.chat_template.strip().replace("\n", " "))
 
 
 def _continue(start: str, text: str, tokenizer: Any) -> str:
     """What follows `start` in `text`, both rendered from the same conversation."""
     if not text.startswith(start):
-        template = tokenizer.chat_template.strip().replace("\n", " ")
         raise InputError(
-            f"the chat template {show(template)} renders the start of a conversation differently "
-            f"once more turns follow: {start[-40:]!r} is not in {text[: len(start)][-60:]!r}; use "
-            "one that only appends, e.g. model.chat_template=plain"
+            f"the chat template {_in_one_line(tokenizer)} renders the start of a conversation "
+            f"differently once more turns follow: {start[-40:]!r} is not in "
+            f"{text[: len(start)][-60:]!r}; use one that only appends, e.g. "
+            "model.chat_template=plain"
         )
     return text[len(start) :]
 
@@ -239,10 +259,10 @@ def encode_ranked(
     margin or a probability, and loses one, goes.
 
     Returns:
-        Per kept row {"input_ids": K lists of prompt + response + EOS, "ranks": K ints, "lengths":
-        K response lengths in tokens with EOS, "row": index in `rows`, "scores": K floats, "margin",
-        "probability": a float each, these three None where the row has none}; and what was dropped:
-        rows, and under a reason of its own single responses of rows that stayed.
+        Per kept row {"input_ids": K lists of prompt + response, "ranks": K ints, "lengths": K
+        response lengths in tokens, EOS or stop string included, "row": index in `rows`, "scores": K
+        floats, "margin", "probability": a float each, these three None where the row has none}; and
+        what was dropped: rows, and under a reason of its own single responses of rows that stayed.
 
     Raises:
         InputError: no row is left.

@@ -304,10 +304,14 @@ def merge_by_prompt(rows: list[Row]) -> list[Row]:
 def _ranked_siblings(node: Row, before: list[Message]) -> list[Row]:
     """One row for each user turn of a tree that has at least two ranked answers."""
     roles = {"prompter": "user", "assistant": "assistant"}
+    fix = "expected {text, role: prompter or assistant, replies: a list of the same}"
+    if not isinstance(node, dict):
+        raise bad_field("prompt", f"got {show(node)}", fix)
     role, replies = node.get("role"), node.get("replies") or []
     if role not in roles or not isinstance(replies, list):
-        what = f"got role {role!r} and replies {show(replies)}"
-        raise bad_field("prompt", what, "expected {text, role: prompter or assistant, replies}")
+        raise bad_field("prompt", f"got role {role!r} and replies {show(replies)}", fix)
+    if not all(isinstance(reply, dict) for reply in replies):
+        raise bad_field("prompt", f"got replies {show(replies)}", fix)
     path = [*before, {"role": roles[role], "content": as_text(node.get("text"), "text")}]
     ranked = [reply for reply in replies if reply.get("rank") is not None]
     rows: list[Row] = []

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from rlhf.config import nearest
 from rlhf.data.canonical import (
     DropRow,
     Message,
@@ -32,6 +33,7 @@ _SPEAKERS = {
     "assistant": "assistant",
     "system": "system",
 }
+_OTHER_BOTS = ("bing", "bard")  # in the published dumps; their conversations are not ChatGPT's
 
 
 # --- Instructions -------------------------------------------------------------------------------
@@ -152,8 +154,11 @@ def _sharegpt_turn(turn: Any, name: str) -> Message:
     if not isinstance(turn, dict):
         raise bad_field(name, f"got {show(turn)}", "expected {from, value}")
     speaker = str(turn.get("from")).lower()
-    if speaker not in _SPEAKERS:
+    if speaker in _OTHER_BOTS:
         raise DropRow("a speaker other than human, gpt and system")
+    if speaker not in _SPEAKERS:
+        fix = f"known speakers are {', '.join(_SPEAKERS)}.{nearest(speaker, _SPEAKERS)}"
+        raise bad_field(f"{name}.from", f"got {turn.get('from')!r}", fix)
     return {"role": _SPEAKERS[speaker], "content": as_text(turn.get("value"), f"{name}.value")}
 
 
@@ -161,11 +166,12 @@ def format_sharegpt(row: Row) -> Row:
     """ShareGPT's `conversations` of {from, value}, cleaned as Vicuna's were; `items` is read too.
 
     Turns before the first question, after the last answer and repeated ones are left out. Rows
-    without a conversation, with other speakers or without alternation are dropped.
+    without a question and its answer, with bing or bard as a speaker, with an empty turn or
+    without alternation are dropped.
     """
-    name = "conversations" if "conversations" in row else "items"
-    if not isinstance(row.get(name), list):
-        raise DropRow("no conversation")
+    name = "items" if "items" in row and "conversations" not in row else "conversations"
+    if not isinstance(row[name], list):
+        raise bad_field(name, f"got {show(row[name])}", "expected a list of {from, value}")
     turns = [_sharegpt_turn(turn, f"{name}[{i}]") for i, turn in enumerate(row[name])]
     return with_extras({"messages": _cleaned(turns)}, row, [name])
 

@@ -283,9 +283,13 @@ def load_splits(config: DatasetConfig, stage: str, seed: int) -> Splits:
             f"no row to evaluate on ({len(train)} to train on; {describe_dropped(dropped)}): raise "
             f"dataset.eval_fraction={config.eval_fraction} or give dataset.eval_path"
         )
+    return Splits(train, evaluation, dropped, count_overlap(train, evaluation))
+
+
+def count_overlap(train: list[Row], evaluation: list[Row]) -> int:
+    """Count the evaluation rows whose prompt is that of a training row."""
     seen = {_prompt_key(row) for row in train}
-    overlap = sum(_prompt_key(row) in seen for row in evaluation)
-    return Splits(train, evaluation, dropped, overlap)
+    return sum(_prompt_key(row) in seen for row in evaluation)
 
 
 def to_conversation(row: Row) -> Row:

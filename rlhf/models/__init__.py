@@ -7,10 +7,12 @@ Weights come from safetensors only; pickled weights are refused. Sequences are l
 [left-padded prompt | right-padded response], in sampling and in training alike, so that both see
 the same positions.
 
-Left out: sharded models and quantised loading.
+Left out: sharded models.
 """
 
 from rlhf.models.adapters import add_lora, merged
+from rlhf.models.answers import StopStrings, before_stop, response_text
+from rlhf.models.dropout import disable_dropout
 from rlhf.models.forward import (
     HEAD,
     ScalarModel,
@@ -22,7 +24,6 @@ from rlhf.models.forward import (
     unwrap_peft,
 )
 from rlhf.models.loading import (
-    disable_dropout,
     freeze,
     init_reward_model,
     load_policy,
@@ -43,8 +44,10 @@ __all__ = [
     "HEAD",
     "PAD_TOKEN",
     "ScalarModel",
+    "StopStrings",
     "accepts",
     "add_lora",
+    "before_stop",
     "disable_dropout",
     "forbidden_token_ids",
     "forward_inputs",
@@ -60,6 +63,7 @@ __all__ = [
     "position_ids_from_mask",
     "resize_embeddings",
     "response_logits",
+    "response_text",
     "sequence_scores",
     "unwrap_peft",
     "use_bfloat16",

@@ -78,6 +78,11 @@ class ScalarModel(nn.Module):
         super().__init__()
         self.model, self.mean, self.std = model, mean, std
 
+    @property
+    def _no_split_modules(self) -> Any:
+        """The decoder block that accelerate shards by, as it asks a transformers model."""
+        return unwrap_peft(self.model)._no_split_modules
+
     def forward(self, sequence_ids: Tensor, mask: Tensor) -> Tensor:
         """Return one number per token, (B, L) float32; the head is float32 even under autocast."""
         inner = unwrap_peft(self.model)

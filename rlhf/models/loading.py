@@ -18,9 +18,13 @@ from transformers import (
 )
 
 from rlhf.config import InputError, ModelConfig
+from rlhf.models.dropout import disable_dropout, set_dropout
 from rlhf.models.forward import HEAD
 from rlhf.models.hub import from_hub_or_disk
+from rlhf.models.quantization import check_quantized, quantization_arguments
 from rlhf.models.vocabulary import num_tokens, resize_embeddings
+
+ADAPTER = "adapter_config.json"
 
 
 def load_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -32,19 +36,24 @@ def load_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
 
     Raises:
         InputError: nothing can be loaded from there, only pickled weights are there, or
-            `model.config` is not valid.
+            `model.config` is not valid; or the model cannot be quantised, or has no dropout,
+            where that is asked for.
     """
     if config.path is None:
         model = _build(config, tokenizer)
     else:
+        if config.quantization is not None and (Path(config.path) / ADAPTER).is_file():
+            raise InputError(
+                f"model.quantization={config.quantization}: model.path={config.path} holds an "
+                "adapter, which cannot be merged into a quantised base; merge it first: python -m "
+                f"rlhf.export path={config.path} out=<new directory>"
+            )
         model = from_hub_or_disk(
             _load_causal_lm, config.path, "model.path", **_load_arguments(config)
         )
-    resize_embeddings(model, num_tokens(tokenizer))
+    resize_embeddings(model, num_tokens(tokenizer), config.shrink_embeddings)
     _set_special_tokens(model, tokenizer)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    return model
+    return _prepare(model, config)
 
 
 def load_reference(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -67,17 +76,17 @@ def init_reward_model(
     """
     assert config.path is not None
     model = _load_classifier(config, "model.path")
-    resize_embeddings(model, num_tokens(tokenizer))
+    resize_embeddings(model, num_tokens(tokenizer), config.shrink_embeddings)
     _set_special_tokens(model, tokenizer)
     head = getattr(model, HEAD)
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(head.weight.shape, generator=generator) / math.sqrt(head.in_features + 1)
-    model.score = nn.Linear(head.in_features, 1, bias=False, dtype=torch.float32)
+    model.score = nn.Linear(
+        head.in_features, 1, bias=False, dtype=torch.float32, device=head.weight.device
+    )
     with torch.no_grad():
         model.score.weight.copy_(weight)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    return model
+    return _prepare(model, config)
 
 
 def load_reward_model(config: ModelConfig, field: str = "scorer.path") -> PreTrainedModel:
@@ -100,9 +109,7 @@ def load_reward_model(config: ModelConfig, field: str = "scorer.path") -> PreTra
         )
     if model.dtype != torch.float32:
         _restore_head(model, Path(config.path))
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    return model
+    return _prepare(model, config)
 
 
 def freeze(model: Any) -> Any:
@@ -112,30 +119,26 @@ def freeze(model: Any) -> Any:
     return model
 
 
-def disable_dropout(model: nn.Module) -> None:
-    """Switch off every dropout, LoRA's too, in place; gradient checkpointing keeps working.
-
-    The model is put in eval mode; checkpointed layers keep `training=True` for themselves (not for
-    their children), since transformers only checkpoints layers in training mode.
-    """
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    model.eval()
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name in ("attention_dropout", "hidden_dropout", "dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
-        if isinstance(module, GradientCheckpointingLayer):
-            module.training = True
+def _prepare(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
+    """Apply the settings of training, in place."""
+    check_quantized(model, config)
+    if config.dropout is not None:
+        set_dropout(model, config.dropout)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model
 
 
 def parameter_count(model: nn.Module) -> tuple[int, int]:
     """Return (all parameters, trainable parameters)."""
+
+    def size(parameter: nn.Parameter) -> int:
+        state = getattr(parameter, "quant_state", None)  # of 4 bits: two parameters in a byte
+        return parameter.numel() if state is None else math.prod(state.shape)
+
     return (
-        sum(p.numel() for p in model.parameters()),
-        sum(p.numel() for p in model.parameters() if p.requires_grad),
+        sum(size(p) for p in model.parameters()),
+        sum(size(p) for p in model.parameters() if p.requires_grad),
     )
 
 
@@ -172,11 +175,11 @@ def _load_arguments(config: ModelConfig) -> dict[str, Any]:
         "attn_implementation": config.attn_implementation,
         "trust_remote_code": config.trust_remote_code,
         "use_safetensors": True,
-    }
+    } | quantization_arguments(config)
 
 
 def _load_causal_lm(path: str, use_safetensors: bool, **kwargs: Any) -> PreTrainedModel:
-    if (Path(path) / "adapter_config.json").is_file():
+    if (Path(path) / ADAPTER).is_file():
         from peft import AutoPeftModelForCausalLM
 
         return AutoPeftModelForCausalLM.from_pretrained(path, **kwargs).merge_and_unload()
@@ -213,8 +216,9 @@ def _restore_head(model: PreTrainedModel, directory: Path) -> None:
         with safe_open(file, framework="pt") as tensors:
             if f"{HEAD}.weight" in tensors.keys():
                 weight = tensors.get_tensor(f"{HEAD}.weight").float()
-                model.score = nn.Linear(weight.shape[1], 1, bias=False, dtype=torch.float32)
-                model.score.weight.data.copy_(weight)
+                head = nn.Linear(weight.shape[1], 1, bias=False, dtype=torch.float32)
+                head.weight.data.copy_(weight)
+                model.score = head.to(model.device)
 
 
 def _set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -223,5 +227,7 @@ def _set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
         holder.pad_token_id = tokenizer.pad_token_id
         holder.bos_token_id = tokenizer.bos_token_id
         stop = holder.eos_token_id
-        if not isinstance(stop, list) or tokenizer.eos_token_id not in stop:
+        if not isinstance(stop, list):
             holder.eos_token_id = tokenizer.eos_token_id
+        elif tokenizer.eos_token_id not in stop:
+            holder.eos_token_id = [tokenizer.eos_token_id, *stop]

@@ -15,7 +15,8 @@ PAD_TOKEN = "<|pad|>"
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model, with a pad token of its own and a chat template.
+    """Load the tokenizer of a model, with the special tokens that are asked for, a pad token of its
+    own and a chat template.
 
     A missing pad token, or one equal to EOS, is replaced by a new `<|pad|>`: PPO never samples the
     pad token, and libraries that look for "the last token that is not pad" would otherwise miss the
@@ -23,13 +24,15 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
     Args:
         config: `tokenizer` (falls back to `path`) is a Hub id, a directory or
-            `python:module.function`; `chat_template` is set when given, else the tokenizer's own is
-            kept, else `plain` is used.
+            `python:module.function`; `special_tokens` are added, then `eos_token` and `pad_token`
+            take the place of its own; `chat_template` is set when given, else the tokenizer's own
+            is kept, else `plain` is used; `stop_strings` are written into it.
 
     Raises:
-        InputError: nothing can be loaded from there, or the tokenizer has no EOS token.
+        InputError: nothing can be loaded from there, a special token is not one id, pad would be
+            EOS, or the tokenizer has no EOS token.
     """
-    from rlhf.data import chat_template_text
+    from rlhf.data import chat_template_text, declare_stop_strings, stop_strings
 
     source = config.tokenizer or config.path
     assert source is not None
@@ -43,9 +46,11 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
         )
+    _set_special_tokens(tokenizer, config, source)
     if tokenizer.eos_token_id is None:
         raise InputError(
-            f"the tokenizer of {source} has no EOS token; set it in its tokenizer_config.json"
+            f"the tokenizer of {source} has no EOS token; set it in its tokenizer_config.json, or "
+            "give model.eos_token"
         )
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
@@ -53,7 +58,56 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         tokenizer.chat_template = chat_template_text(config.chat_template)
     elif tokenizer.chat_template is None:
         tokenizer.chat_template = chat_template_text("plain")
+    if config.stop_strings is not None:
+        template = tokenizer.chat_template
+        if not isinstance(template, str):
+            raise InputError(
+                f"model.stop_strings: the tokenizer of {source} has several chat templates; choose "
+                "one with model.chat_template"
+            )
+        tokenizer.chat_template = declare_stop_strings(template, config.stop_strings)
+    stop_strings(tokenizer)  # a declaration that cannot be read stops here
     return tokenizer
+
+
+def _set_special_tokens(tokenizer: Any, config: ModelConfig, source: str) -> None:
+    if config.special_tokens:
+        tokens = {"extra_special_tokens": config.special_tokens}
+        tokenizer.add_special_tokens(tokens, replace_extra_special_tokens=False)
+    for token in config.special_tokens:
+        _require_one_id(tokenizer, "special_tokens", token, source)
+    for name in ("eos_token", "pad_token"):
+        token = getattr(config, name)
+        if token is not None:
+            _require_one_id(tokenizer, name, token, source)
+            tokenizer.add_special_tokens({name: token})
+    if config.pad_token is not None and config.pad_token == tokenizer.eos_token:
+        raise InputError(
+            f"model.pad_token={config.pad_token!r} is also the EOS token of {source}, but PPO "
+            "never samples the pad token: no response could end; give another one, or null for a "
+            f"new {PAD_TOKEN}"
+        )
+
+
+def _require_one_id(tokenizer: Any, name: str, token: str, source: str) -> None:
+    """Check that text which holds a token is encoded with its id, and its id alone."""
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    alone, inside = encode(token), encode(f"\n\n{token}x")
+    own = tokenizer.convert_tokens_to_ids(token)
+    if alone == [own] and own in inside and tokenizer.convert_ids_to_tokens(own) == token:
+        return
+    if name == "special_tokens":
+        fix = "choose texts of which none is part of another"
+    else:
+        fix = f"add it to model.special_tokens: model.special_tokens=[{token!r}]"
+    what = f"{len(alone)} ids, {alone}" if len(alone) != 1 else f"other ids inside a text, {inside}"
+    raise InputError(
+        f"model.{name}={token!r} must be one id, wherever it stands, but the tokenizer of {source} "
+        f"splits it into {what}; {fix}"
+    )
 
 
 def forbidden_token_ids(tokenizer: PreTrainedTokenizerBase, num_logits: int) -> Tensor:
@@ -76,16 +130,42 @@ def num_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def resize_embeddings(model: PreTrainedModel, num_rows: int) -> None:
-    """Grow the embedding tables to `num_rows` rows, in place; new rows are the mean of the old.
+def resize_embeddings(model: PreTrainedModel, num_rows: int, shrink: bool = False) -> None:
+    """Give the embedding tables `num_rows` rows, in place; new rows are the mean of the old, those
+    that stay keep every bit.
 
     A table that is already larger (Pythia pads its own) is left alone: its surplus ids are never
     sampled.
+
+    Args:
+        shrink: cut a larger table.
+
+    Raises:
+        InputError: a row that the model's own special tokens use would be cut off.
     """
     old = cast(Any, model.get_input_embeddings()).weight.shape[0]
-    if old >= num_rows:
+    if old == num_rows or (old > num_rows and not shrink):
         return
+    if shrink:
+        _require_own_tokens(model, num_rows)
     model.resize_token_embeddings(num_rows, mean_resizing=False)
+    if old > num_rows:
+        return
     with torch.no_grad():
         for module in {model.get_input_embeddings(), model.get_output_embeddings()} - {None}:
-            module.weight[old:] = module.weight[:old].mean(dim=0)
+            for table in (module.weight, getattr(module, "bias", None)):  # GPT-J's head has one
+                if table is not None:
+                    table[old:] = table[:old].mean(dim=0)
+
+
+def _require_own_tokens(model: PreTrainedModel, num_rows: int) -> None:
+    """Check that the tokenizer covers the ids that the model's configuration names."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        ids = getattr(model.config, name, None)
+        lost = [i for i in (ids if isinstance(ids, list) else [ids]) if (i or 0) >= num_rows]
+        if lost:
+            raise InputError(
+                f"model.shrink_embeddings=true leaves {num_rows} rows, one for each id of the "
+                f"tokenizer, but the model's own {name} is {lost[0]}: this is another model's "
+                "tokenizer; correct model.tokenizer, or set model.shrink_embeddings=false"
+            )

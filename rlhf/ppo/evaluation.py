@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rlhf.config import PPOStageConfig
 from rlhf.functional import bootstrap_interval, wins
+from rlhf.models import response_text
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.rollout import Rollout, collect, component_scores
 from rlhf.scorers import Scorer, Tokens, score_responses
@@ -110,14 +111,14 @@ def _sample_field(name: str, value: Tensor) -> tuple[str, float | int | bool]:
 
 
 def response_ids(rollout: Rollout) -> list[list[int]]:
-    """The responses of a rollout as token ids, stop token included."""
+    """The responses of a rollout as token ids, with what ends them."""
     rows = zip(rollout.response_ids, rollout.response_mask, strict=True)
     return [ids[mask].tolist() for ids, mask in rows]
 
 
 def response_texts(rollout: Rollout, tokenizer: Any) -> list[str]:
-    """The responses of a rollout as text, without special tokens."""
-    return tokenizer.batch_decode(response_ids(rollout), skip_special_tokens=True)
+    """The responses of a rollout as text, without what ends them."""
+    return [response_text(ids, tokenizer) for ids in response_ids(rollout)]
 
 
 def selection_value(config: PPOStageConfig, metrics: dict[str, float]) -> float | None:

@@ -45,6 +45,7 @@ def load_checked_tokenizer(config: PPOStageConfig) -> tuple[Any, StageRecord | N
     policy = str(config.model.path)
     record = require_stage(policy, ("sft", "ppo"), "model.path")
     tokenizer = load_tokenizer(config.model)
+    check_same_tokenizer(tokenizer, record, "the model settings here", policy)
     if needs_reward_model(config):
         scorer = str(_first_scorer(config)[0].path)
         reward_record = require_stage(scorer, ("reward",), "scorer.path")

@@ -25,6 +25,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from rlhf.config import InputError
+from rlhf.functional import whiten
 from rlhf.generation import Generation, context_length, generate, uniform_noise
 from rlhf.metrics import say
 from rlhf.models import use_bfloat16
@@ -279,7 +280,8 @@ def _scorer_checks(
             without_penalty,
         )
 
-    watchdog, penalty = trainer.config.watchdog, trainer.config.ppo.missing_eos_penalty
+    watchdog, ppo = trainer.config.watchdog, trainer.config.ppo
+    penalty = ppo.missing_eos_penalty
     least_std = watchdog.score_std or 0.0
     tolerance = 1e-2 if use_bfloat16(trainer.config.precision) else 1e-4
     try:
@@ -291,6 +293,8 @@ def _scorer_checks(
     if check.status == FAIL:
         return [check]
     checks = [check, check_length(total, lengths)]
+    if ppo.whiten_scores:  # as in a rollout, before the penalty
+        total = whiten(total, torch.ones_like(finished))
     if penalty is not None:
         checks.append(check_penalty(total[finished], penalty))
         total = torch.where(finished, total, penalty + scores.dense_total)  # as in a rollout

@@ -5,20 +5,23 @@ in `rlhf.ppo.estimators`; loading, evaluation and the run directory in `rlhf.ppo
 
 Decisions and sources: Z = Ziegler et al. 2019 (arXiv 1909.08593), S = Stiennon et al. 2020
 (2009.01325), IG = InstructGPT (2203.02155), N = "The N implementation details of RLHF with PPO"
-(ICLR blog track 2024), N+ = 2403.17031, Sec = "Secrets of RLHF in LLMs I" (2307.04964).
+(ICLR blog track 2024), N+ = 2403.17031, Sec = "Secrets of RLHF in LLMs I" (2307.04964), L = Llama 2
+(2307.09288).
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from rlhf.config import PPOStageConfig
+from rlhf.config import InputError, PPOStageConfig
 from rlhf.functional import (
     Moments,
     adaptive_kl_coef,
@@ -32,6 +35,7 @@ from rlhf.functional import (
 from rlhf.ppo.estimators import ESTIMATORS, WHITENED
 from rlhf.ppo.optimization import Optimization, stream_rows
 from rlhf.rollout import Actors, CollectSettings, Rollout, collect, component_scores
+from rlhf.scorers import CombinedScorer, Scorer
 
 
 class PPOTrainer:
@@ -80,8 +84,7 @@ class PPOTrainer:
         metrics = self.estimate_advantages(rollout, rewards)
         metrics |= self.optimization.run(rollout, self.update, self.kl_coef)
         ended = time.perf_counter()
-        components = component_scores(rollout, self.actors.scorer)
-        metrics |= {name: float(scores.mean()) for name, scores in components.items()}
+        metrics |= component_metrics(rollout, self.actors.scorer)
         metrics |= rollout_metrics(rollout, rewards) | {
             "kl_coef": self.kl_coef,
             "collect_seconds": collected - began,
@@ -99,11 +102,14 @@ class PPOTrainer:
         num_prompts = ppo.batch_size // ppo.samples_per_prompt
         numbers = range(self.update * num_prompts, (self.update + 1) * num_prompts)
         rows = stream_rows(numbers, len(self.prompts), (self.config.seed,))
+        settings = self.settings
+        if ppo.whiten_scores:  # of all scores; the penalty takes its place in `shape_rewards`
+            settings = replace(settings, missing_eos_penalty=None)
         rollout = collect(
             self.actors,
             [self.prompts[row] for row in rows for _ in range(ppo.samples_per_prompt)],
             (self.config.seed, self.update),
-            self.settings,
+            settings,
             self.accelerator,
             self.optimization.minibatches(0, ppo.batch_size),
         )
@@ -116,8 +122,9 @@ class PPOTrainer:
         """Put the KL penalty on every token and the score on the last (Z, S, IG, N, N+).
 
         A scorer's rewards per token are given at their tokens, what is left of the score on the
-        last. Both are first divided by the running standard deviation of the scores, and the score
-        is clipped, where asked (Sec). So without KL, the rewards of a response add up to its score.
+        last. Where asked, both are first divided by the running standard deviation of the scores
+        (Sec), or the scores whitened (L), and then clipped (Sec). So without KL, the rewards of a
+        response add up to its score.
 
         Returns:
             kl (B, T), by `ppo.kl_estimator`, and rewards (B, T).
@@ -128,6 +135,8 @@ class PPOTrainer:
             self.score_moments = update_moments(self.score_moments, scores)
             std = self.score_moments.std or 1.0
             scores, dense = scores / std, dense / std
+        if ppo.whiten_scores:
+            scores = whitened_scores(rollout, self.settings.missing_eos_penalty)
         if ppo.clip_scores is not None:
             scores = scores.clamp(-ppo.clip_scores, ppo.clip_scores)
         kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, ppo.kl_estimator)
@@ -175,6 +184,42 @@ class PPOTrainer:
         """Take up what `state` returned."""
         self.update, self.kl_coef = state["update"], state["kl_coef"]
         self.score_moments = Moments(*state["score_moments"])
+
+
+def whitened_scores(rollout: Rollout, penalty: float | None) -> Tensor:
+    """Give the scores of a rollout mean 0 and variance 1, and put the penalty for a missing EOS in
+    the place of those of unfinished responses afterwards.
+
+    L whitens logit(R) with R the sigmoid of the reward model's output: that output, which is what
+    a score is here.
+
+    Args:
+        rollout: its scores are without the penalty.
+
+    Returns:
+        (B,).
+
+    Raises:
+        InputError: the scorer gives rewards per token.
+    """
+    if rollout.dense_rewards.any():
+        raise InputError(
+            "ppo.whiten_scores=true whitens one score per response, but the scorer gives rewards "
+            "per token; set it to false (ppo.scale_scores=true scales both)"
+        )
+    scores = whiten(rollout.scores, torch.ones_like(rollout.finished))
+    return scores if penalty is None else torch.where(rollout.finished, scores, penalty)
+
+
+def component_metrics(rollout: Rollout, scorer: Scorer) -> dict[str, float]:
+    """Mean score of each component, as it returned them, and the share of gated responses."""
+    scores = component_scores(rollout, scorer)
+    metrics = {name: float(values.mean()) for name, values in scores.items()}
+    if isinstance(scorer, CombinedScorer):
+        gated = scorer.gated(rollout.component_scores.T.cpu())
+        if gated is not None:
+            metrics["gated_rate"] = float(gated.float().mean())
+    return metrics
 
 
 def rollout_metrics(rollout: Rollout, rewards: Tensor) -> dict[str, float]:

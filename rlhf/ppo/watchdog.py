@@ -156,7 +156,9 @@ class Watchdog:
 
     def __init__(self, config: PPOStageConfig, directory: Path):
         self.limits: dict[str, float | None] = dataclasses.asdict(config.watchdog)
-        self.limits["missing_eos_penalty"] = config.ppo.missing_eos_penalty
+        # whitened scores have another scale than `finished_score`
+        penalty = None if config.ppo.whiten_scores else config.ppo.missing_eos_penalty
+        self.limits["missing_eos_penalty"] = penalty
         self.path = directory / "watchdog.jsonl"
         self.warmup_updates = config.critic.warmup_updates
         self.num_sequences = config.ppo.batch_size

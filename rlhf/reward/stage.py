@@ -16,6 +16,7 @@ from transformers import TrainingArguments
 from rlhf.checkpoint import (
     StageRecord,
     check_run_directory,
+    check_same_tokenizer,
     finished_run,
     make_record,
     prepare_run_directory,
@@ -86,10 +87,11 @@ def train_reward(config: RewardStageConfig) -> RewardResult:
     splits = load_splits(config.dataset, "reward", config.seed)
     warn_about_prompts(record_of_parent, splits.prompts)
     tokenizer = load_tokenizer(source)
+    check_same_tokenizer(tokenizer, record_of_parent, "the model settings here", parent)
     model = init_reward_model(source, tokenizer, config.seed)
     check_max_length(config, model)
     train, too_long = encode_ranked(splits.train, tokenizer, config.dataset.max_length)
-    heldout, _ = encode_ranked(splits.eval, tokenizer, config.dataset.max_length)
+    heldout, too_long_heldout = encode_ranked(splits.eval, tokenizer, config.dataset.max_length)
     plan = plan_batches(train, config.reward, args.world_size)
     if config.peft.enabled:
         model = add_lora(model, config.peft, "SEQ_CLS", config.seed)
@@ -97,7 +99,7 @@ def train_reward(config: RewardStageConfig) -> RewardResult:
     total, trainable = parameter_count(model)
     say(f"reward: {total:,} parameters, {trainable:,} trainable; {len(heldout)} held-out prompts")
     say(f"        {describe_plan(args, train, plan)}; one forward pass per response")
-    say(splits.describe(too_long))
+    say(splits.describe(too_long + too_long_heldout))
     trainer = RankingTrainer(
         model=ScalarModel(model),
         args=args,

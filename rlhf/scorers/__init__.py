@@ -12,7 +12,8 @@ users:
   token included) and may return a list of rewards for each, one per token: PPO gives them at their
   tokens, and their sum is the score.
 - Several of these (`scorer.components`): a weighted sum, or an ensemble's mean, min, or mean minus
-  its standard deviation. Each component's mean score is a metric of its own.
+  its standard deviation. One with a `gate` counts alone where its score is bad enough (Llama 2's
+  safety model). Each component's mean score is a metric of its own.
 
 A scorer that fails, or returns anything but finite numbers, stops the run with the cause. Left out:
 remote scorers, and components that are combined themselves.

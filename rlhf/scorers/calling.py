@@ -68,10 +68,13 @@ class CombinedScorer:
         weights: Sequence[float],
         combine: str = "weighted_sum",
         std_coef: float = 1.0,
+        gates: Sequence[float | None] = (),
     ):
-        """Take scorers by name; for the rest see `combine_scores`."""
+        """Take scorers by name; for the rest see `combine_scores` and `counting` (no `gates`: as
+        many None)."""
         self.parts, self.combine, self.std_coef = parts, combine, std_coef
         self.weights = torch.tensor(weights)
+        self.gates = torch.tensor([gate or 0.0 for gate in gates or [None] * len(parts)])
 
     def __call__(self, prompts: Sequence[Any], responses: Sequence[str]) -> Tensor:
         """Score responses given as text, (B,) float32 on the CPU."""
@@ -84,7 +87,13 @@ class CombinedScorer:
             InputError: rewards per token, and a combination that is not linear.
         """
         totals = torch.stack([part.total for part in scores.values()])  # (K, B)
-        total = combine_scores(totals, self.weights, self.combine, self.std_coef)
+        counts = self.counting(totals)
+        total = torch.zeros(totals.shape[1])
+        for chosen in counts.unique(dim=1).T:  # responses for which the same components count
+            rows = (counts == chosen[:, None]).all(dim=0)
+            total[rows] = combine_scores(
+                totals[chosen][:, rows], self.weights[chosen], self.combine, self.std_coef
+            )
         components = {name: part.total for name, part in scores.items()}
         dense = [name for name, part in scores.items() if part.dense is not None]
         if not dense:
@@ -94,13 +103,32 @@ class CombinedScorer:
                 f"scorer.combine={self.combine} takes scores, but the component {dense[0]} gives "
                 "rewards per token; use weighted_sum or mean"
             )
-        weights = self.weights / (len(scores) if self.combine == "mean" else 1)
+        divisor = counts.sum(dim=0) if self.combine == "mean" else 1
+        weights = self.weights[:, None] / divisor * counts  # (K, B)
         pairs = list(zip(weights, scores.values(), strict=True))
-        rows = [
-            torch.stack([w * part.dense[row] for w, part in pairs if part.dense]).sum(dim=0)
+        rewards = [
+            torch.stack([w[row] * part.dense[row] for w, part in pairs if part.dense]).sum(dim=0)
             for row in range(len(total))
         ]
-        return Scores(total, rows, components)
+        return Scores(total, rewards, components)
+
+    def counting(self, totals: Tensor) -> Tensor:
+        """Tell which components count for which response, (K, B) bool.
+
+        Args:
+            totals: (K, B) of the components, as they return them.
+        """
+        pairs = zip(self.parts.values(), totals, strict=True)
+        return counting(torch.stack([raw_score(part, total) for part, total in pairs]), self.gates)
+
+    def gated(self, totals: Tensor) -> Tensor | None:
+        """Tell which responses a component with a gate scored alone, (B,) bool; None without gates.
+
+        Args:
+            totals: as of `counting`.
+        """
+        has_gate = self.gates > 0
+        return self.counting(totals)[has_gate].any(dim=0) if has_gate.any() else None
 
 
 def combine_scores(scores: Tensor, weights: Tensor, combine: str, std_coef: float) -> Tensor:
@@ -128,6 +156,37 @@ def combine_scores(scores: Tensor, weights: Tensor, combine: str, std_coef: floa
         return scores.amin(dim=0)
     mean = scores.mean(dim=0)
     return mean if combine == "mean" else mean - std_coef * scores.std(dim=0, unbiased=False)
+
+
+def counting(raw: Tensor, gates: Tensor) -> Tensor:
+    """Tell which of several scorers count for each response.
+
+    One with a gate counts where the sigmoid of its raw score is below the gate, and those without
+    then do not; elsewhere only those without count.
+
+        the second has gate 0.15, two responses:  raw 1 4 | -2 1 (sigmoid 0.12 0.73)
+        counting:                                 False True | True False
+
+    Args:
+        raw: (K, B) scores of K scorers, before normalisation.
+        gates: (K,) in (0, 1); 0 for a scorer without one.
+
+    Returns:
+        (K, B) bool, at least one True for each response.
+
+    Source: Llama 2 (arXiv 2307.09288), section 3.2.3: the safety score alone where it is below
+        0.15, else the helpfulness score. Its prompts tagged as unsafe, for which the safety score
+        always counts, are left out.
+    """
+    below = raw.sigmoid() < gates[:, None]
+    return torch.where(below.any(dim=0), below, gates[:, None] == 0)
+
+
+def raw_score(scorer: Scorer, score: Tensor) -> Tensor:
+    """Undo the normalisation of a score; a Python function's has none."""
+    if isinstance(scorer, RewardModelScorer):
+        return score * scorer.model.std + scorer.model.mean
+    return score
 
 
 def component_names(scorer: Scorer) -> tuple[str, ...]:
@@ -170,7 +229,8 @@ def load_scorer(
             for i, part in enumerate(config.components)
         }
         weights = [part.weight for part in config.components]
-        return CombinedScorer(parts, weights, config.combine, config.std_coef)
+        gates = [part.gate for part in config.components]
+        return CombinedScorer(parts, weights, config.combine, config.std_coef, gates)
     if config.path is None:
         raise InputError(
             f"{field} is missing: give the final/ of a reward stage, or python:module.function"

@@ -21,20 +21,37 @@ from rlhf.checkpoint import (
     finished_run,
     make_record,
     prepare_run_directory,
+    read_record,
+    warn_about_template,
     write_stage,
 )
 from rlhf.config import SFTStageConfig, check
-from rlhf.data import Splits, encode_prompt, encode_sft, load_splits, prompt_of
+from rlhf.data import (
+    Splits,
+    encode_prompt,
+    encode_sft,
+    load_splits,
+    mix_texts,
+    prompt_of,
+    split_conversations,
+)
 from rlhf.generation import context_length, generate, sampling_for, uniform_noise
-from rlhf.metrics import append_jsonl, quiet_libraries, read_jsonl, say, table
+from rlhf.metrics import append_jsonl, quiet_libraries, read_jsonl, say, table, warn
 from rlhf.models import (
     add_lora,
     load_policy,
     load_tokenizer,
     merged,
     parameter_count,
+    response_text,
 )
-from rlhf.training import check_max_length, describe_batches, run_trainer, trainer_arguments
+from rlhf.training import (
+    best_step,
+    check_max_length,
+    describe_batches,
+    run_trainer,
+    trainer_arguments,
+)
 
 NUM_SHOWN = 3
 
@@ -77,11 +94,11 @@ def train_sft(config: SFTStageConfig) -> SFTResult:
     args = trainer_arguments(SFTConfig, config, "sft", max_length=length, eval_packing=False)
     splits = load_splits(config.dataset, "sft", config.seed)
     tokenizer = load_tokenizer(config.model)
+    _warn_about_words(config, tokenizer)
     torch.manual_seed(config.seed)
     model = load_policy(config.model, tokenizer)
     check_max_length(config, model)
-    train, too_long = encode_sft(splits.train, tokenizer, length, config.train_on_prompt)
-    heldout, _ = encode_sft(splits.eval, tokenizer, length, config.train_on_prompt)
+    splits, train, heldout, lines = encode_splits(splits, tokenizer, config)
     if config.peft.enabled:
         model = add_lora(model, config.peft, "CAUSAL_LM", config.seed)
     directory = prepare_run_directory(config, "sft")
@@ -89,7 +106,7 @@ def train_sft(config: SFTStageConfig) -> SFTResult:
     say(f"sft: {total:,} parameters, {trainable:,} trainable; {len(heldout)} held-out rows")
     packing = ", fewer with packing" if args.packing else ""
     say(f"     {describe_batches(args, len(train), 'rows')}{packing}")
-    say(splits.describe(too_long))
+    say("\n".join(lines))
     trainer = SFTTrainer(
         model=model,
         args=args,
@@ -97,10 +114,47 @@ def train_sft(config: SFTStageConfig) -> SFTResult:
         eval_dataset=Dataset.from_list(heldout),
         processing_class=tokenizer,
     )
+    if config.model.quantization is not None:
+        for parameter in model.parameters():  # TRL rounds such adapters to bfloat16
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
     stopped_by = run_trainer(trainer, config, directory, "sft")
     if stopped_by is not None:
         return SFTResult(None, {}, [], stopped_by)
     return _finish(trainer, tokenizer, splits, config, directory)
+
+
+def _warn_about_words(config: SFTStageConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Warn where the words of the prompts are not what the model knows or learns."""
+    warn_about_template(read_record(config.model.path or ""), tokenizer, config.model.path)
+    if config.peft.enabled and config.model.special_tokens:
+        warn(
+            "peft.enabled=true trains no embeddings: new tokens of model.special_tokens keep the "
+            "mean of the old rows; train in full, or set model.special_tokens=[]"
+        )
+
+
+def encode_splits(
+    splits: Splits, tokenizer: PreTrainedTokenizerBase, config: SFTStageConfig
+) -> tuple[Splits, list[dict[str, list[int]]], list[dict[str, list[int]]], list[str]]:
+    """Make token ids and labels of canonical rows; first split long conversations, last mix in
+    text, where the configuration says so.
+
+    Returns:
+        The splits with pieces in place of long conversations; the rows to train on and those held
+        out; and lines that say what was split, dropped and mixed in.
+    """
+    length, lines = config.dataset.max_length, []
+    if config.dataset.split_long:
+        splits, line = split_conversations(splits, tokenizer, length)
+        lines.append(line)
+    train, too_long = encode_sft(splits.train, tokenizer, length, config.train_on_prompt)
+    heldout, too_long_heldout = encode_sft(splits.eval, tokenizer, length, config.train_on_prompt)
+    lines.append(splits.describe(too_long + too_long_heldout))
+    if config.mix.fraction:
+        train, line = mix_texts(train, config.mix, tokenizer, length, config.seed)
+        lines.append(line)
+    return splits, train, heldout, lines
 
 
 def _finish(
@@ -115,7 +169,6 @@ def _finish(
     policy.__dict__.pop("forward", None)  # TRL patches forward on the instance
     metrics, samples = _last_evaluation(trainer), []
     if PartialState().is_main_process:
-        policy = merged(policy)
         rows = splits.eval[: config.num_samples]
         samples = sample_responses(policy, tokenizer, rows, config)
         if samples:
@@ -123,7 +176,7 @@ def _finish(
         append_jsonl(directory / "samples.jsonl", samples)
         record = make_record("sft", config, config.model.path, tokenizer, splits.prompts)
         record.metrics = metrics
-        write_stage(directory / "final", policy, tokenizer, config, record)
+        write_stage(directory / "final", merged(policy), tokenizer, config, record)
     PartialState().wait_for_everyone()
     _report(directory, metrics, samples)
     return SFTResult(directory / "final", metrics, samples)
@@ -140,13 +193,15 @@ def sample_responses(
     prompts = [prompt_of(row) for row in rows]
     ids = [encode_prompt(prompt, tokenizer) for prompt in prompts]
     kept = [i for i, row in enumerate(ids) if len(row) + config.response_length <= context]
-    sampling = sampling_for(model, tokenizer, config.response_length, config.temperature)
+    sampling = sampling_for(
+        model, tokenizer, config.response_length, config.temperature, config.top_p
+    )
     noise = uniform_noise((config.seed,), range(len(kept)), config.response_length)
     sampled = generate(model, [ids[i] for i in kept], sampling, noise)
     return [
         {
             "prompt": prompts[i],
-            "response": tokenizer.decode(response, skip_special_tokens=True),
+            "response": response_text(response, tokenizer),
             "finished": finished,
             "response_length": len(response),
         }
@@ -155,9 +210,11 @@ def sample_responses(
 
 
 def _last_evaluation(trainer: SFTTrainer) -> dict[str, float]:
+    """Metrics of the weights that the trainer has ended with."""
     names = ("eval_loss", "eval_mean_token_accuracy")
-    last = next(row for row in reversed(trainer.state.log_history) if "eval_loss" in row)
-    return {name: last[name] for name in names if name in last}
+    step = best_step(trainer.args, trainer.state) or trainer.state.global_step
+    rows = [row for row in trainer.state.log_history if row["step"] == step and "eval_loss" in row]
+    return {name: rows[-1][name] for name in names if name in rows[-1]}
 
 
 def _report(directory: Path, metrics: dict[str, float], samples: list[dict[str, Any]]) -> None:

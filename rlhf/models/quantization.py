@@ -1,0 +1,106 @@
+"""Linear layers in 8 or 4 bits, by bitsandbytes; the embeddings and the heads stay as they are.
+
+8bit is LLM.int8 (Dettmers et al. 2022, arXiv 2208.07339); 4bit is nf4 with double quantisation
+(Dettmers et al. 2023, arXiv 2305.14314). Left out: models whose files are quantised already.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor, nn
+
+from rlhf.config import InputError, ModelConfig
+
+
+def quantization_arguments(config: ModelConfig) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that quantise what it loads, on this process's device.
+
+    Raises:
+        InputError: bitsandbytes does not run here, with its own reason.
+    """
+    if config.quantization is None:
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    device = PartialState().device
+    dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
+    _check_device(config.quantization, device, dtype)
+    has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    how = (
+        BitsAndBytesConfig(load_in_8bit=True)
+        if config.quantization == "8bit"
+        else BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16 if has_bfloat16 else torch.float32,
+        )
+    )
+    return {"quantization_config": how, "device_map": {"": device}}
+
+
+def check_quantized(model: nn.Module, config: ModelConfig) -> None:
+    """Check that layers were quantised, and keep bitsandbytes from changing them later, in place.
+
+    Raises:
+        InputError: transformers has found no layer that it could replace.
+    """
+    if config.quantization is None:
+        return
+    quantized: list[Any] = [module for module in model.modules() if is_quantized(module)]
+    if not quantized:
+        kinds = {type(m).__name__ for m in model.modules() if isinstance(m, nn.Linear)}
+        raise InputError(
+            f"model.quantization={config.quantization}: transformers quantises none of the layers "
+            f"of {type(model).__name__}, which are {', '.join(sorted(kinds))}; set "
+            "model.quantization=null"
+        )
+    for module in quantized:
+        # On some CPUs the first forward pass in eval mode would round the scales to bfloat16, and
+        # the model would be another than in training.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def is_quantized(module: Any) -> bool:
+    """True for a layer of bitsandbytes; LoRA's layer around one is not one itself."""
+    weight = vars(module).get("_parameters", {}).get("weight")
+    return type(weight).__name__ in ("Int8Params", "Params4bit")
+
+
+def dequantized_weight(layer: Any) -> Tensor:
+    """Weight of a quantised layer in floating point, (outputs, inputs).
+
+    `peft.utils.integrations.dequantize_module_weight` loses the scales of an 8-bit layer on a CPU.
+    """
+    from bitsandbytes import functional
+
+    weight = layer.weight
+    if type(weight).__name__ == "Params4bit":
+        return functional.dequantize_4bit(weight.data, weight.quant_state)
+    scales = weight.SCB if layer.state.SCB is None else layer.state.SCB  # moved by the first pass
+    return functional.int8_vectorwise_dequant(weight.data, scales)
+
+
+def _check_device(quantization: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Run a small layer there and back, on inputs so large that LLM.int8 treats them apart."""
+    try:
+        import bitsandbytes as bnb
+
+        layer: Any
+        if quantization == "8bit":
+            layer = bnb.nn.Linear8bitLt(64, 64, False, has_fp16_weights=False, threshold=6.0)
+        else:
+            layer = bnb.nn.Linear4bit(64, 64, False, quant_type="nf4")
+        inputs = torch.full((1, 1, 64), 10.0, device=device, dtype=dtype, requires_grad=True)
+        layer.to(device).eval()(inputs.relu()).sum().backward()
+    except Exception as error:  # whatever a backend that is missing or broken raises
+        reason = " ".join(str(error).split())[:400]
+        raise InputError(
+            f"model.quantization={quantization}: bitsandbytes cannot train {dtype} activations on "
+            f"{device} ({type(error).__name__}: {reason}); use another model.dtype, or set "
+            "model.quantization=null"
+        ) from error
