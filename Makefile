@@ -30,7 +30,7 @@ format: $(STAMP)  ## rewrite the sources as `make lint` wants them
 	$(BIN)/ruff format .
 
 test: $(STAMP)  ## run the default tests (offline, CPU, minutes)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 test-slow: $(STAMP)  ## run the tests marked slow
 	$(BIN)/python -m pytest -q -m 'slow and not gpu'

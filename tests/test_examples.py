@@ -72,7 +72,7 @@ def tiny_version(command: str) -> list[str]:
     """The command on a tiny model: the same line with small sizes appended."""
     words = shlex.split(command.replace("EleutherAI/pythia-410m", "pythia"))
     if words[0] == "accelerate":
-        words[:2] = [sys.executable, "-m", "accelerate.commands.launch"]
+        words[:2] = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
     elif words[0] == "python":
         words[0] = sys.executable
     stage = next((s for s in SMALL if f"rlhf.{s}" in words), None)

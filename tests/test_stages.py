@@ -269,6 +269,7 @@ def test_a_reward_model_with_another_tokenizer_scores_through_text(runs, tmp_pat
 
 # Without --multi_gpu, accelerate starts one process on a machine without GPUs, whatever the number.
 LAUNCH = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+LAUNCH += " --main_process_port 0"  # a free one: other tests launch at the same time
 
 
 def launch(stage: str, arguments: list[str], tmp_path: Path) -> None:

@@ -87,6 +87,16 @@ def test_policy_stops_at_the_eos_token_that_takes_the_place_of_its_own(tmp_path)
     assert VOCAB not in forbidden_token_ids(tokenizer, VOCAB + 3)
 
 
+def test_policy_keeps_its_own_stop_tokens_beside_the_tokenizers_eos(tmp_path):
+    model = tiny_model("llama", tiny_tokenizer())
+    model.generation_config.eos_token_id = [7, 5]  # as of a model whose answers end otherwise
+    config = saved(tmp_path, model=model)
+    policy = load_policy(config, load_tokenizer(config))
+    assert policy.generation_config.eos_token_id == [EOS, 7, 5]
+    assert policy.config.eos_token_id == EOS
+    assert stop_token_ids(policy, load_tokenizer(config)) == (EOS, 5, 7)
+
+
 @pytest.mark.parametrize("name", ["eos_token", "pad_token"])
 def test_key_token_that_splits_into_several_ids_is_refused_with_the_fix(tmp_path, name):
     config = saved(tmp_path, **{name: "END"})

@@ -52,7 +52,7 @@ def load_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
             _load_causal_lm, config.path, "model.path", **_load_arguments(config)
         )
     resize_embeddings(model, num_tokens(tokenizer), config.shrink_embeddings)
-    _set_special_tokens(model, tokenizer)
+    _set_special_tokens(model, tokenizer, keep_own=config.eos_token is None)
     return _prepare(model, config)
 
 
@@ -77,7 +77,7 @@ def init_reward_model(
     assert config.path is not None
     model = _load_classifier(config, "model.path")
     resize_embeddings(model, num_tokens(tokenizer), config.shrink_embeddings)
-    _set_special_tokens(model, tokenizer)
+    _set_special_tokens(model, tokenizer, keep_own=config.eos_token is None)
     head = getattr(model, HEAD)
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(head.weight.shape, generator=generator) / math.sqrt(head.in_features + 1)
@@ -221,13 +221,16 @@ def _restore_head(model: PreTrainedModel, directory: Path) -> None:
                 model.score = head.to(model.device)
 
 
-def _set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def _set_special_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, keep_own: bool
+) -> None:
+    """Give a model the ids of its tokenizer; a list of several EOS ids stays, if `keep_own`."""
     holders = [model.config, getattr(model, "generation_config", None)]
     for holder in (h for h in holders if h is not None):
         holder.pad_token_id = tokenizer.pad_token_id
         holder.bos_token_id = tokenizer.bos_token_id
         stop = holder.eos_token_id
-        if not isinstance(stop, list):
+        if not isinstance(stop, list) or not (keep_own or tokenizer.eos_token_id in stop):
             holder.eos_token_id = tokenizer.eos_token_id
         elif tokenizer.eos_token_id not in stop:
             holder.eos_token_id = [tokenizer.eos_token_id, *stop]
