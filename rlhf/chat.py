@@ -25,12 +25,13 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any
 
+from rlhf.command_line import run_command
 from rlhf.config import InputError, ModelConfig, nearest
 
 COMMANDS = ("/reset", "/undo", "/exit")
@@ -55,57 +56,6 @@ class ChatOptions:
     max_new_tokens: int = 256
     seed: int = 1
     device: str | None = None
-
-
-# --- The command line ---------------------------------------------------------------------------
-
-Options = TypeVar("Options")
-
-
-def run_command(
-    usage: str, options: type[Options], run: Callable[[Options], None], arguments: list[str]
-) -> int:
-    """Run a command with key=value arguments; return its exit status.
-
-    Args:
-        usage: answer to --help.
-        options: dataclass of the arguments.
-        run: an `InputError` of it becomes one line and status 2, Ctrl-C status 130.
-    """
-    if {"-h", "--help"} & set(arguments):
-        print(usage.strip())
-        return 0
-    try:
-        run(read_options(options, arguments))
-        return 0
-    except InputError as error:
-        note(f"error: {error}")
-        return 2
-    except KeyboardInterrupt:
-        return 130
-
-
-def read_options(options: type[Options], arguments: Sequence[str]) -> Options:
-    """Fill a dataclass from key=value arguments.
-
-    Raises:
-        InputError: an unknown name (with the nearest), no value, or a value of another type.
-    """
-    known: dict[str, Any] = get_type_hints(options)
-    values = {}
-    for argument in arguments:
-        name, equals, text = argument.partition("=")
-        if not equals:
-            raise InputError(f"cannot read {argument!r}; write key=value, e.g. path={argument}")
-        if name not in known:
-            hint = nearest(name, known)
-            raise InputError(f"unknown option {name!r}.{hint} (--help lists the options)")
-        kind = (*get_args(known[name]), known[name])[0]  # float of `float | None`
-        try:
-            values[name] = kind(text)
-        except ValueError as error:
-            raise InputError(f"{name} must be of type {kind.__name__}, got {text!r}") from error
-    return options(**values)
 
 
 def check(options: ChatOptions) -> None:

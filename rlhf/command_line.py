@@ -1,14 +1,15 @@
-"""The Hydra entry point that the three stages share: overrides in, one clear message out when
-they are wrong."""
+"""Entry points: Hydra's for the three stages, and that of commands with a few key=value options;
+one clear message when these are wrong."""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import re
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from rlhf.config import (
     CONF_DIR,
@@ -18,8 +19,11 @@ from rlhf.config import (
     StageConfig,
     check,
     explain,
+    nearest,
     schema,
 )
+
+Options = TypeVar("Options")
 
 # Hydra's options that take a value as the next argument
 VALUED = (
@@ -76,6 +80,7 @@ def hydra_main(stage: str, run: Callable[[Any], int | None]) -> None:
             assert isinstance(config, config_class)
             _name_sweep_run(config)
             check(config)
+            _quiet_imports()
             stopped_by = run(config)
         except InputError as error:
             _exit(str(error))
@@ -167,3 +172,58 @@ def _exit(message: str, status: int = 2) -> None:
     if os.environ.get("RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr)
     raise SystemExit(status)
+
+
+# --- Commands with a few options ------------------------------------------------------------------
+
+
+def run_command(
+    usage: str, options: type[Options], run: Callable[[Options], None], arguments: list[str]
+) -> int:
+    """Run a command with key=value arguments; return its exit status.
+
+    Args:
+        usage: answer to --help.
+        options: dataclass of the arguments.
+        run: an `InputError` of it becomes one line and status 2, Ctrl-C status 130.
+    """
+    if {"-h", "--help"} & set(arguments):
+        print(usage.strip())
+        return 0
+    _quiet_imports()
+    try:
+        run(read_options(options, arguments))
+        return 0
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def read_options(options: type[Options], arguments: Sequence[str]) -> Options:
+    """Fill a dataclass from key=value arguments.
+
+    Raises:
+        InputError: an unknown name (with the nearest), no value, or a value of another type.
+    """
+    known: dict[str, Any] = get_type_hints(options)
+    values = {}
+    for argument in arguments:
+        name, equals, text = argument.partition("=")
+        if not equals:
+            raise InputError(f"cannot read {argument!r}; write key=value, e.g. path={argument}")
+        if name not in known:
+            hint = nearest(name, known)
+            raise InputError(f"unknown option {name!r}.{hint} (--help lists the options)")
+        kind = (*get_args(known[name]), known[name])[0]  # float of `float | None`
+        try:
+            values[name] = kind(text)
+        except ValueError as error:
+            raise InputError(f"{name} must be of type {kind.__name__}, got {text!r}") from error
+    return options(**values)
+
+
+def _quiet_imports() -> None:
+    """Silence what bitsandbytes says, wherever it is installed, as soon as PEFT is imported."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.chat import run_command
+from rlhf.command_line import run_command
 from rlhf.config import STAGES, InputError, ModelConfig, StageConfig, load_config, nearest
 from rlhf.config.stages import DTYPES
 

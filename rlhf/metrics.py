@@ -9,9 +9,11 @@ an error. Equal runs write equal bytes to `metrics.jsonl`: what the clock says g
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -168,10 +170,13 @@ def _cell(value: Any) -> str:
 
 
 def quiet_libraries() -> None:
-    """Silence the progress bars and load reports of the libraries; the stages report what matters
-    themselves."""
+    """Silence the progress bars, load reports and deprecations of the libraries; the stages report
+    what matters themselves."""
     import datasets
     import transformers
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at each 8-bit product
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\b")
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

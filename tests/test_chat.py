@@ -18,8 +18,9 @@ import torch
 from tiny import tiny_model, tiny_tokenizer
 
 import rlhf.chat
-from rlhf.chat import Chat, ChatOptions, printable, run_command, talk
+from rlhf.chat import Chat, ChatOptions, printable, talk
 from rlhf.checkpoint import make_record, write_stage
+from rlhf.command_line import run_command
 from rlhf.config import ModelConfig, StageConfig
 from rlhf.data import chat_template_text, declare_stop_strings, encode_prompt
 from rlhf.generation import generate, sampling_for, stream, uniform_noise

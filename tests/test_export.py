@@ -22,8 +22,8 @@ from transformers import (
     AutoTokenizer,
 )
 
-from rlhf.chat import run_command
 from rlhf.checkpoint import make_record, read_record, write_manifest, write_stage
+from rlhf.command_line import run_command
 from rlhf.config import (
     CheckpointConfig,
     DatasetConfig,

@@ -125,7 +125,9 @@ def _prepare(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
     if config.dropout is not None:
         set_dropout(model, config.dropout)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        # transformers is renaming it
+        renamed = getattr(model, "activation_checkpointing_enable", None)
+        (renamed or model.gradient_checkpointing_enable)()
     return model
 
 
