@@ -180,24 +180,36 @@ def _exit(message: str, status: int = 2) -> None:
 def run_command(
     usage: str, options: type[Options], run: Callable[[Options], None], arguments: list[str]
 ) -> int:
-    """Run a command with key=value arguments; return its exit status.
+    """Run a command with key=value arguments; return its exit status, see `exit_status`.
 
     Args:
         usage: answer to --help.
         options: dataclass of the arguments.
-        run: an `InputError` of it becomes one line and status 2, Ctrl-C status 130.
     """
     if {"-h", "--help"} & set(arguments):
         print(usage.strip())
         return 0
+    return exit_status(lambda: run(read_options(options, arguments)))
+
+
+def exit_status(task: Callable[[], int | None], when_interrupted: str | None = None) -> int:
+    """Run a task; return the exit status of its command.
+
+    An `InputError` becomes one line and status 2, Ctrl-C status 130.
+
+    Args:
+        task: what it returns is the status; None and 0 alike.
+        when_interrupted: said after Ctrl-C.
+    """
     _quiet_imports()
     try:
-        run(read_options(options, arguments))
-        return 0
+        return task() or 0
     except InputError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
+        if when_interrupted is not None:
+            print(when_interrupted, file=sys.stderr, flush=True)
         return 130
 
 

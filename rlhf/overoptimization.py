@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.checkpoint import hash_weights, read_record
+from rlhf.command_line import exit_status
 from rlhf.config import InputError, PPOStageConfig, ScorerConfig, load_config
 from rlhf.demo import argument, run_stage
 from rlhf.metrics import quiet_libraries, say, table
@@ -48,26 +49,24 @@ Curve = dict[str, Any]
 
 def main(arguments: list[str]) -> int:
     """Train what is missing, measure, draw; return the exit status."""
-    try:
-        _require_matplotlib()
-        coefs = parse_coefs(argument(arguments, "kl_coefs", KL_COEFS))
-        overrides = [a for a in arguments if not a.startswith(("kl_coefs=", "run_name="))]
-        runs = Path(argument(arguments, "runs_dir", "runs"))
-        run = runs / argument(arguments, "run_name", "demo")
-        status = _train(run, coefs, overrides)
-        if status:
-            return status
-        stages = [runs / ppo_run_name(run, coef) / "ppo" for coef in coefs]
-        config = load_config(PPOStageConfig, stages[0] / "final/config.yaml")
-        curves = [read_curve(stage) for stage in stages]
-        prompts = read_prompts(stages[0])
-        best = best_of_n_points(*sample_scores(config, prompts))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
-        return 130
+    return exit_status(lambda: run(arguments), "interrupted; the same command continues")
+
+
+def run(arguments: list[str]) -> int:
+    """Train what is missing, measure, draw; return the status of the stage that failed, or 0."""
+    _require_matplotlib()
+    coefs = parse_coefs(argument(arguments, "kl_coefs", KL_COEFS))
+    overrides = [a for a in arguments if not a.startswith(("kl_coefs=", "run_name="))]
+    runs = Path(argument(arguments, "runs_dir", "runs"))
+    folder = runs / argument(arguments, "run_name", "demo")
+    status = _train(folder, coefs, overrides)
+    if status:
+        return status
+    stages = [runs / ppo_run_name(folder, coef) / "ppo" for coef in coefs]
+    config = load_config(PPOStageConfig, stages[0] / "final/config.yaml")
+    curves = [read_curve(stage) for stage in stages]
+    prompts = read_prompts(stages[0])
+    best = best_of_n_points(*sample_scores(config, prompts))
     result = {
         "num_prompts": len(prompts),
         "num_samples": NUM_SAMPLES,
@@ -75,7 +74,7 @@ def main(arguments: list[str]) -> int:
         "ppo": curves,
         "best_of_n": best,
     }
-    file = run / "overoptimization.json"
+    file = folder / "overoptimization.json"
     file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     draw(result, file.with_suffix(".png"))
     say(closing_table(result))

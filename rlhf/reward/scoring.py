@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 
 from rlhf.checkpoint import hash_weights
+from rlhf.command_line import exit_status
 from rlhf.config import InputError, ScorerConfig, nearest
 from rlhf.config.stages import DTYPES, NORMALIZATIONS
 from rlhf.data.canonical import as_messages, as_prompt, as_text, show
@@ -60,27 +60,24 @@ class ScoredRow:
 
 
 def main(arguments: list[str]) -> int:
-    """Parse `key=value` arguments, score, sum up; return the exit status."""
-    try:
-        settings = parse(arguments)
-        source = Path(settings["score"])
-        out = Path(settings.get("out") or source.with_suffix(".scored.jsonl"))
-        batch_size = int(settings.get("batch_size", ScorerConfig().batch_size))
-        normalize = settings.get("normalize", ScorerConfig().normalize)
-        config = ScorerConfig(settings["path"], normalize, batch_size)
-        quiet_libraries()
-        scores = torch.tensor(score_file(source, out, config, settings.get("dtype", "float32")))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
-        return 130
+    """Score as the arguments say; return the exit status."""
+    return exit_status(lambda: run(arguments), "interrupted; the same command continues")
+
+
+def run(arguments: list[str]) -> None:
+    """Parse `key=value` arguments, score, sum up."""
+    settings = parse(arguments)
+    source = Path(settings["score"])
+    out = Path(settings.get("out") or source.with_suffix(".scored.jsonl"))
+    batch_size = int(settings.get("batch_size", ScorerConfig().batch_size))
+    normalize = settings.get("normalize", ScorerConfig().normalize)
+    config = ScorerConfig(settings["path"], normalize, batch_size)
+    quiet_libraries()
+    scores = torch.tensor(score_file(source, out, config, settings.get("dtype", "float32")))
     figures = [scores.mean(), scores.std(unbiased=False), scores.min(), scores.max()]
     header = ("responses", "mean", "std", "min", "max")
     say(table([(len(scores), *map(float, figures))], header))
     say(f"\nsaved {out}: scores by {config.path}, normalize={normalize}")
-    return 0
 
 
 def parse(arguments: list[str]) -> dict[str, str]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rlhf.checkpoint import require_stage
+from rlhf.command_line import exit_status
 from rlhf.config import InputError, RewardStageConfig, ScorerConfig, explain, schema
 from rlhf.data import describe_dropped, encode_ranked, load_splits
 from rlhf.metrics import quiet_libraries, say, warn
@@ -29,12 +30,11 @@ from rlhf.scorers import RewardModelScorer
 
 def main(arguments: list[str]) -> int:
     """Score, print and write; return the exit status."""
-    try:
+
+    def task() -> None:
         run(arguments)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return exit_status(task)
 
 
 def run(arguments: list[str]) -> dict[str, Any]:
