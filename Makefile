@@ -8,7 +8,7 @@ STAMP := .venv/.installed
 PEERS := .venv-peers
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint format test test-slow test-peers wheel demo overoptimization clean
+.PHONY: bad-input help install lint format test test-slow test-peers wheel demo overoptimization clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ wheel: $(STAMP)  ## build sdist and wheel into dist/ and check the wheel from an
 
 demo: $(STAMP)  ## train the embedded demo through all three stages on a CPU
 	$(BIN)/python -m rlhf.demo
+
+bad-input: $(STAMP)  ## run the bad-input table and write docs/bad-input.md
+	WRITE_PAGE=1 $(BIN)/python -m pytest -q tests/test_bad_input.py
 
 overoptimization: $(STAMP)  ## draw true and proxy score against KL on the demo, minutes on a CPU
 	$(BIN)/python -m rlhf.overoptimization

@@ -1,0 +1,74 @@
+"""Models and hand-off"""
+
+from bad_input import Case
+from bad_input.world import edit_json
+
+SPLIT = "dataset.eval_fraction=0.3 dataset.max_length=64"
+SFT = f"rlhf.sft dataset=prompt_completion dataset.path=rows.jsonl run_name=new {SPLIT}"
+REWARD = f"rlhf.reward dataset=ranked dataset.path=ranked.jsonl {SPLIT}"
+PPO = f"rlhf.ppo dataset=prompt_completion dataset.path=prompts.jsonl run_name=new {SPLIT}"
+MINE = "model.path=runs/mine/sft/final scorer.path=runs/mine/reward/final"
+OWN_SCORER = "model.path=runs/mine/sft/final scorer=python critic.init=policy"
+
+CASES = [
+    Case("a directory without a model", f"{SFT} model.path=broken", ("model.path=broken",)),
+    Case(
+        "a chat template that does not exist",
+        f"{SFT} model.path=model model.chat_template=chatmll",
+        ("model.chat_template='chatmll'", "plain"),
+    ),
+    Case(
+        "an EOS token that the tokenizer splits",
+        f"{SFT} model.path=model model.eos_token=ending",
+        ("model.eos_token", "model.special_tokens"),
+    ),
+    Case(
+        "a run's folder instead of its final/",
+        f"{REWARD} run_name=new model.path=runs/mine",
+        ("model.path=runs/mine", "did you mean", "runs/mine/sft/final"),
+    ),
+    Case(
+        "the directory of another stage",
+        f"{REWARD} run_name=new model.path=runs/mine/reward/final",
+        ("written by the reward stage", "sft"),
+    ),
+    Case(
+        "no earlier stage",
+        f"{PPO} scorer.path=runs/mine/reward/final",
+        ("model.path", "python -m rlhf.sft run_name=new"),
+    ),
+    Case(
+        "a policy as reward model",
+        f"{PPO} model.path=runs/mine/sft/final scorer.path=runs/mine/sft/final",
+        ("scorer.path=runs/mine/sft/final", "reward"),
+    ),
+    Case(
+        "a damaged rlhf.json",
+        f"{PPO} {MINE}",
+        ("rlhf.json", "damaged"),
+        prepare=lambda folder: (folder / "runs/mine/reward/final/rlhf.json").write_text("{"),
+    ),
+    Case(
+        "reward model and policy of other tokenizers",
+        f"{PPO} {MINE}",
+        ("tokenizer mismatch", "runs/mine/reward/final"),
+        prepare=lambda folder: edit_json(
+            folder / "runs/mine/reward/final/rlhf.json", tokenizer="0" * 64
+        ),
+    ),
+    Case(
+        "a response budget beyond the context",
+        f"{PPO} {MINE} ppo.response_length=128",
+        ("ppo.response_length=128", "127"),
+    ),
+    Case(
+        "more prompts per rollout than there are",
+        f"{PPO} {MINE} ppo.response_length=16 ppo.batch_size=512",
+        ("ppo.batch_size=512", "lower it"),
+    ),
+    Case(
+        "a Python scorer that does not exist",
+        f"{PPO} {OWN_SCORER} scorer.path=python:os.no",
+        ("scorer.path", "os.no", "cannot be imported"),
+    ),
+]

@@ -1,0 +1,50 @@
+"""Settings"""
+
+from bad_input import Case
+
+SFT = "rlhf.sft model.path=model dataset=prompt_completion dataset.path=rows.jsonl run_name=new"
+PPO = "rlhf.ppo dataset=prompt_completion dataset.path=prompts.jsonl run_name=mine"
+
+CASES = [
+    Case(
+        "a typo in a key", f"{PPO} ppo.kl_coeff=0.1", ("ppo.kl_coeff", "Did you mean ppo.kl_coef")
+    ),
+    Case("a value of another type", f"{PPO} ppo.kl_coef=much", ("ppo.kl_coef", "much")),
+    Case("a negative coefficient", f"{PPO} ppo.kl_coef=-0.1", ("ppo.kl_coef must be >= 0", "-0.1")),
+    Case("a probability above 1", f"{PPO} ppo.gamma=1.5", ("ppo.gamma", "[0, 1]", "1.5")),
+    Case(
+        "an unknown choice", f"{PPO} ppo.kl_estimator=k4", ("ppo.kl_estimator", "k1, k2, k3", "k4")
+    ),
+    Case("no update at all", f"{PPO} ppo.num_updates=0", ("ppo.num_updates must be >= 1", "0")),
+    Case(
+        "several values out of range are named at once",
+        f"{PPO} ppo.lam=2 ppo.cliprange=0 critic.init=random",
+        ("ppo.lam", "ppo.cliprange", "critic.init"),
+    ),
+    Case("a temperature of 0", f"{SFT} temperature=0", ("temperature must be > 0",)),
+    Case("a run name with a slash", f"{SFT} run_name=a/b", ("run_name", "a/b")),
+    Case("an unknown trainer argument", f"{SFT} trainer.learning_rat=1", ("learning_rate",)),
+    Case(
+        "a trainer argument that the stage sets itself",
+        f"{SFT} trainer.output_dir=here",
+        ("trainer.output_dir", "remove it"),
+    ),
+    Case(
+        "batch_size and accumulation",
+        f"{SFT} batch_size=8 trainer.gradient_accumulation_steps=2",
+        ("batch_size=8", "trainer.gradient_accumulation_steps"),
+    ),
+    Case("an override without =", f"{SFT} ppo", ("ppo",)),
+    Case("a recipe that does not exist", "rlhf.sft recipe=alpacca", ("recipe=alpacca", "alpaca")),
+    Case("a recipe without this stage", "rlhf.ppo recipe=alpaca", ("recipe=alpaca", "sft")),
+    Case(
+        "quantised weights without adapters",
+        f"{SFT} model.quantization=4bit",
+        ("model.quantization=4bit", "peft=lora"),
+    ),
+    Case(
+        "restricted sampling in PPO",
+        f"{PPO} ppo.top_p=0.9",
+        ("ppo.top_p", "ppo.allow_off_policy_sampling"),
+    ),
+]

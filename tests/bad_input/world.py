@@ -1,0 +1,67 @@
+"""The folder that the commands of the bad-input table run in.
+
+model/            a tiny causal language model with its tokenizer
+runs/mine/sft/    a finished run of the SFT stage
+runs/mine/reward/ a finished run of the reward stage
+rows.jsonl        prompt and completion     ranked.jsonl     prompt, responses, scores
+prompts.jsonl     prompt                    broken/          a directory without a model
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tiny import tiny_model, tiny_tokenizer
+
+from rlhf.config import DatasetConfig, ModelConfig, RewardStageConfig, SFTStageConfig
+from rlhf.reward import train_reward
+from rlhf.sft import train_sft
+
+SMALL = {"max_steps": 1, "per_device_train_batch_size": 2}
+
+
+def write_rows(path: Path, rows: list[Any]) -> None:
+    """Write JSON values, one per line."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def edit_json(path: Path, **values: Any) -> None:
+    """Change some values of a JSON object in a file."""
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | values))
+
+
+def build(folder: Path) -> Path:
+    """Build the world in an empty folder, and return the folder."""
+    tokenizer = tiny_tokenizer()
+    tiny_model("llama", tokenizer).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    (folder / "broken").mkdir()
+    texts = [(f"Name fruit {i}.", f" An apple {i}.") for i in range(24)]
+    write_rows(folder / "rows.jsonl", [{"prompt": p, "completion": c} for p, c in texts])
+    write_rows(folder / "prompts.jsonl", [{"prompt": p} for p, _ in texts])
+    write_rows(
+        folder / "ranked.jsonl",
+        [{"prompt": p, "responses": [c, " No."], "scores": [1.0, 0.0]} for p, c in texts],
+    )
+    common = {"run_name": "mine", "runs_dir": str(folder / "runs")}
+    sft = SFTStageConfig(
+        **common,
+        num_samples=0,
+        model=ModelConfig(path=str(folder / "model")),
+        dataset=DatasetConfig(
+            path=str(folder / "rows.jsonl"), format="prompt_completion", max_length=64
+        ),
+    )
+    sft.dataset.eval_fraction = 0.3
+    sft.trainer |= SMALL
+    train_sft(sft)
+    reward = RewardStageConfig(
+        **common,
+        dataset=DatasetConfig(path=str(folder / "ranked.jsonl"), format="ranked", max_length=64),
+    )
+    reward.dataset.eval_fraction = 0.3
+    reward.trainer |= SMALL
+    train_reward(reward)
+    return folder
