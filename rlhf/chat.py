@@ -35,10 +35,7 @@ from rlhf.command_line import run_command
 from rlhf.config import InputError, ModelConfig, nearest
 
 COMMANDS = ("/reset", "/undo", "/exit")
-# What a generation config may say that our loop obeys, or that has no meaning for it.
-OBEYED = {"temperature", "top_p", "top_k", "do_sample", "max_length", "max_new_tokens"}
-OBEYED |= {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "use_cache"}
-OBEYED |= {"output_attentions", "output_hidden_states", "return_dict_in_generate"}
+OBEYED = {"temperature", "top_p", "top_k", "do_sample"}  # of a generation config, by our loop
 INCOMPLETE = "\ufffd"  # what a decoder makes of bytes that are no character, or not yet
 
 
@@ -141,7 +138,7 @@ class Chat:
 
     def describe(self) -> str:
         """Say what was loaded, how it samples, and what of its generation config is not obeyed."""
-        from rlhf.models import parameter_count
+        from rlhf.models import parameter_count, sampling_settings
 
         s, stage = self.sampling, f"{self.record.stage} stage, " if self.record else ""
         lines = [
@@ -155,8 +152,8 @@ class Chat:
                 f"  {self.why_text}: each line is continued as it stands, without the lines "
                 "before it (chat_template=alpaca or plain makes questions of them)"
             )
-        configured = self.model.generation_config.to_diff_dict()
-        others = {k: v for k, v in configured.items() if k not in OBEYED and k[:1] != "_"}
+        configured = sampling_settings(self.model)
+        others = {name: value for name, value in configured.items() if name not in OBEYED}
         if others:
             values = ", ".join(f"{name}={value}" for name, value in others.items())
             lines.append(f"  not applied, of its generation config: {values}")

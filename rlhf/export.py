@@ -22,10 +22,18 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rlhf.command_line import run_command
-from rlhf.config import STAGES, InputError, ModelConfig, StageConfig, load_config, nearest
+from rlhf.config import (
+    STAGES,
+    InputError,
+    ModelConfig,
+    PPOStageConfig,
+    StageConfig,
+    load_config,
+    nearest,
+)
 from rlhf.config.stages import DTYPES
 
 CONFIG, ADAPTER = "config.yaml", "adapter_config.json"
@@ -51,6 +59,8 @@ def export(options: ExportOptions) -> None:
 
     from rlhf.checkpoint import complete_or_nothing, require_stage
     from rlhf.checkpoint.handoff import RECORD
+    from rlhf.metrics import say
+    from rlhf.models import mend_sampling_settings
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -60,6 +70,8 @@ def export(options: ExportOptions) -> None:
     else:
         require_stage(path, tuple(STAGES), "path")
         model, tokenizer = load_directory(path)
+    for line in mend_sampling_settings(model):
+        say(line)
     if options.dtype != "auto":
         _cast(model, options.dtype)
     with complete_or_nothing(out) as temporary:
@@ -144,7 +156,7 @@ def _policy_of(path: Path, stage: str, config: StageConfig, tokenizer: Any) -> A
     from safetensors.torch import load_file
 
     from rlhf.checkpoint import load_modules
-    from rlhf.models import add_lora, load_policy, merged
+    from rlhf.models import add_lora, load_policy, merged, sample_as_trained, unwrap_peft
 
     if stage == "sft" and not config.peft.enabled:  # the transformers Trainer writes all of it
         own = dataclasses.replace(config.model, path=str(path), revision=None)
@@ -158,6 +170,8 @@ def _policy_of(path: Path, stage: str, config: StageConfig, tokenizer: Any) -> A
     else:
         averaged = (path / "averages.safetensors").is_file()
         load_modules(path, {"averages" if averaged else "policy": model})
+        ppo = cast(PPOStageConfig, config).ppo
+        sample_as_trained(unwrap_peft(model), ppo.temperature, ppo.top_p, ppo.top_k)
     return merged(model)
 
 

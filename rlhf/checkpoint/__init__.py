@@ -9,6 +9,7 @@ from rlhf.checkpoint.files import complete_or_nothing, find_damage, read_manifes
 from rlhf.checkpoint.handoff import (
     StageRecord,
     check_same_tokenizer,
+    check_writable,
     hash_tokenizer,
     hash_weights,
     make_record,
@@ -37,6 +38,7 @@ __all__ = [
     "StageRecord",
     "check_run_directory",
     "check_same_tokenizer",
+    "check_writable",
     "checkpoint_to_resume",
     "complete_checkpoints",
     "complete_or_nothing",

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from rlhf.checkpoint.files import complete_or_nothing
@@ -111,6 +112,31 @@ def write_stage(
         mode = (temporary / RECORD).stat().st_mode
         for weights in temporary.glob("*.safetensors"):
             weights.chmod(mode)  # safetensors lets only the owner read them, whatever the umask
+
+
+def check_writable(model: Any, tokenizer: Any, config: StageConfig) -> None:
+    """Write all of a stage directory but the weights into a temporary one, before training.
+
+    Args:
+        model: a plain transformers model.
+
+    Raises:
+        InputError: something cannot be written, which would lose the trained weights at the end.
+    """
+    parts = {"config.json": model.config, "the tokenizer": tokenizer}
+    if getattr(model, "generation_config", None) is not None:
+        parts["generation_config.json"] = model.generation_config
+    with TemporaryDirectory(prefix="rlhf-") as folder:
+        for name, part in parts.items():
+            try:
+                part.save_pretrained(folder)
+            except Exception as error:  # whatever a model's or tokenizer's own code raises
+                reason = " ".join(str(error).split())[:300]
+                raise InputError(
+                    f"model.path={config.model.path}: {name} could not be written into final/ "
+                    f"after training ({type(error).__name__}: {reason}); correct it there"
+                ) from error
+        save_config(config, Path(folder) / "config.yaml")
 
 
 def read_record(directory: str | Path) -> StageRecord | None:

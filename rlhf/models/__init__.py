@@ -32,6 +32,11 @@ from rlhf.models.loading import (
     parameter_count,
     use_bfloat16,
 )
+from rlhf.models.sampling_settings import (
+    mend_sampling_settings,
+    sample_as_trained,
+    sampling_settings,
+)
 from rlhf.models.vocabulary import (
     PAD_TOKEN,
     forbidden_token_ids,
@@ -58,12 +63,15 @@ __all__ = [
     "load_reward_model",
     "load_tokenizer",
     "merged",
+    "mend_sampling_settings",
     "num_tokens",
     "parameter_count",
     "position_ids_from_mask",
     "resize_embeddings",
     "response_logits",
     "response_text",
+    "sample_as_trained",
+    "sampling_settings",
     "sequence_scores",
     "unwrap_peft",
     "use_bfloat16",

@@ -29,6 +29,7 @@ from rlhf.models import (
     load_reward_model,
     load_tokenizer,
     parameter_count,
+    sample_as_trained,
 )
 from rlhf.rollout import Actors, CollectSettings
 from rlhf.scorers import (
@@ -69,6 +70,9 @@ def load_actors(
                 "scores the responses' text, rendered again by its own"
             )
     policy, reference = load_policy(config.model, tokenizer), None
+    ppo = config.ppo
+    for line in sample_as_trained(policy, ppo.temperature, ppo.top_p, ppo.top_k):
+        say(line)
     critic = _load_critic(config, tokenizer) if config.ppo.advantage == "gae" else None
     if config.peft.enabled:
         # the policy with its adapters off is the reference

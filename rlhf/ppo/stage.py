@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 from rlhf.checkpoint import (
     check_run_directory,
+    check_writable,
     finished_run,
     prepare_run_directory,
     warn_about_prompts,
@@ -18,7 +19,7 @@ from rlhf.config import InputError, PPOStageConfig, check
 from rlhf.data import Splits, encode_prompts, load_splits
 from rlhf.generation import context_length
 from rlhf.metrics import quiet_libraries, say
-from rlhf.models import use_bfloat16
+from rlhf.models import unwrap_peft, use_bfloat16
 from rlhf.ppo.evaluation import Evaluator
 from rlhf.ppo.loading import (
     check_batches,
@@ -73,6 +74,7 @@ def train_ppo(config: PPOStageConfig, scorer: Scorer | None = None) -> PPOResult
     splits = load_splits(config.dataset, "ppo", config.seed)
     warn_about_prompts(parent, splits.prompts)
     actors = load_actors(config, tokenizer, scorer, accelerator)
+    check_writable(unwrap_peft(actors.policy), tokenizer, config)
     settings = collect_settings(config, actors.policy, tokenizer)
     texts = load_texts(config, tokenizer, context_length(actors.policy))
     budget = prompt_budget(config, actors)

@@ -17,6 +17,7 @@ from rlhf.checkpoint import (
     StageRecord,
     check_run_directory,
     check_same_tokenizer,
+    check_writable,
     finished_run,
     make_record,
     prepare_run_directory,
@@ -89,6 +90,7 @@ def train_reward(config: RewardStageConfig) -> RewardResult:
     tokenizer = load_tokenizer(source)
     check_same_tokenizer(tokenizer, record_of_parent, "the model settings here", parent)
     model = init_reward_model(source, tokenizer, config.seed)
+    check_writable(model, tokenizer, config)
     check_max_length(config, model)
     train, too_long = encode_ranked(splits.train, tokenizer, config.dataset.max_length)
     heldout, too_long_heldout = encode_ranked(splits.eval, tokenizer, config.dataset.max_length)

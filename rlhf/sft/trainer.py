@@ -18,6 +18,7 @@ from trl import SFTConfig, SFTTrainer
 
 from rlhf.checkpoint import (
     check_run_directory,
+    check_writable,
     finished_run,
     make_record,
     prepare_run_directory,
@@ -41,6 +42,7 @@ from rlhf.models import (
     add_lora,
     load_policy,
     load_tokenizer,
+    mend_sampling_settings,
     merged,
     parameter_count,
     response_text,
@@ -97,8 +99,10 @@ def train_sft(config: SFTStageConfig) -> SFTResult:
     _warn_about_words(config, tokenizer)
     torch.manual_seed(config.seed)
     model = load_policy(config.model, tokenizer)
+    lines = mend_sampling_settings(model)
+    check_writable(model, tokenizer, config)
     check_max_length(config, model)
-    splits, train, heldout, lines = encode_splits(splits, tokenizer, config)
+    splits, train, heldout, what = encode_splits(splits, tokenizer, config)
     if config.peft.enabled:
         model = add_lora(model, config.peft, "CAUSAL_LM", config.seed)
     directory = prepare_run_directory(config, "sft")
@@ -106,7 +110,7 @@ def train_sft(config: SFTStageConfig) -> SFTResult:
     say(f"sft: {total:,} parameters, {trainable:,} trainable; {len(heldout)} held-out rows")
     packing = ", fewer with packing" if args.packing else ""
     say(f"     {describe_batches(args, len(train), 'rows')}{packing}")
-    say("\n".join(lines))
+    say("\n".join(what + lines))
     trainer = SFTTrainer(
         model=model,
         args=args,

@@ -1,0 +1,107 @@
+"""The sampling settings that a model brings along in its generation config. Training never reads
+them; `final/` keeps those that are valid.
+
+transformers loads settings that it later refuses to save (Vicuna and Llama 2 give a temperature
+without do_sample=true), so they are mended when a stage starts.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+# They have an effect only where do_sample is true.
+SAMPLING = "temperature top_k top_p min_p top_h typical_p epsilon_cutoff eta_cutoff".split()
+# Others are valid only with these, so these are judged first.
+ENABLING = ("do_sample", "num_beams", "return_dict_in_generate", "use_cache")
+# They change neither which tokens are likely nor which is chosen.
+NEUTRAL = {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "use_cache"}
+NEUTRAL |= {"max_length", "max_new_tokens", "return_dict_in_generate", "cache_implementation"}
+NEUTRAL |= {"output_attentions", "output_hidden_states", "output_scores", "output_logits"}
+
+
+def sampling_settings(model: Any) -> dict[str, Any]:
+    """Return what the generation config of a model says about the choice of tokens; empty where
+    that is what transformers does anyway."""
+    settings = model.generation_config
+    plain = settings._get_default_generation_params()
+    return {
+        name: value
+        for name, value in settings.to_diff_dict().items()
+        if name not in NEUTRAL and name[:1] != "_" and value != plain.get(name)
+    }
+
+
+def mend_sampling_settings(model: Any) -> list[str]:
+    """Make the generation config of a model one that can be saved, in place.
+
+    Sampling settings without `do_sample` mean that it is true; under `do_sample=false`, or with a
+    temperature of 0, which means the same, they are dropped, and so is what transformers refuses.
+
+    Returns:
+        Lines that say what was changed and what is kept; none where the model brings no settings.
+    """
+    settings, lines = getattr(model, "generation_config", None), []
+    if settings is None:  # a reward model
+        return []
+    own = {name: v for name, v in sampling_settings(model).items() if name in SAMPLING}
+    if settings.temperature is not None and settings.temperature <= 0:
+        settings.do_sample = False
+    if own and settings.do_sample is False:
+        _reset(settings, own)
+        lines.append(f"greedy answers have no use for {_list(own)}: dropped")
+    elif own and settings.do_sample is None:
+        settings.do_sample = True
+        lines.append(f"{_list(own)} came without do_sample: set to true")
+    lines += _drop_refused(settings)
+    kept = sampling_settings(model)
+    if kept:
+        lines.append(f"kept in what is saved, but not used by training: {_list(kept)}")
+    return [f"generation config: {line}" for line in lines]
+
+
+def sample_as_trained(model: Any, temperature: float, top_p: float, top_k: int) -> list[str]:
+    """Write into the generation config how PPO samples the policy, in place, and nothing else that
+    changes the choice of tokens.
+
+    Args:
+        top_k: 0 is off; where it is not set, transformers takes 50.
+
+    Returns:
+        A line that says which settings of the model are replaced; none where it brings none.
+    """
+    own, settings = sampling_settings(model), model.generation_config
+    _reset(settings, own)
+    settings.do_sample, settings.temperature = True, temperature
+    settings.top_p, settings.top_k = top_p, top_k
+    lines = _drop_refused(settings)
+    ours = f"do_sample=True, temperature={temperature}, top_p={top_p}, top_k={top_k}"
+    if own:
+        lines.append(f"final/ gets {ours}, as PPO samples, in place of {_list(own)}")
+    return [f"generation config: {line}" for line in lines]
+
+
+def _drop_refused(settings: Any) -> list[str]:
+    """Reset what transformers would refuse to save, found by adding one setting at a time."""
+    trial, refused = type(settings)(), {}
+    given = {k: v for k, v in vars(settings).items() if not k.startswith("_") and v is not None}
+    for name in sorted(given, key=lambda name: name not in ENABLING):
+        before = copy.copy(trial)
+        setattr(trial, name, given[name])
+        try:
+            trial.validate(strict=True)
+        except (ValueError, TypeError):
+            trial, refused[name] = before, given[name]
+    _reset(settings, refused)
+    return [f"transformers refuses to save {_list(refused)}: dropped"] if refused else []
+
+
+def _reset(settings: Any, names: Iterable[str]) -> None:
+    plain = type(settings)()
+    for name in names:
+        setattr(settings, name, getattr(plain, name, None))
+
+
+def _list(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in values.items())
