@@ -206,6 +206,16 @@ BAD_VALUES = [
         {"reward.num_normalization_prompts": 0},
         "reward.num_normalization_prompts must be >= 1, got 0",
     ),
+    (
+        "reward",
+        {"normalization.completions": "best"},
+        "normalization.completions must be one of samples, demonstrations, ranked, got 'best'",
+    ),
+    (
+        "reward",
+        {"normalization.response_length": 0},
+        "normalization.response_length must be >= 1, got 0",
+    ),
     ("reward", {"reward.tokens_per_batch": 0}, "reward.tokens_per_batch must be >= 1, got 0"),
     ("reward", {"reward.margin": -1.0}, "reward.margin must be >= 0, got -1.0"),
     ("reward", {"reward.margin_scale": -1.0}, "reward.margin_scale must be >= 0, got -1.0"),

@@ -246,6 +246,10 @@ def run_sft(recipe, folder):
 
 
 def run_reward(recipe, folder, *overrides):
+    normalization = compose_stage("reward", f"recipe={recipe}").normalization
+    if normalization.completions == "demonstrations":
+        rows = write_rows(folder, normalization.format)
+        overrides = [*overrides, f"normalization.path={rows}"]
     result = train_reward(compose_small(recipe, "reward", folder, *overrides))
     assert math.isfinite(result.metrics["eval_accuracy"])
     model = AutoModelForSequenceClassification.from_pretrained(result.directory)

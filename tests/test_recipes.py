@@ -246,6 +246,7 @@ FACTS = {
         "num_train_epochs": 1,
         "learning_rate": 1.5e-5,
         "batch_size": 64,
+        "normalization.completions": "demonstrations",
     },
     ("tldr", "ppo"): {
         "dataset.format": "tldr",
@@ -275,6 +276,7 @@ FACTS = {
         "num_train_epochs": 1,
         "learning_rate": 9e-6,
         "batch_size": 64,
+        "normalization.completions": "demonstrations",
         **TO_A_TENTH,
     },
     ("instructgpt", "ppo"): {
@@ -369,6 +371,8 @@ def test_recipe_passes_the_checks_and_the_libraries_know_its_arguments(recipe, s
     config.model.path = config.model.path or "model"
     if stage == "sft":
         config.mix.path = "text.jsonl"
+    if stage == "reward":
+        config.normalization.path = "demonstrations.jsonl"
     if stage == "ppo":
         config.scorer.path = None if config.scorer.components else "reward_model"
         config.ptx.path = "text.jsonl"

@@ -37,7 +37,7 @@ class StageRecord:
         tokenizer: hash of vocabulary and special tokens.
         template: hash of the chat template.
         prompts: how training prompts reached the model, "conversation", "text" or "mixed".
-        score_mean: mean of the reward model's scores on reference completions (raw units).
+        score_mean: mean of the reward model's scores of `normalization.completions` (raw units).
         score_std: their standard deviation.
         metrics: final figures of the stage.
     """

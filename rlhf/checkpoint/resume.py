@@ -26,7 +26,7 @@ from rlhf.metrics import IDENTITY, read_identity, say, warn
 HARMLESS = (
     *("runs_dir", "run_name", "tracker", "checkpoint", "preflight", "watchdog"),
     *("num_samples", "response_length", "temperature", "top_p"),
-    *("reward.num_normalization_prompts", "trainer.dataloader_num_workers"),
+    *("reward.num_normalization_prompts", "normalization", "trainer.dataloader_num_workers"),
 )
 NOT_HARMLESS = ("watchdog.kl_budget",)  # it ends the run
 LEFTOVERS = (".damaged", ".tmp", ".old")

@@ -12,6 +12,7 @@ from typing import Any
 from rlhf.config.stages import (
     ADVANTAGES,
     COMBINATIONS,
+    COMPLETIONS,
     DTYPES,
     NORMALIZATIONS,
     InputError,
@@ -59,6 +60,13 @@ def _missing(config: StageConfig) -> list[str]:
             found.append("mix.path: file or Hub name of the text, e.g. mix.path=text.jsonl")
     elif config.model.path is None and not (config.stage_dir("sft") / "final").is_dir():
         found.append(_no_stage("model.path", config, "sft"))
+    if isinstance(config, RewardStageConfig):
+        normalization = config.normalization
+        if normalization.completions == "demonstrations" and normalization.path is None:
+            found.append(
+                "normalization.path: file or Hub name of the SFT stage's rows, e.g. "
+                "normalization.path=train.jsonl normalization.format=alpaca"
+            )
     if isinstance(config, PPOStageConfig):
         scorer, own = config.scorer, config.stage_dir("reward") / "final"
         if scorer.path is None and not scorer.components and not own.is_dir():
@@ -198,6 +206,8 @@ def _reward_rules(
     yield from (
         at_least(f"reward.{name}", 1) for name in ("num_normalization_prompts", "tokens_per_batch")
     )
+    yield one_of("normalization.completions", COMPLETIONS)
+    yield at_least("normalization.response_length", 1)
     yield (
         0 <= reward.label_smoothing < 0.5,
         f"reward.label_smoothing must lie in [0, 0.5), got {reward.label_smoothing}",

@@ -10,6 +10,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 CONF_DIR = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
 ADVANTAGES = ("gae", "rloo", "grpo", "reinforce_pp")
 COMBINATIONS = ("weighted_sum", "mean", "min", "mean_minus_std")
+COMPLETIONS = ("samples", "demonstrations", "ranked")
 NORMALIZATIONS = ("demo_mean_zero", "standardise", "none")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -160,10 +161,22 @@ class RewardConfig:
 
 
 @dataclass
+class NormalizationConfig:
+    """The completions whose scores' mean and standard deviation the reward stage stores."""
+
+    completions: str = "samples"
+    path: str | None = None
+    split: str = "train"
+    format: str = "messages"
+    response_length: int = 128
+
+
+@dataclass
 class RewardStageConfig(StageConfig):
     """`python -m rlhf.reward`."""
 
     reward: RewardConfig = field(default_factory=RewardConfig)
+    normalization: NormalizationConfig = field(default_factory=NormalizationConfig)
     batch_size: int | None = None
     trainer: dict[str, Any] = field(
         default_factory=lambda: {

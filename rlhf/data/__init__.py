@@ -26,7 +26,14 @@ from rlhf.data.encoding import (
 )
 from rlhf.data.formats import FORMATS, resolve_format
 from rlhf.data.mixing import mix_texts
-from rlhf.data.sources import Splits, describe_dropped, load_rows, load_splits, split_by_prompt
+from rlhf.data.sources import (
+    Splits,
+    describe_dropped,
+    load_rows,
+    load_splits,
+    split_by_prompt,
+    to_conversation,
+)
 from rlhf.data.splitting import split_conversations
 from rlhf.data.templates import chat_template_text, declare_stop_strings, stop_strings
 
@@ -55,4 +62,5 @@ __all__ = [
     "split_by_prompt",
     "split_conversations",
     "stop_strings",
+    "to_conversation",
 ]

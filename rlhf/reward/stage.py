@@ -36,6 +36,7 @@ from rlhf.models import (
     merged,
     parameter_count,
 )
+from rlhf.reward.completions import load_completions
 from rlhf.reward.report import (
     NO_PICTURE,
     PICTURE,
@@ -102,6 +103,7 @@ def train_reward(config: RewardStageConfig) -> RewardResult:
     say(f"reward: {total:,} parameters, {trainable:,} trainable; {len(heldout)} held-out prompts")
     say(f"        {describe_plan(args, train, plan)}; one forward pass per response")
     say(splits.describe(too_long + too_long_heldout))
+    completions = load_completions(config, source, tokenizer, splits.train, train)
     trainer = RankingTrainer(
         model=ScalarModel(model),
         args=args,
@@ -117,12 +119,12 @@ def train_reward(config: RewardStageConfig) -> RewardResult:
     if stopped_by is not None:
         return RewardResult(None, {}, stopped_by)
     record = make_record("reward", config, parent, tokenizer, splits.prompts)
-    return _finish(trainer, train, splits, config, directory, record)
+    return _finish(trainer, completions, splits, config, directory, record)
 
 
 def _finish(
     trainer: RankingTrainer,
-    train: list[dict[str, Any]],
+    completions: list[list[int]],
     splits: Splits,
     config: RewardStageConfig,
     directory: Path,
@@ -134,26 +136,26 @@ def _finish(
     tokenizer: Any = trainer.processing_class
     scalar.eval()
     batches = trainer.args.per_device_eval_batch_size, config.reward.tokens_per_batch
-    reference = score_rows(scalar, train[: config.reward.num_normalization_prompts], *batches)
-    record.score_mean = float(torch.cat(reference).mean())
-    record.score_std = float(torch.cat(reference).std())
+    alone = [{"input_ids": [ids]} for ids in completions]
+    reference = torch.cat(score_rows(scalar, alone, *batches))
+    record.score_mean, record.score_std = float(reference.mean()), float(reference.std())
     scores = score_rows(scalar, heldout, *batches)
     record.metrics = ranking_report(scores, heldout).metrics()
     report = make_report(scores, heldout, splits.eval, tokenizer, heldout_name(config.dataset))
     if PartialState().is_main_process:
         files = page_files(report, scores, heldout)
         write_stage(directory / "final", merged(scalar.model), tokenizer, config, record, files)
-        _show(report, record, directory / "final", PICTURE in files)
+        say(
+            f"scores of the {config.normalization.completions}: mean {record.score_mean:.3f}, std "
+            f"{record.score_std:.3f} (stored for scorer.normalize)"
+        )
+        _show(report, directory / "final", PICTURE in files)
     PartialState().wait_for_everyone()
     return RewardResult(directory / "final", record.metrics)
 
 
-def _show(report: dict[str, Any], record: StageRecord, final: Path, has_picture: bool) -> None:
+def _show(report: dict[str, Any], final: Path, has_picture: bool) -> None:
     say("\n" + terminal_text(report))
-    say(
-        f"scores on reference completions: mean {record.score_mean:.3f}, std "
-        f"{record.score_std:.3f} (stored for scorer.normalize)"
-    )
     for warning in report["warnings"]:
         warn(warning)
     say(f"\nsaved {final}, with report.md" + (f" and {PICTURE}" if has_picture else ""))

@@ -113,9 +113,9 @@ def score_statistics(
     """Return (mean, std) to normalise with: score = (raw - mean) / std.
 
     Args:
-        config: `normalize` is "demo_mean_zero" (subtract the mean over reference completions:
-            Stiennon et al. 2020, InstructGPT), "standardise" (also divide by their standard
-            deviation) or "none".
+        config: `normalize` is "demo_mean_zero" (subtract the mean score of the completions that
+            the reward stage chose, see `rlhf.reward.completions`), "standardise" (also divide by
+            their standard deviation) or "none".
         record: `StageRecord` of the reward model, None where no stage wrote it.
         field: configuration key of `path`, for messages.
 

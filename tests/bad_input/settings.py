@@ -43,6 +43,12 @@ CASES = [
         ("model.quantization=4bit", "peft=lora"),
     ),
     Case(
+        "demonstrations without their rows",
+        "rlhf.reward run_name=mine overwrite=true dataset=ranked dataset.path=ranked.jsonl "
+        "normalization.completions=demonstrations",
+        ("normalization.path", "normalization.path=train.jsonl"),
+    ),
+    Case(
         "restricted sampling in PPO",
         f"{PPO} ppo.top_p=0.9",
         ("ppo.top_p", "ppo.allow_off_policy_sampling"),

@@ -1,0 +1,108 @@
+"""The completions that set the zero of the scores: PPO sees (score - their mean).
+
+Stiennon et al. 2020 (appendix C) and InstructGPT (section 3.5) shift the reward model so that the
+demonstrations score 0 on average. Here the samples of the SFT policy may take their place: then a
+typical answer scores 0 when PPO begins, and `ppo.missing_eos_penalty` has a scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.config import InputError, ModelConfig, RewardStageConfig
+from rlhf.data import encode_prompt, encode_sft, load_rows, to_conversation
+from rlhf.generation import context_length, generate, sampling_for, uniform_noise
+from rlhf.metrics import say, warn
+from rlhf.models import freeze, load_policy, use_bfloat16
+
+COMPLETIONS_KEY = (1 << 31) + 2  # names the random numbers; nothing in PPO has it
+
+
+def load_completions(
+    config: RewardStageConfig,
+    source: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[dict[str, Any]],
+    encoded: Sequence[dict[str, Any]],
+) -> list[list[int]]:
+    """Return the completions that `normalization.completions` names, and say what they are.
+
+    Args:
+        source: where the SFT policy is.
+        rows: canonical training rows.
+        encoded: the same rows as `encode_ranked` returns them.
+
+    Returns:
+        Token ids of prompt and response, at least two sequences.
+
+    Raises:
+        InputError: there are fewer than two.
+    """
+    count, kind = config.reward.num_normalization_prompts, config.normalization.completions
+    if kind == "ranked":
+        sequences = [ids for row in encoded[:count] for ids in row["input_ids"]]
+    elif kind == "demonstrations":
+        sequences = _demonstrations(config, tokenizer, count)
+    else:
+        sequences = _samples(config, source, tokenizer, [row["prompt"] for row in rows[:count]])
+    if len(sequences) < 2:
+        raise InputError(
+            f"normalization.completions={kind} gives {len(sequences)} completions; give at least "
+            "two: raise reward.num_normalization_prompts, or choose other completions"
+        )
+    return sequences
+
+
+def _demonstrations(
+    config: RewardStageConfig, tokenizer: PreTrainedTokenizerBase, count: int
+) -> list[list[int]]:
+    """The first demonstrations that fit into `dataset.max_length`, as SFT encodes them."""
+    path, split = config.normalization.path, config.normalization.split
+    assert path is not None  # `check` has made sure
+    rows, _ = load_rows(path, config.normalization.format, split, "sft", field="normalization.path")
+    if config.dataset.as_conversation:
+        rows = [to_conversation(row) for row in rows]
+    encoded, _ = encode_sft(rows, tokenizer, config.dataset.max_length)
+    say(f"        scores are 0 on average over {len(encoded[:count])} demonstrations of {path}")
+    return [row["input_ids"] for row in encoded[:count]]
+
+
+def _samples(
+    config: RewardStageConfig,
+    source: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Any],
+) -> list[list[int]]:
+    """Sample an answer of the SFT policy to each prompt; each process samples its share."""
+    state, length = PartialState(), config.normalization.response_length
+    policy = freeze(load_policy(source, tokenizer)).to(state.device).eval()
+    room = context_length(policy) - length
+    ids = [encode_prompt(prompt, tokenizer) for prompt in prompts]
+    ids = [row for row in ids if len(row) <= room]
+    mine = range(state.process_index, len(ids), state.num_processes)
+    noise = uniform_noise((config.seed, COMPLETIONS_KEY), mine, length)
+    sampling = sampling_for(policy, tokenizer, length, temperature=1.0)
+    mixed = use_bfloat16(config.precision)
+    with torch.autocast(state.device.type, torch.bfloat16, enabled=mixed):
+        sampled = generate(policy, [ids[i] for i in mine], sampling, noise)
+    own = [
+        (i, [*ids[i], *response], finished)
+        for i, response, finished in zip(mine, sampled.ids, sampled.finished, strict=True)
+    ]
+    everything = sorted(gather_object(own))
+    ended = [sequence for _, sequence, finished in everything if finished]
+    if len(ended) < max(2, len(everything) // 2):
+        warn(
+            f"only {len(ended)} of {len(everything)} answers of the SFT policy end within "
+            f"normalization.response_length={length}: all of them set the zero of the scores; "
+            "raise it, or train SFT longer"
+        )
+        ended = [sequence for _, sequence, _ in everything]
+    say(f"        scores are 0 on average over {len(ended)} answers of the SFT policy")
+    return ended
