@@ -57,9 +57,8 @@ def config_of(world, runs, **normalization):
             path=str(world / "ranked.jsonl"), format="ranked", max_length=64, eval_fraction=0.2
         ),
     )
-    config.normalization = dataclasses.replace(
-        config.normalization, response_length=32, **normalization
-    )
+    values = {"response_length": 32} | normalization
+    config.normalization = dataclasses.replace(config.normalization, **values)
     config.trainer |= {"max_steps": 1, "per_device_train_batch_size": 2}
     return config
 
@@ -124,8 +123,13 @@ def test_answers_that_do_not_end_count_where_most_do_not(world, tmp_path, capsys
     config.normalization.response_length = 1
     train_reward(config)
     output = capsys.readouterr()
-    assert "answers of the SFT policy end within normalization.response_length=1" in output.err
+    assert "answers of the SFT policy end within 1 tokens" in output.err
     assert f"over {len(PROMPTS)} answers" in output.out
+
+
+def test_a_budget_as_long_as_the_context_leaves_room_for_prompts(world, tmp_path, capsys):
+    train_reward(heldout_given(config_of(world, tmp_path, response_length=128)))
+    assert f"over {len(PROMPTS)} answers" in capsys.readouterr().out
 
 
 def test_demonstrations_need_a_path_before_anything_loads():

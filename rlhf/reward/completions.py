@@ -80,9 +80,11 @@ def _samples(
     prompts: Sequence[Any],
 ) -> list[list[int]]:
     """Sample an answer of the SFT policy to each prompt; each process samples its share."""
-    state, length = PartialState(), config.normalization.response_length
+    state = PartialState()
     policy = freeze(load_policy(source, tokenizer)).to(state.device).eval()
-    room = context_length(policy) - length
+    context = context_length(policy)
+    length = min(config.normalization.response_length, context // 2)
+    room = context - length
     ids = [encode_prompt(prompt, tokenizer) for prompt in prompts]
     ids = [row for row in ids if len(row) <= room]
     mine = range(state.process_index, len(ids), state.num_processes)
@@ -99,9 +101,9 @@ def _samples(
     ended = [sequence for _, sequence, finished in everything if finished]
     if len(ended) < max(2, len(everything) // 2):
         warn(
-            f"only {len(ended)} of {len(everything)} answers of the SFT policy end within "
-            f"normalization.response_length={length}: all of them set the zero of the scores; "
-            "raise it, or train SFT longer"
+            f"only {len(ended)} of {len(everything)} answers of the SFT policy end within {length} "
+            "tokens: all of them set the zero of the scores; raise normalization.response_length, "
+            "or train SFT longer"
         )
         ended = [sequence for _, sequence, _ in everything]
     say(f"        scores are 0 on average over {len(ended)} answers of the SFT policy")
