@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -27,8 +28,16 @@ from transformers import (
     TrainingArguments,
 )
 
-from rlhf.checkpoint import GracefulStop, checkpoint_to_resume, prune_checkpoints, seal
+from rlhf.checkpoint import (
+    GracefulStop,
+    NonFiniteError,
+    checkpoint_to_resume,
+    explain_stop,
+    prune_checkpoints,
+    seal,
+)
 from rlhf.config import InputError, RewardStageConfig, SFTStageConfig, build_arguments, save_config
+from rlhf.finite_trainer import require_finite_state, set_learning_rate
 from rlhf.generation import context_length
 from rlhf.metrics import METRICS, MetricsWriter, is_main_process, progress_bar, say
 from rlhf.models import use_bfloat16
@@ -77,6 +86,8 @@ def trainer_arguments(
             "bf16": use_bfloat16(config.precision),
             checkpointing: False,
             "remove_unused_columns": False,
+            # it would replace a nan in the logged loss; under a loss scaler such steps are skipped
+            "logging_nan_inf_filter": bool(values.get("fp16")),
             "ddp_find_unused_parameters": False,
             "save_strategy": "steps",
             "save_steps": config.checkpoint.every,
@@ -172,6 +183,8 @@ class StageCallback(TrainerCallback):
             state.best_model_checkpoint = str(best)
         if self.checkpoint is not None:
             load_sums(self.trainer, self.checkpoint)
+            require_finite_state(self.trainer, self.checkpoint)
+            set_learning_rate(self.trainer)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -221,12 +234,9 @@ class StageCallback(TrainerCallback):
         # the Trainer's last words hold averages over the steps since the last log, without a loss
         if not values.keys() - {"epoch"} or "train_runtime" in (logs or {}):
             return
-        if not torch.isfinite(torch.tensor(float(values.get("loss", 0.0)))):
-            raise InputError(
-                f"the loss is {values['loss']} at step {state.global_step}; lower "
-                "trainer.learning_rate, or use precision=float32. The last checkpoint is from "
-                "before"
-            )
+        bad = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
+        if bad and not args.fp16:  # whose loss scaler skips such steps
+            raise NonFiniteError(f"{bad[0]} after step {state.global_step}")
         self.writer.write(
             state.global_step, values | {"seconds": time.perf_counter() - self._began}
         )
@@ -258,8 +268,12 @@ class StageCallback(TrainerCallback):
             state.best_model_checkpoint = None
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
-        assert self._bar is not None
-        self._bar.close()
+        self.close_bar()
+
+    def close_bar(self) -> None:
+        """End the line of the progress bar."""
+        if self._bar is not None:
+            self._bar.close()
 
 
 def best_step(args: TrainingArguments, state: TrainerState) -> int | None:
@@ -298,7 +312,7 @@ def run_trainer(
         checkpoint was saved.
 
     Raises:
-        InputError: the loss is not finite, or the checkpoint does not fit the run.
+        InputError: a number is not finite, or the checkpoint does not fit the run.
     """
     checkpoint = checkpoint_to_resume(config, directory)
     writer = MetricsWriter(directory, config, stage)
@@ -307,20 +321,29 @@ def run_trainer(
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(callback)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    evaluated = [
-        row["step"]
-        for row in trainer.state.log_history
-        if "eval_loss" in row or "eval_accuracy" in row
-    ]
-    if not callback.interrupted and trainer.state.global_step not in evaluated:
-        trainer.evaluate()
-    writer.close()
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            if not callback.interrupted and trainer.state.global_step not in _evaluated(trainer):
+                trainer.evaluate()
+        except NonFiniteError as error:
+            callback.close_bar()
+            assert trainer.model is not None
+            dtype = next(trainer.model.parameters()).dtype
+            step = trainer.state.global_step + 1
+            raise explain_stop(config, directory, error, step, True, dtype) from error
+        finally:
+            writer.close()
     if not callback.interrupted:
         _say_best(trainer)
         return None
     say(f"stopped after step {trainer.state.global_step}; continue with resume=true")
     return stop.signal
+
+
+def _evaluated(trainer: Trainer) -> list[float]:
+    """Steps after which the held-out rows were evaluated."""
+    history = trainer.state.log_history
+    return [row["step"] for row in history if "eval_loss" in row or "eval_accuracy" in row]
 
 
 def _say_best(trainer: Trainer) -> None:

@@ -2,10 +2,11 @@
 
 `handoff` is what a stage leaves for the next one, `resume` decides where a stopped run continues,
 `state` is what a PPO checkpoint holds, `interruption` how a run is stopped, `files` how directories
-are written whole and damage is found.
+are written whole and damage is found, `finite` how numbers that are not finite are.
 """
 
 from rlhf.checkpoint.files import complete_or_nothing, find_damage, read_manifest, write_manifest
+from rlhf.checkpoint.finite import NonFiniteError, find_non_finite, optimizer_tensors
 from rlhf.checkpoint.handoff import (
     StageRecord,
     check_same_tokenizer,
@@ -19,7 +20,7 @@ from rlhf.checkpoint.handoff import (
     warn_about_template,
     write_stage,
 )
-from rlhf.checkpoint.interruption import GracefulStop
+from rlhf.checkpoint.interruption import GracefulStop, explain_stop
 from rlhf.checkpoint.resume import (
     check_run_directory,
     checkpoint_to_resume,
@@ -35,6 +36,7 @@ from rlhf.checkpoint.state import load_modules, load_training_state, save_traini
 
 __all__ = [
     "GracefulStop",
+    "NonFiniteError",
     "StageRecord",
     "check_run_directory",
     "check_same_tokenizer",
@@ -42,7 +44,9 @@ __all__ = [
     "checkpoint_to_resume",
     "complete_checkpoints",
     "complete_or_nothing",
+    "explain_stop",
     "find_damage",
+    "find_non_finite",
     "finished_run",
     "hash_tokenizer",
     "hash_weights",
@@ -50,6 +54,7 @@ __all__ = [
     "load_modules",
     "load_training_state",
     "make_record",
+    "optimizer_tensors",
     "prepare_run_directory",
     "prune_checkpoints",
     "read_manifest",

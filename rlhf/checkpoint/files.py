@@ -15,18 +15,28 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rlhf.checkpoint.finite import NonFiniteError, find_non_finite_in
+
 MANIFEST = "manifest.json"
 
 
 @contextmanager
 def complete_or_nothing(directory: Path) -> Iterator[Path]:
     """Yield a temporary directory that takes the name of `directory` when the block ends without
-    an error."""
+    an error.
+
+    Raises:
+        NonFiniteError: weights or optimiser states in it are not finite; it is deleted then.
+    """
     temporary, old = (directory.with_name(directory.name + end) for end in (".tmp", ".old"))
     for leftover in (temporary, old):
         shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir(parents=True)
     yield temporary
+    problem = find_non_finite_in(temporary)
+    if problem is not None:
+        shutil.rmtree(temporary)
+        raise NonFiniteError(f"{directory} was not written: {problem}")
     for file in files_of(temporary):
         _sync(file)
     if directory.is_dir():

@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from rlhf.checkpoint.files import complete_or_nothing
+from rlhf.checkpoint.finite import read_changes
 from rlhf.config import InputError, StageConfig, save_config
 from rlhf.metrics import warn
 
@@ -40,6 +41,8 @@ class StageRecord:
         score_mean: mean of the reward model's scores of `normalization.completions` (raw units).
         score_std: their standard deviation.
         metrics: final figures of the stage.
+        changes: settings that changed on resume after a number was not finite, oldest first:
+            `after_step`, `changed`.
     """
 
     stage: str
@@ -56,6 +59,7 @@ class StageRecord:
     score_std: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    changes: list[dict[str, Any]] = field(default_factory=list)
 
 
 # --- Writing and reading a stage directory -------------------------------------------------------
@@ -82,6 +86,7 @@ def make_record(
         seed=config.seed,
         prompts=prompts,
         versions={name: version(name) for name in PACKAGES},
+        changes=read_changes(config.stage_dir(stage)),
     )
 
 

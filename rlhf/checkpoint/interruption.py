@@ -1,4 +1,5 @@
-"""Stopping a run: SIGTERM and the first Ctrl-C let the step end and a checkpoint be saved."""
+"""Stopping a run: SIGTERM and the first Ctrl-C let the step end and a checkpoint be saved; a number
+that is not finite ends it with a command that goes on from before."""
 
 from __future__ import annotations
 
@@ -10,7 +11,9 @@ from typing import Any
 
 import torch
 
-from rlhf.checkpoint.resume import latest_checkpoint
+from rlhf.checkpoint.finite import write_stop
+from rlhf.checkpoint.resume import complete_checkpoints, latest_checkpoint, step_of
+from rlhf.config import InputError, PPOStageConfig, RewardStageConfig, SFTStageConfig, StageConfig
 from rlhf.metrics import is_main_process
 
 REPEAT_SECONDS = 5.0  # an exception raised while Python destroys an object is lost: raise it again
@@ -77,6 +80,51 @@ class GracefulStop:
             own = torch.tensor([self.signal or 0], device=state.device)
             self.signal = int(gather(own).max()) or None
         return self.signal is not None
+
+
+def explain_stop(
+    config: StageConfig,
+    directory: Path,
+    error: InputError,
+    step: int,
+    spoilt: bool,
+    dtype: torch.dtype,
+) -> InputError:
+    """Note in the stage directory that a run ends as a number is not finite, and add to the error
+    how to go on.
+
+    Args:
+        step: optimiser step or update that was not finished.
+        spoilt: the weights after the step before gave the number, so that it would come again.
+        dtype: of the weights.
+    """
+    if is_main_process():
+        write_stop(directory, step, str(error))
+    checkpoints = complete_checkpoints(directory)
+    usable = [path for path in checkpoints if step_of(path) < step - spoilt]
+    if not usable:
+        way = "No checkpoint is from before: start again with the same command, overwrite=true and"
+    else:
+        newer = ", ".join(str(path) for path in checkpoints if path not in usable)
+        delete = f"delete {newer}, whose weights gave it, and " if newer else ""
+        given = "the same command, but overwrite=true," if config.overwrite else "the same command"
+        way = f"To go on from {usable[-1]}, {delete}give {given} with resume=true"
+    lower = [f"{name}={rate / 10:g}" for name, rate in _learning_rates(config).items()]
+    remedy = "model.dtype=float32" if dtype == torch.float16 else " ".join(lower)
+    also = "" if config.precision == "float32" else "; precision=float32 may help too"
+    return InputError(f"{error}. {way} {remedy}{also}")
+
+
+def _learning_rates(config: StageConfig) -> dict[str, float]:
+    """The learning rates that a stage trains with, none of them absurdly high."""
+    rates: dict[str, float] = {}
+    if isinstance(config, SFTStageConfig | RewardStageConfig):
+        rates["trainer.learning_rate"] = float(config.trainer.get("learning_rate", 5e-5))
+    if isinstance(config, PPOStageConfig):
+        rates["ppo.learning_rate"] = config.ppo.learning_rate
+        if config.ppo.advantage == "gae":
+            rates["critic.learning_rate"] = config.critic.learning_rate
+    return {name: min(rate, 1e-2) for name, rate in rates.items()}
 
 
 def _write(text: str) -> None:

@@ -18,6 +18,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from rlhf.checkpoint.files import MANIFEST, find_damage, read_manifest, write_manifest
+from rlhf.checkpoint.finite import ADJUSTABLE, read_changes, record_changes, stopped_after
 from rlhf.checkpoint.handoff import StageRecord, read_record
 from rlhf.config import InputError, StageConfig
 from rlhf.metrics import IDENTITY, read_identity, say, warn
@@ -145,6 +146,7 @@ def seal(checkpoint: Path, directory: Path, best: int | None = None) -> None:
         "run": read_identity(directory),
         "processes": _num_processes(),
         "best": best,
+        "changes": read_changes(directory),
         "logs": {file.name: file.stat().st_size for file in sorted(directory.glob("*.jsonl"))},
     }
     write_manifest(checkpoint, facts)
@@ -220,8 +222,11 @@ def _resume(config: StageConfig, directory: Path) -> Path | None:
         damaged[candidate] = problem
     if intact:
         _check_same_run(intact, directory)
-        for line in _check_same_config(config, intact):
-            say(f"changed, without effect on what is trained: {line}")
+        changed = _check_same_config(config, intact)
+        adjusted = [line for key, line in changed.items() if not _is_harmless(key)]
+        for line in changed.values():
+            effect = "after the stop" if line in adjusted else "without effect on what is trained"
+            say(f"changed, {effect}: {line}")
     for checkpoint, problem in damaged.items():
         aside = checkpoint.with_name(checkpoint.name + ".damaged")
         shutil.rmtree(aside, ignore_errors=True)
@@ -229,6 +234,8 @@ def _resume(config: StageConfig, directory: Path) -> Path | None:
         instead = f"{intact} is used instead" if intact else "no earlier one is intact"
         warn(f"{checkpoint} is damaged: {problem}; {instead} (the damaged one is now {aside.name})")
     _cut_logs(directory, _facts(intact)["logs"] if intact else {})
+    if intact:
+        record_changes(directory, step_of(intact), adjusted)
     say(f"resuming from {intact}" if intact else "no checkpoint to resume from: starting afresh")
     return intact
 
@@ -255,15 +262,18 @@ def _check_same_run(checkpoint: Path, directory: Path) -> None:
         )
 
 
-def _check_same_config(config: StageConfig, directory: Path) -> list[str]:
+def _check_same_config(config: StageConfig, directory: Path) -> dict[str, str]:
     """Compare with the configuration that a directory was written with; return what differs.
 
     Raises:
-        InputError: some of it is not harmless.
+        InputError: some of it is not harmless, and the run did not stop at a number that is not
+            finite, after which the settings in `ADJUSTABLE` may change.
     """
     was, now = _settings_of(directory), _settings(config)
     manifest = read_manifest(directory)  # a checkpoint has one, `final/` has none
+    stop = None
     if manifest is not None:
+        stop = stopped_after(directory.parent, step_of(directory))
         was["number of processes"] = manifest["processes"]
         now["number of processes"] = _num_processes()
     lines = {
@@ -271,15 +281,17 @@ def _check_same_config(config: StageConfig, directory: Path) -> list[str]:
         for key in sorted(was.keys() | now.keys())
         if was.get(key) != now.get(key)
     }
-    refused = [line for key, line in lines.items() if not _is_harmless(key)]
+    allowed = ADJUSTABLE if stop is not None else ()
+    refused = [lines[key] for key in lines if not _is_harmless(key) and key not in allowed]
     if refused:
+        also = f" (only {', '.join(allowed)} may change after the stop)" if allowed else ""
         raise InputError(
             f"{directory} was written with another configuration:\n  "
             + "\n  ".join(refused)
-            + "\nA resumed run must end as if it had never stopped: give these their old values, "
-            "or start another run under its own run_name"
+            + "\nA resumed run must end as if it had never stopped: give these their old values"
+            f"{also}, or start another run under its own run_name"
         )
-    return list(lines.values())
+    return lines
 
 
 def _settings_of(directory: Path) -> dict[str, Any]:

@@ -58,6 +58,7 @@ class Evaluator:
                 trainer.accelerator,
                 with_values=False,
             )
+        trainer.require_finite(rollout, "logprobs", "ref_logprobs", "scores")
         responses = response_texts(rollout, actors.tokenizer)
         figures = {
             "score": rollout.scores,

@@ -22,7 +22,8 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rlhf.config import InputError, PPOConfig, PPOStageConfig
+from rlhf.checkpoint import NonFiniteError
+from rlhf.config import PPOConfig, PPOStageConfig
 from rlhf.functional import (
     kl_estimate,
     masked_sum,
@@ -50,6 +51,7 @@ class Optimization:
     Attributes:
         optimizers: `policy` and, with a critic, `critic`: AdamW, by default with eps 1e-5 and
             without weight decay (N, N+).
+        num_steps: optimiser steps made in this update so far.
         averages: exponential moving averages of the policy's trainable weights, None when off.
     """
 
@@ -70,6 +72,7 @@ class Optimization:
         """
         self.config, self.sampling, self.texts = config, sampling, texts
         self.accelerator, self.directory, self.update = accelerator, directory, 0
+        self.num_steps = 0
         self.kl_coef = config.ppo.kl_coef  # where the penalty stands in the loss
         self.has_critic = actors.critic is not None
         rates = {"policy": config.ppo.learning_rate}
@@ -115,9 +118,11 @@ class Optimization:
                     stats = {n: stats[n] for n in (*EXTREMES, "approx_kl", "clip_fraction")}
                     all_stats.append(stats)
                     return rates | _summary(all_stats, ppo.num_ppo_epochs - epoch)
+                batch = rollout.select(minibatch)
                 if self.texts:
-                    stats |= self._accumulate_ptx(epoch * ppo.num_mini_batches + number)
-                all_stats.append(stats | self._step(rollout.select(minibatch)))
+                    stats |= self._accumulate_ptx(epoch * ppo.num_mini_batches + number, batch)
+                all_stats.append(stats | self._step(batch))
+                self.num_steps += 1
         return rates | _summary(all_stats, 0)
 
     @property
@@ -196,7 +201,7 @@ class Optimization:
             **{name: value for name, value in stats.items() if name != "num_tokens"},
         }
 
-    def _accumulate_ptx(self, step: int) -> dict[str, float]:
+    def _accumulate_ptx(self, step: int, batch: Rollout) -> dict[str, float]:
         """Accumulate the gradient of `ptx.coef` x the mean loss per token over this step's texts.
 
         InstructGPT (eq. 2) adds 27.8 x the mean log-likelihood of the pretraining text to the
@@ -221,7 +226,9 @@ class Optimization:
                 self.accelerator.backward(ptx.coef * loss)
             total += loss.detach()
         mean = self.accelerator.reduce(total, reduction="sum") / world
-        return {"ptx_loss": float(mean)}
+        stats = {"ptx_loss": float(mean)}
+        self.require_finite(stats, batch)
+        return stats
 
     def _reduce(
         self, sums: dict[str, Tensor], num_tokens: float, share: Rollout
@@ -249,17 +256,17 @@ class Optimization:
         """Stop the run if a value is not finite, with the batch that made it saved.
 
         Raises:
-            InputError: names the values, the update, the file and what to change.
+            NonFiniteError: names the values, the update and the file.
         """
-        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        bad = {name: value for name, value in values.items() if not math.isfinite(value)}
         if not bad:
             return
         file = self.directory / f"non_finite_batch_{self.accelerator.process_index}.safetensors"
         save_file({k: v.contiguous() for k, v in vars(batch).items()}, file)
-        raise InputError(
-            f"{', '.join(bad)} is not finite in update {self.update + 1}; nothing was updated with "
-            f"it and the batch is in {file}. Lower ppo.learning_rate or critic.learning_rate, or "
-            "use precision=float32; resume=true continues from the last checkpoint"
+        raise NonFiniteError(
+            f"{', '.join(bad)} is not finite in update {self.update + 1}; got "
+            f"{', '.join(map(str, bad.values()))}, nothing was updated with it, and the batch is "
+            f"in {file}"
         )
 
     def _step(self, minibatch: Rollout) -> dict[str, float]:

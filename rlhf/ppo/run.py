@@ -9,7 +9,9 @@ from typing import Any
 
 from rlhf.checkpoint import (
     GracefulStop,
+    NonFiniteError,
     checkpoint_to_resume,
+    explain_stop,
     load_modules,
     load_training_state,
     make_record,
@@ -86,11 +88,17 @@ class Run:
         trainer = self.trainer
         self._resume()
         writer = MetricsWriter(self.directory, self.config, "ppo")
-        with GracefulStop(self.config.checkpoint.grace_seconds, self.directory) as stop:
-            interrupted = self._train(writer, stop)
-        writer.close()
-        if not interrupted:
-            return self._finish()
+        try:
+            with GracefulStop(self.config.checkpoint.grace_seconds, self.directory) as stop:
+                interrupted = self._train(writer, stop)
+            if not interrupted:
+                return self._finish()
+        except NonFiniteError as error:
+            spoilt = not trainer.optimization.num_steps
+            step, dtype = trainer.update + 1, trainer.actors.policy.dtype
+            raise explain_stop(self.config, self.directory, error, step, spoilt, dtype) from error
+        finally:
+            writer.close()
         say(f"stopped after update {trainer.update}; continue with resume=true")
         return PPOResult(None, self.before, self.last, trainer.update, stopped_by=stop.signal)
 

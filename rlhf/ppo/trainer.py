@@ -98,7 +98,8 @@ class PPOTrainer:
     def collect(self) -> Rollout:
         """Sample `samples_per_prompt` responses to each of this update's prompts and evaluate
         them."""
-        ppo, self.optimization.update = self.config.ppo, self.update
+        ppo = self.config.ppo
+        self.optimization.update, self.optimization.num_steps = self.update, 0
         num_prompts = ppo.batch_size // ppo.samples_per_prompt
         numbers = range(self.update * num_prompts, (self.update + 1) * num_prompts)
         rows = stream_rows(numbers, len(self.prompts), (self.config.seed,))
@@ -113,10 +114,14 @@ class PPOTrainer:
             self.accelerator,
             self.optimization.minibatches(0, ppo.batch_size),
         )
-        read = {name: getattr(rollout, name) for name in ("logprobs", "ref_logprobs", "values")}
-        sums = {name: float(tensor.sum()) for name, tensor in read.items()}
-        self.optimization.require_finite(sums, rollout)
+        self.require_finite(rollout, "logprobs", "ref_logprobs", "values", "scores")
         return rollout
+
+    def require_finite(self, rollout: Rollout, *names: str, **others: Tensor) -> None:
+        """Stop the run if fields of a rollout, or other tensors made of it, are not finite."""
+        tensors = {name: getattr(rollout, name) for name in names} | others
+        sums = {name: float(tensor.sum()) for name, tensor in tensors.items()}
+        self.optimization.require_finite(sums, rollout)
 
     def shape_rewards(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """Put the KL penalty on every token and the score on the last (Z, S, IG, N, N+).
@@ -144,6 +149,7 @@ class PPOTrainer:
         rewards = shape_rewards(at_end, kl, mask, kl_coef) + dense
         if ppo.whiten_rewards:  # N: scaled, but not shifted
             rewards = whiten(rewards, mask, center=False)
+        self.require_finite(rollout, rewards=rewards)
         return kl, rewards
 
     def estimate_advantages(self, rollout: Rollout, rewards: Tensor) -> dict[str, float]:
@@ -155,6 +161,7 @@ class PPOTrainer:
             whitened = ppo.advantage in WHITENED
         rollout.advantages = whiten(advantages, mask) if whitened else advantages
         rollout.returns = returns
+        self.require_finite(rollout, "advantages", "returns")
         metrics = {
             "return": float(masked_mean(returns, mask)),
             "advantage_std": float(advantages[mask].std(unbiased=False)),

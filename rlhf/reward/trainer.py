@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from rlhf.config import InputError, RewardConfig
+from rlhf.finite_trainer import FiniteTrainer
 from rlhf.functional import ranking_loss
 from rlhf.models import sequence_scores
 from rlhf.reward.report import RankingReport, ranking_report
@@ -28,7 +29,7 @@ from rlhf.training import describe_batches
 Row = dict[str, Any]
 
 
-class RankingTrainer(Trainer):
+class RankingTrainer(FiniteTrainer):
     """A Trainer whose rows are prompts with all their ranked responses."""
 
     def __init__(

@@ -36,6 +36,7 @@ from rlhf.data import (
     prompt_of,
     split_conversations,
 )
+from rlhf.finite_trainer import FiniteTrainer
 from rlhf.generation import context_length, generate, sampling_for, uniform_noise
 from rlhf.metrics import append_jsonl, quiet_libraries, read_jsonl, say, table, warn
 from rlhf.models import (
@@ -76,6 +77,10 @@ class SFTResult:
     stopped_by: int | None = None
 
 
+class FiniteSFTTrainer(FiniteTrainer, SFTTrainer):
+    """TRL's Trainer, which stops at numbers that are not finite."""
+
+
 def train_sft(config: SFTStageConfig) -> SFTResult:
     """Fine-tune a causal language model on demonstrations.
 
@@ -111,7 +116,7 @@ def train_sft(config: SFTStageConfig) -> SFTResult:
     packing = ", fewer with packing" if args.packing else ""
     say(f"     {describe_batches(args, len(train), 'rows')}{packing}")
     say("\n".join(what + lines))
-    trainer = SFTTrainer(
+    trainer = FiniteSFTTrainer(
         model=model,
         args=args,
         train_dataset=Dataset.from_list(train),

@@ -1,0 +1,102 @@
+"""A transformers Trainer that neither trains on, nor saves, nor continues from numbers that are not
+finite; and one that takes a lower learning rate after it has stopped for such a number."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer
+
+from rlhf.checkpoint import NonFiniteError, find_non_finite, optimizer_tensors
+from rlhf.config import InputError
+
+MAX_SKIPPED = 20  # a loss scaler starts at 2^16 and halves: it has passed through 2^-4 by then
+
+
+class FiniteTrainer(Trainer):
+    """A Trainer that stops, on all processes alike, before a loss or gradient that is not finite
+    reaches the weights, and saves no weight or optimiser state that is not finite.
+
+    Under a loss scaler (trainer.fp16) such gradients belong to the search for the scale, and their
+    steps are skipped: there it stops after `MAX_SKIPPED` in a row.
+    """
+
+    _step_loss: Tensor | float = 0.0  # of this step so far
+    _num_skipped = 0  # steps in a row
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Remember the loss of each micro-batch of the step."""
+        loss = super().training_step(*args, **kwargs)
+        self._step_loss = self._step_loss + loss.detach()
+        return loss
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        """Check the step; the Trainer asks for the norm right before the optimiser steps."""
+        norm = super()._get_grad_norm(*args, **kwargs)
+        numbers = [[float(self._step_loss), 0.0 if norm is None else float(norm)]]
+        everywhere = self.accelerator.gather(torch.tensor(numbers, device=self.args.device))
+        self._step_loss = 0.0
+        names, step = ("loss", "gradient norm"), self.state.global_step + 1
+        bad = [
+            f"the {name} is {value}"
+            for row in everywhere.tolist()
+            for name, value in zip(names, row, strict=True)
+            if not math.isfinite(value)
+        ]
+        self._num_skipped = self._num_skipped + 1 if bad else 0
+        if bad and self.accelerator.scaler is None:
+            raise NonFiniteError(f"{bad[0]} in step {step}; nothing was updated with it")
+        if self._num_skipped >= MAX_SKIPPED:
+            raise NonFiniteError(
+                f"{bad[0]} in step {step}, and the loss scaler of trainer.fp16 has skipped "
+                f"{MAX_SKIPPED} steps in a row"
+            )
+        return norm
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """Save a checkpoint; none where it would hold a number that is not finite."""
+        problem = _find_non_finite(self)
+        if problem is not None:
+            raise NonFiniteError(f"checkpoint-{self.state.global_step} was not written: {problem}")
+        super().save_model(*args, **kwargs)
+
+
+def require_finite_state(trainer: Trainer, checkpoint: Path) -> None:
+    """Refuse weights and optimiser states that were saved before anything looked at them.
+
+    Raises:
+        InputError: one of them is not finite.
+    """
+    problem = _find_non_finite(trainer)
+    if problem is not None:
+        raise InputError(
+            f"{checkpoint}: {problem}; delete it, and resume=true continues from the one before"
+        )
+
+
+def _find_non_finite(trainer: Trainer) -> str | None:
+    """Look through the weights and optimiser states of a Trainer, on each process its own."""
+    weights = trainer.accelerator.unwrap_model(trainer.model).state_dict()
+    tensors = itertools.chain(weights.items(), optimizer_tensors(trainer.optimizer))
+    problems = gather_object([find_non_finite(tensors)])
+    return next((problem for problem in problems if problem is not None), None)
+
+
+def set_learning_rate(trainer: Trainer) -> None:
+    """Take the learning rate and the warm-up of the configuration: the Trainer restored those of
+    the checkpoint, which differ where the run goes on with a lower rate."""
+    schedule: Any = trainer.lr_scheduler
+    if not isinstance(schedule, LambdaLR) or trainer.is_deepspeed_enabled:
+        return
+    rate = trainer.args.learning_rate
+    schedule.base_lrs = [rate for _ in schedule.base_lrs]
+    schedule._last_lr = [rate * factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+    for group, now in zip(schedule.optimizer.param_groups, schedule._last_lr, strict=True):
+        group["initial_lr"], group["lr"] = rate, now

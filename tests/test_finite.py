@@ -1,0 +1,214 @@
+"""Nothing that is not finite is trained on, saved or loaded; a run that met such a number stops and
+can go on with other settings.
+
+Leaves out that scorers must return finite numbers (test_scorers.py).
+
+Run: python -m pytest tests/test_finite.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import tiny_model, tiny_tokenizer
+from torch.testing import assert_close
+
+from rlhf.checkpoint import (
+    NonFiniteError,
+    check_run_directory,
+    complete_checkpoints,
+    complete_or_nothing,
+    find_damage,
+    find_non_finite,
+    read_manifest,
+    read_record,
+    save_training_state,
+)
+from rlhf.checkpoint.finite import write_stop
+from rlhf.config import (
+    CheckpointConfig,
+    DatasetConfig,
+    InputError,
+    ModelConfig,
+    RewardStageConfig,
+    SFTStageConfig,
+    StageConfig,
+)
+from rlhf.metrics import read_jsonl
+from rlhf.reward import train_reward
+from rlhf.sft import train_sft
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+# --- Tensors --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_one_bad_number_anywhere_is_found_and_named(bad, dtype):
+    tensor = torch.ones(3, 5, dtype=dtype)
+    assert find_non_finite([("a", tensor)]) is None
+    for index in range(tensor.numel()):
+        changed = tensor.clone()
+        changed.view(-1)[index] = bad
+        assert find_non_finite([("a", tensor), ("b", changed)]) == f"b holds {bad}"
+
+
+def test_integers_and_empty_tensors_are_finite():
+    tensors = torch.tensor([1, 2]), torch.empty(0), torch.tensor([True]), torch.tensor(1.5)
+    assert find_non_finite((str(i), tensor) for i, tensor in enumerate(tensors)) is None
+
+
+# --- Writers --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("existing", [True, False])
+def test_a_directory_with_a_bad_tensor_is_not_written(existing, tmp_path):
+    if existing:
+        with complete_or_nothing(tmp_path / "final") as directory:
+            save_file({"head": torch.ones(2)}, directory / "model.safetensors")
+    with pytest.raises(NonFiniteError, match="not written: b.safetensors: head holds nan"):
+        with complete_or_nothing(tmp_path / "final") as directory:
+            save_file({"head": torch.ones(2)}, directory / "a.safetensors")
+            save_file({"head": torch.tensor([1.0, math.nan])}, directory / "b.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["final"] * existing
+    if existing:
+        assert [path.name for path in (tmp_path / "final").iterdir()] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("where", ["weights", "optimiser", "averages"])
+def test_a_training_state_with_a_bad_tensor_is_not_written(where, tmp_path):
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(2)).sum().backward()
+    optimizer.step()
+    averages = {"weight": torch.ones(2)}
+    tensors = {
+        "weights": model.bias.data,
+        "optimiser": optimizer.state[model.weight]["exp_avg_sq"],
+        "averages": averages["weight"],
+    }
+    tensors[where].view(-1)[0] = math.inf
+    with pytest.raises(NonFiniteError, match="checkpoint-1 was not written: .* holds inf"):
+        save_training_state(
+            tmp_path / "checkpoint-1",
+            {"policy": model, "averages": averages},
+            {"policy": optimizer},
+            {},
+            StageConfig(),
+        )
+    assert not list(tmp_path.iterdir())
+
+
+# --- Runs -----------------------------------------------------------------------------------------
+
+
+def sft_config(data: Path, folder: Path, **trainer) -> SFTStageConfig:
+    """Twelve steps on a tiny model; by the warm-up, the first step changes nothing."""
+    config = SFTStageConfig(
+        runs_dir=str(folder / "runs"),
+        model=ModelConfig(path=str(data / "policy")),
+        dataset=DatasetConfig(path=str(data / "rows.jsonl"), format="prompt_completion"),
+        num_samples=0,
+        checkpoint=CheckpointConfig(every=1, keep_last=9),
+    )
+    config.dataset.max_length, config.dataset.eval_fraction = 64, 0.2
+    config.trainer |= {"max_steps": 6, "logging_steps": 1, "warmup_steps": 4} | trainer
+    return config
+
+
+def reward_config(data: Path, folder: Path, **trainer) -> RewardStageConfig:
+    """The same of the reward stage."""
+    config = RewardStageConfig(
+        runs_dir=str(folder / "runs"),
+        model=ModelConfig(path=str(data / "policy")),
+        dataset=DatasetConfig(path=str(data / "ranked.jsonl"), format="ranked"),
+        checkpoint=CheckpointConfig(every=1, keep_last=9),
+    )
+    config.dataset.max_length, config.dataset.eval_fraction = 64, 0.2
+    config.trainer |= {"max_steps": 6, "logging_steps": 1, "warmup_steps": 4} | trainer
+    return config
+
+
+STAGES = {"sft": (sft_config, train_sft), "reward": (reward_config, train_reward)}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """A tiny policy, demonstrations and rankings."""
+    folder = tmp_path_factory.mktemp("data")
+    tokenizer = tiny_tokenizer()
+    tiny_model("llama", tokenizer).save_pretrained(folder / "policy")
+    tokenizer.save_pretrained(folder / "policy")
+    rows = [{"prompt": f"Fruit {i}?", "completion": f" An apple {i}."} for i in range(40)]
+    ranked = [
+        {"prompt": f"Fruit {i}?", "responses": ["An", f"{i}"], "ranks": [0, 1]} for i in range(40)
+    ]
+    for name, content in (("rows", rows), ("ranked", ranked)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in content))
+    return folder
+
+
+def numbers(directory: Path) -> torch.Tensor:
+    """Every weight in the safetensors files of a directory."""
+    tensors = [t for f in directory.glob("*.safetensors") for t in load_file(f).values()]
+    return torch.cat([tensor.flatten().float() for tensor in tensors])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_that_diverges_stops_and_its_advice_works(stage, data, tmp_path):
+    make, train = STAGES[stage]
+    directory = tmp_path / "runs/run" / stage
+    with pytest.raises(InputError) as stop:
+        train(make(data, tmp_path, learning_rate=1e30))
+    text = str(stop.value)
+    # the first step has the rate 0, the second leaves weights that the third cannot use
+    assert re.match(r"the (loss|gradient norm) is (nan|inf) in step 3; nothing was updated", text)
+    assert f"To go on from {directory}/checkpoint-1, delete {directory}/checkpoint-2, " in text
+    assert text.partition("with resume=true ")[2].startswith("trainer.learning_rate=0.001;")
+    assert sorted(p.name for p in directory.glob("checkpoint-*")) == [
+        "checkpoint-1",
+        "checkpoint-2",
+    ]
+    assert not (directory / "final").exists()
+    assert all(find_damage(path) is None for path in complete_checkpoints(directory))
+
+    shutil.rmtree(directory / "checkpoint-2")
+    lower = make(data, tmp_path, learning_rate=1e-3)
+    train(dataclasses.replace(lower, resume=True))
+    assert numbers(directory / "final").isfinite().all()
+    changes = [{"after_step": 1, "changed": ["trainer.learning_rate: 1e+30 -> 0.001"]}]
+    assert read_record(directory / "final").changes == changes
+    assert read_manifest(directory / "checkpoint-5")["changes"] == changes
+    rates = [r["learning_rate"] for r in read_jsonl(directory / "metrics.jsonl") if "loss" in r]
+    # step k warms up to (k - 1) / 4 of the rate; the cosine then falls over two steps
+    assert_close(rates[1:], [0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 0.5e-3])
+
+
+def test_other_rates_are_refused_without_such_a_stop_and_once_it_is_passed(data, tmp_path):
+    config = sft_config(data, tmp_path, learning_rate=1e-3, max_steps=2)
+    train_sft(config)
+    directory = tmp_path / "runs/run/sft"
+    shutil.rmtree(directory / "final")
+    lower = dataclasses.replace(
+        sft_config(data, tmp_path, learning_rate=1e-4, max_steps=2), resume=True
+    )
+    with pytest.raises(InputError, match="trainer.learning_rate: 0.001 -> 0.0001"):
+        check_run_directory(lower, "sft")
+    write_stop(directory, 1, "the loss is nan in step 1")
+    with pytest.raises(InputError, match="trainer.learning_rate: 0.001 -> 0.0001"):
+        check_run_directory(lower, "sft")
+    write_stop(directory, 2, "the loss is nan in step 2")
+    check_run_directory(lower, "sft")
+    lower.seed = 2
+    with pytest.raises(InputError, match=r"seed: 1 -> 2\n.*only precision, .* may change after"):
+        check_run_directory(lower, "sft")
