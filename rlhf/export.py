@@ -156,7 +156,14 @@ def _policy_of(path: Path, stage: str, config: StageConfig, tokenizer: Any) -> A
     from safetensors.torch import load_file
 
     from rlhf.checkpoint import load_modules
-    from rlhf.models import add_lora, load_policy, merged, sample_as_trained, unwrap_peft
+    from rlhf.models import (
+        add_lora,
+        load_policy,
+        merged,
+        new_token_rows,
+        sample_as_trained,
+        unwrap_peft,
+    )
 
     if stage == "sft" and not config.peft.enabled:  # the transformers Trainer writes all of it
         own = dataclasses.replace(config.model, path=str(path), revision=None)
@@ -164,7 +171,8 @@ def _policy_of(path: Path, stage: str, config: StageConfig, tokenizer: Any) -> A
     torch.manual_seed(config.seed)  # a model from model.config has random weights
     model: Any = load_policy(config.model, tokenizer)
     if config.peft.enabled:
-        model = add_lora(model, config.peft, "CAUSAL_LM", config.seed)
+        rows = new_token_rows(tokenizer, config.model, config.peft)
+        model = add_lora(model, config.peft, "CAUSAL_LM", config.seed, rows)
     if stage == "sft":
         set_peft_model_state_dict(model, load_file(path / "adapter_model.safetensors"))
     else:

@@ -179,6 +179,7 @@ BAD_VALUES = [
     ("sft", {"dataset.max_eval_rows": 0}, "dataset.max_eval_rows must be >= 1, got 0"),
     ("sft", {"peft.r": 0}, "peft.r must be >= 1, got 0"),
     ("sft", {"peft.dropout": 1.1}, "peft.dropout must lie in [0, 1], got 1.1"),
+    ("sft", {"peft.train_new_tokens": "maybe"}, "peft.train_new_tokens must be one of true, false"),
     ("sft", {"run_name": "a/b"}, "run_name must be one folder name, got 'a/b'"),
     ("sft", {"run_name": ""}, "run_name must be one folder name, got ''"),
     ("sft", {"run_name": ".."}, "run_name must be one folder name, got '..'"),

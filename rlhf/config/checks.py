@@ -119,8 +119,8 @@ def _rules(config: StageConfig) -> Iterable[tuple[bool, str]]:
     yield within("dataset.eval_fraction", 0, 0.9)
     yield at_least("dataset.max_length", 2)
     yield from (at_least(f"dataset.{name}", 1) for name in ("max_rows", "max_eval_rows"))
-    yield at_least("peft.r", 1)
-    yield within("peft.dropout", 0, 1)
+    yield from (at_least("peft.r", 1), within("peft.dropout", 0, 1))
+    yield one_of("peft.train_new_tokens", (True, False, "auto"))
     yield (
         "/" not in config.run_name and config.run_name not in ("", ".", ".."),
         f"run_name must be one folder name, got {config.run_name!r}",

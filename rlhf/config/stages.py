@@ -67,6 +67,7 @@ class PeftConfig:
     alpha: int = 32
     dropout: float = 0.0
     target_modules: list[str] | None = None
+    train_new_tokens: bool | str = "auto"
 
 
 @dataclass

@@ -10,7 +10,7 @@ the same positions.
 Left out: sharded models.
 """
 
-from rlhf.models.adapters import add_lora, merged
+from rlhf.models.adapters import add_lora, merged, new_token_rows
 from rlhf.models.answers import StopStrings, before_stop, response_text
 from rlhf.models.dropout import disable_dropout
 from rlhf.models.forward import (
@@ -64,6 +64,7 @@ __all__ = [
     "load_tokenizer",
     "merged",
     "mend_sampling_settings",
+    "new_token_rows",
     "num_tokens",
     "parameter_count",
     "position_ids_from_mask",

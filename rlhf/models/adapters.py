@@ -1,31 +1,62 @@
-"""LoRA adapters: put on a model, merged into its weights."""
+"""LoRA adapters, and the rows of new tokens: put on a model, merged into its weights."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.utils import TrainableTokensWrapper
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from rlhf.config import InputError, PeftConfig
+from rlhf.config import InputError, ModelConfig, PeftConfig
+from rlhf.data import stop_strings
 from rlhf.models.forward import HEAD
 from rlhf.models.quantization import dequantized_weight, is_quantized
 
 
-def add_lora(model: PreTrainedModel, config: PeftConfig, task_type: str, seed: int) -> Any:
+def new_token_rows(
+    tokenizer: PreTrainedTokenizerBase, model: ModelConfig, config: PeftConfig
+) -> list[int]:
+    """Ids of `model.special_tokens` whose rows are trained next to the adapters.
+
+    With `peft.train_new_tokens=auto` these are all of them where one is the EOS, a stop string or a
+    part of the chat template, and else none. All new rows are equal at first: a model that cannot
+    train them cannot tell one new token from another.
+    """
+    texts = [text for text in model.special_tokens if text != tokenizer.pad_token]
+    if config.train_new_tokens == "auto":
+        ends, template = {tokenizer.eos_token, *stop_strings(tokenizer)}, tokenizer.chat_template
+        if not any(text in ends or text in str(template) for text in texts):
+            return []
+    elif not config.train_new_tokens:
+        return []
+    return [cast(int, tokenizer.convert_tokens_to_ids(text)) for text in texts]
+
+
+def add_lora(
+    model: PreTrainedModel,
+    config: PeftConfig,
+    task_type: str,
+    seed: int,
+    token_rows: Sequence[int] = (),
+) -> Any:
     """Wrap a model with LoRA adapters; the scalar head of a classifier is trained in full.
 
     Args:
         task_type: "CAUSAL_LM" or "SEQ_CLS".
+        token_rows: rows of the embedding tables, input and output, that are trained too.
 
     Raises:
         InputError: a name in `peft.target_modules` fits no linear layer of the model.
     """
-    from peft import LoraConfig, get_peft_model
-
     _check_targets(model, config.target_modules)
     torch.manual_seed(seed)
     lora = LoraConfig(
@@ -35,10 +66,51 @@ def add_lora(model: PreTrainedModel, config: PeftConfig, task_type: str, seed: i
         target_modules=list(config.target_modules) if config.target_modules else "all-linear",
         exclude_modules=[HEAD] if task_type == "SEQ_CLS" else None,
         modules_to_save=[HEAD] if task_type == "SEQ_CLS" else None,
+        trainable_token_indices=_tables(model, token_rows) or None,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         task_type=task_type,
     )
-    return get_peft_model(model, lora)
+    adapted = get_peft_model(model, lora)
+    for module in adapted.modules():
+        if isinstance(module, TrainableTokensWrapper):
+            module.__class__ = _TableRows
+            module.token_adapter.__class__ = _Rows
+    return adapted
+
+
+def _tables(model: PreTrainedModel, rows: Sequence[int]) -> dict[str, list[int]]:
+    """Name of each embedding table -> its rows that are trained; PEFT adds a tied head itself."""
+    tables = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if tables[1] is not None and model.config.tie_word_embeddings:
+        tables.pop()
+    names = {id(module): name for name, module in model.named_modules()}
+    return {names[id(table)]: list(rows) for table in tables if table is not None and rows}
+
+
+class _TableRows(TrainableTokensWrapper):
+    """As PEFT's wrapper of an embedding table, but every attribute of the table can be read: TRL
+    reads the bias of the head."""
+
+    def _hasattr_wrapped(self, name: str, modules: Any) -> bool:
+        return True
+
+    def _getattr_wrapped(self, name: str, modules: Any) -> Any:
+        if name == "weight":
+            return super()._getattr_wrapped(name, modules)
+        return getattr(modules["token_adapter"].get_base_layer(), name)
+
+
+class _Rows(TrainableTokensLayer):
+    """As PEFT's layer, but a head keeps its bias (GPT-J and Phi have one)."""
+
+    def forward_adapters(
+        self, x: Tensor, active_adapters: Any, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        table: Any = self.get_base_layer()
+        off = self.disable_adapters or self.merged or not active_adapters
+        if off or not isinstance(table, nn.Linear):
+            return super().forward_adapters(x, active_adapters, *args, **kwargs)
+        return F.linear(x, self.get_merged_weights(active_adapters), table.bias)
 
 
 def _check_targets(model: PreTrainedModel, targets: list[str] | None) -> None:
@@ -60,8 +132,6 @@ def _check_targets(model: PreTrainedModel, targets: list[str] | None) -> None:
 def merged(model: Any) -> PreTrainedModel:
     """Return the plain model; adapters, if there are any, are merged into copies of the weights in
     main memory, and what bitsandbytes has quantised is dequantised first."""
-    from peft import PeftModel
-
     if not isinstance(model, PeftModel):
         return model
     base = cast(Any, model.get_base_model())
@@ -79,15 +149,17 @@ def merged(model: Any) -> PreTrainedModel:
 
 def _merged_state(base: nn.Module, adapter: str, plain: nn.Module) -> dict[str, Tensor]:
     """Weights of the plain model: copies in main memory, with the adapter's share added."""
-    from peft.tuners.lora import LoraLayer
-
     names = plain.state_dict().keys()  # leaves out adapters, and the scales of quantised weights
     state = {}
     for key, value in base.state_dict().items():
-        name = key.replace(".base_layer", "").replace(f".modules_to_save.{adapter}", "")
+        name = key.replace(f".modules_to_save.{adapter}", "")
+        name = name.replace(".token_adapter", "").replace(".base_layer", "")
         if name in names and ".original_module" not in key:
             state[name] = value.detach().to("cpu", copy=True)
     for name, module in base.named_modules():
+        if isinstance(module, TrainableTokensLayer):
+            weight = module.get_merged_weights([adapter]).detach()
+            state[f"{name.removesuffix('.token_adapter')}.weight"] = weight.to("cpu", copy=True)
         key = f"{name}.weight"
         if key not in names:
             continue

@@ -28,6 +28,7 @@ from rlhf.models import (
     load_reference,
     load_reward_model,
     load_tokenizer,
+    new_token_rows,
     parameter_count,
     sample_as_trained,
 )
@@ -76,9 +77,10 @@ def load_actors(
     critic = _load_critic(config, tokenizer) if config.ppo.advantage == "gae" else None
     if config.peft.enabled:
         # the policy with its adapters off is the reference
-        policy = add_lora(policy, config.peft, "CAUSAL_LM", config.seed)
+        rows = new_token_rows(tokenizer, config.model, config.peft)
+        policy = add_lora(policy, config.peft, "CAUSAL_LM", config.seed, rows)
         if critic is not None:
-            critic.model = add_lora(critic.model, config.peft, "SEQ_CLS", config.seed)
+            critic.model = add_lora(critic.model, config.peft, "SEQ_CLS", config.seed, rows)
     else:
         reference = load_reference(config.model, tokenizer).to(device)
     for model in (policy, critic):

@@ -34,6 +34,7 @@ from rlhf.models import (
     init_reward_model,
     load_tokenizer,
     merged,
+    new_token_rows,
     parameter_count,
 )
 from rlhf.reward.completions import load_completions
@@ -97,7 +98,8 @@ def train_reward(config: RewardStageConfig) -> RewardResult:
     heldout, too_long_heldout = encode_ranked(splits.eval, tokenizer, config.dataset.max_length)
     plan = plan_batches(train, config.reward, args.world_size)
     if config.peft.enabled:
-        model = add_lora(model, config.peft, "SEQ_CLS", config.seed)
+        rows = new_token_rows(tokenizer, config.model, config.peft)
+        model = add_lora(model, config.peft, "SEQ_CLS", config.seed, rows)
     directory = prepare_run_directory(config, "reward")
     total, trainable = parameter_count(model)
     say(f"reward: {total:,} parameters, {trainable:,} trainable; {len(heldout)} held-out prompts")

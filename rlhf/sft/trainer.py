@@ -45,6 +45,7 @@ from rlhf.models import (
     load_tokenizer,
     mend_sampling_settings,
     merged,
+    new_token_rows,
     parameter_count,
     response_text,
 )
@@ -109,7 +110,8 @@ def train_sft(config: SFTStageConfig) -> SFTResult:
     check_max_length(config, model)
     splits, train, heldout, what = encode_splits(splits, tokenizer, config)
     if config.peft.enabled:
-        model = add_lora(model, config.peft, "CAUSAL_LM", config.seed)
+        rows = new_token_rows(tokenizer, config.model, config.peft)
+        model = add_lora(model, config.peft, "CAUSAL_LM", config.seed, rows)
     directory = prepare_run_directory(config, "sft")
     total, trainable = parameter_count(model)
     say(f"sft: {total:,} parameters, {trainable:,} trainable; {len(heldout)} held-out rows")
@@ -136,10 +138,12 @@ def train_sft(config: SFTStageConfig) -> SFTResult:
 def _warn_about_words(config: SFTStageConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Warn where the words of the prompts are not what the model knows or learns."""
     warn_about_template(read_record(config.model.path or ""), tokenizer, config.model.path)
-    if config.peft.enabled and config.model.special_tokens:
+    rows = new_token_rows(tokenizer, config.model, config.peft)
+    if config.peft.enabled and config.model.special_tokens and not rows:
         warn(
-            "peft.enabled=true trains no embeddings: new tokens of model.special_tokens keep the "
-            "mean of the old rows; train in full, or set model.special_tokens=[]"
+            f"peft.train_new_tokens={config.peft.train_new_tokens}: new tokens of "
+            "model.special_tokens keep the mean of the old rows, so that the model cannot tell "
+            "them apart; set peft.train_new_tokens=true"
         )
 
 
