@@ -272,7 +272,7 @@ def _load(options: ChatOptions, path: str, field: str) -> tuple[Any, Any, Any, b
     import transformers
 
     from rlhf.checkpoint import require_stage
-    from rlhf.models import load_policy, load_tokenizer
+    from rlhf.models import load_policy, load_tokenizer, read_tokenizer
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -289,14 +289,10 @@ def _load(options: ChatOptions, path: str, field: str) -> tuple[Any, Any, Any, b
         )
     record = require_stage(path, ("sft", "ppo"), field)
     config = ModelConfig(path=path, dtype="auto", chat_template=options.chat_template)
-    try:
-        tokenizer = load_tokenizer(config)
-        model: Any = load_policy(config, tokenizer)
-    except InputError as error:
-        text = str(error).replace("model.path=", f"{field}=").replace("model.chat", "chat")
-        raise InputError(text) from error
+    tokenizer = load_tokenizer(config, field)
+    model: Any = load_policy(config, tokenizer, field)
     # `load_tokenizer` has put a template in where there was none; a stage has saved it
-    own = record or transformers.AutoTokenizer.from_pretrained(path).chat_template
+    own = record or read_tokenizer(config, field).chat_template
     return model.to(device), tokenizer, record, bool(own)
 
 

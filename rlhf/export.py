@@ -3,7 +3,8 @@
 What `from_pretrained`, `transformers serve` and every other reader of Hugging Face directories
 load is made of a directory that holds adapters or the state of a run. Options, each as key=value:
 
-    path    checkpoint-N of an SFT or PPO run, a PEFT adapter directory, or a model directory
+    path    checkpoint-N of an SFT or PPO run, or a model: whole, or a PEFT adapter; directory or
+            Hub id
     out     directory to write; must be new or empty
     dtype   float32, bfloat16, float16, or auto, as it is stored (the default); the head of a reward
             model stays in float32
@@ -36,7 +37,7 @@ from rlhf.config import (
 )
 from rlhf.config.stages import DTYPES
 
-CONFIG, ADAPTER = "config.yaml", "adapter_config.json"
+CONFIG = "config.yaml"
 
 
 @dataclass
@@ -60,16 +61,17 @@ def export(options: ExportOptions) -> None:
     from rlhf.checkpoint import complete_or_nothing, require_stage
     from rlhf.checkpoint.handoff import RECORD
     from rlhf.metrics import say
-    from rlhf.models import mend_sampling_settings
+    from rlhf.models import local_directory, mend_sampling_settings
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    path, out, record = Path(str(options.path)), Path(str(options.out)), None
+    path, out = local_directory(options.path, "path", weights=False), Path(str(options.out))
+    record = None
     if (path / CONFIG).is_file() and not (path / RECORD).is_file():
         model, tokenizer, record = load_checkpoint(path)
     else:
         require_stage(path, tuple(STAGES), "path")
-        model, tokenizer = load_directory(path)
+        model, tokenizer = load_directory(str(options.path))
     for line in mend_sampling_settings(model):
         say(line)
     if options.dtype != "auto":
@@ -90,7 +92,7 @@ def _check(options: ExportOptions) -> None:
     for name in ("path", "out"):
         if not getattr(options, name):
             raise InputError(f"{name} is missing; write path=<directory> out=<new directory>")
-    if not Path(str(options.path)).is_dir():
+    if not Path(str(options.path)).is_dir() and "/" not in str(options.path):
         raise InputError(f"path={options.path}: no such directory")
     if options.dtype not in DTYPES:
         hint = nearest(options.dtype, DTYPES)
@@ -152,12 +154,12 @@ def load_checkpoint(path: Path) -> tuple[Any, Any, Any]:
 def _policy_of(path: Path, stage: str, config: StageConfig, tokenizer: Any) -> Any:
     """Build the model as the stage does, and give it the weights of the checkpoint."""
     import torch
-    from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
     from rlhf.checkpoint import load_modules
     from rlhf.models import (
         add_lora,
+        load_adapter,
         load_policy,
         merged,
         new_token_rows,
@@ -174,7 +176,7 @@ def _policy_of(path: Path, stage: str, config: StageConfig, tokenizer: Any) -> A
         rows = new_token_rows(tokenizer, config.model, config.peft)
         model = add_lora(model, config.peft, "CAUSAL_LM", config.seed, rows)
     if stage == "sft":
-        set_peft_model_state_dict(model, load_file(path / "adapter_model.safetensors"))
+        load_adapter(model, load_file(path / "adapter_model.safetensors"), f"path={path}")
     else:
         averaged = (path / "averages.safetensors").is_file()
         load_modules(path, {"averages" if averaged else "policy": model})
@@ -183,54 +185,20 @@ def _policy_of(path: Path, stage: str, config: StageConfig, tokenizer: Any) -> A
     return merged(model)
 
 
-def load_directory(path: Path) -> tuple[Any, Any]:
+def load_directory(path: str) -> tuple[Any, Any]:
     """Load a policy or reward model, its adapters merged, and its tokenizer as it is.
-
-    Adapters of a reward model are merged in float32.
 
     Raises:
         InputError: it cannot be loaded.
     """
-    from transformers import AutoTokenizer
+    from rlhf.models import find_source, load_policy, load_reward_model, read_tokenizer
 
-    from rlhf.models import load_policy, load_reward_model
-
-    adapter = _read(path / ADAPTER)
-    base = adapter.get("base_model_name_or_path")
-    own_tokenizer = (path / "tokenizer_config.json").is_file()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path if own_tokenizer or not base else base)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:400]
-        raise InputError(f"path={path}: its tokenizer cannot be loaded ({reason})") from error
-    config = ModelConfig(path=str(path), dtype="auto")
-    if adapter.get("task_type") == "SEQ_CLS":
-        return _merge_reward_adapter(path), tokenizer
-    architectures = _read(path / "config.json").get("architectures") or [""]
-    if architectures[0].endswith("ForSequenceClassification"):
-        return load_reward_model(config, field="path"), tokenizer
-    try:
-        return load_policy(config, tokenizer), tokenizer
-    except InputError as error:
-        raise InputError(str(error).replace("model.path=", "path=")) from error
-
-
-def _merge_reward_adapter(path: Path) -> Any:
-    import torch
-    from peft import AutoPeftModelForSequenceClassification
-
-    try:
-        model = AutoPeftModelForSequenceClassification.from_pretrained(
-            path, num_labels=1, dtype=torch.float32
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:400]
-        raise InputError(f"path={path} cannot be loaded as a reward model ({reason})") from error
-    return model.merge_and_unload()
-
-
-def _read(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    is_classifier = find_source(path, "path").is_classifier
+    config = ModelConfig(path=path, dtype="auto")
+    tokenizer = read_tokenizer(config, "path")
+    if is_classifier:
+        return load_reward_model(config, "path", encoders=True), tokenizer
+    return load_policy(config, tokenizer, "path"), tokenizer
 
 
 def _cast(model: Any, dtype: str) -> None:

@@ -21,8 +21,12 @@ from rlhf.data.canonical import show
 _DECLARATION = re.compile(r"\{#.*?#\}|\{%[-+]?\s*set\s+stop_strings\s*=", re.DOTALL)
 
 
-def chat_template_text(name_or_path: str) -> str:
-    """Return a chat template: a name in `conf/chat_template`, a .jinja file, or the text itself."""
+def chat_template_text(name_or_path: str, field: str = "model.chat_template") -> str:
+    """Return a chat template: a name in `conf/chat_template`, a .jinja file, or the text itself.
+
+    Args:
+        field: configuration key, for messages.
+    """
     if "{%" in name_or_path:
         return name_or_path
     known = {file.stem: file for file in sorted((CONF_DIR / "chat_template").glob("*.jinja"))}
@@ -30,7 +34,7 @@ def chat_template_text(name_or_path: str) -> str:
     if file.suffix == ".jinja" and file.is_file():
         return file.read_text(encoding="utf-8")
     raise InputError(
-        f"model.chat_template={name_or_path!r} is neither one of {', '.join(known)}, nor a .jinja "
+        f"{field}={name_or_path!r} is neither one of {', '.join(known)}, nor a .jinja "
         f"file that exists, nor a template's text.{nearest(name_or_path, known)}"
     )
 

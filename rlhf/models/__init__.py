@@ -16,13 +16,16 @@ from rlhf.models.dropout import disable_dropout
 from rlhf.models.forward import (
     HEAD,
     ScalarModel,
+    TextModel,
     accepts,
     forward_inputs,
+    has_linear_head,
     position_ids_from_mask,
     response_logits,
     sequence_scores,
     unwrap_peft,
 )
+from rlhf.models.hub import local_directory
 from rlhf.models.loading import (
     freeze,
     init_reward_model,
@@ -37,11 +40,14 @@ from rlhf.models.sampling_settings import (
     sample_as_trained,
     sampling_settings,
 )
+from rlhf.models.sources import find_source
+from rlhf.models.stored_adapters import load_adapter
 from rlhf.models.vocabulary import (
     PAD_TOKEN,
     forbidden_token_ids,
     load_tokenizer,
     num_tokens,
+    read_tokenizer,
     resize_embeddings,
 )
 
@@ -50,24 +56,30 @@ __all__ = [
     "PAD_TOKEN",
     "ScalarModel",
     "StopStrings",
+    "TextModel",
     "accepts",
     "add_lora",
     "before_stop",
     "disable_dropout",
+    "find_source",
     "forbidden_token_ids",
     "forward_inputs",
     "freeze",
+    "has_linear_head",
     "init_reward_model",
+    "load_adapter",
     "load_policy",
     "load_reference",
     "load_reward_model",
     "load_tokenizer",
+    "local_directory",
     "merged",
     "mend_sampling_settings",
     "new_token_rows",
     "num_tokens",
     "parameter_count",
     "position_ids_from_mask",
+    "read_tokenizer",
     "resize_embeddings",
     "response_logits",
     "response_text",

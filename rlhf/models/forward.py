@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 HEAD = "score"
+
+
+def has_linear_head(model: Any) -> bool:
+    """True for a classifier that can be read at every token: its head is a layer named `score`."""
+    return isinstance(getattr(model, HEAD, None), nn.Linear)
 
 
 def position_ids_from_mask(mask: Tensor) -> Tensor:
@@ -90,6 +96,27 @@ class ScalarModel(nn.Module):
         hidden = inner.base_model(**inputs, use_cache=False).last_hidden_state
         with torch.autocast(hidden.device.type, enabled=False):
             raw = getattr(inner, HEAD)(hidden.float()).squeeze(-1).float()  # (B, L)
+        return (raw - self.mean) / self.std
+
+
+class TextModel(nn.Module):
+    """A one-label classifier that scores a text as a whole by its own forward pass, such as BERT or
+    DeBERTa; normalised as `ScalarModel` is."""
+
+    def __init__(self, model: Any, mean: float = 0.0, std: float = 1.0):
+        super().__init__()
+        self.model, self.mean, self.std = model, mean, std
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return one score per text, (B,) float32.
+
+        Args:
+            inputs: what the model's tokenizer returns; what the model does not take is left out.
+        """
+        taken = {name: value for name, value in inputs.items() if accepts(self.model, name)}
+        if getattr(self.model.config, "type_vocab_size", None) in (0, 1):
+            taken.pop("token_type_ids", None)
+        raw = self.model(**taken).logits.squeeze(-1).float()
         return (raw - self.mean) / self.std
 
 

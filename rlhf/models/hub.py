@@ -1,44 +1,145 @@
-"""Reading from the Hub or from a directory; pickled weights are refused."""
+"""From a Hub id or a path to a directory, and calls of `from_pretrained` on it.
+
+A Hub id becomes the directory of its snapshot in the Hub's cache first, so that the same files mean
+the same thing from either place. Pickled files are never downloaded.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+
 from rlhf.config import InputError
 
+# What a loader reads besides weights; a file of another name is not what it failed at.
+JSON_FILES = [
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+    "model.safetensors.index.json",
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+]
+TEXT = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+WEIGHTS, CODE = ["*.safetensors"], ["*.py"]
+# Other formats of the same weights, and the files of other programs, which lie in folders.
+LEFT_OUT = ["consolidated*", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors"]
 
-def from_hub_or_disk(load: Callable[..., Any], path: Any, field: str, **kwargs: Any) -> Any:
-    """Call a `from_pretrained` function.
+
+def local_directory(
+    path: Any, field: str, revision: str | None = None, code: bool = False, weights: bool = True
+) -> Path:
+    """Return the directory that a path or a Hub id means; a Hub id is downloaded where it is new.
 
     Args:
-        field: name of the setting that gave the path, for messages.
+        code: whether Python files are downloaded too.
+        weights: whether weights are.
 
     Raises:
-        InputError: there is nothing to load, or only pickled weights.
+        InputError: no such directory, and no Hub model that can be reached.
     """
-    directory = Path(str(path))
+    directory, label = Path(str(path)), f"{field}={path}"
     if directory.is_dir():
-        names = [file.name for file in directory.iterdir()]
-        pickled = [
-            n
-            for n in names
-            if n.endswith((".bin", ".pt", ".pth", ".ckpt")) and n != "training_args.bin"
-        ]
-        if pickled and not any(n.endswith(".safetensors") for n in names):
-            raise InputError(
-                f"{field}={path} holds pickled weights only ({', '.join(sorted(pickled))}), which "
-                "can run code when loaded; convert them with save_pretrained, which writes "
-                "safetensors"
-            )
-    elif str(path).startswith((".", "/")) or str(path).count("/") > 1:
-        raise InputError(f"{field}={path}: no such directory")
+        return directory
+    if directory.is_file():
+        raise InputError(f"{label} is a file; give the directory that holds it: {directory.parent}")
+    if str(path).startswith((".", "/", "~")) or str(path).count("/") > 1:
+        raise InputError(f"{label}: no such directory")
+    patterns = TEXT + (WEIGHTS if weights else []) + (CODE if code else [])
     try:
-        return load(str(path), **kwargs)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:400]
+        snapshot = snapshot_download(
+            str(path), revision=revision, allow_patterns=patterns, ignore_patterns=LEFT_OUT
+        )
+    except Exception as error:  # whatever a network raises
         raise InputError(
-            f"{field}={path} cannot be loaded: it is neither a directory here nor a Hub model that "
-            f"can be reached ({type(error).__name__}: {reason})"
+            f"{label} cannot be loaded: it is neither a directory here nor a Hub model that can be "
+            f"reached ({type(error).__name__}: {one_line(error)})"
         ) from error
+    return Path(snapshot)
+
+
+def call_loader(load: Callable[..., Any], directory: Path, label: str, **kwargs: Any) -> Any:
+    """Call a `from_pretrained` function on a directory.
+
+    Args:
+        label: what to call the directory in messages, as "model.path=runs/x".
+
+    Raises:
+        InputError: it cannot be loaded; a damaged file is named.
+    """
+    try:
+        return load(str(directory), **kwargs)
+    except InputError:
+        raise
+    except Exception as error:
+        damage = find_damaged_file(directory)
+        if damage is not None:
+            raise InputError(f"{label} cannot be loaded: {damage}") from error
+        # what bad values in these files, or a library that is not installed, end in
+        expected = (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError)
+        if not isinstance(error, (*expected, StrictDataclassError)):
+            raise
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise InputError(f"{label} cannot be loaded ({reason})") from error
+
+
+def find_damaged_file(directory: Path) -> str | None:
+    """Say which JSON or safetensors file of a directory cannot be read, and why; None if all can
+    be."""
+    try:
+        for name in JSON_FILES:
+            read_json(directory / name)
+        for file in sorted(directory.glob("*.safetensors")):
+            tensor_names(file)
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object; {} where there is no such file.
+
+    Raises:
+        InputError: it is not UTF-8, not JSON, or no object.
+    """
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file} is damaged (not UTF-8, byte {error.start})") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file} is damaged (not JSON: {one_line(error)})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{file} is damaged (no JSON object, but a {type(content).__name__})")
+    return content
+
+
+def tensor_names(file: Path) -> list[str]:
+    """Names of the tensors in a safetensors file, whose header must cover all of the file.
+
+    Raises:
+        InputError: it is empty, cut short, or no safetensors file.
+    """
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return list(tensors.keys())
+    except (SafetensorError, OSError) as error:
+        size = f", {file.stat().st_size:,} bytes" if file.is_file() else ""
+        raise InputError(
+            f"{file} is damaged or incomplete ({one_line(error)}{size}); copy or download it again"
+        ) from error
+
+
+def one_line(error: Exception) -> str:
+    """The text of an exception in one line, 400 characters at most."""
+    return " ".join(str(error).split())[:400]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,45 +11,44 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from rlhf.config import InputError, ModelConfig
 from rlhf.models.dropout import disable_dropout, set_dropout
-from rlhf.models.forward import HEAD
-from rlhf.models.hub import from_hub_or_disk
-from rlhf.models.quantization import check_quantized, quantization_arguments
+from rlhf.models.forward import HEAD, has_linear_head
+from rlhf.models.quantization import check_quantized
+from rlhf.models.sources import Source, find_source
+from rlhf.models.stored import (
+    linear_head,
+    load_backbone,
+    load_classifier,
+    load_language_model,
+)
 from rlhf.models.vocabulary import num_tokens, resize_embeddings
 
-ADAPTER = "adapter_config.json"
 
-
-def load_policy(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def load_policy(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, field: str = "model.path"
+) -> PreTrainedModel:
     """Load or build a causal language model whose embedding table covers the tokenizer.
 
     Args:
-        config: `path` is a Hub id or a directory (an adapter directory is merged into its base);
-            without it the model is built from `config.config`, with random weights.
+        config: `path` is a Hub id or a directory (adapters are merged into their base, and all of
+            the model can be trained); without it the model is built from `config.config`, with
+            random weights.
+        field: configuration key of `path`, for messages.
 
     Raises:
-        InputError: nothing can be loaded from there, only pickled weights are there, or
-            `model.config` is not valid; or the model cannot be quantised, or has no dropout,
-            where that is asked for.
+        InputError: nothing can be loaded from there, it is no language model, only pickled weights
+            are there, or `model.config` is not valid; or the model cannot be quantised, or has no
+            dropout, where that is asked for.
     """
     if config.path is None:
         model = _build(config, tokenizer)
     else:
-        if config.quantization is not None and (Path(config.path) / ADAPTER).is_file():
-            raise InputError(
-                f"model.quantization={config.quantization}: model.path={config.path} holds an "
-                "adapter, which cannot be merged into a quantised base; merge it first: python -m "
-                f"rlhf.export path={config.path} out=<new directory>"
-            )
-        model = from_hub_or_disk(
-            _load_causal_lm, config.path, "model.path", **_load_arguments(config)
-        )
+        model = load_language_model(_find(config, field), config)
     resize_embeddings(model, num_tokens(tokenizer), config.shrink_embeddings)
     _set_special_tokens(model, tokenizer, keep_own=config.eos_token is None)
     return _prepare(model, config)
@@ -73,42 +71,43 @@ def init_reward_model(
 
     Head weights are drawn from N(0, 1/sqrt(d + 1)) with d the hidden size (Stiennon et al. 2020,
     appendix B.1), kept in float32.
+
+    Raises:
+        InputError: as `load_policy`, or the family has no classifier with a linear head.
     """
-    assert config.path is not None
-    model = _load_classifier(config, "model.path")
+    model = load_backbone(_find(config, "model.path"), config)
     resize_embeddings(model, num_tokens(tokenizer), config.shrink_embeddings)
     _set_special_tokens(model, tokenizer, keep_own=config.eos_token is None)
     head = getattr(model, HEAD)
     generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(head.weight.shape, generator=generator) / math.sqrt(head.in_features + 1)
-    model.score = nn.Linear(
-        head.in_features, 1, bias=False, dtype=torch.float32, device=head.weight.device
-    )
-    with torch.no_grad():
-        model.score.weight.copy_(weight)
+    weight = torch.randn((1, head.in_features), generator=generator)
+    model.score = linear_head(weight / math.sqrt(head.in_features + 1), device=model.device)
     return _prepare(model, config)
 
 
-def load_reward_model(config: ModelConfig, field: str = "scorer.path") -> PreTrainedModel:
-    """Load a trained reward model; its head stays in float32.
+def load_reward_model(
+    config: ModelConfig, field: str = "scorer.path", encoders: bool = False
+) -> PreTrainedModel:
+    """Load a trained reward model; a linear head stays in float32.
+
+    Args:
+        config: `path` is a Hub id or a directory of a sequence classifier with one label, or of an
+            adapter that makes one of its base.
+        field: configuration key of `path`, for messages.
+        encoders: take a model with another head too, which scores a text as a whole (BERT,
+            DeBERTa).
 
     Raises:
-        InputError: the directory holds no weights for the scalar head (a fresh head is never
-            substituted), or weights of another shape.
+        InputError: there are no weights for the head (a fresh head is never substituted), or not of
+            one label; others are missing or left over; or the model has no linear head.
     """
-    assert config.path is not None
-    model, info = _load_classifier(
-        config, field, output_loading_info=True, ignore_mismatched_sizes=True
-    )
-    misfits = {name for name, *_ in info["mismatched_keys"]}
-    misfits |= {name for name in info["missing_keys"] if name.startswith(f"{HEAD}.")}
-    if misfits:
+    model = load_classifier(_find(config, field), config)
+    if not encoders and not has_linear_head(model):
         raise InputError(
-            f"{field}={config.path} has no weights for {', '.join(sorted(misfits))} that fit: it "
-            "is not a reward model with one label; give the final/ directory of a reward stage"
+            f"{field}={config.path}: {type(model).__name__} scores a text as a whole: it has no "
+            f"linear head named {HEAD!r}, and so no value for each token. It can be a scorer of "
+            "PPO, with critic.init=policy"
         )
-    if model.dtype != torch.float32:
-        _restore_head(model, Path(config.path))
     return _prepare(model, config)
 
 
@@ -170,57 +169,15 @@ def _build(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTraine
         raise InputError(f"model.config: {error}") from error
 
 
-def _load_arguments(config: ModelConfig) -> dict[str, Any]:
-    return {
-        "revision": config.revision,
-        "dtype": "auto" if config.dtype == "auto" else getattr(torch, config.dtype),
-        "attn_implementation": config.attn_implementation,
-        "trust_remote_code": config.trust_remote_code,
-        "use_safetensors": True,
-    } | quantization_arguments(config)
-
-
-def _load_causal_lm(path: str, use_safetensors: bool, **kwargs: Any) -> PreTrainedModel:
-    if (Path(path) / ADAPTER).is_file():
-        from peft import AutoPeftModelForCausalLM
-
-        return AutoPeftModelForCausalLM.from_pretrained(path, **kwargs).merge_and_unload()
-    kwargs |= {"use_safetensors": use_safetensors, "output_loading_info": True}
-    loaded: Any = AutoModelForCausalLM.from_pretrained(path, **kwargs)
-    model, info = loaded
-    if info["missing_keys"]:
-        raise ValueError(f"there are no weights for {', '.join(sorted(info['missing_keys'])[:3])}")
-    return model
-
-
-def _load_classifier(config: ModelConfig, field: str, **kwargs: Any) -> Any:
-    loaded = from_hub_or_disk(
-        AutoModelForSequenceClassification.from_pretrained,
-        config.path,
-        field,
-        num_labels=1,
-        **_load_arguments(config),
-        **kwargs,
-    )
-    model = loaded[0] if isinstance(loaded, tuple) else loaded
-    if not isinstance(getattr(model, HEAD, None), nn.Linear):
+def _find(config: ModelConfig, field: str) -> Source:
+    source = find_source(config.path, field, config.revision, config.trust_remote_code)
+    if config.quantization is not None and source.adapters:
         raise InputError(
-            f"{field}={config.path}: {type(model).__name__} has no linear head named {HEAD!r}"
+            f"model.quantization={config.quantization}: {field}={config.path} holds an adapter, "
+            "which cannot be merged into a quantised base; merge it first: python -m rlhf.export "
+            f"path={config.path} out=<new directory>"
         )
-    return loaded
-
-
-def _restore_head(model: PreTrainedModel, directory: Path) -> None:
-    """Read the head again in float32: a half-precision load rounded it."""
-    from safetensors import safe_open
-
-    for file in directory.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as tensors:
-            if f"{HEAD}.weight" in tensors.keys():
-                weight = tensors.get_tensor(f"{HEAD}.weight").float()
-                head = nn.Linear(weight.shape[1], 1, bias=False, dtype=torch.float32)
-                head.weight.data.copy_(weight)
-                model.score = head.to(model.device)
+    return source
 
 
 def _set_special_tokens(

@@ -9,12 +9,13 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.config import InputError, ModelConfig, load_object
-from rlhf.models.hub import from_hub_or_disk
+from rlhf.models.hub import call_loader
+from rlhf.models.sources import tokenizer_directory
 
 PAD_TOKEN = "<|pad|>"
 
 
-def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+def load_tokenizer(config: ModelConfig, field: str = "model.path") -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model, with the special tokens that are asked for, a pad token of its
     own and a chat template.
 
@@ -27,6 +28,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
             `python:module.function`; `special_tokens` are added, then `eos_token` and `pad_token`
             take the place of its own; `chat_template` is set when given, else the tokenizer's own
             is kept, else `plain` is used; `stop_strings` are written into it.
+        field: configuration key of `path`, for messages.
 
     Raises:
         InputError: nothing can be loaded from there, a special token is not one id, pad would be
@@ -34,28 +36,19 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """
     from rlhf.data import chat_template_text, declare_stop_strings, stop_strings
 
-    source = config.tokenizer or config.path
-    assert source is not None
-    if source.startswith("python:"):
-        tokenizer = load_object(source, "model.tokenizer")()
-    else:
-        tokenizer = from_hub_or_disk(
-            AutoTokenizer.from_pretrained,
-            source,
-            "model.tokenizer" if config.tokenizer else "model.path",
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-        )
+    source = str(config.tokenizer or config.path)
+    tokenizer = read_tokenizer(config, field)
     _set_special_tokens(tokenizer, config, source)
+    prefix = "model." if field.startswith("model.") else ""  # the chat has some of these knobs
     if tokenizer.eos_token_id is None:
         raise InputError(
-            f"the tokenizer of {source} has no EOS token; set it in its tokenizer_config.json, or "
-            "give model.eos_token"
+            f"the tokenizer of {source} has no EOS token; set it in its tokenizer_config.json"
+            + (", or give model.eos_token" if prefix else "")
         )
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
     if config.chat_template is not None:
-        tokenizer.chat_template = chat_template_text(config.chat_template)
+        tokenizer.chat_template = chat_template_text(config.chat_template, f"{prefix}chat_template")
     elif tokenizer.chat_template is None:
         tokenizer.chat_template = chat_template_text("plain")
     if config.stop_strings is not None:
@@ -68,6 +61,19 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         tokenizer.chat_template = declare_stop_strings(template, config.stop_strings)
     stop_strings(tokenizer)  # a declaration that cannot be read stops here
     return tokenizer
+
+
+def read_tokenizer(config: ModelConfig, field: str = "model.path") -> Any:
+    """Load the tokenizer that `load_tokenizer` starts from, as it is stored."""
+    source = config.tokenizer or config.path
+    assert source is not None
+    if source.startswith("python:"):
+        return load_object(source, "model.tokenizer")()
+    field = "model.tokenizer" if config.tokenizer else field
+    code = config.trust_remote_code
+    directory = tokenizer_directory(source, field, config.revision, code)
+    load = AutoTokenizer.from_pretrained
+    return call_loader(load, directory, f"{field}={source}", trust_remote_code=code)
 
 
 def _set_special_tokens(tokenizer: Any, config: ModelConfig, source: str) -> None:

@@ -62,6 +62,11 @@ def load_actors(
     device = accelerator.device
     if scorer is None:
         scorer = load_scorer(config.scorer, device)
+    if needs_reward_model(config) and reward_models(scorer)[0].scores_texts:
+        raise InputError(
+            f"critic.init=reward: the reward model {reward_models(scorer)[0].path} scores a text "
+            "as a whole, so that it has no value for each token; set critic.init=policy"
+        )
     rendering = hash_rendering(tokenizer)
     for reward_model in reward_models(scorer):
         _show_report(reward_model.path)

@@ -9,21 +9,40 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from rlhf.checkpoint import hash_tokenizer, require_stage
 from rlhf.config import InputError, ModelConfig, ScorerConfig
 from rlhf.data import encode_prompt, encode_response
-from rlhf.models import ScalarModel, freeze, load_reward_model, load_tokenizer, sequence_scores
+from rlhf.models import (
+    ScalarModel,
+    TextModel,
+    freeze,
+    has_linear_head,
+    load_reward_model,
+    load_tokenizer,
+    read_tokenizer,
+    sequence_scores,
+)
+
+UNLIMITED = 1 << 30
 
 
 class RewardModelScorer:
     """A trained reward model; its scores are normalised with what its stage recorded.
 
+    A model with a linear head is read at the last token of prompt and response. Any other (BERT,
+    DeBERTa) scores texts by its own forward pass: prompt and response are the two texts of a pair,
+    as its tokenizer joins them; messages are rendered by the tokenizer's own chat template, or
+    without one are their contents, one after the other.
+
     Attributes:
         path: directory or Hub id.
+        scores_texts: the model has no linear head, and so no value at each token.
         tokenizer: of the reward model; text is rendered with it and with its chat template.
         tokenizer_hash: see `hash_rendering`; a policy with the same hash is scored by token ids.
+            None where the model scores texts.
         max_length: longest prompt with response, tokens.
     """
 
@@ -49,20 +68,33 @@ class RewardModelScorer:
         record = require_stage(config.path, ("reward",), field)
         mean, std = score_statistics(config, record, field)
         source = ModelConfig(path=config.path, dtype=dtype)
-        model = load_reward_model(source, field)
-        self.model = freeze(ScalarModel(model, mean, std)).to(device)
-        self.tokenizer = load_tokenizer(source)
-        self.tokenizer_hash = hash_rendering(self.tokenizer)
+        model = load_reward_model(source, field, encoders=True)
+        self.scores_texts = not has_linear_head(model)
+        scalar: Any = TextModel if self.scores_texts else ScalarModel
+        self.model = freeze(scalar(model, mean, std)).to(device)
+        self.tokenizer_hash: str | None = None
+        self.max_length = getattr(model.config, "max_position_embeddings", None) or UNLIMITED
+        if self.scores_texts:
+            self.tokenizer = read_tokenizer(source, field)
+            self.max_length -= _num_reserved_positions(model)
+        else:
+            self.tokenizer = load_tokenizer(source, field)
+            self.tokenizer_hash = hash_rendering(self.tokenizer)
         self.path, self.batch_size = config.path, config.batch_size
-        self.max_length = getattr(model.config, "max_position_embeddings", None) or 1 << 30
 
     def __call__(self, prompts: Sequence[Any], responses: Sequence[str]) -> Tensor:
         """Score complete responses given as text, (B,) float32 on the CPU."""
-        pairs = zip(prompts, responses, strict=True)
-        return self.score_ids([self.encode(prompt, response) for prompt, response in pairs])
+        pairs = list(zip(prompts, responses, strict=True))
+        ids = [self.encode(prompt, response) for prompt, response in pairs]
+        if not self.scores_texts:
+            return self.score_ids(ids)
+        self._require_room(ids)
+        return self._score_texts([self._texts(*pair) for pair in pairs])
 
     def encode(self, prompt: Any, response: str) -> list[int]:
         """Token ids of a prompt (text or messages) and a complete response, as in training."""
+        if self.scores_texts:
+            return self.tokenizer(*self._texts(prompt, response), verbose=False)["input_ids"]
         ids = encode_prompt(prompt, self.tokenizer)
         return ids + encode_response(prompt, response, self.tokenizer)
 
@@ -74,6 +106,10 @@ class RewardModelScorer:
         Raises:
             InputError: a sequence is longer than the model's context.
         """
+        self._require_room(sequences)
+        return score_sequences(self.model, sequences, self.batch_size)
+
+    def _require_room(self, sequences: Sequence[Sequence[int]]) -> None:
         longest = max(map(len, sequences), default=0)
         if longest > self.max_length:
             raise InputError(
@@ -81,7 +117,40 @@ class RewardModelScorer:
                 f"model {self.path} is {self.max_length}; shorten it (PPO: ppo.max_prompt_length, "
                 "ppo.response_length)"
             )
-        return score_sequences(self.model, sequences, self.batch_size)
+
+    def _texts(self, prompt: Any, response: str) -> tuple[str, ...]:
+        """What the model's own tokenizer is given: the texts of a pair, or one that is rendered."""
+        if isinstance(prompt, str):
+            return prompt, response
+        if self.tokenizer.chat_template is not None:
+            messages = [*prompt, {"role": "assistant", "content": response}]
+            try:
+                return (self.tokenizer.apply_chat_template(messages, tokenize=False),)
+            except TemplateError as error:
+                raise InputError(f"the chat template of {self.path} refuses: {error}") from error
+        return "\n\n".join(message["content"] for message in prompt), response
+
+    @torch.no_grad()
+    def _score_texts(self, rows: list[tuple[str, ...]]) -> Tensor:
+        device = next(self.model.parameters()).device
+        scores = torch.zeros(len(rows))
+        order = sorted(range(len(rows)), key=lambda i: sum(map(len, rows[i])))
+        for start in range(0, len(order), self.batch_size):
+            chosen = order[start : start + self.batch_size]
+            columns = [list(texts) for texts in zip(*(rows[i] for i in chosen), strict=True)]
+            inputs = self.tokenizer(*columns, padding=True, return_tensors="pt").to(device)
+            scores[chosen] = self.model(inputs).cpu()
+        return scores
+
+
+def _num_reserved_positions(model: Any) -> int:
+    """Rows of the position table that no token uses: RoBERTa's numbers begin behind the padding's.
+
+    max_position_embeddings 514, padding 1 -> positions 2 to 513, 512 tokens
+    """
+    tables = [m for name, m in model.named_modules() if name.endswith("position_embeddings")]
+    padding = [getattr(table, "padding_idx", None) for table in tables]
+    return max((index + 1 for index in padding if index is not None), default=0)
 
 
 @torch.no_grad()

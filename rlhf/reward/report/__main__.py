@@ -108,7 +108,13 @@ def _load_config(path: Path, overrides: list[str]) -> RewardStageConfig:
 
 def _load(path: str) -> RewardModelScorer:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return RewardModelScorer(ScorerConfig(path, normalize="none"), device, field="path")
+    scorer = RewardModelScorer(ScorerConfig(path, normalize="none"), device, field="path")
+    if scorer.scores_texts:
+        raise InputError(
+            f"{path} scores a text as a whole, and the report reads a linear head at the last "
+            "token; score the rows instead: python -m rlhf.reward score=<rows> path=<it> out=<file>"
+        )
+    return scorer
 
 
 def _score(scorer: RewardModelScorer, rows: list[Row], config: RewardStageConfig) -> list[Tensor]:

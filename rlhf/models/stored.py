@@ -1,0 +1,213 @@
+"""Reading a stored model: first all of it, then the adapters on it; a misfit is an error."""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
+
+from rlhf.config import InputError, ModelConfig
+from rlhf.models.forward import HEAD, has_linear_head
+from rlhf.models.hub import call_loader, one_line, read_json, tensor_names
+from rlhf.models.quantization import quantization_arguments
+from rlhf.models.sources import ADAPTER_WEIGHTS, Misfits, Source, weight_files
+from rlhf.models.stored_adapters import PREFIX, merge_stored_adapter
+
+# Masks, positions and frequencies that older libraries saved; models compute them.
+BUFFER = re.compile(r"\.(inv_freq|masked_bias|position_ids)$|\.(attn|attention)\.bias$")
+OTHERS = (
+    "give the final/ directory of a reward stage, or write a Python scorer that calls the model: "
+    "scorer=python scorer.path=python:my_scorer.score critic.init=policy (conf/scorer/python.yaml "
+    "shows one)"
+)
+
+
+def load_language_model(source: Source, config: ModelConfig) -> PreTrainedModel:
+    """Load a causal language model, its adapters merged.
+
+    Raises:
+        InputError: it is a classifier, or weights are missing or left over.
+    """
+    if source.is_classifier:
+        raise InputError(
+            f"{source.label} is a sequence classifier, such as a reward model; a language model is "
+            "needed here"
+        )
+    model, misfits = _read(AutoModelForCausalLM, source, config)
+    return _with_adapters(model, source, misfits)
+
+
+def load_backbone(source: Source, config: ModelConfig) -> PreTrainedModel:
+    """Load a causal language model as a classifier with one label, whose head has no weights yet.
+
+    Raises:
+        InputError: it is a classifier already, or weights are missing or left over; or the family
+            has no classifier with a linear head.
+    """
+    if source.adapters:
+        return _with_scalar_head(load_language_model(source, config), source)
+    model, misfits = _read(AutoModelForSequenceClassification, source, config, num_labels=1)
+    _require_linear_head(model, source)
+    if source.is_classifier or f"{HEAD}.weight" not in misfits.missing:
+        raise InputError(
+            f"{source.label} is a sequence classifier with a head of its own; a language model is "
+            "needed here, on which a fresh head is put"
+        )
+    misfits.missing.remove(f"{HEAD}.weight")
+    misfits.unexpected = _of_backbone(misfits.unexpected, model)
+    _require_fit(model, source, misfits)
+    return model
+
+
+def load_classifier(source: Source, config: ModelConfig) -> PreTrainedModel:
+    """Load a sequence classifier with one label, its adapters merged; a linear head named `score`
+    is float32 and may have a bias.
+
+    Raises:
+        InputError: the head has no weights, or not of one label; others are missing or left over.
+    """
+    model, misfits = _read(AutoModelForSequenceClassification, source, config, num_labels=1)
+    if source.adapters:  # on a language model, whose head a classifier does without
+        misfits.unexpected = _of_backbone(misfits.unexpected, model)
+    if has_linear_head(model):
+        bias = f"{HEAD}.bias"
+        misfits.unexpected = [name for name in misfits.unexpected if name != bias]
+        has_bias = bias in _stored_whole(source)
+        _set_head(model, _stored_head(source), has_bias)
+    return _with_adapters(model, source, misfits)
+
+
+# --- The whole model ----------------------------------------------------------------------------
+
+
+def _read(factory: Any, source: Source, config: ModelConfig, **kwargs: Any) -> tuple[Any, Misfits]:
+    """Load what lies below the adapters, and say what does not fit."""
+    loaded: Any = call_loader(
+        factory.from_pretrained,
+        source.directory,
+        source.label,
+        dtype="auto" if config.dtype == "auto" else getattr(torch, config.dtype),
+        attn_implementation=config.attn_implementation,
+        trust_remote_code=config.trust_remote_code,
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are in the loading info
+        **quantization_arguments(config),
+        **kwargs,
+    )
+    model, info = loaded
+    model.name_or_path = source.path  # not the Hub's cache: PEFT writes it into its checkpoints
+    return model, Misfits(
+        sorted(info["missing_keys"]),
+        sorted(name for name in info["unexpected_keys"] if not BUFFER.search(name)),
+        sorted(info["mismatched_keys"]),
+    )
+
+
+def _require_fit(model: Any, source: Source, misfits: Misfits) -> None:
+    if not misfits:
+        return
+    names = [*misfits.missing, *(name for name, *_ in misfits.shapes)]
+    is_classifier = type(model).__name__.endswith("ForSequenceClassification")
+    if is_classifier and any(not n.startswith(f"{model.base_model_prefix}.") for n in names):
+        raise InputError(
+            f"{source.label}: {misfits}: it is not a reward model with one label; {OTHERS}"
+        )
+    raise InputError(
+        f"{source.label} does not fit {type(model).__name__}: {misfits}; take another copy, or "
+        "write one that fits with from_pretrained and save_pretrained"
+    )
+
+
+def _of_backbone(names: list[str], model: Any) -> list[str]:
+    """The names that are not those of some head of another task, which is left out."""
+    return [name for name in names if name.startswith(f"{model.base_model_prefix}.")]
+
+
+# --- Adapters on it -----------------------------------------------------------------------------
+
+
+def _with_adapters(model: Any, source: Source, misfits: Misfits) -> PreTrainedModel:
+    """Merge the adapters of a source; what they hold whole need not be in the model's files."""
+    whole = _stored_whole(source)
+    misfits.missing = [name for name in misfits.missing if name not in whole]
+    _require_fit(model, source, misfits)
+    for directory in source.adapters:
+        model = merge_stored_adapter(model, directory, source.label)
+    if source.adapters:
+        model.requires_grad_(True)  # PEFT has frozen it
+        model.name_or_path = source.path
+    return model
+
+
+def _stored_whole(source: Source) -> set[str]:
+    """Names of the model's own weights that the adapters of a source hold, such as a head."""
+    files = [directory / ADAPTER_WEIGHTS for directory in source.adapters]
+    return {name.removeprefix(PREFIX) for file in files for name in tensor_names(file)}
+
+
+# --- The head -----------------------------------------------------------------------------------
+
+
+def _require_linear_head(model: Any, source: Source) -> None:
+    if not has_linear_head(model):
+        raise InputError(
+            f"{source.label}: {type(model).__name__} has no linear head named {HEAD!r}, which is "
+            "read at each token; give a causal language model"
+        )
+
+
+def _with_scalar_head(policy: Any, source: Source) -> PreTrainedModel:
+    """Put the backbone of a language model under a head without weights."""
+    config = copy.deepcopy(policy.config)
+    config.num_labels = 1
+    try:
+        with torch.device("meta"):
+            model: Any = AutoModelForSequenceClassification.from_config(config)
+    except ValueError as error:
+        raise InputError(f"{source.label} has no classifier ({one_line(error)})") from error
+    _require_linear_head(model, source)
+    assert type(model.base_model) is type(policy.base_model)
+    setattr(model, model.base_model_prefix, policy.base_model)
+    return model
+
+
+def _stored_head(source: Source) -> dict[str, Tensor]:
+    """Weight and bias of the head as the files of the whole model hold them."""
+    found = {}
+    for file in weight_files(source.directory, read_json(source.directory / "config.json")):
+        with safe_open(file, framework="pt") as tensors:
+            for part in ("weight", "bias"):
+                if f"{HEAD}.{part}" in tensors.keys():
+                    found[part] = tensors.get_tensor(f"{HEAD}.{part}")
+    return found
+
+
+def _set_head(model: Any, stored: dict[str, Tensor], has_bias: bool) -> None:
+    """Give a classifier its head in float32, which a load in half precision has rounded, with a
+    bias where there is one, which the families' classes leave out; in place."""
+    head = getattr(model, HEAD)
+    weight = stored.get("weight", head.weight.detach())
+    if weight.shape != head.weight.shape:  # of several labels, which is refused
+        return
+    bias = stored.get("bias", torch.zeros(1) if has_bias else None)
+    setattr(model, HEAD, linear_head(weight, bias, head.weight.device))
+
+
+def linear_head(weight: Tensor, bias: Tensor | None = None, device: Any = None) -> nn.Linear:
+    """Make a float32 layer of a weight (1, H) and, where there is one, a bias (1,)."""
+    layer = nn.Linear(weight.shape[1], 1, bias=bias is not None, dtype=torch.float32, device=device)
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+        if bias is not None:
+            layer.bias.copy_(bias)
+    return layer

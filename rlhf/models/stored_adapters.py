@@ -1,0 +1,123 @@
+"""Adapters in a directory, of any kind that PEFT can merge: merged into a model when it is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+from peft import PeftConfig, PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rlhf.config import InputError
+from rlhf.models.hub import one_line
+from rlhf.models.sources import ADAPTER_WEIGHTS, Misfits
+from rlhf.models.vocabulary import resize_embeddings
+
+PREFIX = "base_model.model."  # of the names that PEFT gives the weights of its adapters
+
+
+def merge_stored_adapter(model: PreTrainedModel, directory: Path, label: str) -> PreTrainedModel:
+    """Merge an adapter of any kind that PEFT can merge into a model, in place; what the adapter
+    holds whole, such as a head, takes the place of the model's own.
+
+    Args:
+        directory: holds adapter_config.json and adapter_model.safetensors.
+        label: what to call the adapter in messages.
+
+    Raises:
+        InputError: the adapter belongs to another model, or is of a kind that cannot be merged.
+    """
+    tensors = _without_doubles(load_file(directory / ADAPTER_WEIGHTS))
+    try:
+        settings = PeftConfig.from_pretrained(str(directory))
+        settings.task_type = None  # a wrapper without a forward pass of its own
+        settings.inference_mode = True
+        _fit_tables(model, tensors, settings)
+        wrapper = PeftModel(model, settings)
+    except (ValueError, TypeError, LookupError, AttributeError, ImportError) as error:
+        raise InputError(
+            f"{label}: the adapter in {directory} does not fit {type(model).__name__} "
+            f"({type(error).__name__}: {one_line(error)})"
+        ) from error
+    if not hasattr(wrapper.base_model, "merge_and_unload"):
+        raise InputError(
+            f"{label}: an adapter of type {settings.peft_type} cannot be merged into its base; "
+            "train a LoRA adapter, or give a whole model"
+        )
+    load_adapter(wrapper, tensors, f"{label}: the adapter in {directory}")
+    return wrapper.merge_and_unload()
+
+
+def load_adapter(wrapper: Any, tensors: dict[str, Tensor], label: str) -> None:
+    """Give the adapter of a PEFT model its weights, in place.
+
+    Args:
+        tensors: as in adapter_model.safetensors.
+
+    Raises:
+        InputError: names or shapes are not those of this adapter on this model.
+    """
+    try:
+        result: Any = set_peft_model_state_dict(wrapper, tensors)
+    except KeyError as error:  # of a module that is stored whole
+        raise InputError(f"{label} does not fit the model: {Misfits(list(error.args))}") from error
+    except (RuntimeError, ValueError, LookupError) as error:  # of other shapes
+        raise InputError(f"{label} does not fit the model ({one_line(error)})") from error
+    adapter = f".{wrapper.active_adapter}"
+    missing = [n for n in result.missing_keys if adapter in n and ".original_module." not in n]
+    misfits = Misfits(missing, list(result.unexpected_keys))
+    if misfits:
+        raise InputError(f"{label} does not fit the model: {misfits}")
+
+
+def _without_doubles(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Leave out what PEFT writes a second time for a resized table that is trained too."""
+    kept = {}
+    for name, tensor in tensors.items():
+        plain = name.replace(".modules_to_save", "").replace(".original_module", "")
+        if plain == name or plain not in tensors:
+            kept[name] = tensor
+    return kept
+
+
+def _fit_tables(model: PreTrainedModel, tensors: dict[str, Tensor], settings: Any) -> None:
+    """Give the embedding tables as many rows as the adapter was trained with, and each table its
+    own weights where the adapter changes one of two tied ones, in place."""
+    tables = [model.get_input_embeddings(), model.get_output_embeddings()]
+    names = {module: name for name, module in model.named_modules()}
+    num_rows, is_changed = _largest_trained_row(settings) + 1, False
+    for table in tables:
+        prefix = f"{PREFIX}{names.get(table)}."
+        for name, tensor in tensors.items():
+            part = name.removeprefix(prefix)
+            if part == name:
+                continue
+            is_changed |= "trainable_tokens" not in part  # PEFT trains these rows in both tables
+            if part in ("weight", "base_layer.weight", "lora_B.weight"):
+                num_rows = max(num_rows, tensor.shape[0])
+            elif part == "lora_embedding_A":
+                num_rows = max(num_rows, tensor.shape[1])
+    if num_rows > cast(Any, tables[0]).weight.shape[0]:
+        resize_embeddings(model, num_rows)
+    elif is_changed and num_rows:
+        model.resize_token_embeddings(num_rows, mean_resizing=False)
+    if is_changed and not getattr(settings, "ensure_weight_tying", False):
+        _untie(model)
+
+
+def _largest_trained_row(settings: Any) -> int:
+    """The largest id of PEFT's trainable token rows; -1 without any."""
+    indices = getattr(settings, "trainable_token_indices", None) or []
+    lists = indices.values() if isinstance(indices, dict) else [indices]
+    return max((index for rows in lists for index in rows), default=-1)
+
+
+def _untie(model: Any) -> None:
+    """Give the output table weights of its own, in place, where it shares those of the input."""
+    source, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is not None and head.weight is source.weight:
+        head.weight = nn.Parameter(source.weight.detach().clone())
+        model.config.get_text_config().tie_word_embeddings = False
+        model.config.tie_word_embeddings = False
