@@ -232,6 +232,7 @@ BAD_VALUES = [
         "set it to 0, or reward.loss=pairwise",
     ),
     ("reward", {"peft.r": 0}, "peft.r must be >= 1, got 0"),
+    ("ppo", {"ppo.save_rollouts": 0}, "ppo.save_rollouts must be >= 1, got 0"),
     ("ppo", {"ppo.num_updates": 0}, "ppo.num_updates must be >= 1, got 0"),
     ("ppo", {"ppo.num_ppo_epochs": 0}, "ppo.num_ppo_epochs must be >= 1, got 0"),
     ("ppo", {"ppo.batch_size": 0}, "ppo.batch_size must be >= 1, got 0"),

@@ -26,7 +26,7 @@ from rlhf.metrics import IDENTITY, read_identity, say, warn
 # Keys, or groups of them, of which a run that is resumed ends as if it had them from its start.
 HARMLESS = (
     *("runs_dir", "run_name", "tracker", "checkpoint", "preflight", "watchdog"),
-    *("num_samples", "response_length", "temperature", "top_p"),
+    *("num_samples", "response_length", "temperature", "top_p", "ppo.save_rollouts"),
     *("reward.num_normalization_prompts", "normalization", "trainer.dataloader_num_workers"),
 )
 NOT_HARMLESS = ("watchdog.kl_budget",)  # it ends the run

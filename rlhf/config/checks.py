@@ -230,6 +230,7 @@ def _ppo_rules(
     ppo = config.ppo
     sizes = "batch_size samples_per_prompt num_mini_batches micro_batch_size rollout_batch_size"
     counts = f"num_updates num_ppo_epochs {sizes} response_length max_prompt_length kl_horizon"
+    counts += " save_rollouts"
     yield from (at_least(f"ppo.{name}", 1) for name in counts.split())
     others = "evaluation.every ptx.batch_size"
     yield from (at_least(name, 1) for name in others.split())

@@ -289,6 +289,7 @@ class PPOConfig:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     ema_decay: float | None = None
+    save_rollouts: int | None = None
 
 
 @dataclass

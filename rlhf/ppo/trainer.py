@@ -34,6 +34,7 @@ from rlhf.functional import (
 )
 from rlhf.ppo.estimators import ESTIMATORS, WHITENED
 from rlhf.ppo.optimization import Optimization, stream_rows
+from rlhf.ppo.saved_rollouts import write_rollout
 from rlhf.rollout import Actors, CollectSettings, Rollout, collect, component_scores
 from rlhf.scorers import CombinedScorer, Scorer
 
@@ -82,6 +83,7 @@ class PPOTrainer:
         collected = time.perf_counter()
         kl, rewards = self.shape_rewards(rollout)
         metrics = self.estimate_advantages(rollout, rewards)
+        self.save_rollout(rollout, kl, rewards)
         metrics |= self.optimization.run(rollout, self.update, self.kl_coef)
         ended = time.perf_counter()
         metrics |= component_metrics(rollout, self.actors.scorer)
@@ -100,15 +102,12 @@ class PPOTrainer:
         them."""
         ppo = self.config.ppo
         self.optimization.update, self.optimization.num_steps = self.update, 0
-        num_prompts = ppo.batch_size // ppo.samples_per_prompt
-        numbers = range(self.update * num_prompts, (self.update + 1) * num_prompts)
-        rows = stream_rows(numbers, len(self.prompts), (self.config.seed,))
         settings = self.settings
         if ppo.whiten_scores:  # of all scores; the penalty takes its place in `shape_rewards`
             settings = replace(settings, missing_eos_penalty=None)
         rollout = collect(
             self.actors,
-            [self.prompts[row] for row in rows for _ in range(ppo.samples_per_prompt)],
+            self.prompts_of_update(),
             (self.config.seed, self.update),
             settings,
             self.accelerator,
@@ -122,6 +121,23 @@ class PPOTrainer:
         tensors = {name: getattr(rollout, name) for name in names} | others
         sums = {name: float(tensor.sum()) for name, tensor in tensors.items()}
         self.optimization.require_finite(sums, rollout)
+
+    def prompts_of_update(self) -> list[dict[str, Any]]:
+        """The encoded prompt of each response of this update, over all processes."""
+        ppo = self.config.ppo
+        num_prompts = ppo.batch_size // ppo.samples_per_prompt
+        numbers = range(self.update * num_prompts, (self.update + 1) * num_prompts)
+        rows = stream_rows(numbers, len(self.prompts), (self.config.seed,))
+        return [self.prompts[row] for row in rows for _ in range(ppo.samples_per_prompt)]
+
+    def save_rollout(self, rollout: Rollout, kl: Tensor, rewards: Tensor) -> None:
+        """Write this update's rollout where `ppo.save_rollouts` asks for it."""
+        every, number = self.config.ppo.save_rollouts, self.update + 1
+        if every is None or number % every or not self.accelerator.is_main_process:
+            return
+        prompts = [row["prompt"] for row in self.prompts_of_update()]
+        tokenizer = self.actors.tokenizer
+        write_rollout(self.directory, number, prompts, rollout, kl, rewards, tokenizer)
 
     def shape_rewards(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """Put the KL penalty on every token and the score on the last (Z, S, IG, N, N+).
