@@ -370,7 +370,12 @@ BAD_VALUES = [
         several({"path": "python:m.f"}, {"path": "b"}),
         "critic.init=reward needs a reward model, but scorer.path is a Python function",
     ),
-    ("ppo", {"critic.init": "random"}, "critic.init must be one of reward, policy, got 'random'"),
+    (
+        "ppo",
+        {"critic.init": "random"},
+        "critic.init must be reward, policy, or the directory of a trained critic "
+        "(runs/<run_name>/ppo/critic), got 'random'",
+    ),
     (
         "ppo",
         {"ppo.num_mini_batches": 3},

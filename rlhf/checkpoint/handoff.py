@@ -32,14 +32,17 @@ class StageRecord:
     """What a stage writes about its result, for the next stage and for people.
 
     Attributes:
-        stage: "sft", "reward" or "ppo".
+        stage: "sft", "reward" or "ppo"; "critic" for the critic of a PPO run.
         parent: directory or Hub id that training started from (None: from scratch).
         parent_weights: SHA-256 over the parent's safetensors files (None for a Hub id).
         tokenizer: hash of vocabulary and special tokens.
         template: hash of the chat template.
         prompts: how training prompts reached the model, "conversation", "text" or "mixed".
-        score_mean: mean of the reward model's scores of `normalization.completions` (raw units).
+        score_mean: mean of the reward model's scores of `normalization.completions` (raw units); a
+            critic's values are (raw - score_mean) / score_std.
         score_std: their standard deviation.
+        dtype: of the weights, e.g. "float32".
+        attn_implementation: of the model that was trained, e.g. "sdpa".
         metrics: final figures of the stage.
         changes: settings that changed on resume after a number was not finite, oldest first:
             `after_step`, `changed`.
@@ -57,6 +60,8 @@ class StageRecord:
     prompts: str | None = None
     score_mean: float | None = None
     score_std: float | None = None
+    dtype: str | None = None
+    attn_implementation: str | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     changes: list[dict[str, Any]] = field(default_factory=list)
@@ -103,8 +108,11 @@ def write_stage(
     Args:
         directory: e.g. `runs/demo/sft/final`.
         model: a plain transformers model (adapters merged).
+        record: `dtype` and `attn_implementation` are filled in.
         files: name -> content of what else belongs there.
     """
+    record.dtype = str(model.dtype).removeprefix("torch.")
+    record.attn_implementation = model.config._attn_implementation
     with complete_or_nothing(directory) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 from importlib.util import find_spec
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 from rlhf.config.stages import (
@@ -259,7 +260,12 @@ def _ppo_rules(
     yield one_of("ppo.advantage", ADVANTAGES)
     yield one_of("ppo.lr_schedule", ("linear", "constant"))
     yield from _scorer_rules(config.scorer)
-    yield one_of("critic.init", ("reward", "policy"))
+    init = config.critic.init
+    yield (
+        init in ("reward", "policy") or Path(init).is_dir(),
+        "critic.init must be reward, policy, or the directory of a trained critic "
+        f"(runs/<run_name>/ppo/critic), got {init!r}",
+    )
     yield one_of("evaluation.select", ("score_minus_kl", "independent_score", "last"))
     yield from _watchdog_rules(config, at_least, within)
     yield from _combination_rules(config)

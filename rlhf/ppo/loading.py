@@ -151,13 +151,30 @@ def _first_scorer(config: PPOStageConfig) -> tuple[ScorerConfig, float]:
 
 def _load_critic(config: PPOStageConfig, tokenizer: Any) -> ScalarModel:
     """Start the critic from the reward model (IG, N+; predicting normalised scores), the first of
-    several, or from the policy."""
+    several, from the policy, or from the critic of an earlier run."""
     if config.critic.init == "policy":
         return ScalarModel(init_reward_model(config.model, tokenizer, config.seed))
+    if config.critic.init != "reward":
+        return _load_saved_critic(config, tokenizer)
     scorer, weight = _first_scorer(config)
     source = dataclasses.replace(config.model, path=scorer.path, tokenizer=None, revision=None)
     mean, std = score_statistics(scorer, read_record(str(scorer.path)))
     return ScalarModel(load_reward_model(source), mean, std / weight)
+
+
+def _load_saved_critic(config: PPOStageConfig, tokenizer: Any) -> ScalarModel:
+    """Load the `critic/` that an earlier PPO run wrote."""
+    path = config.critic.init
+    record = read_record(path)
+    if record is None or record.stage != "critic" or record.score_mean is None:
+        raise InputError(
+            f"critic.init={path} is no critic of a PPO run; give runs/<run_name>/ppo/critic, "
+            "critic.init=reward or critic.init=policy"
+        )
+    check_same_tokenizer(tokenizer, record, str(config.model.path), path)
+    source = dataclasses.replace(config.model, path=path, tokenizer=None, revision=None)
+    model = load_reward_model(source, field="critic.init")
+    return ScalarModel(model, record.score_mean, record.score_std or 1.0)
 
 
 def collect_settings(config: PPOStageConfig, policy: Any, tokenizer: Any) -> CollectSettings:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rlhf.checkpoint import (
     GracefulStop,
     NonFiniteError,
+    StageRecord,
     checkpoint_to_resume,
     explain_stop,
     load_modules,
@@ -168,9 +169,20 @@ class Run:
                     config,
                     record,
                 )
+            self._write_critic(record)
         trainer.accelerator.wait_for_everyone()
         self._report(chosen, updates_made, metrics)
         return PPOResult(self.directory / "final", self.before, metrics, chosen)
+
+    def _write_critic(self, record: StageRecord) -> None:
+        """Write the critic that belongs to the policy in `final/`, for `critic.init` of a later
+        run; its values are (raw - score_mean) / score_std."""
+        critic, tokenizer = self.trainer.actors.critic, self.trainer.actors.tokenizer
+        if critic is None:
+            return
+        own = replace(record, stage="critic", score_mean=critic.mean, score_std=critic.std)
+        own.parent = own.parent_weights = None
+        write_stage(self.directory / "critic", merged(critic.model), tokenizer, self.config, own)
 
     def _report(self, chosen: int, updates_made: int, metrics: dict[str, float]) -> None:
         rows = [
