@@ -1,4 +1,4 @@
-"""Adapters in a directory, of any kind that PEFT can merge: merged into a model when it is loaded."""
+"""Adapters in a directory, of any kind that PEFT can merge: merged when the model is loaded."""
 
 from __future__ import annotations
 
