@@ -245,6 +245,11 @@ BAD_VALUES = [
     ("ppo", {"evaluation.every": 0}, "evaluation.every must be >= 1, got 0"),
     ("ppo", {"ppo.samples_per_prompt": 0}, "ppo.samples_per_prompt must be >= 1, got 0"),
     ("ppo", {"ppo.kl_horizon": 0}, "ppo.kl_horizon must be >= 1, got 0"),
+    (
+        "sft",
+        {"dataset.on_bad_row": "skip"},
+        "dataset.on_bad_row must be one of drop, stop, got 'skip'",
+    ),
     ("ppo", {"ptx.batch_size": 0}, "ptx.batch_size must be >= 1, got 0"),
     ("ppo", {"ptx.max_length": 1}, "ptx.max_length must be >= 2, got 1"),
     ("ppo", {"ptx.coef": -1.0}, "ptx.coef must be >= 0, got -1.0"),

@@ -120,6 +120,7 @@ def _rules(config: StageConfig) -> Iterable[tuple[bool, str]]:
     yield within("dataset.eval_fraction", 0, 0.9)
     yield at_least("dataset.max_length", 2)
     yield from (at_least(f"dataset.{name}", 1) for name in ("max_rows", "max_eval_rows"))
+    yield one_of("dataset.on_bad_row", ("drop", "stop"))
     yield from (at_least("peft.r", 1), within("peft.dropout", 0, 1))
     yield one_of("peft.train_new_tokens", (True, False, "auto"))
     yield (

@@ -55,6 +55,7 @@ class DatasetConfig:
     max_rows: int | None = None
     max_eval_rows: int | None = None
     max_length: int = 1024
+    on_bad_row: str = "drop"
     split_long: bool = False
 
 

@@ -2,9 +2,10 @@
 
     source -> rows -> format -> canonical rows -> split by prompt -> token ids and labels -> batches
 
-`formats` and `instructions` make rows canonical, `canonical` checks them, `sources` reads them and
-holds some out, `templates` finds chat templates and their stop strings, `encoding` renders and
-tokenises, `splitting` cuts long conversations, `mixing` adds plain text.
+`reading` reads raw rows, `formats` and `instructions` make them canonical, `canonical` checks them,
+`sources` drops and counts the bad ones and holds some out, `templates` finds chat templates and
+their stop strings, `encoding` renders and tokenises, `splitting` cuts long conversations, `mixing`
+adds plain text.
 
 Canonical rows use TRL's column names. SFT: `messages`, or `prompt` and `completion` (both text or
 both conversations). Reward: `prompt`, `responses`, `ranks` (0 = best, ties share a rank; a pair is
@@ -29,6 +30,7 @@ from rlhf.data.mixing import mix_texts
 from rlhf.data.sources import (
     Splits,
     describe_dropped,
+    first_cases,
     load_rows,
     load_splits,
     split_by_prompt,
@@ -54,6 +56,7 @@ __all__ = [
     "encode_row",
     "encode_sft",
     "encode_texts",
+    "first_cases",
     "load_rows",
     "load_splits",
     "mix_texts",

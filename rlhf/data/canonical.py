@@ -9,7 +9,8 @@ numbers, 0 = best, ties share one), and where the source has them
 
 from __future__ import annotations
 
-import math
+import json
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,21 +22,43 @@ Prompt = str | list[Message]
 
 ROLES = ("system", "user", "assistant")
 _COLUMNS = ("messages", "prompt", "completion", "responses", "ranks")
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+TEXTS = ("messages", "prompt", "completion", "responses", "text", "rankings", "subset")
+TOOL_ROLES = {"tool", "function", "ipython", "observation", "tool_call", "tool_response"}
+TOOL_ROLES |= {"function_call", "function_response"}
+_OTHER_ROLES = {"developer": "system", "human": "user", "prompter": "user"}
+_OTHER_ROLES |= dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model"), "assistant")
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
+_FLOAT32_MAX = 3.4028234663852886e38  # scores and margins are trained on in float32
 
 
 class DropRow(Exception):
     """Raised by a format for a row that is well formed but unusable; the reason is counted."""
 
 
-def bad_field(name: str, what: str, fix: str) -> InputError:
+class BadRow(InputError):
+    """A malformed row.
+
+    Attributes:
+        reason: the fault in few words, the same for all rows that have it.
+    """
+
+    def __init__(self, message: str, reason: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+def bad_field(name: str, what: str, fix: str) -> BadRow:
     """The error of a field that holds something else than expected."""
-    return InputError(f"field {name!r}: {what}; {fix}")
+    pattern = re.sub(r"\[\d+\]", "[]", name)  # messages[3].content -> messages[].content
+    return BadRow(f"field {name!r}: {what}; {fix}", f"malformed field {pattern!r}")
 
 
 def show(value: Any) -> str:
     """Shorten a value for an error message."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of too many digits; lists nested too deeply
+        return f"a value that cannot be shown ({type(value).__name__})"
     return f"{text[:60]}... ({type(value).__name__})" if len(text) > 60 else text
 
 
@@ -47,40 +70,132 @@ def as_text(value: Any, name: str) -> str:
 
 def as_number(value: Any, name: str, fix: str) -> float:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value):
+    # not math.isfinite: it fails on whole numbers beyond the range of floats
+    if not is_number or not abs(value) <= _FLOAT32_MAX:
         raise bad_field(name, f"got {'null' if value is None else show(value)}", fix)
     return value
 
 
+def as_list(value: Any) -> Any:
+    """Read a text that holds a JSON list, as a cell of CSV can hold no list; the rest stays."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            parsed = json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+        return parsed if isinstance(parsed, list) else value
+    return value
+
+
 def as_numbers(value: Any, name: str) -> list[float]:
+    value = as_list(value)
     if not isinstance(value, list):
         raise bad_field(name, f"got {show(value)}", "expected a list, one entry per response")
     fix = "give each response a number, or leave it out"
     return [as_number(number, f"{name}[{i}]", fix) for i, number in enumerate(value)]
 
 
-def as_messages(value: Any, name: str) -> list[Message]:
-    """Check a conversation; ShareGPT's `from` and `value` become `role` and `content`."""
-    if not isinstance(value, list) or not value:
+def whole_characters(text: str) -> str:
+    """Join halves of surrogate pairs; make U+FFFD of a half that has lost the other one.
+
+    Text that was cut after so many UTF-16 units holds such a half, and no tokenizer takes it.
+    """
+    if text.isascii() or not _HALF_PAIR.search(text):
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def repaired(value: Any, name: str, changed: list[str]) -> Any:
+    """Apply `whole_characters` to every text in the value of a field; add the names of those that
+    it changes to `changed`."""
+    if isinstance(value, str):
+        text = whole_characters(value)
+        if text != value:
+            changed.append(name)
+        return text
+    if isinstance(value, list):
+        return [repaired(item, f"{name}[{i}]", changed) for i, item in enumerate(value)]
+    if isinstance(value, dict):
+        return {key: repaired(item, f"{name}.{key}", changed) for key, item in value.items()}
+    return value
+
+
+# --- Conversations ------------------------------------------------------------------------------
+
+
+def as_turns(value: Any, name: str) -> list[Any]:
+    """The turns of a conversation; a text that holds a JSON list is read as that list."""
+    turns = as_list(value)
+    if not isinstance(turns, list) or not turns:
         raise bad_field(name, f"got {show(value)}", "expected a list of {role, content}")
-    messages = []
-    for i, message in enumerate(value):
-        where = f"{name}[{i}]"
-        if not isinstance(message, dict):
-            raise bad_field(where, f"got {show(message)}", "expected {role, content}")
-        role, content = message.get("role"), message.get("content")
-        if role is None and message.get("from") is not None:
-            role, content = message["from"], message.get("value")
-            role = _SHAREGPT_ROLES.get(str(role), role)
-        if role not in ROLES:
-            fix = f"known roles are {', '.join(ROLES)}.{nearest(str(role), ROLES)}"
-            raise bad_field(f"{where}.role", f"got {role!r}", fix)
-        messages.append({"role": role, "content": as_text(content, f"{where}.content")})
-    return messages
+    return turns
+
+
+def as_messages(value: Any, name: str) -> list[Message]:
+    """Make a conversation of {role, content} of what chat APIs and ShareGPT write.
+
+    ShareGPT's `from` and `value` become `role` and `content`, `developer` becomes system, the
+    parts of a content are joined, other keys are left out.
+
+    Raises:
+        DropRow: the conversation calls tools, or has parts other than text.
+        BadRow: something else is there.
+    """
+    turns = as_turns(value, name)
+    return [_as_message(turn, f"{name}[{i}]") for i, turn in enumerate(turns)]
+
+
+def _as_message(turn: Any, where: str) -> Message:
+    if not isinstance(turn, dict):
+        raise bad_field(where, f"got {show(turn)}", "expected {role, content}")
+    role, content = turn.get("role"), turn.get("content")
+    if role is None and turn.get("from") is not None:
+        role, content = turn["from"], turn.get("value")
+    role = role.lower() if isinstance(role, str) else str(role)
+    if role in TOOL_ROLES or turn.get("tool_calls") or turn.get("function_call"):
+        raise DropRow("tool calls")
+    if content is None and turn.get("refusal"):
+        raise DropRow("a refusal in place of an answer")
+    if content is None and turn.get("audio"):
+        raise DropRow("parts of type 'audio'")
+    role = _OTHER_ROLES.get(role, role)
+    if role not in ROLES:
+        fix = f"known roles are {', '.join(ROLES)}.{nearest(role, ROLES)}"
+        raise bad_field(f"{where}.role", f"got {show(role)}", fix)
+    return {"role": role, "content": as_content(content, f"{where}.content")}
+
+
+def as_content(value: Any, name: str) -> str:
+    """The text of a message, which may be given as a list of text parts.
+
+    Raises:
+        DropRow: a part is an image, a tool call or anything else that is not text.
+    """
+    if not isinstance(value, list):
+        return as_text(value, name)
+    texts = []
+    for i, part in enumerate(value):
+        part = {"text": part} if isinstance(part, str) else part
+        if not isinstance(part, dict):
+            raise bad_field(f"{name}[{i}]", f"got {show(part)}", "expected {type: text, text}")
+        if part.get("type") not in (None, "text", "input_text", "output_text"):
+            raise DropRow(f"parts of type {show(part['type'])}")
+        texts.append(as_text(part.get("text"), f"{name}[{i}].text"))
+    return "".join(texts)
 
 
 def as_prompt(value: Any, name: str) -> Prompt:
-    return value if isinstance(value, str) else as_messages(value, name)
+    """Text, or a conversation, which a text may hold as a JSON list."""
+    if not isinstance(value, str):
+        return as_messages(value, name)
+    turns = as_list(value)
+    is_conversation = isinstance(turns, list) and all(
+        isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in turns
+    )
+    return as_messages(turns, name) if turns and is_conversation else value
+
+
+# --- Columns ------------------------------------------------------------------------------------
 
 
 def with_extras(canonical: Row, row: Row, used: Iterable[str]) -> Row:
@@ -147,7 +262,7 @@ def check_row(row: Row, stage: str) -> None:
 
 def _check_sft(row: Row) -> None:
     name = "messages" if "messages" in row else "completion"
-    trained = as_prompt(row[name], name)
+    trained = row[name] if name == "messages" else as_prompt(row[name], name)
     if name == "completion" and isinstance(trained, str) != isinstance(row["prompt"], str):
         raise bad_field(
             name, "is text and 'prompt' a conversation, or the reverse", "make both alike"
@@ -171,7 +286,8 @@ def _check_ranked(row: Row) -> None:
             )
     for i, response in enumerate(responses):
         as_text(response, f"responses[{i}]")
-    if any(not isinstance(rank, int) or isinstance(rank, bool) for rank in ranks):
+    whole = [isinstance(rank, int) and not isinstance(rank, bool) for rank in ranks]
+    if not all(whole) or any(abs(rank) >= 2**31 for rank in ranks):
         raise bad_field("ranks", f"got {show(ranks)}", "expected whole numbers, 0 = best")
     if len(responses) != len(ranks):
         what = f"{len(ranks)} for {len(responses)} responses"

@@ -21,11 +21,13 @@ from rlhf.data.canonical import (
     Message,
     Prompt,
     Row,
+    as_list,
     as_messages,
     as_number,
     as_numbers,
     as_prompt,
     as_text,
+    as_turns,
     bad_field,
     ranks_of,
     ranks_of_probability,
@@ -47,9 +49,42 @@ from rlhf.data.instructions import (
 
 
 def format_messages(row: Row) -> Row:
-    """`messages` of {role, content}; or ShareGPT's `conversations` of {from, value}."""
+    """`messages` of {role, content}; or ShareGPT's `conversations` of {from, value}.
+
+    An answer of weight 0 carries no loss. A text in `system` is the system message, as it is for
+    Anthropic's API, where the conversation has none.
+    """
     name = "conversations" if "messages" not in row and "conversations" in row else "messages"
-    return with_extras({"messages": as_messages(row[name], name)}, row, [name])
+    messages = as_messages(row[name], name)
+    canonical = _weighted(messages, as_turns(row[name], name), name)
+    system = row.get("system")
+    if not isinstance(system, str) or not system.strip() or messages[0]["role"] == "system":
+        return with_extras(canonical, row, [name])
+    first = "messages" if "messages" in canonical else "prompt"
+    canonical[first] = [{"role": "system", "content": system}, *canonical[first]]
+    return with_extras(canonical, row, [name, "system"])
+
+
+def _weighted(messages: list[Message], turns: list[Any], name: str) -> Row:
+    """Leave loss on the answers whose weight is not 0, as OpenAI's fine-tuning has it.
+
+    A canonical row can say so where only the last answer has loss: as prompt and completion.
+    """
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    weights = {i: turns[i].get("weight") for i in answers}
+    for i, weight in weights.items():
+        if weight not in (None, 0, 1):
+            raise bad_field(f"{name}[{i}].weight", f"got {show(weight)}", "expected 0 or 1")
+    if 0 not in weights.values():
+        return {"messages": messages}
+    if weights[answers[-1]] == 0 or any(weights[i] != 0 for i in answers[:-1]):
+        trained = [i for i in answers if weights[i] != 0]
+        if not trained:
+            raise DropRow("every answer has weight 0")
+        fix = "only the answers before the last one may have weight 0, and then all of them"
+        raise bad_field(f"{name}[{trained[0]}].weight", "got 1, and another answer has 0", fix)
+    last = answers[-1]
+    return {"prompt": messages[:last], "completion": messages[last : last + 1]}
 
 
 def format_prompt_completion(row: Row) -> Row:
@@ -70,9 +105,8 @@ def format_text(row: Row) -> Row:
 
 def _user_prompt(value: Any, name: str) -> list[Message]:
     """Make text one user turn; a conversation stays."""
-    return (
-        [{"role": "user", "content": value}] if isinstance(value, str) else as_messages(value, name)
-    )
+    prompt = as_prompt(value, name)
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
 def _scored(row: Row, name: str, text: str, scores: list[str]) -> Row:
@@ -135,7 +169,8 @@ def format_ranked(row: Row) -> Row:
     else:
         raise bad_field("ranks", "missing or null, and so is 'scores'", "give one of the two")
     prompt = as_prompt(row["prompt"], "prompt")
-    return with_extras({"prompt": prompt, "responses": row["responses"], "ranks": ranks}, row, [])
+    responses = as_list(row["responses"])
+    return with_extras({"prompt": prompt, "responses": responses, "ranks": ranks}, row, [])
 
 
 def format_ratings(row: Row) -> Row:
@@ -154,7 +189,7 @@ def format_ratings(row: Row) -> Row:
                 raise bad_field(f"ratings[{i}]", f"got {rating}", fix)
     canonical = {
         "prompt": as_prompt(row["prompt"], "prompt"),
-        "responses": row["responses"],
+        "responses": as_list(row["responses"]),
         "ranks": ranks_of(ratings),
         "scores": ratings,
     }
@@ -170,8 +205,8 @@ def format_pair(row: Row) -> Row:
     `score_rejected`; equal scores leave the preference as it is.
     """
     contexts, responses = [], []
-    for name in ("chosen", "rejected"):
-        side = as_prompt(row[name], name)
+    sides = [as_prompt(row[name], name) for name in ("chosen", "rejected")]
+    for name, side in zip(("chosen", "rejected"), sides, strict=True):
         if isinstance(side, list) and side[-1]["role"] != "assistant":
             raise bad_field(name, f"ends in a {side[-1]['role']} turn", "end it in the assistant's")
         contexts.append(side[:-1] if isinstance(side, list) else [])
@@ -179,12 +214,12 @@ def format_pair(row: Row) -> Row:
     if contexts[0] != contexts[1]:
         raise DropRow("prompts differ")
     prompt: Prompt = contexts[0] or as_prompt(row["prompt"], "prompt")
-    given = row.get("prompt", prompt)
+    given = as_prompt(row["prompt"], "prompt") if "prompt" in row else prompt
     if contexts[0] and given not in (prompt, contexts[0][-1]["content"]):
         raise bad_field(
             "prompt", "differs from what stands before the answer in 'chosen'", "remove one"
         )
-    if isinstance(prompt, str) and isinstance(row["chosen"], list):
+    if isinstance(prompt, str) and isinstance(sides[0], list):
         prompt = [{"role": "user", "content": prompt}]
     ranks = [0, 0] if row.get("probability") == 0.5 else [0, 1]
     canonical: Row = {"prompt": prompt, "responses": responses, "ranks": ranks}

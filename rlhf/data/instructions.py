@@ -12,9 +12,12 @@ from typing import Any
 
 from rlhf.config import nearest
 from rlhf.data.canonical import (
+    TOOL_ROLES,
     DropRow,
     Message,
     Row,
+    as_content,
+    as_list,
     as_prompt,
     as_text,
     bad_field,
@@ -154,12 +157,14 @@ def _sharegpt_turn(turn: Any, name: str) -> Message:
     if not isinstance(turn, dict):
         raise bad_field(name, f"got {show(turn)}", "expected {from, value}")
     speaker = str(turn.get("from")).lower()
+    if speaker in TOOL_ROLES:
+        raise DropRow("tool calls")
     if speaker in _OTHER_BOTS:
         raise DropRow("a speaker other than human, gpt and system")
     if speaker not in _SPEAKERS:
         fix = f"known speakers are {', '.join(_SPEAKERS)}.{nearest(speaker, _SPEAKERS)}"
         raise bad_field(f"{name}.from", f"got {turn.get('from')!r}", fix)
-    return {"role": _SPEAKERS[speaker], "content": as_text(turn.get("value"), f"{name}.value")}
+    return {"role": _SPEAKERS[speaker], "content": as_content(turn.get("value"), f"{name}.value")}
 
 
 def format_sharegpt(row: Row) -> Row:
@@ -170,9 +175,10 @@ def format_sharegpt(row: Row) -> Row:
     without alternation are dropped.
     """
     name = "items" if "items" in row and "conversations" not in row else "conversations"
-    if not isinstance(row[name], list):
-        raise bad_field(name, f"got {show(row[name])}", "expected a list of {from, value}")
-    turns = [_sharegpt_turn(turn, f"{name}[{i}]") for i, turn in enumerate(row[name])]
+    given = as_list(row[name])
+    if not isinstance(given, list):
+        raise bad_field(name, f"got {show(given)}", "expected a list of {from, value}")
+    turns = [_sharegpt_turn(turn, f"{name}[{i}]") for i, turn in enumerate(given)]
     return with_extras({"messages": _cleaned(turns)}, row, [name])
 
 

@@ -12,16 +12,21 @@ import random
 import sys
 from typing import Any
 
-from rlhf.config import InputError, MixConfig
+from rlhf.config import DatasetConfig, InputError, MixConfig
 from rlhf.data.canonical import Row
 from rlhf.data.encoding import encode_texts
-from rlhf.data.sources import describe_dropped, load_rows
+from rlhf.data.sources import describe_dropped, first_cases, load_rows
 
 Encoded = dict[str, list[int]]
 
 
 def mix_texts(
-    rows: list[Encoded], mix: MixConfig, tokenizer: Any, max_length: int, seed: int
+    rows: list[Encoded],
+    mix: MixConfig,
+    tokenizer: Any,
+    max_length: int,
+    seed: int,
+    on_bad_row: str = DatasetConfig.on_bad_row,
 ) -> tuple[list[Encoded], str]:
     """Add as many texts to encoded SFT rows as make `mix.fraction` of all their tokens.
 
@@ -29,6 +34,7 @@ def mix_texts(
         rows: {"input_ids", "labels"} each, as from `encode_sft`.
         max_length: longer texts become pieces of this many tokens.
         seed: decides the order in which texts are taken.
+        on_bad_row: see `load_rows`.
 
     Returns:
         Rows and pieces, these evenly among them and with loss on every token; and a line that says
@@ -38,7 +44,7 @@ def mix_texts(
         InputError: see `load_rows`; or the texts have fewer tokens than the share needs.
     """
     assert mix.path is not None  # `check` has made sure
-    texts, dropped = load_rows(mix.path, mix.format, mix.split, "ptx", field="mix.path")
+    texts, dropped = load_rows(mix.path, mix.format, mix.split, "ptx", "mix.path", on_bad_row)
     num_row_tokens = sum(len(row["input_ids"]) for row in rows)
     needed = math.ceil(mix.fraction / (1 - mix.fraction) * num_row_tokens)
     pieces, num_texts = _take(texts, tokenizer, max_length, needed, seed)
@@ -54,6 +60,7 @@ def mix_texts(
     text_rows = [{"input_ids": ids, "labels": list(ids)} for ids in pieces]
     line = f"mixed in {num_texts:,} texts: {num_tokens / total:.1%} of {_short(total)} tokens"
     line = line.replace("%", " %") + (f"; {describe_dropped(dropped)}" if dropped else "")
+    line = "\n".join([line, *first_cases(dropped)])
     return interleaved(rows, text_rows), line
 
 

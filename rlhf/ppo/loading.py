@@ -16,7 +16,7 @@ from rlhf.checkpoint import (
     require_stage,
 )
 from rlhf.config import InputError, PPOStageConfig, ScorerConfig
-from rlhf.data import encode_texts, load_rows
+from rlhf.data import describe_dropped, encode_texts, first_cases, load_rows
 from rlhf.generation import context_length, sampling_for
 from rlhf.metrics import say, warn
 from rlhf.models import (
@@ -243,8 +243,13 @@ def load_texts(config: PPOStageConfig, tokenizer: Any, context: int) -> list[lis
             "lower it"
         )
     assert ptx.path is not None  # `check` has made sure
-    rows, _ = load_rows(ptx.path, ptx.format, ptx.split, "ptx", field="ptx.path")
-    return encode_texts(rows, tokenizer, ptx.max_length)
+    bad = config.dataset.on_bad_row
+    rows, dropped = load_rows(ptx.path, ptx.format, ptx.split, "ptx", "ptx.path", bad)
+    texts = encode_texts(rows, tokenizer, ptx.max_length)
+    if len(texts) < len(rows):
+        dropped["shorter than two tokens"] = len(rows) - len(texts)
+    say("\n".join([f"ptx: {len(texts)} texts; {describe_dropped(dropped)}", *first_cases(dropped)]))
+    return texts
 
 
 def check_batches(config: PPOStageConfig, num_processes: int) -> None:

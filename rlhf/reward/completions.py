@@ -16,7 +16,14 @@ from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import InputError, ModelConfig, RewardStageConfig
-from rlhf.data import encode_prompt, encode_sft, load_rows, to_conversation
+from rlhf.data import (
+    describe_dropped,
+    encode_prompt,
+    encode_sft,
+    first_cases,
+    load_rows,
+    to_conversation,
+)
 from rlhf.generation import context_length, generate, sampling_for, uniform_noise
 from rlhf.metrics import say, warn
 from rlhf.models import freeze, load_policy, use_bfloat16
@@ -65,11 +72,13 @@ def _demonstrations(
     """The first demonstrations that fit into `dataset.max_length`, as SFT encodes them."""
     path, split = config.normalization.path, config.normalization.split
     assert path is not None  # `check` has made sure
-    rows, _ = load_rows(path, config.normalization.format, split, "sft", field="normalization.path")
+    bad, format = config.dataset.on_bad_row, config.normalization.format
+    rows, dropped = load_rows(path, format, split, "sft", "normalization.path", bad)
     if config.dataset.as_conversation:
         rows = [to_conversation(row) for row in rows]
-    encoded, _ = encode_sft(rows, tokenizer, config.dataset.max_length)
-    say(f"        scores are 0 on average over {len(encoded[:count])} demonstrations of {path}")
+    encoded, too_long = encode_sft(rows, tokenizer, config.dataset.max_length)
+    line = f"        scores are 0 on average over {len(encoded[:count])} demonstrations of {path}; "
+    say("\n".join([line + describe_dropped(dropped + too_long), *first_cases(dropped)]))
     return [row["input_ids"] for row in encoded[:count]]
 
 

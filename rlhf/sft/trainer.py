@@ -165,7 +165,8 @@ def encode_splits(
     heldout, too_long_heldout = encode_sft(splits.eval, tokenizer, length, config.train_on_prompt)
     lines.append(splits.describe(too_long + too_long_heldout))
     if config.mix.fraction:
-        train, line = mix_texts(train, config.mix, tokenizer, length, config.seed)
+        bad = config.dataset.on_bad_row
+        train, line = mix_texts(train, config.mix, tokenizer, length, config.seed, bad)
         lines.append(line)
     return splits, train, heldout, lines
 

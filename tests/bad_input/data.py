@@ -1,7 +1,7 @@
 """Data"""
 
 from bad_input import Case
-from bad_input.world import write_rows
+from bad_input.world import append, write_rows
 
 SFT = "rlhf.sft model.path=model run_name=new dataset.max_length=64 dataset.eval_fraction=0.3"
 REWARD = "rlhf.reward run_name=mine overwrite=true dataset.max_length=64"
@@ -23,6 +23,59 @@ CASES = [
         f"{SFT} dataset=prompt_completion dataset.path=empty.jsonl",
         ("empty.jsonl", "no rows"),
         prepare=lambda folder: (folder / "empty.jsonl").touch(),
+    ),
+    Case(
+        "a line that is not JSON, with dataset.on_bad_row=stop",
+        f"{SFT} dataset=prompt_completion dataset.path=rows.jsonl dataset.on_bad_row=stop",
+        ("rows.jsonl, row 25: not valid JSON", "dataset.on_bad_row=drop"),
+        prepare=lambda folder: append(folder / "rows.jsonl", b'{"prompt": "Name'),
+    ),
+    Case(
+        "a file of which half the rows lack a field",
+        f"{SFT} dataset=prompt_completion dataset.path=half.jsonl",
+        ("half.jsonl, row 1, field 'completion': missing", "2 of 4 rows are malformed"),
+        prepare=lambda folder: write_rows(
+            folder / "half.jsonl", [{"prompt": "a"}, {"prompt": "b", "completion": "c"}] * 2
+        ),
+    ),
+    Case(
+        "rows of tool calls only",
+        f"{SFT} dataset=messages dataset.path=tools.jsonl",
+        ("no row to train on", "2 tool calls", "tools.jsonl, row 1"),
+        prepare=lambda folder: write_rows(
+            folder / "tools.jsonl", [{"messages": [{"role": "tool", "content": "sunny"}]}] * 2
+        ),
+    ),
+    Case(
+        "a file in UTF-16",
+        f"{SFT} dataset=prompt_completion dataset.path=rows.jsonl",
+        ("rows.jsonl", "UTF-16", "iconv"),
+        prepare=lambda folder: (folder / "rows.jsonl").write_text("{}", encoding="utf-16"),
+    ),
+    Case(
+        "lists nested too deeply in every row",
+        f"{SFT} dataset=prompt_completion dataset.path=deep.jsonl",
+        ("deep.jsonl, row 1: lists or objects are nested too deeply", "1 of 1 rows"),
+        prepare=lambda folder: append(folder / "deep.jsonl", b'{"prompt": ' + b"[" * 9999),
+    ),
+    Case(
+        "a single object that holds the rows",
+        f"{SFT} dataset=prompt_completion dataset.path=data.json",
+        ("data.json, row 1, field 'prompt': missing", "write one object per row"),
+        prepare=lambda folder: write_rows(
+            folder / "data.json", [{"data": [{"prompt": "a", "completion": "b"}]}]
+        ),
+    ),
+    Case(
+        "an unknown value of dataset.on_bad_row",
+        f"{SFT} dataset=prompt_completion dataset.path=rows.jsonl dataset.on_bad_row=skip",
+        ("dataset.on_bad_row must be one of drop, stop, got 'skip'",),
+    ),
+    Case(
+        "a row to score that is nested too deeply",
+        "rlhf.reward score=deep.jsonl path=runs/mine/reward/final",
+        ("score=deep.jsonl", "line 1: lists or objects are nested too deeply"),
+        prepare=lambda folder: append(folder / "deep.jsonl", b'{"prompt": ' + b"[" * 9999),
     ),
     Case(
         "a format that does not fit the rows",

@@ -27,6 +27,12 @@ def write_rows(path: Path, rows: list[Any]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
+def append(path: Path, data: bytes) -> None:
+    """Add bytes to the end of a file."""
+    with path.open("ab") as file:
+        file.write(data)
+
+
 def edit_json(path: Path, **values: Any) -> None:
     """Change some values of a JSON object in a file."""
     path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | values))
