@@ -146,6 +146,7 @@ def test_a_run_that_makes_the_policy_worse_says_so(policy_dir, tmp_path, capsys)
 def test_without_held_out_prompts_the_last_update_is_taken(policy_dir, tmp_path, capsys):
     config = make_config(policy_dir, tmp_path, num_updates=2)
     config.evaluation.num_prompts = 0
+    config.dataset.eval_fraction = 0.0  # and so no row is held out
     result = train_ppo(config)
     assert result.after == {} and result.update == 2
     assert "the policy after update 2 of 2 (the last)" in capsys.readouterr().out

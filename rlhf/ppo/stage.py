@@ -71,7 +71,8 @@ def train_ppo(config: PPOStageConfig, scorer: Scorer | None = None) -> PPOResult
     num_processes = accelerator.num_processes
     check_batches(config, num_processes)
     independent = load_independent_scorer(config, accelerator.device)
-    splits = load_splits(config.dataset, "ppo", config.seed)
+    evaluates = config.evaluation.num_prompts > 0
+    splits = load_splits(config.dataset, "ppo", config.seed, needs_eval=evaluates)
     warn_about_prompts(parent, splits.prompts)
     actors = load_actors(config, tokenizer, scorer, accelerator)
     check_writable(unwrap_peft(actors.policy), tokenizer, config)
@@ -106,5 +107,9 @@ def _encode(
             f"ppo.batch_size={config.ppo.batch_size} needs {needed} prompts, which is more than "
             f"the {len(prompts)} training prompts; lower it or give more prompts"
         )
-    heldout = encode_prompts(splits.eval, tokenizer, budget)[0][: config.evaluation.num_prompts]
-    return prompts, heldout[: len(heldout) - len(heldout) % num_processes], too_long
+    if not config.evaluation.num_prompts:
+        return prompts, [], too_long
+    heldout, too_long_heldout = encode_prompts(splits.eval, tokenizer, budget)
+    heldout = heldout[: config.evaluation.num_prompts]
+    heldout = heldout[: len(heldout) - len(heldout) % num_processes]
+    return prompts, heldout, too_long + too_long_heldout
