@@ -229,6 +229,12 @@ BAD_ROWS = [
     ('{"prompt": "x", "responses": []}', r"field 'responses': got \[\]; expected some texts"),
     ('{"prompt": "x", "response": "y", "score": 1}', "the field 'score' is there already"),
     ('["x", "y"]', r"got \['x', 'y'\]; expected an object"),
+    ('{"prompt": ' + "[" * 99_999 + "]" * 99_999 + "}", "lists or objects are nested too deeply"),
+    ('{"prompt": ' + "9" * 5000 + "}", "Exceeds the limit .* for integer string conversion"),
+    (
+        json.dumps({"messages": [USER, {"role": "tool"}, ANSWER]}),
+        "tool calls, which a reward model",
+    ),
     ("{oops", r"not valid JSON \(.*column 2\); expected one object per line"),
     ('{"prompt": "\\ud800", "response": "y"}', "not Unicode text"),
     ('{"prompt": "' + "x" * 200 + '", "response": "y"}', r"20\d tokens, but the context of .* 128"),

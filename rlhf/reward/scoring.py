@@ -27,7 +27,7 @@ from rlhf.checkpoint import hash_weights
 from rlhf.command_line import exit_status
 from rlhf.config import InputError, ScorerConfig, nearest
 from rlhf.config.stages import DTYPES, NORMALIZATIONS
-from rlhf.data.canonical import as_messages, as_prompt, as_text, show
+from rlhf.data.canonical import DropRow, as_messages, as_prompt, as_text, show
 from rlhf.metrics import progress_bar, quiet_libraries, say, table
 from rlhf.scorers import RewardModelScorer, checked_scores
 
@@ -173,7 +173,10 @@ def read_rows(source: Path) -> tuple[list[ScoredRow], str]:
     """
     if not source.is_file():
         raise InputError(f"score={source} is not a file; give the rows as a .jsonl file")
-    data = source.read_bytes()
+    try:
+        data = source.read_bytes()
+    except OSError as error:
+        raise InputError(f"score={source} cannot be read: {error.strerror}") from error
     rows, problems = [], []
     for number, line in enumerate(data.split(b"\n"), start=1):
         if line.strip():
@@ -184,7 +187,13 @@ def read_rows(source: Path) -> tuple[list[ScoredRow], str]:
                 problems.append(f"line {number}: {what}; expected one object per line")
             except (UnicodeDecodeError, UnicodeEncodeError) as error:
                 problems.append(f"line {number}: not Unicode text ({error.reason})")
+            except RecursionError:
+                problems.append(f"line {number}: lists or objects are nested too deeply")
             except InputError as error:
+                problems.append(f"line {number}: {error}")
+            except DropRow as reason:
+                problems.append(f"line {number}: {reason}, which a reward model cannot read")
+            except ValueError as error:  # a whole number with more digits than Python reads
                 problems.append(f"line {number}: {error}")
     _refuse(problems, source)
     if not rows:
