@@ -23,6 +23,7 @@ A model without a chat template, or one trained on text prompts, continues each 
 from __future__ import annotations
 
 import dataclasses
+import io
 import re
 import sys
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ from typing import Any
 
 from rlhf.command_line import run_command
 from rlhf.config import InputError, ModelConfig, nearest
+from rlhf.data.canonical import whole_characters
 
 COMMANDS = ("/reset", "/undo", "/exit")
 OBEYED = {"temperature", "top_p", "top_k", "do_sample"}  # of a generation config, by our loop
@@ -170,6 +172,7 @@ class Chat:
         from rlhf.generation import stream, uniform_noise
         from rlhf.models import response_text
 
+        question = whole_characters(question)
         prompt_ids, room = self._prompt(question)
         if room < 1:
             note(
@@ -243,7 +246,9 @@ class Chat:
         if self.why_text:
             return encode_prompt(question, self.tokenizer)
         system = self.options.system
-        messages = [{"role": "system", "content": system}] if system is not None else []
+        messages = []
+        if system is not None:
+            messages.append({"role": "system", "content": whole_characters(system)})
         for asked, answered in rounds:
             messages.append({"role": "user", "content": asked})
             messages.append({"role": "assistant", "content": answered})
@@ -306,6 +311,8 @@ def talk(options: ChatOptions) -> None:
     for chat in chats:
         note(chat.describe())
     interactive = sys.stdin.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # bytes that are not UTF-8 become U+FFFD
     if interactive:
         with suppress(ImportError):  # not on every system
             import readline  # noqa: F401  editing and history of the line that is typed
