@@ -117,10 +117,7 @@ def _rules(config: StageConfig) -> Iterable[tuple[bool, str]]:
     yield one_of("tracker.name", ("none", "wandb"))
     if config.tracker.mode is not None:
         yield one_of("tracker.mode", ("online", "offline", "disabled"))
-    yield within("dataset.eval_fraction", 0, 0.9)
-    yield at_least("dataset.max_length", 2)
-    yield from (at_least(f"dataset.{name}", 1) for name in ("max_rows", "max_eval_rows"))
-    yield one_of("dataset.on_bad_row", ("drop", "stop"))
+    yield from _dataset_rules(config, at_least, one_of, within)
     yield from (at_least("peft.r", 1), within("peft.dropout", 0, 1))
     yield one_of("peft.train_new_tokens", (True, False, "auto"))
     yield (
@@ -133,12 +130,6 @@ def _rules(config: StageConfig) -> Iterable[tuple[bool, str]]:
         yield at_least("temperature", 0, strict=True)
         yield 0 < config.top_p <= 1, f"top_p must lie in (0, 1], got {config.top_p}"
         yield within("mix.fraction", 0, 0.9)
-    else:
-        yield (
-            not config.dataset.split_long,
-            "dataset.split_long splits the conversations of SFT and has no meaning here; set it to "
-            "false",
-        )
     if isinstance(config, SFTStageConfig | RewardStageConfig):
         yield at_least("batch_size", 1)
         accumulated = config.trainer.get("gradient_accumulation_steps", 1)
@@ -151,6 +142,20 @@ def _rules(config: StageConfig) -> Iterable[tuple[bool, str]]:
         yield from _reward_rules(config, at_least, one_of)
     if isinstance(config, PPOStageConfig):
         yield from _ppo_rules(config, at_least, one_of, within)
+
+
+def _dataset_rules(
+    config: StageConfig, at_least: Any, one_of: Any, within: Any
+) -> Iterable[tuple[bool, str]]:
+    yield within("dataset.eval_fraction", 0, 0.9)
+    yield at_least("dataset.max_length", 2)
+    yield from (at_least(f"dataset.{name}", 1) for name in ("max_rows", "max_eval_rows"))
+    yield one_of("dataset.on_bad_row", ("drop", "stop"))
+    yield (
+        isinstance(config, SFTStageConfig) or not config.dataset.split_long,
+        "dataset.split_long splits the conversations of SFT and has no meaning here; set it to "
+        "false",
+    )
 
 
 def _model_rules(config: StageConfig) -> Iterable[tuple[bool, str]]:
