@@ -15,11 +15,15 @@ from rlhf.config import (
     CONF_DIR,
     STAGES,
     InputError,
+    MissingValues,
     SFTStageConfig,
     StageConfig,
     check,
+    config_file_of_run,
     explain,
     nearest,
+    nothing_to_resume,
+    read_run_config,
     schema,
 )
 
@@ -38,14 +42,24 @@ VALUED = (
     "--package",
     "-p",
 )
-OWN_WORK = ("recipe", "model=", "model.path=", "model.config=", "dataset=", "dataset.path=")
+# those that only print, and how
+PRINTING = {
+    *("--help", "-h", "--hydra-help", "--info", "-i", "--version"),
+    *("--cfg", "-c", "--package", "-p", "--resolve"),
+}
+
+# the groups of conf/<stage>.yaml
+COMMON = ("model", "dataset", "peft", "tracker")
+GROUPS = {"sft": COMMON, "reward": COMMON, "ppo": (*COMMON, "scorer")}
+DEMO_HINT = "\n(recipe=demo runs the embedded demo, which needs none of them)"
 
 
 def hydra_main(stage: str, run: Callable[[Any], int | None]) -> None:
     """Run one stage from the command line.
 
-    With neither a model nor a data set nor a recipe on the command line, the stage runs the
-    embedded demo (`recipe=demo`). An `InputError` or a Hydra complaint becomes one message and exit
+    Without any argument, the stage runs the embedded demo (`recipe=demo`); options that only print
+    show what it would run. With `resume=`, the configuration is the run's own, and the command line
+    is laid over it. An `InputError` or a Hydra complaint becomes one message and exit
     status 2; anything else keeps its traceback. A run that a signal interrupted ends with status
     128 + signal, as shells have it: 130 after Ctrl-C, 143 after SIGTERM.
 
@@ -58,30 +72,30 @@ def hydra_main(stage: str, run: Callable[[Any], int | None]) -> None:
     import hydra
     from hydra.core.config_store import ConfigStore
     from hydra.errors import HydraException
-    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
     config_class = STAGES[stage]
     ConfigStore.instance().store(name=f"{stage}_schema", node=schema(config_class))
-    if not any(o.lstrip("+~").startswith(OWN_WORK) for o in sys.argv[1:]):
+    if runs_demo(sys.argv[1:]):
         sys.argv.append("recipe=demo")
     sys.argv[1:] = options_first(sys.argv[1:])
+    has_work = any(o.startswith(("recipe=", "dataset=", "dataset.path=")) for o in sys.argv)
     # recipe=null is the default, but Hydra refuses null for a group on the command line
     sys.argv = [argument for argument in sys.argv if argument != "recipe=null"]
 
     @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=stage)
     def task(node: Any) -> None:
         try:
-            # merged once more: "+key=value" adds a key that the schema does not have
-            config = OmegaConf.to_object(
-                OmegaConf.merge(schema(config_class), OmegaConf.to_container(node))
-            )
-            assert isinstance(config, config_class)
+            config = _as_dataclass(node, config_class)
             _name_sweep_run(config)
+            if config.resume and not config.overwrite:
+                config = _continued(config, stage)
             check(config)
             _quiet_imports()
             stopped_by = run(config)
+        except MissingValues as error:
+            _exit(f"{error}{'' if has_work else DEMO_HINT}")
         except InputError as error:
             _exit(str(error))
         except OmegaConfBaseException as error:
@@ -99,8 +113,64 @@ def hydra_main(stage: str, run: Callable[[Any], int | None]) -> None:
         _exit("interrupted; nothing that was saved is lost. Continue with resume=true", status=130)
 
 
+def _as_dataclass(node: Any, config_class: type[StageConfig]) -> StageConfig:
+    from omegaconf import OmegaConf
+
+    # merged once more: "+key=value" adds a key that the schema does not have
+    values = OmegaConf.merge(schema(config_class), OmegaConf.to_container(node))
+    config = OmegaConf.to_object(values)
+    assert isinstance(config, config_class)
+    return config
+
+
+def _continued(config: StageConfig, stage: str) -> StageConfig:
+    """Lay the command line over the configuration that the run was started with.
+
+    Hydra composes once more, with the run's configuration in place of the defaults: groups and
+    recipes on the command line set what they name, and nothing else.
+
+    Args:
+        config: what the command line says without the run's configuration.
+
+    Raises:
+        InputError: resume=true, and there is no such run.
+    """
+    from hydra import compose
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.hydra_config import HydraConfig
+
+    file = config_file_of_run(config.stage_dir(stage))
+    if file is None:
+        if config.resume is True:
+            raise nothing_to_resume(config, stage)
+        return config
+    groups: list[Any] = [{group: None} for group in GROUPS[stage]]
+    defaults = [f"{stage}_schema", "_self_", *groups, {"recipe": None}, {"stage": stage}]
+    name = f"{stage}_continued"
+    values = read_run_config(file, config)
+    ConfigStore.instance().store(name=name, node={"defaults": defaults} | values)
+    # "+key=value" adds a key, which the run may have by now
+    overrides = [re.sub(r"^\+(?!\+)", "++", o) for o in HydraConfig.get().overrides.task]
+    continued = _as_dataclass(compose(name, overrides), type(config))
+    same = {key: getattr(config, key) for key in ("run_name", "runs_dir", "resume", "overwrite")}
+    return dataclasses.replace(continued, **same)
+
+
+def runs_demo(arguments: list[str]) -> bool:
+    """True without overrides, and without options but for those that only print."""
+    options, overrides = _split_options(arguments)
+    names = {option.partition("=")[0] for option in options if option.startswith("-")}
+    return not overrides and names <= PRINTING
+
+
 def options_first(arguments: list[str]) -> list[str]:
     """Move options before overrides: argparse refuses overrides on both sides of an option."""
+    options, overrides = _split_options(arguments)
+    return options + overrides
+
+
+def _split_options(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Options with their values, and overrides."""
     options, overrides = [], []
     remaining = iter(arguments)
     for argument in remaining:
@@ -110,7 +180,7 @@ def options_first(arguments: list[str]) -> list[str]:
                 options += [value for value in [next(remaining, None)] if value is not None]
         else:
             overrides.append(argument)
-    return options + overrides
+    return options, overrides
 
 
 def _explain_hydra(error: Exception, config_class: type) -> str:
@@ -150,7 +220,9 @@ def _name_sweep_run(config: StageConfig) -> None:
     named = dataclasses.replace(config)
 
     job = HydraConfig.get().job
-    swept = [o for o in HydraConfig.get().overrides.task if not o.startswith("recipe=demo")]
+    # whether a run is continued is no part of its name
+    unnamed = ("recipe=demo", "resume=", "overwrite=")
+    swept = [o for o in HydraConfig.get().overrides.task if not o.startswith(unnamed)]
     if str(HydraConfig.get().mode).endswith("MULTIRUN") and not any(
         o.startswith("run_name=") for o in swept
     ):

@@ -336,7 +336,10 @@ def run_trainer(
     if not callback.interrupted:
         _say_best(trainer)
         return None
-    say(f"stopped after step {trainer.state.global_step}; continue with resume=true")
+    say(
+        f"stopped after step {trainer.state.global_step}; continue with resume=true "
+        f"run_name={config.run_name}"
+    )
     return stop.signal
 
 

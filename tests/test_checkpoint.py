@@ -250,15 +250,14 @@ def test_used_run_directory_is_refused_and_overwrite_empties_it(inside, what, tm
         prepare_run_directory(config_of(tmp_path), "sft")
     assert (tmp_path / "mine" / "sft" / inside).is_dir()
     directory = prepare_run_directory(config_of(tmp_path, overwrite=True), "sft")
-    assert [path.name for path in directory.iterdir()] == ["run.json"]
+    assert names(directory) == ["config.yaml", "run.json"]
     assert (tmp_path / "mine" / "reward").is_dir()
 
 
 @pytest.mark.parametrize("resume", [True, "auto"])
 def test_resume_keeps_an_unfinished_run_and_refuses_a_finished_one(resume, tmp_path):
     config = config_of(tmp_path, resume=resume)
-    checkpoint = tmp_path / "mine" / "sft" / "checkpoint-1"
-    checkpoint.mkdir(parents=True)
+    checkpoint = make_checkpoint(prepare_run_directory(config_of(tmp_path), "sft"), 1, config)
     prepare_run_directory(config, "sft")
     assert checkpoint.is_dir()
     (tmp_path / "mine" / "sft" / "final").mkdir()
@@ -274,15 +273,16 @@ def test_resume_with_overwrite_is_refused_and_deletes_nothing(resume, tmp_path):
     assert (tmp_path / "mine" / "sft" / "final").is_dir()
 
 
-def test_finished_run_is_found_by_auto_only_and_not_under_another_configuration(
-    tmp_path, tokenizer, capsys
+@pytest.mark.parametrize("resume", [True, "auto"])
+def test_finished_run_is_found_when_resuming_and_not_under_another_configuration(
+    resume, tmp_path, tokenizer, capsys
 ):
-    config = config_of(tmp_path, seed=5, resume="auto")
+    config = config_of(tmp_path, seed=5, resume=resume)
     assert finished_run(config, "sft") is None
     record = write(tmp_path / "mine" / "sft" / "final", tokenizer, config=config)
     assert finished_run(config, "sft") == record
     assert "sft is finished: nothing to do" in capsys.readouterr().out
-    assert finished_run(dataclasses.replace(config, resume=True), "sft") is None
+    assert finished_run(dataclasses.replace(config, resume=False), "sft") is None
     with pytest.raises(InputError, match="with another configuration:\n  seed: 5 -> 6\n"):
         finished_run(dataclasses.replace(config, seed=6), "sft")
 
@@ -381,7 +381,7 @@ def test_what_was_left_of_a_checkpoint_goes_once_a_newer_one_is_there(tmp_path):
 
 def test_checkpoint_whose_best_one_is_damaged_is_not_used(tmp_path, capsys):
     config = config_of(tmp_path, resume=True)
-    directory = prepare_run_directory(config, "sft")
+    directory = prepare_run_directory(config_of(tmp_path), "sft")
     for step, best in {1: None, 2: 2, 3: 2}.items():
         make_checkpoint(directory, step, config, best)
     os.truncate(directory / "checkpoint-2" / "policy.safetensors", 5)
@@ -390,13 +390,26 @@ def test_checkpoint_whose_best_one_is_damaged_is_not_used(tmp_path, capsys):
     assert "checkpoint-3 is damaged: it names checkpoint-2 as the best, of which policy" in warnings
     assert "checkpoint-2 is damaged: policy.safetensors has 5 bytes" in warnings
     assert names(directory) == [
-        *("checkpoint-1", "checkpoint-2.damaged", "checkpoint-3.damaged", "run.json")
+        *("checkpoint-1", "checkpoint-2.damaged", "checkpoint-3.damaged"),
+        *("config.yaml", "run.json"),
     ]
+
+
+def test_resume_true_does_not_start_afresh_where_no_checkpoint_is_intact(tmp_path):
+    config = config_of(tmp_path, resume=True)
+    directory = prepare_run_directory(config_of(tmp_path), "sft")
+    os.truncate(make_checkpoint(directory, 3, config) / "policy.safetensors", 5)
+    before = names(directory)
+    with pytest.raises(
+        InputError, match="(?s)no checkpoint is intact.*checkpoint-3: policy.* 5 bytes"
+    ):
+        checkpoint_to_resume(config, directory)
+    assert names(directory) == before
 
 
 def test_logs_are_cut_back_to_what_they_were_at_the_checkpoint(tmp_path):
     config = config_of(tmp_path, resume=True)
-    directory = prepare_run_directory(config, "sft")
+    directory = prepare_run_directory(config_of(tmp_path), "sft")
     (directory / "metrics.jsonl").write_text('{"step": 1}\n')
     make_checkpoint(directory, 1, config)
     (directory / "metrics.jsonl").write_text('{"step": 1}\n{"step": 1, "eval": 2}\n{"st')
@@ -410,7 +423,7 @@ def test_logs_are_cut_back_to_what_they_were_at_the_checkpoint(tmp_path):
 
 def test_differences_of_the_configuration_are_listed_and_only_harmless_ones_pass(tmp_path, capsys):
     config = config_of(tmp_path, resume=True)
-    directory = prepare_run_directory(config, "sft")
+    directory = prepare_run_directory(config_of(tmp_path), "sft")
     config.model.path = str(directory / "final")
     checkpoint = make_checkpoint(directory, 1, config)
     moved = config_of(
@@ -435,7 +448,7 @@ def test_differences_of_the_configuration_are_listed_and_only_harmless_ones_pass
 
 def test_another_number_of_processes_is_refused(tmp_path, monkeypatch):
     config = config_of(tmp_path, resume=True)
-    directory = prepare_run_directory(config, "sft")
+    directory = prepare_run_directory(config_of(tmp_path), "sft")
     make_checkpoint(directory, 1, config)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="\n  number of processes: 1 -> 2\n"):

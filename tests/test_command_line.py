@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from rlhf.command_line import _name_sweep_run, hydra_main, options_first
+from rlhf.command_line import _name_sweep_run, hydra_main, options_first, runs_demo
 from rlhf.config import PPOStageConfig, RewardStageConfig, SFTStageConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -138,7 +138,7 @@ def test_command_answers_within_a_second_of_processor_time(tmp_path):
         ),
         ("ppo", ["recipe=gone"], "recipe=gone does not exist; choose one of alpaca, "),
         ("sft", ["dataset=gone"], "dataset=gone does not exist; choose one of alpaca, "),
-        ("ppo", ["ppo.kl_coef=-1"], "ppo.kl_coef must be >= 0, got -1.0"),
+        ("ppo", ["recipe=demo", "ppo.kl_coef=-1"], "ppo.kl_coef must be >= 0, got -1.0"),
         ("sft", ["dataset.path=a (1).jsonl"], "cannot read 'dataset.path=a (1).jsonl' ("),
         ("sft", ["seed"], "cannot read 'seed' (missing EQUAL at '<EOF>'); write key=value"),
     ],
@@ -183,13 +183,44 @@ def test_only_the_first_rank_prints_the_error(command, monkeypatch):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_without_model_and_data_the_demo_runs(stage, composed):
-    config = composed(stage, "seed=3")
-    assert (config["run_name"], config["seed"]) == ("demo", 3)
+@pytest.mark.parametrize("given", [[], ["recipe=demo", "seed=3"]])
+def test_without_arguments_or_when_asked_for_the_demo_runs(stage, given, composed):
+    config = composed(stage, *given)
+    assert (config["run_name"], config["seed"]) == ("demo", 3 if given else 1)
     assert config["dataset"]["path"] == "python:rlhf.demo_world.rows"
 
 
-@pytest.mark.parametrize("work", ["dataset.path=x", "model.path=x", "dataset=hh", "recipe=null"])
+@pytest.mark.parametrize(
+    "arguments, demo",
+    [
+        ([], True),
+        (["--cfg", "job", "--resolve"], True),
+        (["--cfg=job"], True),
+        (["--help"], True),
+        (["-m"], False),
+        (["--config-dir", "own"], False),
+        (["--cfg", "job", "seed=2"], False),
+        (["run_name=mine"], False),
+    ],
+)
+def test_demo_runs_without_arguments_other_than_options_that_print(arguments, demo):
+    assert runs_demo(arguments) == demo
+
+
+@pytest.mark.parametrize("given", ["seed=2", "run_name=mine", "ppo.num_updates=10"])
+def test_any_argument_makes_missing_values_an_error_that_names_the_demo(given, command):
+    status, _, errors = command("ppo", given)
+    title, *lines, last = errors.splitlines()
+    assert (status, title) == (2, "error: missing values:")
+    assert [line.split(":")[0].strip() for line in lines] == [
+        *("dataset.path", "model.path", "scorer.path")
+    ]
+    assert last == "(recipe=demo runs the embedded demo, which needs none of them)"
+
+
+@pytest.mark.parametrize(
+    "work", ["dataset.path=x", "model.path=x", "dataset=hh", "recipe=null", "seed=2"]
+)
 def test_own_work_is_not_the_demo(work, composed):
     config = composed("sft", work)
     assert config["run_name"] == "run"
@@ -238,6 +269,10 @@ def sweep(monkeypatch):
 def test_jobs_of_a_sweep_have_their_own_run_names(sweep):
     names = [sweep(SFTStageConfig(), f"seed={seed}", "recipe=demo").run_name for seed in (1, 2)]
     assert names == ["run-seed=1", "run-seed=2"]
+
+
+def test_a_sweep_that_is_continued_keeps_its_run_names(sweep):
+    assert sweep(SFTStageConfig(), "seed=1", "resume=true").run_name == "run-seed=1"
 
 
 def test_run_name_of_a_sweep_is_one_folder(sweep):

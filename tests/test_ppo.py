@@ -224,7 +224,7 @@ def test_resumed_run_equals_the_uninterrupted_run(policy_dir, tmp_path, monkeypa
 def test_a_checkpoint_left_half_written_does_not_stop_a_run(policy_dir, tmp_path):
     config = make_config(policy_dir, tmp_path)
     (tmp_path / "runs/run/ppo/checkpoint-3.tmp").mkdir(parents=True)
-    result = train_ppo(dataclasses.replace(config, resume=True))
+    result = train_ppo(dataclasses.replace(config, resume="auto"))
     assert result.directory is not None
 
 

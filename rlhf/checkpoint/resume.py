@@ -20,7 +20,7 @@ from accelerate.utils import broadcast_object_list
 from rlhf.checkpoint.files import MANIFEST, find_damage, read_manifest, write_manifest
 from rlhf.checkpoint.finite import ADJUSTABLE, read_changes, record_changes, stopped_after
 from rlhf.checkpoint.handoff import StageRecord, read_record
-from rlhf.config import InputError, StageConfig
+from rlhf.config import CONFIG_FILE, InputError, StageConfig, nothing_to_resume, save_config
 from rlhf.metrics import IDENTITY, read_identity, say, warn
 
 # Keys, or groups of them, of which a run that is resumed ends as if it had them from its start.
@@ -59,19 +59,21 @@ def check_run_directory(config: StageConfig, stage: str) -> None:
             f"{directory} is finished: there is nothing to resume; use another run_name"
         )
     newest = latest_checkpoint(directory)
-    if config.resume and newest and find_damage(newest, ("config.yaml",)) is None:
+    if config.resume is True and newest is None:
+        raise nothing_to_resume(config, stage)
+    if config.resume and newest and find_damage(newest, (CONFIG_FILE,)) is None:
         _check_same_run(newest, directory)
         _check_same_config(config, newest)
 
 
 def finished_run(config: StageConfig, stage: str) -> StageRecord | None:
-    """Return the record of a run that `resume=auto` finds finished, and say that it is.
+    """Return the record of a run that is to be resumed and is finished, and say that it is.
 
     Raises:
         InputError: it ran with another configuration.
     """
     final = config.stage_dir(stage) / "final"
-    record = read_record(final) if config.resume == "auto" else None
+    record = read_record(final) if config.resume else None
     if record is not None:
         _check_same_config(config, final)
         say(f"{final.parent} is finished: nothing to do")
@@ -81,7 +83,8 @@ def finished_run(config: StageConfig, stage: str) -> StageRecord | None:
 def prepare_run_directory(config: StageConfig, stage: str) -> Path:
     """Create the stage's directory, once all else is known to be good; see `check_run_directory`.
 
-    With `overwrite=true`, what it held is deleted here.
+    With `overwrite=true`, what it held is deleted here. `config.yaml` says from now on what a run
+    without a checkpoint was started with; `checkpoint_to_resume` writes that of the others.
     """
     state, directory = PartialState(), config.stage_dir(stage)
     check_run_directory(config, stage)
@@ -91,12 +94,23 @@ def prepare_run_directory(config: StageConfig, stage: str) -> Path:
             shutil.rmtree(directory)
         directory.mkdir(parents=True, exist_ok=True)
         _identify(directory, stage)
+        if latest_checkpoint(directory) is None:
+            _write_config(config, directory)
     state.wait_for_everyone()
     return directory
 
 
 def _in_use(directory: Path) -> bool:
-    return directory.is_dir() and any(path.name != IDENTITY for path in directory.iterdir())
+    if not directory.is_dir():
+        return False
+    beginning = (IDENTITY, CONFIG_FILE)  # of a run that was stopped before it trained
+    return any(path.name.removesuffix(".tmp") not in beginning for path in directory.iterdir())
+
+
+def _write_config(config: StageConfig, directory: Path) -> None:
+    temporary = directory / (CONFIG_FILE + ".tmp")
+    save_config(config, temporary)
+    os.replace(temporary, directory / CONFIG_FILE)
 
 
 def _identify(directory: Path, stage: str) -> None:
@@ -195,7 +209,7 @@ def checkpoint_to_resume(config: StageConfig, directory: Path) -> Path | None:
 
     Raises:
         InputError: the checkpoint is another run's, or was written with a configuration under which
-            the run would not end as if it had never stopped.
+            the run would not end as if it had never stopped, or resume=true finds none intact.
     """
     if not config.resume:
         return None
@@ -220,6 +234,12 @@ def _resume(config: StageConfig, directory: Path) -> Path | None:
             intact = candidate
             break
         damaged[candidate] = problem
+    if intact is None and config.resume is True:
+        problems = "".join(f"\n  {path}: {problem}" for path, problem in damaged.items())
+        raise InputError(
+            f"resume=true: no checkpoint is intact, so there is nothing to continue:{problems}\n"
+            "resume=auto sets these aside and starts the run again"
+        )
     if intact:
         _check_same_run(intact, directory)
         changed = _check_same_config(config, intact)
@@ -236,6 +256,7 @@ def _resume(config: StageConfig, directory: Path) -> Path | None:
     _cut_logs(directory, _facts(intact)["logs"] if intact else {})
     if intact:
         record_changes(directory, step_of(intact), adjusted)
+    _write_config(config, directory)
     say(f"resuming from {intact}" if intact else "no checkpoint to resume from: starting afresh")
     return intact
 
@@ -297,7 +318,7 @@ def _check_same_config(config: StageConfig, directory: Path) -> dict[str, str]:
 def _settings_of(directory: Path) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
-    return _flat(OmegaConf.to_container(OmegaConf.load(directory / "config.yaml")))
+    return _flat(OmegaConf.to_container(OmegaConf.load(directory / CONFIG_FILE)))
 
 
 def _settings(config: StageConfig) -> dict[str, Any]:

@@ -16,6 +16,12 @@ from rlhf.config.loading import (
     save_config,
     schema,
 )
+from rlhf.config.runs import (
+    CONFIG_FILE,
+    config_file_of_run,
+    nothing_to_resume,
+    read_run_config,
+)
 from rlhf.config.stages import (
     CONF_DIR,
     STAGES,
@@ -24,6 +30,7 @@ from rlhf.config.stages import (
     DatasetConfig,
     EvaluationConfig,
     InputError,
+    MissingValues,
     MixConfig,
     ModelConfig,
     PeftConfig,
@@ -41,6 +48,7 @@ from rlhf.config.stages import (
 )
 
 __all__ = [
+    "CONFIG_FILE",
     "CONF_DIR",
     "STAGES",
     "CheckpointConfig",
@@ -48,6 +56,7 @@ __all__ = [
     "DatasetConfig",
     "EvaluationConfig",
     "InputError",
+    "MissingValues",
     "MixConfig",
     "ModelConfig",
     "PPOConfig",
@@ -65,11 +74,14 @@ __all__ = [
     "build_arguments",
     "check",
     "check_scorer_config",
+    "config_file_of_run",
     "config_keys",
     "explain",
     "load_config",
     "load_object",
     "nearest",
+    "nothing_to_resume",
+    "read_run_config",
     "save_config",
     "schema",
 ]

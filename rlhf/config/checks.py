@@ -17,6 +17,7 @@ from rlhf.config.stages import (
     DTYPES,
     NORMALIZATIONS,
     InputError,
+    MissingValues,
     ModelConfig,
     PPOStageConfig,
     RewardStageConfig,
@@ -34,7 +35,7 @@ def check(config: StageConfig) -> None:
     """
     missing = _missing(config)
     if missing:
-        raise InputError("missing values:\n  " + "\n  ".join(missing))
+        raise MissingValues("missing values:\n  " + "\n  ".join(missing))
     problems = [message for ok, message in _rules(config) if not ok]
     if problems:
         raise InputError("\n".join(problems))

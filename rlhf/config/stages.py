@@ -19,6 +19,10 @@ class InputError(ValueError):
     """Bad input from the user; the message: what was given, what was expected, how to fix it."""
 
 
+class MissingValues(InputError):
+    """Values that have no default and were not given."""
+
+
 @dataclass
 class ModelConfig:
     """Which model to start from, and how it is loaded."""

@@ -100,7 +100,10 @@ class Run:
             raise explain_stop(self.config, self.directory, error, step, spoilt, dtype) from error
         finally:
             writer.close()
-        say(f"stopped after update {trainer.update}; continue with resume=true")
+        say(
+            f"stopped after update {trainer.update}; continue with resume=true "
+            f"run_name={self.config.run_name}"
+        )
         return PPOResult(None, self.before, self.last, trainer.update, stopped_by=stop.signal)
 
     def _train(self, writer: MetricsWriter, stop: GracefulStop) -> bool:
@@ -202,8 +205,8 @@ class Run:
         if self.best is not None and before is not None and self.best["value"] <= before:
             warn(
                 f"by {describe_selection(self.config)}, no evaluated update is better than the "
-                "policy before training; python -m rlhf.ppo preflight=only shows what the scorer "
-                "leaves to gain"
+                "policy before training; the same command with preflight=only shows what the "
+                "scorer leaves to gain"
             )
         rule = describe_selection(self.config) if self.best is not None else "the last"
         say(

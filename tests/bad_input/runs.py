@@ -1,8 +1,18 @@
 """Runs and commands"""
 
+from pathlib import Path
+
 from bad_input import Case
 
 SFT = "rlhf.sft model.path=model dataset=prompt_completion dataset.path=rows.jsonl"
+
+
+def kill_early(folder: Path) -> None:
+    """Leave of a run what it writes before it trains."""
+    (folder / "runs/killed/sft").mkdir(parents=True)
+    config = (folder / "runs/mine/sft/config.yaml").read_text(encoding="utf-8")
+    (folder / "runs/killed/sft/config.yaml").write_text(config, encoding="utf-8")
+
 
 CASES = [
     Case(
@@ -14,6 +24,27 @@ CASES = [
         "resume and overwrite together",
         f"{SFT} run_name=mine resume=true overwrite=true",
         ("resume=true", "overwrite=true", "contradict"),
+    ),
+    Case(
+        "resuming a run that does not exist",
+        "rlhf.sft resume=true run_name=mime",
+        ("run_name=mime", "Did you mean mine", "resume=auto"),
+    ),
+    Case(
+        "resuming a stage that the run does not have",
+        "rlhf.ppo resume=true run_name=mine",
+        ("runs/mine has no ppo stage", "without resume=true"),
+    ),
+    Case(
+        "resuming a run that was killed before its first checkpoint",
+        "rlhf.sft resume=true run_name=killed",
+        ("runs/killed/sft never reached a checkpoint", "resume=auto"),
+        prepare=kill_early,
+    ),
+    Case(
+        "resuming a finished run with another setting",
+        "rlhf.sft resume=true run_name=mine seed=2",
+        ("seed: 1 -> 2", "another run_name"),
     ),
     Case("chat without a path", "rlhf.chat", ("path is missing",)),
     Case("chat with an unknown option", "rlhf.chat pth=model", ("'pth'", "Did you mean path")),

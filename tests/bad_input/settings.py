@@ -9,6 +9,11 @@ CASES = [
     Case(
         "a typo in a key", f"{PPO} ppo.kl_coeff=0.1", ("ppo.kl_coeff", "Did you mean ppo.kl_coef")
     ),
+    Case(
+        "no data, but an argument that asks for something else than the demo",
+        "rlhf.sft seed=2",
+        ("dataset.path", "model.path", "recipe=demo"),
+    ),
     Case("a value of another type", f"{PPO} ppo.kl_coef=much", ("ppo.kl_coef", "much")),
     Case("a negative coefficient", f"{PPO} ppo.kl_coef=-0.1", ("ppo.kl_coef must be >= 0", "-0.1")),
     Case("a probability above 1", f"{PPO} ppo.gamma=1.5", ("ppo.gamma", "[0, 1]", "1.5")),
