@@ -73,7 +73,7 @@ def finished_run(config: StageConfig, stage: str) -> StageRecord | None:
         InputError: it ran with another configuration.
     """
     final = config.stage_dir(stage) / "final"
-    record = read_record(final) if config.resume else None
+    record = read_record(final) if config.resume and not config.overwrite else None
     if record is not None:
         _check_same_config(config, final)
         say(f"{final.parent} is finished: nothing to do")
