@@ -14,6 +14,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
 
 from rlhf.config import InputError
 
@@ -102,6 +103,12 @@ def find_damaged_file(directory: Path) -> str | None:
             tensor_names(file)
     except InputError as error:
         return str(error)
+    tokenizer = directory / "tokenizer.json"
+    try:
+        if tokenizer.is_file():
+            Tokenizer.from_file(str(tokenizer))
+    except Exception as error:  # the library raises no narrower one
+        return f"{tokenizer} is damaged ({one_line(error)})"
     return None
 
 
