@@ -210,7 +210,7 @@ class MetricsWriter:
             raise KeyError(f"metrics without an entry in METRICS: {unknown}")
         if not is_main_process():
             return
-        row = {name: _json_number(value) for name, value in values.items() if name != "step"}
+        row = {name: _json_value(value) for name, value in values.items() if name != "step"}
         for file, names in (
             ("metrics.jsonl", row.keys() - TIMINGS),
             ("timings.jsonl", row.keys() & TIMINGS),
@@ -248,10 +248,11 @@ def _family(name: str) -> str:
 
 
 def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Append rows to a JSONL file."""
+    """Append rows to a JSONL file; numbers that are not finite, which JSON lacks, become null."""
     with path.open("a", encoding="utf-8") as stream:
         for row in rows:
-            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+            text = json.dumps(_json_value(row), ensure_ascii=False, allow_nan=False)
+            stream.write(text + "\n")
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -261,7 +262,11 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def _json_number(value: float) -> float | int | None:
+def _json_value(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _json_value(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_value(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

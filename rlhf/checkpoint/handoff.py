@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -19,7 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from rlhf.checkpoint.files import complete_or_nothing
-from rlhf.checkpoint.finite import read_changes
+from rlhf.checkpoint.finite import NonFiniteError, read_changes
 from rlhf.config import InputError, StageConfig, save_config
 from rlhf.metrics import warn
 
@@ -110,9 +111,16 @@ def write_stage(
         model: a plain transformers model (adapters merged).
         record: `dtype` and `attn_implementation` are filled in.
         files: name -> content of what else belongs there.
+
+    Raises:
+        NonFiniteError: a weight or a number of the record is not finite.
     """
     record.dtype = str(model.dtype).removeprefix("torch.")
     record.attn_implementation = model.config._attn_implementation
+    figures = record.metrics | {"score_mean": record.score_mean, "score_std": record.score_std}
+    for name, value in figures.items():
+        if value is not None and not math.isfinite(value):
+            raise NonFiniteError(f"{directory} was not written: {name} is {value}")
     with complete_or_nothing(directory) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
@@ -120,7 +128,7 @@ def write_stage(
         for name, content in (files or {}).items():
             (temporary / name).write_bytes(content)
         (temporary / RECORD).write_text(
-            json.dumps(dataclasses.asdict(record), indent=2), encoding="utf-8"
+            json.dumps(dataclasses.asdict(record), indent=2, allow_nan=False), encoding="utf-8"
         )
         mode = (temporary / RECORD).stat().st_mode
         for weights in temporary.glob("*.safetensors"):
