@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
 from rlhf.checkpoint import NonFiniteError, find_non_finite, optimizer_tensors
-from rlhf.config import InputError
 
 MAX_SKIPPED = 20  # a loss scaler starts at 2^16 and halves: it has passed through 2^-4 by then
 
@@ -62,27 +60,14 @@ class FiniteTrainer(Trainer):
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         """Save a checkpoint; none where it would hold a number that is not finite."""
-        problem = _find_non_finite(self)
+        problem = find_non_finite_state(self)
         if problem is not None:
             raise NonFiniteError(f"checkpoint-{self.state.global_step} was not written: {problem}")
         super().save_model(*args, **kwargs)
 
 
-def require_finite_state(trainer: Trainer, checkpoint: Path) -> None:
-    """Refuse weights and optimiser states that were saved before anything looked at them.
-
-    Raises:
-        InputError: one of them is not finite.
-    """
-    problem = _find_non_finite(trainer)
-    if problem is not None:
-        raise InputError(
-            f"{checkpoint}: {problem}; delete it, and resume=true continues from the one before"
-        )
-
-
-def _find_non_finite(trainer: Trainer) -> str | None:
-    """Look through the weights and optimiser states of a Trainer, on each process its own."""
+def find_non_finite_state(trainer: Trainer) -> str | None:
+    """As `find_non_finite`, in the weights and optimiser states of a Trainer on all processes."""
     weights = trainer.accelerator.unwrap_model(trainer.model).state_dict()
     tensors = itertools.chain(weights.items(), optimizer_tensors(trainer.optimizer))
     problems = gather_object([find_non_finite(tensors)])

@@ -37,7 +37,7 @@ from rlhf.checkpoint import (
     seal,
 )
 from rlhf.config import InputError, RewardStageConfig, SFTStageConfig, build_arguments, save_config
-from rlhf.finite_trainer import require_finite_state, set_learning_rate
+from rlhf.finite_trainer import find_non_finite_state, set_learning_rate
 from rlhf.generation import context_length
 from rlhf.metrics import METRICS, MetricsWriter, is_main_process, progress_bar, say
 from rlhf.models import use_bfloat16
@@ -183,7 +183,12 @@ class StageCallback(TrainerCallback):
             state.best_model_checkpoint = str(best)
         if self.checkpoint is not None:
             load_sums(self.trainer, self.checkpoint)
-            require_finite_state(self.trainer, self.checkpoint)
+            problem = find_non_finite_state(self.trainer)
+            if problem is not None:
+                raise InputError(
+                    f"{self.checkpoint}: {problem}; delete it, and resume=true continues from the "
+                    "one before"
+                )
             set_learning_rate(self.trainer)
 
     def on_step_end(
@@ -325,6 +330,9 @@ def run_trainer(
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             if not callback.interrupted and trainer.state.global_step not in _evaluated(trainer):
                 trainer.evaluate()
+            problem = find_non_finite_state(trainer)
+            if problem is not None:
+                raise NonFiniteError(f"{problem} after step {trainer.state.global_step}")
         except NonFiniteError as error:
             callback.close_bar()
             assert trainer.model is not None

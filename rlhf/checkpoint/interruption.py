@@ -111,7 +111,10 @@ def explain_stop(
         way = f"To go on from {usable[-1]}, {delete}give {given} with resume=true"
     lower = [f"{name}={rate / 10:g}" for name, rate in _learning_rates(config).items()]
     remedy = "model.dtype=float32" if dtype == torch.float16 else " ".join(lower)
-    also = "" if config.precision == "float32" else "; precision=float32 may help too"
+    mixed = config.precision != "float32" and (
+        torch.cuda.is_available() or config.precision != "auto"
+    )
+    also = "; precision=float32 may help too" if mixed else ""
     return InputError(f"{error}. {way} {remedy}{also}")
 
 
