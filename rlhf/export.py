@@ -58,7 +58,7 @@ def export(options: ExportOptions) -> None:
     _check(options)
     import transformers
 
-    from rlhf.checkpoint import complete_or_nothing, require_stage
+    from rlhf.checkpoint import complete_or_nothing, find_non_finite, require_stage
     from rlhf.checkpoint.handoff import RECORD
     from rlhf.metrics import say
     from rlhf.models import local_directory, mend_sampling_settings
@@ -76,6 +76,12 @@ def export(options: ExportOptions) -> None:
         say(line)
     if options.dtype != "auto":
         _cast(model, options.dtype)
+    problem = find_non_finite(model.state_dict().items())
+    if problem is not None:
+        raise InputError(
+            f"path={path} cannot be exported with dtype={options.dtype}: {problem}; take another "
+            "checkpoint, or dtype=bfloat16 or float32 if dtype=float16 cannot hold its weights"
+        )
     with complete_or_nothing(out) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)

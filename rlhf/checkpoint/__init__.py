@@ -6,7 +6,12 @@ are written whole and damage is found, `finite` how numbers that are not finite 
 """
 
 from rlhf.checkpoint.files import complete_or_nothing, find_damage, read_manifest, write_manifest
-from rlhf.checkpoint.finite import NonFiniteError, find_non_finite, optimizer_tensors
+from rlhf.checkpoint.finite import (
+    NonFiniteError,
+    find_non_finite,
+    find_non_finite_in,
+    optimizer_tensors,
+)
 from rlhf.checkpoint.handoff import (
     StageRecord,
     check_same_tokenizer,
@@ -47,6 +52,7 @@ __all__ = [
     "explain_stop",
     "find_damage",
     "find_non_finite",
+    "find_non_finite_in",
     "finished_run",
     "hash_tokenizer",
     "hash_weights",

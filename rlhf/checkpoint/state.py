@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rlhf.checkpoint.files import complete_or_nothing
+from rlhf.checkpoint.finite import find_non_finite
 from rlhf.checkpoint.resume import seal
 from rlhf.config import InputError, StageConfig, save_config
 
@@ -60,13 +61,14 @@ def load_training_state(
     """Load what `save_training_state` wrote, in place, and return the JSON values.
 
     Raises:
-        InputError: the checkpoint belongs to another model.
+        InputError: the checkpoint belongs to another model, or a tensor in it is not finite.
     """
     load_modules(directory, modules)
     for name, optimizer in optimizers.items():
         content = optimizer.state_dict()
         content["state"] = {}
-        for key, value in load_file(directory / f"optimizer_{name}.safetensors").items():
+        tensors = _read_finite(directory / f"optimizer_{name}.safetensors")
+        for key, value in tensors.items():
             index, _, entry = key.partition(".")
             content["state"].setdefault(int(index), {})[entry] = value
         optimizer.load_state_dict(content)
@@ -81,10 +83,10 @@ def load_modules(directory: Path, modules: dict[str, Any]) -> None:
         modules: as `save_training_state` takes them; a part of what it wrote will do.
 
     Raises:
-        InputError: the checkpoint belongs to another model.
+        InputError: the checkpoint belongs to another model, or a tensor in it is not finite.
     """
     for name, module in modules.items():
-        saved, own = load_file(directory / f"{name}.safetensors"), _tensors(module)
+        saved, own = _read_finite(directory / f"{name}.safetensors"), _tensors(module)
         if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in own.items()}:
             raise InputError(
                 f"{directory}: the {name} weights there belong to another model or adapter "
@@ -93,6 +95,18 @@ def load_modules(directory: Path, modules: dict[str, Any]) -> None:
         with torch.no_grad():
             for key, value in own.items():
                 value.copy_(saved[key])
+
+
+def _read_finite(file: Path) -> dict[str, torch.Tensor]:
+    """Read a safetensors file, which an older version may have written without a look."""
+    tensors = load_file(file)
+    problem = find_non_finite(tensors.items())
+    if problem is not None:
+        raise InputError(
+            f"{file}: {problem}; delete {file.parent}, and resume=true continues from the "
+            "checkpoint before"
+        )
+    return tensors
 
 
 def _tensors(module: Any) -> dict[str, torch.Tensor]:

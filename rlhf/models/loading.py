@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from rlhf.checkpoint import find_non_finite, find_non_finite_in
 from rlhf.config import InputError, ModelConfig
 from rlhf.models.dropout import disable_dropout, set_dropout
 from rlhf.models.forward import HEAD, has_linear_head
@@ -51,7 +53,7 @@ def load_policy(
         model = load_language_model(_find(config, field), config)
     resize_embeddings(model, num_tokens(tokenizer), config.shrink_embeddings)
     _set_special_tokens(model, tokenizer, keep_own=config.eos_token is None)
-    return _prepare(model, config)
+    return _prepare(model, config, field)
 
 
 def load_reference(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -82,7 +84,7 @@ def init_reward_model(
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn((1, head.in_features), generator=generator)
     model.score = linear_head(weight / math.sqrt(head.in_features + 1), device=model.device)
-    return _prepare(model, config)
+    return _prepare(model, config, "model.path")
 
 
 def load_reward_model(
@@ -108,7 +110,7 @@ def load_reward_model(
             f"linear head named {HEAD!r}, and so no value for each token. It can be a scorer of "
             "PPO, with critic.init=policy"
         )
-    return _prepare(model, config)
+    return _prepare(model, config, field)
 
 
 def freeze(model: Any) -> Any:
@@ -118,8 +120,9 @@ def freeze(model: Any) -> Any:
     return model
 
 
-def _prepare(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
-    """Apply the settings of training, in place."""
+def _prepare(model: PreTrainedModel, config: ModelConfig, field: str) -> PreTrainedModel:
+    """Check the weights, and apply the settings of training, in place."""
+    _check_finite(model, config, field)
     check_quantized(model, config)
     if config.dropout is not None:
         set_dropout(model, config.dropout)
@@ -128,6 +131,22 @@ def _prepare(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
         renamed = getattr(model, "activation_checkpointing_enable", None)
         (renamed or model.gradient_checkpointing_enable)()
     return model
+
+
+def _check_finite(model: PreTrainedModel, config: ModelConfig, field: str) -> None:
+    problem = find_non_finite(model.state_dict().items())
+    if problem is None:
+        return
+    stored = find_non_finite_in(Path(str(config.path))) if config.path else None
+    if stored is None and config.dtype == "float16":
+        raise InputError(
+            f"{field}={config.path}: model.dtype=float16 cannot hold its weights: {problem}; set "
+            "model.dtype=bfloat16 or float32"
+        )
+    raise InputError(
+        f"{field}={config.path} cannot be used: {stored or problem}; every weight must be a finite "
+        "number: take an earlier checkpoint, or train it again"
+    )
 
 
 def parameter_count(model: nn.Module) -> tuple[int, int]:

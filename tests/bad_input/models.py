@@ -1,7 +1,7 @@
 """Models and hand-off"""
 
 from bad_input import Case
-from bad_input.world import edit_json
+from bad_input.world import edit_json, spoil_weights
 
 SPLIT = "dataset.eval_fraction=0.3 dataset.max_length=64"
 SFT = f"rlhf.sft dataset=prompt_completion dataset.path=rows.jsonl run_name=new {SPLIT}"
@@ -21,6 +21,17 @@ CASES = [
         "an EOS token that the tokenizer splits",
         f"{SFT} model.path=model model.eos_token=ending",
         ("model.eos_token", "model.special_tokens"),
+    ),
+    Case(
+        "weights that are not finite",
+        f"{SFT} model.path=model",
+        ("model.path=model", "model.safetensors: model.norm.weight holds nan"),
+        prepare=lambda folder: spoil_weights(folder / "model", "model.norm.weight"),
+    ),
+    Case(
+        "a learning rate at which training diverges",
+        f"{SFT} model.path=model trainer.learning_rate=1e30 trainer.warmup_steps=0",
+        ("the loss is nan in step 2", "overwrite=true and trainer.learning_rate=0.001"),
     ),
     Case(
         "a run's folder instead of its final/",

@@ -10,9 +10,11 @@ prompts.jsonl     prompt                    broken/          a directory without
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
 from tiny import tiny_model, tiny_tokenizer
 
 from rlhf.config import DatasetConfig, ModelConfig, RewardStageConfig, SFTStageConfig
@@ -36,6 +38,14 @@ def append(path: Path, data: bytes) -> None:
 def edit_json(path: Path, **values: Any) -> None:
     """Change some values of a JSON object in a file."""
     path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | values))
+
+
+def spoil_weights(directory: Path, name: str) -> None:
+    """Make the first number of a weight nan."""
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    tensors[name].view(-1)[0] = math.nan
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
 def build(folder: Path) -> Path:
