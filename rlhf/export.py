@@ -18,7 +18,6 @@ scale of the scores.
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 import sys
 from dataclasses import dataclass
@@ -59,7 +58,7 @@ def export(options: ExportOptions) -> None:
     import transformers
 
     from rlhf.checkpoint import complete_or_nothing, find_non_finite, require_stage
-    from rlhf.checkpoint.handoff import RECORD
+    from rlhf.checkpoint.handoff import RECORD, write_record
     from rlhf.metrics import say
     from rlhf.models import local_directory, mend_sampling_settings
 
@@ -89,8 +88,7 @@ def export(options: ExportOptions) -> None:
             if (path / name).is_file():
                 shutil.copyfile(path / name, temporary / name)
         if record is not None:
-            text = json.dumps(dataclasses.asdict(record), indent=2)
-            (temporary / RECORD).write_text(text, encoding="utf-8")
+            write_record(temporary, record)
     _report(model, out)
 
 
@@ -103,10 +101,9 @@ def _check(options: ExportOptions) -> None:
     if options.dtype not in DTYPES:
         hint = nearest(options.dtype, DTYPES)
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {options.dtype}.{hint}")
-    for end in ("", ".tmp", ".old"):  # names that are used while writing
-        taken = Path(str(options.out) + end)
-        if taken.exists() and (not taken.is_dir() or any(taken.iterdir())):
-            raise InputError(f"out={options.out}: {taken} exists and is not empty; choose another")
+    out = Path(str(options.out))
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"out={out} exists and is not empty; choose another")
 
 
 # --- What is exported ---------------------------------------------------------------------------

@@ -271,9 +271,13 @@ def _json_value(value: Any) -> Any:
 
 
 def read_identity(directory: Path) -> dict[str, str] | None:
-    """Read the identity of the run in a stage directory; None where no stage has begun."""
-    file = directory / IDENTITY
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    """Read the identity of the run in a stage directory; None where no stage has begun, or where
+    the file is damaged."""
+    try:
+        found = json.loads((directory / IDENTITY).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and {"id", "stage"} <= found.keys() else None
 
 
 def _start_wandb(directory: Path, config: StageConfig, stage: str) -> Any:

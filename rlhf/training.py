@@ -1,8 +1,9 @@
 """What the SFT and reward stages share around the transformers Trainer: arguments, progress,
 metrics, checkpoints, interruption.
 
-The Trainer writes its checkpoints itself; we add what it forgets (the averages since the last log)
-and the manifest. The last step has no checkpoint: `final/` follows it.
+The Trainer writes its checkpoints itself, into a hidden folder; we add what it forgets (the
+averages since the last log) and the manifest, and give them their names. The last step has no
+checkpoint: `final/` follows it.
 """
 
 from __future__ import annotations
@@ -29,12 +30,14 @@ from transformers import (
 )
 
 from rlhf.checkpoint import (
+    UNSEALED,
     GracefulStop,
     NonFiniteError,
     checkpoint_to_resume,
     explain_stop,
     prune_checkpoints,
-    seal,
+    publish,
+    refuse_taken_steps,
 )
 from rlhf.config import InputError, RewardStageConfig, SFTStageConfig, build_arguments, save_config
 from rlhf.finite_trainer import find_non_finite_state, set_learning_rate
@@ -77,7 +80,7 @@ def trainer_arguments(
         factory,
         values,
         {
-            "output_dir": str(config.stage_dir(stage)),
+            "output_dir": str(config.stage_dir(stage) / UNSEALED),
             "seed": config.seed,
             "data_seed": config.seed,
             "report_to": "none",
@@ -91,7 +94,7 @@ def trainer_arguments(
             "ddp_find_unused_parameters": False,
             "save_strategy": "steps",
             "save_steps": config.checkpoint.every,
-            "save_total_limit": None,  # it would delete before the manifest of the new one is there
+            "save_total_limit": None,  # it would delete by name, whoever wrote it
             "save_only_model": False,
         }
         | reserved,
@@ -162,9 +165,11 @@ class StageCallback(TrainerCallback):
         config: SFTStageConfig | RewardStageConfig,
         writer: MetricsWriter,
         stop: GracefulStop,
+        directory: Path,
         checkpoint: Path | None,
     ):
         self.trainer, self.config, self.writer, self.stop = trainer, config, writer, stop
+        self.directory = directory  # of the stage
         self.checkpoint = checkpoint  # that training continues from
         self.interrupted = False
         self._evaluated = -1  # last step of an epoch that was evaluated at that step
@@ -179,8 +184,11 @@ class StageCallback(TrainerCallback):
         state.save_steps = self.config.checkpoint.every  # else the Trainer takes the checkpoint's
         if args.load_best_model_at_end and state.best_global_step:
             # where it is now, should the run have been moved
-            best = Path(str(args.output_dir)) / f"checkpoint-{state.best_global_step}"
+            best = self.directory / f"checkpoint-{state.best_global_step}"
             state.best_model_checkpoint = str(best)
+        every = self.config.checkpoint.every
+        planned = range(every * (state.global_step // every + 1), state.max_steps, every)
+        refuse_taken_steps(self.directory, planned)
         if self.checkpoint is not None:
             load_sums(self.trainer, self.checkpoint)
             problem = find_non_finite_state(self.trainer)
@@ -218,14 +226,17 @@ class StageCallback(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        directory = Path(str(args.output_dir))
-        checkpoint = directory / f"checkpoint-{state.global_step}"
-        save_sums(self.trainer, checkpoint)
+        written = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        best = best_step(args, state)
+        save_sums(self.trainer, written)
         PartialState().wait_for_everyone()  # every process has written its part
         if is_main_process():
-            save_config(self.config, checkpoint / "config.yaml")
-            seal(checkpoint, directory, best_step(args, state))
-            prune_checkpoints(directory, self.config.checkpoint.keep_last)
+            save_config(self.config, written / "config.yaml")
+            publish(written, self.directory / written.name, best)
+            prune_checkpoints(self.directory, self.config.checkpoint.keep_last)
+        if best is not None:
+            state.best_model_checkpoint = str(self.directory / f"checkpoint-{best}")
+        PartialState().wait_for_everyone()  # it has its name
 
     def on_log(
         self,
@@ -322,7 +333,7 @@ def run_trainer(
     checkpoint = checkpoint_to_resume(config, directory)
     writer = MetricsWriter(directory, config, stage)
     with GracefulStop(config.checkpoint.grace_seconds, directory) as stop:
-        callback = StageCallback(trainer, config, writer, stop, checkpoint)
+        callback = StageCallback(trainer, config, writer, stop, directory, checkpoint)
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(callback)

@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tiny import tiny_tokenizer
+from transformers import PretrainedConfig
 
 from rlhf.checkpoint import (
     GracefulStop,
@@ -57,6 +58,8 @@ from rlhf.config import (
 
 class Model:
     """Saves one weight, as a transformers model does; `fails` after half of the work."""
+
+    dtype, config = torch.float32, PretrainedConfig()
 
     def __init__(self, weight=1.0, fails=False):
         self.weight, self.fails = weight, fails
@@ -369,14 +372,18 @@ def test_newest_checkpoints_and_their_best_are_kept(keep_last, kept, tmp_path):
 
 
 def test_what_was_left_of_a_checkpoint_goes_once_a_newer_one_is_there(tmp_path):
-    for name in ("3", "3.tmp", "4.damaged", "8.damaged", "9"):
-        (tmp_path / f"checkpoint-{name}").mkdir()
+    (tmp_path / "run.json").write_text('{"id": "0123", "stage": "sft"}')
+    for step in (3, 4, 8, 9):
+        (make_checkpoint(tmp_path, step) / "manifest.json").unlink()
+    for step in (4, 8):
+        (tmp_path / f"checkpoint-{step}").rename(tmp_path / f"checkpoint-{step}.damaged")
     before = names(tmp_path)
     prune_checkpoints(tmp_path, 2)
     assert names(tmp_path) == before
     make_checkpoint(tmp_path, 4)
     prune_checkpoints(tmp_path, 2)
-    assert names(tmp_path) == [f"checkpoint-{name}" for name in ("4", "8.damaged", "9")]
+    left = [f"checkpoint-{name}" for name in ("4", "8.damaged", "9")]
+    assert names(tmp_path) == [*left, "run.json"]
 
 
 def test_checkpoint_whose_best_one_is_damaged_is_not_used(tmp_path, capsys):

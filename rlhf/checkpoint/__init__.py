@@ -1,7 +1,8 @@
 """The hand-off between stages, and the state that a stopped run resumes from.
 
 `handoff` is what a stage leaves for the next one, `resume` decides where a stopped run continues,
-`state` is what a PPO checkpoint holds, `interruption` how a run is stopped, `files` how directories
+`ownership` says what a run made in its directory, `state` is what a PPO checkpoint holds,
+`interruption` how a run is stopped, `files` how directories
 are written whole and damage is found, `finite` how numbers that are not finite are.
 """
 
@@ -26,22 +27,28 @@ from rlhf.checkpoint.handoff import (
     write_stage,
 )
 from rlhf.checkpoint.interruption import GracefulStop, explain_stop
+from rlhf.checkpoint.ownership import (
+    UNSEALED,
+    complete_checkpoints,
+    latest_checkpoint,
+    prune_checkpoints,
+    publish,
+    refuse_taken_steps,
+    seal,
+    step_of,
+)
 from rlhf.checkpoint.resume import (
     check_run_directory,
     checkpoint_to_resume,
-    complete_checkpoints,
     finished_run,
-    latest_checkpoint,
     prepare_run_directory,
-    prune_checkpoints,
-    seal,
-    step_of,
 )
 from rlhf.checkpoint.state import load_modules, load_training_state, save_training_state
 
 __all__ = [
     "GracefulStop",
     "NonFiniteError",
+    "UNSEALED",
     "StageRecord",
     "check_run_directory",
     "check_same_tokenizer",
@@ -63,8 +70,10 @@ __all__ = [
     "optimizer_tensors",
     "prepare_run_directory",
     "prune_checkpoints",
+    "publish",
     "read_manifest",
     "read_record",
+    "refuse_taken_steps",
     "require_stage",
     "save_training_state",
     "seal",

@@ -23,27 +23,45 @@ MANIFEST = "manifest.json"
 @contextmanager
 def complete_or_nothing(directory: Path) -> Iterator[Path]:
     """Yield a temporary directory that takes the name of `directory` when the block ends without
-    an error.
+    an error, and is deleted when it does not.
 
     Raises:
-        NonFiniteError: weights or optimiser states in it are not finite; it is deleted then.
+        NonFiniteError: weights or optimiser states in it are not finite.
     """
-    temporary, old = (directory.with_name(directory.name + end) for end in (".tmp", ".old"))
+    directory = Path(os.path.realpath(directory))  # what a link points to is replaced, not the link
+    temporary, old = hidden_names(directory)
     for leftover in (temporary, old):
         shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir(parents=True)
-    yield temporary
-    problem = find_non_finite_in(temporary)
-    if problem is not None:
-        shutil.rmtree(temporary)
-        raise NonFiniteError(f"{directory} was not written: {problem}")
-    for file in files_of(temporary):
-        _sync(file)
-    if directory.is_dir():
-        os.replace(directory, old)
-    os.replace(temporary, directory)
+    try:
+        yield temporary
+        problem = find_non_finite_in(temporary)
+        if problem is not None:
+            raise NonFiniteError(f"{directory} was not written: {problem}")
+        for file in files_of(temporary):
+            _sync(file)
+        if directory.is_dir():
+            os.replace(directory, old)
+        os.replace(temporary, directory)
+    except BaseException:  # on a full disk, what is left of it would be in the way of what follows
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     _sync(directory.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def hidden_names(path: Path) -> tuple[Path, Path]:
+    """Names that a directory has while it is written and while it is deleted; nobody else takes
+    them."""
+    return path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
+
+
+def remove_directory(directory: Path) -> None:
+    """Delete a directory such that a kill leaves nothing of it under its name."""
+    _, old = hidden_names(directory)
+    shutil.rmtree(old, ignore_errors=True)
+    os.replace(directory, old)
+    shutil.rmtree(old)
 
 
 def write_manifest(directory: Path, facts: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from rlhf.checkpoint.files import complete_or_nothing
+from rlhf.checkpoint.files import complete_or_nothing, files_of
 from rlhf.checkpoint.finite import NonFiniteError, read_changes
 from rlhf.config import InputError, StageConfig, save_config
 from rlhf.metrics import warn
@@ -47,6 +47,7 @@ class StageRecord:
         metrics: final figures of the stage.
         changes: settings that changed on resume after a number was not finite, oldest first:
             `after_step`, `changed`.
+        files: names of the files in the directory, of which this is one.
     """
 
     stage: str
@@ -66,6 +67,7 @@ class StageRecord:
     metrics: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     changes: list[dict[str, Any]] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
 
 
 # --- Writing and reading a stage directory -------------------------------------------------------
@@ -114,7 +116,10 @@ def write_stage(
 
     Raises:
         NonFiniteError: a weight or a number of the record is not finite.
+        InputError: something that no stage wrote has the name of `directory`.
     """
+    if directory.is_dir() and any(directory.iterdir()) and not (directory / RECORD).is_file():
+        raise InputError(f"{directory} is in the way: no stage wrote it; move it")
     record.dtype = str(model.dtype).removeprefix("torch.")
     record.attn_implementation = model.config._attn_implementation
     figures = record.metrics | {"score_mean": record.score_mean, "score_std": record.score_std}
@@ -127,9 +132,7 @@ def write_stage(
         save_config(config, temporary / "config.yaml")
         for name, content in (files or {}).items():
             (temporary / name).write_bytes(content)
-        (temporary / RECORD).write_text(
-            json.dumps(dataclasses.asdict(record), indent=2, allow_nan=False), encoding="utf-8"
-        )
+        write_record(temporary, record)
         mode = (temporary / RECORD).stat().st_mode
         for weights in temporary.glob("*.safetensors"):
             weights.chmod(mode)  # safetensors lets only the owner read them, whatever the umask
@@ -158,6 +161,14 @@ def check_writable(model: Any, tokenizer: Any, config: StageConfig) -> None:
                     f"after training ({type(error).__name__}: {reason}); correct it there"
                 ) from error
         save_config(config, Path(folder) / "config.yaml")
+
+
+def write_record(directory: Path, record: StageRecord) -> None:
+    """Write `rlhf.json` into a directory whose other files are all written."""
+    names = {file.relative_to(directory).as_posix() for file in files_of(directory)}
+    record.files = sorted(names | {RECORD})
+    text = json.dumps(dataclasses.asdict(record), indent=2, allow_nan=False)
+    (directory / RECORD).write_text(text, encoding="utf-8")
 
 
 def read_record(directory: str | Path) -> StageRecord | None:

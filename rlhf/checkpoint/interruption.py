@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from rlhf.checkpoint.finite import write_stop
-from rlhf.checkpoint.resume import complete_checkpoints, latest_checkpoint, step_of
+from rlhf.checkpoint.ownership import complete_checkpoints, latest_checkpoint, step_of
 from rlhf.config import InputError, PPOStageConfig, RewardStageConfig, SFTStageConfig, StageConfig
 from rlhf.metrics import is_main_process
 

@@ -1,4 +1,4 @@
-"""Run directories: whose they are, which checkpoint a run continues from, which ones are kept.
+"""Run directories: whose they are, and which checkpoint a run continues from.
 
 `run.json` is the identity of a run, written once; the manifest of each of its checkpoints repeats
 it. The manifest also holds the sizes that the `*.jsonl` files of the stage had, so that a resumed
@@ -10,16 +10,29 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import shutil
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from rlhf.checkpoint.files import MANIFEST, find_damage, read_manifest, write_manifest
-from rlhf.checkpoint.finite import ADJUSTABLE, read_changes, record_changes, stopped_after
+from rlhf.checkpoint.files import find_damage, read_manifest
+from rlhf.checkpoint.finite import ADJUSTABLE, record_changes, stopped_after
 from rlhf.checkpoint.handoff import StageRecord, read_record
+from rlhf.checkpoint.ownership import (
+    LOGS,
+    check_entries,
+    clear,
+    facts_of,
+    latest_checkpoint,
+    num_processes,
+    others_checkpoints,
+    own_checkpoints,
+    refuse_to_clear,
+    remove_unfinished,
+    set_aside,
+    step_of,
+)
 from rlhf.config import CONFIG_FILE, InputError, StageConfig, nothing_to_resume, save_config
 from rlhf.metrics import IDENTITY, read_identity, say, warn
 
@@ -30,7 +43,6 @@ HARMLESS = (
     *("reward.num_normalization_prompts", "normalization", "trainer.dataloader_num_workers"),
 )
 NOT_HARMLESS = ("watchdog.kl_budget",)  # it ends the run
-LEFTOVERS = (".damaged", ".tmp", ".old")
 
 # --- The run directory ----------------------------------------------------------------------------
 
@@ -39,8 +51,8 @@ def check_run_directory(config: StageConfig, stage: str) -> None:
     """Refuse a directory that holds a run, unless told to resume or to overwrite; changes nothing.
 
     Raises:
-        InputError: the directory is in use, there is nothing to resume, or the newest checkpoint is
-            one that `checkpoint_to_resume` will refuse.
+        InputError: the directory is in use, there is nothing to resume, the newest checkpoint is
+            one that `checkpoint_to_resume` will refuse, or something of the user is in the way.
     """
     directory = config.stage_dir(stage)
     if config.resume and config.overwrite:
@@ -54,15 +66,19 @@ def check_run_directory(config: StageConfig, stage: str) -> None:
             f"{directory} already holds {done}; use another run_name, resume=true to continue it, "
             "or overwrite=true to delete it"
         )
+    check_entries(directory)
+    if config.overwrite:
+        refuse_to_clear(directory)
     if config.resume and (directory / "final").is_dir():
         raise InputError(
             f"{directory} is finished: there is nothing to resume; use another run_name"
         )
     newest = latest_checkpoint(directory)
+    if config.resume:
+        _refuse_another_run(directory, step_of(newest))
     if config.resume is True and newest is None:
         raise nothing_to_resume(config, stage)
     if config.resume and newest and find_damage(newest, (CONFIG_FILE,)) is None:
-        _check_same_run(newest, directory)
         _check_same_config(config, newest)
 
 
@@ -83,16 +99,18 @@ def finished_run(config: StageConfig, stage: str) -> StageRecord | None:
 def prepare_run_directory(config: StageConfig, stage: str) -> Path:
     """Create the stage's directory, once all else is known to be good; see `check_run_directory`.
 
-    With `overwrite=true`, what it held is deleted here. `config.yaml` says from now on what a run
-    without a checkpoint was started with; `checkpoint_to_resume` writes that of the others.
+    With `overwrite=true`, what a run wrote there is deleted here. `config.yaml` says from now on
+    what a run without a checkpoint was started with; `checkpoint_to_resume` writes that of the
+    others.
     """
     state, directory = PartialState(), config.stage_dir(stage)
     check_run_directory(config, stage)
     state.wait_for_everyone()
     if state.is_main_process:
-        if config.overwrite and directory.is_dir():
-            shutil.rmtree(directory)
+        if config.overwrite:
+            clear(directory)
         directory.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(directory)
         _identify(directory, stage)
         if latest_checkpoint(directory) is None:
             _write_config(config, directory)
@@ -101,14 +119,16 @@ def prepare_run_directory(config: StageConfig, stage: str) -> Path:
 
 
 def _in_use(directory: Path) -> bool:
-    if not directory.is_dir():
-        return False
-    beginning = (IDENTITY, CONFIG_FILE)  # of a run that was stopped before it trained
-    return any(path.name.removesuffix(".tmp") not in beginning for path in directory.iterdir())
+    """True where there is more than the beginning of a run that was stopped before it trained, and
+    hidden files such as the lock."""
+    beginning = (IDENTITY, CONFIG_FILE)
+    return directory.is_dir() and any(
+        path.name not in beginning and not path.name.startswith(".") for path in directory.iterdir()
+    )
 
 
 def _write_config(config: StageConfig, directory: Path) -> None:
-    temporary = directory / (CONFIG_FILE + ".tmp")
+    temporary = directory / f".{CONFIG_FILE}.tmp"
     save_config(config, temporary)
     os.replace(temporary, directory / CONFIG_FILE)
 
@@ -118,85 +138,10 @@ def _identify(directory: Path, stage: str) -> None:
     if read_identity(directory) is not None:
         return
     newest = latest_checkpoint(directory)
-    identity = _facts(newest)["run"] if newest else None
-    temporary = directory / (IDENTITY + ".tmp")
+    identity = facts_of(newest)["run"] if newest else None
+    temporary = directory / f".{IDENTITY}.tmp"
     temporary.write_text(json.dumps(identity or {"id": secrets.token_hex(8), "stage": stage}))
     os.replace(temporary, directory / IDENTITY)
-
-
-# --- Checkpoints ----------------------------------------------------------------------------------
-
-
-def complete_checkpoints(directory: Path) -> list[Path]:
-    """Return every `checkpoint-N` of a stage, oldest first, without those left half-written."""
-    return [path for path in _checkpoints(directory) if read_manifest(path) is not None]
-
-
-def latest_checkpoint(directory: Path) -> Path | None:
-    """Return the newest complete `checkpoint-N` in a stage directory."""
-    return next(reversed(complete_checkpoints(directory)), None)
-
-
-def step_of(checkpoint: Path | None) -> int:
-    """Step number in the name of a checkpoint; 0 without one."""
-    return int(checkpoint.name.split("-")[-1]) if checkpoint else 0
-
-
-def _checkpoints(directory: Path) -> list[Path]:
-    return sorted(filter(_is_numbered, directory.glob("checkpoint-*")), key=step_of)
-
-
-def _is_numbered(path: Path) -> bool:
-    return path.name.split("-")[-1].isdigit()
-
-
-def seal(checkpoint: Path, directory: Path, best: int | None = None) -> None:
-    """Write the manifest of a checkpoint of the run in `directory`; it is complete from then on.
-
-    Args:
-        best: step of the best checkpoint so far, which is kept with this one.
-    """
-    facts = {
-        "run": read_identity(directory),
-        "processes": _num_processes(),
-        "best": best,
-        "changes": read_changes(directory),
-        "logs": {file.name: file.stat().st_size for file in sorted(directory.glob("*.jsonl"))},
-    }
-    write_manifest(checkpoint, facts)
-
-
-def _facts(checkpoint: Path) -> dict[str, Any]:
-    """What `seal` wrote, of a checkpoint that is complete."""
-    manifest = read_manifest(checkpoint)
-    assert manifest is not None, checkpoint
-    return manifest
-
-
-def _num_processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def prune_checkpoints(directory: Path, keep_last: int) -> None:
-    """Delete checkpoints, but for the newest `keep_last` and those that they name as the best.
-
-    What was set aside as damaged, or was left half-written, goes once the run has passed its step.
-    """
-    kept = complete_checkpoints(directory)[-keep_last:]
-    if not kept:
-        return
-    newest = step_of(kept[-1])
-    steps = {step_of(checkpoint) for checkpoint in kept} | {_facts(c)["best"] for c in kept}
-    for checkpoint in _checkpoints(directory):
-        if step_of(checkpoint) < newest and step_of(checkpoint) not in steps:
-            # the manifest first: what a kill leaves over is no checkpoint
-            (checkpoint / MANIFEST).unlink(missing_ok=True)
-            shutil.rmtree(checkpoint)
-    for leftover in directory.glob("checkpoint-*.*"):
-        checkpoint = leftover.with_suffix("")
-        if leftover.suffix in LEFTOVERS and _is_numbered(checkpoint):
-            if step_of(checkpoint) <= newest:
-                shutil.rmtree(leftover)
 
 
 # --- Resuming -------------------------------------------------------------------------------------
@@ -205,7 +150,7 @@ def prune_checkpoints(directory: Path, keep_last: int) -> None:
 def checkpoint_to_resume(config: StageConfig, directory: Path) -> Path | None:
     """Return the newest intact checkpoint when resuming is asked for, and say which.
 
-    Damaged ones are named and set aside; the `*.jsonl` files are cut back to the checkpoint.
+    Damaged ones are named and set aside; the logs are cut back to the checkpoint.
 
     Raises:
         InputError: the checkpoint is another run's, or was written with a configuration under which
@@ -228,12 +173,13 @@ def checkpoint_to_resume(config: StageConfig, directory: Path) -> Path | None:
 def _resume(config: StageConfig, directory: Path) -> Path | None:
     damaged: dict[Path, str] = {}
     intact = None
-    for candidate in reversed(_checkpoints(directory)):
+    for candidate in reversed(own_checkpoints(directory)):
         problem = _find_problem(candidate)
         if problem is None:
             intact = candidate
             break
         damaged[candidate] = problem
+    _refuse_another_run(directory, step_of(intact))
     if intact is None and config.resume is True:
         problems = "".join(f"\n  {path}: {problem}" for path, problem in damaged.items())
         raise InputError(
@@ -241,19 +187,19 @@ def _resume(config: StageConfig, directory: Path) -> Path | None:
             "resume=auto sets these aside and starts the run again"
         )
     if intact:
-        _check_same_run(intact, directory)
         changed = _check_same_config(config, intact)
         adjusted = [line for key, line in changed.items() if not _is_harmless(key)]
         for line in changed.values():
             effect = "after the stop" if line in adjusted else "without effect on what is trained"
             say(f"changed, {effect}: {line}")
     for checkpoint, problem in damaged.items():
-        aside = checkpoint.with_name(checkpoint.name + ".damaged")
-        shutil.rmtree(aside, ignore_errors=True)
-        os.replace(checkpoint, aside)
+        aside = set_aside(checkpoint)
         instead = f"{intact} is used instead" if intact else "no earlier one is intact"
         warn(f"{checkpoint} is damaged: {problem}; {instead} (the damaged one is now {aside.name})")
-    _cut_logs(directory, _facts(intact)["logs"] if intact else {})
+    for path in others_checkpoints(directory):
+        if step_of(path) > step_of(intact):
+            warn(f"{path} is not a checkpoint of this run: it is left as it is")
+    _cut_logs(directory, facts_of(intact)["logs"] if intact else {})
     if intact:
         record_changes(directory, step_of(intact), adjusted)
     _write_config(config, directory)
@@ -264,7 +210,7 @@ def _resume(config: StageConfig, directory: Path) -> Path | None:
 def _find_problem(checkpoint: Path) -> str | None:
     """As `find_damage`, but for the best checkpoint too, from which `final/` may be written."""
     problem = find_damage(checkpoint)
-    best = None if problem else _facts(checkpoint)["best"]
+    best = None if problem else facts_of(checkpoint)["best"]
     if best is None or best == step_of(checkpoint):
         return problem
     other = checkpoint.with_name(f"checkpoint-{best}")
@@ -272,13 +218,17 @@ def _find_problem(checkpoint: Path) -> str | None:
     return problem and f"it names {other.name} as the best, of which {problem}"
 
 
-def _check_same_run(checkpoint: Path, directory: Path) -> None:
-    theirs, ours = _facts(checkpoint)["run"], read_identity(directory)
-    # without run.json, it is the checkpoint that says whose directory this is
-    if ours is not None and theirs != ours:
+def _refuse_another_run(directory: Path, step: int) -> None:
+    """Refuse a complete checkpoint of another run that is newer than those of this one."""
+    ours = read_identity(directory)
+    for path in reversed(others_checkpoints(directory)):
+        manifest = None if path.is_symlink() else read_manifest(path)
+        if ours is None or manifest is None or step_of(path) <= step:
+            continue
+        theirs = manifest.get("run")
         whose = f"{theirs['stage']} {theirs['id']}" if theirs else "unknown"
         raise InputError(
-            f"{checkpoint} belongs to another run ({whose}) than its directory ({ours['stage']} "
+            f"{path} belongs to another run ({whose}) than its directory ({ours['stage']} "
             f"{ours['id']}, by {IDENTITY}); move it back to where it came from, or delete it"
         )
 
@@ -296,7 +246,7 @@ def _check_same_config(config: StageConfig, directory: Path) -> dict[str, str]:
     if manifest is not None:
         stop = stopped_after(directory.parent, step_of(directory))
         was["number of processes"] = manifest["processes"]
-        now["number of processes"] = _num_processes()
+        now["number of processes"] = num_processes()
     lines = {
         key: f"{key}: {_show(was, key)} -> {_show(now, key)}"
         for key in sorted(was.keys() | now.keys())
@@ -353,8 +303,8 @@ def _show(values: dict[str, Any], key: str) -> str:
 
 
 def _cut_logs(directory: Path, sizes: dict[str, int]) -> None:
-    """Drop what was written to the `*.jsonl` files after the checkpoint; all of it without one."""
-    for name in sorted({file.name for file in directory.glob("*.jsonl")} | sizes.keys()):
+    """Drop what was written to the logs after the checkpoint; all of it without one."""
+    for name in LOGS:
         file, size = directory / name, sizes.get(name, 0)
         found = file.stat().st_size if file.is_file() else 0
         if found < size:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from rlhf.checkpoint.files import complete_or_nothing
 from rlhf.checkpoint.finite import find_non_finite
-from rlhf.checkpoint.resume import seal
+from rlhf.checkpoint.ownership import refuse_taken, seal
 from rlhf.config import InputError, StageConfig, save_config
 
 
@@ -37,7 +37,11 @@ def save_training_state(
         state: JSON values, e.g. the number of finished updates; `state["best"]["update"]`, where
             there is one, is the best checkpoint so far, which is kept with this one.
         config: written beside, resolved.
+
+    Raises:
+        InputError: something that the run did not write has the name of `directory`.
     """
+    refuse_taken(directory)
     with complete_or_nothing(directory) as temporary:
         for name, module in modules.items():
             save_file(_tensors(module), temporary / f"{name}.safetensors")

@@ -26,7 +26,7 @@ def config_file_of_run(directory: Path) -> Path | None:
     steps = {
         int(match[1]): path
         for path in directory.glob("checkpoint-*")
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
+        if (match := re.fullmatch("checkpoint-(0|[1-9][0-9]*)", path.name))
         and (path / "manifest.json").is_file()
     }
     holders = [

@@ -17,6 +17,7 @@ from rlhf.checkpoint import (
     load_training_state,
     make_record,
     prune_checkpoints,
+    refuse_taken_steps,
     save_training_state,
     write_stage,
 )
@@ -109,6 +110,8 @@ class Run:
     def _train(self, writer: MetricsWriter, stop: GracefulStop) -> bool:
         """Make the updates; True when a signal ended them early, with a checkpoint saved."""
         trainer, config = self.trainer, self.config
+        every, end = config.checkpoint.every, config.ppo.num_updates
+        refuse_taken_steps(self.directory, range(every * (trainer.update // every + 1), end, every))
         if trainer.update == 0:
             self.before = self._evaluate(writer)
         began = time.perf_counter()
