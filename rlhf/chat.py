@@ -170,7 +170,6 @@ class Chat:
             number: names the random numbers, together with the seed.
         """
         from rlhf.generation import stream, uniform_noise
-        from rlhf.models import response_text
 
         question = whole_characters(question)
         prompt_ids, room = self._prompt(question)
@@ -195,26 +194,34 @@ class Chat:
                 if len(text) > num_shown:
                     yield text[num_shown:]
                     num_shown = len(text)
-            yield response_text(ids, self.tokenizer)[num_shown:]
+            yield self._text(ids)[num_shown:]
             stops = sampling.stop_strings
             ended = ids[-1] in sampling.stop_ids or (stops is not None and stops.end(ids))
             self.cut_off = not ended
         finally:
             if not self.why_text:
-                self.rounds.append((question, response_text(ids, self.tokenizer)))
+                self.rounds.append((question, self._text(ids)))
 
     def _settled_text(self, ids: list[int]) -> str:
         """What is said for good: without an incomplete character, or what may yet become a stop
-        string and the whitespace before it."""
+        string and the whitespace before it, or the chat template's text around an answer."""
+        from rlhf.data import Frame, answer_frame
+
+        text = self._text(ids).rstrip(INCOMPLETE)
+        frame = Frame() if self.why_text else answer_frame(self.tokenizer)
+        if frame.lead.startswith(text):
+            return ""
+        stops = self.sampling.stop_strings
+        ends = [frame.tail, *(stops.strings if stops else ())]
+        starts = (end[:n] for end in ends for n in range(1, len(end)))
+        held = max((len(start) for start in starts if text.endswith(start)), default=0)
+        text = text[: len(text) - held]
+        return text.rstrip() if stops else text
+
+    def _text(self, ids: list[int]) -> str:
         from rlhf.models import response_text
 
-        text = response_text(ids, self.tokenizer).rstrip(INCOMPLETE)
-        stops = self.sampling.stop_strings
-        if stops is None:
-            return text
-        starts = (stop[:n] for stop in stops.strings for n in range(1, len(stop)))
-        held = max((len(start) for start in starts if text.endswith(start)), default=0)
-        return text[: len(text) - held].rstrip()
+        return response_text(ids, self.tokenizer, "" if self.why_text else None)
 
     def _prompt(self, question: str) -> tuple[list[int], int]:
         """Token ids up to the answer, and the room for it, tokens; negative if there is none.
@@ -239,8 +246,6 @@ class Chat:
         return ids, context - len(ids)
 
     def _encode(self, question: str, rounds: list[tuple[str, str]]) -> list[int]:
-        from jinja2 import TemplateError
-
         from rlhf.data import encode_prompt
 
         if self.why_text:
@@ -253,14 +258,7 @@ class Chat:
             messages.append({"role": "user", "content": asked})
             messages.append({"role": "assistant", "content": answered})
         messages.append({"role": "user", "content": question})
-        if self.record is not None:  # the ids that our stages train on
-            return encode_prompt(messages, self.tokenizer)
-        try:
-            return self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_dict=False
-            )
-        except TemplateError as error:
-            raise InputError(f"the chat template of {self.path} refuses: {error}") from error
+        return encode_prompt(messages, self.tokenizer)
 
     def undo(self) -> None:
         """Forget the last round."""

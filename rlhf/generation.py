@@ -19,7 +19,14 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from rlhf.models import StopStrings, accepts, forbidden_token_ids, forward_inputs, unwrap_peft
+from rlhf.models import (
+    StopStrings,
+    accepts,
+    end_token_ids,
+    forbidden_token_ids,
+    forward_inputs,
+    unwrap_peft,
+)
 
 
 @dataclass(frozen=True)
@@ -62,14 +69,10 @@ class Generation:
 
 
 def stop_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    """The tokenizer's EOS, every EOS id of the model's generation config, and the stop strings that
-    are special tokens, which text does not show."""
-    stops = StopStrings(tokenizer).strings
-    special = [stop for stop in stops if stop in tokenizer.all_special_tokens]
+    """Every EOS id of the model's generation config, and the tokenizer's `end_token_ids`."""
     configured = getattr(unwrap_peft(model).generation_config, "eos_token_id", None)
     ids = configured if isinstance(configured, list) else [configured]
-    ids = [*ids, *tokenizer.convert_tokens_to_ids(special)]
-    return tuple(sorted({tokenizer.eos_token_id, *(i for i in ids if i is not None)}))
+    return tuple(sorted(end_token_ids(tokenizer) | {i for i in ids if i is not None}))
 
 
 def sampling_for(

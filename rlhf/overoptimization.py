@@ -251,7 +251,7 @@ def sample_scores(
     gold = checked_scores(
         load_scorer(judge, device, field="evaluation.scorer"),
         [row["prompt"] for row in rows],
-        [response_text(ids, tokenizer) for ids in sampled.ids],
+        [response_text(i, tokenizer, r["prompt"]) for i, r in zip(sampled.ids, rows, strict=True)],
         "evaluation.scorer",
     )
     return proxy.view(-1, num_samples), gold.view(-1, num_samples)

@@ -217,10 +217,10 @@ def score_sampled(
     then their sum plus the penalty.
     """
     tokens = Tokens([p["input_ids"] for p in prompts], responses, actors.tokenizer_hash)
-    texts = [response_text(ids, actors.tokenizer) for ids in responses]
-    scores = score_responses(
-        actors.scorer, [p["prompt"] for p in prompts], texts, "the scorer", tokens
-    )
+    asked = [p["prompt"] for p in prompts]
+    pairs = zip(responses, asked, strict=True)
+    texts = [response_text(ids, actors.tokenizer, prompt) for ids, prompt in pairs]
+    scores = score_responses(actors.scorer, asked, texts, "the scorer", tokens)
     if settings.missing_eos_penalty is not None:
         penalised = settings.missing_eos_penalty + scores.dense_total
         scores.total = torch.where(torch.tensor(finished), scores.total, penalised)

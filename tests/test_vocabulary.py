@@ -326,8 +326,10 @@ def test_stop_string_that_is_a_special_token_ends_a_response_by_its_id(tmp_path)
     tokenizer = load_tokenizer(config)
     policy = load_policy(config, tokenizer)
     assert sampling_for(policy, tokenizer, 8, 1.0).stop_ids == (EOS, VOCAB)
-    plain = load_tokenizer(saved(tmp_path, chat_template="dolly"))
-    assert sampling_for(policy, plain, 8, 1.0).stop_ids == (EOS,)
+    assert policy.generation_config.eos_token_id == [EOS, VOCAB]  # what other servers obey
+    config = saved(tmp_path, chat_template="dolly")
+    plain = load_tokenizer(config)
+    assert sampling_for(load_policy(config, plain), plain, 8, 1.0).stop_ids == (EOS,)
 
 
 # --- What a response says -----------------------------------------------------------------------

@@ -4,8 +4,8 @@
 
 `reading` reads raw rows, `formats` and `instructions` make them canonical, `canonical` checks them,
 `sources` drops and counts the bad ones and holds some out, `templates` finds chat templates and
-their stop strings, `encoding` renders and tokenises, `splitting` cuts long conversations, `mixing`
-adds plain text.
+their stop strings, `rendering` makes text of conversations and finds where answers begin and end,
+`encoding` tokenises, `splitting` cuts long conversations, `mixing` adds plain text.
 
 Canonical rows use TRL's column names. SFT: `messages`, or `prompt` and `completion` (both text or
 both conversations). Reward: `prompt`, `responses`, `ranks` (0 = best, ties share a rank; a pair is
@@ -22,11 +22,13 @@ from rlhf.data.encoding import (
     encode_ranked,
     encode_response,
     encode_row,
+    encode_samples,
     encode_sft,
     encode_texts,
 )
 from rlhf.data.formats import FORMATS, resolve_format
 from rlhf.data.mixing import mix_texts
+from rlhf.data.rendering import Frame, answer_frame
 from rlhf.data.sources import (
     Splits,
     describe_dropped,
@@ -37,14 +39,16 @@ from rlhf.data.sources import (
     to_conversation,
 )
 from rlhf.data.splitting import split_conversations
-from rlhf.data.templates import chat_template_text, declare_stop_strings, stop_strings
+from rlhf.data.templates import chat_template_text, declare_stop_strings, stop_strings, template_of
 
 __all__ = [
     "FORMATS",
     "DropRow",
+    "Frame",
     "RankedCollator",
     "Row",
     "Splits",
+    "answer_frame",
     "chat_template_text",
     "check_row",
     "declare_stop_strings",
@@ -54,6 +58,7 @@ __all__ = [
     "encode_ranked",
     "encode_response",
     "encode_row",
+    "encode_samples",
     "encode_sft",
     "encode_texts",
     "first_cases",
@@ -65,5 +70,6 @@ __all__ = [
     "split_by_prompt",
     "split_conversations",
     "stop_strings",
+    "template_of",
     "to_conversation",
 ]

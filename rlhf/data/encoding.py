@@ -1,8 +1,8 @@
 """Encoding: canonical rows to token ids and labels, the same way for the three stages.
 
 A conversation is cut into segments at its assistant turns, by rendering its prefixes with the chat
-template; each segment is tokenised alone and the ids are joined. So labels follow segments, never
-string offsets or pad tokens, and the prompt that PPO samples from has the ids that SFT trained on.
+template; no token reaches from one into the next. So labels follow segments, never string offsets
+or pad tokens, and the prompt that PPO samples from has the ids that SFT trained on.
 
     messages  user "Hi", assistant "Yo"            under conf/chat_template/plain.jinja
     prompt    "### User:\\nHi\\n\\n### Assistant:\\n"   labels -100
@@ -11,19 +11,25 @@ string offsets or pad tokens, and the prompt that PPO samples from has the ids t
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from rlhf.config import InputError
-from rlhf.data.canonical import Message, Prompt, Row, prompt_of, show
-from rlhf.data.templates import stop_strings
+from rlhf.data.canonical import Message, Prompt, Row, prompt_of
+from rlhf.data.rendering import RewrittenPrompt, has_end, render_prompt, render_turn, require_eos
+from rlhf.metrics import warn
 
 if TYPE_CHECKING:
     import torch
 
+NUM_HISTORIES = 50  # prompts of which earlier turns are compared with what servers see
 IGNORED = -100  # label of a token without loss, as in torch.nn.functional.cross_entropy
+NUM_CONTEXT_CHARACTERS = 64  # of the text before, to tokenise a text after; longer than tokens are
 
 
 # --- One row ------------------------------------------------------------------------------------
@@ -31,8 +37,8 @@ IGNORED = -100  # label of a token without loss, as in torch.nn.functional.cross
 
 @dataclass
 class _Segment:
-    ids: list[int]
-    is_response: bool  # an assistant turn, with what ends it
+    text: str
+    is_response: bool  # an assistant turn that carries loss, with what ends it
 
 
 def encode_prompt(prompt: Prompt, tokenizer: Any) -> list[int]:
@@ -43,28 +49,41 @@ def encode_prompt(prompt: Prompt, tokenizer: Any) -> list[int]:
     """
     if isinstance(prompt, str):
         return _text_prompt(prompt, tokenizer)
-    segments, done = _turns(prompt, tokenizer)
-    rest = _continue(done, _render(prompt, tokenizer, generation_prompt=True), tokenizer)
-    return [token for s in segments for token in s.ids] + _tokenize(rest, tokenizer)
+    try:
+        segments = _samples(prompt, tokenizer)[-1]
+    except RewrittenPrompt:  # earlier answers cannot be trained on, but the next can be sampled
+        segments = []
+    segments = _extend(segments, render_prompt(prompt, tokenizer), tokenizer)
+    return [token for ids in _segment_ids(segments, tokenizer) for token in ids]
 
 
 def encode_response(prompt: Prompt, response: str, tokenizer: Any) -> list[int]:
     """Token ids of the response that follows `encode_prompt(prompt)`, with what ends it: EOS, or
-    the stop string that the chat template writes after an answer."""
+    the end token or stop string that the chat template writes after an answer."""
     if isinstance(prompt, str):
-        return _with_eos(_tokenize(response, tokenizer), tokenizer)
+        return _with_eos(_tokenize_after(prompt, response, tokenizer), tokenizer)
     answer = {"role": "assistant", "content": response}
-    _, text = _turn(prompt, answer, tokenizer)
-    return _answer_ids(text, tokenizer)
+    before, text = render_turn(prompt, answer, tokenizer)
+    return _with_end(_tokenize_after(before, text, tokenizer), text, tokenizer)
 
 
 def encode_row(
     row: Row, tokenizer: Any, train_on_prompt: bool = False
 ) -> tuple[list[int], list[int]]:
-    """Token ids of an SFT row, and their labels.
+    """Token ids of an SFT row, and their labels; the last of `encode_samples`."""
+    return encode_samples(row, tokenizer, train_on_prompt)[-1]
 
-    Every assistant turn of `messages` carries loss, with the EOS or stop string that ends it; of
-    `prompt` and `completion` only the completion. What follows the last assistant turn is left out.
+
+def encode_samples(
+    row: Row, tokenizer: Any, train_on_prompt: bool = False
+) -> list[tuple[list[int], list[int]]]:
+    """Token ids of an SFT row, and their labels: one sequence or, where the chat template renders
+    earlier turns differently once more turns follow, several.
+
+    Every assistant turn of `messages` carries loss, once, after the text that it is generated
+    after, and with what ends it; of `prompt` and `completion` only the completion. EOS follows
+    earlier turns only where the template writes it. What follows the last assistant turn is left
+    out.
 
     Returns:
         input_ids and labels of equal length, labels -100 where there is no loss. The labels are
@@ -72,109 +91,93 @@ def encode_row(
     """
     if isinstance(row.get("completion"), str) and "messages" not in row:
         prompt = row["prompt"]
-        segments = [
-            _Segment(_text_prompt(prompt, tokenizer), False),
-            _Segment(encode_response(prompt, row["completion"], tokenizer), True),
-        ]
-    else:
-        given: list[Message] = [] if "messages" in row else row["prompt"]
-        trained: list[Message] = row["messages"] if "messages" in row else row["completion"]
-        segments, _ = _turns([*given, *trained], tokenizer)
-        num_given = sum(message["role"] == "assistant" for message in given)
-        for segment in [s for s in segments if s.is_response][:num_given]:
-            segment.is_response = False
-    ids = [token for s in segments for token in s.ids]
-    labels = [t if s.is_response or train_on_prompt else IGNORED for s in segments for t in s.ids]
+        ids = _text_prompt(prompt, tokenizer), encode_response(prompt, row["completion"], tokenizer)
+        return [_labelled(ids, (False, True), train_on_prompt)]
+    given: list[Message] = [] if "messages" in row else row["prompt"]
+    trained: list[Message] = row["messages"] if "messages" in row else row["completion"]
+    num_given = sum(message["role"] == "assistant" for message in given)
+    samples = []
+    for segments in _samples([*given, *trained], tokenizer, num_given):
+        pieces = _segment_ids(segments, tokenizer)
+        if segments:
+            pieces[-1] = _with_end(pieces[-1], segments[-1].text, tokenizer)
+        samples.append(_labelled(pieces, [s.is_response for s in segments], train_on_prompt))
+    return samples
+
+
+def _labelled(
+    pieces: Sequence[list[int]], are_responses: Sequence[bool], train_on_prompt: bool
+) -> tuple[list[int], list[int]]:
+    ids, labels = [], []
+    for piece, is_response in zip(pieces, are_responses, strict=True):
+        ids += piece
+        labels += piece if is_response or train_on_prompt else [IGNORED] * len(piece)
     return ids, labels
 
 
-def _turns(messages: list[Message], tokenizer: Any) -> tuple[list[_Segment], str]:
-    """Segments up to the last assistant turn, and the text that they hold."""
-    segments, done = [], ""
+def _samples(messages: list[Message], tokenizer: Any, num_given: int = 0) -> list[list[_Segment]]:
+    """Cut a conversation into segments at its assistant turns, up to the last; a turn whose prompt
+    does not go on from the turn before begins a list of its own.
+
+    Args:
+        num_given: assistant turns at the start that carry no loss; lists of these alone are left
+            out.
+    """
+    samples, segments, num_turns = [], list[_Segment](), 0
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before, response = _turn(messages[:i], message, tokenizer)
-        prompt_ids = _tokenize(_continue(done, before, tokenizer), tokenizer)
-        response_ids = _answer_ids(response, tokenizer)
-        segments += [_Segment(prompt_ids, False), _Segment(response_ids, True)]
-        done = before + response
-    return segments, done
+        before, response = render_turn(messages[:i], message, tokenizer)
+        extended = _extend(segments, before, tokenizer)
+        if len(extended) == 1 and num_turns > num_given:
+            samples.append(segments)
+        num_turns += 1
+        segments = [*extended, _Segment(response, num_turns > num_given)]
+    return [*samples, segments]
 
 
-def _turn(context: list[Message], answer: Message, tokenizer: Any) -> tuple[str, str]:
-    """Text before an assistant turn, and the text of the turn with what ends it, if anything."""
-    if not context:
-        raise InputError("a conversation starts with the assistant; it must start with the user")
-    before = _render(context, tokenizer, generation_prompt=True)
-    whole = _render([*context, answer], tokenizer, generation_prompt=False)
-    _require_answer(whole.removeprefix(before), answer, tokenizer)
-    text = _continue(before, whole, tokenizer)
-    return before, text[: _end_of_answer(text, tokenizer)]
+def _extend(segments: list[_Segment], prompt: str, tokenizer: Any) -> list[_Segment]:
+    """Segments of a prompt: those of the turns so far and the rest; the prompt by itself where the
+    chat template now renders these turns differently."""
+    done = "".join(segment.text for segment in segments)
+    if segments and not prompt.startswith(done):
+        *head, last = segments  # some templates write EOS after the last turn only
+        segments = [*head, _Segment(last.text.removesuffix(tokenizer.eos_token), last.is_response)]
+        done = done.removesuffix(tokenizer.eos_token)
+    if prompt.startswith(done):
+        return [*segments, _Segment(prompt[len(done) :], False)]
+    return [_Segment(prompt, False)]
 
 
-def _end_of_answer(text: str, tokenizer: Any) -> int:
-    """Where the text of an assistant turn ends: after a stop string that only whitespace follows,
-    as one in the middle is the answer's own; else after the last EOS."""
-    stops = [(text.rfind(stop), len(stop)) for stop in stop_strings(tokenizer)]
-    ends = [at + length for at, length in stops if at >= 0 and not text[at + length :].strip()]
-    if ends:
-        return max(ends)
-    at = text.rfind(tokenizer.eos_token)
-    return len(text) if at < 0 else at + len(tokenizer.eos_token)
+def _segment_ids(segments: list[_Segment], tokenizer: Any) -> list[list[int]]:
+    pieces, done = [], ""
+    for segment in segments:
+        pieces.append(_tokenize_after(done, segment.text, tokenizer))
+        done += segment.text
+    return pieces
 
 
-def _answer_ids(text: str, tokenizer: Any) -> list[int]:
-    ids = _tokenize(text, tokenizer)
-    return ids if text.endswith(stop_strings(tokenizer)) else _with_eos(ids, tokenizer)
+def _tokenize_after(start: str, text: str, tokenizer: Any) -> list[int]:
+    """Token ids of a text that follows `start`: as in the whole, so that servers, which tokenise
+    the whole, see the same; by itself where a token of the whole would reach across.
+
+    SentencePiece begins a text with a space of its own: "Yo" is "_Yo" alone, "Yo" after a newline.
+    """
+    if start and _first_token_differs(tokenizer):
+        context = start[-NUM_CONTEXT_CHARACTERS:]
+        before, whole = _tokenize(context, tokenizer), _tokenize(context + text, tokenizer)
+        if whole[: len(before)] == before:
+            return whole[len(before) :]
+    return _tokenize(text, tokenizer)
 
 
-def _require_answer(text: str, answer: Message, tokenizer: Any) -> None:
-    """Refuse a template that renders nothing of an answer: there would be nothing to train on."""
-    words = answer["content"].split()
-    if words and not any(word in text for word in words):
-        raise InputError(
-            f"the chat template {_in_one_line(tokenizer)} leaves out what the assistant says: "
-            f"nothing of {show(answer['content'])} is in {show(text)}; set another one, e.g. "
-            "model.chat_template=plain"
-        )
-
-
-def _in_one_line(tokenizer: Any) -> str:
-    return show(tokenizer.chat_template.strip().replace("\n", " "))
-
-
-def _continue(start: str, text: str, tokenizer: Any) -> str:
-    """What follows `start` in `text`, both rendered from the same conversation."""
-    if not text.startswith(start):
-        raise InputError(
-            f"the chat template {_in_one_line(tokenizer)} renders the start of a conversation "
-            f"differently once more turns follow: {start[-40:]!r} is not in "
-            f"{text[: len(start)][-60:]!r}; use one that only appends, e.g. "
-            "model.chat_template=plain"
-        )
-    return text[len(start) :]
-
-
-def _render(messages: list[Message], tokenizer: Any, generation_prompt: bool) -> str:
-    from jinja2 import TemplateError
-
-    if not isinstance(tokenizer.chat_template, str):
-        raise InputError(
-            "the rows are conversations but the tokenizer has no chat template; set one, e.g. "
-            "model.chat_template=plain"
-        )
-    _require_eos(tokenizer)
-    try:
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=generation_prompt
-        )
-    except TemplateError as error:
-        roles = ", ".join(message["role"] for message in messages)
-        raise InputError(
-            f"the chat template refuses a conversation of {roles}: {error}; fix the rows, or set "
-            "another model.chat_template"
-        ) from error
+@lru_cache(maxsize=32)
+def _first_token_differs(tokenizer: Any) -> bool:
+    """True where a text at the start has other ids than after another text."""
+    return any(
+        _tokenize(start + "a", tokenizer) != _tokenize(start, tokenizer) + _tokenize("a", tokenizer)
+        for start in ("\n", ":", tokenizer.eos_token or ":")
+    )
 
 
 def _text_prompt(prompt: str, tokenizer: Any) -> list[int]:
@@ -189,15 +192,14 @@ def _tokenize(text: str, tokenizer: Any) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
 
 
+def _with_end(ids: list[int], text: str, tokenizer: Any) -> list[int]:
+    return ids if has_end(text, tokenizer) else _with_eos(ids, tokenizer)
+
+
 def _with_eos(ids: list[int], tokenizer: Any) -> list[int]:
-    _require_eos(tokenizer)
+    require_eos(tokenizer)
     eos = tokenizer.eos_token_id
     return ids if ids[-1:] == [eos] else [*ids, eos]
-
-
-def _require_eos(tokenizer: Any) -> None:
-    if tokenizer.eos_token_id is None:
-        raise InputError("the tokenizer has no EOS token; a response could never end: set one")
 
 
 # --- All rows of a stage ------------------------------------------------------------------------
@@ -209,19 +211,21 @@ def encode_sft(
     """Encode SFT rows; those longer than `max_length` tokens are dropped, never truncated.
 
     Returns:
-        {"input_ids", "labels"} per kept row, and the number of dropped rows by reason.
+        {"input_ids", "labels"} per kept row, or per sequence where `encode_samples` makes several
+        of a row, and the number of dropped ones by reason.
 
     Raises:
         InputError: no row is left.
     """
-    encoded, longest, dropped = [], 0, Counter[str]()
+    encoded, longest, dropped, rows = [], 0, Counter[str](), list(rows)
+    _warn_about_history([prompt_of(row) for row in rows], tokenizer)
     for row in rows:
-        ids, labels = encode_row(row, tokenizer, train_on_prompt)
-        longest = max(longest, len(ids))
-        if len(ids) > max_length:
-            dropped[_too_long("dataset.max_length", max_length)] += 1
-        else:
-            encoded.append({"input_ids": ids, "labels": labels})
+        for ids, labels in encode_samples(row, tokenizer, train_on_prompt):
+            longest = max(longest, len(ids))
+            if len(ids) > max_length:
+                dropped[_too_long("dataset.max_length", max_length)] += 1
+            else:
+                encoded.append({"input_ids": ids, "labels": labels})
     _require_some(encoded, "dataset.max_length", max_length, longest)
     return encoded, dropped
 
@@ -309,8 +313,9 @@ def encode_prompts(
         InputError: no row is left.
     """
     encoded, longest, dropped = [], 0, Counter[str]()
-    for row in rows:
-        prompt = prompt_of(row)
+    prompts = [prompt_of(row) for row in rows]
+    _warn_about_history(prompts, tokenizer)
+    for prompt in prompts:
         ids = encode_prompt(prompt, tokenizer)
         longest = max(longest, len(ids))
         if max_prompt_length is not None and len(ids) > max_prompt_length:
@@ -319,6 +324,24 @@ def encode_prompts(
             encoded.append({"prompt": prompt, "input_ids": ids})
     _require_some(encoded, "ppo.max_prompt_length", max_prompt_length, longest)
     return encoded, dropped
+
+
+def _warn_about_history(prompts: Iterable[Prompt], tokenizer: Any) -> None:
+    """Warn where earlier turns have other token ids than a server gives them, which tokenises the
+    rendered prompt as a whole: there a token reaches from one turn into the next."""
+    later = (p for p in prompts if isinstance(p, list) and "assistant" in {m["role"] for m in p})
+    for prompt in islice(later, NUM_HISTORIES):
+        ids = encode_prompt(prompt, tokenizer)
+        served = _tokenize(render_prompt(prompt, tokenizer), tokenizer)
+        if ids != served:
+            at = len(os.path.commonprefix([ids, served]))
+            theirs, ours = (tokenizer.decode(part[at : at + 3]) for part in (served, ids))
+            warn(
+                "a token of the tokenizer reaches from one turn into the next, so servers give "
+                f"earlier turns other token ids ({theirs!r}) than are trained on ({ours!r}); a "
+                "chat template that ends turns with a special token prevents that"
+            )
+            return
 
 
 def _too_long(name: str, limit: int) -> str:

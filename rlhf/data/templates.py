@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,22 +21,36 @@ from rlhf.data.canonical import show
 _DECLARATION = re.compile(r"\{#.*?#\}|\{%[-+]?\s*set\s+stop_strings\s*=", re.DOTALL)
 
 
-def chat_template_text(name_or_path: str, field: str = "model.chat_template") -> str:
+def chat_template_text(
+    name_or_path: str,
+    field: str = "model.chat_template",
+    own: Mapping[str, str] | None = None,
+) -> str:
     """Return a chat template: a name in `conf/chat_template`, a .jinja file, or the text itself.
 
     Args:
         field: configuration key, for messages.
+        own: named templates that the tokenizer brings; they come first.
     """
+    if own and name_or_path in own:
+        return own[name_or_path]
     if "{%" in name_or_path:
         return name_or_path
     known = {file.stem: file for file in sorted((CONF_DIR / "chat_template").glob("*.jinja"))}
     file = known.get(name_or_path, Path(name_or_path).expanduser())
     if file.suffix == ".jinja" and file.is_file():
         return file.read_text(encoding="utf-8")
+    names = [*sorted(own or {}), *known]
     raise InputError(
-        f"{field}={name_or_path!r} is neither one of {', '.join(known)}, nor a .jinja "
-        f"file that exists, nor a template's text.{nearest(name_or_path, known)}"
+        f"{field}={name_or_path!r} is neither one of {', '.join(names)}, nor a .jinja "
+        f"file that exists, nor a template's text.{nearest(name_or_path, names)}"
     )
+
+
+def template_of(tokenizer: Any) -> str | None:
+    """Return the chat template that renders conversations: of several named ones, `default`."""
+    template = tokenizer.chat_template
+    return template.get("default") if isinstance(template, dict) else template
 
 
 def stop_strings(tokenizer: Any) -> tuple[str, ...]:
@@ -45,8 +59,8 @@ def stop_strings(tokenizer: Any) -> tuple[str, ...]:
     Raises:
         InputError: the declaration is no list of string literals.
     """
-    template = tokenizer.chat_template
-    return _declared(template)[0] if isinstance(template, str) else ()
+    template = template_of(tokenizer)
+    return _declared(template)[0] if template is not None else ()
 
 
 def declare_stop_strings(template: str, strings: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ Left out: sharded models.
 """
 
 from rlhf.models.adapters import add_lora, merged, new_token_rows
-from rlhf.models.answers import StopStrings, before_stop, response_text
+from rlhf.models.answers import StopStrings, before_stop, end_token_ids, response_text
 from rlhf.models.dropout import disable_dropout
 from rlhf.models.forward import (
     HEAD,
@@ -61,6 +61,7 @@ __all__ = [
     "add_lora",
     "before_stop",
     "disable_dropout",
+    "end_token_ids",
     "find_source",
     "forbidden_token_ids",
     "forward_inputs",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rlhf.data import stop_strings
+from rlhf.data import answer_frame, stop_strings
 
 
 class StopStrings:
@@ -47,13 +47,31 @@ def _overlap(stop: str, text: str) -> bool:
     return stop in text or any(stop.endswith(text[:n]) for n in range(1, len(text) + 1))
 
 
-def response_text(ids: Sequence[int], tokenizer: Any) -> str:
+def end_token_ids(tokenizer: Any) -> set[int]:
+    """Ids that end an answer: EOS, the token that the chat template writes after each answer, and
+    stop strings that are special tokens, which text does not show."""
+    tokens = {tokenizer.eos_token, answer_frame(tokenizer).end_token} - {None}
+    tokens |= {stop for stop in stop_strings(tokenizer) if stop in tokenizer.all_special_tokens}
+    return set(tokenizer.convert_tokens_to_ids(sorted(tokens)))
+
+
+def response_text(ids: Sequence[int], tokenizer: Any, prompt: Any = None) -> str:
     """Decode a sampled response: what it says, as the content of an assistant message.
 
-    Special tokens are left out. Where the chat template declares stop strings, so is what follows
-    from the first one on, and the whitespace before: the template writes both.
+    Special tokens are left out, and so is what the chat template writes around an answer. Where it
+    declares stop strings, what follows from the first one on is left out, with the whitespace
+    before.
+
+    Args:
+        prompt: what it answers; around the answer to a text prompt there is no template.
     """
-    return before_stop(_decode(ids, tokenizer), stop_strings(tokenizer))
+    frame = answer_frame(tokenizer)
+    if frame.end_token and ids and ids[-1] == tokenizer.convert_tokens_to_ids(frame.end_token):
+        ids = ids[:-1]  # one that is not special would be text
+    text = before_stop(_decode(ids, tokenizer), stop_strings(tokenizer))
+    if isinstance(prompt, str):
+        return text
+    return text.removeprefix(frame.lead).removesuffix(frame.tail)
 
 
 def before_stop(text: str, stops: Sequence[str]) -> str:

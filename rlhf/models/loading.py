@@ -18,6 +18,7 @@ from transformers import (
 
 from rlhf.checkpoint import find_non_finite, find_non_finite_in
 from rlhf.config import InputError, ModelConfig
+from rlhf.models.answers import end_token_ids
 from rlhf.models.dropout import disable_dropout, set_dropout
 from rlhf.models.forward import HEAD, has_linear_head
 from rlhf.models.quantization import check_quantized
@@ -202,13 +203,16 @@ def _find(config: ModelConfig, field: str) -> Source:
 def _set_special_tokens(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, keep_own: bool
 ) -> None:
-    """Give a model the ids of its tokenizer; a list of several EOS ids stays, if `keep_own`."""
+    """Give a model the ids of its tokenizer; a list of several EOS ids stays, if `keep_own`.
+
+    The generation config, which servers obey, is also given the other tokens that end an answer.
+    """
     holders = [model.config, getattr(model, "generation_config", None)]
     for holder in (h for h in holders if h is not None):
         holder.pad_token_id = tokenizer.pad_token_id
         holder.bos_token_id = tokenizer.bos_token_id
-        stop = holder.eos_token_id
-        if not isinstance(stop, list) or not (keep_own or tokenizer.eos_token_id in stop):
-            holder.eos_token_id = tokenizer.eos_token_id
-        elif tokenizer.eos_token_id not in stop:
-            holder.eos_token_id = [tokenizer.eos_token_id, *stop]
+        eos, stop = tokenizer.eos_token_id, holder.eos_token_id
+        own = stop if isinstance(stop, list) and (keep_own or eos in stop) else []
+        others = set() if holder is model.config else end_token_ids(tokenizer) - {eos}
+        ids = [i for i in (eos, *sorted(others)) if i not in own] + own
+        holder.eos_token_id = ids if own or others else eos

@@ -7,6 +7,7 @@ of the policy before training to the same prompt, by `evaluation.scorer` where t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,7 +60,7 @@ class Evaluator:
                 with_values=False,
             )
         trainer.require_finite(rollout, "logprobs", "ref_logprobs", "scores")
-        responses = response_texts(rollout, actors.tokenizer)
+        responses = response_texts(rollout, actors.tokenizer, self.prompts)
         figures = {
             "score": rollout.scores,
             **component_scores(rollout, actors.scorer),
@@ -117,9 +118,17 @@ def response_ids(rollout: Rollout) -> list[list[int]]:
     return [ids[mask].tolist() for ids, mask in rows]
 
 
-def response_texts(rollout: Rollout, tokenizer: Any) -> list[str]:
-    """The responses of a rollout as text, without what ends them."""
-    return [response_text(ids, tokenizer) for ids in response_ids(rollout)]
+def response_texts(
+    rollout: Rollout, tokenizer: Any, prompts: Sequence[dict[str, Any]] | None = None
+) -> list[str]:
+    """The responses of a rollout as text, without what ends them.
+
+    Args:
+        prompts: rows with the `prompt` of each; None: all are conversations.
+    """
+    ids = response_ids(rollout)
+    asked = [row["prompt"] for row in prompts] if prompts is not None else [None] * len(ids)
+    return [response_text(row, tokenizer, p) for row, p in zip(ids, asked, strict=True)]
 
 
 def selection_value(config: PPOStageConfig, metrics: dict[str, float]) -> float | None:

@@ -220,7 +220,8 @@ def _sample_checks(
     eos, sampling = tokenizer.eos_token_id, trainer.settings.sampling
     longer = partial(_sample_longer, trainer, prompts)
     rollout = rollout.select(order[: len(rows)])
-    samples = Samples(rows, rollout, response_ids(rollout), response_texts(rollout, tokenizer))
+    texts = response_texts(rollout, tokenizer, rows)
+    samples = Samples(rows, rollout, response_ids(rollout), texts)
     checks = [
         check_first_ratio(deviation, rollout, watchdog.first_ratio),
         check_tokenizer(tokenizer, [p["prompt"] for p in prompts], samples.texts),
