@@ -27,14 +27,15 @@ def load_tokenizer(config: ModelConfig, field: str = "model.path") -> PreTrained
         config: `tokenizer` (falls back to `path`) is a Hub id, a directory or
             `python:module.function`; `special_tokens` are added, then `eos_token` and `pad_token`
             take the place of its own; `chat_template` is set when given, else the tokenizer's own
-            is kept, else `plain` is used; `stop_strings` are written into it.
+            is kept (of several named ones the one called `default`), else `plain` is used;
+            `stop_strings` are written into it.
         field: configuration key of `path`, for messages.
 
     Raises:
         InputError: nothing can be loaded from there, a special token is not one id, pad would be
             EOS, or the tokenizer has no EOS token.
     """
-    from rlhf.data import chat_template_text, declare_stop_strings, stop_strings
+    from rlhf.data import declare_stop_strings, stop_strings
 
     source = str(config.tokenizer or config.path)
     tokenizer = read_tokenizer(config, field)
@@ -47,18 +48,10 @@ def load_tokenizer(config: ModelConfig, field: str = "model.path") -> PreTrained
         )
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
-    if config.chat_template is not None:
-        tokenizer.chat_template = chat_template_text(config.chat_template, f"{prefix}chat_template")
-    elif tokenizer.chat_template is None:
-        tokenizer.chat_template = chat_template_text("plain")
+    template = _chat_template(tokenizer, config, source, f"{prefix}chat_template")
     if config.stop_strings is not None:
-        template = tokenizer.chat_template
-        if not isinstance(template, str):
-            raise InputError(
-                f"model.stop_strings: the tokenizer of {source} has several chat templates; choose "
-                "one with model.chat_template"
-            )
-        tokenizer.chat_template = declare_stop_strings(template, config.stop_strings)
+        template = declare_stop_strings(template, config.stop_strings)
+    tokenizer.chat_template = template
     stop_strings(tokenizer)  # a declaration that cannot be read stops here
     return tokenizer
 
@@ -74,6 +67,22 @@ def read_tokenizer(config: ModelConfig, field: str = "model.path") -> Any:
     directory = tokenizer_directory(source, field, config.revision, code)
     load = AutoTokenizer.from_pretrained
     return call_loader(load, directory, f"{field}={source}", trust_remote_code=code)
+
+
+def _chat_template(tokenizer: Any, config: ModelConfig, source: str, field: str) -> str:
+    """The chat template that is asked for in `field`, else the tokenizer's own, else `plain`."""
+    from rlhf.data import chat_template_text, template_of
+
+    named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+    if config.chat_template is not None:
+        return chat_template_text(config.chat_template, field, named)
+    own = template_of(tokenizer)
+    if own is None and named:
+        raise InputError(
+            f"the tokenizer of {source} has the chat templates {', '.join(sorted(named))}, and "
+            f"none named default; choose one, e.g. {field}={min(named)}"
+        )
+    return chat_template_text("plain") if own is None else own
 
 
 def _set_special_tokens(tokenizer: Any, config: ModelConfig, source: str) -> None:

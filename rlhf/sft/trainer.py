@@ -6,7 +6,7 @@ of sampled answers that end by themselves, and a few of these answers on held-ou
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,17 @@ from rlhf.checkpoint import (
     warn_about_template,
     write_stage,
 )
-from rlhf.config import SFTStageConfig, check
+from rlhf.config import ModelConfig, SFTStageConfig, check
 from rlhf.data import (
     Splits,
+    answer_frame,
     encode_prompt,
     encode_sft,
     load_splits,
     mix_texts,
     prompt_of,
     split_conversations,
+    stop_strings,
 )
 from rlhf.finite_trainer import FiniteTrainer
 from rlhf.generation import context_length, generate, sampling_for, uniform_noise
@@ -101,7 +103,7 @@ def train_sft(config: SFTStageConfig) -> SFTResult:
     length = config.dataset.max_length
     args = trainer_arguments(SFTConfig, config, "sft", max_length=length, eval_packing=False)
     splits = load_splits(config.dataset, "sft", config.seed)
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = _load_tokenizer(config.model, splits.prompts)
     _warn_about_words(config, tokenizer)
     torch.manual_seed(config.seed)
     model = load_policy(config.model, tokenizer)
@@ -135,6 +137,39 @@ def train_sft(config: SFTStageConfig) -> SFTResult:
     return _finish(trainer, tokenizer, splits, config, directory)
 
 
+def _load_tokenizer(config: ModelConfig, prompts: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer; the token with which its chat template ends every answer becomes EOS, so
+    that servers stop there.
+
+    Args:
+        prompts: what the rows are; answers to text end with the EOS that the model knows.
+    """
+    tokenizer = load_tokenizer(config)
+    frame, eos = answer_frame(tokenizer), tokenizer.eos_token
+    if prompts == "text" or frame.end_token == eos or stop_strings(tokenizer):
+        return tokenizer
+    mark = frame.tail.strip()
+    if frame.end_token is None:
+        if mark:
+            warn(
+                f"the chat template ends every answer with {mark!r}, which is no token of its own; "
+                f"EOS ({eos}) follows after the last answer of a row. Make it the EOS: "
+                f"model.special_tokens=[{mark!r}] model.eos_token={mark!r}"
+            )
+        return tokenizer
+    if config.eos_token is not None:
+        warn(
+            f"model.eos_token={eos!r}, but the chat template ends every answer with "
+            f"{frame.end_token!r}, which is trained as its end; set model.eos_token=null"
+        )
+        return tokenizer
+    say(
+        f"sft: EOS is {frame.end_token}, with which the chat template ends every answer, in place "
+        f"of {eos}"
+    )
+    return load_tokenizer(replace(config, eos_token=frame.end_token))
+
+
 def _warn_about_words(config: SFTStageConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Warn where the words of the prompts are not what the model knows or learns."""
     warn_about_template(read_record(config.model.path or ""), tokenizer, config.model.path)
@@ -164,6 +199,13 @@ def encode_splits(
     train, too_long = encode_sft(splits.train, tokenizer, length, config.train_on_prompt)
     heldout, too_long_heldout = encode_sft(splits.eval, tokenizer, length, config.train_on_prompt)
     lines.append(splits.describe(too_long + too_long_heldout))
+    num_rows, num_sequences = len(splits.train), len(train) + sum(too_long.values())
+    if num_sequences > num_rows:
+        lines.append(
+            f"{num_rows} training rows are {num_sequences} sequences, as the chat template renders "
+            "earlier turns differently once more turns follow: each answer is trained after what "
+            "it is generated after"
+        )
     if config.mix.fraction:
         bad = config.dataset.on_bad_row
         train, line = mix_texts(train, config.mix, tokenizer, length, config.seed, bad)
@@ -215,7 +257,7 @@ def sample_responses(
     return [
         {
             "prompt": prompts[i],
-            "response": response_text(response, tokenizer),
+            "response": response_text(response, tokenizer, prompts[i]),
             "finished": finished,
             "response_length": len(response),
         }
