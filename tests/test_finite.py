@@ -12,7 +12,9 @@ import dataclasses
 import json
 import math
 import re
+import runpy
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -174,8 +176,15 @@ def numbers(directory: Path) -> torch.Tensor:
     return torch.cat([tensor.flatten().float() for tensor in tensors])
 
 
+def run_command(text: str, monkeypatch) -> None:
+    """Run the command that an error ends with."""
+    _, _, module, *arguments = text[text.index("python -m rlhf.") :].split()
+    monkeypatch.setattr(sys, "argv", [module, *arguments])
+    runpy.run_module(module, run_name="__main__")
+
+
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_run_that_diverges_stops_and_its_advice_works(stage, data, tmp_path):
+def test_a_run_that_diverges_stops_and_its_advice_works(stage, data, tmp_path, monkeypatch):
     make, train = STAGES[stage]
     directory = tmp_path / "runs/run" / stage
     with pytest.raises(InputError) as stop:
@@ -183,8 +192,9 @@ def test_a_run_that_diverges_stops_and_its_advice_works(stage, data, tmp_path):
     text = str(stop.value)
     # the first step has the rate 0, the second leaves weights that the third cannot use
     assert re.match(r"the (loss|gradient norm) is (nan|inf) in step 3; nothing was updated", text)
-    assert f"To go on from {directory}/checkpoint-1, delete {directory}/checkpoint-2, " in text
-    assert text.endswith("with resume=true trainer.learning_rate=0.001")
+    assert f"To go on from {directory}/checkpoint-1: delete {directory}/checkpoint-2, " in text
+    command = f"python -m rlhf.{stage} resume=true run_name=run runs_dir={tmp_path}/runs"
+    assert text.endswith(f" then {command} trainer.learning_rate=0.001")
     assert sorted(p.name for p in directory.glob("checkpoint-*")) == [
         "checkpoint-1",
         "checkpoint-2",
@@ -193,8 +203,7 @@ def test_a_run_that_diverges_stops_and_its_advice_works(stage, data, tmp_path):
     assert all(find_damage(path) is None for path in complete_checkpoints(directory))
 
     shutil.rmtree(directory / "checkpoint-2")
-    lower = make(data, tmp_path, learning_rate=1e-3)
-    train(dataclasses.replace(lower, resume=True))
+    run_command(text, monkeypatch)
     assert numbers(directory / "final").isfinite().all()
     changes = [{"after_step": 1, "changed": ["trainer.learning_rate: 1e+30 -> 0.001"]}]
     assert read_record(directory / "final").changes == changes
@@ -272,21 +281,17 @@ def test_a_bad_checkpoint_of_an_older_version_is_not_continued(data, tmp_path):
 # --- PPO ------------------------------------------------------------------------------------------
 
 
-def test_ppo_goes_on_with_the_rates_that_its_error_names(policy_dir, tmp_path):
+def test_ppo_goes_on_with_the_rates_that_its_error_names(policy_dir, tmp_path, monkeypatch):
     # the rates of the first update are next to 0, the second spoils the weights half-way
     warmup = {"num_updates": 3, "lr_warmup_updates": 1, "lr_warmup_start": 1e-36}
     config = make_config(policy_dir, tmp_path, learning_rate=1e30, **warmup)
     config.checkpoint.every, directory = 1, tmp_path / "runs/run/ppo"
     with pytest.raises(InputError, match="is not finite in update 2; got nan") as stop:
         train_ppo(config)
-    advice = "resume=true ppo.learning_rate=0.001 critic.learning_rate=0.0001"
-    assert f"To go on from {directory}/checkpoint-1, give the same command with {advice}" in str(
-        stop.value
-    )
-    lower = dataclasses.replace(config, resume=True)
-    lower.ppo, lower.critic = dataclasses.replace(config.ppo), dataclasses.replace(config.critic)
-    lower.ppo.learning_rate, lower.critic.learning_rate = 1e-3, 1e-4
-    train_ppo(lower)
+    command = f"python -m rlhf.ppo resume=true run_name=run runs_dir={tmp_path}/runs"
+    rates = "ppo.learning_rate=0.001 critic.learning_rate=0.0001"
+    assert str(stop.value).endswith(f" from {directory}/checkpoint-1: {command} {rates}")
+    run_command(str(stop.value), monkeypatch)
     assert numbers(directory / "final").isfinite().all()
     (change,) = read_record(directory / "final").changes
     assert change["after_step"] == 1 and len(change["changed"]) == 2

@@ -106,9 +106,12 @@ def explain_stop(
         way = "No checkpoint is from before: start again with the same command, overwrite=true and"
     else:
         newer = ", ".join(str(path) for path in checkpoints if path not in usable)
-        delete = f"delete {newer}, whose weights gave it, and " if newer else ""
-        given = "the same command, but overwrite=true," if config.overwrite else "the same command"
-        way = f"To go on from {usable[-1]}, {delete}give {given} with resume=true"
+        delete = f"delete {newer}, whose weights gave it, then " if newer else ""
+        runs_dir = "" if config.runs_dir == StageConfig.runs_dir else f" runs_dir={config.runs_dir}"
+        command = (
+            f"python -m rlhf.{directory.name} resume=true run_name={config.run_name}{runs_dir}"
+        )
+        way = f"To go on from {usable[-1]}: {delete}{command}"
     lower = [f"{name}={rate / 10:g}" for name, rate in _learning_rates(config).items()]
     remedy = "model.dtype=float32" if dtype == torch.float16 else " ".join(lower)
     mixed = config.precision != "float32" and (
