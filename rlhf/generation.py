@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
 
 from rlhf.models import (
@@ -24,7 +23,8 @@ from rlhf.models import (
     accepts,
     end_token_ids,
     forbidden_token_ids,
-    forward_inputs,
+    inference_mode,
+    prefill_inputs,
     unwrap_peft,
 )
 
@@ -217,7 +217,7 @@ def _steps(
     cache = DynamicCache(config=unwrap_peft(model).config)
     last_only = {"logits_to_keep": 1} if accepts(model, "logits_to_keep") else {}
     for t in range(sampling.max_new_tokens):
-        inputs = forward_inputs(model, tokens, mask)
+        inputs = prefill_inputs(model, tokens, mask)
         if t and "position_ids" in inputs:
             inputs["position_ids"] = inputs["position_ids"][:, -1:]
         logits = (
@@ -284,16 +284,3 @@ def _restrict(logprobs: Tensor, sampling: Sampling) -> Tensor:
         )
         logprobs = logprobs.masked_fill(dropped, -math.inf)
     return logprobs
-
-
-@contextmanager
-def inference_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode for every module (checkpointed layers drop the cache otherwise); the flags come
-    back at the end."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training

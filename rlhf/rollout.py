@@ -62,13 +62,29 @@ class Rollout:
 
     @property
     def sequence_ids(self) -> Tensor:
-        """(B, P + T)."""
-        return torch.cat([self.prompt_ids, self.response_ids], dim=1)
+        """(B, L): prompt and response contiguous, right-padded to the longest row.
+
+        prompt . . 1 2, response 3 4 . -> 1 2 3 4 . . . , cut to L
+        """
+        both = torch.cat([self.prompt_ids, self.response_ids], dim=1)  # (B, P + T)
+        start = (~self.prompt_mask).sum(dim=1, keepdim=True)  # (B, 1)
+        columns = torch.arange(self.sequence_mask.shape[1], device=both.device)
+        # what would run over the end wraps into the padding before the prompt
+        return both.gather(1, (start + columns) % both.shape[1])
 
     @property
     def sequence_mask(self) -> Tensor:
-        """(B, P + T)."""
-        return torch.cat([self.prompt_mask, self.response_mask], dim=1)
+        """(B, L)."""
+        lengths = self.prompt_mask.sum(dim=1) + self.lengths
+        return torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
+
+    @property
+    def state_positions(self) -> Tensor:
+        """(B, T): position in the sequence of the token before each response token; where that is
+        masked, at most L - 1."""
+        before = self.prompt_mask.sum(dim=1, keepdim=True) - 1  # (B, 1)
+        steps = torch.arange(self.response_ids.shape[1], device=before.device)
+        return (before + steps).clamp(max=self.sequence_mask.shape[1] - 1)
 
     @property
     def lengths(self) -> Tensor:
@@ -191,16 +207,15 @@ def policy_logprobs(model: Any, part: Rollout, sampling: Sampling) -> tuple[Tens
     Returns:
         logprobs (B, T) float32, and the logits (B, T, V) they come from.
     """
-    width = part.response_ids.shape[1]
     logits = response_logits(
-        model, part.sequence_ids, part.sequence_mask, width, sampling.forbidden
+        model, part.sequence_ids, part.sequence_mask, part.state_positions, sampling.forbidden
     )
     return token_logprobs(logits, part.response_ids, sampling.temperature), logits
 
 
 def critic_values(critic: Any, part: Rollout) -> Tensor:
     """Value of the state before each response token, (B, T) float32."""
-    return critic(part.sequence_ids, part.sequence_mask)[:, -part.response_ids.shape[1] - 1 : -1]
+    return critic(part.sequence_ids, part.sequence_mask).gather(1, part.state_positions)
 
 
 def score_sampled(

@@ -51,6 +51,12 @@ def padded(sequences, side, fill=PAD):
     return torch.tensor(ids), torch.tensor(mask)
 
 
+def positions_before_last(ids, num):
+    """Positions of the tokens that predict the last `num` of each row, (B, num)."""
+    width = ids.shape[1]
+    return torch.arange(width - num - 1, width - 1).expand(len(ids), -1)
+
+
 @torch.no_grad()
 def logits_of(model, ids=SEQUENCES[0]):
     return model(input_ids=torch.tensor([ids])).logits

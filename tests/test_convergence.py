@@ -16,6 +16,7 @@ import itertools
 import pytest
 import torch
 from accelerate import Accelerator
+from families import positions_before_last
 from tiny_ppo import make_config
 
 from rlhf.data import encode_prompts
@@ -73,9 +74,8 @@ def log_probabilities(model, trainer: PPOTrainer, ids: torch.Tensor) -> torch.Te
     prompt = torch.tensor(trainer.prompts[0]["input_ids"]).expand(len(ids), -1)
     sequences = torch.cat([prompt, ids], dim=1)
     mask = torch.ones_like(sequences, dtype=torch.bool)
-    logits = response_logits(
-        model, sequences, mask, NUM_TOKENS, trainer.settings.sampling.forbidden
-    )
+    positions = positions_before_last(sequences, NUM_TOKENS)
+    logits = response_logits(model, sequences, mask, positions, trainer.settings.sampling.forbidden)
     return logits.double().log_softmax(-1).gather(-1, ids[:, :, None]).sum(dim=(1, 2))
 
 

@@ -23,6 +23,7 @@ from families import (
     close,
     exact,
     logits_of,
+    positions_before_last,
     save,
     scores_of,
     train_policy,
@@ -323,7 +324,9 @@ def test_response_logits_are_those_of_the_full_forward_with_forbidden_ids_at_min
     forbidden = forbidden_token_ids(TOKENIZER, VOCAB + 4)
     ids = torch.tensor([SEQUENCES[0]])
     with torch.no_grad():
-        actual = response_logits(model, ids, torch.ones_like(ids).bool(), 2, forbidden)
+        actual = response_logits(
+            model, ids, torch.ones_like(ids).bool(), positions_before_last(ids, 2), forbidden
+        )
         full = model(ids).logits[:, -3:-1]
     allowed = torch.ones(VOCAB + 4, dtype=torch.bool)
     allowed[forbidden] = False
@@ -451,11 +454,12 @@ def test_a_frozen_copy_gives_bit_identical_logits(num_response):
     policy = tiny_model("llama", TOKENIZER, hidden_size=128, intermediate_size=256)
     ids = torch.randint(3, 300, (64, 20), generator=torch.Generator().manual_seed(0))
     mask, forbidden = torch.ones_like(ids, dtype=torch.bool), torch.tensor([0])
+    positions = positions_before_last(ids, num_response)
     logits = []
     for trains in (True, False):
         policy.requires_grad_(trains)
         with torch.no_grad():
-            logits.append(response_logits(policy, ids, mask, num_response, forbidden))
+            logits.append(response_logits(policy, ids, mask, positions, forbidden))
     assert torch.equal(*logits)
 
 

@@ -142,12 +142,11 @@ def test_non_finite_loss_stops_the_run_and_saves_the_batch(policy_dir, tmp_path)
 def test_old_logprobs_use_the_sampling_temperature(policy_dir, tmp_path):
     trainer = make_trainer(make_config(policy_dir, tmp_path, temperature=0.5), tmp_path)
     rollout = trainer.collect()
-    sequences, width = rollout.sequence_ids, rollout.response_ids.shape[1]
     logits = response_logits(
         trainer.actors.policy,
-        sequences,
+        rollout.sequence_ids,
         rollout.sequence_mask,
-        width,
+        rollout.state_positions,
         trainer.settings.sampling.forbidden,
     )
     expected = token_logprobs(logits.detach() / 0.5, rollout.response_ids)

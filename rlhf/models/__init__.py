@@ -3,9 +3,8 @@
 One layer serves the three stages: a Hub id, a local directory or a stage directory goes in.
 Policies are `AutoModelForCausalLM`; reward models and critics are
 `AutoModelForSequenceClassification` with one label, read at every position by `ScalarModel`.
-Weights come from safetensors only; pickled weights are refused. Sequences are laid out as
-[left-padded prompt | right-padded response], in sampling and in training alike, so that both see
-the same positions.
+Weights come from safetensors only; pickled weights are refused. Rows are right-padded wherever a
+model trains or scores; only the sampler pads on the left.
 
 Left out: sharded models.
 """
@@ -20,10 +19,14 @@ from rlhf.models.forward import (
     accepts,
     forward_inputs,
     has_linear_head,
+    inference_mode,
+    is_causal,
     position_ids_from_mask,
+    prefill_inputs,
     response_logits,
     sequence_scores,
     unwrap_peft,
+    without_padding_mask,
 )
 from rlhf.models.hub import local_directory
 from rlhf.models.loading import (
@@ -67,19 +70,22 @@ __all__ = [
     "forward_inputs",
     "freeze",
     "has_linear_head",
+    "inference_mode",
     "init_reward_model",
+    "is_causal",
     "load_adapter",
     "load_policy",
     "load_reference",
     "load_reward_model",
     "load_tokenizer",
     "local_directory",
-    "merged",
     "mend_sampling_settings",
+    "merged",
     "new_token_rows",
     "num_tokens",
     "parameter_count",
     "position_ids_from_mask",
+    "prefill_inputs",
     "read_tokenizer",
     "resize_embeddings",
     "response_logits",
@@ -89,4 +95,5 @@ __all__ = [
     "sequence_scores",
     "unwrap_peft",
     "use_bfloat16",
+    "without_padding_mask",
 ]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,44 +34,112 @@ def position_ids_from_mask(mask: Tensor) -> Tensor:
 
 
 def forward_inputs(model: Any, input_ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Build the inputs of a forward pass: ids, mask, and positions where the family takes any."""
+    """Build the inputs of a training or scoring forward pass, whose rows are right-padded.
+
+    A causal model gets no mask: a real token never sees the padding after it. A mask would only
+    leave padded queries without any key, where a sliding window lies in the padding, and cuDNN's
+    attention gives NaN gradients for such queries. An encoder gets the mask. Positions are the
+    model's own default: 0, 1, 2, ... for most.
+
+    Args:
+        input_ids: (B, L) int64.
+        mask: (B, L) bool.
+
+    Raises:
+        ValueError: a row starts with padding.
+    """
+    if not mask[:, 0].all():
+        raise ValueError("rows must be right-padded, but the mask of some starts with False")
+    inputs = {"input_ids": input_ids}
+    return inputs if is_causal(model) else inputs | {"attention_mask": mask.long()}
+
+
+def prefill_inputs(model: Any, input_ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Build the inputs of a forward pass of the sampler, whose rows are left-padded: ids, mask, and
+    positions where the family takes any. Not for gradients, see `forward_inputs`."""
     inputs = {"input_ids": input_ids, "attention_mask": mask.long()}
     if accepts(model, "position_ids"):
         inputs["position_ids"] = position_ids_from_mask(mask)
     return inputs
 
 
+@torch.no_grad()
+def is_causal(model: Any) -> bool:
+    """Tell whether what a model says at a token depends on no later token.
+
+    It is measured, once for each model: two rows that start alike must give the same there.
+    """
+    inner = unwrap_peft(getattr(model, "module", model))
+    if not hasattr(inner, "_rlhf_is_causal"):
+        embeddings = inner.get_input_embeddings()
+        num_ids, device = len(embeddings.weight), embeddings.weight.device
+        rows = torch.tensor([[0, 1, 2, 3], [0, 1, num_ids - 1, num_ids - 2]], device=device)
+        with inference_mode(inner):
+            hidden = inner.base_model(input_ids=rows % num_ids)[0]  # (2, 4, ...)
+        # the same numbers in the same kernel: without later tokens they do not differ at all
+        inner._rlhf_is_causal = torch.equal(hidden[0, :2], hidden[1, :2])
+    return inner._rlhf_is_causal
+
+
+@contextmanager
+def without_padding_mask(model: nn.Module) -> Iterator[None]:
+    """Inside the block, a causal model does not get the mask that a library passes for right-padded
+    rows; see `forward_inputs`."""
+
+    def drop(_: Any, arguments: Any, keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return arguments, {k: v for k, v in keywords.items() if k != "attention_mask"}
+
+    if not is_causal(model):
+        yield
+        return
+    hook = model.register_forward_pre_hook(drop, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def response_logits(
-    model: Any, sequence_ids: Tensor, mask: Tensor, num_response: int, forbidden: Tensor
+    model: Any, sequence_ids: Tensor, mask: Tensor, positions: Tensor, forbidden: Tensor
 ) -> Tensor:
-    """Return the logits that predict the response tokens, without materialising the prompt's.
+    """Return the logits that predict the response tokens, without materialising the others.
 
     Args:
         model: a causal LM, possibly wrapped by PEFT or by a distributed wrapper.
-        sequence_ids: (B, P + T) int64, left-padded prompts followed by right-padded responses.
-        mask: (B, P + T) bool.
-        num_response: T.
+        sequence_ids: (B, L) int64, right-padded.
+        mask: (B, L) bool.
+        positions: (B, T) int64, T < L; of the token before each response token.
         forbidden: ids whose logits become -inf.
 
     Returns:
         (B, T, V) in the model's dtype; row t predicts response token t.
     """
     inputs = forward_inputs(model, sequence_ids, mask)
-    if accepts(model, "logits_to_keep"):
-        # The head reads a slice there, and torch multiplies a slice otherwise by a weight that
-        # requires a gradient than by a frozen one: KL to an equal reference would be 1e-6, not 0.
-        head = unwrap_peft(getattr(model, "module", model)).get_output_embeddings()
-        hook = head.register_forward_pre_hook(lambda _, arguments: (arguments[0].contiguous(),))
-        try:
-            logits = model(**inputs, logits_to_keep=num_response + 1, use_cache=False).logits
-        finally:
-            hook.remove()
-    else:
-        logits = model(**inputs, use_cache=False).logits[:, -num_response - 1 :]
-    logits = logits[:, :-1]
+    rows = torch.arange(len(positions), device=positions.device)[:, None]  # (B, 1)
+    # The head reads a copy of the hidden states there. It would read a slice with another kernel
+    # if its weight is frozen, and KL to an equal reference would be 1e-6, not 0.
+    head = unwrap_peft(getattr(model, "module", model)).get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, given: (given[0][rows, positions],))
+    try:
+        logits = model(**inputs, use_cache=False).logits
+    finally:
+        hook.remove()
     return (
         logits.index_fill(-1, forbidden.to(logits.device), -math.inf) if len(forbidden) else logits
     )
+
+
+@contextmanager
+def inference_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode for every module (checkpointed layers drop the cache otherwise); the flags come
+    back at the end."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
 
 
 class ScalarModel(nn.Module):
@@ -125,7 +194,7 @@ def sequence_scores(model: nn.Module, sequence_ids: Tensor, mask: Tensor) -> Ten
 
     Args:
         model: a `ScalarModel`, possibly wrapped.
-        sequence_ids: (B, L) int64; padding on either side.
+        sequence_ids: (B, L) int64, right-padded.
         mask: (B, L) bool.
 
     Returns:

@@ -21,8 +21,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from rlhf.config import PPOStageConfig
-from rlhf.generation import inference_mode
-from rlhf.models import forward_inputs, unwrap_peft
+from rlhf.models import inference_mode, prefill_inputs, unwrap_peft
 from rlhf.ppo.optimization import text_loss
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.rollout import Rollout, critic_values, policy_logprobs
@@ -195,7 +194,7 @@ def cache_bytes_per_token(model: Any, part: Rollout) -> int:
     ids, mask = part.prompt_ids[:1], part.prompt_mask[:1]
     cache = DynamicCache(config=unwrap_peft(model).config)
     with inference_mode(model):  # gradient checkpointing drops the cache
-        model(**forward_inputs(model, ids, mask), past_key_values=cache, use_cache=True)
+        model(**prefill_inputs(model, ids, mask), past_key_values=cache, use_cache=True)
     kept = sum(
         t.nbytes for layer in cache.layers for t in vars(layer).values() if torch.is_tensor(t)
     )

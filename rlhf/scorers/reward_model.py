@@ -138,7 +138,9 @@ class RewardModelScorer:
         for start in range(0, len(order), self.batch_size):
             chosen = order[start : start + self.batch_size]
             columns = [list(texts) for texts in zip(*(rows[i] for i in chosen), strict=True)]
-            inputs = self.tokenizer(*columns, padding=True, return_tensors="pt").to(device)
+            inputs = self.tokenizer(
+                *columns, padding=True, padding_side="right", return_tensors="pt"
+            ).to(device)
             scores[chosen] = self.model(inputs).cpu()
         return scores
 

@@ -50,6 +50,7 @@ from rlhf.models import (
     new_token_rows,
     parameter_count,
     response_text,
+    without_padding_mask,
 )
 from rlhf.training import (
     best_step,
@@ -131,7 +132,8 @@ def train_sft(config: SFTStageConfig) -> SFTResult:
         for parameter in model.parameters():  # TRL rounds such adapters to bfloat16
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
-    stopped_by = run_trainer(trainer, config, directory, "sft")
+    with without_padding_mask(model):
+        stopped_by = run_trainer(trainer, config, directory, "sft")
     if stopped_by is not None:
         return SFTResult(None, {}, [], stopped_by)
     return _finish(trainer, tokenizer, splits, config, directory)
