@@ -20,6 +20,7 @@ LAYERS = {"functional": set(), "config": set(), "metrics": {"config"}}
 LAYERS["data"] = LAYERS["checkpoint"] = {"config", "metrics"}
 LAYERS["command_line"] = {"config"}
 LAYERS["models"] = {"config", "checkpoint", "data"}
+LAYERS["distributed"] = {"config", "models"}
 LAYERS["generation"] = {"models"}
 LAYERS["scorers"] = {"config", "checkpoint", "data", "models"}
 LAYERS["rollout"] = {"functional", "generation", "models", "scorers"}

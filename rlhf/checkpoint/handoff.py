@@ -14,11 +14,12 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import rlhf
 from rlhf.checkpoint.files import complete_or_nothing, files_of
 from rlhf.checkpoint.finite import NonFiniteError, read_changes
 from rlhf.config import InputError, StageConfig, save_config
@@ -93,7 +94,7 @@ def make_record(
         pad_token_id=tokenizer.pad_token_id,
         seed=config.seed,
         prompts=prompts,
-        versions={name: version(name) for name in PACKAGES},
+        versions={name: _version(name) for name in PACKAGES},
         changes=read_changes(config.stage_dir(stage)),
     )
 
@@ -271,6 +272,14 @@ def hash_weights(directory: Path) -> str:
             while chunk := stream.read(1 << 22):
                 digest.update(chunk)
     return digest.hexdigest()
+
+
+def _version(package: str) -> str:
+    """Version of a package; a source tree that is not installed has no metadata."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return rlhf.__version__ if package == "rlhf" else "not installed"
 
 
 def _hash(text: str) -> str:

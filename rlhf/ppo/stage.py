@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-import torch
-from accelerate import Accelerator
-
 from rlhf.checkpoint import (
     check_run_directory,
     check_writable,
@@ -17,9 +14,10 @@ from rlhf.checkpoint import (
 )
 from rlhf.config import InputError, PPOStageConfig, check
 from rlhf.data import Splits, encode_prompts, load_splits
+from rlhf.distributed import make_accelerator
 from rlhf.generation import context_length
 from rlhf.metrics import quiet_libraries, say
-from rlhf.models import unwrap_peft, use_bfloat16
+from rlhf.models import unwrap_peft
 from rlhf.ppo.evaluation import Evaluator
 from rlhf.ppo.loading import (
     check_batches,
@@ -64,10 +62,7 @@ def train_ppo(config: PPOStageConfig, scorer: Scorer | None = None) -> PPOResult
             return PPOResult(config.stage_dir("ppo") / "final", {}, done.metrics, update)
         check_run_directory(config, "ppo")
     tokenizer, parent = load_checked_tokenizer(config)
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),
-        mixed_precision="bf16" if use_bfloat16(config.precision) else "no",
-    )
+    accelerator = make_accelerator(config.precision)
     num_processes = accelerator.num_processes
     check_batches(config, num_processes)
     independent = load_independent_scorer(config, accelerator.device)
