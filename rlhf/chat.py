@@ -101,9 +101,12 @@ class Chat:
             InputError: nothing can be loaded from there, or it is no policy.
         """
         from rlhf.generation import sampling_for
+        from rlhf.promises import require_cache
 
         self.options, self.path = options, str(getattr(options, field))
         self.model, self.tokenizer, self.record, has_template = _load(options, self.path, field)
+        where, fix = f"{field}={self.path}", "take a model of another family"
+        require_cache(self.model, self.tokenizer, where, fix, num_rows=1)
         self.why_text = None
         if options.chat_template is None and not has_template:
             self.why_text = "it has no chat template"

@@ -11,8 +11,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +147,23 @@ def _pop_load_best(values: dict[str, Any], stage: str) -> bool:
             "set trainer.eval_strategy to steps or epoch"
         )
     return True
+
+
+def is_sharded(args: TrainingArguments) -> bool:
+    """True if the Trainer will spread the weights of a model over the processes."""
+    flags = (os.environ.get(f"ACCELERATE_USE_{name}") for name in ("FSDP", "DEEPSPEED"))
+    return bool(args.fsdp or args.deepspeed) or "true" in flags
+
+
+@contextmanager
+def as_in_training(
+    model: Any, config: SFTStageConfig | RewardStageConfig, args: TrainingArguments
+) -> Iterator[None]:
+    """Put a model where the Trainer will have it, and read it in the precision of training."""
+    if config.model.quantization is None:  # else it is there already
+        model.to(args.device)
+    with torch.autocast(args.device.type, torch.bfloat16, enabled=bool(args.bf16)):
+        yield
 
 
 def check_max_length(config: SFTStageConfig | RewardStageConfig, model: Any) -> None:

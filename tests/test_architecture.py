@@ -22,7 +22,8 @@ LAYERS["command_line"] = {"config"}
 LAYERS["models"] = {"config", "checkpoint", "data"}
 LAYERS["distributed"] = {"config", "models"}
 LAYERS["generation"] = {"models"}
-LAYERS["scorers"] = {"config", "checkpoint", "data", "models"}
+LAYERS["promises"] = {"config", "models", "generation"}
+LAYERS["scorers"] = {"config", "checkpoint", "data", "models", "promises"}
 LAYERS["rollout"] = {"functional", "generation", "models", "scorers"}
 STAGES = {"sft", "reward", "ppo"}
 

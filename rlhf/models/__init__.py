@@ -38,6 +38,7 @@ from rlhf.models.loading import (
     parameter_count,
     use_bfloat16,
 )
+from rlhf.models.quantization import is_quantized
 from rlhf.models.sampling_settings import (
     mend_sampling_settings,
     sample_as_trained,
@@ -74,6 +75,7 @@ __all__ = [
     "init_reward_model",
     "is_causal",
     "load_adapter",
+    "is_quantized",
     "load_policy",
     "load_reference",
     "load_reward_model",

@@ -70,7 +70,15 @@ def add_lora(
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         task_type=task_type,
     )
-    adapted = get_peft_model(model, lora)
+    try:
+        adapted = get_peft_model(model, lora)
+    except ValueError as error:  # no linear layers, or of a kind that it cannot adapt
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"peft.target_modules={config.target_modules or 'null'}: PEFT puts no adapters on "
+            f"{type(model).__name__} ({reason}); name some of its linear layers, "
+            f"{', '.join(_linear_names(model)) or 'of which it has none'}, or train in full"
+        ) from error
     for module in adapted.modules():
         if isinstance(module, TrainableTokensWrapper):
             module.__class__ = _TableRows
@@ -114,19 +122,28 @@ class _Rows(TrainableTokensLayer):
 
 
 def _check_targets(model: PreTrainedModel, targets: list[str] | None) -> None:
+    linear = _linear_layers(model)
+    unknown = [t for t in targets or [] if not any(f".{name}".endswith(f".{t}") for name in linear)]
+    if unknown:
+        raise InputError(
+            f"peft.target_modules={targets}: {type(model).__name__} has no linear layer named "
+            f"{', '.join(unknown)}; it has {', '.join(_linear_names(model))} (null: all of them)"
+        )
+
+
+def _linear_layers(model: PreTrainedModel) -> list[str]:
+    """Full names of the linear layers, without the heads."""
     heads = (model.get_output_embeddings(), getattr(model, HEAD, None))
-    linear = [
+    return [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and all(module is not head for head in heads)
     ]
-    unknown = [t for t in targets or [] if not any(f".{name}".endswith(f".{t}") for name in linear)]
-    if unknown:
-        known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linear))
-        raise InputError(
-            f"peft.target_modules={targets}: {type(model).__name__} has no linear layer named "
-            f"{', '.join(unknown)}; it has {known} (null: all of them)"
-        )
+
+
+def _linear_names(model: PreTrainedModel) -> list[str]:
+    """The last parts of their names, each once: what `peft.target_modules` takes."""
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in _linear_layers(model)))
 
 
 def merged(model: Any) -> PreTrainedModel:

@@ -32,6 +32,7 @@ from rlhf.models import (
     parameter_count,
     sample_as_trained,
 )
+from rlhf.promises import require_cache, require_padding
 from rlhf.rollout import Actors, CollectSettings
 from rlhf.scorers import (
     Scorer,
@@ -99,6 +100,21 @@ def load_actors(
         tokenizer=tokenizer,
         tokenizer_hash=rendering,
     )
+
+
+def check_promises(config: PPOStageConfig, actors: Actors, accelerator: Accelerator) -> None:
+    """Measure on the models what this stage promises; the scorer did so when it was loaded.
+
+    Raises:
+        InputError: what would be sampled is not the policy, or a model reads padding.
+    """
+    where, fix = f"model.path={config.model.path}", "take a model of another family"
+    with accelerator.autocast():
+        require_cache(actors.policy, actors.tokenizer, where, fix)
+        require_padding(actors.policy, actors.tokenizer, where, fix)
+        if actors.critic is not None:
+            where = f"critic.init={config.critic.init}"
+            require_padding(actors.critic, actors.tokenizer, where, fix)
 
 
 def _show_report(path: str) -> None:

@@ -21,6 +21,7 @@ from rlhf.models import unwrap_peft
 from rlhf.ppo.evaluation import Evaluator
 from rlhf.ppo.loading import (
     check_batches,
+    check_promises,
     collect_settings,
     describe_batches,
     load_actors,
@@ -71,6 +72,7 @@ def train_ppo(config: PPOStageConfig, scorer: Scorer | None = None) -> PPOResult
     warn_about_prompts(parent, splits.prompts)
     actors = load_actors(config, tokenizer, scorer, accelerator)
     check_writable(unwrap_peft(actors.policy), tokenizer, config)
+    check_promises(config, actors, accelerator)
     settings = collect_settings(config, actors.policy, tokenizer)
     texts = load_texts(config, tokenizer, context_length(actors.policy))
     budget = prompt_budget(config, actors)

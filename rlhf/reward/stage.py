@@ -37,6 +37,7 @@ from rlhf.models import (
     new_token_rows,
     parameter_count,
 )
+from rlhf.promises import require_padding
 from rlhf.reward.completions import load_completions
 from rlhf.reward.report import (
     NO_PICTURE,
@@ -48,7 +49,13 @@ from rlhf.reward.report import (
     terminal_text,
 )
 from rlhf.reward.trainer import RankingTrainer, describe_plan, plan_batches, score_rows
-from rlhf.training import check_max_length, run_trainer, trainer_arguments
+from rlhf.training import (
+    as_in_training,
+    check_max_length,
+    is_sharded,
+    run_trainer,
+    trainer_arguments,
+)
 
 
 @dataclass
@@ -94,6 +101,7 @@ def train_reward(config: RewardStageConfig) -> RewardResult:
     model = init_reward_model(source, tokenizer, config.seed)
     check_writable(model, tokenizer, config)
     check_max_length(config, model)
+    _check_promises(config, args, parent, model, tokenizer)
     train, too_long = encode_ranked(splits.train, tokenizer, config.dataset.max_length)
     heldout, too_long_heldout = encode_ranked(splits.eval, tokenizer, config.dataset.max_length)
     plan = plan_batches(train, config.reward, args.world_size)
@@ -122,6 +130,16 @@ def train_reward(config: RewardStageConfig) -> RewardResult:
         return RewardResult(None, {}, stopped_by)
     record = make_record("reward", config, parent, tokenizer, splits.prompts)
     return _finish(trainer, completions, splits, config, directory, record)
+
+
+def _check_promises(
+    config: RewardStageConfig, args: TrainingArguments, parent: str, model: Any, tokenizer: Any
+) -> None:
+    """Measure that padding does not change scores."""
+    if not is_sharded(args):
+        with as_in_training(model, config, args):
+            fix = "take a model of another family"
+            require_padding(ScalarModel(model), tokenizer, f"model.path={parent}", fix)
 
 
 def _finish(

@@ -25,6 +25,7 @@ from rlhf.models import (
     read_tokenizer,
     sequence_scores,
 )
+from rlhf.promises import require_padding
 
 UNLIMITED = 1 << 30
 
@@ -81,6 +82,8 @@ class RewardModelScorer:
             self.tokenizer = load_tokenizer(source, field)
             self.tokenizer_hash = hash_rendering(self.tokenizer)
         self.path, self.batch_size = config.path, config.batch_size
+        fix = "take a reward model of another family"
+        require_padding(self.model, self.tokenizer, f"{field}={config.path}", fix)
 
     def __call__(self, prompts: Sequence[Any], responses: Sequence[str]) -> Tensor:
         """Score complete responses given as text, (B,) float32 on the CPU."""

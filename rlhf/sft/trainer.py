@@ -15,6 +15,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from rlhf.checkpoint import (
     check_run_directory,
@@ -52,10 +53,13 @@ from rlhf.models import (
     response_text,
     without_padding_mask,
 )
+from rlhf.promises import require_cache, require_packing, require_padding
 from rlhf.training import (
+    as_in_training,
     best_step,
     check_max_length,
     describe_batches,
+    is_sharded,
     run_trainer,
     trainer_arguments,
 )
@@ -111,6 +115,7 @@ def train_sft(config: SFTStageConfig) -> SFTResult:
     lines = mend_sampling_settings(model)
     check_writable(model, tokenizer, config)
     check_max_length(config, model)
+    _check_promises(config, args, model, tokenizer)
     splits, train, heldout, what = encode_splits(splits, tokenizer, config)
     if config.peft.enabled:
         rows = new_token_rows(tokenizer, config.model, config.peft)
@@ -170,6 +175,35 @@ def _load_tokenizer(config: ModelConfig, prompts: str) -> PreTrainedTokenizerBas
         f"of {eos}"
     )
     return load_tokenizer(replace(config, eos_token=frame.end_token))
+
+
+def _check_promises(config: SFTStageConfig, args: SFTConfig, model: Any, tokenizer: Any) -> None:
+    """Measure on the model what this stage promises, on the device where it will be trained."""
+    if is_sharded(args):
+        return
+    family = f"model.path={config.model.path}"
+    with as_in_training(model, config, args):
+        require_padding(model, tokenizer, family, "take a model of another family")
+        if args.packing or args.padding_free:
+            _check_packing(config, args, model, tokenizer)
+        if config.num_samples:
+            fix = "set num_samples=0, or take a model of another family"
+            require_cache(model, tokenizer, f"num_samples={config.num_samples}", fix)
+
+
+def _check_packing(config: SFTStageConfig, args: SFTConfig, model: Any, tokenizer: Any) -> None:
+    """Measure that rows in one sequence do not see each other, with the collator of TRL."""
+    wrapped = args.packing and args.packing_strategy == "wrapped"
+    multiple: Any = args.pad_to_multiple_of
+    collator = DataCollatorForLanguageModeling(
+        tokenizer.pad_token_id,
+        padding_free=args.padding_free or not wrapped,
+        pad_to_multiple_of=multiple,
+    )
+    field = "trainer.packing" if args.packing else "trainer.padding_free"
+    fix = f"set {field}=false" + ", or trainer.packing_strategy=bfd" * wrapped
+    longest = config.dataset.max_length * args.per_device_train_batch_size
+    require_packing(model, tokenizer, collator, f"{field}=true", longest, fix)
 
 
 def _warn_about_words(config: SFTStageConfig, tokenizer: PreTrainedTokenizerBase) -> None:

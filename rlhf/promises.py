@@ -1,0 +1,242 @@
+"""Promises that hold for some model families only, measured on the model when a stage starts.
+
+Rows that are packed do not see each other; the sampler, with its cache and with rows that end at
+different times, samples from the model; padding changes nothing. Each function compares one way of
+reading a few short rows with each row read alone, and refuses in one line where they differ. A list
+of families would not do: attention implementations, versions and models with their own code differ.
+
+Leaves out models that are sharded, whose layers work only inside their wrapper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from rlhf.config import InputError
+from rlhf.generation import Sampling, context_length, generate, uniform_noise
+from rlhf.models import (
+    ScalarModel,
+    TextModel,
+    accepts,
+    forward_inputs,
+    inference_mode,
+    is_quantized,
+    unwrap_peft,
+)
+
+NUM_STEPS = 6  # of the cache, after the prompt
+FLAT = 20.0  # temperature at which nearly every token is sampled: contexts that none can guess
+
+
+def require_packing(
+    model: Any, tokenizer: Any, collator: Any, where: str, longest: int, fix: str
+) -> None:
+    """Check that rows in one sequence do not see each other.
+
+    Args:
+        collator: of the Trainer; it makes a batch of rows with `input_ids`, `labels` and, where
+            they are packed, `seq_lengths`.
+        where: what puts them together, e.g. "trainer.packing=true".
+        longest: tokens of the longest sequence in training; where these are more than the context,
+            so are those here.
+        fix: what to do instead.
+
+    Raises:
+        InputError: they do, or the model cannot read them.
+    """
+    rows = _rows(model, tokenizer)[1:]
+    last, context = sum(map(len, rows)), context_length(model)
+    long = longest > context and collator.padding_free
+    fillers = [rows[0]] * (context // len(rows[0]) if long else 0)
+    examples = [_packed([row]) for row in fillers] + [_packed(rows)]
+
+    def measure() -> float:
+        inputs = _on_device(collator(examples), model)
+        del inputs["labels"]
+        kept = inputs["input_ids"].shape[1] - sum(map(len, fillers))  # padding at the end included
+        only = {"logits_to_keep": kept} if accepts(model, "logits_to_keep") else {}
+        together = model(**inputs, **only, use_cache=False).logits[0, -kept:]
+        parts = together[:last].split([len(row) for row in rows])
+        return _deviation(parts, [_alone(model, row) for row in rows])
+
+    what = "rows in one sequence see each other"
+    _require(measure, model, where, what, fix)
+
+
+def _packed(rows: Sequence[list[int]]) -> dict[str, list[int]]:
+    ids = [token for row in rows for token in row]
+    return {"input_ids": ids, "labels": ids, "seq_lengths": [len(row) for row in rows]}
+
+
+def require_cache(model: Any, tokenizer: Any, where: str, fix: str, num_rows: int = 3) -> None:
+    """Check that the sampler samples from the model: prompts of different lengths, of which the
+    first ends early and is dropped from the cache.
+
+    Args:
+        where: what names the model, e.g. "model.path=some/model".
+        fix: what to do instead.
+
+    Raises:
+        InputError: its log-probs are not those of the model without a cache.
+    """
+    prompts = _rows(model, tokenizer)[:num_rows]
+
+    def measure() -> float:
+        none = torch.empty(0, dtype=torch.long)
+        stop = cast(Any, _StopFirst() if num_rows > 1 else None)
+        sampling = Sampling(NUM_STEPS, (-1,), none, temperature=FLAT, stop_strings=stop)
+        noise = uniform_noise((0,), range(num_rows), NUM_STEPS)
+        sampled = generate(model, prompts, sampling, noise)
+        actual, scale = [], []
+        for prompt, ids, logprobs in zip(prompts, sampled.ids, sampled.logprobs, strict=True):
+            logits = _alone(model, [*prompt, *ids])[len(prompt) - 1 : -1].float()
+            expected = (logits / FLAT).log_softmax(-1).gather(-1, _tensor(model, ids)[:, None])
+            actual.append(FLAT * (_tensor(model, logprobs) - expected[:, 0]))
+            scale.append(logits.std(dim=-1))
+        return _rms(torch.cat(actual)) / _rms(torch.cat(scale))
+
+    what = "what is sampled with the cache is not what the model predicts without it"
+    _require(measure, model, where, what, fix)
+
+
+def require_padding(model: Any, tokenizer: Any, where: str, fix: str) -> None:
+    """Check that padding on the right changes no number of a causal LM, a `ScalarModel` or a
+    `TextModel`.
+
+    Raises:
+        InputError: it does.
+    """
+    rows = _rows(model, tokenizer)
+    width = max(map(len, rows))
+
+    def measure() -> float:
+        pad = tokenizer.pad_token_id  # RoBERTa numbers its positions by it
+        ids = _tensor(model, [[*row, *[pad] * (width - len(row))] for row in rows])
+        mask = _tensor(model, [[j < len(row) for j in range(width)] for row in rows])
+        padded = _read(model, ids, mask)
+        parts = [padded[i, : len(row)] for i, row in enumerate(rows)]
+        return _deviation(parts, [_alone(model, row) for row in rows])
+
+    _require(measure, model, where, "it reads the padding of a batch", fix)
+
+
+class _StopFirst:
+    """In place of `StopStrings`: ends the first row that has two tokens, and no other."""
+
+    strings = ("",)
+
+    def __init__(self) -> None:
+        self._ended = False
+
+    def end(self, ids: Sequence[int]) -> bool:
+        now = len(ids) == 2 and not self._ended
+        self._ended |= now
+        return now
+
+
+# --- Measuring ------------------------------------------------------------------------------------
+
+
+def _require(measure: Callable[[], float], model: Any, where: str, what: str, fix: str) -> None:
+    inner = _inner(model)
+    family = f"{type(inner).__name__} ({inner.config.model_type})"
+    try:
+        with _left_as_it_was(model):
+            deviation = measure()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a model raises at inputs that it cannot take
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{where}: {family} cannot be used for this, as it fails with {type(error).__name__}: "
+            f"{reason}; {fix}"
+        ) from error
+    if not deviation <= tolerance(model):  # negated, so that nan fails too
+        raise InputError(
+            f"{where}: {family} cannot be used for this, as {what} (its numbers change by "
+            f"{deviation:.0%} of their spread; rounding explains {tolerance(model):.2%}); {fix}"
+        )
+
+
+def tolerance(model: Any) -> float:
+    """Largest deviation that rounding explains, as a share of the spread of the numbers.
+
+    It is the square root of the rounding unit: half of the digits agree. Rounding costs a few bits
+    per layer; a model that reads what it must not loses nearly all digits. Layers of 8 or 4 bits
+    round their inputs row by row, up to a tenth.
+    """
+    if any(is_quantized(module) for module in model.modules()):
+        return 0.25
+    inner = _inner(model)
+    kind, dtypes = inner.device.type, [inner.dtype]
+    if torch.is_autocast_enabled(kind):
+        dtypes.append(torch.get_autocast_dtype(kind))
+    if kind == "cuda" and torch.get_float32_matmul_precision() != "highest":
+        dtypes.append(torch.bfloat16)  # TF32 or less, whatever the tensors are
+    return max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5
+
+
+@contextmanager
+def _left_as_it_was(model: Any) -> Iterator[None]:
+    """Without dropout and gradients; modes and random numbers are as before afterwards."""
+    device = next(model.parameters()).device
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.no_grad(), inference_mode(model):
+        yield
+
+
+def _rows(model: Any, tokenizer: Any) -> list[list[int]]:
+    """Three short rows of different lengths, of tokens that have no special meaning."""
+    special = set(tokenizer.all_special_ids)
+    ids = torch.tensor([i for i in sorted(tokenizer.get_vocab().values()) if i not in special])
+    longest = max(3, min(9, context_length(_inner(model)) // 3))
+    generator = torch.Generator().manual_seed(0)
+    lengths = (longest // 3, longest - 2, longest)
+    draws = [torch.randint(len(ids), (length,), generator=generator) for length in lengths]
+    return [ids[draw].tolist() for draw in draws]
+
+
+def _inner(model: Any) -> Any:
+    """The transformers model, which knows its dtype: a `ScalarModel` has a float32 head."""
+    return unwrap_peft(model.model if isinstance(model, ScalarModel | TextModel) else model)
+
+
+def _alone(model: Any, row: Sequence[int]) -> Tensor:
+    ids = _tensor(model, [list(row)])
+    return _read(model, ids, torch.ones_like(ids, dtype=torch.bool))[0]
+
+
+def _read(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    """Logits (B, L, V) of a causal LM, values (B, L) of a `ScalarModel`, scores (B, 1) of a
+    `TextModel`."""
+    if isinstance(model, ScalarModel):
+        return model(ids, mask)
+    if isinstance(model, TextModel):
+        return model({"input_ids": ids, "attention_mask": mask.long()})[:, None]
+    return model(**forward_inputs(model, ids, mask), use_cache=False).logits
+
+
+def _deviation(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Root mean square of the difference, relative to that of the numbers around their mean."""
+    left, right = torch.cat(list(actual)).float(), torch.cat(list(expected)).float()
+    spread = _rms(right - right.mean(dim=-1, keepdim=True))
+    # a few scores may happen to be nearly equal
+    return _rms(left - right) / max(spread, 0.1 * _rms(right), torch.finfo(torch.float32).tiny)
+
+
+def _rms(numbers: Tensor) -> float:
+    return float(numbers.square().mean().sqrt())
+
+
+def _tensor(model: Any, values: Any) -> Tensor:
+    return torch.tensor(values, device=next(model.parameters()).device)
+
+
+def _on_device(inputs: dict[str, Any], model: Any) -> dict[str, Any]:
+    device = next(model.parameters()).device
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
