@@ -1,12 +1,20 @@
 """The hand-off between stages, and the state that a stopped run resumes from.
 
 `handoff` is what a stage leaves for the next one, `resume` decides where a stopped run continues,
-`ownership` says what a run made in its directory, `state` is what a PPO checkpoint holds,
-`interruption` how a run is stopped, `files` how directories
-are written whole and damage is found, `finite` how numbers that are not finite are.
+`ownership` says what a run made in its directory, `lock` keeps a second run out of it, `state` is
+what a PPO checkpoint holds, `interruption` how a run is stopped, `files` how directories are
+written whole and damage is found, `finite` how numbers that are not finite are, `disk` what is said
+where a disk takes no more.
 """
 
-from rlhf.checkpoint.files import complete_or_nothing, find_damage, read_manifest, write_manifest
+from rlhf.checkpoint.disk import disk_errors
+from rlhf.checkpoint.files import (
+    UNSEALED,
+    complete_or_nothing,
+    find_damage,
+    read_manifest,
+    write_manifest,
+)
 from rlhf.checkpoint.finite import (
     NonFiniteError,
     find_non_finite,
@@ -27,8 +35,8 @@ from rlhf.checkpoint.handoff import (
     write_stage,
 )
 from rlhf.checkpoint.interruption import GracefulStop, explain_stop
+from rlhf.checkpoint.lock import locked, one_writer
 from rlhf.checkpoint.ownership import (
-    UNSEALED,
     complete_checkpoints,
     latest_checkpoint,
     prune_checkpoints,
@@ -56,6 +64,7 @@ __all__ = [
     "checkpoint_to_resume",
     "complete_checkpoints",
     "complete_or_nothing",
+    "disk_errors",
     "explain_stop",
     "find_damage",
     "find_non_finite",
@@ -66,7 +75,9 @@ __all__ = [
     "latest_checkpoint",
     "load_modules",
     "load_training_state",
+    "locked",
     "make_record",
+    "one_writer",
     "optimizer_tensors",
     "prepare_run_directory",
     "prune_checkpoints",

@@ -18,6 +18,7 @@ from typing import Any
 from rlhf.checkpoint.finite import NonFiniteError, find_non_finite_in
 
 MANIFEST = "manifest.json"
+UNSEALED = ".trainer"  # in a stage directory: where the transformers Trainer writes its checkpoints
 
 
 @contextmanager

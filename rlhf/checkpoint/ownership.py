@@ -16,6 +16,7 @@ from typing import Any
 
 from rlhf.checkpoint.files import (
     MANIFEST,
+    UNSEALED,
     files_of,
     hidden_names,
     read_manifest,
@@ -24,11 +25,11 @@ from rlhf.checkpoint.files import (
 )
 from rlhf.checkpoint.finite import CHANGES, STOPPED, read_changes
 from rlhf.checkpoint.handoff import RECORD, read_record
+from rlhf.checkpoint.lock import require_held
 from rlhf.config import CONFIG_FILE, InputError
 from rlhf.metrics import IDENTITY, read_identity
 
 CHECKPOINT = re.compile("checkpoint-(0|[1-9][0-9]*)")
-UNSEALED = ".trainer"  # where the transformers Trainer writes its checkpoints
 DAMAGED = ".damaged"
 RESULTS = ("final", "critic")
 LOGS = ("metrics.jsonl", "timings.jsonl", "samples.jsonl", "watchdog.jsonl", CHANGES)
@@ -88,6 +89,7 @@ def seal(checkpoint: Path, directory: Path, best: int | None = None) -> None:
     Args:
         best: step of the best checkpoint so far, which is kept with this one.
     """
+    require_held(directory)
     run = read_identity(directory)
     if run is not None:
         shutil.copyfile(directory / IDENTITY, checkpoint / IDENTITY)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import nullcontext
 from typing import Any
 
 from rlhf.checkpoint import (
     check_run_directory,
     check_writable,
     finished_run,
+    one_writer,
     prepare_run_directory,
     warn_about_prompts,
 )
@@ -49,11 +51,18 @@ def train_ppo(config: PPOStageConfig, scorer: Scorer | None = None) -> PPOResult
         With `preflight=only`, an empty result: nothing is trained or written.
 
     Raises:
-        InputError: bad configuration, directory or data, or a check of the preflight failed;
-            nothing has been trained or overwritten then.
+        InputError: bad configuration, directory or data, a check of the preflight failed, or
+            another process writes to the stage's directory; nothing has been trained or overwritten
+            then.
     """
     config = with_default_paths(config, scorer)
     check(config)
+    with nullcontext() if config.preflight == "only" else one_writer(config, "ppo"):
+        return _train_alone(config, scorer)
+
+
+def _train_alone(config: PPOStageConfig, scorer: Scorer | None) -> PPOResult:
+    """As `train_ppo`, with the stage's directory locked."""
     quiet_libraries()
     only_look = config.preflight == "only"
     if not only_look:

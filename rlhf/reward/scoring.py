@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from rlhf.checkpoint import hash_weights
+from rlhf.checkpoint import disk_errors, hash_weights, locked
 from rlhf.command_line import exit_status
 from rlhf.config import InputError, ScorerConfig, nearest
 from rlhf.config.stages import DTYPES, NORMALIZATIONS
@@ -117,13 +117,21 @@ def score_file(
         Every score, in the order of the rows.
 
     Raises:
-        InputError: the output is there already, a row cannot be scored, or what was begun belongs
-            to other rows or another reward model. Rows are checked before any is scored.
+        InputError: the output is there already, another process writes it, a row cannot be scored,
+            or what was begun belongs to other rows or another reward model. Rows are checked before
+            any is scored.
     """
-    if out.exists():
-        raise InputError(f"out={out} exists already; delete it, or give another out=<file>")
     if not out.parent.is_dir():
         raise InputError(f"out={out}: there is no directory {out.parent}; make it")
+    lock, fix = out.with_name(f".{out.name}.lock"), "wait, or give another out=<file>"
+    with locked(lock, f"out={out}", fix), disk_errors(out.parent, "give the same command again"):
+        return _score_alone(source, out, config, dtype)
+
+
+def _score_alone(source: Path, out: Path, config: ScorerConfig, dtype: str) -> list[float]:
+    """As `score_file`, with the output locked."""
+    if os.path.lexists(out):
+        raise InputError(f"out={out} exists already; delete it, or give another out=<file>")
     rows, digest = read_rows(source)
     partial = out.with_name(out.name + ".partial")
     directory = Path(str(config.path))
@@ -140,7 +148,8 @@ def score_file(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     scorer = RewardModelScorer(config, device, dtype, field="path")
     _check_encoding(rows, scorer, source)
-    _identity(partial).write_text(json.dumps(made_from, indent=2) + "\n", encoding="utf-8")
+    if not partial.exists():
+        _identity(partial).write_text(json.dumps(made_from, indent=2) + "\n", encoding="utf-8")
     if done:
         say(f"continuing {partial} after {len(done)} of {len(rows)} rows")
     scores = [score for row_scores in done for score in row_scores]

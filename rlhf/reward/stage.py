@@ -20,6 +20,7 @@ from rlhf.checkpoint import (
     check_writable,
     finished_run,
     make_record,
+    one_writer,
     prepare_run_directory,
     require_stage,
     warn_about_prompts,
@@ -81,10 +82,16 @@ def train_reward(config: RewardStageConfig) -> RewardResult:
             directory.
 
     Raises:
-        InputError: bad configuration, directory or data; nothing has been trained or overwritten
-            then.
+        InputError: bad configuration, directory or data, or another process writes to the stage's
+            directory; nothing has been trained or overwritten then.
     """
     check(config)
+    with one_writer(config, "reward"):
+        return _train_alone(config)
+
+
+def _train_alone(config: RewardStageConfig) -> RewardResult:
+    """As `train_reward`, with the stage's directory locked."""
     quiet_libraries()
     done = finished_run(config, "reward")
     if done is not None:

@@ -22,6 +22,7 @@ from rlhf.checkpoint import (
     check_writable,
     finished_run,
     make_record,
+    one_writer,
     prepare_run_directory,
     read_record,
     warn_about_template,
@@ -96,9 +97,16 @@ def train_sft(config: SFTStageConfig) -> SFTResult:
         config: see `conf/sft.yaml` for every knob.
 
     Raises:
-        InputError: bad configuration or data; nothing has been trained or overwritten then.
+        InputError: bad configuration or data, or another process writes to the stage's directory;
+            nothing has been trained or overwritten then.
     """
     check(config)
+    with one_writer(config, "sft"):
+        return _train_alone(config)
+
+
+def _train_alone(config: SFTStageConfig) -> SFTResult:
+    """As `train_sft`, with the stage's directory locked."""
     quiet_libraries()
     done = finished_run(config, "sft")
     if done is not None:

@@ -1,0 +1,91 @@
+"""Disks that do not take what a run writes: one line that says so."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from rlhf.config import InputError
+
+REMEDIES = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some of the quota",
+    errno.EFBIG: "raise the limit on the size of a file (ulimit -f)",
+    errno.EROFS: "make it writable",
+    errno.EIO: "check the disk",
+    errno.ESTALE: "check the network disk",
+}
+# Only of files in the directory that is written: elsewhere they can mean anything.
+LOCAL_REMEDIES = {
+    errno.ENOENT: "it was deleted or moved while it was in use",
+    errno.EACCES: "make it writable",
+    errno.EPERM: "make it writable",
+    errno.ENOTDIR: "move what is in the way",
+    errno.EISDIR: "move what is in the way",
+    errno.EEXIST: "move what is in the way",
+    errno.ENOTEMPTY: "move what is in the way",
+    errno.ELOOP: "move what is in the way",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
+TORCH = ("PytorchStreamWriter", "inline_container.cc", "iostream error", "Parent directory")
+
+
+@contextmanager
+def disk_errors(directory: Path, then: str) -> Iterator[None]:
+    """Turn the failure to write into a directory into an InputError.
+
+    Args:
+        directory: what the block writes.
+        then: what to do once the remedy is applied, e.g. "continue with resume=true".
+
+    Raises:
+        InputError: the disk is full, read-only, out of reach, or a limit is reached.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        found = _read(error, directory)
+        if found is None:
+            raise
+        number, path = found
+        remedy = (REMEDIES | LOCAL_REMEDIES)[number]
+        raise InputError(
+            f"cannot write {path}: {os.strerror(number)}; {remedy}, then {then}"
+        ) from error
+
+
+def _read(error: Exception, directory: Path) -> tuple[int, Path] | None:
+    """The number of the error and the path it is about; None for an error of another kind."""
+    path = directory
+    if isinstance(error, OSError):
+        number = error.errno
+        if isinstance(error.filename, str | bytes):
+            path = Path(os.fsdecode(error.filename))
+    elif isinstance(error, SafetensorError):
+        match = re.search(r"os error (\d+)", str(error))
+        number = int(match[1]) if match else None
+    else:
+        number = _reason(directory) if any(text in str(error) for text in TORCH) else None
+    if number in LOCAL_REMEDIES:
+        inside = Path(os.path.abspath(path)).is_relative_to(os.path.abspath(directory))
+        return (number, path) if inside else None
+    return (number, path) if number in REMEDIES else None
+
+
+def _reason(directory: Path) -> int:
+    """Why torch.save failed, which does not say."""
+    import resource
+
+    if not directory.is_dir():
+        return errno.ENOENT
+    if shutil.disk_usage(directory).free < 1 << 20:
+        return errno.ENOSPC
+    limited = resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY
+    return errno.EFBIG if limited else errno.EIO
