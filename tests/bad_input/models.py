@@ -1,7 +1,7 @@
 """Models and hand-off"""
 
 from bad_input import Case
-from bad_input.world import edit_json, spoil_weights
+from bad_input.world import edit_json, spoil_weights, write_templates
 
 SPLIT = "dataset.eval_fraction=0.3 dataset.max_length=64"
 SFT = f"rlhf.sft dataset=prompt_completion dataset.path=rows.jsonl run_name=new {SPLIT}"
@@ -16,6 +16,26 @@ CASES = [
         "a chat template that does not exist",
         f"{SFT} model.path=model model.chat_template=chatmll",
         ("model.chat_template='chatmll'", "plain"),
+    ),
+    Case(
+        "several chat templates, none of them the default",
+        f"{SFT} model.path=model",
+        ("the chat templates rag, tool_use, and none named default", "model.chat_template=rag"),
+        prepare=lambda folder: write_templates(folder / "model/additional_chat_templates"),
+    ),
+    Case(
+        "a chat template that fails",
+        f"{SFT} model.path=model dataset.as_conversation=true model.chat_template=mine.jinja",
+        ("the chat template refuses a conversation of user", "another model.chat_template"),
+        prepare=lambda folder: (folder / "mine.jinja").write_text("{{ messages[0].content + 1 }}"),
+    ),
+    Case(
+        "a chat template with another header before each answer, and no generation prompt",
+        f"{SFT} model.path=model dataset.as_conversation=true model.chat_template=mine.jinja",
+        ("renders the start of a conversation differently", "model.chat_template=plain"),
+        prepare=lambda folder: (folder / "mine.jinja").write_text(
+            "{% for m in messages %}<{{ m.role ~ m.content | length }}>{{ m.content }}{% endfor %}"
+        ),
     ),
     Case(
         "an EOS token that the tokenizer splits",
