@@ -85,6 +85,7 @@ TEMPLATES = {
 FILES = sorted(file.stem for file in (CONF_DIR / "chat_template").glob("*.jinja"))
 # The two tokens: special, ordinary additions to the vocabulary, or text like any other
 MARKS = ("special", "added", "text")
+SYSTEM = {"role": "system", "content": "Be brief."}
 DIALOGUE = [
     user("Name a fruit."),
     assistant("An apple."),
@@ -317,6 +318,14 @@ def test_header_of_a_template_without_generation_prompt_belongs_to_the_prompt(te
     assert [tokenizer.decode(s) for s in stretches] == [f"{lead}{a}<eos>" for a in answers]
 
 
+def test_template_that_insists_on_a_system_message_is_measured_too():
+    insists = "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    tokenizer, context = marked(insists + CHATML, "added"), [SYSTEM, DIALOGUE[0]]
+    ids = encode_response(context, "4", tokenizer)
+    assert ids[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert response_text(ids, tokenizer, context) == "4"
+
+
 def test_header_that_depends_on_the_answer_is_refused_with_the_fix():
     template = (
         "{% for m in messages %}<|{{ m.role }} {{ m.content | length }}|>\n{{ m.content }}"
@@ -349,7 +358,7 @@ def test_template_that_fails_is_refused_in_one_line(error):
 @pytest.mark.parametrize("template", ["thinking", "system_moves"])
 def test_each_answer_is_trained_once_after_what_it_is_generated_after(template):
     tokenizer = marked(template)
-    messages = [{"role": "system", "content": "Be brief."}, *DIALOGUE]
+    messages = [SYSTEM, *DIALOGUE]
     samples = encode_samples({"messages": messages}, tokenizer)
     turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     assert len(samples) == len(turns) == 3

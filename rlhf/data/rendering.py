@@ -22,6 +22,9 @@ from rlhf.data.canonical import Message, show
 from rlhf.data.templates import stop_strings, template_of
 
 PROBE = "xyzzy"  # an answer that no template writes by itself
+_SYSTEM = {"role": "system", "content": "Be brief."}
+_USER = {"role": "user", "content": "Hi"}
+_ANSWER = {"role": "assistant", "content": PROBE}
 
 
 class RewrittenPrompt(InputError):
@@ -56,13 +59,16 @@ def answer_frame(tokenizer: Any) -> Frame:
 @lru_cache(maxsize=32)
 def _measure(tokenizer: Any, template: str, eos: str | None, num_tokens: int) -> Frame:
     """See `answer_frame`; a tokenizer is measured anew when one of these has changed."""
-    user, answer = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": PROBE}
-    try:
-        bare = render([user], tokenizer, generation_prompt=False)
-        prompt = render([user], tokenizer, generation_prompt=True)
-        last = render([user, answer], tokenizer, generation_prompt=False)
-        earlier = render([user, answer, user], tokenizer, generation_prompt=True)
-    except InputError:  # it is said where a row is rendered
+    for context in ([_USER], [_SYSTEM, _USER]):  # some templates insist on a system message
+        try:
+            bare = render(context, tokenizer, generation_prompt=False)
+            prompt = render(context, tokenizer, generation_prompt=True)
+            last = render([*context, _ANSWER], tokenizer, generation_prompt=False)
+            earlier = render([*context, _ANSWER, _USER], tokenizer, generation_prompt=True)
+        except InputError:  # it is said where a row is rendered
+            continue
+        break
+    else:
         return Frame()
     at = last.rfind(PROBE)
     if at < 0:
@@ -138,8 +144,8 @@ def render_prompt(context: list[Message], tokenizer: Any) -> str:
     prompt = render(context, tokenizer, generation_prompt=True)
     if not answer_frame(tokenizer).header:
         return prompt
-    probe = {"role": "assistant", "content": PROBE}
-    return prompt + _header(prompt, render([*context, probe], tokenizer, generation_prompt=False))
+    whole = render([*context, _ANSWER], tokenizer, generation_prompt=False)
+    return prompt + _header(prompt, whole)
 
 
 def render_turn(context: list[Message], answer: Message, tokenizer: Any) -> tuple[str, str]:
