@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_ppo import make_config
 
+from rlhf.checkpoint import read_record
 from rlhf.ppo import train_ppo
 from rlhf.ppo.evaluation import describe_selection, selection_value
 
@@ -147,6 +148,9 @@ def test_without_held_out_prompts_the_last_update_is_taken(policy_dir, tmp_path,
     config = make_config(policy_dir, tmp_path, num_updates=2)
     config.evaluation.num_prompts = 0
     config.dataset.eval_fraction = 0.0  # and so no row is held out
+    with open(config.dataset.path, "a") as file:
+        file.write('{"prompt": " "}\n')
     result = train_ppo(config)
     assert result.after == {} and result.update == 2
+    assert read_record(result.directory).dropped == {"empty prompt": 1}
     assert "the policy after update 2 of 2 (the last)" in capsys.readouterr().out

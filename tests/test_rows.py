@@ -10,9 +10,16 @@ from collections import Counter
 
 import pytest
 from test_data import assistant, user, write
-from tiny import tiny_tokenizer
+from tiny import tiny_model, tiny_tokenizer
 
-from rlhf.config import DatasetConfig, InputError
+from rlhf.checkpoint import read_record
+from rlhf.config import (
+    DatasetConfig,
+    InputError,
+    ModelConfig,
+    RewardStageConfig,
+    SFTStageConfig,
+)
 from rlhf.data import (
     chat_template_text,
     describe_dropped,
@@ -22,6 +29,8 @@ from rlhf.data import (
     load_rows,
     load_splits,
 )
+from rlhf.reward import train_reward
+from rlhf.sft import train_sft
 
 HI = [user("Hi"), assistant("Hello")]
 ROW = {"messages": HI}
@@ -451,6 +460,28 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("pathlib.Path.read_bytes", refuse)  # root may read every file
     with pytest.raises(InputError, match="rows.jsonl cannot be read: Permission denied"):
         load_rows(path, "messages", "train", "sft")
+
+
+def test_the_record_of_a_stage_says_what_was_dropped(tmp_path, capsys):
+    model = tmp_path / "model"
+    tiny_model("llama", tiny_tokenizer()).save_pretrained(model)
+    tiny_tokenizer().save_pretrained(model)
+    rows = [{"prompt": f"Hi {i}", "completion": " yes"} for i in range(4)]
+    sft = SFTStageConfig(runs_dir=str(tmp_path), num_samples=0, model=ModelConfig(path=str(model)))
+    path = write(tmp_path / "rows.jsonl", [*rows, {"prompt": 7}, rows[0] | {"completion": ""}])
+    sft.dataset = DatasetConfig(path=path, eval_path=path, format="prompt_completion")
+    sft.dataset.max_length = 64
+    sft.trainer |= {"max_steps": 1}
+    dropped = {"malformed field 'prompt'": 2, "empty response": 2}
+    assert read_record(train_sft(sft).directory).dropped == dropped
+    assert f"  first: {path}, row 6: empty response" in capsys.readouterr().out.splitlines()
+    reward = RewardStageConfig(runs_dir=str(tmp_path))
+    pairs = [{"prompt": f"Hi {i}", "chosen": "yes", "rejected": "no"} for i in range(4)]
+    path = write(tmp_path / "pairs.jsonl", [*pairs, pairs[0] | {"rejected": "no " * 99}])
+    reward.dataset = DatasetConfig(path=path, eval_path=path, format="pair", max_length=64)
+    reward.trainer |= {"max_steps": 1}
+    dropped = {"longer than dataset.max_length=64 tokens": 2}
+    assert read_record(train_reward(reward).directory).dropped == dropped
 
 
 # --- Held-out rows ------------------------------------------------------------------------------

@@ -132,7 +132,9 @@ def test_too_little_text_says_how_much_there_is_and_what_that_allows(texts):
 def test_empty_texts_are_counted(tmp_path):
     path = write(tmp_path / "texts.jsonl", [{"text": "a fruit " * 99}, {"text": " "}])
     line = mixed_rows(path, 0.01)[2]
+    line, first = line.splitlines()
     assert line.endswith(" tokens; dropped 1 rows: 1 empty text")
+    assert first == f"  first: {path}, row 2: empty text"
 
 
 def test_pieces_stand_at_equal_distances():

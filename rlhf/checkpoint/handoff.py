@@ -40,6 +40,7 @@ class StageRecord:
         tokenizer: hash of vocabulary and special tokens.
         template: hash of the chat template.
         prompts: how training prompts reached the model, "conversation", "text" or "mixed".
+        dropped: number of rows that were left out of the data, by reason.
         score_mean: mean of the reward model's scores of `normalization.completions` (raw units); a
             critic's values are (raw - score_mean) / score_std.
         score_std: their standard deviation.
@@ -61,6 +62,7 @@ class StageRecord:
     pad_token_id: int
     seed: int
     prompts: str | None = None
+    dropped: dict[str, int] = field(default_factory=dict)
     score_mean: float | None = None
     score_std: float | None = None
     dtype: str | None = None

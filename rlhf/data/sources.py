@@ -91,7 +91,7 @@ class Reason(str):
 
     first: str
 
-    def __new__(cls, reason: str, first: str) -> Reason:
+    def __new__(cls, reason: str, first: str = "") -> Reason:  # copies set `first` themselves
         self = super().__new__(cls, reason)
         self.first = whole_characters(first)
         return self

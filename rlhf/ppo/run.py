@@ -22,6 +22,7 @@ from rlhf.checkpoint import (
     write_stage,
 )
 from rlhf.config import PPOStageConfig
+from rlhf.data import Splits
 from rlhf.metrics import (
     MetricsWriter,
     progress_bar,
@@ -75,9 +76,9 @@ class Run:
     """
 
     def __init__(
-        self, config: PPOStageConfig, trainer: PPOTrainer, evaluator: Evaluator, prompts: str
+        self, config: PPOStageConfig, trainer: PPOTrainer, evaluator: Evaluator, splits: Splits
     ):
-        self.config, self.trainer, self.evaluate, self.prompts = config, trainer, evaluator, prompts
+        self.config, self.trainer, self.evaluate, self.splits = config, trainer, evaluator, splits
         self.directory = trainer.directory
         self.watchdog = Watchdog(config, self.directory)
         self.before: dict[str, float] = {}
@@ -164,8 +165,9 @@ class Run:
                 load_modules(self.directory / f"checkpoint-{chosen}", self._modules())
         if trainer.accelerator.is_main_process:
             record = make_record(
-                "ppo", config, config.model.path, trainer.actors.tokenizer, self.prompts
+                "ppo", config, config.model.path, trainer.actors.tokenizer, self.splits.prompts
             )
+            record.dropped = dict(self.splits.dropped)
             record.metrics = metrics | {"update": chosen}
             with trainer.optimization.averaged_weights():
                 write_stage(

@@ -88,6 +88,7 @@ def _train_alone(config: PPOStageConfig, scorer: Scorer | None) -> PPOResult:
     prompts, heldout, too_long = _encode(config, splits, tokenizer, budget, num_processes)
     say(describe_batches(config, len(prompts), num_processes, actors))
     say(splits.describe(too_long))
+    splits.dropped += too_long
     directory = config.stage_dir("ppo")
     trainer = PPOTrainer(config, actors, prompts, settings, accelerator, directory, texts)
     if config.preflight:
@@ -95,7 +96,7 @@ def _train_alone(config: PPOStageConfig, scorer: Scorer | None) -> PPOResult:
     if only_look:
         return PPOResult(None, {}, {})
     prepare_run_directory(config, "ppo")
-    return Run(config, trainer, Evaluator(trainer, heldout, independent), splits.prompts).run()
+    return Run(config, trainer, Evaluator(trainer, heldout, independent), splits).run()
 
 
 def _encode(

@@ -120,6 +120,7 @@ def _train_alone(config: RewardStageConfig) -> RewardResult:
     say(f"reward: {total:,} parameters, {trainable:,} trainable; {len(heldout)} held-out prompts")
     say(f"        {describe_plan(args, train, plan)}; one forward pass per response")
     say(splits.describe(too_long + too_long_heldout))
+    splits.dropped += too_long + too_long_heldout
     completions = load_completions(config, source, tokenizer, splits.train, train)
     trainer = RankingTrainer(
         model=ScalarModel(model),
@@ -136,6 +137,7 @@ def _train_alone(config: RewardStageConfig) -> RewardResult:
     if stopped_by is not None:
         return RewardResult(None, {}, stopped_by)
     record = make_record("reward", config, parent, tokenizer, splits.prompts)
+    record.dropped = dict(splits.dropped)
     return _finish(trainer, completions, splits, config, directory, record)
 
 

@@ -250,6 +250,7 @@ def encode_splits(
             "earlier turns differently once more turns follow: each answer is trained after what "
             "it is generated after"
         )
+    splits.dropped += too_long + too_long_heldout
     if config.mix.fraction:
         bad = config.dataset.on_bad_row
         train, line = mix_texts(train, config.mix, tokenizer, length, config.seed, bad)
@@ -275,7 +276,7 @@ def _finish(
             metrics["eos_rate"] = sum(s["finished"] for s in samples) / len(samples)
         append_jsonl(directory / "samples.jsonl", samples)
         record = make_record("sft", config, config.model.path, tokenizer, splits.prompts)
-        record.metrics = metrics
+        record.dropped, record.metrics = dict(splits.dropped), metrics
         write_stage(directory / "final", merged(policy), tokenizer, config, record)
     PartialState().wait_for_everyone()
     _report(directory, metrics, samples)

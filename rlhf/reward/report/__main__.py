@@ -19,7 +19,7 @@ from torch import Tensor
 from rlhf.checkpoint import require_stage
 from rlhf.command_line import exit_status
 from rlhf.config import InputError, RewardStageConfig, ScorerConfig, explain, schema
-from rlhf.data import describe_dropped, encode_ranked, load_splits
+from rlhf.data import encode_ranked, load_splits
 from rlhf.metrics import quiet_libraries, say, warn
 from rlhf.reward.report.measures import Row, agreement, ranking_report
 from rlhf.reward.report.page import NO_PICTURE, PICTURE, page_files, terminal_text
@@ -51,7 +51,7 @@ def run(arguments: list[str]) -> dict[str, Any]:
     scorer = _load(path)
     rows, too_long = encode_ranked(splits.eval, scorer.tokenizer, config.dataset.max_length)
     data = heldout_name(config.dataset)
-    say(f"{len(rows)} held-out prompts of {data}; {describe_dropped(too_long)}")
+    say(f"{len(rows)} held-out prompts of {data}; {splits.describe(too_long)}")
     scores = _score(scorer, rows, config)
     report = make_report(scores, rows, splits.eval, scorer.tokenizer, data)
     others = [other for other in settings.get("compare", "").strip("[] ").split(",") if other]
