@@ -87,6 +87,7 @@ METRICS: dict[str, str] = {
     "critic_grad_norm": "gradient norm of the critic before clipping",
     "critic_learning_rate": "learning rate of the critic",
     "optimizer_steps": "optimiser steps made in this update",
+    "skipped_minibatches": "minibatches of this update that had no finished response",
     "abandoned_epochs": "PPO epochs skipped in this update because approx_kl passed target_kl",
     "tokens_per_second": "response tokens of the rollout over the seconds of the whole update",
     "collect_seconds": "sampling, log-probs, values and scores, seconds",

@@ -33,6 +33,8 @@ class Rollout:
         prompt_mask: (B, P) bool.
         response_ids: (B, T) int64, right-padded, the stop token or stop string included.
         response_mask: (B, T) bool; covers response tokens with what ends them.
+        loss_mask: (B, T) bool; the response tokens that losses and whitening count: all of them, or
+            with `ppo.mask_truncated` those of finished responses.
         finished: (B,) bool; True where a stop token or stop string was sampled.
         sampler_logprobs: (B, T) as the sampler saw them, nats.
         logprobs: (B, T) of the policy that sampled, by the training forward, nats.
@@ -49,6 +51,7 @@ class Rollout:
     prompt_mask: Tensor
     response_ids: Tensor
     response_mask: Tensor
+    loss_mask: Tensor
     finished: Tensor
     sampler_logprobs: Tensor
     logprobs: Tensor
@@ -277,6 +280,7 @@ def _assemble(
         prompt_mask=left([[True] * len(row) for row in prompt_rows], False),
         response_ids=right(sampled.ids, pad),
         response_mask=right([[True] * len(row) for row in sampled.ids], False),
+        loss_mask=right([[True] * len(row) for row in sampled.ids], False),
         finished=torch.tensor(sampled.finished, device=device),
         sampler_logprobs=right(sampled.logprobs, 0.0),
         logprobs=empty.clone(),

@@ -19,6 +19,7 @@ from rlhf.config.stages import (
     InputError,
     MissingValues,
     ModelConfig,
+    PPOConfig,
     PPOStageConfig,
     RewardStageConfig,
     ScorerConfig,
@@ -354,6 +355,18 @@ def _watchdog_rules(config: PPOStageConfig, at_least: Any, within: Any) -> Itera
         )
 
 
+def _score_rules(ppo: PPOConfig) -> Iterable[tuple[bool, str]]:
+    yield (
+        not (ppo.mask_truncated and ppo.whiten_rewards and ppo.advantage in ("rloo", "grpo")),
+        f"ppo.mask_truncated=true and ppo.whiten_rewards=true give cut responses no rewards, but "
+        f"ppo.advantage={ppo.advantage} compares responses with them; set ppo.whiten_rewards=false",
+    )
+    yield (
+        not (ppo.scale_scores and ppo.whiten_scores),
+        "ppo.scale_scores and ppo.whiten_scores both set the scale of the scores; set one to false",
+    )
+
+
 def _combination_rules(config: PPOStageConfig) -> Iterable[tuple[bool, str]]:
     """Values that are fine alone and wrong together."""
     ppo = config.ppo
@@ -382,10 +395,7 @@ def _combination_rules(config: PPOStageConfig) -> Iterable[tuple[bool, str]]:
         ppo.kl_target is None or ppo.kl_coef > 0,
         f"ppo.kl_target={ppo.kl_target} multiplies ppo.kl_coef, which is 0; start it above 0",
     )
-    yield (
-        not (ppo.scale_scores and ppo.whiten_scores),
-        "ppo.scale_scores and ppo.whiten_scores both set the scale of the scores; set one to false",
-    )
+    yield from _score_rules(ppo)
     off_policy = ppo.top_p != 1.0 or ppo.top_k != 0
     yield (
         ppo.allow_off_policy_sampling or not off_policy,

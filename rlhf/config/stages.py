@@ -266,6 +266,7 @@ class PPOConfig:
     top_k: int = 0
     allow_off_policy_sampling: bool = False
     missing_eos_penalty: float | None = -1.0
+    mask_truncated: bool = False
     scale_scores: bool = False
     whiten_scores: bool = False
     clip_scores: float | None = None

@@ -255,6 +255,7 @@ def longest_micro_batch(trainer: PPOTrainer) -> Rollout:
         prompt_mask=torch.ones_like(prompt_ids, dtype=torch.bool),
         response_ids=response_ids,
         response_mask=torch.ones_like(response_ids, dtype=torch.bool),
+        loss_mask=torch.ones_like(response_ids, dtype=torch.bool),
         finished=torch.zeros(num_rows, dtype=torch.bool, device=device),
         sampler_logprobs=zeros,
         logprobs=zeros,
@@ -307,7 +308,7 @@ def _forward_and_backward(trainer: PPOTrainer, part: Rollout) -> bool:
             trainer.actors.policy, part, trainer.settings.sampling
         )  # ratios of 1, as in training
     part.ref_logprobs = part.logprobs
-    denominator = float(part.response_mask.sum())
+    denominator = float(part.loss_mask.sum())
     losses = []
     with ExitStack() as stack:
         for model in (optimization.policy, optimization.critic):

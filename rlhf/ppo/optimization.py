@@ -97,7 +97,8 @@ class Optimization:
         return list(order.chunk(self.config.ppo.num_mini_batches))
 
     def run(self, rollout: Rollout, update: int, kl_coef: float) -> dict[str, float]:
-        """Make epochs x minibatches optimiser steps, fewer when `target_kl` is passed.
+        """Make epochs x minibatches optimiser steps, fewer when `target_kl` is passed, and none in
+        a minibatch of which no token counts.
 
         Args:
             update: number of finished updates.
@@ -109,8 +110,12 @@ class Optimization:
         ppo, self.update, self.kl_coef = self.config.ppo, update, kl_coef
         rates = self._set_learning_rates()
         all_stats: list[dict[str, float]] = []
+        skipped = 0
         for epoch in range(ppo.num_ppo_epochs):
             for number, minibatch in enumerate(self.minibatches(epoch, len(rollout))):
+                if not rollout.loss_mask[minibatch].any():
+                    skipped += 1
+                    continue
                 stats = self.accumulate(rollout, minibatch)
                 if ppo.target_kl is not None and stats.get("approx_kl", 0.0) > ppo.target_kl:
                     self._zero_grad()
@@ -123,6 +128,8 @@ class Optimization:
                     stats |= self._accumulate_ptx(epoch * ppo.num_mini_batches + number, batch)
                 all_stats.append(stats | self._step(batch))
                 self.num_steps += 1
+        if ppo.mask_truncated:
+            rates["skipped_minibatches"] = skipped
         return rates | _summary(all_stats, 0)
 
     @property
@@ -134,7 +141,7 @@ class Optimization:
         """Accumulate the gradients of one minibatch over micro-batches and processes."""
         world = self.accelerator.num_processes
         share = rollout.select(share_of(minibatch, self.accelerator))
-        num_tokens = float(rollout.response_mask[minibatch].sum())
+        num_tokens = float(rollout.loss_mask[minibatch].sum())
         sums: dict[str, Tensor] = {}
         parts = [part for _, part in share.micro_batches(self.config.ppo.micro_batch_size)]
         for number, part in enumerate(parts):
@@ -161,7 +168,7 @@ class Optimization:
             values,
             part.values,
             part.returns,
-            part.response_mask,
+            part.loss_mask,
             ppo.cliprange_value,
             denominator=denominator,
         )
@@ -173,7 +180,7 @@ class Optimization:
 
     def policy_backward(self, part: Rollout, denominator: float) -> dict[str, Tensor]:
         """Clipped surrogate of one micro-batch, with entropy bonus and KL penalty where asked."""
-        ppo, mask = self.config.ppo, part.response_mask
+        ppo, mask = self.config.ppo, part.loss_mask
         logprobs, logits = policy_logprobs(self.policy, part, self.sampling)
         loss, stats = policy_loss(
             logprobs,
@@ -401,7 +408,7 @@ def _summary(stats: list[dict[str, float]], abandoned: int) -> dict[str, float]:
             result[name] = min(values)
         elif name == "ratio_max":
             result[name] = max(values)
-    if "ratio_max_dev" in stats[0]:
+    if stats and "ratio_max_dev" in stats[0]:
         result["first_ratio_deviation"] = stats[0]["ratio_max_dev"]
     return result | {
         "optimizer_steps": len(stats) - bool(abandoned),

@@ -113,6 +113,8 @@ class PPOTrainer:
             self.accelerator,
             self.optimization.minibatches(0, ppo.batch_size),
         )
+        if ppo.mask_truncated:
+            rollout.loss_mask = rollout.response_mask & rollout.finished[:, None]
         self.require_finite(rollout, "logprobs", "ref_logprobs", "values", "scores")
         return rollout
 
@@ -153,7 +155,8 @@ class PPOTrainer:
         ppo, mask = self.config.ppo, rollout.response_mask
         scores, dense = rollout.scores, rollout.dense_rewards
         if ppo.scale_scores:
-            self.score_moments = update_moments(self.score_moments, scores)
+            counted = rollout.loss_mask.any(dim=1)
+            self.score_moments = update_moments(self.score_moments, scores[counted])
             std = self.score_moments.std or 1.0
             scores, dense = scores / std, dense / std
         if ppo.whiten_scores:
@@ -164,13 +167,14 @@ class PPOTrainer:
         at_end, kl_coef = scores - dense.sum(dim=1), self.kl_coef if ppo.kl_in == "reward" else 0.0
         rewards = shape_rewards(at_end, kl, mask, kl_coef) + dense
         if ppo.whiten_rewards:  # N: scaled, but not shifted
-            rewards = whiten(rewards, mask, center=False)
+            rewards = whiten(rewards, rollout.loss_mask, center=False)
         self.require_finite(rollout, rewards=rewards)
         return kl, rewards
 
     def estimate_advantages(self, rollout: Rollout, rewards: Tensor) -> dict[str, float]:
-        """Fill in advantages (whitened over all tokens of the rollout, N) and returns."""
-        ppo, mask = self.config.ppo, rollout.response_mask
+        """Fill in advantages (whitened over all tokens of the rollout, N) and returns; the metrics
+        are of the tokens that the losses count."""
+        ppo, mask = self.config.ppo, rollout.loss_mask
         advantages, returns = ESTIMATORS[ppo.advantage](rollout, rewards, ppo)
         whitened = ppo.whiten_advantages
         if whitened is None:
@@ -178,10 +182,9 @@ class PPOTrainer:
         rollout.advantages = whiten(advantages, mask) if whitened else advantages
         rollout.returns = returns
         self.require_finite(rollout, "advantages", "returns")
-        metrics = {
-            "return": float(masked_mean(returns, mask)),
-            "advantage_std": float(advantages[mask].std(unbiased=False)),
-        }
+        metrics = {"return": float(masked_mean(returns, mask))}
+        if mask.any():
+            metrics["advantage_std"] = float(advantages[mask].std(unbiased=False))
         if self.optimization.has_critic:
             metrics["value"] = float(masked_mean(rollout.values, mask))
             metrics["explained_variance"] = float(explained_variance(rollout.values, returns, mask))
@@ -230,7 +233,7 @@ def whitened_scores(rollout: Rollout, penalty: float | None) -> Tensor:
             "ppo.whiten_scores=true whitens one score per response, but the scorer gives rewards "
             "per token; set it to false (ppo.scale_scores=true scales both)"
         )
-    scores = whiten(rollout.scores, torch.ones_like(rollout.finished))
+    scores = whiten(rollout.scores, rollout.loss_mask.any(dim=1))
     return scores if penalty is None else torch.where(rollout.finished, scores, penalty)
 
 
