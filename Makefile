@@ -8,7 +8,7 @@ STAMP := .venv/.installed
 PEERS := .venv-peers
 
 .DEFAULT_GOAL := help
-.PHONY: bad-input help install lint format test test-slow test-peers wheel demo overoptimization clean
+.PHONY: bad-input gpu-check gpu-wheels help install lint format test test-slow test-peers wheel demo overoptimization clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,32 @@ wheel: $(STAMP)  ## build sdist and wheel into dist/ and check the wheel from an
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation --outdir dist .
 	RLHF_WHEEL_DIR=dist $(BIN)/python -m pytest -q tests/test_wheel.py
+
+# On the machine with the GPU: its own Python and torch, and no network. See examples/benchmarks/gpu_check.
+PARTS ?= tests,demo,ppo,trl,lora7b,sft1b,sft7b
+WHEELS ?= wheels
+OUT ?= gpu_check
+GPU_PYTHON ?= 3.12
+OLD_TRL := $(WHEELS)/trl-1.12.0-py3-none-any.whl
+GPU_CHECK := examples/benchmarks/gpu_check --parts $(PARTS) --wheels $(WHEELS) --out $(OUT)
+
+ifdef DRY
+gpu-check: $(STAMP) $(OLD_TRL)
+	OMP_NUM_THREADS=1 $(BIN)/python $(GPU_CHECK) --dry
+else
+gpu-check:  ## check and time everything on one GPU (PARTS=... WHEELS=... OUT=...; DRY=1: tiny, on a CPU)
+	$(PYTHON) $(GPU_CHECK)
+endif
+
+gpu-wheels: $(STAMP) $(OLD_TRL)  ## fetch what gpu-check needs next to torch and transformers into WHEELS
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) \
+		-c constraints.txt -d $(WHEELS) trl datasets dill multiprocess hydra-core omegaconf
+	$(BIN)/python -m pip wheel --quiet --no-deps -c constraints.txt -w $(WHEELS) antlr4-python3-runtime
+	rm -f $(WHEELS)/rlhf-*.whl
+	$(BIN)/python -m build --wheel --no-isolation --outdir $(WHEELS) .
+
+$(OLD_TRL): $(STAMP)
+	$(BIN)/python -m pip download --quiet --no-deps -d $(WHEELS) trl==1.12.0
 
 demo: $(STAMP)  ## train the embedded demo through all three stages on a CPU
 	$(BIN)/python -m rlhf.demo

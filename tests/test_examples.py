@@ -109,7 +109,7 @@ def test_every_make_target_of_the_readme_exists():
         assert run(["make", "-n", target], ROOT).returncode == 0, target
 
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "examples").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("examples/*.md")), *sorted(ROOT.glob("docs/*.md"))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -1,7 +1,8 @@
 """Gradients of attention in bf16 on a GPU, at the lengths where cuDNN's kernel gives NaN.
 
 Its backward pass does so for queries without a key at lengths that are multiples of 64, as left
-padding has them. On a CPU tests/test_padding.py proves that there are no such queries.
+padding has them. On a CPU tests/test_padding.py proves that there are no such queries; the test
+here runs on a CPU too, at two lengths, so that its own code is known to work.
 Run: pytest tests/gpu/test_attention.py -m gpu
 """
 
@@ -17,12 +18,12 @@ from rlhf.models import ScalarModel, prefill_inputs
 from rlhf.ppo.optimization import text_loss
 from rlhf.rollout import critic_values, policy_logprobs
 
-pytestmark = pytest.mark.gpu
-LENGTHS = range(295, 321)
+LENGTHS = {"cuda": range(295, 321), "cpu": (319, 320)}
+DEVICES = [pytest.param("cuda", marks=pytest.mark.gpu), "cpu"]
 RESPONSE = 64  # tokens of the longest response
 
 
-def model_on_gpu(family):
+def model_on(device, family):
     """Attention of 64 numbers a head, with weights small enough for bf16."""
     values = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4}
     values |= {"head_dim": 64} if family == "mistral_window" else {}
@@ -31,16 +32,16 @@ def model_on_gpu(family):
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(0.1)
-    return model.cuda()
+    return model.to(device)
 
 
-def rows_of(length):
+def rows_of(length, device):
     """Prompts and responses of which the longest have `length` tokens together; a rollout."""
     widths = [(length - RESPONSE, RESPONSE), (20, 7), (130, 40), (length - RESPONSE, 3)]
     prompts = [[3 + i % 300 for i in range(prompt)] for prompt, _ in widths]
     responses = [[5 + i % 300 for i in range(response)] for _, response in widths]
     rollout = rollout_of(prompts, responses)
-    return prompts, responses, rollout.map(lambda _, tensor: tensor.cuda())
+    return prompts, responses, rollout.map(lambda _, tensor: tensor.to(device))
 
 
 def is_finite(model, loss):
@@ -50,17 +51,18 @@ def is_finite(model, loss):
     return all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("family", ["llama", "mistral_window"])
-def test_gradients_of_policy_critic_and_texts_are_finite_at_every_length(family):
-    policy, sampling = model_on_gpu(family), Sampling(RESPONSE, (2,), torch.tensor([0]))
+def test_gradients_of_policy_critic_and_texts_are_finite_at_every_length(family, device):
+    policy, sampling = model_on(device, family), Sampling(RESPONSE, (2,), torch.tensor([0]))
     critic = ScalarModel(torch.nn.Module())
-    critic.model.base_model = model_on_gpu(family).model
-    critic.model.score = torch.nn.Linear(256, 1, bias=False).cuda()
+    critic.model.base_model = model_on(device, family).model
+    critic.model.score = torch.nn.Linear(256, 1, bias=False).to(device)
     bad = []
-    for length in LENGTHS:
-        prompts, responses, rollout = rows_of(length)
+    for length in LENGTHS[device]:
+        prompts, responses, rollout = rows_of(length, device)
         mask = rollout.response_mask
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16):
             logprobs, _ = policy_logprobs(policy, rollout, sampling)
             values = critic_values(critic, rollout)
             texts = text_loss(policy, [p + r for p, r in zip(prompts, responses, strict=True)], 1.0)
@@ -73,11 +75,12 @@ def test_gradients_of_policy_critic_and_texts_are_finite_at_every_length(family)
     assert not bad
 
 
+@pytest.mark.gpu
 def test_left_padded_rows_with_a_mask_have_nan_gradients_at_320(record_property):
     """What the layout avoids. It is skipped where a later cuDNN has no such fault."""
-    model, bad = model_on_gpu("llama"), []
-    for length in LENGTHS:
-        _, _, rollout = rows_of(length)
+    model, bad = model_on("cuda", "llama"), []
+    for length in LENGTHS["cuda"]:
+        _, _, rollout = rows_of(length, "cuda")
         ids = torch.cat([rollout.prompt_ids, rollout.response_ids], dim=1)
         mask = torch.cat([rollout.prompt_mask, rollout.response_mask], dim=1)
         with torch.autocast("cuda", torch.bfloat16):
