@@ -92,13 +92,14 @@ def require_cache(model: Any, tokenizer: Any, where: str, fix: str, num_rows: in
         sampling = Sampling(NUM_STEPS, (-1,), none, temperature=FLAT, stop_strings=stop)
         noise = uniform_noise((0,), range(num_rows), NUM_STEPS)
         sampled = generate(model, prompts, sampling, noise)
-        actual, scale = [], []
+        differences, scale = [], []
         for prompt, ids, logprobs in zip(prompts, sampled.ids, sampled.logprobs, strict=True):
             logits = _alone(model, [*prompt, *ids])[len(prompt) - 1 : -1].float()
             expected = (logits / FLAT).log_softmax(-1).gather(-1, _tensor(model, ids)[:, None])
-            actual.append(FLAT * (_tensor(model, logprobs) - expected[:, 0]))
+            differences.append(FLAT * (_tensor(model, logprobs) - expected[:, 0]))
             scale.append(logits.std(dim=-1))
-        return _rms(torch.cat(actual)) / _rms(torch.cat(scale))
+        spread = max(_rms(torch.cat(scale)), 0.1)  # nats; a flat model is compared with that
+        return _rms(torch.cat(differences)) / spread
 
     what = "what is sampled with the cache is not what the model predicts without it"
     _require(measure, model, where, what, fix)

@@ -109,6 +109,14 @@ def test_no_family_that_keeps_the_promises_is_refused(family, precision, tmp_pat
             require_packed(model, longest=1000)
 
 
+def test_a_model_that_predicts_nothing_is_not_refused():
+    model = tiny_model("llama", TOKENIZER)
+    nn.init.zeros_(model.lm_head.weight)
+    require_cache(model, TOKENIZER, "model.path=x", "fix")
+    require_padding(model, TOKENIZER, "model.path=x", "fix")
+    require_packed(model)
+
+
 @pytest.mark.parametrize("quantization", ["4bit", "8bit"])
 def test_quantised_models_are_not_refused(quantization, tmp_path):
     pytest.importorskip("bitsandbytes")

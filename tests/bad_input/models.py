@@ -1,7 +1,7 @@
 """Models and hand-off"""
 
 from bad_input import Case
-from bad_input.world import edit_json, spoil_weights, write_templates
+from bad_input.world import edit_json, spoil_weights, write_model, write_templates
 
 SPLIT = "dataset.eval_fraction=0.3 dataset.max_length=64"
 SFT = f"rlhf.sft dataset=prompt_completion dataset.path=rows.jsonl run_name=new {SPLIT}"
@@ -47,6 +47,28 @@ CASES = [
         f"{SFT} model.path=model",
         ("model.path=model", "model.safetensors: model.norm.weight holds nan"),
         prepare=lambda folder: spoil_weights(folder / "model", "model.norm.weight"),
+    ),
+    Case(
+        "packing in a family whose rows then see each other",
+        f"{SFT} model.path=model trainer.packing=true",
+        ("trainer.packing=true", "OPTForCausalLM (opt)", "set trainer.packing=false"),
+        prepare=lambda folder: write_model(folder / "model", "opt"),
+    ),
+    Case(
+        "packing in a way that mixes rows",
+        f"{SFT} model.path=model trainer.packing=true trainer.packing_strategy=wrapped",
+        ("trainer.packing=true", "trainer.packing_strategy=bfd"),
+    ),
+    Case(
+        "a family that the sampler's cache does not serve",
+        f"{SFT} model.tokenizer=model "
+        "model.config={model_type:mamba,hidden_size:32,num_hidden_layers:2}",
+        ("num_samples=32", "MambaForCausalLM (mamba)", "set num_samples=0"),
+    ),
+    Case(
+        "adapters on layers that the model lacks",
+        f"{SFT} model.path=model peft=lora peft.target_modules=[c_attn]",
+        ("peft.target_modules=['c_attn']", "q_proj, k_proj, v_proj"),
     ),
     Case(
         "a learning rate at which training diverges",

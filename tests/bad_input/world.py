@@ -56,11 +56,16 @@ def spoil_weights(directory: Path, name: str) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
+def write_model(directory: Path, family: str) -> None:
+    """Write a tiny model of a family and its tokenizer."""
+    tokenizer = tiny_tokenizer()
+    tiny_model(family, tokenizer).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
 def build(folder: Path) -> Path:
     """Build the world in an empty folder, and return the folder."""
-    tokenizer = tiny_tokenizer()
-    tiny_model("llama", tokenizer).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+    write_model(folder / "model", "llama")
     (folder / "broken").mkdir()
     texts = [(f"Name fruit {i}.", f" An apple {i}.") for i in range(24)]
     write_rows(folder / "rows.jsonl", [{"prompt": p, "completion": c} for p, c in texts])
