@@ -56,6 +56,8 @@ METRICS: dict[str, str] = {
     "score/": "score/<component>: mean score by one of scorer.components, without its weight and "
     "the penalty",
     "gated_rate": "share of responses that a component with a gate scored alone",
+    "cut_rate": "share of responses of which a reward model with another tokenizer read only the "
+    "beginning, as its context is too short for them",
     "score_std": "standard deviation of the scores over the rollout",
     "finished_score": "mean score of the responses that end with a stop token",
     "reward": "mean over sequences of score minus KL penalty",
@@ -99,6 +101,7 @@ METRICS: dict[str, str] = {
     "eval_response_length": "response_length on held-out prompts, tokens",
     "eval_eos_rate": "eos_rate on held-out prompts",
     "eval_independent_score": "mean score by evaluation.scorer, which PPO does not train on",
+    "eval_cut_rate": "cut_rate on held-out prompts, by the scorer or by evaluation.scorer",
     "eval_win_rate": "share of held-out prompts whose answer beats the one before training, by "
     "evaluation.scorer or else the training scorer (a tie counts one half)",
 }

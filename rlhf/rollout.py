@@ -8,20 +8,32 @@ number of processes.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from rlhf.config import InputError
 from rlhf.functional import token_logprobs
 from rlhf.generation import Sampling, generate, uniform_noise
 from rlhf.models import response_logits, response_text
-from rlhf.scorers import Scorer, Scores, Tokens, component_names, score_responses
+from rlhf.scorers import (
+    Scorer,
+    Scores,
+    Tokens,
+    component_names,
+    reward_models,
+    score_responses,
+)
+
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -44,6 +56,7 @@ class Rollout:
             unless `ppo.whiten_scores` puts it in later.
         dense_rewards: (B, T) that the scorer gave at the tokens; zeros for most scorers.
         component_scores: (B, C) of the scorer's C components, without the penalty; C is 0 for most.
+        cut: (B,) bool; True where a reward model read only the beginning of the response.
         advantages, returns: (B, T), filled by the trainer.
     """
 
@@ -60,6 +73,7 @@ class Rollout:
     scores: Tensor
     dense_rewards: Tensor
     component_scores: Tensor
+    cut: Tensor
     advantages: Tensor
     returns: Tensor
 
@@ -195,7 +209,8 @@ def collect(
             settings.rollout_batch_size,
         )
         rollout = _assemble(mine, sampled, actors.tokenizer.pad_token_id, accelerator.device)
-        _fill_scores(rollout, score_sampled(actors, mine, sampled.ids, sampled.finished, settings))
+        score = partial(score_sampled, actors, mine, sampled.ids, sampled.finished, settings)
+        _fill_scores(rollout, on_every_process(score, accelerator))
         rollout = _gather(rollout, accelerator)
         everything = [torch.arange(len(rollout), device=accelerator.device)]
         _fill_token_values(
@@ -245,6 +260,44 @@ def score_sampled(
     return scores
 
 
+def on_every_process(task: Callable[[], Result], accelerator: Accelerator) -> Result:
+    """Run a task; where bad input ends it on one process, it ends on all of them.
+
+    Otherwise the other processes would wait for the failed one, and none could save.
+
+    Raises:
+        InputError: that of the first process that failed, with its number.
+    """
+    error: InputError | None = None
+    try:
+        result = task()
+    except InputError as caught:
+        error = caught
+    if accelerator.num_processes == 1:
+        if error is not None:
+            raise error
+        return result
+    messages = gather_object([None if error is None else str(error)])
+    for rank, message in enumerate(messages):
+        if message is not None:
+            raise InputError(f"rank {rank}: {message}") from error
+    return result
+
+
+def cut_metric(prefix: str, cut: Tensor, actors: Actors, *scorers: Scorer) -> dict[str, float]:
+    """Share of responses that are cut for scoring, as a metric; empty where every reward model
+    reads the ids that the policy sampled, for which their context has room.
+
+    Args:
+        prefix: of the name `cut_rate`.
+        cut: (B,) bool, as the scorers said.
+    """
+    models = [model for scorer in scorers for model in reward_models(scorer)]
+    if all(model.tokenizer_hash == actors.tokenizer_hash for model in models):
+        return {}
+    return {f"{prefix}cut_rate": float(cut.float().mean())}
+
+
 def component_scores(rollout: Rollout, scorer: Scorer) -> dict[str, Tensor]:
     """Scores by component, each (B,), under their names as metrics: `score/<component>`."""
     columns = rollout.component_scores.unbind(dim=1)
@@ -258,6 +311,8 @@ def _fill_scores(rollout: Rollout, scores: Scores) -> None:
         rollout.dense_rewards = pad_sequence(scores.dense, batch_first=True).to(device)
     if scores.components:
         rollout.component_scores = torch.stack([*scores.components.values()], dim=1).to(device)
+    if scores.cut is not None:
+        rollout.cut = scores.cut.to(device)
 
 
 def _assemble(
@@ -289,6 +344,7 @@ def _assemble(
         scores=torch.zeros(len(prompts), device=device),
         dense_rewards=empty.clone(),
         component_scores=torch.zeros(len(prompts), 0, device=device),
+        cut=torch.zeros(len(prompts), dtype=torch.bool, device=device),
         advantages=empty.clone(),
         returns=empty.clone(),
     )

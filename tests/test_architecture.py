@@ -24,7 +24,7 @@ LAYERS["distributed"] = {"config", "models"}
 LAYERS["generation"] = {"models"}
 LAYERS["promises"] = {"config", "models", "generation"}
 LAYERS["scorers"] = {"config", "checkpoint", "data", "models", "promises"}
-LAYERS["rollout"] = {"functional", "generation", "models", "scorers"}
+LAYERS["rollout"] = {"config", "functional", "generation", "models", "scorers"}
 STAGES = {"sft", "reward", "ppo"}
 
 

@@ -51,7 +51,12 @@ from rlhf.checkpoint.resume import (
     finished_run,
     prepare_run_directory,
 )
-from rlhf.checkpoint.state import load_modules, load_training_state, save_training_state
+from rlhf.checkpoint.state import (
+    load_modules,
+    load_training_state,
+    random_state,
+    save_training_state,
+)
 
 __all__ = [
     "GracefulStop",
@@ -82,6 +87,7 @@ __all__ = [
     "prepare_run_directory",
     "prune_checkpoints",
     "publish",
+    "random_state",
     "read_manifest",
     "read_record",
     "refuse_taken_steps",

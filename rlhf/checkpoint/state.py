@@ -23,11 +23,12 @@ def save_training_state(
     optimizers: dict[str, Any],
     state: dict[str, Any],
     config: StageConfig,
+    random_numbers: dict[str, Any] | None = None,
 ) -> None:
     """Write a checkpoint whole or not at all: safetensors and JSON, nothing pickled.
 
     The states of Python's, NumPy's and torch's global random numbers, which scorers of the user may
-    draw from, are those of this process.
+    draw from, are those of this process, now or as `random_numbers`.
 
     Args:
         directory: `<stage directory>/checkpoint-<step>`.
@@ -37,6 +38,7 @@ def save_training_state(
         state: JSON values, e.g. the number of finished updates; `state["best"]["update"]`, where
             there is one, is the best checkpoint so far, which is kept with this one.
         config: written beside, resolved.
+        random_numbers: what `random_state` returned when the run was in the state that is saved.
 
     Raises:
         InputError: something that the run did not write has the name of `directory`.
@@ -54,7 +56,7 @@ def save_training_state(
             }
             save_file(tensors, temporary / f"optimizer_{name}.safetensors")
         _write_json(temporary / "state.json", state)
-        _write_json(temporary / "random.json", _random_state())
+        _write_json(temporary / "random.json", random_numbers or random_state())
         save_config(config, temporary / "config.yaml")
         seal(temporary, directory.parent, (state.get("best") or {}).get("update"))
 
@@ -119,7 +121,8 @@ def _tensors(module: Any) -> dict[str, torch.Tensor]:
     return {name: p.data for name, p in module.named_parameters() if p.requires_grad}
 
 
-def _random_state() -> dict[str, Any]:
+def random_state() -> dict[str, Any]:
+    """State of every global random number generator of this process, as JSON values."""
     numpy_state = np.random.get_state(legacy=False)
     numpy_state["state"]["key"] = numpy_state["state"]["key"].tolist()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []

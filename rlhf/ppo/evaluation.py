@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ from rlhf.config import PPOStageConfig
 from rlhf.functional import bootstrap_interval, wins
 from rlhf.models import response_text
 from rlhf.ppo.trainer import PPOTrainer
-from rlhf.rollout import Rollout, collect, component_scores
-from rlhf.scorers import Scorer, Tokens, score_responses
+from rlhf.rollout import Rollout, collect, component_scores, cut_metric, on_every_process
+from rlhf.scorers import Scorer, Scores, Tokens, score_responses
 
 EVALUATION_KEY = 1 << 31  # names the random numbers; no update has this number
 
@@ -68,18 +69,13 @@ class Evaluator:
             "response_length": rollout.lengths,
             "eos_rate": rollout.finished,
         }
+        scorers, cut = [actors.scorer], rollout.cut.cpu()
         if self.independent is not None:
-            figures["independent_score"] = score_responses(
-                self.independent,
-                [p["prompt"] for p in self.prompts],
-                responses,
-                "evaluation.scorer",
-                Tokens(
-                    [p["input_ids"] for p in self.prompts],
-                    response_ids(rollout),
-                    actors.tokenizer_hash,
-                ),
-            ).total
+            score = partial(self._judge, self.independent, rollout, responses)
+            scores = on_every_process(score, trainer.accelerator)
+            figures["independent_score"] = scores.total
+            scorers.append(self.independent)
+            cut = cut if scores.cut is None else cut | scores.cut
         figures = {name: values.float().cpu() for name, values in figures.items()}
         judged = figures.get("independent_score", figures["score"])
         if not self.baseline:
@@ -91,7 +87,21 @@ class Evaluator:
             | dict(_sample_field(name, values[row]) for name, values in figures.items())
             for row, prompt in enumerate(self.prompts)
         ]
-        return _with_bounds(figures), samples
+        return _with_bounds(figures) | cut_metric("eval_", cut, actors, *scorers), samples
+
+    def _judge(self, independent: Scorer, rollout: Rollout, responses: list[str]) -> Scores:
+        """Scores of all answers by the independent scorer."""
+        return score_responses(
+            independent,
+            [p["prompt"] for p in self.prompts],
+            responses,
+            "evaluation.scorer",
+            Tokens(
+                [p["input_ids"] for p in self.prompts],
+                response_ids(rollout),
+                self.trainer.actors.tokenizer_hash,
+            ),
+        )
 
 
 def _with_bounds(figures: dict[str, Tensor]) -> dict[str, float]:

@@ -17,7 +17,7 @@ from rlhf.checkpoint import (
 )
 from rlhf.config import InputError, PPOStageConfig, ScorerConfig
 from rlhf.data import describe_dropped, encode_texts, first_cases, load_rows
-from rlhf.generation import context_length, sampling_for
+from rlhf.generation import sampling_for
 from rlhf.metrics import say, warn
 from rlhf.models import (
     ScalarModel,
@@ -224,28 +224,6 @@ def with_default_paths(config: PPOStageConfig, scorer: Scorer | None) -> PPOStag
         name = getattr(scorer, "__qualname__", type(scorer).__qualname__)
         config.scorer = ScorerConfig(f"python:{scorer.__module__}.{name}", normalize="none")
     return config
-
-
-def prompt_budget(config: PPOStageConfig, actors: Actors) -> int:
-    """Longest prompt that leaves room for the response in the context of the policy, and of every
-    reward model that scores the same ids."""
-    ppo = config.ppo
-    context = context_length(actors.policy)
-    for reward_model in reward_models(actors.scorer):
-        if reward_model.tokenizer_hash == actors.tokenizer_hash:
-            context = min(context, reward_model.max_length)
-    if ppo.response_length >= context:
-        raise InputError(
-            f"ppo.response_length={ppo.response_length} leaves no room for a prompt in the model's "
-            f"context of {context} tokens; use at most {context - 1}"
-        )
-    budget = ppo.max_prompt_length or context - ppo.response_length
-    if budget + ppo.response_length > context:
-        raise InputError(
-            f"ppo.max_prompt_length={budget} + ppo.response_length={ppo.response_length} exceed "
-            f"the model's context of {context} tokens; lower one of them"
-        )
-    return budget
 
 
 def load_texts(config: PPOStageConfig, tokenizer: Any, context: int) -> list[list[int]]:

@@ -264,6 +264,7 @@ def longest_micro_batch(trainer: PPOTrainer) -> Rollout:
         scores=zeros[:, 0],
         dense_rewards=zeros,
         component_scores=zeros[:, :0],
+        cut=torch.zeros(num_rows, dtype=torch.bool, device=device),
         advantages=zeros + 1.0,
         returns=zeros,
     )

@@ -17,11 +17,12 @@ from rlhf.checkpoint import (
     load_training_state,
     make_record,
     prune_checkpoints,
+    random_state,
     refuse_taken_steps,
     save_training_state,
     write_stage,
 )
-from rlhf.config import PPOStageConfig
+from rlhf.config import InputError, PPOStageConfig
 from rlhf.data import Splits
 from rlhf.metrics import (
     MetricsWriter,
@@ -71,6 +72,7 @@ class Run:
     Attributes:
         before: metrics of the evaluation before the first update.
         last: metrics of the latest evaluation.
+        pending: what is known of an update whose evaluation is still to be made; else None.
         best: `update`, `value` and `metrics` of the best evaluated update by `evaluation.select`,
             whose checkpoint is kept; None before the first one, or where the last is taken.
     """
@@ -84,6 +86,8 @@ class Run:
         self.before: dict[str, float] = {}
         self.last: dict[str, float] = {}
         self.best: dict[str, Any] | None = None
+        self.pending: dict[str, bool] | None = None
+        self._random_numbers: dict[str, Any] | None = None  # in the state that `_save` writes
         self.samples_file = self.directory / "samples.jsonl"
 
     def run(self) -> PPOResult:
@@ -93,7 +97,7 @@ class Run:
         writer = MetricsWriter(self.directory, self.config, "ppo")
         try:
             with GracefulStop(self.config.checkpoint.grace_seconds, self.directory) as stop:
-                interrupted = self._train(writer, stop)
+                interrupted = self._train_or_save(writer, stop)
             if not interrupted:
                 return self._finish()
         except NonFiniteError as error:
@@ -108,6 +112,27 @@ class Run:
         )
         return PPOResult(None, self.before, self.last, trainer.update, stopped_by=stop.signal)
 
+    def _train_or_save(self, writer: MetricsWriter, stop: GracefulStop) -> bool:
+        """As `_train`; where bad input, such as a scorer that fails, ends it, the last finished
+        update is saved first. Every process meets it together: see `on_every_process`."""
+        trainer, began_at = self.trainer, self.trainer.update
+        try:
+            return self._train(writer, stop)
+        except NonFiniteError:  # the weights may be what is wrong
+            raise
+        except InputError as error:
+            optimization = trainer.optimization
+            is_halfway = optimization.update == trainer.update and optimization.num_steps > 0
+            if is_halfway or trainer.update == 0:
+                raise
+            if trainer.update > began_at:
+                self._save()
+            checkpoint = self.directory / f"checkpoint-{trainer.update}"
+            raise InputError(
+                f"{error}; update {trainer.update} is saved in {checkpoint}: correct the cause, "
+                f"then continue with resume=true run_name={self.config.run_name}"
+            ) from error
+
     def _train(self, writer: MetricsWriter, stop: GracefulStop) -> bool:
         """Make the updates; True when a signal ended them early, with a checkpoint saved."""
         trainer, config = self.trainer, self.config
@@ -115,10 +140,13 @@ class Run:
         refuse_taken_steps(self.directory, range(every * (trainer.update // every + 1), end, every))
         if trainer.update == 0:
             self.before = self._evaluate(writer)
+        self._random_numbers = random_state()
+        last = interrupted = False
+        if self.pending is not None:
+            last, interrupted = self._end_update(writer, stop, **self.pending)
         began = time.perf_counter()
         bar = progress_bar(config.ppo.num_updates, trainer.update, "update")
-        over_budget = interrupted = False
-        while trainer.update < config.ppo.num_updates and not over_budget and not interrupted:
+        while trainer.update < config.ppo.num_updates and not last and not interrupted:
             metrics = trainer.step() | {"seconds": time.perf_counter() - began}
             bar.set_postfix(
                 {short: f"{metrics[name]:.3g}" for name, short in SHOWN.items()}, refresh=False
@@ -126,17 +154,28 @@ class Run:
             bar.update(1)
             writer.write(trainer.update, metrics)
             over_budget = "kl_budget" in self.watchdog.check(trainer.update, metrics)
-            last = over_budget or trainer.update == config.ppo.num_updates
-            improved = False
-            if last or trainer.update % config.evaluation.every == 0:
-                self.last = self._evaluate(writer)
-                improved = self._keep_best(self.last)
-            interrupted = stop.requested() and not last
-            due = trainer.update % config.checkpoint.every == 0 or improved or interrupted
-            if due and not last:
-                self._save()
+            self._random_numbers = random_state()
+            last, interrupted = self._end_update(writer, stop, over_budget)
         bar.close()
         return interrupted
+
+    def _end_update(
+        self, writer: MetricsWriter, stop: GracefulStop, over_budget: bool
+    ) -> tuple[bool, bool]:
+        """Evaluate and save, where that is due; tell whether this update is the last, and whether a
+        signal ends the run after it."""
+        update, config = self.trainer.update, self.config
+        last = over_budget or update == config.ppo.num_updates
+        improved = False
+        if last or update % config.evaluation.every == 0:
+            self.pending = {"over_budget": over_budget}
+            self.last = self._evaluate(writer)
+            improved = self._keep_best(self.last)
+            self.pending, self._random_numbers = None, random_state()
+        interrupted = stop.requested() and not last
+        if not last and (update % config.checkpoint.every == 0 or improved or interrupted):
+            self._save()
+        return last, interrupted
 
     def _evaluate(self, writer: MetricsWriter) -> dict[str, float]:
         if not self.evaluate.prompts:
@@ -230,6 +269,7 @@ class Run:
                 "before": self.before,
                 "last": self.last,
                 "best": self.best,
+                "pending": self.pending,
                 "baseline": self.evaluate.baseline,
                 "watchdog": self.watchdog.state(),
             }
@@ -239,6 +279,7 @@ class Run:
                 self.trainer.optimization.optimizers,
                 state,
                 self.config,
+                self._random_numbers,
             )
             prune_checkpoints(self.directory, self.config.checkpoint.keep_last)
         self.trainer.accelerator.wait_for_everyone()
@@ -251,7 +292,7 @@ class Run:
         state = load_training_state(checkpoint, self._modules(), optimizers)
         self.trainer.load_state(state)
         self.before, self.last, self.best = state["before"], state["last"], state["best"]
-        self.evaluate.baseline = state["baseline"]
+        self.evaluate.baseline, self.pending = state["baseline"], state.get("pending")
         self.watchdog.load_state(state["watchdog"])
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from contextlib import nullcontext
-from typing import Any
 
 from rlhf.checkpoint import (
     check_run_directory,
@@ -14,8 +12,8 @@ from rlhf.checkpoint import (
     prepare_run_directory,
     warn_about_prompts,
 )
-from rlhf.config import InputError, PPOStageConfig, check
-from rlhf.data import Splits, encode_prompts, load_splits
+from rlhf.config import PPOStageConfig, check
+from rlhf.data import load_splits
 from rlhf.distributed import make_accelerator
 from rlhf.generation import context_length
 from rlhf.metrics import quiet_libraries, say
@@ -30,10 +28,10 @@ from rlhf.ppo.loading import (
     load_checked_tokenizer,
     load_independent_scorer,
     load_texts,
-    prompt_budget,
     with_default_paths,
 )
 from rlhf.ppo.preflight import run_preflight
+from rlhf.ppo.prompts import choose_prompts
 from rlhf.ppo.run import PPOResult, Run
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.scorers import Scorer
@@ -84,8 +82,7 @@ def _train_alone(config: PPOStageConfig, scorer: Scorer | None) -> PPOResult:
     check_promises(config, actors, accelerator)
     settings = collect_settings(config, actors.policy, tokenizer)
     texts = load_texts(config, tokenizer, context_length(actors.policy))
-    budget = prompt_budget(config, actors)
-    prompts, heldout, too_long = _encode(config, splits, tokenizer, budget, num_processes)
+    prompts, heldout, too_long = choose_prompts(config, splits, actors, independent, num_processes)
     say(describe_batches(config, len(prompts), num_processes, actors))
     say(splits.describe(too_long))
     splits.dropped += too_long
@@ -97,26 +94,3 @@ def _train_alone(config: PPOStageConfig, scorer: Scorer | None) -> PPOResult:
         return PPOResult(None, {}, {})
     prepare_run_directory(config, "ppo")
     return Run(config, trainer, Evaluator(trainer, heldout, independent), splits).run()
-
-
-def _encode(
-    config: PPOStageConfig, splits: Splits, tokenizer: Any, budget: int, num_processes: int
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]], Counter[str]]:
-    """Encode training and held-out prompts, and count those that are too long.
-
-    Args:
-        budget: longest prompt, tokens.
-    """
-    prompts, too_long = encode_prompts(splits.train, tokenizer, budget)
-    needed = config.ppo.batch_size // config.ppo.samples_per_prompt
-    if len(prompts) < needed:
-        raise InputError(
-            f"ppo.batch_size={config.ppo.batch_size} needs {needed} prompts, which is more than "
-            f"the {len(prompts)} training prompts; lower it or give more prompts"
-        )
-    if not config.evaluation.num_prompts:
-        return prompts, [], too_long
-    heldout, too_long_heldout = encode_prompts(splits.eval, tokenizer, budget)
-    heldout = heldout[: config.evaluation.num_prompts]
-    heldout = heldout[: len(heldout) - len(heldout) % num_processes]
-    return prompts, heldout, too_long + too_long_heldout

@@ -35,7 +35,14 @@ from rlhf.functional import (
 from rlhf.ppo.estimators import ESTIMATORS, WHITENED
 from rlhf.ppo.optimization import Optimization, stream_rows
 from rlhf.ppo.saved_rollouts import write_rollout
-from rlhf.rollout import Actors, CollectSettings, Rollout, collect, component_scores
+from rlhf.rollout import (
+    Actors,
+    CollectSettings,
+    Rollout,
+    collect,
+    component_scores,
+    cut_metric,
+)
 from rlhf.scorers import CombinedScorer, Scorer
 
 
@@ -87,6 +94,7 @@ class PPOTrainer:
         metrics |= self.optimization.run(rollout, self.update, self.kl_coef)
         ended = time.perf_counter()
         metrics |= component_metrics(rollout, self.actors.scorer)
+        metrics |= cut_metric("", rollout.cut, self.actors, self.actors.scorer)
         metrics |= rollout_metrics(rollout, rewards) | {
             "kl_coef": self.kl_coef,
             "collect_seconds": collected - began,

@@ -38,11 +38,14 @@ class Scores:
         total: (B,) scores, rewards per token included.
         dense: the rewards per token, (num_tokens,) for each response; None where there are none.
         components: name -> (B,) total of each component of a `CombinedScorer`.
+        cut: (B,) bool, True where a reward model read only the beginning of a response, as prompt
+            and response are longer than its context; None where there is no reward model.
     """
 
     total: Tensor
     dense: list[Tensor] | None = None
     components: dict[str, Tensor] = field(default_factory=dict)
+    cut: Tensor | None = None
 
     @property
     def dense_total(self) -> Tensor:
@@ -78,7 +81,7 @@ class CombinedScorer:
 
     def __call__(self, prompts: Sequence[Any], responses: Sequence[str]) -> Tensor:
         """Score responses given as text, (B,) float32 on the CPU."""
-        return score_responses(self, prompts, responses, "the scorer").total
+        return checked_scores(self, prompts, responses, "the scorer")
 
     def join(self, scores: dict[str, Scores]) -> Scores:
         """Combine what the parts said.
@@ -95,9 +98,11 @@ class CombinedScorer:
                 totals[chosen][:, rows], self.weights[chosen], self.combine, self.std_coef
             )
         components = {name: part.total for name, part in scores.items()}
+        cuts = [part.cut for part in scores.values() if part.cut is not None]
+        cut = torch.stack(cuts).any(dim=0) if cuts else None
         dense = [name for name, part in scores.items() if part.dense is not None]
         if not dense:
-            return Scores(total, None, components)
+            return Scores(total, None, components, cut)
         if self.combine not in ("weighted_sum", "mean"):
             raise InputError(
                 f"scorer.combine={self.combine} takes scores, but the component {dense[0]} gives "
@@ -110,7 +115,7 @@ class CombinedScorer:
             torch.stack([w[row] * part.dense[row] for w, part in pairs if part.dense]).sum(dim=0)
             for row in range(len(total))
         ]
-        return Scores(total, rewards, components)
+        return Scores(total, rewards, components, cut)
 
     def counting(self, totals: Tensor) -> Tensor:
         """Tell which components count for which response, (K, B) bool.
@@ -246,8 +251,18 @@ def load_scorer(
 def checked_scores(
     scorer: Scorer, prompts: Sequence[Any], responses: Sequence[str], field: str
 ) -> Tensor:
-    """Score responses given as text, (B,) float32 on the CPU; see `score_responses`."""
-    return score_responses(scorer, prompts, responses, field).total
+    """Score responses given as text, (B,) float32 on the CPU; see `score_responses`.
+
+    Raises:
+        InputError: also where a prompt with its response is longer than a reward model's context.
+    """
+    scores = score_responses(scorer, prompts, responses, field)
+    if scores.cut is not None and scores.cut.any():
+        raise InputError(
+            f"{int(scores.cut.sum())} of {len(responses)} responses are with their prompt longer "
+            f"than the context of {field}; shorten them"
+        )
+    return scores.total
 
 
 def score_responses(
@@ -262,7 +277,8 @@ def score_responses(
     A reward model scores the token ids where it renders conversations as their tokenizer does, else
     the text as a complete response, by its own tokenizer and template. A Python function with a
     parameter `response_ids` is given the ids of the responses there, and may return for each
-    response a list of rewards, one per token.
+    response a list of rewards, one per token. A response that is too long for the context of a
+    reward model is cut, and marked in `cut`.
 
     Args:
         prompts, responses: B each.
@@ -271,7 +287,8 @@ def score_responses(
 
     Raises:
         InputError: the scorer failed, or did not return one finite number per response (or per
-            token). A failure never becomes a score of 0.
+            token), or a prompt leaves no room in a reward model's context. A failure never becomes
+            a score of 0.
     """
     if isinstance(scorer, CombinedScorer):
         return scorer.join(
@@ -282,11 +299,14 @@ def score_responses(
         )
     if not isinstance(scorer, RewardModelScorer):
         return _call(scorer, prompts, responses, field, tokens)
+    pairs: list[tuple[Sequence[int], Sequence[int]]]
     if tokens is None or tokens.rendering != scorer.tokenizer_hash:
-        return Scores(check_scores(scorer(prompts, responses), responses, field))
-    pairs = zip(tokens.prompts, tokens.responses, strict=True)
-    scores = scorer.score_ids([[*prompt, *ids] for prompt, ids in pairs])
-    return Scores(check_scores(scores, responses, field))
+        texts = zip(prompts, responses, strict=True)
+        pairs = [scorer.encode_pair(prompt, response) for prompt, response in texts]
+    else:
+        pairs = list(zip(tokens.prompts, tokens.responses, strict=True))
+    sequences, cut = scorer.cut(pairs)
+    return Scores(check_scores(scorer.score_ids(sequences), responses, field), cut=cut)
 
 
 def _call(

@@ -98,8 +98,38 @@ class RewardModelScorer:
         """Token ids of a prompt (text or messages) and a complete response, as in training."""
         if self.scores_texts:
             return self.tokenizer(*self._texts(prompt, response), verbose=False)["input_ids"]
-        ids = encode_prompt(prompt, self.tokenizer)
-        return ids + encode_response(prompt, response, self.tokenizer)
+        prompt_ids, response_ids = self.encode_pair(prompt, response)
+        return prompt_ids + response_ids
+
+    def encode_pair(self, prompt: Any, response: str) -> tuple[list[int], list[int]]:
+        """As `encode`, prompt and response apart."""
+        prompt_ids = encode_prompt(prompt, self.tokenizer)
+        return prompt_ids, encode_response(prompt, response, self.tokenizer)
+
+    def cut(
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
+    ) -> tuple[list[list[int]], Tensor]:
+        """Join prompts and responses, without what is beyond the context at the end of a response.
+
+        Args:
+            pairs: B prompts with their response, token ids.
+
+        Returns:
+            The B sequences, and (B,) bool, True where a response is cut.
+
+        Raises:
+            InputError: a prompt leaves no room for a response.
+        """
+        longest = max((len(prompt) for prompt, _ in pairs), default=0)
+        if longest >= self.max_length:
+            raise InputError(
+                f"a prompt has {longest} tokens, which leaves no room for a response in the "
+                f"context of {self.max_length} tokens of the reward model {self.path}; drop it, or "
+                "use a reward model with a longer context"
+            )
+        sequences = [[*prompt, *response] for prompt, response in pairs]
+        cut = torch.tensor([len(ids) > self.max_length for ids in sequences])
+        return [ids[: self.max_length] for ids in sequences], cut
 
     @torch.no_grad()
     def score_ids(self, sequences: Sequence[Sequence[int]]) -> Tensor:
