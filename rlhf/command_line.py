@@ -8,8 +8,9 @@ import logging
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 from rlhf.config import (
     CONF_DIR,
@@ -51,6 +52,7 @@ PRINTING = {
 # the groups of conf/<stage>.yaml
 COMMON = ("model", "dataset", "peft", "tracker")
 GROUPS = {"sft": COMMON, "reward": COMMON, "ppo": (*COMMON, "scorer")}
+REPEAT_SECONDS = 3.0  # between the first process's error and that of another
 DEMO_HINT = "\n(recipe=demo runs the embedded demo, which needs none of them)"
 
 
@@ -92,16 +94,13 @@ def hydra_main(stage: str, run: Callable[[Any], int | None]) -> None:
             if config.resume and not config.overwrite:
                 config = _continued(config, stage)
             check(config)
-            _quiet_imports()
-            stopped_by = run(config)
         except MissingValues as error:
             _exit(f"{error}{'' if has_work else DEMO_HINT}")
         except InputError as error:
             _exit(str(error))
         except OmegaConfBaseException as error:
             _exit(explain(error, config_class))
-        if stopped_by is not None:
-            raise SystemExit(128 + stopped_by)
+        _run(run, config)
 
     try:
         task()
@@ -111,6 +110,21 @@ def hydra_main(stage: str, run: Callable[[Any], int | None]) -> None:
         _exit(f"not valid YAML: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
         _exit("interrupted; nothing that was saved is lost. Continue with resume=true", status=130)
+
+
+def _run(run: Callable[[Any], int | None], config: StageConfig) -> None:
+    """Run a stage and end as it did; an error on any process is printed, with its rank."""
+    try:
+        _quiet_imports()
+        stopped_by = run(config)
+    except InputError as error:
+        _exit_stage(str(error))
+    except Exception:
+        if _rank() != 0:
+            print(f"error on rank {_rank()}:", file=sys.stderr)  # the traceback follows
+        raise
+    if stopped_by is not None:
+        raise SystemExit(128 + stopped_by)
 
 
 def _as_dataclass(node: Any, config_class: type[StageConfig]) -> StageConfig:
@@ -240,10 +254,28 @@ def _name_sweep_run(config: StageConfig) -> None:
                 part.path = str(theirs)
 
 
-def _exit(message: str, status: int = 2) -> None:
-    if os.environ.get("RANK", "0") == "0":
+def _exit(message: str, status: int = 2) -> NoReturn:
+    """Print an error of the command line, which every process meets alike, once."""
+    if _rank() == 0:
         print(f"error: {message}", file=sys.stderr)
     raise SystemExit(status)
+
+
+def _exit_stage(message: str) -> NoReturn:
+    """Print what ended a stage on this process, whichever it is.
+
+    Most errors are met by all processes. The launcher ends the others as soon as the first has
+    printed it and gone, so that one line is left; where the first is well, it is this one.
+    """
+    if _rank() != 0:
+        time.sleep(REPEAT_SECONDS)
+        message = f"rank {_rank()}: {message.removeprefix(f'rank {_rank()}: ')}"
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
 
 
 # --- Commands with a few options ------------------------------------------------------------------
