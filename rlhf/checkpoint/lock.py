@@ -82,8 +82,10 @@ def _locked_directory(directory: Path, wait_seconds: float) -> Iterator[None]:
     fix = "wait until it has ended, or use another run_name"
     try:
         with locked(directory / LOCK, str(directory), fix, wait_seconds):
-            yield
-            shutil.rmtree(directory / UNSEALED, ignore_errors=True)
+            try:
+                yield
+            finally:
+                shutil.rmtree(directory / UNSEALED, ignore_errors=True)
     finally:
         for path in missing:  # a run that did not begin leaves nothing
             try:
