@@ -169,8 +169,9 @@ def test_answer_to_a_text_prompt_keeps_its_leading_space():
     assert response_text(ids, tokenizer, [user("Hi")]) == "A fruit."
 
 
-def test_python_scorer_of_ppo_is_given_what_was_said():
-    tokenizer, given = marked("chatml", "added"), []
+@pytest.mark.parametrize("template", ["chatml", "vicuna_v1"])
+def test_python_scorer_of_ppo_is_given_what_was_said(template):
+    tokenizer, given = marked(template, "added"), []
 
     def scorer(prompts, responses):
         given.extend(responses)
@@ -178,11 +179,12 @@ def test_python_scorer_of_ppo_is_given_what_was_said():
 
     contexts = [DIALOGUE[:1], DIALOGUE[:3], "2+2="]
     prompts = [{"prompt": c, "input_ids": encode_prompt(c, tokenizer)} for c in contexts]
-    sampled = [encode_response(c, "4", tokenizer) for c in contexts]
+    said = ["4", "4", " 4"]  # the space is the answer's own after text
+    sampled = [encode_response(c, s, tokenizer) for c, s in zip(contexts, said, strict=True)]
     actors = Actors(None, None, None, scorer, tokenizer, "")
     settings = CollectSettings(None, None, 1, 1)
     scores = score_sampled(actors, prompts, sampled, [True] * 3, settings)
-    assert given == ["4"] * 3 and scores.total.tolist() == [1.0] * 3
+    assert given == said and scores.total.tolist() == [1.0, 1.0, 0.0]
 
 
 # --- What ends an answer ------------------------------------------------------------------------
