@@ -22,9 +22,11 @@ from rlhf.config import (
     check,
     config_file_of_run,
     explain,
+    hide,
     nearest,
     nothing_to_resume,
     read_run_config,
+    remember_references,
     schema,
 )
 
@@ -130,10 +132,12 @@ def _run(run: Callable[[Any], int | None], config: StageConfig) -> None:
 def _as_dataclass(node: Any, config_class: type[StageConfig]) -> StageConfig:
     from omegaconf import OmegaConf
 
+    written = OmegaConf.to_container(node)
     # merged once more: "+key=value" adds a key that the schema does not have
-    values = OmegaConf.merge(schema(config_class), OmegaConf.to_container(node))
+    values = OmegaConf.merge(schema(config_class), written)
     config = OmegaConf.to_object(values)
     assert isinstance(config, config_class)
+    remember_references(written, OmegaConf.to_container(values, resolve=True))
     return config
 
 
@@ -257,7 +261,7 @@ def _name_sweep_run(config: StageConfig) -> None:
 def _exit(message: str, status: int = 2) -> NoReturn:
     """Print an error of the command line, which every process meets alike, once."""
     if _rank() == 0:
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {hide(message)}", file=sys.stderr)
     raise SystemExit(status)
 
 
@@ -270,7 +274,7 @@ def _exit_stage(message: str) -> NoReturn:
     if _rank() != 0:
         time.sleep(REPEAT_SECONDS)
         message = f"rank {_rank()}: {message.removeprefix(f'rank {_rank()}: ')}"
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print(f"error: {hide(message)}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
@@ -309,7 +313,7 @@ def exit_status(task: Callable[[], int | None], when_interrupted: str | None = N
     try:
         return task() or 0
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {hide(str(error))}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         if when_interrupted is not None:

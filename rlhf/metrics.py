@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import InputError, StageConfig
+from rlhf.config import InputError, StageConfig, hide, plain_values
 
 IDENTITY = "run.json"  # in a stage directory: who wrote it, {"id": ..., "stage": ...}
 TIMINGS = frozenset({"seconds", "tokens_per_second", "collect_seconds", "optimize_seconds"})
@@ -121,13 +121,13 @@ def is_main_process() -> bool:
 def say(text: str = "") -> None:
     """Print on the main process only."""
     if is_main_process():
-        print(text, flush=True)
+        print(hide(text), flush=True)
 
 
 def warn(text: str) -> None:
     """Print a warning, with its remedy, on the main process only."""
     if is_main_process():
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        print(f"warning: {hide(text)}", file=sys.stderr, flush=True)
 
 
 def progress_bar(total: int, done: int, unit: str) -> Any:
@@ -291,8 +291,6 @@ def _start_wandb(directory: Path, config: StageConfig, stage: str) -> Any:
         raise InputError(
             "tracker=wandb needs the wandb package: pip install 'rlhf[wandb]'"
         ) from error
-    from omegaconf import OmegaConf
-
     identity = read_identity(directory)
     run = wandb.init(
         project=config.tracker.project,
@@ -302,7 +300,7 @@ def _start_wandb(directory: Path, config: StageConfig, stage: str) -> Any:
         dir=str(directory),
         id=identity["id"] if identity else None,  # our id is its id: a resumed run is continued
         resume="allow",
-        config=OmegaConf.to_container(OmegaConf.structured(config)),  # type: ignore[arg-type]
+        config=plain_values(config),
     )
     run.define_metric("*", step_metric="step")
     return run

@@ -22,7 +22,7 @@ from typing import Any
 import rlhf
 from rlhf.checkpoint.files import complete_or_nothing, files_of
 from rlhf.checkpoint.finite import NonFiniteError, read_changes
-from rlhf.config import InputError, StageConfig, save_config
+from rlhf.config import InputError, StageConfig, as_written, save_config
 from rlhf.metrics import warn
 
 RECORD = "rlhf.json"
@@ -170,7 +170,8 @@ def write_record(directory: Path, record: StageRecord) -> None:
     """Write `rlhf.json` into a directory whose other files are all written."""
     names = {file.relative_to(directory).as_posix() for file in files_of(directory)}
     record.files = sorted(names | {RECORD})
-    text = json.dumps(dataclasses.asdict(record), indent=2, allow_nan=False)
+    values = as_written(dataclasses.asdict(record))
+    text = json.dumps(values, indent=2, allow_nan=False)
     (directory / RECORD).write_text(text, encoding="utf-8")
 
 

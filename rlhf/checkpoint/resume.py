@@ -33,7 +33,14 @@ from rlhf.checkpoint.ownership import (
     set_aside,
     step_of,
 )
-from rlhf.config import CONFIG_FILE, InputError, StageConfig, nothing_to_resume, save_config
+from rlhf.config import (
+    CONFIG_FILE,
+    InputError,
+    StageConfig,
+    nothing_to_resume,
+    plain_values,
+    save_config,
+)
 from rlhf.metrics import IDENTITY, read_identity, say, warn
 
 # Keys, or groups of them, of which a run that is resumed ends as if it had them from its start.
@@ -275,7 +282,7 @@ def _settings(config: StageConfig) -> dict[str, Any]:
     """Flatten a configuration as it would be read from YAML: a tuple would be a list."""
     from omegaconf import OmegaConf
 
-    text = OmegaConf.to_yaml(OmegaConf.structured(config))
+    text = OmegaConf.to_yaml(OmegaConf.create(plain_values(config)))
     return _flat(OmegaConf.to_container(OmegaConf.create(text)))
 
 

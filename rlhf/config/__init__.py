@@ -6,6 +6,7 @@ mapping `trainer:` may hold is decided by the libraries that receive it (see `bu
 """
 
 from rlhf.config.checks import check, check_scorer_config
+from rlhf.config.environment import as_written, hide, remember_references
 from rlhf.config.loading import (
     build_arguments,
     config_keys,
@@ -13,6 +14,7 @@ from rlhf.config.loading import (
     load_config,
     load_object,
     nearest,
+    plain_values,
     save_config,
     schema,
 )
@@ -71,17 +73,21 @@ __all__ = [
     "StageConfig",
     "TrackerConfig",
     "WatchdogConfig",
+    "as_written",
     "build_arguments",
     "check",
     "check_scorer_config",
     "config_file_of_run",
     "config_keys",
     "explain",
+    "hide",
     "load_config",
     "load_object",
     "nearest",
     "nothing_to_resume",
+    "plain_values",
     "read_run_config",
+    "remember_references",
     "save_config",
     "schema",
 ]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from rlhf.config.environment import as_written
 from rlhf.config.stages import InputError, StageConfig
 
 # --- Objects named in a configuration -----------------------------------------------------------
@@ -94,27 +95,50 @@ def config_keys(config_class: type, prefix: str = "") -> list[str]:
 Config = TypeVar("Config", bound=StageConfig)
 
 
-def save_config(config: StageConfig, path: Path) -> None:
-    """Write the resolved configuration as YAML."""
+def plain_values(config: StageConfig) -> dict[str, Any]:
+    """Return a configuration as nested dicts, with references in place of what comes from the
+    environment."""
     from omegaconf import OmegaConf
 
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+    return as_written(OmegaConf.to_container(OmegaConf.structured(config)))
+
+
+def save_config(config: StageConfig, path: Path) -> None:
+    """Write the configuration as YAML; what comes from the environment as `${oc.env:X}`."""
+    from omegaconf import OmegaConf
+
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(plain_values(config))), encoding="utf-8")
 
 
 def load_config(config_class: type[Config], path: str | Path) -> Config:
     """Read a configuration that `save_config` wrote.
 
+    References to the environment stay as they are: the file may be somebody else's.
+
     Raises:
-        InputError: a key that the stage does not have.
+        InputError: it cannot be read, or has a key that the stage does not have.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     try:
-        merged = OmegaConf.merge(schema(config_class), OmegaConf.load(path))
+        stored = OmegaConf.to_container(OmegaConf.load(path))
+        merged = OmegaConf.merge(schema(config_class), _escaped(stored))
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise InputError(f"{path}: {explain(error, config_class)}") from error
+    except (OSError, UnicodeDecodeError, YAMLError) as error:
+        raise InputError(f"{path} is damaged ({' '.join(str(error).split())[:200]})") from error
+
+
+def _escaped(values: Any) -> Any:
+    """Keep OmegaConf from resolving what a file refers to."""
+    if isinstance(values, dict):
+        return {name: _escaped(value) for name, value in values.items()}
+    if isinstance(values, list):
+        return [_escaped(value) for value in values]
+    return values.replace("${", "\\${") if isinstance(values, str) else values
 
 
 def schema(config_class: type) -> Any:
