@@ -262,6 +262,17 @@ BAD_VALUES = [
     ("ppo", {"ppo.adam_betas": [0.9, 1.0]}, "two numbers in [0, 1), e.g. [0.9, 0.95], got [0.9, 1"),
     (
         "ppo",
+        {
+            "ppo.mask_truncated": True,
+            "ppo.whiten_rewards": True,
+            "ppo.advantage": "rloo",
+            "ppo.samples_per_prompt": 2,
+        },
+        "ppo.mask_truncated=true and ppo.whiten_rewards=true give cut responses no rewards, but "
+        "ppo.advantage=rloo compares responses with them; set ppo.whiten_rewards=false",
+    ),
+    (
+        "ppo",
         {"ppo.scale_scores": True, "ppo.whiten_scores": True},
         "ppo.scale_scores and ppo.whiten_scores both set the scale of the scores; set one to false",
     ),

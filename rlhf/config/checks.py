@@ -153,11 +153,12 @@ def _dataset_rules(
     yield at_least("dataset.max_length", 2)
     yield from (at_least(f"dataset.{name}", 1) for name in ("max_rows", "max_eval_rows"))
     yield one_of("dataset.on_bad_row", ("drop", "stop"))
-    yield (
-        isinstance(config, SFTStageConfig) or not config.dataset.split_long,
-        "dataset.split_long splits the conversations of SFT and has no meaning here; set it to "
-        "false",
-    )
+    if not isinstance(config, SFTStageConfig):
+        yield (
+            not config.dataset.split_long,
+            "dataset.split_long splits the conversations of SFT and has no meaning here; set it to "
+            "false",
+        )
 
 
 def _model_rules(config: StageConfig) -> Iterable[tuple[bool, str]]:
