@@ -26,6 +26,7 @@ from rlhf.models import (
     forward_inputs,
     inference_mode,
     is_quantized,
+    undo_first_pass,
     unwrap_peft,
 )
 
@@ -184,11 +185,13 @@ def tolerance(model: Any) -> float:
 
 @contextmanager
 def _left_as_it_was(model: Any) -> Iterator[None]:
-    """Without dropout and gradients; modes and random numbers are as before afterwards."""
+    """Without dropout and gradients; modes, random numbers and 8-bit layers are as before
+    afterwards."""
     device = next(model.parameters()).device
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.no_grad(), inference_mode(model):
         yield
+    undo_first_pass(model)
 
 
 def _rows(model: Any, tokenizer: Any) -> list[list[int]]:

@@ -38,7 +38,7 @@ from rlhf.models.loading import (
     parameter_count,
     use_bfloat16,
 )
-from rlhf.models.quantization import is_quantized
+from rlhf.models.quantization import is_quantized, undo_first_pass
 from rlhf.models.sampling_settings import (
     mend_sampling_settings,
     sample_as_trained,
@@ -95,6 +95,7 @@ __all__ = [
     "sample_as_trained",
     "sampling_settings",
     "sequence_scores",
+    "undo_first_pass",
     "unwrap_peft",
     "use_bfloat16",
     "without_padding_mask",

@@ -71,6 +71,17 @@ def is_quantized(module: Any) -> bool:
     return type(weight).__name__ in ("Int8Params", "Params4bit")
 
 
+def undo_first_pass(model: nn.Module) -> None:
+    """Give 8-bit layers back the scales that their first forward pass moves away, in place: the
+    weights of a checkpoint can only be loaded before it."""
+    for module in model.modules():
+        layer: Any = module
+        state = getattr(layer, "state", None) if is_quantized(layer) else None  # of 8 bits only
+        if state is not None and state.SCB is not None:
+            layer.weight.CB, layer.weight.SCB = state.CB, state.SCB
+            state.CB = state.SCB = None
+
+
 def dequantized_weight(layer: Any) -> Tensor:
     """Weight of a quantised layer in floating point, (outputs, inputs).
 
