@@ -7,13 +7,16 @@ argument goes to the stages that know it, e.g. `python -m rlhf.demo seed=2 ppo.n
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,18 +59,51 @@ def run_stage(stage: str, arguments: list[str]) -> int:
     foreign = set().union(*keys.values()) - keys[stage]
     mine = [a for a in arguments if re.split(r"[=.@]", a.lstrip("+~"))[0] not in foreign]
     print(f"\n=== python -m rlhf.{stage} recipe=demo {' '.join(mine)}", flush=True)
-    process = subprocess.Popen([sys.executable, "-m", f"rlhf.{stage}", "recipe=demo", *mine])
-    # Ctrl-C reaches the stage from the terminal, SIGTERM from here: it needs time to save.
-    previous = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    asked: list[int] = []
+    process: subprocess.Popen[bytes] | None = None
+
+    def ask(number: int, _: Any) -> None:
+        asked.append(number)
+        if process is not None:
+            process.terminate()
+
+    # Ctrl-C reaches the stage from the terminal, these from here: it needs time to save.
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, ask) for number in numbers}
+    command = [sys.executable, "-m", f"rlhf.{stage}", "recipe=demo", *mine]
     try:
+        process = subprocess.Popen(command, preexec_fn=_ends_with(os.getpid()))
+        if asked:
+            process.terminate()
         while True:
             try:
                 status = process.wait()
-                return status if status >= 0 else 128 - status
+                break
             except KeyboardInterrupt:
                 continue
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if status == 0 and asked:  # too late for this stage, but not for the next
+        return 128 + asked[0]
+    return status if status >= 0 else 128 - status
+
+
+def _ends_with(parent: int) -> Callable[[], None] | None:
+    """Return what a stage calls as it begins, so that it is asked to stop when `parent` is killed.
+
+    Only Linux can do that; elsewhere the stage runs to its end.
+    """
+    if sys.platform != "linux":
+        return None
+    libc, set_death_signal = ctypes.CDLL(None), 1  # PR_SET_PDEATHSIG
+
+    def begin() -> None:
+        libc.prctl(set_death_signal, signal.SIGTERM)
+        if os.getppid() != parent:  # it was killed before
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return begin
 
 
 def closing_table(run: Path, seconds: dict[str, float]) -> str:

@@ -522,7 +522,7 @@ def test_finished_run_has_nothing_to_do(stage, wholes):
 
 
 @pytest.mark.parametrize(
-    "stage, number", [("sft", signal.SIGINT), ("reward", signal.SIGTERM), ("ppo", signal.SIGTERM)]
+    "stage, number", [("sft", signal.SIGINT), ("reward", signal.SIGHUP), ("ppo", signal.SIGTERM)]
 )
 def test_run_that_is_asked_to_stop_saves_and_continues(stage, number, wholes, tmp_path):
     plain, _, whole = wholes(stage)

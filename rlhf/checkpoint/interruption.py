@@ -1,10 +1,12 @@
-"""Stopping a run: SIGTERM and the first Ctrl-C let the step end and a checkpoint be saved; a number
-that is not finite ends it with a command that goes on from before."""
+"""Stopping a run: SIGTERM, SIGHUP and the first Ctrl-C let the step end and a checkpoint be saved;
+a number that is not finite ends it with a command that goes on from before."""
 
 from __future__ import annotations
 
 import os
+import select
 import signal
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,8 +22,8 @@ REPEAT_SECONDS = 5.0  # an exception raised while Python destroys an object is l
 
 
 class GracefulStop:
-    """Turns SIGTERM or the first Ctrl-C into a flag, so that a loop can save; a second Ctrl-C
-    interrupts at once.
+    """Turns SIGTERM, SIGHUP or the first Ctrl-C into a flag, so that a loop can save; a second
+    Ctrl-C interrupts at once. SIGHUP stays ignored where it was, as under nohup.
 
     Use as a context manager; read `requested()` at the end of each step, on every rank alike. When
     the block has not ended `grace_seconds` after the signal, it is left by SystemExit: a save that
@@ -39,6 +41,8 @@ class GracefulStop:
 
     def __enter__(self) -> GracefulStop:
         handlers = {signal.SIGINT: self._ask, signal.SIGTERM: self._ask, signal.SIGALRM: self._end}
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            handlers[signal.SIGHUP] = self._ask
         for number, handler in handlers.items():
             self._previous[number] = signal.signal(number, handler)
         return self
@@ -51,6 +55,7 @@ class GracefulStop:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.signal is None:
             self.signal = number
+            _drop_closed_outputs()
             signal.setitimer(signal.ITIMER_REAL, self._grace_seconds, REPEAT_SECONDS)
             name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
             _write(
@@ -79,6 +84,8 @@ class GracefulStop:
 
             own = torch.tensor([self.signal or 0], device=state.device)
             self.signal = int(gather(own).max()) or None
+        if self.signal is not None:
+            _drop_closed_outputs()
         return self.signal is not None
 
 
@@ -136,4 +143,18 @@ def _learning_rates(config: StageConfig) -> dict[str, float]:
 def _write(text: str) -> None:
     """Write to stderr past Python's buffers, which the signal may have interrupted."""
     if is_main_process():
-        os.write(2, text.encode())
+        with suppress(OSError):  # nobody may be there to read it
+            os.write(2, text.encode())
+
+
+def _drop_closed_outputs() -> None:
+    """Let stdout and stderr lead nowhere once their terminal is gone, or the program that they are
+    piped into: writing to them would end the run before it has saved."""
+    poll = select.poll()
+    for descriptor in (1, 2):
+        poll.register(descriptor, 0)
+    for descriptor, event in poll.poll(0):
+        if event & (select.POLLERR | select.POLLHUP):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)

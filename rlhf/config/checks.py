@@ -27,6 +27,8 @@ from rlhf.config.stages import (
     StageConfig,
 )
 
+YEAR = 365 * 24 * 3600  # seconds
+
 
 def check(config: StageConfig) -> None:
     """Check a stage's configuration, before anything expensive starts.
@@ -116,6 +118,11 @@ def _rules(config: StageConfig) -> Iterable[tuple[bool, str]]:
     yield one_of("resume", (True, False, "auto"))
     yield from (at_least(f"checkpoint.{name}", 1) for name in ("every", "keep_last"))
     yield at_least("checkpoint.grace_seconds", 0, strict=True)
+    grace = config.checkpoint.grace_seconds
+    yield (
+        not grace > YEAR,
+        f"checkpoint.grace_seconds must be at most {YEAR} (a year), got {grace}",
+    )
     yield one_of("tracker.name", ("none", "wandb"))
     if config.tracker.mode is not None:
         yield one_of("tracker.mode", ("online", "offline", "disabled"))
