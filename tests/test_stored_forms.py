@@ -14,7 +14,7 @@ import shutil
 import huggingface_hub
 import pytest
 import torch
-from families import EOS, SEQUENCES, TOKENIZER, close, exact, logits_of, scores_of
+from families import EOS, LORA, SEQUENCES, TOKENIZER, close, exact, logits_of, scores_of
 from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny import FAMILIES, tiny_model, tiny_tokenizer
@@ -25,6 +25,7 @@ from rlhf.chat import ChatOptions, talk
 from rlhf.config import InputError, ModelConfig, ScorerConfig
 from rlhf.export import ExportOptions, export
 from rlhf.models import (
+    add_lora,
     init_reward_model,
     load_policy,
     load_reference,
@@ -249,6 +250,12 @@ def test_a_head_with_a_bias_scores_with_it(is_adapter, dtype, tmp_path):
         with torch.no_grad():
             theirs = [model(input_ids=torch.tensor([ids])).logits.item() for ids in SEQUENCES]
         close(scores_of(loaded), torch.tensor(theirs), atol=1e-4)
+
+
+def test_a_biased_head_is_merged_with_its_bias(tmp_path):
+    path = write(tmp_path / "biased", with_bias(classifier()))
+    live = add_lora(load_reward_model(ModelConfig(path=str(path))), LORA, "SEQ_CLS", seed=0)
+    close(scores_of(merged(live)), scores_of(live))
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "deberta-v2"])

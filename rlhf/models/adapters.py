@@ -155,6 +155,8 @@ def merged(model: Any) -> PreTrainedModel:
     config = copy.deepcopy(base.config)
     config.__dict__.pop("quantization_config", None)
     plain = type(base)(config)
+    if any(key.startswith(f"{HEAD}.") and key.endswith(".bias") for key in base.state_dict()):
+        plain.score = nn.Linear(plain.score.in_features, 1)  # the families' heads have no bias
     state = _merged_state(base, model.active_adapter, plain)
     plain.load_state_dict(state)
     plain.generation_config = getattr(base, "generation_config", None)
