@@ -12,6 +12,7 @@ import dataclasses
 import json
 import math
 import os
+import pickle
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -338,6 +339,31 @@ def _sums_file(checkpoint: Path) -> Path:
     return checkpoint / f"sums_{PartialState().process_index}.json"
 
 
+def _train(trainer: Trainer, checkpoint: Path | None) -> None:
+    """Have a Trainer train, from a checkpoint where there is one.
+
+    Raises:
+        InputError: the checkpoint holds pickled weights, or states that are no tensors.
+    """
+    if checkpoint is None:
+        trainer.train()
+        return
+    fix = f"delete {checkpoint} to go on from the checkpoint before it"
+    pickled = [file.name for file in checkpoint.glob("*_model*.bin*")]
+    if pickled:
+        raise InputError(
+            f"{checkpoint} holds pickled weights ({', '.join(sorted(pickled))}), which no run of "
+            f"ours writes; {fix}"
+        )
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    except (pickle.UnpicklingError, EOFError) as error:
+        raise InputError(
+            f"{checkpoint}: a state in its .pt or .pth files is damaged, or is no tensors but a "
+            f"pickle that could run code ({type(error).__name__}); {fix}"
+        ) from error
+
+
 def run_trainer(
     trainer: Trainer, config: SFTStageConfig | RewardStageConfig, directory: Path, stage: str
 ) -> int | None:
@@ -358,7 +384,7 @@ def run_trainer(
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(callback)
         try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            _train(trainer, checkpoint)
             if not callback.interrupted and trainer.state.global_step not in _evaluated(trainer):
                 trainer.evaluate()
             problem = find_non_finite_state(trainer)

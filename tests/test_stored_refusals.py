@@ -6,6 +6,7 @@ Run: python -m pytest tests/test_stored_refusals.py
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pickle
@@ -16,12 +17,15 @@ import pytest
 import torch
 from families import TOKENIZER
 from safetensors.torch import load_file, save_file
+from test_export import sft_config
 from test_stored_forms import adapted, classifier, policy, write
 from tiny import tiny_model
 
-from rlhf.config import InputError, ModelConfig
+from rlhf.checkpoint import read_manifest, write_manifest
+from rlhf.config import InputError, ModelConfig, PeftConfig
 from rlhf.export import ExportOptions, export
 from rlhf.models import init_reward_model, load_policy, load_reward_model, load_tokenizer
+from rlhf.sft import train_sft
 
 
 @pytest.fixture(autouse=True)
@@ -361,3 +365,79 @@ def test_a_directory_without_a_tokenizer_says_so(world):
 def test_a_file_in_place_of_a_directory_is_refused(world):
     message = refusal(lambda: load("policy", "model/model.safetensors"))
     assert message.endswith("is a file; give the directory that holds it: model")
+
+
+# --- Checkpoints of runs --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stopped(policy_dir, tmp_path_factory):
+    """Configuration of an SFT run of which a checkpoint is left."""
+    config = sft_config(tmp_path_factory.mktemp("stopped"), "mine", 3)
+    config.model = ModelConfig(path=str(policy_dir))
+    config.dataset.max_length = 64
+    train_sft(config)
+    shutil.rmtree(config.stage_dir("sft") / "final")
+    return dataclasses.replace(config, resume=True)
+
+
+@pytest.fixture
+def resumed(stopped, tmp_path, monkeypatch):
+    """A copy of that run, and its checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    config = dataclasses.replace(stopped, runs_dir=str(tmp_path / "runs"))
+    shutil.copytree(stopped.runs_dir, config.runs_dir)
+    return config, config.stage_dir("sft") / "checkpoint-2"
+
+
+def seal_again(checkpoint):
+    """Make the manifest say that what is there now was written by the run."""
+    facts = read_manifest(checkpoint)
+    assert facts is not None
+    file = checkpoint / "manifest.json"
+    file.unlink()
+    write_manifest(checkpoint, {key: value for key, value in facts.items() if key != "files"})
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [("optimizer.pt", pickle.dumps(Trap())), ("scheduler.pt", b"no pickle at all"),
+     ("rng_state.pth", b"")],
+)  # fmt: skip
+def test_a_state_that_is_no_tensors_ends_the_resume_in_one_line(content, name, resumed):
+    config, checkpoint = resumed
+    (checkpoint / name).write_bytes(content)
+    seal_again(checkpoint)
+    message = refusal(lambda: train_sft(config))
+    assert message.startswith(f"{checkpoint}: a state in its .pt or .pth files")
+    assert f"delete {checkpoint}" in message
+    assert not os.path.exists("sprung")
+
+
+def test_pickled_weights_in_a_checkpoint_end_the_resume_in_one_line(resumed):
+    config, checkpoint = resumed
+    to_pickle(checkpoint / "model.safetensors", "pytorch_model.bin")
+    seal_again(checkpoint)
+    message = refusal(lambda: train_sft(config))
+    assert message.startswith(f"{checkpoint} holds pickled weights (pytorch_model.bin)")
+    assert not os.path.exists("sprung")
+
+
+def test_a_lora_checkpoint_with_the_weights_of_another_adapter_is_not_exported(
+    policy_dir, tmp_path
+):
+    lora = PeftConfig(enabled=True, r=4, target_modules=["q_proj"])
+    config = dataclasses.replace(sft_config(tmp_path, "lora", 3), peft=lora)
+    config.model = ModelConfig(path=str(policy_dir))
+    config.dataset.max_length = 64
+    train_sft(config)
+    checkpoint = config.stage_dir("sft") / "checkpoint-2"
+
+    def rename(tensors):
+        for name in list(tensors):
+            tensors[name.replace("q_proj", "k_proj")] = tensors.pop(name)
+
+    rewrite(checkpoint / "adapter_model.safetensors", rename)
+    seal_again(checkpoint)
+    message = refusal(lambda: load("export", checkpoint))
+    assert "no place for base_model.model.model.layers.0.self_attn.k_proj" in message
