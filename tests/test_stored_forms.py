@@ -14,7 +14,7 @@ import shutil
 import huggingface_hub
 import pytest
 import torch
-from families import EOS, LORA, SEQUENCES, TOKENIZER, close, exact, logits_of, scores_of
+from families import EOS, LORA, SEQUENCES, TOKENIZER, close, exact, logits_of, save, scores_of
 from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny import FAMILIES, tiny_model, tiny_tokenizer
@@ -22,6 +22,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from rlhf.chat import ChatOptions, talk
+from rlhf.checkpoint import require_stage
 from rlhf.config import InputError, ModelConfig, ScorerConfig
 from rlhf.export import ExportOptions, export
 from rlhf.models import (
@@ -327,6 +328,18 @@ def test_a_hub_id_is_talked_to(base, hub_cache, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO("Fruit?\n"))
     talk(ChatOptions(path=name, temperature=0, max_new_tokens=3))
     assert f"{name}: LlamaForCausalLM" in capsys.readouterr().err
+
+
+def test_a_hub_id_of_a_stage_directory_has_its_record(hub_cache, tmp_path):
+    config = save(tmp_path / "final", classifier(), "reward", score_mean=0.5, score_std=2.0)
+    name = as_hub_id(config.path, hub_cache)
+    ours, theirs = (
+        RewardModelScorer(ScorerConfig(path, "standardise")) for path in (name, str(config.path))
+    )
+    assert (ours.model.mean, ours.model.std) == (0.5, 2.0)
+    exact(ours(PROMPTS, RESPONSES), theirs(PROMPTS, RESPONSES))
+    with pytest.raises(InputError, match="written by the reward stage"):
+        require_stage(name, ("sft",), "model.path")
 
 
 def test_a_hub_id_with_pickled_weights_only_is_refused(base, hub_cache, tmp_path):

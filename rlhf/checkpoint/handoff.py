@@ -19,6 +19,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from huggingface_hub import snapshot_download
+
 import rlhf
 from rlhf.checkpoint.files import complete_or_nothing, files_of
 from rlhf.checkpoint.finite import NonFiniteError, read_changes
@@ -175,9 +177,13 @@ def write_record(directory: Path, record: StageRecord) -> None:
     (directory / RECORD).write_text(text, encoding="utf-8")
 
 
-def read_record(directory: str | Path) -> StageRecord | None:
-    """Read `rlhf.json`; None for a directory or Hub id that no stage wrote."""
-    file = Path(directory) / RECORD
+def read_record(directory: str | Path, revision: str | None = None) -> StageRecord | None:
+    """Read `rlhf.json`; None for a directory or Hub id that no stage wrote.
+
+    Args:
+        revision: of a Hub id.
+    """
+    file = _on_disk(directory, revision) / RECORD
     if not file.is_file():
         return None
     try:
@@ -186,8 +192,28 @@ def read_record(directory: str | Path) -> StageRecord | None:
         raise InputError(f"{file} is damaged ({error}); run the stage again") from error
 
 
-def require_stage(directory: str | Path, stages: tuple[str, ...], field: str) -> StageRecord | None:
-    """Read the record of a directory and check that the right stage wrote it.
+def is_hub_id(path: str | Path) -> bool:
+    """True for what can only be the name of a model on the Hub: no path here, and one / at most."""
+    name = str(path)
+    is_name = name.count("/") <= 1 and not name.startswith((".", "/", "~", "python:"))
+    return bool(name) and is_name and not Path(name).exists()
+
+
+def _on_disk(path: str | Path, revision: str | None) -> Path:
+    """The directory that a Hub id has in the Hub's cache; anything else is returned as it is."""
+    if not is_hub_id(path):
+        return Path(path)
+    try:
+        names = [RECORD, "config.json"]  # a pattern that fits no file at all is warned about
+        return Path(snapshot_download(str(path), revision=revision, allow_patterns=names))
+    except Exception:  # whatever a network raises; the loader of the model says what is wrong
+        return Path(path)
+
+
+def require_stage(
+    directory: str | Path, stages: tuple[str, ...], field: str, revision: str | None = None
+) -> StageRecord | None:
+    """Read the record of a directory or Hub id and check that the right stage wrote it.
 
     Raises:
         InputError: another stage wrote it, or the directory is a run or stage folder rather than
@@ -203,7 +229,7 @@ def require_stage(directory: str | Path, stages: tuple[str, ...], field: str) ->
         inner = [str(p.parent) for p in found if p.parts[-3] in stages]
         hint = f"; did you mean {' or '.join(inner[:3])}?" if inner else ""
         raise InputError(f"{field}={directory} is not a model directory (no config.json){hint}")
-    record = read_record(path)
+    record = read_record(directory, revision)
     if record is not None and record.stage not in stages:
         raise InputError(
             f"{field}={directory} was written by the {record.stage} stage, but a directory of the "

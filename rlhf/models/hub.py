@@ -16,6 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
+from rlhf.checkpoint import is_hub_id
 from rlhf.config import InputError
 
 # What a loader reads besides weights; a file of another name is not what it failed at.
@@ -53,7 +54,7 @@ def local_directory(
         return directory
     if directory.is_file():
         raise InputError(f"{label} is a file; give the directory that holds it: {directory.parent}")
-    if str(path).startswith((".", "/", "~")) or str(path).count("/") > 1:
+    if not is_hub_id(path):
         raise InputError(f"{label}: no such directory")
     patterns = TEXT + (WEIGHTS if weights else []) + (CODE if code else [])
     try:

@@ -46,7 +46,7 @@ from rlhf.scorers import (
 def load_checked_tokenizer(config: PPOStageConfig) -> tuple[Any, StageRecord | None]:
     """Load the policy's tokenizer, and check that the stages named fit together."""
     policy = str(config.model.path)
-    record = require_stage(policy, ("sft", "ppo"), "model.path")
+    record = require_stage(policy, ("sft", "ppo"), "model.path", config.model.revision)
     tokenizer = load_tokenizer(config.model)
     check_same_tokenizer(tokenizer, record, "the model settings here", policy)
     if needs_reward_model(config):

@@ -100,7 +100,7 @@ def _train_alone(config: RewardStageConfig) -> RewardResult:
     parent = config.model.path or str(config.stage_dir("sft") / "final")
     source = dataclasses.replace(config.model, path=parent)
     args = trainer_arguments(TrainingArguments, config, "reward")
-    record_of_parent = require_stage(parent, ("sft",), "model.path")
+    record_of_parent = require_stage(parent, ("sft",), "model.path", source.revision)
     splits = load_splits(config.dataset, "reward", config.seed)
     warn_about_prompts(record_of_parent, splits.prompts)
     tokenizer = load_tokenizer(source)

@@ -12,7 +12,7 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
-from rlhf.checkpoint import hash_tokenizer, require_stage
+from rlhf.checkpoint import hash_tokenizer, is_hub_id, require_stage
 from rlhf.config import InputError, ModelConfig, ScorerConfig
 from rlhf.data import encode_prompt, encode_response
 from rlhf.models import (
@@ -230,7 +230,8 @@ def score_statistics(
         return 0.0, 1.0
     if record is None or record.score_mean is None:
         key = field.removesuffix("path") + "normalize"
-        what = "has none" if Path(str(config.path)).is_dir() else "is no directory here"
+        is_there = Path(str(config.path)).is_dir() or is_hub_id(str(config.path))
+        what = "has none" if is_there else "is no directory here"
         raise InputError(
             f"{key}={config.normalize} needs the score statistics that the reward stage stores, "
             f"but {config.path} {what}; for a model from elsewhere set {key}=none"

@@ -216,7 +216,9 @@ def _check_packing(config: SFTStageConfig, args: SFTConfig, model: Any, tokenize
 
 def _warn_about_words(config: SFTStageConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Warn where the words of the prompts are not what the model knows or learns."""
-    warn_about_template(read_record(config.model.path or ""), tokenizer, config.model.path)
+    warn_about_template(
+        read_record(config.model.path or "", config.model.revision), tokenizer, config.model.path
+    )
     rows = new_token_rows(tokenizer, config.model, config.peft)
     if config.peft.enabled and config.model.special_tokens and not rows:
         warn(
