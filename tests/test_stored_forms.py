@@ -6,8 +6,10 @@ Run: python -m pytest tests/test_stored_forms.py
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
+import math
 import os
 import shutil
 
@@ -18,12 +20,13 @@ from families import EOS, LORA, SEQUENCES, TOKENIZER, close, exact, logits_of, s
 from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny import FAMILIES, tiny_model, tiny_tokenizer
+from tiny_ppo import make_config, write_policy
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from rlhf.chat import ChatOptions, talk
 from rlhf.checkpoint import require_stage
-from rlhf.config import InputError, ModelConfig, ScorerConfig
+from rlhf.config import CriticConfig, InputError, ModelConfig, ScorerConfig
 from rlhf.export import ExportOptions, export
 from rlhf.models import (
     add_lora,
@@ -36,6 +39,7 @@ from rlhf.models import (
     parameter_count,
 )
 from rlhf.models.sources import find_source
+from rlhf.ppo import train_ppo
 from rlhf.scorers import RewardModelScorer
 
 PROMPTS, RESPONSES = ["Name a fruit.", "Fruit?"], ["An apple.", "A car is no fruit at all."]
@@ -348,3 +352,25 @@ def test_a_hub_id_with_pickled_weights_only_is_refused(base, hub_cache, tmp_path
     name = as_hub_id(path, hub_cache)
     with pytest.raises(InputError, match=rf"model\.path={name} .*pickled.*pytorch_model\.bin"):
         policy(name)
+
+
+# --- In a run -----------------------------------------------------------------------------------
+
+
+def encoder_run(folder, **values):
+    """PPO with an encoder as reward model, one update."""
+    write(folder / "encoder", classifier("deberta-v2"))
+    config = make_config(write_policy(folder / "policy"), folder, num_updates=1)
+    config.scorer = ScorerConfig(str(folder / "encoder"), "none")
+    config.evaluation.every = 1
+    return dataclasses.replace(config, **values)
+
+
+def test_ppo_is_scored_by_an_encoder(tmp_path):
+    result = train_ppo(encoder_run(tmp_path))
+    assert math.isfinite(result.after["eval_score"])
+
+
+def test_a_critic_cannot_start_from_an_encoder(tmp_path):
+    with pytest.raises(InputError, match=r"critic\.init=reward: .*set critic\.init=policy"):
+        train_ppo(encoder_run(tmp_path, critic=CriticConfig(init="reward")))

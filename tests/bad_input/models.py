@@ -1,5 +1,12 @@
 """Models and hand-off"""
 
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
 from bad_input import Case
 from bad_input.world import edit_json, spoil_weights, write_model, write_templates
 
@@ -124,4 +131,62 @@ CASES = [
         f"{PPO} {OWN_SCORER} scorer.path=python:os.no",
         ("scorer.path", "os.no", "cannot be imported"),
     ),
+    Case(
+        "an adapter whose base is gone",
+        f"{SFT} model.path=adapter",
+        ("model.path=adapter is an adapter", "base_model_name_or_path=./gone", "no such directory"),
+        prepare=lambda folder: put_adapter(folder, base="./gone"),
+    ),
+    Case(
+        "a pickled adapter",
+        f"{SFT} model.path=adapter model.tokenizer=model",
+        ("model.path=adapter has its weights pickled (adapter_model.bin)", "safetensors"),
+        prepare=lambda folder: put_adapter(folder, weights="adapter_model.bin"),
+    ),
+    Case(
+        "an adapter of another model",
+        f"{SFT} model.path=adapter model.tokenizer=model",
+        ("the adapter in adapter does not fit", "base_model.model.other.lora_A.weight"),
+        prepare=lambda folder: put_adapter(folder),
+    ),
+    Case(
+        "weights cut short",
+        f"{SFT} model.path=model",
+        ("model/model.safetensors is damaged or incomplete",),
+        prepare=lambda folder: os.truncate(folder / "model/model.safetensors", 3000),
+    ),
+    Case(
+        "a config.json that is not UTF-8",
+        f"{SFT} model.path=model",
+        ("model/config.json is damaged (not UTF-8",),
+        prepare=lambda folder: (folder / "model/config.json").write_bytes(b'{"a": "\xff"}'),
+    ),
+    Case(
+        "a damaged tokenizer.json",
+        f"{SFT} model.path=model",
+        ("model/tokenizer.json is damaged",),
+        prepare=lambda folder: (folder / "model/tokenizer.json").write_bytes(b"{"),
+    ),
+    Case(
+        "a language model as reward model",
+        f"{PPO} model.path=runs/mine/sft/final scorer.path=model scorer.normalize=none",
+        ("scorer.path=model: there are no weights for score.weight", "python:my_scorer.score"),
+    ),
+    Case(
+        "a file instead of a directory",
+        f"{SFT} model.path=model/model.safetensors model.tokenizer=model",
+        ("model.path=model/model.safetensors is a file", "model"),
+    ),
 ]
+
+
+def put_adapter(
+    folder: Path, base: str = "model", weights: str = "adapter_model.safetensors"
+) -> None:
+    """Write adapter/, whose only weight belongs to no model."""
+    (folder / "adapter").mkdir()
+    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "target_modules": ["q_proj"]}
+    settings |= {"base_model_name_or_path": base}
+    (folder / "adapter/adapter_config.json").write_text(json.dumps(settings))
+    tensors = {"base_model.model.other.lora_A.weight": torch.zeros(2, 2)}
+    save_file(tensors, folder / "adapter" / weights)
