@@ -279,6 +279,11 @@ def test_an_encoder_scores_a_prompt_and_response_as_its_tokenizer_pairs_them(kin
     assert truth[0] != truth[1]
     as_messages = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
     exact(scorer(as_messages, RESPONSES), scorer(PROMPTS, RESPONSES))
+    scores, cut = scorer.score_texts(["Fruit?"] * 2, ["y" * 80, "An apple."])
+    assert cut.tolist() == [True, False] and scores.isfinite().all()
+    close(scores[1:], scorer(["Fruit?"], ["An apple."]))
+    with pytest.raises(InputError, match="a prompt has .* tokens, which leaves no room"):
+        scorer.score_texts(["x" * 80], ["y"])
     with pytest.raises(InputError, match=r"has 8\d tokens, but the context .* is 6\d"):
         scorer(["x" * 80], ["y"])
     assert scorer.max_length == (63 if kind == "roberta" else 64)

@@ -101,7 +101,7 @@ def _chain(
                 f"{field}={path}: {file} does not name the model that the adapter is for; write "
                 "its path or Hub id there, as base_model_name_or_path"
             )
-        where = f"{field}={path} is an adapter; base_model_name_or_path"
+        where = f"{field}={path} is an adapter; correct {file}: base_model_name_or_path"
         directory = local_directory(base, where, settings.get("revision"), code, weights)
         if directory.resolve() in [known.resolve() for known in chain]:
             raise InputError(

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from rlhf.config import InputError, PPOStageConfig
-from rlhf.data import Splits, describe_dropped, encode_prompt, encode_prompts
+from rlhf.data import Splits, describe_dropped, encode_prompts
 from rlhf.generation import context_length
 from rlhf.rollout import Actors
 from rlhf.scorers import RewardModelScorer, Scorer, reward_models
@@ -126,4 +126,4 @@ def _length(prompt: dict[str, Any], model: RewardModelScorer, rendering: str) ->
     """Length of a prompt as a reward model reads it, tokens."""
     if model.tokenizer_hash == rendering:
         return len(prompt["input_ids"])
-    return len(encode_prompt(prompt["prompt"], model.tokenizer))
+    return model.prompt_length(prompt["prompt"])

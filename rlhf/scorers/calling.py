@@ -299,6 +299,9 @@ def score_responses(
         )
     if not isinstance(scorer, RewardModelScorer):
         return _call(scorer, prompts, responses, field, tokens)
+    if scorer.scores_texts:
+        scores, cut = scorer.score_texts(prompts, responses)
+        return Scores(check_scores(scores, responses, field), cut=cut)
     pairs: list[tuple[Sequence[int], Sequence[int]]]
     if tokens is None or tokens.rendering != scorer.tokenizer_hash:
         texts = zip(prompts, responses, strict=True)

@@ -77,6 +77,7 @@ class RewardModelScorer:
         self.max_length = getattr(model.config, "max_position_embeddings", None) or UNLIMITED
         if self.scores_texts:
             self.tokenizer = read_tokenizer(source, field)
+            self.tokenizer.truncation_side = "right"
             self.max_length -= _num_reserved_positions(model)
         else:
             self.tokenizer = load_tokenizer(source, field)
@@ -92,7 +93,7 @@ class RewardModelScorer:
         if not self.scores_texts:
             return self.score_ids(ids)
         self._require_room(ids)
-        return self._score_texts([self._texts(*pair) for pair in pairs])
+        return self.score_texts(prompts, responses)[0]
 
     def encode(self, prompt: Any, response: str) -> list[int]:
         """Token ids of a prompt (text or messages) and a complete response, as in training."""
@@ -120,13 +121,7 @@ class RewardModelScorer:
         Raises:
             InputError: a prompt leaves no room for a response.
         """
-        longest = max((len(prompt) for prompt, _ in pairs), default=0)
-        if longest >= self.max_length:
-            raise InputError(
-                f"a prompt has {longest} tokens, which leaves no room for a response in the "
-                f"context of {self.max_length} tokens of the reward model {self.path}; drop it, or "
-                "use a reward model with a longer context"
-            )
+        self._require_room_after(max((len(prompt) for prompt, _ in pairs), default=0))
         sequences = [[*prompt, *response] for prompt, response in pairs]
         cut = torch.tensor([len(ids) > self.max_length for ids in sequences])
         return [ids[: self.max_length] for ids in sequences], cut
@@ -141,6 +136,20 @@ class RewardModelScorer:
         """
         self._require_room(sequences)
         return score_sequences(self.model, sequences, self.batch_size)
+
+    def prompt_length(self, prompt: Any) -> int:
+        """Tokens of a prompt and of all that surrounds it, without those of a response."""
+        if self.scores_texts:
+            return len(self.encode(prompt, ""))
+        return len(encode_prompt(prompt, self.tokenizer))
+
+    def _require_room_after(self, longest: int) -> None:
+        if longest >= self.max_length:
+            raise InputError(
+                f"a prompt has {longest} tokens, which leaves no room for a response in the "
+                f"context of {self.max_length} tokens of the reward model {self.path}; drop it, or "
+                "use a reward model with a longer context"
+            )
 
     def _require_room(self, sequences: Sequence[Sequence[int]]) -> None:
         longest = max(map(len, sequences), default=0)
@@ -164,7 +173,22 @@ class RewardModelScorer:
         return "\n\n".join(message["content"] for message in prompt), response
 
     @torch.no_grad()
-    def _score_texts(self, rows: list[tuple[str, ...]]) -> Tensor:
+    def score_texts(
+        self, prompts: Sequence[Any], responses: Sequence[str]
+    ) -> tuple[Tensor, Tensor]:
+        """Score texts by the model's own forward pass, where `scores_texts`; what is beyond the
+        context at the end of a response is cut.
+
+        Returns:
+            (B,) scores, float32 on the CPU, and (B,) bool, True where a response is cut.
+
+        Raises:
+            InputError: a prompt leaves no room for a response.
+        """
+        self._require_room_after(max(map(self.prompt_length, prompts), default=0))
+        pairs = list(zip(prompts, responses, strict=True))
+        cut = torch.tensor([len(self.encode(*pair)) > self.max_length for pair in pairs])
+        rows = [self._texts(*pair) for pair in pairs]
         device = next(self.model.parameters()).device
         scores = torch.zeros(len(rows))
         order = sorted(range(len(rows)), key=lambda i: sum(map(len, rows[i])))
@@ -172,10 +196,15 @@ class RewardModelScorer:
             chosen = order[start : start + self.batch_size]
             columns = [list(texts) for texts in zip(*(rows[i] for i in chosen), strict=True)]
             inputs = self.tokenizer(
-                *columns, padding=True, padding_side="right", return_tensors="pt"
+                *columns,
+                padding=True,
+                padding_side="right",
+                truncation="only_second" if len(columns) == 2 else True,
+                max_length=self.max_length,
+                return_tensors="pt",
             ).to(device)
             scores[chosen] = self.model(inputs).cpu()
-        return scores
+        return scores, cut
 
 
 def _num_reserved_positions(model: Any) -> int:
