@@ -5,24 +5,27 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 from tiny import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
-# What makes a README command small enough for a test; appended to each command of the stage.
+# What makes the README's commands small enough for a test: values in a copy of conf/.
+DATASET = {"max_length": 128, "max_rows": 64, "max_eval_rows": 8, "eval_fraction": 0.3}
 SMALL = {
-    "sft": "trainer.max_steps=2 num_samples=2 response_length=8 dataset.max_length=128",
-    "reward": "trainer.max_steps=2 dataset.max_length=128",
-    "ppo": "ppo.num_updates=2 ppo.batch_size=4 ppo.response_length=8 evaluation.num_prompts=2 "
-    "checkpoint.every=1",
+    "sft": {"num_samples": 2, "response_length": 8, "trainer": {"max_steps": 2}},
+    "reward": {"normalization": {"response_length": 8}, "trainer": {"max_steps": 2}},
+    "ppo": {
+        "ppo": {"num_updates": 41, "batch_size": 4, "num_ppo_epochs": 1, "response_length": 8},
+        "evaluation": {"num_prompts": 2},
+    },
 }
-DEMO = "dataset.max_rows=64 dataset.max_eval_rows=8"
 
 
 def run(command: list[str], folder: Path, **environment: str) -> subprocess.CompletedProcess:
@@ -49,9 +52,9 @@ def readme_commands() -> list[str]:
 def folder(tmp_path_factory) -> Path:
     """A working directory with the README's files, and a tiny model in place of the Hub's."""
     folder = tmp_path_factory.mktemp("readme")
-    tokenizer = tiny_tokenizer()
-    tiny_model("gpt_neox", tokenizer).save_pretrained(folder / "pythia")
-    tokenizer.save_pretrained(folder / "pythia")
+    tokenizer, model = tiny_tokenizer(), folder / "EleutherAI/pythia-410m"
+    tiny_model("gpt_neox", tokenizer).save_pretrained(model)
+    tokenizer.save_pretrained(model)
     words = ["apple", "river", "stone", "cloud"]
     rows = [
         {"instruction": f"Name {i} {words[i % 4]}", "input": "", "output": f"{words[i % 4]} {i}."}
@@ -68,36 +71,34 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def tiny_version(command: str) -> list[str]:
-    """The command on a tiny model: the same line with small sizes appended."""
-    words = shlex.split(command.replace("EleutherAI/pythia-410m", "pythia"))
-    if words[0] == "accelerate":
-        words[:2] = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
-    elif words[0] == "python":
-        words[0] = sys.executable
-    stage = next((s for s in SMALL if f"rlhf.{s}" in words), None)
-    if stage is None or "score=answers.jsonl" in words:  # of what the stages left
-        return [word.replace("checkpoint-40", "checkpoint-1") for word in words]
-    if "--help" not in words and "--cfg" not in words:
-        words += SMALL[stage].split()
-        if "recipe=demo" in words:
-            words = [w for w in words if w != "dataset.max_length=128"] + DEMO.split()
-        elif "dataset=" in command:
-            words += ["dataset.eval_fraction=0.3"]
-    return words
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory) -> dict[str, str]:
+    """Environment of a machine on which the package has the values of `SMALL`, `python` is this one
+    and `accelerate` takes a port that is free."""
+    package, commands = (tmp_path_factory.mktemp(name) for name in ("package", "bin"))
+    for name in ("rlhf", "conf"):
+        shutil.copytree(ROOT / name, package / name)
+    for name, values in SMALL.items():
+        file = package / f"conf/{name}.yaml"
+        OmegaConf.save(OmegaConf.merge(OmegaConf.load(file), values, {"dataset": DATASET}), file)
+    launch = f'exec {sys.executable} -m accelerate.commands.launch --main_process_port 0 "${{@:2}}"'
+    (commands / "accelerate").write_text(f"#!/usr/bin/env bash\n{launch}\n")
+    (commands / "accelerate").chmod(0o755)
+    path = os.pathsep.join([str(commands), str(Path(sys.executable).parent), os.environ["PATH"]])
+    return {"PATH": path, "PYTHONPATH": str(package)}
 
 
-def test_every_readme_command_runs(folder):
-    """In the README's order and in one folder, since later commands build on earlier ones."""
+def test_every_readme_command_runs(folder, machine):
+    """As it stands, in the README's order and in one folder: later ones build on earlier ones."""
     stages = [command for command in readme_commands() if "rlhf." in command]
     assert len(stages) >= 8
     for command in stages:
-        if "resume=true" in command:  # resumes what an interrupted run left
-            directory = folder / "runs/mine/ppo"
-            (directory / "final").rename(folder / "finished")
-            command += " dataset=alpaca dataset.path=train.jsonl"
-        result = run(tiny_version(command), folder)
+        if "resume=true" in command:  # as after a kill before the end
+            (folder / "runs/mine/ppo/final").rename(folder / "finished")
+        result = run(["bash", "-c", command], folder, **machine)
         assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}{result.stderr[-3000:]}"
+        if "resume=true" in command:
+            assert "resuming from runs/mine/ppo/checkpoint-40" in result.stdout
     assert (folder / "runs/mine/ppo/final/model.safetensors").is_file()
     assert (folder / "runs/two/sft/final/model.safetensors").is_file()
 
