@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.command_line import run_command
-from rlhf.config import InputError, ModelConfig, nearest
+from rlhf.config import InputError, ModelConfig, check_finite, nearest
 from rlhf.data.canonical import whole_characters
 
 COMMANDS = ("/reset", "/undo", "/exit")
@@ -65,6 +65,7 @@ def check(options: ChatOptions) -> None:
     """
     if not options.path:
         raise InputError("path is missing: give a stage directory, e.g. path=runs/demo/sft/final")
+    check_finite(options)
     rules = {
         "max_new_tokens": (1 <= options.max_new_tokens, ">= 1"),
         "temperature": (0 <= (options.temperature or 0), ">= 0"),

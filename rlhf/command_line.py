@@ -20,6 +20,7 @@ from rlhf.config import (
     SFTStageConfig,
     StageConfig,
     check,
+    check_finite,
     config_file_of_run,
     explain,
     hide,
@@ -325,7 +326,8 @@ def read_options(options: type[Options], arguments: Sequence[str]) -> Options:
     """Fill a dataclass from key=value arguments.
 
     Raises:
-        InputError: an unknown name (with the nearest), no value, or a value of another type.
+        InputError: an unknown name (with the nearest), no value, a value of another type, or a
+            number that is not finite.
     """
     known: dict[str, Any] = get_type_hints(options)
     values = {}
@@ -341,7 +343,9 @@ def read_options(options: type[Options], arguments: Sequence[str]) -> Options:
             values[name] = kind(text)
         except ValueError as error:
             raise InputError(f"{name} must be of type {kind.__name__}, got {text!r}") from error
-    return options(**values)
+    filled = options(**values)
+    check_finite(filled)
+    return filled
 
 
 def _quiet_imports() -> None:

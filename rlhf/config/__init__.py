@@ -5,7 +5,7 @@ keeps the two equal. Library users build a dataclass; only `rlhf.command_line` k
 mapping `trainer:` may hold is decided by the libraries that receive it (see `build_arguments`).
 """
 
-from rlhf.config.checks import check, check_scorer_config
+from rlhf.config.checks import check, check_finite, check_scorer_config
 from rlhf.config.environment import as_written, hide, remember_references
 from rlhf.config.loading import (
     build_arguments,
@@ -76,6 +76,7 @@ __all__ = [
     "as_written",
     "build_arguments",
     "check",
+    "check_finite",
     "check_scorer_config",
     "config_file_of_run",
     "config_keys",

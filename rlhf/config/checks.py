@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from operator import attrgetter
 from pathlib import Path
@@ -36,6 +37,7 @@ def check(config: StageConfig) -> None:
     Raises:
         InputError: names every missing value at once, or every value out of range at once.
     """
+    check_finite(config)
     missing = _missing(config)
     if missing:
         raise MissingValues("missing values:\n  " + "\n  ".join(missing))
@@ -47,6 +49,40 @@ def check(config: StageConfig) -> None:
             f"model.quantization={config.model.quantization} needs bitsandbytes, which is not "
             "installed: pip install 'rlhf[quant]', or set model.quantization=null"
         )
+
+
+def check_finite(config: Any, prefix: str = "") -> None:
+    """Check that every number in a dataclass is finite: no setting means anything at infinity.
+
+    Values of `model.config` are left to the model: some families have infinite limits.
+
+    Args:
+        prefix: of the names in messages, e.g. "scorer.".
+
+    Raises:
+        InputError: names every number that is not finite at once.
+    """
+    problems = [
+        f"{name} must be a finite number, got {value}"
+        for name, value in _numbers(config, prefix.removesuffix("."))
+        if not math.isfinite(value)
+    ]
+    if problems:
+        raise InputError("\n".join(problems))
+
+
+def _numbers(value: Any, name: str) -> Iterator[tuple[str, float]]:
+    """Every float in a value, however deep, with its dotted name."""
+    if isinstance(value, float):
+        yield name, value
+    elif isinstance(value, list | tuple):
+        for i, inner in enumerate(value):
+            yield from _numbers(inner, f"{name}[{i}]")
+    elif dataclasses.is_dataclass(value) or isinstance(value, dict):
+        for key, inner in (value if isinstance(value, dict) else vars(value)).items():
+            inner_name = f"{name}.{key}" if name else str(key)
+            if inner_name != "model.config":
+                yield from _numbers(inner, inner_name)
 
 
 def _missing(config: StageConfig) -> list[str]:
@@ -293,6 +329,7 @@ def check_scorer_config(scorer: ScorerConfig) -> None:
     Raises:
         InputError: names every value out of range at once.
     """
+    check_finite(scorer, "scorer.")
     problems = [message for ok, message in _scorer_rules(scorer) if not ok]
     if problems:
         raise InputError("\n".join(problems))
@@ -324,8 +361,8 @@ def _scorer_rules(scorer: ScorerConfig) -> Iterable[tuple[bool, str]]:
     )
     weights = [component.weight for component in components]
     yield (
-        all(math.isfinite(weight) and weight != 0 for weight in weights),
-        f"scorer.components: a weight must be a finite number other than 0, got {weights}",
+        0 not in weights,
+        f"scorer.components: a weight must be a number other than 0, got {weights}",
     )
     yield (
         combine == "weighted_sum" or all(weight == 1 for weight in weights),
