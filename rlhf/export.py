@@ -65,11 +65,10 @@ def export(options: ExportOptions) -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     path, out = local_directory(options.path, "path", weights=False), Path(str(options.out))
-    record = None
     if (path / CONFIG).is_file() and not (path / RECORD).is_file():
         model, tokenizer, record = load_checkpoint(path)
     else:
-        require_stage(path, tuple(STAGES), "path")
+        record = require_stage(path, tuple(STAGES), "path")
         model, tokenizer = load_directory(str(options.path))
     for line in mend_sampling_settings(model):
         say(line)
@@ -84,11 +83,10 @@ def export(options: ExportOptions) -> None:
     with complete_or_nothing(out) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        for name in (CONFIG, RECORD):
-            if (path / name).is_file():
-                shutil.copyfile(path / name, temporary / name)
+        if (path / CONFIG).is_file():
+            shutil.copyfile(path / CONFIG, temporary / CONFIG)
         if record is not None:
-            write_record(temporary, record)
+            write_record(temporary, record, model)
     _report(model, out)
 
 

@@ -22,7 +22,7 @@ from transformers import (
     AutoTokenizer,
 )
 
-from rlhf.checkpoint import make_record, read_record, write_manifest, write_stage
+from rlhf.checkpoint import hash_weights, make_record, read_record, write_manifest, write_stage
 from rlhf.command_line import run_command
 from rlhf.config import (
     CheckpointConfig,
@@ -146,8 +146,11 @@ def test_stage_directory_is_rounded_but_for_the_head_and_keeps_its_record(kind, 
         head = name.startswith("score.")
         exact(after[name], value if head else value.bfloat16())
     assert ("score.weight" in before) == (kind == "reward")
-    for name in ("rlhf.json", "config.yaml", "chat_template.jinja"):
+    for name in ("config.yaml", "chat_template.jinja"):
         assert (out / name).read_bytes() == (directory / name).read_bytes()
+    ours, theirs = read_record(out), read_record(directory)
+    assert (ours.dtype, ours.weights) == ("bfloat16", hash_weights(out))
+    assert dataclasses.replace(ours, dtype=theirs.dtype, weights=theirs.weights) == theirs
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
 
 

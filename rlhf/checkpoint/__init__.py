@@ -24,6 +24,7 @@ from rlhf.checkpoint.finite import (
 from rlhf.checkpoint.handoff import (
     StageRecord,
     check_same_tokenizer,
+    check_weights,
     check_writable,
     hash_tokenizer,
     hash_weights,
@@ -32,6 +33,7 @@ from rlhf.checkpoint.handoff import (
     read_record,
     require_stage,
     warn_about_prompts,
+    warn_about_sft_model,
     warn_about_template,
     write_stage,
 )
@@ -66,6 +68,7 @@ __all__ = [
     "StageRecord",
     "check_run_directory",
     "check_same_tokenizer",
+    "check_weights",
     "check_writable",
     "checkpoint_to_resume",
     "complete_checkpoints",
@@ -98,6 +101,7 @@ __all__ = [
     "seal",
     "step_of",
     "warn_about_prompts",
+    "warn_about_sft_model",
     "warn_about_template",
     "write_manifest",
     "write_stage",

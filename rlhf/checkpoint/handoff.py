@@ -12,8 +12,10 @@ import dataclasses
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,9 +27,10 @@ import rlhf
 from rlhf.checkpoint.files import complete_or_nothing, files_of
 from rlhf.checkpoint.finite import NonFiniteError, read_changes
 from rlhf.config import InputError, StageConfig, as_written, save_config
-from rlhf.metrics import warn
+from rlhf.metrics import is_main_process, warn
 
 RECORD = "rlhf.json"
+SAID_ABOVE = 1_000_000_000  # bytes whose reading takes seconds
 PACKAGES = ("rlhf", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
 
@@ -39,6 +42,7 @@ class StageRecord:
         stage: "sft", "reward" or "ppo"; "critic" for the critic of a PPO run.
         parent: directory or Hub id that training started from (None: from scratch).
         parent_weights: SHA-256 over the parent's safetensors files (None for a Hub id).
+        weights: SHA-256 over the directory's own; None: whatever they are.
         tokenizer: hash of vocabulary and special tokens.
         template: hash of the chat template.
         prompts: how training prompts reached the model, "conversation", "text" or "mixed".
@@ -67,6 +71,7 @@ class StageRecord:
     dropped: dict[str, int] = field(default_factory=dict)
     score_mean: float | None = None
     score_std: float | None = None
+    weights: str | None = None
     dtype: str | None = None
     attn_implementation: str | None = None
     metrics: dict[str, float] = field(default_factory=dict)
@@ -116,7 +121,7 @@ def write_stage(
     Args:
         directory: e.g. `runs/demo/sft/final`.
         model: a plain transformers model (adapters merged).
-        record: `dtype` and `attn_implementation` are filled in.
+        record: what `write_record` says is filled in.
         files: name -> content of what else belongs there.
 
     Raises:
@@ -125,8 +130,6 @@ def write_stage(
     """
     if directory.is_dir() and any(directory.iterdir()) and not (directory / RECORD).is_file():
         raise InputError(f"{directory} is in the way: no stage wrote it; move it")
-    record.dtype = str(model.dtype).removeprefix("torch.")
-    record.attn_implementation = model.config._attn_implementation
     figures = record.metrics | {"score_mean": record.score_mean, "score_std": record.score_std}
     for name, value in figures.items():
         if value is not None and not math.isfinite(value):
@@ -137,7 +140,7 @@ def write_stage(
         save_config(config, temporary / "config.yaml")
         for name, content in (files or {}).items():
             (temporary / name).write_bytes(content)
-        write_record(temporary, record)
+        write_record(temporary, record, model)
         mode = (temporary / RECORD).stat().st_mode
         for weights in temporary.glob("*.safetensors"):
             weights.chmod(mode)  # safetensors lets only the owner read them, whatever the umask
@@ -168,8 +171,16 @@ def check_writable(model: Any, tokenizer: Any, config: StageConfig) -> None:
         save_config(config, Path(folder) / "config.yaml")
 
 
-def write_record(directory: Path, record: StageRecord) -> None:
-    """Write `rlhf.json` into a directory whose other files are all written."""
+def write_record(directory: Path, record: StageRecord, model: Any) -> None:
+    """Write `rlhf.json` into a directory whose other files are all written.
+
+    Args:
+        record: `weights`, `dtype`, `attn_implementation` and `files` are filled in.
+        model: whose weights are in the directory.
+    """
+    record.weights = hash_weights(directory)
+    record.dtype = str(model.dtype).removeprefix("torch.")
+    record.attn_implementation = model.config._attn_implementation
     names = {file.relative_to(directory).as_posix() for file in files_of(directory)}
     record.files = sorted(names | {RECORD})
     values = as_written(dataclasses.asdict(record))
@@ -199,12 +210,13 @@ def is_hub_id(path: str | Path) -> bool:
     return bool(name) and is_name and not Path(name).exists()
 
 
-def _on_disk(path: str | Path, revision: str | None) -> Path:
+def _on_disk(path: str | Path, revision: str | None, *patterns: str) -> Path:
     """The directory that a Hub id has in the Hub's cache; anything else is returned as it is."""
     if not is_hub_id(path):
         return Path(path)
     try:
-        names = [RECORD, "config.json"]  # a pattern that fits no file at all is warned about
+        # a pattern that fits no file at all is warned about
+        names = [RECORD, "config.json", *patterns]
         return Path(snapshot_download(str(path), revision=revision, allow_patterns=names))
     except Exception:  # whatever a network raises; the loader of the model says what is wrong
         return Path(path)
@@ -213,11 +225,12 @@ def _on_disk(path: str | Path, revision: str | None) -> Path:
 def require_stage(
     directory: str | Path, stages: tuple[str, ...], field: str, revision: str | None = None
 ) -> StageRecord | None:
-    """Read the record of a directory or Hub id and check that the right stage wrote it.
+    """Read the record of a directory or Hub id, and check that the right stage wrote it and that
+    its weights are those that the stage wrote.
 
     Raises:
-        InputError: another stage wrote it, or the directory is a run or stage folder rather than
-            its `final/`.
+        InputError: another stage wrote it, its weights have changed, or the directory is a run or
+            stage folder rather than its `final/`.
     """
     path = Path(directory)
     if (
@@ -225,8 +238,7 @@ def require_stage(
         and not (path / "config.json").is_file()
         and not (path / "adapter_config.json").is_file()
     ):
-        found = sorted(path.resolve().glob(f"**/final/{RECORD}"))
-        inner = [str(p.parent) for p in found if p.parts[-3] in stages]
+        inner = [str(final) for final in _finals_in(path.resolve(), stages)]
         hint = f"; did you mean {' or '.join(inner[:3])}?" if inner else ""
         raise InputError(f"{field}={directory} is not a model directory (no config.json){hint}")
     record = read_record(directory, revision)
@@ -236,7 +248,86 @@ def require_stage(
             f"{' or '.join(stages)} stage is needed; point {field} at "
             f"runs/<run_name>/{stages[0]}/final"
         )
+    check_weights(directory, record, field, revision)
     return record
+
+
+def _finals_in(path: Path, stages: tuple[str, ...]) -> list[Path]:
+    """The `final/` directories of these stages in a stage's folder, a run's, or that of all runs;
+    nothing else is searched, as the path may be a home or all of a disk."""
+    found = [path / "final"] if path.name in stages else []
+    for stage in stages:
+        for place in (f"{stage}/final", f"*/{stage}/final"):
+            found += [file.parent for file in path.glob(f"{place}/{RECORD}")]
+    return sorted(final for final in found if (final / RECORD).is_file())
+
+
+def check_weights(
+    path: str | Path, record: StageRecord | None, field: str, revision: str | None = None
+) -> None:
+    """Check that the weights of a directory or Hub id are those that its record is about.
+
+    Args:
+        record: None, and one without a hash, as earlier versions wrote it, fit any weights.
+        field: configuration key that gave the path.
+
+    Raises:
+        InputError: they are other weights.
+    """
+    if record is None or record.weights is None:
+        return
+    directory = _on_disk(path, revision, "*.safetensors")
+    if not any(True for _ in directory.glob("*.safetensors")):
+        return  # the loader of the model says what is wrong
+    weights = hash_weights(directory)
+    if weights != record.weights:
+        raise InputError(
+            f"{field}={path} does not hold the weights that the {record.stage} stage wrote "
+            f"(SHA-256 {weights[:12]}, but {RECORD} says {str(record.weights)[:12]}): they were "
+            "changed or damaged. Copy the directory again; to adopt them on purpose, set "
+            f'"weights": null in {directory / RECORD}'
+        )
+
+
+def warn_about_sft_model(reward_model: str, policy: str) -> None:
+    """Warn when a reward model was trained from another model than the policy's SFT model.
+
+    Args:
+        reward_model: directory or Hub id.
+        policy: directory or Hub id that PPO starts from.
+    """
+    record = read_record(reward_model)
+    if record is None or record.parent is None:
+        return
+    ours, weights = _sft_model(policy)
+    if weights is not None and record.parent_weights is not None:
+        is_same = weights == record.parent_weights
+    else:
+        is_same = ours == record.parent
+    if not is_same:
+        theirs = _with_hash(record.parent, record.parent_weights)
+        warn(
+            f"the reward model {reward_model} was trained from {theirs}, but the SFT model of the "
+            f"policy is {_with_hash(ours, weights)}: it may misjudge what this policy says; train "
+            "both from the same SFT directory"
+        )
+
+
+def _sft_model(policy: str) -> tuple[str, str | None]:
+    """Follow a policy of the PPO stage to the model that its first run started from: name, hash."""
+    path = policy
+    weights = hash_weights(Path(path)) if Path(path).is_dir() else None
+    seen: set[str] = set()
+    while (record := read_record(path)) is not None and path not in seen:
+        if record.stage != "ppo" or record.parent is None:
+            break
+        seen.add(path)
+        path, weights = record.parent, record.parent_weights
+    return path, weights
+
+
+def _with_hash(path: str, weights: str | None) -> str:
+    return path if weights is None else f"{path} (weights {weights[:12]})"
 
 
 def warn_about_prompts(record: StageRecord | None, prompts: str) -> None:
@@ -294,9 +385,23 @@ def hash_tokenizer(tokenizer: Any) -> str:
 
 
 def hash_weights(directory: Path) -> str:
-    """SHA-256 over the safetensors files of a directory."""
+    """SHA-256 over the safetensors files of a directory; a process reads unchanged ones once."""
+    files = sorted(directory.resolve().glob("*.safetensors"))
+    states = [(file, file.stat()) for file in files]
+    facts = [(f, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for f, s in states]
+    return _hash_files(tuple(facts))
+
+
+@cache
+def _hash_files(facts: tuple[tuple[Path, int, int, int, int], ...]) -> str:
+    """SHA-256 over files one after the other, each given with what changes when it does."""
+    size = sum(num_bytes for _, _, num_bytes, *_ in facts)
+    if size > SAID_ABOVE and is_main_process():
+        where = facts[0][0].parent
+        # stdout may be what a model says
+        print(f"reading {size / 1e9:.1f} GB in {where} for their SHA-256", file=sys.stderr)
     digest = hashlib.sha256()
-    for file in sorted(directory.glob("*.safetensors")):
+    for file, *_ in facts:
         with file.open("rb") as stream:
             while chunk := stream.read(1 << 22):
                 digest.update(chunk)

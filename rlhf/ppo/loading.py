@@ -12,8 +12,10 @@ from accelerate import Accelerator
 from rlhf.checkpoint import (
     StageRecord,
     check_same_tokenizer,
+    check_weights,
     read_record,
     require_stage,
+    warn_about_sft_model,
 )
 from rlhf.config import InputError, PPOStageConfig, ScorerConfig
 from rlhf.data import describe_dropped, encode_texts, first_cases, load_rows
@@ -71,6 +73,7 @@ def load_actors(
     rendering = hash_rendering(tokenizer)
     for reward_model in reward_models(scorer):
         _show_report(reward_model.path)
+        warn_about_sft_model(reward_model.path, str(config.model.path))
         if reward_model.tokenizer_hash != rendering:
             say(
                 f"{reward_model.path} has another tokenizer or chat template than the policy: it "
@@ -187,6 +190,7 @@ def _load_saved_critic(config: PPOStageConfig, tokenizer: Any) -> ScalarModel:
             f"critic.init={path} is no critic of a PPO run; give runs/<run_name>/ppo/critic, "
             "critic.init=reward or critic.init=policy"
         )
+    check_weights(path, record, "critic.init")
     check_same_tokenizer(tokenizer, record, str(config.model.path), path)
     source = dataclasses.replace(config.model, path=path, tokenizer=None, revision=None)
     model = load_reward_model(source, field="critic.init")

@@ -18,13 +18,14 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from rlhf.checkpoint import (
+    StageRecord,
     check_run_directory,
     check_writable,
     finished_run,
     make_record,
     one_writer,
     prepare_run_directory,
-    read_record,
+    require_stage,
     warn_about_template,
     write_stage,
 )
@@ -115,9 +116,13 @@ def _train_alone(config: SFTStageConfig) -> SFTResult:
     check_run_directory(config, "sft")
     length = config.dataset.max_length
     args = trainer_arguments(SFTConfig, config, "sft", max_length=length, eval_packing=False)
+    parent = config.model.path
+    record = None
+    if parent is not None:
+        record = require_stage(parent, ("sft", "ppo"), "model.path", config.model.revision)
     splits = load_splits(config.dataset, "sft", config.seed)
     tokenizer = _load_tokenizer(config.model, splits.prompts)
-    _warn_about_words(config, tokenizer)
+    _warn_about_words(config, tokenizer, record)
     torch.manual_seed(config.seed)
     model = load_policy(config.model, tokenizer)
     lines = mend_sampling_settings(model)
@@ -214,11 +219,12 @@ def _check_packing(config: SFTStageConfig, args: SFTConfig, model: Any, tokenize
     require_packing(model, tokenizer, collator, f"{field}=true", longest, fix)
 
 
-def _warn_about_words(config: SFTStageConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Warn where the words of the prompts are not what the model knows or learns."""
-    warn_about_template(
-        read_record(config.model.path or "", config.model.revision), tokenizer, config.model.path
-    )
+def _warn_about_words(
+    config: SFTStageConfig, tokenizer: PreTrainedTokenizerBase, record: StageRecord | None
+) -> None:
+    """Warn where the words of the prompts are not what the model knows or learns; `record`: of the
+    stage that wrote the model."""
+    warn_about_template(record, tokenizer, config.model.path)
     rows = new_token_rows(tokenizer, config.model, config.peft)
     if config.peft.enabled and config.model.special_tokens and not rows:
         warn(
