@@ -12,6 +12,7 @@ key=value:
     max_new_tokens  budget of an answer (256)
     seed            equal seeds give equal answers (1)
     device          such as cpu or cuda:1 (default: a GPU where there is one)
+    trust_remote_code  true: a model's own Python files may run (false)
 
 /reset forgets the conversation, /undo its last round; /exit or Ctrl-D leaves. Ctrl-C stops an
 answer, and what was said of it counts. Questions can be piped in, one per line: answers go to
@@ -55,6 +56,7 @@ class ChatOptions:
     max_new_tokens: int = 256
     seed: int = 1
     device: str | None = None
+    trust_remote_code: bool = False
 
 
 def check(options: ChatOptions) -> None:
@@ -295,7 +297,12 @@ def _load(options: ChatOptions, path: str, field: str) -> tuple[Any, Any, Any, b
             f"python -m rlhf.export path={path} out=<directory>"
         )
     record = require_stage(path, ("sft", "ppo"), field)
-    config = ModelConfig(path=path, dtype="auto", chat_template=options.chat_template)
+    config = ModelConfig(
+        path=path,
+        dtype="auto",
+        chat_template=options.chat_template,
+        trust_remote_code=options.trust_remote_code,
+    )
     tokenizer = load_tokenizer(config, field)
     model: Any = load_policy(config, tokenizer, field)
     # `load_tokenizer` has put a template in where there was none; a stage has saved it

@@ -55,6 +55,7 @@ PRINTING = {
 # the groups of conf/<stage>.yaml
 COMMON = ("model", "dataset", "peft", "tracker")
 GROUPS = {"sft": COMMON, "reward": COMMON, "ppo": (*COMMON, "scorer")}
+BOOLS = {"true": True, "false": False}  # bool("false") is True
 REPEAT_SECONDS = 3.0  # between the first process's error and that of another
 DEMO_HINT = "\n(recipe=demo runs the embedded demo, which needs none of them)"
 
@@ -339,8 +340,10 @@ def read_options(options: type[Options], arguments: Sequence[str]) -> Options:
             hint = nearest(name, known)
             raise InputError(f"unknown option {name!r}.{hint} (--help lists the options)")
         kind = (*get_args(known[name]), known[name])[0]  # float of `float | None`
+        if kind is bool and text.lower() not in BOOLS:
+            raise InputError(f"{name} must be true or false, got {text!r}")
         try:
-            values[name] = kind(text)
+            values[name] = BOOLS[text.lower()] if kind is bool else kind(text)
         except ValueError as error:
             raise InputError(f"{name} must be of type {kind.__name__}, got {text!r}") from error
     filled = options(**values)

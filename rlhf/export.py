@@ -8,6 +8,8 @@ load is made of a directory that holds adapters or the state of a run. Options, 
     out     directory to write; must be new or empty
     dtype   float32, bfloat16, float16, or auto, as it is stored (the default); the head of a reward
             model stays in float32
+    trust_remote_code  true: Python files of the model, and functions that config.yaml of a
+            checkpoint names, may run (false)
 
 Tokenizer, chat template, rlhf.json and config.yaml go along. A checkpoint is built as its run built
 the model, from the paths in its config.yaml; where the run averages its weights (ppo.ema_decay),
@@ -33,10 +35,12 @@ from rlhf.config import (
     StageConfig,
     load_config,
     nearest,
+    refuse_named_code,
 )
 from rlhf.config.stages import DTYPES
 
 CONFIG = "config.yaml"
+ITS_MODEL = "its model.path"  # that of a checkpoint's run, in messages
 
 
 @dataclass
@@ -46,6 +50,7 @@ class ExportOptions:
     path: str | None = None
     out: str | None = None
     dtype: str = "auto"
+    trust_remote_code: bool = False
 
 
 def export(options: ExportOptions) -> None:
@@ -65,11 +70,12 @@ def export(options: ExportOptions) -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     path, out = local_directory(options.path, "path", weights=False), Path(str(options.out))
+    code = options.trust_remote_code
     if (path / CONFIG).is_file() and not (path / RECORD).is_file():
-        model, tokenizer, record = load_checkpoint(path)
+        model, tokenizer, record = load_checkpoint(path, code)
     else:
         record = require_stage(path, tuple(STAGES), "path")
-        model, tokenizer = load_directory(str(options.path))
+        model, tokenizer = load_directory(str(options.path), code)
     for line in mend_sampling_settings(model):
         say(line)
     if options.dtype != "auto":
@@ -107,15 +113,19 @@ def _check(options: ExportOptions) -> None:
 # --- What is exported ---------------------------------------------------------------------------
 
 
-def load_checkpoint(path: Path) -> tuple[Any, Any, Any]:
+def load_checkpoint(path: Path, trust_remote_code: bool = False) -> tuple[Any, Any, Any]:
     """Build the policy that a checkpoint of an SFT or PPO run holds.
+
+    Args:
+        trust_remote_code: whether Python files of the model, and a function that makes the
+            tokenizer, may run; what config.yaml says of it does not count.
 
     Returns:
         Plain model, tokenizer, and a `StageRecord` for it.
 
     Raises:
-        InputError: the checkpoint is damaged or of the reward stage, or what its run started from
-            is gone.
+        InputError: the checkpoint is damaged or of the reward stage, what its run started from is
+            gone, or code would run.
     """
     from rlhf.checkpoint import (
         find_damage,
@@ -136,8 +146,11 @@ def load_checkpoint(path: Path) -> tuple[Any, Any, Any]:
             "exported. Finish the run with resume=true and use its final/"
         )
     config = load_config(STAGES[stage], path / CONFIG)
+    config.model.trust_remote_code = trust_remote_code
+    if not trust_remote_code:
+        refuse_named_code({"model.tokenizer": config.model.tokenizer}, path / CONFIG)
     try:
-        tokenizer = load_tokenizer(config.model)
+        tokenizer = load_tokenizer(config.model, ITS_MODEL)
         model = _policy_of(path, stage, config, tokenizer)
     except InputError as error:
         raise InputError(
@@ -170,9 +183,9 @@ def _policy_of(path: Path, stage: str, config: StageConfig, tokenizer: Any) -> A
 
     if stage == "sft" and not config.peft.enabled:  # the transformers Trainer writes all of it
         own = dataclasses.replace(config.model, path=str(path), revision=None)
-        return load_policy(own, tokenizer)
+        return load_policy(own, tokenizer, "path")
     torch.manual_seed(config.seed)  # a model from model.config has random weights
-    model: Any = load_policy(config.model, tokenizer)
+    model: Any = load_policy(config.model, tokenizer, ITS_MODEL)
     if config.peft.enabled:
         rows = new_token_rows(tokenizer, config.model, config.peft)
         model = add_lora(model, config.peft, "CAUSAL_LM", config.seed, rows)
@@ -186,16 +199,19 @@ def _policy_of(path: Path, stage: str, config: StageConfig, tokenizer: Any) -> A
     return merged(model)
 
 
-def load_directory(path: str) -> tuple[Any, Any]:
+def load_directory(path: str, trust_remote_code: bool = False) -> tuple[Any, Any]:
     """Load a policy or reward model, its adapters merged, and its tokenizer as it is.
+
+    Args:
+        trust_remote_code: whether Python files of the model may run.
 
     Raises:
         InputError: it cannot be loaded.
     """
     from rlhf.models import find_source, load_policy, load_reward_model, read_tokenizer
 
-    is_classifier = find_source(path, "path").is_classifier
-    config = ModelConfig(path=path, dtype="auto")
+    is_classifier = find_source(path, "path", code=trust_remote_code).is_classifier
+    config = ModelConfig(path=path, dtype="auto", trust_remote_code=trust_remote_code)
     tokenizer = read_tokenizer(config, "path")
     if is_classifier:
         return load_reward_model(config, "path", encoders=True), tokenizer

@@ -64,6 +64,7 @@ def run(arguments: list[str]) -> int:
         return status
     stages = [runs / ppo_run_name(folder, coef) / "ppo" for coef in coefs]
     config = load_config(PPOStageConfig, stages[0] / "final/config.yaml")
+    config.model.trust_remote_code = "model.trust_remote_code=true" in overrides
     curves = [read_curve(stage) for stage in stages]
     prompts = read_prompts(stages[0])
     best = best_of_n_points(*sample_scores(config, prompts))
@@ -233,7 +234,8 @@ def sample_scores(
     quiet_libraries()
     say(f"\nbest-of-n: {num_samples} samples of the SFT policy to each of {len(prompts)} prompts")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    ppo, scorer = config.ppo, load_scorer(config.scorer, device)
+    ppo, code = config.ppo, config.model.trust_remote_code
+    scorer = load_scorer(config.scorer, device, trust_remote_code=code)
     tokenizer = load_tokenizer(config.model)
     policy: Any = load_policy(config.model, tokenizer)
     sampling = sampling_for(policy, tokenizer, ppo.response_length, ppo.temperature)
@@ -249,7 +251,7 @@ def sample_scores(
     proxy = score_sampled(actors, rows, sampled.ids, sampled.finished, settings).total
     judge = ScorerConfig(path=config.evaluation.scorer, normalize="none")
     gold = checked_scores(
-        load_scorer(judge, device, field="evaluation.scorer"),
+        load_scorer(judge, device, field="evaluation.scorer", trust_remote_code=code),
         [row["prompt"] for row in rows],
         [response_text(i, tokenizer, r["prompt"]) for i, r in zip(sampled.ids, rows, strict=True)],
         "evaluation.scorer",

@@ -50,6 +50,7 @@ HARMLESS = (
     *("reward.num_normalization_prompts", "normalization", "trainer.dataloader_num_workers"),
 )
 NOT_HARMLESS = ("watchdog.kl_budget",)  # it ends the run
+TYPED = "model.trust_remote_code"  # never read from a run's own configuration
 
 # --- The run directory ----------------------------------------------------------------------------
 
@@ -259,6 +260,10 @@ def _check_same_config(config: StageConfig, directory: Path) -> dict[str, str]:
         for key in sorted(was.keys() | now.keys())
         if was.get(key) != now.get(key)
     }
+    if manifest is None:
+        lines.pop(TYPED, None)  # a finished run loads nothing
+    elif TYPED in lines:
+        lines[TYPED] += f" (type {TYPED}={_show(was, TYPED)} again: no file gives it)"
     allowed = ADJUSTABLE if stop is not None else ()
     refused = [lines[key] for key in lines if not _is_harmless(key) and key not in allowed]
     if refused:

@@ -23,6 +23,7 @@ from rlhf.config.runs import (
     config_file_of_run,
     nothing_to_resume,
     read_run_config,
+    refuse_named_code,
 )
 from rlhf.config.stages import (
     CONF_DIR,
@@ -88,6 +89,7 @@ __all__ = [
     "nothing_to_resume",
     "plain_values",
     "read_run_config",
+    "refuse_named_code",
     "remember_references",
     "save_config",
     "schema",

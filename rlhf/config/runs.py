@@ -8,6 +8,7 @@ only.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from rlhf.config.loading import nearest
 from rlhf.config.stages import InputError, StageConfig
 
 CONFIG_FILE = "config.yaml"
+OWN_CODE = "python:rlhf.demo_world."
 NUM_SHOWN = 10  # names of runs in a message
 
 
@@ -63,6 +65,25 @@ def read_run_config(file: Path, config: StageConfig) -> dict[str, Any]:
     except (YAMLError, OmegaConfBaseException) as error:
         raise _damaged(file, error) from error
     return _moved(values, was, f"{Path(config.runs_dir) / config.run_name}/")
+
+
+def refuse_named_code(values: Mapping[str, str | None], file: Path) -> None:
+    """Refuse Python objects that a stored configuration names: a command that is given somebody's
+    model directory would import them.
+
+    Args:
+        values: setting -> value, of those that the command would import.
+        file: the configuration.
+
+    Raises:
+        InputError: a value is `python:module.function`, and not of the embedded demo.
+    """
+    for name, value in values.items():
+        if str(value).startswith("python:") and not str(value).startswith(OWN_CODE):
+            raise InputError(
+                f"{file} names Python code, {name}={value}, which was not run: it can do whatever "
+                "you can do. If you have read it and trust it, add trust_remote_code=true"
+            )
 
 
 def nothing_to_resume(config: StageConfig, stage: str) -> InputError:

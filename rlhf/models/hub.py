@@ -15,6 +15,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
+from transformers import dynamic_module_utils
 
 from rlhf.checkpoint import is_hub_id
 from rlhf.config import InputError
@@ -69,20 +70,27 @@ def local_directory(
     return Path(snapshot)
 
 
-def call_loader(load: Callable[..., Any], directory: Path, label: str, **kwargs: Any) -> Any:
+def call_loader(
+    load: Callable[..., Any], directory: Path, label: str, trust_remote_code: bool, **kwargs: Any
+) -> Any:
     """Call a `from_pretrained` function on a directory.
 
     Args:
         label: what to call the directory in messages, as "model.path=runs/x".
+        trust_remote_code: whether Python files of the directory may run.
 
     Raises:
-        InputError: it cannot be loaded; a damaged file is named.
+        InputError: it cannot be loaded; a damaged file is named, and so is the override for a model
+            that needs its own code.
     """
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # an error where transformers would ask on stdin
     try:
-        return load(str(directory), **kwargs)
+        return load(str(directory), trust_remote_code=trust_remote_code, **kwargs)
     except InputError:
         raise
     except Exception as error:
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            raise _needs_code(label) from error
         damage = find_damaged_file(directory)
         if damage is not None:
             raise InputError(f"{label} cannot be loaded: {damage}") from error
@@ -92,6 +100,16 @@ def call_loader(load: Callable[..., Any], directory: Path, label: str, **kwargs:
             raise
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise InputError(f"{label} cannot be loaded ({reason})") from error
+
+
+def _needs_code(label: str) -> InputError:
+    is_stage = label.startswith(("model.", "scorer.", "critic.", "evaluation."))
+    override = "model.trust_remote_code=true" if is_stage else "trust_remote_code=true"
+    return InputError(
+        f"{label} needs Python code of its own, which was not run: it can do whatever you can do. "
+        f"If you have read it and trust it, add {override} to this command, and to each later one "
+        "(resume=true and the next stages too): a run's config.yaml never switches it on"
+    )
 
 
 def find_damaged_file(directory: Path) -> str | None:

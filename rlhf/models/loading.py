@@ -183,7 +183,10 @@ def _build(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTraine
         model_config = AutoConfig.for_model(model_type, **values, **special)
         dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
         return AutoModelForCausalLM.from_config(
-            model_config, dtype=dtype, attn_implementation=config.attn_implementation
+            model_config,
+            dtype=dtype,
+            attn_implementation=config.attn_implementation,
+            trust_remote_code=config.trust_remote_code,
         )
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise InputError(f"model.config: {error}") from error

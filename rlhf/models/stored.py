@@ -54,7 +54,7 @@ def load_backbone(source: Source, config: ModelConfig) -> PreTrainedModel:
             has no classifier with a linear head.
     """
     if source.adapters:
-        return _with_scalar_head(load_language_model(source, config), source)
+        return _with_scalar_head(load_language_model(source, config), source, config)
     model, misfits = _read(AutoModelForSequenceClassification, source, config, num_labels=1)
     _require_linear_head(model, source)
     if source.is_classifier or f"{HEAD}.weight" not in misfits.missing:
@@ -166,13 +166,15 @@ def _require_linear_head(model: Any, source: Source) -> None:
         )
 
 
-def _with_scalar_head(policy: Any, source: Source) -> PreTrainedModel:
+def _with_scalar_head(policy: Any, source: Source, settings: ModelConfig) -> PreTrainedModel:
     """Put the backbone of a language model under a head without weights."""
     config = copy.deepcopy(policy.config)
     config.num_labels = 1
     try:
         with torch.device("meta"):
-            model: Any = AutoModelForSequenceClassification.from_config(config)
+            model: Any = AutoModelForSequenceClassification.from_config(
+                config, trust_remote_code=settings.trust_remote_code
+            )
     except ValueError as error:
         raise InputError(f"{source.label} has no classifier ({one_line(error)})") from error
     _require_linear_head(model, source)

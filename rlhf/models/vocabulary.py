@@ -62,7 +62,7 @@ def read_tokenizer(config: ModelConfig, field: str = "model.path") -> Any:
     assert source is not None
     if source.startswith("python:"):
         return load_object(source, "model.tokenizer")()
-    field = "model.tokenizer" if config.tokenizer else field
+    field = field.replace(".path", ".tokenizer") if config.tokenizer else field
     code = config.trust_remote_code
     directory = tokenizer_directory(source, field, config.revision, code)
     load = AutoTokenizer.from_pretrained

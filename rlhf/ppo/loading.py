@@ -64,7 +64,8 @@ def load_actors(
     """Load policy, reference, critic and scorer, without dropout, on this process's device."""
     device = accelerator.device
     if scorer is None:
-        scorer = load_scorer(config.scorer, device)
+        code = config.model.trust_remote_code
+        scorer = load_scorer(config.scorer, device, trust_remote_code=code)
     if needs_reward_model(config) and reward_models(scorer)[0].scores_texts:
         raise InputError(
             f"critic.init=reward: the reward model {reward_models(scorer)[0].path} scores a text "
@@ -152,7 +153,8 @@ def load_independent_scorer(config: PPOStageConfig, device: Any) -> Scorer | Non
     if path is None:
         return None
     judge = ScorerConfig(path, "none", config.scorer.batch_size)
-    return load_scorer(judge, device, field="evaluation.scorer")
+    code = config.model.trust_remote_code
+    return load_scorer(judge, device, field="evaluation.scorer", trust_remote_code=code)
 
 
 def needs_reward_model(config: PPOStageConfig) -> bool:

@@ -38,6 +38,7 @@ KEYS = {
     "normalize": f"one of {', '.join(NORMALIZATIONS)} (default: {ScorerConfig().normalize})",
     "batch_size": f"sequences scored together (default: {ScorerConfig().batch_size})",
     "dtype": f"of the weights, one of {', '.join(DTYPES)} (default: float32)",
+    "trust_remote_code": "true: the model's own Python files may run (default: false)",
 }
 KINDS = ({"prompt", "response"}, {"prompt", "responses"}, {"messages"})  # fields of a row
 CHUNK = 8  # batches between two writes
@@ -73,7 +74,8 @@ def run(arguments: list[str]) -> None:
     normalize = settings.get("normalize", ScorerConfig().normalize)
     config = ScorerConfig(settings["path"], normalize, batch_size)
     quiet_libraries()
-    scores = torch.tensor(score_file(source, out, config, settings.get("dtype", "float32")))
+    code = settings.get("trust_remote_code") == "true"
+    scores = torch.tensor(score_file(source, out, config, settings.get("dtype", "float32"), code))
     figures = [scores.mean(), scores.std(unbiased=False), scores.min(), scores.max()]
     header = ("responses", "mean", "std", "min", "max")
     say(table([(len(scores), *map(float, figures))], header))
@@ -99,7 +101,12 @@ def parse(arguments: list[str]) -> dict[str, str]:
     for key in ("score", "path"):
         if not settings.get(key):
             raise InputError(f"{key} is missing: {key}=<{KEYS[key]}>")
-    for key, allowed in (("normalize", NORMALIZATIONS), ("dtype", DTYPES)):
+    choices = {
+        "normalize": NORMALIZATIONS,
+        "dtype": DTYPES,
+        "trust_remote_code": ("true", "false"),
+    }
+    for key, allowed in choices.items():
         if settings.get(key, allowed[0]) not in allowed:
             raise InputError(f"{key} must be one of {', '.join(allowed)}, got {settings[key]!r}")
     batch_size = settings.get("batch_size", "1")
@@ -109,7 +116,11 @@ def parse(arguments: list[str]) -> dict[str, str]:
 
 
 def score_file(
-    source: Path, out: Path, config: ScorerConfig, dtype: str = "float32"
+    source: Path,
+    out: Path,
+    config: ScorerConfig,
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
 ) -> list[float]:
     """Score a file; see the top of this module.
 
@@ -125,10 +136,12 @@ def score_file(
         raise InputError(f"out={out}: there is no directory {out.parent}; make it")
     lock, fix = out.with_name(f".{out.name}.lock"), "wait, or give another out=<file>"
     with locked(lock, f"out={out}", fix), disk_errors(out.parent, "give the same command again"):
-        return _score_alone(source, out, config, dtype)
+        return _score_alone(source, out, config, dtype, trust_remote_code)
 
 
-def _score_alone(source: Path, out: Path, config: ScorerConfig, dtype: str) -> list[float]:
+def _score_alone(
+    source: Path, out: Path, config: ScorerConfig, dtype: str, trust_remote_code: bool
+) -> list[float]:
     """As `score_file`, with the output locked."""
     if os.path.lexists(out):
         raise InputError(f"out={out} exists already; delete it, or give another out=<file>")
@@ -146,7 +159,7 @@ def _score_alone(source: Path, out: Path, config: ScorerConfig, dtype: str) -> l
     }
     done = _begun(partial, made_from)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    scorer = RewardModelScorer(config, device, dtype, field="path")
+    scorer = RewardModelScorer(config, device, dtype, "path", trust_remote_code)
     _check_encoding(rows, scorer, source)
     if not partial.exists():
         _identity(partial).write_text(json.dumps(made_from, indent=2) + "\n", encoding="utf-8")

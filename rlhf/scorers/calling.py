@@ -213,6 +213,7 @@ def load_scorer(
     device: torch.device | str = "cpu",
     dtype: str = "float32",
     field: str = "scorer.path",
+    trust_remote_code: bool = False,
 ) -> Scorer:
     """Load what `scorer:` names: a reward model, a Python function, or several of these.
 
@@ -221,6 +222,7 @@ def load_scorer(
             `components` names several.
         dtype: of the weights of reward models.
         field: configuration key, for messages.
+        trust_remote_code: whether Python files of reward models may run.
 
     Raises:
         InputError: a value out of range, or something that cannot be loaded.
@@ -229,7 +231,11 @@ def load_scorer(
     if config.components:
         parts = {
             part.label: load_scorer(
-                config.of_component(part), device, dtype, f"scorer.components[{i}].path"
+                config.of_component(part),
+                device,
+                dtype,
+                f"scorer.components[{i}].path",
+                trust_remote_code,
             )
             for i, part in enumerate(config.components)
         }
@@ -242,7 +248,7 @@ def load_scorer(
         )
     if config.path.startswith("python:"):
         return load_object(config.path, field)
-    return RewardModelScorer(config, device, dtype, field)
+    return RewardModelScorer(config, device, dtype, field, trust_remote_code)
 
 
 # --- Calling ------------------------------------------------------------------------------------

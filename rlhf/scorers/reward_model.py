@@ -53,6 +53,7 @@ class RewardModelScorer:
         device: torch.device | str = "cpu",
         dtype: str = "float32",
         field: str = "scorer.path",
+        trust_remote_code: bool = False,
     ):
         """Load the model, its tokenizer and its score statistics.
 
@@ -60,6 +61,7 @@ class RewardModelScorer:
             config: `path` is the `final/` of a reward stage, or any one-label sequence classifier;
                 for `normalize` see `score_statistics`.
             field: configuration key, for messages.
+            trust_remote_code: whether Python files of the model may run.
 
         Raises:
             InputError: not a reward model, or a normalisation is asked for and no statistics are
@@ -68,7 +70,7 @@ class RewardModelScorer:
         assert config.path is not None
         record = require_stage(config.path, ("reward",), field)
         mean, std = score_statistics(config, record, field)
-        source = ModelConfig(path=config.path, dtype=dtype)
+        source = ModelConfig(path=config.path, dtype=dtype, trust_remote_code=trust_remote_code)
         model = load_reward_model(source, field, encoders=True)
         self.scores_texts = not has_linear_head(model)
         scalar: Any = TextModel if self.scores_texts else ScalarModel

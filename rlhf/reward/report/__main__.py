@@ -3,6 +3,7 @@
 path=      final/ of a reward stage, or any one-label sequence classifier
 compare=   [a,b]: reward models with the same tokenizer, e.g. of other seeds, to agree with
 out=       where report.json, report.md and report.png go (default: path)
+trust_remote_code=true  Python files of a model, and functions that its config.yaml names, may run
 dataset.*  other held-out rows than those of the stage, e.g. dataset.eval_path=new.jsonl; the keys
            are those of conf/dataset
 """
@@ -18,7 +19,14 @@ from torch import Tensor
 
 from rlhf.checkpoint import require_stage
 from rlhf.command_line import exit_status
-from rlhf.config import InputError, RewardStageConfig, ScorerConfig, explain, schema
+from rlhf.config import (
+    InputError,
+    RewardStageConfig,
+    ScorerConfig,
+    explain,
+    refuse_named_code,
+    schema,
+)
 from rlhf.data import encode_ranked, load_splits
 from rlhf.metrics import quiet_libraries, say, warn
 from rlhf.reward.report.measures import Row, agreement, ranking_report
@@ -46,9 +54,10 @@ def run(arguments: list[str]) -> dict[str, Any]:
     if not out.is_dir():
         raise InputError(f"out={out} is not a directory; give out=<one that exists>")
     require_stage(path, ("reward",), "path")
-    config = _load_config(Path(path), overrides)
+    code = settings.get("trust_remote_code") == "true"
+    config = _load_config(Path(path), overrides, code)
     splits = load_splits(config.dataset, "reward", config.seed)
-    scorer = _load(path)
+    scorer = _load(path, code)
     rows, too_long = encode_ranked(splits.eval, scorer.tokenizer, config.dataset.max_length)
     data = heldout_name(config.dataset)
     say(f"{len(rows)} held-out prompts of {data}; {splits.describe(too_long)}")
@@ -56,7 +65,9 @@ def run(arguments: list[str]) -> dict[str, Any]:
     report = make_report(scores, rows, splits.eval, scorer.tokenizer, data)
     others = [other for other in settings.get("compare", "").strip("[] ").split(",") if other]
     if others:
-        report["agreement"] = [_compare(scorer, scores, o.strip(), rows, config) for o in others]
+        report["agreement"] = [
+            _compare(scorer, scores, _load(other.strip(), code), rows, config) for other in others
+        ]
     files = page_files(report, scores, rows)
     for file, content in files.items():
         (out / file).write_bytes(content)
@@ -73,24 +84,30 @@ def _parse(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
     settings, overrides = {}, []
     for argument in arguments:
         key, _, value = argument.partition("=")
-        if key in ("path", "compare", "out"):
+        if key in ("path", "compare", "out") or argument.startswith("trust_remote_code="):
             settings[key] = value
         elif key.startswith("dataset.") and "=" in argument:
             overrides.append(argument)
         else:
             raise InputError(f"got {argument!r}; expected\n{__doc__}")
+    if settings.get("trust_remote_code", "false") not in ("true", "false"):
+        raise InputError(
+            f"trust_remote_code must be true or false, got {settings['trust_remote_code']!r}"
+        )
     if not settings.get("path"):
         raise InputError(f"path is missing; expected\n{__doc__}")
     return settings, overrides
 
 
-def _load_config(path: Path, overrides: list[str]) -> RewardStageConfig:
-    """The configuration of the stage, if one made the reward model, with other data."""
+def _load_config(path: Path, overrides: list[str], code: bool) -> RewardStageConfig:
+    """The configuration of the stage, if one made the reward model, with other data; `code`: it may
+    name Python functions."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     file = path / "config.yaml"
     stored: Any = OmegaConf.load(file) if file.is_file() else {}
+    typed = {override.partition("=")[0] for override in overrides}
     try:
         merged = OmegaConf.merge(
             schema(RewardStageConfig), stored, OmegaConf.from_dotlist(overrides)
@@ -98,6 +115,14 @@ def _load_config(path: Path, overrides: list[str]) -> RewardStageConfig:
         config: Any = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise InputError(explain(error, RewardStageConfig)) from error
+    if not code:
+        data = config.dataset
+        named = {
+            "dataset.path": data.path,
+            "dataset.eval_path": data.eval_path,
+            "dataset.format": f"python:{data.format}" if "." in str(data.format) else None,
+        }
+        refuse_named_code({key: named[key] for key in named.keys() - typed}, file)
     if config.dataset.path is None:
         raise InputError(
             f"{path} does not say what it was trained on; give dataset.path=<rows> and "
@@ -106,9 +131,10 @@ def _load_config(path: Path, overrides: list[str]) -> RewardStageConfig:
     return config
 
 
-def _load(path: str) -> RewardModelScorer:
+def _load(path: str, trust_remote_code: bool) -> RewardModelScorer:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    scorer = RewardModelScorer(ScorerConfig(path, normalize="none"), device, field="path")
+    config = ScorerConfig(path, normalize="none")
+    scorer = RewardModelScorer(config, device, "float32", "path", trust_remote_code)
     if scorer.scores_texts:
         raise InputError(
             f"{path} scores a text as a whole, and the report reads a linear head at the last "
@@ -126,19 +152,18 @@ def _score(scorer: RewardModelScorer, rows: list[Row], config: RewardStageConfig
 def _compare(
     scorer: RewardModelScorer,
     scores: list[Tensor],
-    path: str,
+    other: RewardModelScorer,
     rows: list[Row],
     config: RewardStageConfig,
 ) -> dict[str, Any]:
-    other = _load(path)
     if other.tokenizer_hash != scorer.tokenizer_hash:
         raise InputError(
-            f"compare={path} has another tokenizer or chat template than path={scorer.path}; "
+            f"compare={other.path} has another tokenizer or chat template than path={scorer.path}; "
             "compare reward models that started from the same SFT stage"
         )
     theirs = _score(other, rows, config)
     accuracy = ranking_report(theirs, rows).accuracy
-    return {"model": path, "accuracy": accuracy} | agreement(scores, theirs)
+    return {"model": other.path, "accuracy": accuracy} | agreement(scores, theirs)
 
 
 if __name__ == "__main__":
