@@ -48,6 +48,7 @@ from rlhf.finite_trainer import find_non_finite_state, set_learning_rate
 from rlhf.generation import context_length
 from rlhf.metrics import METRICS, MetricsWriter, is_main_process, progress_bar, say
 from rlhf.models import use_bfloat16
+from rlhf.trainer_settings import check_trainer_values, try_out
 
 BEST_METRICS = {
     "sft": ("eval_loss", "eval_mean_token_accuracy"),
@@ -70,7 +71,12 @@ def trainer_arguments(
     Args:
         factory: `trl.SFTConfig` or `transformers.TrainingArguments`.
         reserved: further values of the stage.
+
+    Raises:
+        InputError: a value that the stage cannot use, or that does not work.
     """
+    check_trainer_values(factory, config.trainer, stage)
+    _check_half_precision(config)
     on_gpu = torch.cuda.is_available()
     names = [f.name for f in dataclasses.fields(factory)]
     # renamed in transformers 5.23; checkpointing is set on the model, by
@@ -103,6 +109,7 @@ def trainer_arguments(
         }
         | reserved,
     )
+    try_out(args)
     # not given above: it would want evaluations at every checkpoint, and we add a checkpoint to
     # every evaluation that is the best
     args.load_best_model_at_end = load_best
@@ -110,6 +117,14 @@ def trainer_arguments(
         rows = args.train_batch_size * args.world_size
         args.gradient_accumulation_steps = accumulation_steps(config.batch_size, rows)
     return args
+
+
+def _check_half_precision(config: SFTStageConfig | RewardStageConfig) -> None:
+    if config.trainer.get("fp16") and use_bfloat16(config.precision):
+        raise InputError(
+            f"trainer.fp16=true and precision={config.precision} (bfloat16 here) exclude each "
+            "other; set precision=float32, or trainer.fp16=false"
+        )
 
 
 def accumulation_steps(batch_size: int, rows: int) -> int:
@@ -133,8 +148,11 @@ def accumulation_steps(batch_size: int, rows: int) -> int:
 
 
 def _pop_load_best(values: dict[str, Any], stage: str) -> bool:
-    """Take load_best_model_at_end out of `trainer:`, check what it needs, and name its metric."""
-    if not values.pop("load_best_model_at_end", False):
+    """Take load_best_model_at_end out of `trainer:`; name the metric that it, or a schedule that
+    follows one, reads, and check what they need."""
+    load_best = bool(values.pop("load_best_model_at_end", False))
+    schedule = values.get("lr_scheduler_type")
+    if not load_best and schedule not in ("reduce_lr_on_plateau", "greedy"):
         return False
     metric = values.setdefault("metric_for_best_model", BEST_METRICS[stage][0])
     if metric not in BEST_METRICS[stage]:
@@ -143,11 +161,12 @@ def _pop_load_best(values: dict[str, Any], stage: str) -> bool:
             f"{', '.join(BEST_METRICS[stage])}"
         )
     if values["eval_strategy"] == "no":
+        field = "load_best_model_at_end=true" if load_best else f"lr_scheduler_type={schedule}"
         raise InputError(
-            "trainer.load_best_model_at_end=true needs evaluations, but trainer.eval_strategy=no; "
-            "set trainer.eval_strategy to steps or epoch"
+            f"trainer.{field} needs evaluations, but trainer.eval_strategy=no; set "
+            "trainer.eval_strategy to steps or epoch"
         )
-    return True
+    return load_best
 
 
 def is_sharded(args: TrainingArguments) -> bool:

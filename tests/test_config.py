@@ -162,6 +162,21 @@ BAD_VALUES = [
         {"model.eos_token": "### End", "model.pad_token": "### End"},
         "model.pad_token='### End' is model.eos_token too, but PPO never samples the pad token",
     ),
+    (
+        "sft",
+        {"model.attn_implementation": "flash"},
+        "must be one of eager, sdpa, flash_attention_2",
+    ),
+    (
+        "sft",
+        {"model.attn_implementation": "flash_attention_2"},
+        "model.attn_implementation=flash_attention_2 needs flash-attn, which is not installed",
+    ),
+    (
+        "sft",
+        {"model.path": ".", "model.revision": "main"},
+        "model.revision=main is of a Hub model, but model.path=. is a directory here; set model.re",
+    ),
     ("sft", {"precision": "fp16"}, "precision must be one of auto, float32, bfloat16, got 'fp16'"),
     ("sft", {"resume": "yes"}, "resume must be one of true, false, auto, got 'yes'"),
     ("sft", {"checkpoint.every": 0}, "checkpoint.every must be >= 1, got 0"),

@@ -199,7 +199,7 @@ def read_record(directory: str | Path, revision: str | None = None) -> StageReco
         return None
     try:
         return StageRecord(**json.loads(file.read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{file} is damaged ({error}); run the stage again") from error
 
 

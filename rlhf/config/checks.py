@@ -30,6 +30,8 @@ from rlhf.config.stages import (
 
 YEAR = 365 * 24 * 3600  # seconds
 
+ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+
 
 def check(config: StageConfig) -> None:
     """Check a stage's configuration, before anything expensive starts.
@@ -204,8 +206,29 @@ def _dataset_rules(
         )
 
 
+def _attention_rules(model: ModelConfig) -> Iterable[tuple[bool, str]]:
+    attention = model.attn_implementation
+    yield (
+        attention is None or attention in ATTENTION or "/" in attention,
+        f"model.attn_implementation must be one of {', '.join(ATTENTION)}, null, or a kernel of "
+        f"the Hub, got {attention!r}",
+    )
+    yield (
+        attention != "flash_attention_2" or any(map(find_spec, ("flash_attn", "kernels"))),
+        "model.attn_implementation=flash_attention_2 needs flash-attn, which is not installed: pip "
+        "install flash-attn, or set model.attn_implementation=sdpa",
+    )
+
+
 def _model_rules(config: StageConfig) -> Iterable[tuple[bool, str]]:
     yield from _token_rules(config.model)
+    yield from _attention_rules(config.model)
+    path, revision = config.model.path, config.model.revision
+    yield (
+        revision is None or path is None or not Path(path).is_dir(),
+        f"model.revision={revision} is of a Hub model, but model.path={path} is a directory here; "
+        "set model.revision=null",
+    )
     quantization, dropout = config.model.quantization, config.model.dropout
     yield (
         quantization in (None, "8bit", "4bit"),

@@ -35,6 +35,79 @@ CASES = [
         ("trainer.output_dir", "remove it"),
     ),
     Case(
+        "a tracker among the trainer's arguments",
+        f"{SFT} trainer.report_to=wandb",
+        ("trainer.report_to", "set tracker=wandb"),
+    ),
+    Case(
+        "checkpoints among the trainer's arguments",
+        f"{SFT} trainer.save_steps=10",
+        ("trainer.save_steps", "checkpoint.every"),
+    ),
+    Case(
+        "the longest row among the trainer's arguments",
+        f"{SFT} trainer.max_length=64",
+        ("trainer.max_length", "set dataset.max_length"),
+    ),
+    Case(
+        "DeepSpeed among the trainer's arguments",
+        f"{SFT} trainer.deepspeed=zero.json",
+        ("trainer.deepspeed", "accelerate config"),
+    ),
+    Case("an unknown optimiser", f"{SFT} trainer.optim=adam", ("adam is not", "adamw_torch")),
+    Case(
+        "an optimiser that is not installed",
+        f"{SFT} trainer.optim=galore_adamw",
+        ("trainer.optim=galore_adamw", "galore_torch", "trainer.optim=adamw_torch"),
+    ),
+    Case(
+        "a schedule without what it needs",
+        f"{SFT} trainer.lr_scheduler_type=warmup_stable_decay",
+        ("trainer.lr_scheduler_type=warmup_stable_decay", "trainer.lr_scheduler_kwargs"),
+    ),
+    Case(
+        "no row in a batch",
+        f"{SFT} trainer.per_device_train_batch_size=0",
+        ("trainer.per_device_train_batch_size must be >= 1, got 0",),
+    ),
+    Case(
+        "no step between two evaluations",
+        f"{SFT} trainer.eval_steps=0",
+        ("trainer.eval_steps must be > 0, got 0",),
+    ),
+    Case(
+        "a trainer argument of another type",
+        f"{SFT} trainer.learning_rate=fast",
+        ("trainer.learning_rate must be a number, got 'fast'",),
+    ),
+    Case(
+        "an infinite learning rate",
+        f"{SFT} trainer.learning_rate=inf",
+        ("trainer.learning_rate must be a finite number, got inf",),
+    ),
+    Case("nan for a coefficient", f"{PPO} ppo.vf_coef=nan", ("ppo.vf_coef", "finite", "nan")),
+    Case(
+        "label smoothing of the Trainer in the reward stage",
+        "rlhf.reward run_name=new model.path=runs/mine/sft/final dataset=ranked "
+        "dataset.path=ranked.jsonl trainer.label_smoothing_factor=0.1",
+        ("trainer.label_smoothing_factor", "reward.label_smoothing"),
+    ),
+    Case(
+        "an unknown attention implementation",
+        f"{SFT} model.attn_implementation=flash",
+        ("model.attn_implementation", "flash_attention_2", "'flash'"),
+    ),
+    Case(
+        "a revision of a directory",
+        f"{SFT} model.revision=main",
+        ("model.revision=main", "model.path=model", "model.revision=null"),
+    ),
+    Case(
+        "chat at an infinite temperature",
+        "rlhf.chat path=model temperature=inf",
+        ("temperature must be a finite number, got inf",),
+    ),
+    Case(
         "batch_size and accumulation",
         f"{SFT} batch_size=8 trainer.gradient_accumulation_steps=2",
         ("batch_size=8", "trainer.gradient_accumulation_steps"),
