@@ -88,7 +88,13 @@ def stopped_after(directory: Path, step: int) -> int | None:
     file = directory / STOPPED
     if not file.is_file():
         return None
-    stop = int(json.loads(file.read_text(encoding="utf-8"))["step"])
+    try:
+        stop = int(json.loads(file.read_text(encoding="utf-8"))["step"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise InputError(
+            f"{file} is damaged ({type(error).__name__}: {error}); delete it, and give the run its "
+            "old settings"
+        ) from error
     return stop if step < stop else None
 
 

@@ -279,8 +279,14 @@ def _check_same_config(config: StageConfig, directory: Path) -> dict[str, str]:
 
 def _settings_of(directory: Path) -> dict[str, Any]:
     from omegaconf import OmegaConf
+    from yaml import YAMLError
 
-    return _flat(OmegaConf.to_container(OmegaConf.load(directory / CONFIG_FILE)))
+    file = directory / CONFIG_FILE
+    try:
+        return _flat(OmegaConf.to_container(OmegaConf.load(file)))
+    except (OSError, ValueError, LookupError, TypeError, YAMLError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{file} is damaged ({type(error).__name__}: {reason})") from error
 
 
 def _settings(config: StageConfig) -> dict[str, Any]:

@@ -104,9 +104,13 @@ def _load_config(path: Path, overrides: list[str], code: bool) -> RewardStageCon
     name Python functions."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     file = path / "config.yaml"
-    stored: Any = OmegaConf.load(file) if file.is_file() else {}
+    try:
+        stored: Any = OmegaConf.load(file) if file.is_file() else {}
+    except (ValueError, YAMLError) as error:
+        raise InputError(f"{file} is damaged ({' '.join(str(error).split())[:200]})") from error
     typed = {override.partition("=")[0] for override in overrides}
     try:
         merged = OmegaConf.merge(
