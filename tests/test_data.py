@@ -454,10 +454,10 @@ def test_texts_are_encoded_whole_cut_and_never_too_short_to_predict():
         {"prompt": "a", "completion": "b"},
         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
     ]
-    text, pair, conversation = encode_texts(rows, tokenizer, 100)
+    (text, pair, conversation), _ = encode_texts(rows, tokenizer, 100)
     assert text == tokenizer("ab", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
     assert pair == encode_row(rows[1], tokenizer)[0]
     assert conversation == encode_row(rows[2], tokenizer)[0]
-    assert encode_texts(rows[:1], tokenizer, 2) == [text[:2]]
+    assert encode_texts(rows[:1], tokenizer, 2)[0] == [text[:2]]
     with pytest.raises(InputError, match="ptx.max_length=1 leaves no row"):
         encode_texts(rows[:1], tokenizer, 1)

@@ -25,10 +25,11 @@ from rlhf.data.encoding import (
     encode_samples,
     encode_sft,
     encode_texts,
+    not_refused,
 )
 from rlhf.data.formats import FORMATS, resolve_format
 from rlhf.data.mixing import mix_texts
-from rlhf.data.rendering import Frame, answer_frame
+from rlhf.data.rendering import Frame, RefusedConversation, answer_frame
 from rlhf.data.sources import (
     Splits,
     describe_dropped,
@@ -46,6 +47,7 @@ __all__ = [
     "DropRow",
     "Frame",
     "RankedCollator",
+    "RefusedConversation",
     "Row",
     "Splits",
     "answer_frame",
@@ -65,6 +67,7 @@ __all__ = [
     "load_rows",
     "load_splits",
     "mix_texts",
+    "not_refused",
     "prompt_of",
     "resolve_format",
     "split_by_prompt",

@@ -13,15 +13,23 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from rlhf.config import InputError
+from rlhf.config import DatasetConfig, InputError
 from rlhf.data.canonical import Message, Prompt, Row, prompt_of
-from rlhf.data.rendering import RewrittenPrompt, has_end, render_prompt, render_turn, require_eos
+from rlhf.data.rendering import (
+    RefusedConversation,
+    RewrittenPrompt,
+    has_end,
+    render_prompt,
+    render_turn,
+    require_eos,
+)
+from rlhf.data.sources import Reason
 from rlhf.metrics import warn
 
 if TYPE_CHECKING:
@@ -29,8 +37,13 @@ if TYPE_CHECKING:
 
 NUM_HISTORIES = 50  # prompts of which earlier turns are compared with what servers see
 IGNORED = -100  # label of a token without loss, as in torch.nn.functional.cross_entropy
+DROP = DatasetConfig.on_bad_row
+REFUSED = "refused by the chat template"
 NUM_CONTEXT_CHARACTERS = 64  # of the text before, to tokenise a text after; longer than tokens are
 
+
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
 
 # --- One row ------------------------------------------------------------------------------------
 
@@ -173,7 +186,12 @@ def _tokenize_after(start: str, text: str, tokenizer: Any) -> list[int]:
 
 @lru_cache(maxsize=32)
 def _first_token_differs(tokenizer: Any) -> bool:
-    """True where a text at the start has other ids than after another text."""
+    """True where a text at the start has other ids than after another text.
+
+    SentencePiece gives it a space; Phi-3's tokens take the whitespace behind them (`rstrip`).
+    """
+    if any(token.rstrip for token in tokenizer.added_tokens_decoder.values()):
+        return True
     return any(
         _tokenize(start + "a", tokenizer) != _tokenize(start, tokenizer) + _tokenize("a", tokenizer)
         for start in ("\n", ":", tokenizer.eos_token or ":")
@@ -205,10 +223,50 @@ def _with_eos(ids: list[int], tokenizer: Any) -> list[int]:
 # --- All rows of a stage ------------------------------------------------------------------------
 
 
+def not_refused(
+    rows: Sequence[_In], encode: Callable[[_In], _Out], on_bad_row: str, dropped: Counter[str]
+) -> Iterator[tuple[int, _Out]]:
+    """Encode rows, leaving out those that the chat template refuses.
+
+    Args:
+        on_bad_row: "drop" counts them while they are fewer than half; "stop" refuses the first.
+        dropped: added to.
+
+    Yields:
+        Index of the row, and what `encode` makes of it.
+
+    Raises:
+        RefusedConversation: see `on_bad_row`.
+    """
+    first, count = None, 0
+    for index, row in enumerate(rows):
+        try:
+            made = encode(row)
+        except RefusedConversation as error:
+            if on_bad_row == "stop":
+                fix = "; dataset.on_bad_row=drop drops such rows"
+                raise RefusedConversation(f"{error}{fix}") from error
+            dropped[Reason(REFUSED, str(error))] += 1
+            first, count = first or error, count + 1
+            continue
+        yield index, made
+    if first is not None and 2 * count >= len(rows):
+        rule = "dataset.on_bad_row=drop drops them only while they are fewer than half"
+        share = f"{count} of {len(rows)} rows are refused"
+        raise RefusedConversation(f"{first} ({share}; {rule})") from first
+
+
 def encode_sft(
-    rows: Iterable[Row], tokenizer: Any, max_length: int, train_on_prompt: bool = False
+    rows: Iterable[Row],
+    tokenizer: Any,
+    max_length: int,
+    train_on_prompt: bool = False,
+    on_bad_row: str = DROP,
 ) -> tuple[list[dict[str, list[int]]], Counter[str]]:
     """Encode SFT rows; those longer than `max_length` tokens are dropped, never truncated.
+
+    Args:
+        on_bad_row: see `not_refused`.
 
     Returns:
         {"input_ids", "labels"} per kept row, or per sequence where `encode_samples` makes several
@@ -219,8 +277,9 @@ def encode_sft(
     """
     encoded, longest, dropped, rows = [], 0, Counter[str](), list(rows)
     _warn_about_history([prompt_of(row) for row in rows], tokenizer)
-    for row in rows:
-        for ids, labels in encode_samples(row, tokenizer, train_on_prompt):
+    encode = partial(encode_samples, tokenizer=tokenizer, train_on_prompt=train_on_prompt)
+    for _, samples in not_refused(rows, encode, on_bad_row, dropped):
+        for ids, labels in samples:
             longest = max(longest, len(ids))
             if len(ids) > max_length:
                 dropped[_too_long("dataset.max_length", max_length)] += 1
@@ -230,37 +289,49 @@ def encode_sft(
     return encoded, dropped
 
 
-def encode_texts(rows: Iterable[Row], tokenizer: Any, max_length: int) -> list[list[int]]:
+def encode_texts(
+    rows: Sequence[Row], tokenizer: Any, max_length: int, on_bad_row: str = DROP
+) -> tuple[list[list[int]], Counter[str]]:
     """Encode the rows of PPO-ptx: `text` with BOS and EOS, or an SFT row as a whole.
 
     Args:
         max_length: longer texts are cut, tokens.
+        on_bad_row: see `not_refused`.
 
     Returns:
-        Token ids per row, at least two each; shorter rows have nothing to predict and are left out.
+        Token ids per kept row, at least two each; and the number of dropped ones by reason: shorter
+        rows have nothing to predict.
 
     Raises:
         InputError: no row is left.
     """
-    encoded = []
-    for row in rows:
-        if "text" in row:
-            ids = _with_eos(_text_prompt(row["text"], tokenizer), tokenizer)
+    encoded, dropped = [], Counter[str]()
+    for _, ids in not_refused(rows, partial(encode_text, tokenizer=tokenizer), on_bad_row, dropped):
+        if len(ids[:max_length]) > 1:
+            encoded.append(ids[:max_length])
         else:
-            ids, _ = encode_row(row, tokenizer)
-        encoded.append(ids[:max_length])
-    encoded = [ids for ids in encoded if len(ids) > 1]
+            dropped["shorter than two tokens"] += 1
     _require_some(encoded, "ptx.max_length", max_length, 1)
-    return encoded
+    return encoded, dropped
+
+
+def encode_text(row: Row, tokenizer: Any) -> list[int]:
+    """Token ids of a row of PPO-ptx, see `encode_texts`."""
+    if "text" in row:
+        return _with_eos(_text_prompt(row["text"], tokenizer), tokenizer)
+    return encode_row(row, tokenizer)[0]
 
 
 def encode_ranked(
-    rows: Iterable[Row], tokenizer: Any, max_length: int
+    rows: Sequence[Row], tokenizer: Any, max_length: int, on_bad_row: str = DROP
 ) -> tuple[list[dict[str, Any]], Counter[str]]:
     """Encode ranked rows; a response that with its prompt exceeds `max_length` tokens is dropped.
 
     A row stays while at least two responses that are not tied are left of it: a pair that has a
     margin or a probability, and loses one, goes.
+
+    Args:
+        on_bad_row: see `not_refused`.
 
     Returns:
         Per kept row {"input_ids": K lists of prompt + response, "ranks": K ints, "lengths": K
@@ -272,9 +343,9 @@ def encode_ranked(
         InputError: no row is left.
     """
     encoded, longest, dropped = [], 0, Counter[str]()
-    for index, row in enumerate(rows):
-        prompt_ids = encode_prompt(row["prompt"], tokenizer)
-        answers = [encode_response(row["prompt"], r, tokenizer) for r in row["responses"]]
+    encode = partial(_prompt_and_responses, tokenizer=tokenizer)
+    for index, (prompt_ids, answers) in not_refused(rows, encode, on_bad_row, dropped):
+        row = rows[index]
         longest = max(longest, *(len(prompt_ids) + len(ids) for ids in answers))
         fits = [i for i, ids in enumerate(answers) if len(prompt_ids) + len(ids) <= max_length]
         if len({row["ranks"][i] for i in fits}) < 2:
@@ -298,13 +369,21 @@ def encode_ranked(
     return encoded, dropped
 
 
+def _prompt_and_responses(row: Row, tokenizer: Any) -> tuple[list[int], list[list[int]]]:
+    prompt = row["prompt"]
+    responses = [encode_response(prompt, text, tokenizer) for text in row["responses"]]
+    return encode_prompt(prompt, tokenizer), responses
+
+
 def encode_prompts(
-    rows: Iterable[Row], tokenizer: Any, max_prompt_length: int | None
+    rows: Iterable[Row], tokenizer: Any, max_prompt_length: int | None, on_bad_row: str = DROP
 ) -> tuple[list[dict[str, Any]], Counter[str]]:
-    """Encode the prompts of canonical rows for PPO; those that are too long are dropped.
+    """Encode the prompts of canonical rows for PPO; those that are too long are dropped, and those
+    of which no token is left.
 
     Args:
         max_prompt_length: tokens; None for no limit.
+        on_bad_row: see `not_refused`.
 
     Returns:
         {"prompt": canonical prompt, "input_ids"} per kept row, and the dropped rows by reason.
@@ -315,13 +394,15 @@ def encode_prompts(
     encoded, longest, dropped = [], 0, Counter[str]()
     prompts = [prompt_of(row) for row in rows]
     _warn_about_history(prompts, tokenizer)
-    for prompt in prompts:
-        ids = encode_prompt(prompt, tokenizer)
+    encode = partial(encode_prompt, tokenizer=tokenizer)
+    for index, ids in not_refused(prompts, encode, on_bad_row, dropped):
         longest = max(longest, len(ids))
-        if max_prompt_length is not None and len(ids) > max_prompt_length:
+        if not ids:
+            dropped["prompts without a token"] += 1
+        elif max_prompt_length is not None and len(ids) > max_prompt_length:
             dropped[_too_long("ppo.max_prompt_length", max_prompt_length)] += 1
         else:
-            encoded.append({"prompt": prompt, "input_ids": ids})
+            encoded.append({"prompt": prompts[index], "input_ids": ids})
     _require_some(encoded, "ppo.max_prompt_length", max_prompt_length, longest)
     return encoded, dropped
 
@@ -331,8 +412,11 @@ def _warn_about_history(prompts: Iterable[Prompt], tokenizer: Any) -> None:
     rendered prompt as a whole: there a token reaches from one turn into the next."""
     later = (p for p in prompts if isinstance(p, list) and "assistant" in {m["role"] for m in p})
     for prompt in islice(later, NUM_HISTORIES):
-        ids = encode_prompt(prompt, tokenizer)
-        served = _tokenize(render_prompt(prompt, tokenizer), tokenizer)
+        try:
+            ids = encode_prompt(prompt, tokenizer)
+            served = _tokenize(render_prompt(prompt, tokenizer), tokenizer)
+        except RefusedConversation:  # it is counted where it is encoded
+            continue
         if ids != served:
             at = len(os.path.commonprefix([ids, served]))
             theirs, ours = (tokenizer.decode(part[at : at + 3]) for part in (served, ids))

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 import random
-import sys
+from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from rlhf.config import DatasetConfig, InputError, MixConfig
-from rlhf.data.canonical import Row
-from rlhf.data.encoding import encode_texts
+from rlhf.data.encoding import encode_text, not_refused
 from rlhf.data.sources import describe_dropped, first_cases, load_rows
 
 Encoded = dict[str, list[int]]
@@ -47,7 +47,9 @@ def mix_texts(
     texts, dropped = load_rows(mix.path, mix.format, mix.split, "ptx", "mix.path", on_bad_row)
     num_row_tokens = sum(len(row["input_ids"]) for row in rows)
     needed = math.ceil(mix.fraction / (1 - mix.fraction) * num_row_tokens)
-    pieces, num_texts = _take(texts, tokenizer, max_length, needed, seed)
+    random.Random(f"{seed} mix").shuffle(texts)
+    encoded = not_refused(texts, partial(encode_text, tokenizer=tokenizer), on_bad_row, dropped)
+    pieces, num_texts = _take((ids for _, ids in encoded), max_length, needed)
     num_tokens = sum(map(len, pieces))
     total = num_row_tokens + num_tokens
     if num_tokens < needed:
@@ -64,28 +66,23 @@ def mix_texts(
     return interleaved(rows, text_rows), line
 
 
-def _take(
-    texts: list[Row], tokenizer: Any, max_length: int, needed: int, seed: int
-) -> tuple[list[list[int]], int]:
-    """Pieces of texts in a seeded order, `needed` tokens in all if there are that many, and the
-    number of texts they are of.
+def _take(texts: Iterable[list[int]], max_length: int, needed: int) -> tuple[list[list[int]], int]:
+    """Pieces of texts in their order, `needed` tokens in all if there are that many, and the number
+    of texts they are of.
 
     The last piece is cut to the number; a rest of one token, which predicts nothing, is left out.
     """
-    order = list(texts)
-    random.Random(f"{seed} mix").shuffle(order)
     pieces: list[list[int]] = []
     num_texts, missing = 0, needed
-    for text in order:
-        if missing <= 0:
-            break
-        [ids] = encode_texts([text], tokenizer, sys.maxsize)
+    for ids in texts:
         num_texts += 1
         for start in range(0, len(ids), max_length):
             piece = ids[start : start + min(max_length, max(missing, 2))]
             if missing > 0 and len(piece) > 1:
                 pieces.append(piece)
                 missing -= len(piece)
+        if missing <= 0:
+            break
     return pieces, num_texts
 
 

@@ -12,6 +12,7 @@ lead, tail and end token; a scorer gets what is said.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -27,7 +28,11 @@ _USER = {"role": "user", "content": "Hi"}
 _ANSWER = {"role": "assistant", "content": PROBE}
 
 
-class RewrittenPrompt(InputError):
+class RefusedConversation(InputError):
+    """The chat template does not take a conversation; it may take others."""
+
+
+class RewrittenPrompt(RefusedConversation):
     """The chat template renders a prompt differently once its answer follows."""
 
 
@@ -114,7 +119,8 @@ def render(messages: list[Message], tokenizer: Any, generation_prompt: bool) -> 
     """Render a conversation with the tokenizer's chat template.
 
     Raises:
-        InputError: there is no template, or it fails on these messages; or there is no EOS.
+        InputError: there is no template, or no EOS.
+        RefusedConversation: the template fails on these messages.
     """
     from jinja2 import TemplateError
 
@@ -130,9 +136,9 @@ def render(messages: list[Message], tokenizer: Any, generation_prompt: bool) -> 
         )
     except (TemplateError, TypeError, LookupError) as error:
         roles = ", ".join(message["role"] for message in messages)
-        raise InputError(
-            f"the chat template refuses a conversation of {roles}: {error}; fix the rows, or set "
-            "another model.chat_template"
+        raise RefusedConversation(
+            f"the chat template refuses a conversation of {roles}: {error} (it begins with "
+            f"{show(messages[0]['content'])}); fix the rows, or set another model.chat_template"
         ) from error
 
 
@@ -155,11 +161,13 @@ def render_turn(context: list[Message], answer: Message, tokenizer: Any) -> tupl
         The text before it, see `render_prompt`, and its own with what ends it, if anything.
 
     Raises:
-        InputError: the template leaves the answer out, or renders the context differently when the
-            answer follows.
+        RefusedConversation: the template leaves the answer out, or renders the context differently
+            when the answer follows.
     """
     if not context:
-        raise InputError("a conversation starts with the assistant; it must start with the user")
+        raise RefusedConversation(
+            "a conversation starts with the assistant; it must start with the user"
+        )
     before = render_prompt(context, tokenizer)
     whole = render([*context, answer], tokenizer, generation_prompt=False)
     _require_answer(whole.removeprefix(before), answer, tokenizer)
@@ -182,21 +190,26 @@ def has_end(text: str, tokenizer: Any) -> bool:
 
 def _end_of_answer(text: str, tokenizer: Any) -> int:
     """Where the text of an assistant turn ends: after a stop string that only whitespace follows,
-    as one in the middle is the answer's own; else after the last end token, or EOS."""
+    as one in the middle is the answer's own; else after the last end token, or EOS if only
+    whitespace follows."""
     stops = [(text.rfind(stop), len(stop)) for stop in stop_strings(tokenizer)]
     ends = [at + length for at, length in stops if at >= 0 and not text[at + length :].strip()]
     if ends:
         return max(ends)
-    end = answer_frame(tokenizer).end_token or tokenizer.eos_token
+    end_token = answer_frame(tokenizer).end_token
+    end = end_token or tokenizer.eos_token
     at = text.rfind(end)
-    return len(text) if at < 0 else at + len(end)
+    # a template without an end token did not write an EOS that text follows: the answer says it
+    is_end = at >= 0 and (end_token is not None or not text[at + len(end) :].strip())
+    return at + len(end) if is_end else len(text)
 
 
 def _require_answer(text: str, answer: Message, tokenizer: Any) -> None:
     """Refuse a template that renders nothing of an answer: there would be nothing to train on."""
-    words = answer["content"].split()
+    said = answer["content"]
+    words = re.findall(r"\w+", said) or said.split()  # of <think>a</think>b only b may be left
     if words and not any(word in text for word in words):
-        raise InputError(
+        raise RefusedConversation(
             f"the chat template {_in_one_line(tokenizer)} leaves out what the assistant says: "
             f"nothing of {show(answer['content'])} is in {show(text)}; set another one, e.g. "
             "model.chat_template=plain"

@@ -255,7 +255,7 @@ class Splits:
         line = describe_dropped(self.dropped + too_long)
         if self.overlap:
             line += f"; {self.overlap} held-out rows share their prompt with a training row"
-        return "\n".join([line, *first_cases(self.dropped)])
+        return "\n".join([line, *first_cases(self.dropped + too_long)])
 
 
 def _prompt_key(row: Row) -> str:

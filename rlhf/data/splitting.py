@@ -21,6 +21,7 @@ from typing import Any
 from rlhf.config import InputError
 from rlhf.data.canonical import Message, Row
 from rlhf.data.encoding import encode_row
+from rlhf.data.rendering import RefusedConversation
 from rlhf.data.sources import Splits, count_overlap
 
 
@@ -89,7 +90,7 @@ def split_rows(rows: list[Row], tokenizer: Any, max_length: int, counts: SplitCo
     """
     result = []
     for row in rows:
-        if "messages" not in row or _length(row, tokenizer) <= max_length:
+        if "messages" not in row or _fits(row, tokenizer, max_length):
             result.append(row)
             continue
         pieces, num_dropped = _pieces(row, tokenizer, max_length)
@@ -146,6 +147,13 @@ def rounds_of(messages: list[Message]) -> tuple[list[Message], list[list[Message
 
 def _is_answered(turns: list[Message]) -> bool:
     return turns[-1]["role"] == "assistant"
+
+
+def _fits(row: Row, tokenizer: Any, max_length: int) -> bool:
+    try:
+        return _length(row, tokenizer) <= max_length
+    except RefusedConversation:  # it is counted where it is encoded
+        return True
 
 
 def _length(row: Row, tokenizer: Any) -> int:

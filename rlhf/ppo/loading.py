@@ -245,9 +245,8 @@ def load_texts(config: PPOStageConfig, tokenizer: Any, context: int) -> list[lis
     assert ptx.path is not None  # `check` has made sure
     bad = config.dataset.on_bad_row
     rows, dropped = load_rows(ptx.path, ptx.format, ptx.split, "ptx", "ptx.path", bad)
-    texts = encode_texts(rows, tokenizer, ptx.max_length)
-    if len(texts) < len(rows):
-        dropped["shorter than two tokens"] = len(rows) - len(texts)
+    texts, unusable = encode_texts(rows, tokenizer, ptx.max_length, bad)
+    dropped += unusable
     say("\n".join([f"ptx: {len(texts)} texts; {describe_dropped(dropped)}", *first_cases(dropped)]))
     return texts
 

@@ -6,10 +6,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from rlhf.config import InputError, PPOStageConfig
-from rlhf.data import Splits, describe_dropped, encode_prompts
+from rlhf.data import Splits, describe_dropped, encode_prompts, not_refused
 from rlhf.generation import context_length
 from rlhf.rollout import Actors
 from rlhf.scorers import RewardModelScorer, Scorer, reward_models
@@ -33,10 +34,10 @@ def choose_prompts(
         Training and held-out prompts (`prompt`, `input_ids`), and the dropped ones by reason.
 
     Raises:
-        InputError: too few are left, or a reward model's chat template refuses one.
+        InputError: too few are left; or a chat template refuses more than may be dropped.
     """
-    budget = prompt_budget(config, actors)
-    prompts, dropped = encode_prompts(splits.train, actors.tokenizer, budget)
+    budget, bad = prompt_budget(config, actors), config.dataset.on_bad_row
+    prompts, dropped = encode_prompts(splits.train, actors.tokenizer, budget, bad)
     models = reward_models(actors.scorer)
     prompts = _with_room(prompts, models, config, actors, dropped)
     needed = config.ppo.batch_size // config.ppo.samples_per_prompt
@@ -48,7 +49,7 @@ def choose_prompts(
         )
     if not config.evaluation.num_prompts:
         return prompts, [], dropped
-    heldout, dropped_heldout = encode_prompts(splits.eval, actors.tokenizer, budget)
+    heldout, dropped_heldout = encode_prompts(splits.eval, actors.tokenizer, budget, bad)
     if independent is not None:
         models = models + reward_models(independent)
     heldout = _with_room(heldout, models, config, actors, dropped_heldout)
@@ -109,15 +110,16 @@ def _with_room(
                 f"of {model.max_length} tokens of the reward model {model.path}; use at most "
                 f"{model.max_length - 1}"
             )
-        kept = [
-            prompt for prompt in prompts if _length(prompt, model, actors.tokenizer_hash) <= room
-        ]
-        if len(kept) < len(prompts):
+        measure = partial(_length, model=model, rendering=actors.tokenizer_hash)
+        lengths = not_refused(prompts, measure, config.dataset.on_bad_row, dropped)
+        readable = [(prompts[i], length) for i, length in lengths]
+        kept = [prompt for prompt, length in readable if length <= room]
+        if len(kept) < len(readable):
             reason = (
                 f"leaving no room for ppo.response_length={response_length} tokens in the context "
                 f"of {model.max_length} of {model.path}"
             )
-            dropped[reason] += len(prompts) - len(kept)
+            dropped[reason] += len(readable) - len(kept)
         prompts = kept
     return prompts
 

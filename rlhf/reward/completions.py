@@ -57,7 +57,8 @@ def load_completions(
     elif kind == "demonstrations":
         sequences = _demonstrations(config, tokenizer, count)
     else:
-        sequences = _samples(config, source, tokenizer, [row["prompt"] for row in rows[:count]])
+        prompts = [rows[one["row"]]["prompt"] for one in encoded[:count]]
+        sequences = _samples(config, source, tokenizer, prompts)
     if len(sequences) < 2:
         raise InputError(
             f"normalization.completions={kind} gives {len(sequences)} completions; give at least "
@@ -76,9 +77,9 @@ def _demonstrations(
     rows, dropped = load_rows(path, format, split, "sft", "normalization.path", bad)
     if config.dataset.as_conversation:
         rows = [to_conversation(row) for row in rows]
-    encoded, too_long = encode_sft(rows, tokenizer, config.dataset.max_length)
+    encoded, too_long = encode_sft(rows, tokenizer, config.dataset.max_length, on_bad_row=bad)
     line = f"        scores are 0 on average over {len(encoded[:count])} demonstrations of {path}; "
-    say("\n".join([line + describe_dropped(dropped + too_long), *first_cases(dropped)]))
+    say("\n".join([line + describe_dropped(dropped + too_long), *first_cases(dropped + too_long)]))
     return [row["input_ids"] for row in encoded[:count]]
 
 
@@ -95,7 +96,7 @@ def _samples(
     length = min(config.normalization.response_length, context // 2)
     room = context - length
     ids = [encode_prompt(prompt, tokenizer) for prompt in prompts]
-    ids = [row for row in ids if len(row) <= room]
+    ids = [row for row in ids if 0 < len(row) <= room]
     mine = range(state.process_index, len(ids), state.num_processes)
     noise = uniform_noise((config.seed, COMPLETIONS_KEY), mine, length)
     sampling = sampling_for(policy, tokenizer, length, temperature=1.0)

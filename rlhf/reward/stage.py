@@ -109,8 +109,9 @@ def _train_alone(config: RewardStageConfig) -> RewardResult:
     check_writable(model, tokenizer, config)
     check_max_length(config, model)
     _check_promises(config, args, parent, model, tokenizer)
-    train, too_long = encode_ranked(splits.train, tokenizer, config.dataset.max_length)
-    heldout, too_long_heldout = encode_ranked(splits.eval, tokenizer, config.dataset.max_length)
+    limits = config.dataset.max_length, config.dataset.on_bad_row
+    train, too_long = encode_ranked(splits.train, tokenizer, *limits)
+    heldout, too_long_heldout = encode_ranked(splits.eval, tokenizer, *limits)
     plan = plan_batches(train, config.reward, args.world_size)
     if config.peft.enabled:
         rows = new_token_rows(tokenizer, config.model, config.peft)

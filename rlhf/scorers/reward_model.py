@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rlhf.checkpoint import hash_tokenizer, is_hub_id, require_stage
 from rlhf.config import InputError, ModelConfig, ScorerConfig
-from rlhf.data import encode_prompt, encode_response
+from rlhf.data import RefusedConversation, encode_prompt, encode_response
 from rlhf.models import (
     ScalarModel,
     TextModel,
@@ -171,7 +171,8 @@ class RewardModelScorer:
             try:
                 return (self.tokenizer.apply_chat_template(messages, tokenize=False),)
             except TemplateError as error:
-                raise InputError(f"the chat template of {self.path} refuses: {error}") from error
+                what = f"the chat template of {self.path} refuses: {error}"
+                raise RefusedConversation(what) from error
         return "\n\n".join(message["content"] for message in prompt), response
 
     @torch.no_grad()

@@ -6,6 +6,7 @@ of sampled answers that end by themselves, and a few of these answers on held-ou
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from rlhf.checkpoint import (
 )
 from rlhf.config import ModelConfig, SFTStageConfig, check
 from rlhf.data import (
+    RefusedConversation,
     Splits,
     answer_frame,
     encode_prompt,
@@ -244,12 +246,13 @@ def encode_splits(
         The splits with pieces in place of long conversations; the rows to train on and those held
         out; and lines that say what was split, dropped and mixed in.
     """
-    length, lines = config.dataset.max_length, []
+    length, bad, lines = config.dataset.max_length, config.dataset.on_bad_row, []
     if config.dataset.split_long:
         splits, line = split_conversations(splits, tokenizer, length)
         lines.append(line)
-    train, too_long = encode_sft(splits.train, tokenizer, length, config.train_on_prompt)
-    heldout, too_long_heldout = encode_sft(splits.eval, tokenizer, length, config.train_on_prompt)
+    on_prompt = config.train_on_prompt
+    train, too_long = encode_sft(splits.train, tokenizer, length, on_prompt, bad)
+    heldout, too_long_heldout = encode_sft(splits.eval, tokenizer, length, on_prompt, bad)
     lines.append(splits.describe(too_long + too_long_heldout))
     num_rows, num_sequences = len(splits.train), len(train) + sum(too_long.values())
     if num_sequences > num_rows:
@@ -260,7 +263,6 @@ def encode_splits(
         )
     splits.dropped += too_long + too_long_heldout
     if config.mix.fraction:
-        bad = config.dataset.on_bad_row
         train, line = mix_texts(train, config.mix, tokenizer, length, config.seed, bad)
         lines.append(line)
     return splits, train, heldout, lines
@@ -297,11 +299,15 @@ def sample_responses(
     rows: list[dict[str, Any]],
     config: SFTStageConfig,
 ) -> list[dict[str, Any]]:
-    """Sample one response to the prompt of each row; prompts that leave no room are left out."""
+    """Sample one response to the prompt of each row; prompts that leave no room, and those that the
+    chat template refuses, are left out."""
     context = context_length(model)
     prompts = [prompt_of(row) for row in rows]
-    ids = [encode_prompt(prompt, tokenizer) for prompt in prompts]
-    kept = [i for i, row in enumerate(ids) if len(row) + config.response_length <= context]
+    ids = {}
+    for i, prompt in enumerate(prompts):
+        with suppress(RefusedConversation):
+            ids[i] = encode_prompt(prompt, tokenizer)
+    kept = [i for i, row in ids.items() if 0 < len(row) <= context - config.response_length]
     sampling = sampling_for(
         model, tokenizer, config.response_length, config.temperature, config.top_p
     )

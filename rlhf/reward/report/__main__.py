@@ -58,7 +58,9 @@ def run(arguments: list[str]) -> dict[str, Any]:
     config = _load_config(Path(path), overrides, code)
     splits = load_splits(config.dataset, "reward", config.seed)
     scorer = _load(path, code)
-    rows, too_long = encode_ranked(splits.eval, scorer.tokenizer, config.dataset.max_length)
+    rows, too_long = encode_ranked(
+        splits.eval, scorer.tokenizer, config.dataset.max_length, config.dataset.on_bad_row
+    )
     data = heldout_name(config.dataset)
     say(f"{len(rows)} held-out prompts of {data}; {splits.describe(too_long)}")
     scores = _score(scorer, rows, config)
