@@ -179,7 +179,10 @@ def _merged_state(base: nn.Module, adapter: str, plain: nn.Module) -> dict[str, 
         if isinstance(module, TrainableTokensLayer):
             weight = module.get_merged_weights([adapter]).detach()
             state[f"{name.removesuffix('.token_adapter')}.weight"] = weight.to("cpu", copy=True)
-        key = f"{name}.weight"
+        if name.endswith(".base_layer") and not isinstance(module, LoraLayer):
+            continue
+        # PEFT wraps a layer of experts once for each of its weights: experts, experts.base_layer
+        key = f"{name.replace('.base_layer', '')}.{getattr(module, 'parameter_name', 'weight')}"
         if key not in names:
             continue
         layer: Any = module.get_base_layer() if isinstance(module, LoraLayer) else module
