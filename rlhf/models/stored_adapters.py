@@ -5,7 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
-from peft import PeftConfig, PeftModel, set_peft_model_state_dict
+from peft import (
+    PeftConfig,
+    PeftModel,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -47,7 +52,14 @@ def merge_stored_adapter(model: PreTrainedModel, directory: Path, label: str) ->
             "train a LoRA adapter, or give a whole model"
         )
     load_adapter(wrapper, tensors, f"{label}: the adapter in {directory}")
-    return wrapper.merge_and_unload()
+    try:
+        return wrapper.merge_and_unload()
+    except (NotImplementedError, RuntimeError, ValueError) as error:  # forms that PEFT cannot merge
+        raise InputError(
+            f"{label}: the adapter in {directory} cannot be merged into its base "
+            f"({type(error).__name__}: {one_line(error)}); train one without this option, "
+            "or give a whole model"
+        ) from error
 
 
 def load_adapter(wrapper: Any, tensors: dict[str, Tensor], label: str) -> None:
@@ -65,8 +77,15 @@ def load_adapter(wrapper: Any, tensors: dict[str, Tensor], label: str) -> None:
         raise InputError(f"{label} does not fit the model: {Misfits(list(error.args))}") from error
     except (RuntimeError, ValueError, LookupError) as error:  # of other shapes
         raise InputError(f"{label} does not fit the model ({one_line(error)})") from error
+    # the others PEFT derives or shares: rows of tied tables, the projections of VeRA
+    stored = get_peft_model_state_dict(wrapper, save_embedding_layers=False)
     adapter = f".{wrapper.active_adapter}"
-    missing = [n for n in result.missing_keys if adapter in n and ".original_module." not in n]
+    missing = [
+        name
+        for name in result.missing_keys
+        if adapter in name
+        and name.replace(".modules_to_save", "").replace(adapter, "", 1) in stored
+    ]
     misfits = Misfits(missing, list(result.unexpected_keys))
     if misfits:
         raise InputError(f"{label} does not fit the model: {misfits}")
