@@ -5,6 +5,7 @@ Run: python -m pytest tests/test_scoring.py
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from tiny import tiny_tokenizer
 from rlhf.config import InputError
 from rlhf.data import chat_template_text
 from rlhf.reward import scoring
-from rlhf.reward.scoring import main, parse
+from rlhf.reward.scoring import main, parse, read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = "dog cat horse red blue an apple is a fruit".split()
@@ -324,3 +325,10 @@ def test_help_of_the_stage_names_the_command():
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert "python -m rlhf.reward score=answers.jsonl path=runs/mine/reward/final" in result.stdout
+
+
+def test_a_gzip_file_is_refused_with_the_command_that_unpacks_it(tmp_path):
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"prompt": "a", "response": "b"}\n'))
+    with pytest.raises(InputError, match=f"is a gzip file; unpack it: gunzip -k {path}"):
+        read_rows(path)

@@ -199,6 +199,8 @@ def read_rows(source: Path) -> tuple[list[ScoredRow], str]:
         data = source.read_bytes()
     except OSError as error:
         raise InputError(f"score={source} cannot be read: {error.strerror}") from error
+    if data.startswith(b"\x1f\x8b"):
+        raise InputError(f"score={source} is a gzip file; unpack it: gunzip -k {source}")
     rows, problems = [], []
     for number, line in enumerate(data.split(b"\n"), start=1):
         if line.strip():
