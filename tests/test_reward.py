@@ -41,9 +41,11 @@ from rlhf.models import (
     ScalarModel,
     add_lora,
     init_reward_model,
+    is_causal,
     load_reward_model,
     load_tokenizer,
     sequence_scores,
+    unwrap_peft,
 )
 from rlhf.reward import train_reward
 from rlhf.reward.report import ranking_report
@@ -360,6 +362,7 @@ def test_gradient_checkpointing_recomputes_layers_and_trains_the_same(lora, poli
             model = add_lora(model, PeftConfig(enabled=True, r=4), "SEQ_CLS", seed=1)
         arguments = {"per_device_train_batch_size": 2, "max_steps": 2, "learning_rate": 1e-2}
         trainer = trainer_for(model, rows, tmp_path, **arguments)
+        is_causal(unwrap_peft(model).base_model)  # measured once per model, by a pass of its own
         counted = []
         layers = [m for name, m in model.named_modules() if name.endswith("layers.0.mlp")]
         layers[0].register_forward_pre_hook(lambda *_, counted=counted: counted.append(1))

@@ -30,6 +30,7 @@ from rlhf.models.forward import (
 )
 from rlhf.models.hub import local_directory
 from rlhf.models.loading import (
+    check_model_config,
     freeze,
     init_reward_model,
     load_policy,
@@ -56,6 +57,7 @@ from rlhf.models.vocabulary import (
 )
 
 __all__ = [
+    "check_model_config",
     "HEAD",
     "PAD_TOKEN",
     "ScalarModel",

@@ -15,9 +15,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from rlhf.checkpoint import find_non_finite, find_non_finite_in
-from rlhf.config import InputError, ModelConfig
+from rlhf.config import InputError, ModelConfig, nearest
 from rlhf.models.answers import end_token_ids
 from rlhf.models.dropout import disable_dropout, set_dropout
 from rlhf.models.forward import HEAD, has_linear_head
@@ -170,11 +171,36 @@ def use_bfloat16(precision: str) -> bool:
     return precision == "bfloat16"
 
 
-def _build(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def check_model_config(config: ModelConfig) -> None:
+    """Check the names in `model.config`, which a model is built from, before data is read.
+
+    Raises:
+        InputError: no model type, an unknown one, or a name that this type does not have.
+    """
+    if config.path is not None:
+        return
     values = dict(config.config)
     model_type = values.pop("model_type", None)
     if model_type is None:
         raise InputError("model.config has no model_type, e.g. model.config.model_type=llama")
+    try:
+        own = AutoConfig.for_model(model_type)
+    except (ValueError, KeyError) as error:
+        hint = nearest(str(model_type), CONFIG_MAPPING_NAMES)
+        raise InputError(f"model.config.model_type={model_type} is not known.{hint}") from error
+    known = {*own.to_dict(), *own.attribute_map}
+    for name in values:
+        if name not in known:
+            raise InputError(
+                f"model.config.{name} is no setting of model_type={model_type}."
+                f"{nearest(name, known)}"
+            )
+
+
+def _build(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    check_model_config(config)
+    values = dict(config.config)
+    model_type = values.pop("model_type")
     values.setdefault("vocab_size", num_tokens(tokenizer))
     special = {
         name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")

@@ -48,6 +48,7 @@ from rlhf.generation import context_length, generate, sampling_for, uniform_nois
 from rlhf.metrics import append_jsonl, quiet_libraries, read_jsonl, say, table, warn
 from rlhf.models import (
     add_lora,
+    check_model_config,
     load_policy,
     load_tokenizer,
     mend_sampling_settings,
@@ -118,6 +119,7 @@ def _train_alone(config: SFTStageConfig) -> SFTResult:
     check_run_directory(config, "sft")
     length = config.dataset.max_length
     args = trainer_arguments(SFTConfig, config, "sft", max_length=length, eval_packing=False)
+    check_model_config(config.model)
     parent = config.model.path
     record = None
     if parent is not None:

@@ -7,6 +7,18 @@ PPO = "rlhf.ppo dataset=prompt_completion dataset.path=prompts.jsonl run_name=mi
 
 CASES = [
     Case(
+        "a typo in the settings of a new model",
+        "rlhf.sft model.tokenizer=model model.config.model_type=llama model.config.hiden_size=64 "
+        "dataset=prompt_completion dataset.path=no_such_rows.jsonl run_name=new",
+        ("model.config.hiden_size", "hidden_size"),
+    ),
+    Case(
+        "a model type that does not exist",
+        "rlhf.sft model.tokenizer=model model.config.model_type=lama "
+        "dataset=prompt_completion dataset.path=no_such_rows.jsonl run_name=new",
+        ("model.config.model_type=lama", "llama"),
+    ),
+    Case(
         "a typo in a key", f"{PPO} ppo.kl_coeff=0.1", ("ppo.kl_coeff", "Did you mean ppo.kl_coef")
     ),
     Case(
