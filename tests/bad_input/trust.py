@@ -1,5 +1,6 @@
 """Directories of other people"""
 
+import re
 from pathlib import Path
 
 from bad_input import Case
@@ -19,7 +20,8 @@ def need_code(folder: Path) -> None:
 def name_code(folder: Path) -> None:
     """Have the reward model's own configuration name a function as its data."""
     config = folder / "runs/mine/reward/final/config.yaml"
-    text = config.read_text(encoding="utf-8").replace("path: ranked.jsonl", "path: python:os.rows")
+    text = config.read_text(encoding="utf-8")
+    text = re.sub(r"path: .*ranked\.jsonl", "path: python:os.rows", text)
     config.write_text(text, encoding="utf-8")
 
 
