@@ -5,10 +5,11 @@ from collections import Counter
 from functools import partial
 
 import pytest
+from test_stored_forms import classifier, write
 from tiny import tiny_tokenizer
 from tokenizers import AddedToken, normalizers
 
-from rlhf.config import InputError, MixConfig
+from rlhf.config import InputError, MixConfig, ScorerConfig
 from rlhf.data import (
     answer_frame,
     encode_prompt,
@@ -22,6 +23,7 @@ from rlhf.data import (
     not_refused,
 )
 from rlhf.models import response_text
+from rlhf.scorers import load_scorer
 
 # as Gemma's and Mistral's: no system message, and the roles alternate
 STRICT = (
@@ -133,6 +135,21 @@ def test_an_answer_whose_thoughts_the_template_leaves_out_is_kept(answer):
     )
     ids = encode_response([user("Hi")], answer, tokenizer)
     assert response_text(ids, tokenizer) == "Yo"
+
+
+def test_a_sampled_answer_that_a_reward_models_template_leaves_out_is_read_as_empty(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content.split('</think>')[-1] }}{{ eos_token }}"
+        "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    write(tmp_path / "reward", classifier())
+    tokenizer.save_pretrained(tmp_path / "reward")
+    scorer = load_scorer(ScorerConfig(str(tmp_path / "reward"), "none"))
+    prompt = [user("Hi")]
+    assert scorer.encode_pair(prompt, "hm</think>") == scorer.encode_pair(prompt, "")
+    scores = scorer([prompt] * 3, ["hm</think>", "", "Yo"])
+    assert scores[0] == scores[1] != scores[2]
 
 
 @pytest.mark.parametrize("strip", ["rstrip", "lstrip"])

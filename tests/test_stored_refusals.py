@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from test_export import sft_config
 from test_stored_forms import adapted, classifier, policy, write
 from tiny import tiny_model
+from transformers import MambaConfig, MambaForCausalLM
 
 from rlhf.checkpoint import read_manifest, write_manifest
 from rlhf.config import InputError, ModelConfig, PeftConfig
@@ -441,3 +442,12 @@ def test_a_lora_checkpoint_with_the_weights_of_another_adapter_is_not_exported(
     seal_again(checkpoint)
     message = refusal(lambda: load("export", checkpoint))
     assert "no place for base_model.model.model.layers.0.self_attn.k_proj" in message
+
+
+def test_a_family_without_a_classifier_has_no_reward_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
+    model = MambaForCausalLM(MambaConfig(vocab_size=len(TOKENIZER), **settings))
+    write(tmp_path / "mamba", model)
+    with pytest.raises(InputError, match="no sequence classifier of model_type=mamba, on which"):
+        init_reward_model(ModelConfig(path="mamba"), TOKENIZER, seed=0)

@@ -14,6 +14,9 @@ from transformers import (
     AutoModelForSequenceClassification,
     PreTrainedModel,
 )
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
 
 from rlhf.config import InputError, ModelConfig
 from rlhf.models.forward import HEAD, has_linear_head
@@ -53,6 +56,7 @@ def load_backbone(source: Source, config: ModelConfig) -> PreTrainedModel:
         InputError: it is a classifier already, or weights are missing or left over; or the family
             has no classifier with a linear head.
     """
+    _require_classifier(source)
     if source.adapters:
         return _with_scalar_head(load_language_model(source, config), source, config)
     model, misfits = _read(AutoModelForSequenceClassification, source, config, num_labels=1)
@@ -84,6 +88,20 @@ def load_classifier(source: Source, config: ModelConfig) -> PreTrainedModel:
         has_bias = bias in _stored_whole(source)
         _set_head(model, _stored_head(source), has_bias)
     return _with_adapters(model, source, misfits)
+
+
+def _require_classifier(source: Source) -> None:
+    """Refuse a family of which transformers has no sequence classifier."""
+    settings = read_json(source.directory / "config.json")
+    family = settings.get("model_type")
+    if family in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES or settings.get("auto_map"):
+        return
+    raise InputError(
+        f"{source.label}: transformers has no sequence classifier of model_type={family}, on which "
+        "a reward model and a critic are built; take a model of another family, or in PPO a scorer "
+        "of your own (scorer=python) with an estimator without a critic, e.g. ppo.advantage=rloo "
+        "ppo.samples_per_prompt=4"
+    )
 
 
 # --- The whole model ----------------------------------------------------------------------------

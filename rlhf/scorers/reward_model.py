@@ -105,9 +105,16 @@ class RewardModelScorer:
         return prompt_ids + response_ids
 
     def encode_pair(self, prompt: Any, response: str) -> tuple[list[int], list[int]]:
-        """As `encode`, prompt and response apart."""
+        """As `encode`, prompt and response apart.
+
+        Of a response that the chat template leaves out as a whole, such as thoughts alone, the
+        model reads what the template makes of it: an empty answer.
+        """
         prompt_ids = encode_prompt(prompt, self.tokenizer)
-        return prompt_ids, encode_response(prompt, response, self.tokenizer)
+        try:
+            return prompt_ids, encode_response(prompt, response, self.tokenizer)
+        except RefusedConversation:
+            return prompt_ids, encode_response(prompt, "", self.tokenizer)
 
     def cut(
         self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
