@@ -460,7 +460,7 @@ def test_changed_configuration_is_refused_and_every_change_listed(killed, wholes
     config, directory = continued(killed, tmp_path, wholes, seed=2)
     config.trainer = config.trainer | {"learning_rate": 1e-3, "adam_beta1": 0.8}
     config.checkpoint = dataclasses.replace(config.checkpoint, keep_last=5)
-    before = names(directory, "*")
+    before = names(directory, "[!.]*")
     message = refusal(config)
     for line in (
         f"{directory / 'checkpoint-8'} was written with another configuration:",
@@ -471,7 +471,7 @@ def test_changed_configuration_is_refused_and_every_change_listed(killed, wholes
     ):
         assert line in message
     assert "keep_last" not in message
-    assert names(directory, "*") == before
+    assert names(directory, "[!.]*") == before
 
 
 def test_harmless_changes_are_said_and_change_nothing(killed, wholes, tmp_path):
