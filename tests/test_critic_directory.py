@@ -74,6 +74,11 @@ def test_anything_else_is_refused(policy_dir, tmp_path):
         make_trainer(config, tmp_path)
 
 
+def test_the_critic_is_there_before_the_run_counts_as_finished(run):
+    critic, final = (run.stage_dir("ppo") / name / "rlhf.json" for name in ("critic", "final"))
+    assert critic.stat().st_mtime_ns < final.stat().st_mtime_ns
+
+
 def test_the_manifest_names_dtype_and_attention(run):
     record = read_record(run.stage_dir("ppo") / "final")
     assert (record.dtype, record.attn_implementation) == ("float32", "sdpa")

@@ -278,7 +278,9 @@ def outcome(config) -> dict[str, bytes]:
     directory = directory_of(config)
     files = [*sorted((directory / "final").glob("*.safetensors")), directory / "final/rlhf.json"]
     files += [f for f in sorted(directory.glob("*.jsonl")) if f.name != "timings.jsonl"]
-    return {file.name: file.read_bytes() for file in files}
+    kept = {f"critic/{file.name}": file for file in (directory / "critic").glob("*.safetensors")}
+    kept |= {file.name: file for file in files}
+    return {name: file.read_bytes() for name, file in kept.items()}
 
 
 @pytest.fixture(scope="module")

@@ -208,6 +208,7 @@ class Run:
             )
             record.dropped = dict(self.splits.dropped)
             record.metrics = metrics | {"update": chosen}
+            self._write_critic(record)  # first: a run with final/ counts as finished
             with trainer.optimization.averaged_weights():
                 write_stage(
                     self.directory / "final",
@@ -216,7 +217,6 @@ class Run:
                     config,
                     record,
                 )
-            self._write_critic(record)
         trainer.accelerator.wait_for_everyone()
         self._report(chosen, updates_made, metrics)
         return PPOResult(self.directory / "final", self.before, metrics, chosen)
