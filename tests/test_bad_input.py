@@ -84,7 +84,8 @@ def test_page_holds_what_was_printed(printed):
     assert PAGE.read_text(encoding="utf-8") == page, "run make bad-input"
 
 
-def test_the_table_has_no_double_row():
+def test_the_table_is_long_and_has_no_double_row():
+    assert len(CASES) >= 60
     for values in (
         [case.what for case in CASES],
         [case.command for case in CASES if not case.prepare],
