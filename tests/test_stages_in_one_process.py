@@ -85,9 +85,9 @@ def test_one_of_several_processes_on_another_device_is_told_so(monkeypatch):
         make_accelerator("float32")
 
 
-def test_another_device_before_is_in_the_way_of_nothing(monkeypatch):
+def test_another_device_before_is_in_the_way_of_nothing():
     PartialState()
-    monkeypatch.setitem(PartialState._shared_state, "device", torch.device("cuda", 0))
+    PartialState._shared_state["device"] = torch.device("cuda", 0)
     try:
         assert make_accelerator("float32").device.type == "cpu"
     finally:
