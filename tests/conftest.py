@@ -1,6 +1,11 @@
 """Settings of all tests: one thread per process, as models are tiny and some tests start two."""
 
 import os
+import signal
+
+# A shell's background job and nohup have these ignored, and what they start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 

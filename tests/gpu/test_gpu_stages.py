@@ -1,7 +1,7 @@
 """The stages on a GPU with the default precision (bfloat16 there), after each other in one process.
 
 They run on a CPU too, so that the tests' own code is known to work.
-Run: pytest tests/gpu/test_stages.py -m gpu
+Run: pytest tests/gpu/test_gpu_stages.py -m gpu
 """
 
 from __future__ import annotations
