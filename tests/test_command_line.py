@@ -109,12 +109,24 @@ def test_command_answers_without_importing_torch(stage, args, status, answer, tm
 def test_command_answers_within_a_second_of_processor_time(tmp_path):
     def seconds(*args):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        run_python("-m", "rlhf.ppo", *args, cwd=tmp_path)
+        run_python(*args, cwd=tmp_path)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     for option in ("--cfg=job", "--help"):
-        assert any(seconds(option) < 1.0 for _ in range(3)), option
+        if not any(seconds("-m", "rlhf.ppo", option) < 1.0 for _ in range(3)):
+            # the same machine at times takes twice as long for everything
+            hydra_alone = min(seconds("-c", "import hydra") for _ in range(3))
+            if hydra_alone > 0.2:
+                pytest.skip(f"a busy or slow processor: importing hydra took {hydra_alone:.2f} s")
+            pytest.fail(option)
+
+
+def test_command_answers_without_torch(tmp_path):
+    for option in ("--cfg=job", "--help"):
+        done = run_python("-X", "importtime", "-m", "rlhf.ppo", option, cwd=tmp_path)
+        modules = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+        assert "hydra" in modules and not modules & {"torch", "transformers", "trl", "numpy"}
 
 
 # --- Errors ---------------------------------------------------------------------------------------
