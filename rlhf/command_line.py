@@ -97,6 +97,7 @@ def hydra_main(stage: str, run: Callable[[Any], int | None]) -> None:
             _name_sweep_run(config)
             if config.resume and not config.overwrite:
                 config = _continued(config, stage)
+            _require_typed_trust(config)
             check(config)
         except MissingValues as error:
             _exit(f"{error}{'' if has_work else DEMO_HINT}")
@@ -141,6 +142,20 @@ def _as_dataclass(node: Any, config_class: type[StageConfig]) -> StageConfig:
     assert isinstance(config, config_class)
     remember_references(written, OmegaConf.to_container(values, resolve=True))
     return config
+
+
+def _require_typed_trust(config: StageConfig) -> None:
+    """Refuse permission to run a model's own code that a file gives, such as a recipe."""
+    from hydra.core.hydra_config import HydraConfig
+
+    typed = [o.lstrip("+") for o in HydraConfig.get().overrides.task]
+    if config.model.trust_remote_code and not any(
+        o.startswith("model.trust_remote_code=") for o in typed
+    ):
+        raise InputError(
+            "model.trust_remote_code=true comes from a file; only the command line may say so: "
+            "add model.trust_remote_code=true to it, or set it to false in the file"
+        )
 
 
 def _continued(config: StageConfig, stage: str) -> StageConfig:

@@ -70,6 +70,7 @@ def own(tmp_path_factory):
         "recipe/typo.yaml": "# @package _global_\nppo:\n  kl_coeff: 0.1\n",
         "recipe/wrong.yaml": "# @package _global_\nppo:\n  kl_coef: much\n",
         "recipe/broken.yaml": "# @package _global_\nppo: [1\n",
+        "recipe/trusting.yaml": "# @package _global_\nmodel:\n  trust_remote_code: true\n",
         "dataset/mine.yaml": "path: rows.jsonl\nformat: alpaca\n",
     }.items():
         (folder / name).parent.mkdir(exist_ok=True)
@@ -141,6 +142,7 @@ def test_command_answers_without_torch(tmp_path):
         ("ppo", ["ppo.kl_coef=much"], "ppo.kl_coef: Value 'much' of type 'str' could not be"),
         ("reward", ["seed=1.5"], "seed: Value '1.5' of type 'float' could not be converted"),
         ("ppo", ["recipe=typo"], "In 'recipe/typo': unknown key 'ppo.kl_coeff'. Did you mean"),
+        ("ppo", ["recipe=trusting"], "model.trust_remote_code=true comes from a file; only the"),
         ("ppo", ["recipe=wrong"], "In 'recipe/wrong': ppo.kl_coef: Value 'much' of type 'str'"),
         ("ppo", ["recipe=broken"], "not valid YAML: while parsing a flow sequence"),
         (
