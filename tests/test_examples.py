@@ -89,7 +89,7 @@ def machine(tmp_path_factory) -> dict[str, str]:
 
 
 def test_every_readme_command_runs(folder, machine):
-    """As it stands, in the README's order and in one folder: later ones build on earlier ones."""
+    """Unchanged, in the README's order and in one folder: later ones build on earlier ones."""
     stages = [command for command in readme_commands() if "rlhf." in command]
     assert len(stages) >= 8
     for command in stages:

@@ -373,7 +373,7 @@ def test_a_file_in_place_of_a_directory_is_refused(world):
 
 @pytest.fixture(scope="module")
 def stopped(policy_dir, tmp_path_factory):
-    """Configuration of an SFT run of which a checkpoint is left."""
+    """Configuration of an SFT run that left a checkpoint."""
     config = sft_config(tmp_path_factory.mktemp("stopped"), "mine", 3)
     config.model = ModelConfig(path=str(policy_dir))
     config.dataset.max_length = 64

@@ -43,7 +43,7 @@ from rlhf.config import (
 )
 from rlhf.metrics import IDENTITY, read_identity, say, warn
 
-# Keys, or groups of them, of which a run that is resumed ends as if it had them from its start.
+# Settings, or groups of them, that may change on resume: they do not affect the result.
 HARMLESS = (
     *("runs_dir", "run_name", "tracker", "checkpoint", "preflight", "watchdog"),
     *("num_samples", "response_length", "temperature", "top_p", "ppo.save_rollouts"),

@@ -36,7 +36,7 @@ def model_on(device, family):
 
 
 def rows_of(length, device):
-    """Prompts and responses of which the longest have `length` tokens together; a rollout."""
+    """Prompts, responses and their rollout; the longest pair has `length` tokens."""
     widths = [(length - RESPONSE, RESPONSE), (20, 7), (130, 40), (length - RESPONSE, 3)]
     prompts = [[3 + i % 300 for i in range(prompt)] for prompt, _ in widths]
     responses = [[5 + i % 300 for i in range(response)] for _, response in widths]
