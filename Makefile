@@ -46,7 +46,7 @@ $(PEERS)/.installed: tests/peers/requirements.txt
 wheel: $(STAMP)  ## build sdist and wheel into dist/ and check the wheel from an empty directory
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation --outdir dist .
-	RLHF_WHEEL_DIR=dist $(BIN)/python -m pytest -q tests/test_wheel.py
+	RLHF_WHEEL_DIR=dist $(BIN)/python -m pytest -q tests/end_to_end/test_wheel.py
 
 # On the machine with the GPU: its own Python and torch, and no network. See examples/benchmarks/gpu_check.
 PARTS ?= tests,demo,ppo,trl,lora7b,sft1b,sft7b
@@ -78,7 +78,7 @@ demo: $(STAMP)  ## train the embedded demo through all three stages on a CPU
 	$(BIN)/python -m rlhf.demo
 
 bad-input: $(STAMP)  ## run the bad-input table and write docs/bad-input.md
-	WRITE_PAGE=1 $(BIN)/python -m pytest -q tests/test_bad_input.py
+	WRITE_PAGE=1 $(BIN)/python -m pytest -q tests/end_to_end/test_bad_input.py
 
 overoptimization: $(STAMP)  ## draw true and proxy score against KL on the demo, minutes on a CPU
 	$(BIN)/python -m rlhf.overoptimization

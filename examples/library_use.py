@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rlhf import PPOConfig, PPOStageConfig, SFTStageConfig, train_ppo, train_sft
 from rlhf.config import CriticConfig, DatasetConfig, EvaluationConfig, ModelConfig
-from rlhf.demo_world import MODEL_CONFIG, rows
+from rlhf.demo.world import MODEL_CONFIG, rows
 
 
 def questions(row: dict) -> dict:
@@ -38,7 +38,7 @@ def main(runs_dir: str) -> None:
     file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     data = DatasetConfig(path=str(file), format=f"{__name__}.questions", max_length=64)
 
-    tokenizer = "python:rlhf.demo_world.build_tokenizer"
+    tokenizer = "python:rlhf.demo.world.build_tokenizer"
     sft = SFTStageConfig(runs_dir=runs_dir, dataset=data, response_length=24)
     sft.model = ModelConfig(config=MODEL_CONFIG, tokenizer=tokenizer)
     sft.trainer |= {"num_train_epochs": 2, "learning_rate": 2e-3, "warmup_steps": 5}

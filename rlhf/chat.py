@@ -33,9 +33,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.command_line import run_command
+from rlhf.cli import run_command
 from rlhf.config import InputError, ModelConfig, check_finite, nearest
-from rlhf.data.canonical import whole_characters
+from rlhf.data.rows import whole_characters
 
 COMMANDS = ("/reset", "/undo", "/exit")
 OBEYED = {"temperature", "top_p", "top_k", "do_sample"}  # of a generation config, by our loop
@@ -103,8 +103,8 @@ class Chat:
         Raises:
             InputError: nothing can be loaded from there, or it is no policy.
         """
-        from rlhf.generation import sampling_for
         from rlhf.promises import require_cache
+        from rlhf.sampling import sampling_for
 
         self.options, self.path = options, str(getattr(options, field))
         self.model, self.tokenizer, self.record, has_template = _load(options, self.path, field)
@@ -175,7 +175,7 @@ class Chat:
         Args:
             number: names the random numbers, together with the seed.
         """
-        from rlhf.generation import stream, uniform_noise
+        from rlhf.sampling import stream, uniform_noise
 
         question = whole_characters(question)
         prompt_ids, room = self._prompt(question)
@@ -211,7 +211,7 @@ class Chat:
     def _settled_text(self, ids: list[int]) -> str:
         """What is said for good: without an incomplete character, or what may yet become a stop
         string and the whitespace before it, or the chat template's text around an answer."""
-        from rlhf.data import Frame, answer_frame
+        from rlhf.tokenizer import Frame, answer_frame
 
         text = self._text(ids).rstrip(INCOMPLETE)
         frame = Frame() if self.why_text else answer_frame(self.tokenizer)
@@ -225,7 +225,7 @@ class Chat:
         return text.rstrip() if stops else text
 
     def _text(self, ids: list[int]) -> str:
-        from rlhf.models import response_text
+        from rlhf.tokenizer import response_text
 
         return response_text(ids, self.tokenizer, "" if self.why_text else None)
 
@@ -235,7 +235,7 @@ class Chat:
         The oldest rounds are forgotten until an answer of full length fits, or one of half the
         context.
         """
-        from rlhf.generation import context_length
+        from rlhf.sampling import context_length
 
         context = context_length(self.model)
         reserve = min(self.sampling.max_new_tokens, context // 2)
@@ -281,7 +281,8 @@ def _load(options: ChatOptions, path: str, field: str) -> tuple[Any, Any, Any, b
     import transformers
 
     from rlhf.checkpoint import require_stage
-    from rlhf.models import load_policy, load_tokenizer, read_tokenizer
+    from rlhf.models import load_policy
+    from rlhf.tokenizer import load_tokenizer, read_tokenizer
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from rlhf.command_line import run_command
+from rlhf.cli import run_command
 from rlhf.config import (
     STAGES,
     InputError,
@@ -37,7 +37,7 @@ from rlhf.config import (
     nearest,
     refuse_named_code,
 )
-from rlhf.config.stages import DTYPES
+from rlhf.config.knobs import DTYPES
 
 CONFIG = "config.yaml"
 ITS_MODEL = "its model.path"  # that of a checkpoint's run, in messages
@@ -63,9 +63,10 @@ def export(options: ExportOptions) -> None:
     import transformers
 
     from rlhf.checkpoint import complete_or_nothing, find_non_finite, require_stage
-    from rlhf.checkpoint.handoff import RECORD, write_record
-    from rlhf.metrics import say
-    from rlhf.models import local_directory, mend_sampling_settings
+    from rlhf.checkpoint.stage_directory import RECORD, write_record
+    from rlhf.console import say
+    from rlhf.hub import local_directory
+    from rlhf.models import mend_sampling_settings
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -134,7 +135,7 @@ def load_checkpoint(path: Path, trust_remote_code: bool = False) -> tuple[Any, A
         read_record,
         step_of,
     )
-    from rlhf.models import load_tokenizer
+    from rlhf.tokenizer import load_tokenizer
 
     damage = find_damage(path)
     if damage is not None:
@@ -208,7 +209,9 @@ def load_directory(path: str, trust_remote_code: bool = False) -> tuple[Any, Any
     Raises:
         InputError: it cannot be loaded.
     """
-    from rlhf.models import find_source, load_policy, load_reward_model, read_tokenizer
+    from rlhf.hub import find_source
+    from rlhf.models import load_policy, load_reward_model
+    from rlhf.tokenizer import read_tokenizer
 
     is_classifier = find_source(path, "path", code=trust_remote_code).is_classifier
     config = ModelConfig(path=path, dtype="auto", trust_remote_code=trust_remote_code)
@@ -230,7 +233,7 @@ def _cast(model: Any, dtype: str) -> None:
 
 
 def _report(model: Any, out: Path) -> None:
-    from rlhf.metrics import say
+    from rlhf.console import say
     from rlhf.models import parameter_count
 
     size = sum(file.stat().st_size for file in out.glob("*.safetensors")) / 1e6

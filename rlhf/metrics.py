@@ -9,16 +9,13 @@ an error. Equal runs write equal bytes to `metrics.jsonl`: what the clock says g
 from __future__ import annotations
 
 import json
-import logging
 import math
-import os
-import sys
-import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import InputError, StageConfig, hide, plain_values
+from rlhf.config import InputError, StageConfig, plain_values
+from rlhf.console import is_main_process
 
 IDENTITY = "run.json"  # in a stage directory: who wrote it, {"id": ..., "stage": ...}
 TIMINGS = frozenset({"seconds", "tokens_per_second", "collect_seconds", "optimize_seconds"})
@@ -111,80 +108,6 @@ METRICS |= {
     for name in _BOUNDED
     for side in ("low", "high")
 }
-
-
-def is_main_process() -> bool:
-    """True on the process that prints and writes."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def say(text: str = "") -> None:
-    """Print on the main process only."""
-    if is_main_process():
-        print(hide(text), flush=True)
-
-
-def warn(text: str) -> None:
-    """Print a warning, with its remedy, on the main process only."""
-    if is_main_process():
-        print(f"warning: {hide(text)}", file=sys.stderr, flush=True)
-
-
-def progress_bar(total: int, done: int, unit: str) -> Any:
-    """Return a tqdm bar on the main process; in a log file it prints a line every ten seconds."""
-    from tqdm import tqdm
-
-    interval = 0.2 if sys.stderr.isatty() else 10.0
-    return tqdm(
-        total=total, initial=done, unit=unit, mininterval=interval, disable=not is_main_process()
-    )
-
-
-def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
-    """Lay out rows as a plain-text table; numbers to the right, floats with four significant
-    digits."""
-    cells = [list(header)] + [[_cell(value) for value in row] for row in rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    numeric = [
-        all(isinstance(row[i], (int, float, type(None))) for row in rows)
-        for i in range(len(header))
-    ]
-    lines = [
-        "  ".join(
-            text.rjust(w) if right else text.ljust(w)
-            for text, w, right in zip(row, widths, numeric, strict=True)
-        )
-        for row in cells
-    ]
-    return "\n".join(
-        [
-            lines[0].rstrip(),
-            "  ".join("-" * w for w in widths),
-            *(line.rstrip() for line in lines[1:]),
-        ]
-    )
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
-    return str(value)
-
-
-def quiet_libraries() -> None:
-    """Silence the progress bars, load reports and deprecations of the libraries; the stages report
-    what matters themselves."""
-    import datasets
-    import transformers
-
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at each 8-bit product
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\b")
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
 
 
 class MetricsWriter:

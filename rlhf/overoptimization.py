@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.checkpoint import hash_weights, read_record
-from rlhf.command_line import exit_status
+from rlhf.cli import exit_status
 from rlhf.config import InputError, PPOStageConfig, ScorerConfig, load_config
-from rlhf.demo import argument, run_stage
-from rlhf.metrics import quiet_libraries, say, table
+from rlhf.console import quiet_libraries, say, table
+from rlhf.demo.__main__ import argument, run_stage
 
 KL_COEFS = "[0,0.02,0.05,0.15,0.5]"
 SELECT_KL_COEF = 0.15  # that of the demo recipe
@@ -226,10 +226,11 @@ def sample_scores(
     import torch
 
     from rlhf.data import encode_prompt
-    from rlhf.generation import generate, sampling_for, uniform_noise
-    from rlhf.models import load_policy, load_tokenizer, response_text
-    from rlhf.rollout import Actors, CollectSettings, score_sampled
-    from rlhf.scorers import checked_scores, hash_rendering, load_scorer
+    from rlhf.models import load_policy
+    from rlhf.ppo.rollout import Actors, CollectSettings, score_sampled
+    from rlhf.sampling import generate, sampling_for, uniform_noise
+    from rlhf.scorers import checked_scores, load_scorer
+    from rlhf.tokenizer import hash_rendering, load_tokenizer, response_text
 
     quiet_libraries()
     say(f"\nbest-of-n: {num_samples} samples of the SFT policy to each of {len(prompts)} prompts")

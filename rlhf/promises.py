@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from rlhf.config import InputError
-from rlhf.generation import Sampling, context_length, generate, uniform_noise
 from rlhf.models import (
     ScalarModel,
     TextModel,
@@ -29,6 +28,7 @@ from rlhf.models import (
     undo_first_pass,
     unwrap_peft,
 )
+from rlhf.sampling import Sampling, context_length, generate, uniform_noise
 
 NUM_STEPS = 6  # of the cache, after the prompt
 FLAT = 20.0  # temperature at which nearly every token is sampled: contexts that none can guess

@@ -15,6 +15,6 @@ import pytest  # noqa: E402
 @pytest.fixture(scope="session")
 def policy_dir(tmp_path_factory):
     """Directory of the tiny random policy of `tiny_ppo`."""
-    from tiny_ppo import write_policy
+    from helpers.tiny_ppo import write_policy
 
     return write_policy(tmp_path_factory.mktemp("policy"))

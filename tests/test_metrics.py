@@ -10,16 +10,8 @@ import math
 import pytest
 
 from rlhf.config import SFTStageConfig, TrackerConfig
-from rlhf.metrics import (
-    METRICS,
-    TIMINGS,
-    MetricsWriter,
-    append_jsonl,
-    read_jsonl,
-    say,
-    table,
-    warn,
-)
+from rlhf.console import say, table, warn
+from rlhf.metrics import METRICS, TIMINGS, MetricsWriter, append_jsonl, read_jsonl
 
 
 def rows(path):

@@ -91,7 +91,7 @@ def build_kwise(rows: list[dict], settings: argparse.Namespace, arguments: dict)
 
     from rlhf.config import RewardConfig
     from rlhf.data import RankedCollator
-    from rlhf.demo_world import build_tokenizer
+    from rlhf.demo.world import build_tokenizer
     from rlhf.models import ScalarModel
     from rlhf.reward.trainer import RankingTrainer
 
@@ -113,7 +113,7 @@ def build_pairs(rows: list[dict], settings: argparse.Namespace, arguments: dict)
     import trl
     from datasets import Dataset
 
-    from rlhf.demo_world import build_tokenizer
+    from rlhf.demo.world import build_tokenizer
 
     tokenizer = build_tokenizer()
     pairs = [

@@ -16,7 +16,7 @@ import torch
 from rlhf.checkpoint.finite import write_stop
 from rlhf.checkpoint.ownership import complete_checkpoints, latest_checkpoint, step_of
 from rlhf.config import InputError, PPOStageConfig, RewardStageConfig, SFTStageConfig, StageConfig
-from rlhf.metrics import is_main_process
+from rlhf.console import is_main_process
 
 REPEAT_SECONDS = 5.0  # an exception raised while Python destroys an object is lost: raise it again
 

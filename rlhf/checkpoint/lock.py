@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 
+from rlhf.checkpoint.atomic import UNSEALED
 from rlhf.checkpoint.disk import disk_errors
-from rlhf.checkpoint.files import UNSEALED
 from rlhf.config import InputError, StageConfig
-from rlhf.metrics import is_main_process, say, warn
+from rlhf.console import is_main_process, say, warn
 
 LOCK = ".lock"
 POLL_SECONDS = 0.1

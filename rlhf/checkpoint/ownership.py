@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from rlhf.checkpoint.files import (
+from rlhf.checkpoint.atomic import (
     MANIFEST,
     UNSEALED,
     files_of,
@@ -24,8 +24,8 @@ from rlhf.checkpoint.files import (
     write_manifest,
 )
 from rlhf.checkpoint.finite import CHANGES, STOPPED, read_changes
-from rlhf.checkpoint.handoff import RECORD, read_record
 from rlhf.checkpoint.lock import require_held
+from rlhf.checkpoint.stage_directory import RECORD, read_record
 from rlhf.config import CONFIG_FILE, InputError
 from rlhf.metrics import IDENTITY, read_identity
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from rlhf.checkpoint.files import complete_or_nothing
+from rlhf.checkpoint.atomic import complete_or_nothing
 from rlhf.checkpoint.finite import find_non_finite
 from rlhf.checkpoint.ownership import refuse_taken, seal
 from rlhf.config import InputError, StageConfig, save_config

@@ -11,7 +11,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from rlhf.config.stages import (
+from rlhf.config.knobs import (
     ADVANTAGES,
     COMBINATIONS,
     COMPLETIONS,

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf.config.loading import nearest
-from rlhf.config.stages import InputError, StageConfig
+from rlhf.config.knobs import InputError, StageConfig
+from rlhf.config.reading import nearest
 
 CONFIG_FILE = "config.yaml"
-OWN_CODE = "python:rlhf.demo_world."
+OWN_CODE = "python:rlhf.demo.world."
 NUM_SHOWN = 10  # names of runs in a message
 
 

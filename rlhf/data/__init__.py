@@ -2,10 +2,8 @@
 
     source -> rows -> format -> canonical rows -> split by prompt -> token ids and labels -> batches
 
-`reading` reads raw rows, `formats` and `instructions` make them canonical, `canonical` checks them,
-`sources` drops and counts the bad ones and holds some out, `templates` finds chat templates and
-their stop strings, `rendering` makes text of conversations and finds where answers begin and end,
-`encoding` tokenises, `splitting` cuts long conversations, `mixing` adds plain text.
+`read` reads raw rows, `formats` makes them canonical, `rows` says what a canonical row is, `splits`
+drops and counts the bad ones and holds some out, `encode` makes token ids.
 
 Canonical rows use TRL's column names. SFT: `messages`, or `prompt` and `completion` (both text or
 both conversations). Reward: `prompt`, `responses`, `ranks` (0 = best, ties share a rank; a pair is
@@ -14,8 +12,7 @@ K = 2). PPO: `prompt`; PPO-ptx: `text`, or an SFT row. Other columns are kept un
 Left out: packing (TRL does it), streaming, images, tool calls.
 """
 
-from rlhf.data.canonical import DropRow, Row, check_row, prompt_of
-from rlhf.data.encoding import (
+from rlhf.data.encode import (
     RankedCollator,
     encode_prompt,
     encode_prompts,
@@ -28,9 +25,8 @@ from rlhf.data.encoding import (
     not_refused,
 )
 from rlhf.data.formats import FORMATS, resolve_format
-from rlhf.data.mixing import mix_texts
-from rlhf.data.rendering import Frame, RefusedConversation, answer_frame
-from rlhf.data.sources import (
+from rlhf.data.rows import DropRow, Row, check_row, prompt_of
+from rlhf.data.splits import (
     Splits,
     describe_dropped,
     first_cases,
@@ -39,40 +35,3 @@ from rlhf.data.sources import (
     split_by_prompt,
     to_conversation,
 )
-from rlhf.data.splitting import split_conversations
-from rlhf.data.templates import chat_template_text, declare_stop_strings, stop_strings, template_of
-
-__all__ = [
-    "FORMATS",
-    "DropRow",
-    "Frame",
-    "RankedCollator",
-    "RefusedConversation",
-    "Row",
-    "Splits",
-    "answer_frame",
-    "chat_template_text",
-    "check_row",
-    "declare_stop_strings",
-    "describe_dropped",
-    "encode_prompt",
-    "encode_prompts",
-    "encode_ranked",
-    "encode_response",
-    "encode_row",
-    "encode_samples",
-    "encode_sft",
-    "encode_texts",
-    "first_cases",
-    "load_rows",
-    "load_splits",
-    "mix_texts",
-    "not_refused",
-    "prompt_of",
-    "resolve_format",
-    "split_by_prompt",
-    "split_conversations",
-    "stop_strings",
-    "template_of",
-    "to_conversation",
-]

@@ -9,9 +9,11 @@ model trains or scores; only the sampler pads on the left.
 Left out: sharded models.
 """
 
+from rlhf.hub.snapshot import local_directory
+from rlhf.hub.source import find_source
 from rlhf.models.adapters import add_lora, merged, new_token_rows
-from rlhf.models.answers import StopStrings, before_stop, end_token_ids, response_text
 from rlhf.models.dropout import disable_dropout
+from rlhf.models.embeddings import resize_embeddings
 from rlhf.models.forward import (
     HEAD,
     ScalarModel,
@@ -28,7 +30,6 @@ from rlhf.models.forward import (
     unwrap_peft,
     without_padding_mask,
 )
-from rlhf.models.hub import local_directory
 from rlhf.models.loading import (
     check_model_config,
     freeze,
@@ -45,60 +46,12 @@ from rlhf.models.sampling_settings import (
     sample_as_trained,
     sampling_settings,
 )
-from rlhf.models.sources import find_source
 from rlhf.models.stored_adapters import load_adapter
-from rlhf.models.vocabulary import (
+from rlhf.tokenizer.special_tokens import (
     PAD_TOKEN,
     forbidden_token_ids,
     load_tokenizer,
     num_tokens,
     read_tokenizer,
-    resize_embeddings,
 )
-
-__all__ = [
-    "check_model_config",
-    "HEAD",
-    "PAD_TOKEN",
-    "ScalarModel",
-    "StopStrings",
-    "TextModel",
-    "accepts",
-    "add_lora",
-    "before_stop",
-    "disable_dropout",
-    "end_token_ids",
-    "find_source",
-    "forbidden_token_ids",
-    "forward_inputs",
-    "freeze",
-    "has_linear_head",
-    "inference_mode",
-    "init_reward_model",
-    "is_causal",
-    "load_adapter",
-    "is_quantized",
-    "load_policy",
-    "load_reference",
-    "load_reward_model",
-    "load_tokenizer",
-    "local_directory",
-    "mend_sampling_settings",
-    "merged",
-    "new_token_rows",
-    "num_tokens",
-    "parameter_count",
-    "position_ids_from_mask",
-    "prefill_inputs",
-    "read_tokenizer",
-    "resize_embeddings",
-    "response_logits",
-    "response_text",
-    "sample_as_trained",
-    "sampling_settings",
-    "sequence_scores",
-    "undo_first_pass",
-    "unwrap_peft",
-    "use_bfloat16",
-    "without_padding_mask",
-]
+from rlhf.tokenizer.stop_strings import StopStrings, before_stop, end_token_ids, response_text

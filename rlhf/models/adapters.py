@@ -17,9 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from rlhf.config import InputError, ModelConfig, PeftConfig
-from rlhf.data import stop_strings
 from rlhf.models.forward import HEAD
 from rlhf.models.quantization import dequantized_weight, is_quantized
+from rlhf.tokenizer import stop_strings
 
 
 def new_token_rows(

@@ -19,18 +19,19 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from rlhf.checkpoint import find_non_finite, find_non_finite_in
 from rlhf.config import InputError, ModelConfig, nearest
-from rlhf.models.answers import end_token_ids
+from rlhf.hub.source import Source, find_source
 from rlhf.models.dropout import disable_dropout, set_dropout
+from rlhf.models.embeddings import resize_embeddings
 from rlhf.models.forward import HEAD, has_linear_head
 from rlhf.models.quantization import check_quantized
-from rlhf.models.sources import Source, find_source
 from rlhf.models.stored import (
     linear_head,
     load_backbone,
     load_classifier,
     load_language_model,
 )
-from rlhf.models.vocabulary import num_tokens, resize_embeddings
+from rlhf.tokenizer.special_tokens import num_tokens
+from rlhf.tokenizer.stop_strings import end_token_ids
 
 
 def load_policy(

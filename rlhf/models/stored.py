@@ -19,10 +19,10 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from rlhf.config import InputError, ModelConfig
+from rlhf.hub.snapshot import call_loader, one_line, read_json, tensor_names
+from rlhf.hub.source import ADAPTER_WEIGHTS, Misfits, Source, weight_files
 from rlhf.models.forward import HEAD, has_linear_head
-from rlhf.models.hub import call_loader, one_line, read_json, tensor_names
 from rlhf.models.quantization import quantization_arguments
-from rlhf.models.sources import ADAPTER_WEIGHTS, Misfits, Source, weight_files
 from rlhf.models.stored_adapters import PREFIX, merge_stored_adapter
 
 # Masks, positions and frequencies that older libraries saved; models compute them.

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf.config import InputError
-from rlhf.models.hub import one_line
-from rlhf.models.sources import ADAPTER_WEIGHTS, Misfits
-from rlhf.models.vocabulary import resize_embeddings
+from rlhf.hub.snapshot import one_line
+from rlhf.hub.source import ADAPTER_WEIGHTS, Misfits
+from rlhf.models.embeddings import resize_embeddings
 
 PREFIX = "base_model.model."  # of the names that PEFT gives the weights of its adapters
 

@@ -2,7 +2,7 @@
 
 `gae` needs a critic. The others need none: `rloo` and `grpo` compare the responses of one prompt,
 `reinforce_pp` all tokens of the rollout. To add one, write a function of the same shape and name it
-in `ESTIMATORS` and in `rlhf.config.stages.ADVANTAGES`. The formulas are in `rlhf.functional`.
+in `ESTIMATORS` and in `rlhf.config.knobs.ADVANTAGES`. The formulas are in `rlhf.functional`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlhf import functional
 from rlhf.config import PPOConfig
-from rlhf.rollout import Rollout
+from rlhf.ppo.rollout import Rollout
 
 
 def gae(rollout: Rollout, rewards: Tensor, ppo: PPOConfig) -> tuple[Tensor, Tensor]:

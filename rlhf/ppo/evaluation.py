@@ -17,10 +17,10 @@ from torch import Tensor
 
 from rlhf.config import PPOStageConfig
 from rlhf.functional import bootstrap_interval, wins
-from rlhf.models import response_text
+from rlhf.ppo.rollout import Rollout, collect, component_scores, cut_metric, on_every_process
 from rlhf.ppo.trainer import PPOTrainer
-from rlhf.rollout import Rollout, collect, component_scores, cut_metric, on_every_process
 from rlhf.scorers import Scorer, Scores, Tokens, score_responses
+from rlhf.tokenizer import response_text
 
 EVALUATION_KEY = 1 << 31  # names the random numbers; no update has this number
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from rlhf.config import InputError, PPOStageConfig
 from rlhf.data import Splits, describe_dropped, encode_prompts, not_refused
-from rlhf.generation import context_length
-from rlhf.rollout import Actors
+from rlhf.ppo.rollout import Actors
+from rlhf.sampling import context_length
 from rlhf.scorers import RewardModelScorer, Scorer, reward_models
 
 Prompts = list[dict[str, Any]]

@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-from rlhf.models import response_text
-from rlhf.rollout import Rollout
+from rlhf.ppo.rollout import Rollout
+from rlhf.tokenizer import response_text
 
 PER_TOKEN = ("logprobs", "ref_logprobs", "values", "advantages", "returns")
 

@@ -13,13 +13,11 @@ from rlhf.checkpoint import (
     warn_about_prompts,
 )
 from rlhf.config import PPOStageConfig, check
+from rlhf.console import quiet_libraries, say
 from rlhf.data import load_splits
 from rlhf.distributed import make_accelerator
-from rlhf.generation import context_length
-from rlhf.metrics import quiet_libraries, say
 from rlhf.models import unwrap_peft
-from rlhf.ppo.evaluation import Evaluator
-from rlhf.ppo.loading import (
+from rlhf.ppo.actors import (
     check_batches,
     check_promises,
     collect_settings,
@@ -30,10 +28,12 @@ from rlhf.ppo.loading import (
     load_texts,
     with_default_paths,
 )
-from rlhf.ppo.preflight import run_preflight
+from rlhf.ppo.evaluation import Evaluator
+from rlhf.ppo.loop import PPOResult, Run
+from rlhf.ppo.preflight.preflight import run_preflight
 from rlhf.ppo.prompts import choose_prompts
-from rlhf.ppo.run import PPOResult, Run
 from rlhf.ppo.trainer import PPOTrainer
+from rlhf.sampling import context_length
 from rlhf.scorers import Scorer
 
 

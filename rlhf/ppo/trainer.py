@@ -1,6 +1,6 @@
 """The PPO loop: collect, shape rewards, estimate advantages, update, log.
 
-Formulas live in `rlhf.functional`, the optimiser steps in `rlhf.ppo.optimization`, the estimators
+Formulas live in `rlhf.functional`, the optimiser steps in `rlhf.ppo.update`, the estimators
 in `rlhf.ppo.estimators`; loading, evaluation and the run directory in `rlhf.ppo.stage`.
 
 Decisions and sources: Z = Ziegler et al. 2019 (arXiv 1909.08593), S = Stiennon et al. 2020
@@ -33,9 +33,7 @@ from rlhf.functional import (
     whiten,
 )
 from rlhf.ppo.estimators import ESTIMATORS, WHITENED
-from rlhf.ppo.optimization import Optimization, stream_rows
-from rlhf.ppo.saved_rollouts import write_rollout
-from rlhf.rollout import (
+from rlhf.ppo.rollout import (
     Actors,
     CollectSettings,
     Rollout,
@@ -43,6 +41,8 @@ from rlhf.rollout import (
     component_scores,
     cut_metric,
 )
+from rlhf.ppo.saved_rollouts import write_rollout
+from rlhf.ppo.update import Optimization, stream_rows
 from rlhf.scorers import CombinedScorer, Scorer
 
 

@@ -2,7 +2,7 @@
 
 A rule that fires writes a row to `watchdog.jsonl`; the first time, it also warns in the terminal; a
 table at the end says how often. Thresholds stand under `watchdog:`; null turns a rule off. Only
-`kl_budget` ends the run. Numbers that are not finite stop it in `rlhf.ppo.optimization`, and
+`kl_budget` ends the run. Numbers that are not finite stop it in `rlhf.ppo.update`, and
 `ppo.target_kl` acts inside an update, there too.
 """
 
@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config import PPOStageConfig
-from rlhf.metrics import append_jsonl, is_main_process, table, warn
+from rlhf.console import is_main_process, table, warn
+from rlhf.metrics import append_jsonl
 
 Metrics = dict[str, float]
 # of the update's metrics and of the first update's: the number to judge, None when there is none

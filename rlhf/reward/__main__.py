@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from rlhf.command_line import hydra_main
+from rlhf.cli import hydra_main
 from rlhf.config import RewardStageConfig
 
 
@@ -21,7 +21,7 @@ def run(config: RewardStageConfig) -> int | None:
 
 if __name__ == "__main__":
     if any(argument.startswith("score=") for argument in sys.argv[1:]):
-        from rlhf.reward.scoring import main
+        from rlhf.score import main
 
         raise SystemExit(main(sys.argv[1:]))
     hydra_main("reward", run)

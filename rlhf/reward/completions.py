@@ -16,6 +16,7 @@ from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import InputError, ModelConfig, RewardStageConfig
+from rlhf.console import say, warn
 from rlhf.data import (
     describe_dropped,
     encode_prompt,
@@ -24,9 +25,8 @@ from rlhf.data import (
     load_rows,
     to_conversation,
 )
-from rlhf.generation import context_length, generate, sampling_for, uniform_noise
-from rlhf.metrics import say, warn
 from rlhf.models import freeze, load_policy, use_bfloat16
+from rlhf.sampling import context_length, generate, sampling_for, uniform_noise
 
 COMPLETIONS_KEY = (1 << 31) + 2  # names the random numbers; nothing in PPO has it
 

@@ -27,13 +27,19 @@ from rlhf.checkpoint import (
     write_stage,
 )
 from rlhf.config import RewardStageConfig, check
+from rlhf.console import quiet_libraries, say, warn
 from rlhf.data import RankedCollator, Splits, encode_ranked, load_splits
-from rlhf.metrics import quiet_libraries, say, warn
+from rlhf.hf_trainer.stage_callback import (
+    as_in_training,
+    check_max_length,
+    is_sharded,
+    run_trainer,
+    trainer_arguments,
+)
 from rlhf.models import (
     ScalarModel,
     add_lora,
     init_reward_model,
-    load_tokenizer,
     merged,
     new_token_rows,
     parameter_count,
@@ -50,13 +56,7 @@ from rlhf.reward.report import (
     terminal_text,
 )
 from rlhf.reward.trainer import RankingTrainer, describe_plan, plan_batches, score_rows
-from rlhf.training import (
-    as_in_training,
-    check_max_length,
-    is_sharded,
-    run_trainer,
-    trainer_arguments,
-)
+from rlhf.tokenizer import load_tokenizer
 
 
 @dataclass

@@ -19,12 +19,12 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import TrainingArguments
 
 from rlhf.config import InputError, RewardConfig
-from rlhf.finite_trainer import FiniteTrainer
 from rlhf.functional import ranking_loss
+from rlhf.hf_trainer.finite import FiniteTrainer
+from rlhf.hf_trainer.stage_callback import describe_batches
 from rlhf.models import sequence_scores
 from rlhf.reward.report import RankingReport, ranking_report
 from rlhf.scorers import score_sequences
-from rlhf.training import describe_batches
 
 Row = dict[str, Any]
 

@@ -19,7 +19,7 @@ A scorer that fails, or returns anything but finite numbers, stops the run with 
 remote scorers, and components that are combined themselves.
 """
 
-from rlhf.scorers.calling import (
+from rlhf.scorers.call import (
     CombinedScorer,
     Scorer,
     Scores,
@@ -32,27 +32,5 @@ from rlhf.scorers.calling import (
     reward_models,
     score_responses,
 )
-from rlhf.scorers.reward_model import (
-    RewardModelScorer,
-    hash_rendering,
-    score_sequences,
-    score_statistics,
-)
-
-__all__ = [
-    "CombinedScorer",
-    "RewardModelScorer",
-    "Scorer",
-    "Scores",
-    "Tokens",
-    "check_scores",
-    "checked_scores",
-    "combine_scores",
-    "component_names",
-    "hash_rendering",
-    "load_scorer",
-    "reward_models",
-    "score_responses",
-    "score_sequences",
-    "score_statistics",
-]
+from rlhf.scorers.reward_model import RewardModelScorer, score_sequences, score_statistics
+from rlhf.tokenizer import hash_rendering

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,20 +10,20 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
-from rlhf.checkpoint import hash_tokenizer, is_hub_id, require_stage
+from rlhf.checkpoint import require_stage
 from rlhf.config import InputError, ModelConfig, ScorerConfig
-from rlhf.data import RefusedConversation, encode_prompt, encode_response
+from rlhf.data import encode_prompt, encode_response
+from rlhf.hub import is_hub_id
 from rlhf.models import (
     ScalarModel,
     TextModel,
     freeze,
     has_linear_head,
     load_reward_model,
-    load_tokenizer,
-    read_tokenizer,
     sequence_scores,
 )
 from rlhf.promises import require_padding
+from rlhf.tokenizer import RefusedConversation, hash_rendering, load_tokenizer, read_tokenizer
 
 UNLIMITED = 1 << 30
 
@@ -277,17 +275,3 @@ def score_statistics(
         )
     standardise = config.normalize == "standardise"
     return record.score_mean, (record.score_std or 1.0) if standardise else 1.0
-
-
-def hash_rendering(tokenizer: Any) -> str:
-    """Hash all that turns a conversation into token ids: vocabulary, special tokens, the rules
-    that split text, the chat template.
-
-    Only under equal hashes do the ids that a policy saw stand for the same to a reward model.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = {} if backend is None else json.loads(backend.to_str())
-    for state in ("padding", "truncation"):  # of the latest call
-        rules.pop(state, None)
-    facts = [hash_tokenizer(tokenizer), tokenizer.chat_template, rules]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -9,7 +9,7 @@ __all__ = ["SFTResult", "train_sft"]
 
 def __getattr__(name: str) -> Any:  # keeps `--help` and `--cfg job` free of torch
     if name in __all__:
-        from rlhf.sft import trainer
+        from rlhf.sft import stage as trainer
 
         return getattr(trainer, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rlhf.command_line import hydra_main
+from rlhf.cli import hydra_main
 from rlhf.config import SFTStageConfig
 
 
@@ -12,7 +12,7 @@ def run(config: SFTStageConfig) -> int | None:
     Returns:
         Number of the signal that interrupted training, if one did.
     """
-    from rlhf.sft.trainer import train_sft
+    from rlhf.sft.stage import train_sft
 
     return train_sft(config).stopped_by
 

@@ -1,7 +1,7 @@
 """Gradients of attention in bf16 on a GPU, at the lengths where cuDNN's kernel gives NaN.
 
 Its backward pass does so for queries without a key at lengths that are multiples of 64, as left
-padding has them. On a CPU tests/test_padding.py proves that there are no such queries; the test
+padding has them. On a CPU tests/models/test_padding.py proves that there are none such; the test
 here runs on a CPU too, at two lengths, so that its own code is known to work.
 Run: pytest tests/gpu/test_attention.py -m gpu
 """
@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import TOKENIZER, rollout_of
-from tiny import tiny_model
+from helpers.families import TOKENIZER, rollout_of
+from helpers.tiny import tiny_model
 
-from rlhf.generation import Sampling
 from rlhf.models import ScalarModel, prefill_inputs
-from rlhf.ppo.optimization import text_loss
-from rlhf.rollout import critic_values, policy_logprobs
+from rlhf.ppo.rollout import critic_values, policy_logprobs
+from rlhf.ppo.update import text_loss
+from rlhf.sampling import Sampling
 
 LENGTHS = {"cuda": range(295, 321), "cpu": (319, 320)}
 DEVICES = [pytest.param("cuda", marks=pytest.mark.gpu), "cpu"]

@@ -11,7 +11,7 @@ import math
 
 import pytest
 import torch
-from tiny_ppo import make_config, write_policy
+from helpers.tiny_ppo import make_config, write_policy
 
 from rlhf import train_ppo, train_reward, train_sft
 from rlhf.config import DatasetConfig, ModelConfig, RewardStageConfig, SFTStageConfig

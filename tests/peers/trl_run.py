@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_model, tiny_tokenizer
+from helpers.tiny import tiny_model, tiny_tokenizer
 from torch import Tensor
 
 VOCABULARY = 24  # so small that an untrained policy ends about a third of its responses by EOS

@@ -16,15 +16,15 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 from world import DEVICE, check_finite, make_model, make_prompts, make_tokenizer, median, write
 from world import options as command_line
 
-import rlhf.rollout
+import rlhf.ppo.rollout
 from rlhf.config import CriticConfig, ModelConfig, PeftConfig, PPOConfig, PPOStageConfig
 from rlhf.distributed import make_accelerator
 from rlhf.models import ScalarModel, add_lora, disable_dropout, freeze
 from rlhf.ppo import PPOTrainer
-from rlhf.ppo.loading import collect_settings
-from rlhf.rollout import Actors
-from rlhf.scorers import hash_rendering
+from rlhf.ppo.actors import collect_settings
+from rlhf.ppo.rollout import Actors
 from rlhf.scorers.reward_model import score_sequences
+from rlhf.tokenizer import hash_rendering
 
 
 def main() -> None:
@@ -114,14 +114,14 @@ def timed_step(trainer: PPOTrainer) -> dict[str, float]:
         sampled.append(time.perf_counter() - began)
         return result
 
-    original = rlhf.rollout.generate
-    rlhf.rollout.generate = generate  # the phases of `collect` are not metrics of their own
+    original = rlhf.ppo.rollout.generate
+    rlhf.ppo.rollout.generate = generate  # the phases of `collect` are not metrics of their own
     try:
         began = time.perf_counter()
         metrics = trainer.step()
         seconds = time.perf_counter() - began
     finally:
-        rlhf.rollout.generate = original
+        rlhf.ppo.rollout.generate = original
     return metrics | {
         "rollout": sum(sampled),
         "scoring": metrics["collect_seconds"] - sum(sampled),

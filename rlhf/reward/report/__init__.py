@@ -56,19 +56,3 @@ from rlhf.reward.report.measures import (
 )
 from rlhf.reward.report.page import NO_PICTURE, PICTURE, page_files, terminal_text
 from rlhf.reward.report.verdict import heldout_name, judge, make_report
-
-__all__ = [
-    "LENGTH_MATCH",
-    "NO_PICTURE",
-    "PICTURE",
-    "RankingReport",
-    "agreement",
-    "find_mistakes",
-    "heldout_name",
-    "judge",
-    "make_report",
-    "measure",
-    "page_files",
-    "ranking_report",
-    "terminal_text",
-]

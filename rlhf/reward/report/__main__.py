@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rlhf.checkpoint import require_stage
-from rlhf.command_line import exit_status
+from rlhf.cli import exit_status
 from rlhf.config import (
     InputError,
     RewardStageConfig,
@@ -27,8 +27,8 @@ from rlhf.config import (
     refuse_named_code,
     schema,
 )
+from rlhf.console import quiet_libraries, say, warn
 from rlhf.data import encode_ranked, load_splits
-from rlhf.metrics import quiet_libraries, say, warn
 from rlhf.reward.report.measures import Row, agreement, ranking_report
 from rlhf.reward.report.page import NO_PICTURE, PICTURE, page_files, terminal_text
 from rlhf.reward.report.verdict import heldout_name, make_report

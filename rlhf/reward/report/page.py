@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.metrics import table
+from rlhf.console import table
 from rlhf.reward.report.measures import (
     LENGTH_MATCH,
     Row,

@@ -1,0 +1,303 @@
+"""Formats of preference sets: ranked responses, pairs, ratings."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from rlhf.config import show
+from rlhf.data.formats.instructions import (
+    alpaca_prompt,
+    tldr_prompt,
+)
+from rlhf.data.rows import (
+    DropRow,
+    Prompt,
+    Row,
+    as_list,
+    as_number,
+    as_numbers,
+    as_prompt,
+    as_text,
+    bad_field,
+    ranks_of,
+    ranks_of_probability,
+    with_extras,
+)
+from rlhf.tokenizer import Message
+
+# --- Preferences --------------------------------------------------------------------------------
+
+
+def _user_prompt(value: Any, name: str) -> list[Message]:
+    """Make text one user turn; a conversation stays."""
+    prompt = as_prompt(value, name)
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def _scored(row: Row, name: str, text: str, scores: list[str]) -> Row:
+    """`responses`, `scores` and `ranks` from the list row[name] of {text, score}.
+
+    The score of all of them is the first of the fields `scores` that any of them has.
+    """
+    items = row[name]
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        raise bad_field(name, f"got {show(items)}", f"expected a list of {{{text}, {scores[0]}}}")
+    known = [score for score in scores if any(item.get(score) is not None for item in items)]
+    score, fix = (known or scores)[0], "score every one (0 is a score), or leave it out"
+    rows = list(enumerate(items))
+    responses = [as_text(item.get(text), f"{name}[{i}].{text}") for i, item in rows]
+    numbers = [as_number(item.get(score), f"{name}[{i}].{score}", fix) for i, item in rows]
+    return {"responses": responses, "scores": numbers, "ranks": ranks_of(numbers)}
+
+
+def _hh_turns(text: Any, name: str) -> list[Message]:
+    parts = re.split(r"\n\n(Human|Assistant):", as_text(text, name))
+    if len(parts) < 3 or parts[0].strip():
+        raise bad_field(name, f"got {show(text)}", r"expected text that starts with '\n\nHuman:'")
+    roles = {"Human": "user", "Assistant": "assistant"}
+    turns = zip(parts[1::2], parts[2::2], strict=True)
+    return [{"role": roles[role], "content": content.strip()} for role, content in turns]
+
+
+def format_hh(row: Row) -> Row:
+    """Anthropic's HH pairs: `chosen` and `rejected` are whole dialogues that share a prompt."""
+    chosen, rejected = (_hh_turns(row[name], name) for name in ("chosen", "rejected"))
+    if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
+        raise DropRow("last turn not the assistant's")
+    if chosen[:-1] != rejected[:-1]:
+        raise DropRow("prompts differ")
+    responses = [chosen[-1]["content"], rejected[-1]["content"]]
+    canonical = {"prompt": chosen[:-1], "responses": responses, "ranks": [0, 1]}
+    return with_extras(canonical, row, ["chosen", "rejected"])
+
+
+def format_hh_chosen(row: Row) -> Row:
+    """The preferred dialogue of an HH pair as a demonstration: loss on its last answer only."""
+    turns = _hh_turns(row["chosen"], "chosen")
+    if turns[-1]["role"] != "assistant":
+        raise DropRow("last turn not the assistant's")
+    canonical = {"prompt": turns[:-1], "completion": turns[-1:]}
+    return with_extras(canonical, row, ["chosen", "rejected"])
+
+
+def format_ranked(row: Row) -> Row:
+    """`prompt`, `responses`, and `ranks` (0 = best) or `scores` (higher is better), or both.
+
+    Of two responses, `probability` (that the first is preferred) may stand in place of ranks.
+    """
+    if "ranks" in row:
+        ranks = ranks_of([-rank for rank in as_numbers(row["ranks"], "ranks")])
+    elif "scores" in row:
+        ranks = ranks_of(as_numbers(row["scores"], "scores"))
+    elif "probability" in row:
+        ranks = ranks_of_probability(row["probability"])
+    else:
+        raise bad_field("ranks", "missing or null, and so is 'scores'", "give one of the two")
+    prompt = as_prompt(row["prompt"], "prompt")
+    responses = as_list(row["responses"])
+    return with_extras({"prompt": prompt, "responses": responses, "ranks": ranks}, row, [])
+
+
+def format_ratings(row: Row) -> Row:
+    """`prompt`, `responses`, `ratings` (higher is better, equal ones tie) and `scale` [low, high].
+
+    The ratings become the scores as they are. Without a scale any finite number is a rating.
+    """
+    ratings = as_numbers(row["ratings"], "ratings")
+    if "scale" in row:
+        scale = as_numbers(row["scale"], "scale")
+        if len(scale) != 2 or scale[0] >= scale[1]:
+            raise bad_field("scale", f"got {show(scale)}", "expected [lowest, highest] rating")
+        for i, rating in enumerate(ratings):
+            if not scale[0] <= rating <= scale[1]:
+                fix = f"'scale' is {scale[0]} to {scale[1]}; correct one of them"
+                raise bad_field(f"ratings[{i}]", f"got {rating}", fix)
+    canonical = {
+        "prompt": as_prompt(row["prompt"], "prompt"),
+        "responses": as_list(row["responses"]),
+        "ranks": ranks_of(ratings),
+        "scores": ratings,
+    }
+    return with_extras(canonical, row, ["ratings", "scale"])
+
+
+def format_pair(row: Row) -> Row:
+    """`prompt`, `chosen`, `rejected`, each text or a conversation.
+
+    A conversation in `chosen` or `rejected` ends in the assistant's answer. What stands before it
+    is the prompt; a column `prompt` must then say the same, as a conversation or as its last turn.
+    Optional: `margin`, `probability` (that `chosen` is preferred), `score_chosen` and
+    `score_rejected`; equal scores leave the preference as it is.
+    """
+    contexts, responses = [], []
+    sides = [as_prompt(row[name], name) for name in ("chosen", "rejected")]
+    for name, side in zip(("chosen", "rejected"), sides, strict=True):
+        if isinstance(side, list) and side[-1]["role"] != "assistant":
+            raise bad_field(name, f"ends in a {side[-1]['role']} turn", "end it in the assistant's")
+        contexts.append(side[:-1] if isinstance(side, list) else [])
+        responses.append(side[-1]["content"] if isinstance(side, list) else side)
+    if contexts[0] != contexts[1]:
+        raise DropRow("prompts differ")
+    prompt: Prompt = contexts[0] or as_prompt(row["prompt"], "prompt")
+    given = as_prompt(row["prompt"], "prompt") if "prompt" in row else prompt
+    if contexts[0] and given not in (prompt, contexts[0][-1]["content"]):
+        raise bad_field(
+            "prompt", "differs from what stands before the answer in 'chosen'", "remove one"
+        )
+    if isinstance(prompt, str) and isinstance(sides[0], list):
+        prompt = [{"role": "user", "content": prompt}]
+    ranks = [0, 0] if row.get("probability") == 0.5 else [0, 1]
+    canonical: Row = {"prompt": prompt, "responses": responses, "ranks": ranks}
+    names = ("score_chosen", "score_rejected")
+    if any(name in row for name in names):
+        scores = [as_number(row[name], name, "score both responses or neither") for name in names]
+        if scores[0] < scores[1]:
+            raise DropRow("scores contradict the preference")
+        canonical["scores"] = scores
+    return with_extras(canonical, row, ["chosen", "rejected", *names])
+
+
+def format_alpaca_farm(row: Row) -> Row:
+    """AlpacaFarm's and AlpacaEval's pairs: `instruction`, `input`, `output_1`, `output_2`.
+
+    `preference` is 1 or 2, the better output; 0 or 1.5 is a tie. Between 1 and 2 it is a soft
+    label: 1 + the probability that output_2 is preferred.
+    """
+    fix = "expected 1 or 2, the better output; between them a soft label; or 0, a tie"
+    preference = as_number(row["preference"], "preference", fix)
+    if preference != 0 and not 1 <= preference <= 2:
+        raise bad_field("preference", f"got {show(preference)}", fix)
+    probability = 2 - preference if preference else 0.5
+    names = ["output_1", "output_2"]
+    canonical: Row = {
+        "prompt": alpaca_prompt(row),
+        "responses": [as_text(row[name], name) for name in names],
+        "ranks": ranks_of_probability(probability),
+    }
+    if 0 < probability < 1:
+        canonical["probability"] = probability
+    return with_extras(canonical, row, ["instruction", "input", "preference", *names])
+
+
+def format_ultrafeedback(row: Row) -> Row:
+    """UltraFeedback's `instruction` and `completions`, or its binarized pairs.
+
+    Of each completion `response` and `overall_score` are read, or where no completion of the row
+    has that, `fine-grained_score`. Binarized: see `format_pair`; the preference was read off
+    `score_chosen` and `score_rejected`, so equal scores are a tie.
+    """
+    if "completions" not in row:
+        pair = format_pair(row)
+        return pair | {"ranks": ranks_of([row["score_chosen"], row["score_rejected"]])}
+    canonical = _scored(row, "completions", "response", ["overall_score", "fine-grained_score"])
+    canonical["prompt"] = _user_prompt(row["instruction"], "instruction")
+    return with_extras(canonical, row, ["instruction", "completions"])
+
+
+def format_stack_exchange(row: Row) -> Row:
+    """StackExchange's `question` with `response_j` (preferred) and `response_k`, or with `answers`.
+
+    Of each answer `text` and `pm_score` are read (log2 of the votes, plus 1 if it was accepted).
+    Texts stay as they are: HTML is not converted.
+    """
+    names = ["response_j", "response_k"]
+    if "answers" in row:
+        canonical = _scored(row, "answers", "text", ["pm_score"])
+    else:
+        responses = [as_text(row[name], name) for name in names]
+        canonical = {"responses": responses, "ranks": [0, 1]}
+    canonical["prompt"] = _user_prompt(row["question"], "question")
+    return with_extras(canonical, row, ["question", "answers", *names])
+
+
+def format_summarize_from_feedback(row: Row) -> Row:
+    """OpenAI's comparisons of summaries: `info` (the post), two `summaries`, `choice` (0 or 1).
+
+    Prompt and answers have the shape of `format_tldr`. Posts without a subreddit (the CNN articles
+    of the validation split) are dropped. Other columns are left out: the published copies hold
+    every text once more, and its token ids.
+    """
+    info, summaries = row["info"], row["summaries"]
+    if not isinstance(info, dict):
+        raise bad_field("info", f"got {show(info)}", "expected {subreddit, title, post}")
+    is_list = isinstance(summaries, list) and all(isinstance(one, dict) for one in summaries)
+    if not is_list or len(summaries) != 2:
+        raise bad_field("summaries", f"got {show(summaries)}", "expected two of {text}")
+    if row["choice"] not in (0, 1):
+        raise bad_field("choice", f"got {show(row['choice'])}", "expected 0 or 1, the better one")
+    if not info.get("subreddit"):
+        raise DropRow("no subreddit")
+    texts = [as_text(summary.get("text"), "summaries.text") for summary in summaries]
+    return {
+        "prompt": tldr_prompt(info),
+        "responses": [" " + text.strip() for text in texts],
+        "ranks": [int(row["choice"] != i) for i in range(2)],
+    }
+
+
+def format_chatllama_reward(row: Row) -> Row:
+    """ChatLLaMA's `user_input`, `completion`, `score`: a part of a ranking (see `GROUPED`)."""
+    fix = "score every completion (0 is a score), or remove the row"
+    canonical = {
+        "prompt": as_prompt(row["user_input"], "user_input"),
+        "responses": [as_text(row["completion"], "completion")],
+        "scores": [as_number(row.get("score"), "score", fix)],
+        "ranks": [0],
+    }
+    return with_extras(canonical, row, ["user_input", "completion", "score"])
+
+
+def merge_by_prompt(rows: list[Row]) -> list[Row]:
+    """Make one ranking of the scored responses of each prompt, in the order of the source.
+
+    Columns that are not canonical are those of the prompt's first row.
+    """
+    merged: dict[str, Row] = {}
+    for row in rows:
+        key = json.dumps(row["prompt"], sort_keys=True)
+        into = merged.setdefault(key, {**row, "responses": [], "scores": []})
+        into["responses"] += row["responses"]
+        into["scores"] += row["scores"]
+    return [{**row, "ranks": ranks_of(row["scores"])} for row in merged.values()]
+
+
+def _ranked_siblings(node: Row, before: list[Message]) -> list[Row]:
+    """One row for each user turn of a tree that has at least two ranked answers."""
+    roles = {"prompter": "user", "assistant": "assistant"}
+    fix = "expected {text, role: prompter or assistant, replies: a list of the same}"
+    if not isinstance(node, dict):
+        raise bad_field("prompt", f"got {show(node)}", fix)
+    role, replies = node.get("role"), node.get("replies") or []
+    if role not in roles or not isinstance(replies, list):
+        raise bad_field("prompt", f"got role {role!r} and replies {show(replies)}", fix)
+    if not all(isinstance(reply, dict) for reply in replies):
+        raise bad_field("prompt", f"got replies {show(replies)}", fix)
+    path = [*before, {"role": roles[role], "content": as_text(node.get("text"), "text")}]
+    ranked = [reply for reply in replies if reply.get("rank") is not None]
+    rows: list[Row] = []
+    if role == "prompter" and len(ranked) > 1:
+        ranks = ranks_of(
+            [-as_number(r["rank"], "rank", "expected 0, the best, 1, ...") for r in ranked]
+        )
+        responses = [as_text(reply.get("text"), "text") for reply in ranked]
+        rows.append({"prompt": path, "responses": responses, "ranks": ranks})
+    return rows + [row for reply in replies for row in _ranked_siblings(reply, path)]
+
+
+def format_oasst(row: Row) -> Row:
+    """OpenAssistant's trees: `prompt`, the first message, of {text, role, rank, replies}.
+
+    Every user turn with at least two ranked answers becomes one ranking (see `GROUPED`), with the
+    turns on the way to it as its prompt. Answers without a rank only lead to further turns.
+    """
+    rankings = _ranked_siblings(row["prompt"], [])
+    if not rankings:
+        raise DropRow("no turn with two ranked answers")
+    return {"prompt": rankings[0]["prompt"], "rankings": rankings}
+
+
+def split_rankings(rows: list[Row]) -> list[Row]:
+    """Return the rankings of all trees, in the order of the source."""
+    return [ranking for row in rows for ranking in row["rankings"]]

@@ -1,0 +1,329 @@
+"""Canonical rows: their types, the checks of what they hold, and the errors of bad ones.
+
+A canonical row of the reward stage has `prompt`, `responses` (K >= 2 texts) and `ranks` (K whole
+numbers, 0 = best, ties share one), and where the source has them
+    scores       K finite numbers that nowhere contradict the ranks
+    margin       K = 2: a number >= 0, by which the better score should lead (Llama 2)
+    probability  K = 2: a number in [0, 1], that responses[0] is preferred (a soft label)
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from rlhf.config import InputError, nearest, show
+from rlhf.tokenizer import Message
+
+Row = dict[str, Any]
+Prompt = str | list[Message]
+
+ROLES = ("system", "user", "assistant")
+_COLUMNS = ("messages", "prompt", "completion", "responses", "ranks")
+TEXTS = ("messages", "prompt", "completion", "responses", "text", "rankings", "subset")
+TOOL_ROLES = {"tool", "function", "ipython", "observation", "tool_call", "tool_response"}
+TOOL_ROLES |= {"function_call", "function_response"}
+_OTHER_ROLES = {"developer": "system", "human": "user", "prompter": "user"}
+_OTHER_ROLES |= dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model"), "assistant")
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
+_FLOAT32_MAX = 3.4028234663852886e38  # scores and margins are trained on in float32
+
+
+class DropRow(Exception):
+    """Raised by a format for a row that is well formed but unusable; the reason is counted."""
+
+
+class BadRow(InputError):
+    """A malformed row.
+
+    Attributes:
+        reason: the fault in few words, the same for all rows that have it.
+    """
+
+    def __init__(self, message: str, reason: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+def bad_field(name: str, what: str, fix: str) -> BadRow:
+    """The error of a field that holds something else than expected."""
+    pattern = re.sub(r"\[\d+\]", "[]", name)  # messages[3].content -> messages[].content
+    return BadRow(f"field {name!r}: {what}; {fix}", f"malformed field {pattern!r}")
+
+
+def as_text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise bad_field(name, f"got {show(value)}", "expected text")
+    return value
+
+
+def as_number(value: Any, name: str, fix: str) -> float:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    # not math.isfinite: it fails on whole numbers beyond the range of floats
+    if not is_number or not abs(value) <= _FLOAT32_MAX:
+        raise bad_field(name, f"got {'null' if value is None else show(value)}", fix)
+    return value
+
+
+def as_list(value: Any) -> Any:
+    """Read a text that holds a JSON list, as a cell of CSV can hold no list; the rest stays."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            parsed = json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+        return parsed if isinstance(parsed, list) else value
+    return value
+
+
+def as_numbers(value: Any, name: str) -> list[float]:
+    value = as_list(value)
+    if not isinstance(value, list):
+        raise bad_field(name, f"got {show(value)}", "expected a list, one entry per response")
+    fix = "give each response a number, or leave it out"
+    return [as_number(number, f"{name}[{i}]", fix) for i, number in enumerate(value)]
+
+
+def whole_characters(text: str) -> str:
+    """Join halves of surrogate pairs; make U+FFFD of a half that has lost the other one.
+
+    Text that was cut after so many UTF-16 units holds such a half, and no tokenizer takes it.
+    """
+    if text.isascii() or not _HALF_PAIR.search(text):
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def repaired(value: Any, name: str, changed: list[str]) -> Any:
+    """Apply `whole_characters` to every text in the value of a field; add the names of those that
+    it changes to `changed`."""
+    if isinstance(value, str):
+        text = whole_characters(value)
+        if text != value:
+            changed.append(name)
+        return text
+    if isinstance(value, list):
+        return [repaired(item, f"{name}[{i}]", changed) for i, item in enumerate(value)]
+    if isinstance(value, dict):
+        return {key: repaired(item, f"{name}.{key}", changed) for key, item in value.items()}
+    return value
+
+
+# --- Conversations ------------------------------------------------------------------------------
+
+
+def as_turns(value: Any, name: str) -> list[Any]:
+    """The turns of a conversation; a text that holds a JSON list is read as that list."""
+    turns = as_list(value)
+    if not isinstance(turns, list) or not turns:
+        raise bad_field(name, f"got {show(value)}", "expected a list of {role, content}")
+    return turns
+
+
+def as_messages(value: Any, name: str) -> list[Message]:
+    """Make a conversation of {role, content} of what chat APIs and ShareGPT write.
+
+    ShareGPT's `from` and `value` become `role` and `content`, `developer` becomes system, the
+    parts of a content are joined, other keys are left out.
+
+    Raises:
+        DropRow: the conversation calls tools, or has parts other than text.
+        BadRow: something else is there.
+    """
+    turns = as_turns(value, name)
+    return [_as_message(turn, f"{name}[{i}]") for i, turn in enumerate(turns)]
+
+
+def _as_message(turn: Any, where: str) -> Message:
+    if not isinstance(turn, dict):
+        raise bad_field(where, f"got {show(turn)}", "expected {role, content}")
+    role, content = turn.get("role"), turn.get("content")
+    if role is None and turn.get("from") is not None:
+        role, content = turn["from"], turn.get("value")
+    role = role.lower() if isinstance(role, str) else str(role)
+    if role in TOOL_ROLES or turn.get("tool_calls") or turn.get("function_call"):
+        raise DropRow("tool calls")
+    if content is None and turn.get("refusal"):
+        raise DropRow("a refusal in place of an answer")
+    if content is None and turn.get("audio"):
+        raise DropRow("parts of type 'audio'")
+    role = _OTHER_ROLES.get(role, role)
+    if role not in ROLES:
+        fix = f"known roles are {', '.join(ROLES)}.{nearest(role, ROLES)}"
+        raise bad_field(f"{where}.role", f"got {show(role)}", fix)
+    return {"role": role, "content": as_content(content, f"{where}.content")}
+
+
+def as_content(value: Any, name: str) -> str:
+    """The text of a message, which may be given as a list of text parts.
+
+    Raises:
+        DropRow: a part is an image, a tool call or anything else that is not text.
+    """
+    if not isinstance(value, list):
+        return as_text(value, name)
+    texts = []
+    for i, part in enumerate(value):
+        part = {"text": part} if isinstance(part, str) else part
+        if not isinstance(part, dict):
+            raise bad_field(f"{name}[{i}]", f"got {show(part)}", "expected {type: text, text}")
+        if part.get("type") not in (None, "text", "input_text", "output_text"):
+            raise DropRow(f"parts of type {show(part['type'])}")
+        texts.append(as_text(part.get("text"), f"{name}[{i}].text"))
+    return "".join(texts)
+
+
+def as_prompt(value: Any, name: str) -> Prompt:
+    """Text, or a conversation, which a text may hold as a JSON list."""
+    if not isinstance(value, str):
+        return as_messages(value, name)
+    turns = as_list(value)
+    is_conversation = isinstance(turns, list) and all(
+        isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in turns
+    )
+    return as_messages(turns, name) if turns and is_conversation else value
+
+
+# --- Columns ------------------------------------------------------------------------------------
+
+
+def with_extras(canonical: Row, row: Row, used: Iterable[str]) -> Row:
+    """Add the columns of the source that no one read."""
+    extras = {k: v for k, v in row.items() if k not in (*_COLUMNS, *used)}
+    return {**extras, **canonical}
+
+
+def ranks_of(scores: list[float]) -> list[int]:
+    """Scores [2, 5, 5, 0] -> ranks [1, 0, 0, 2]."""
+    order = sorted(set(scores), reverse=True)
+    return [order.index(score) for score in scores]
+
+
+def ranks_of_probability(value: Any) -> list[int]:
+    fix = "expected a number from 0 to 1"
+    probability = as_number(value, "probability", fix)
+    if not 0 <= probability <= 1:
+        raise bad_field("probability", f"got {probability}", fix)
+    return ranks_of([probability, 1 - probability])
+
+
+# --- Whole rows ---------------------------------------------------------------------------------
+
+
+def prompt_of(row: Row) -> Prompt:
+    """Prompt of a canonical row: `prompt`, or `messages` before the last assistant message."""
+    if "messages" not in row:
+        return row["prompt"]
+    messages = row["messages"]
+    last = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    return messages[: last[-1]] if last else messages
+
+
+def check_row(row: Row, stage: str) -> None:
+    """Check that a canonical row has what `stage` needs ("ptx": text, or an SFT row).
+
+    Raises:
+        InputError, KeyError: a malformed row.
+        DropRow: a well-formed row that the stage cannot use.
+    """
+    if stage == "ptx" and "text" in row:
+        if not row["text"].strip():
+            raise DropRow("empty text")
+        return
+    if "messages" in row:
+        as_messages(row["messages"], "messages")
+    else:
+        as_prompt(row["prompt"], "prompt")
+    if stage in ("sft", "ptx"):
+        _check_sft(row)
+    elif stage == "reward":
+        _check_ranked(row)
+    prompt = prompt_of(row)
+    if not prompt or (isinstance(prompt, str) and not prompt.strip()):
+        raise DropRow("empty prompt")
+    if isinstance(prompt, list):
+        roles = [message["role"] for message in prompt if message["role"] != "system"]
+        if roles[:1] != ["user"]:
+            raise DropRow("conversation does not start with a user turn")
+        if any(m["role"] == "user" and not m["content"].strip() for m in prompt):
+            raise DropRow("empty user turn")
+
+
+def _check_sft(row: Row) -> None:
+    name = "messages" if "messages" in row else "completion"
+    trained = row[name] if name == "messages" else as_prompt(row[name], name)
+    if name == "completion" and isinstance(trained, str) != isinstance(row["prompt"], str):
+        raise bad_field(
+            name, "is text and 'prompt' a conversation, or the reverse", "make both alike"
+        )
+    if isinstance(trained, list):
+        answers = [m["content"] for m in trained if m["role"] == "assistant"]
+        if not answers:
+            raise bad_field(name, "has no assistant turn", "SFT trains on the assistant's turns")
+    else:
+        answers = [trained]
+    if not all(answer.strip() for answer in answers):
+        raise DropRow("empty response")
+
+
+def _check_ranked(row: Row) -> None:
+    responses, ranks = row["responses"], row["ranks"]
+    for name in ("responses", "ranks"):
+        if not isinstance(row[name], list):
+            raise bad_field(
+                name, f"got {show(row[name])}", "expected a list, one entry per response"
+            )
+    for i, response in enumerate(responses):
+        as_text(response, f"responses[{i}]")
+    whole = [isinstance(rank, int) and not isinstance(rank, bool) for rank in ranks]
+    if not all(whole) or any(abs(rank) >= 2**31 for rank in ranks):
+        raise bad_field("ranks", f"got {show(ranks)}", "expected whole numbers, 0 = best")
+    if len(responses) != len(ranks):
+        what = f"{len(ranks)} for {len(responses)} responses"
+        raise bad_field("ranks", what, "give one rank or score per response")
+    if len(responses) < 2:
+        raise DropRow("only one response" if responses else "no response")
+    _check_strength(row)
+    if not all(response.strip() for response in responses):
+        raise DropRow("empty response")
+    rank_of: dict[str, int] = {}
+    pairs = zip(responses, ranks, strict=True)
+    if any(rank_of.setdefault(response, rank) != rank for response, rank in pairs):
+        raise DropRow("identical responses ranked differently")
+    if len(set(ranks)) == 1:
+        raise DropRow("all ranks tied")
+
+
+def _check_strength(row: Row) -> None:
+    """Check what says how much better a response is: `scores`, `margin`, `probability`."""
+    ranks = row["ranks"]
+    if "scores" in row:
+        scores = as_numbers(row["scores"], "scores")
+        if len(scores) != len(ranks):
+            what = f"{len(scores)} for {len(ranks)} responses"
+            raise bad_field("scores", what, "give one score per response")
+        pairs = list(zip(ranks, scores, strict=True))
+        if any(rank < other and score < lower for rank, score in pairs for other, lower in pairs):
+            fix = "rank 0 and the highest score are the best"
+            raise bad_field("ranks", "disagree with 'scores'", fix)
+    for name in ("margin", "probability"):
+        if name in row and len(ranks) != 2:
+            raise bad_field(name, f"given for {len(ranks)} responses", "only a pair can have one")
+    if "margin" in row and as_number(row["margin"], "margin", "expected a number >= 0") < 0:
+        raise bad_field("margin", f"got {row['margin']}", "expected a number >= 0")
+    if "probability" in row:
+        expected = ranks_of_probability(row["probability"])
+        if ranks_of([-rank for rank in ranks]) != expected:
+            fix = "it is the probability that the first response is preferred"
+            raise bad_field(
+                "probability", f"{row['probability']} contradicts the ranks {ranks}", fix
+            )
+
+
+def without_repeats(row: Row) -> Row:
+    """Leave out the responses of a checked reward row that repeat an earlier one."""
+    first = [i for i, text in enumerate(row["responses"]) if text not in row["responses"][:i]]
+    names = [name for name in ("responses", "ranks", "scores") if name in row]
+    return row | {name: [row[name][i] for i in first] for name in names}

@@ -1,0 +1,1 @@
+"""What SFT and the reward model share around the Trainer of transformers."""

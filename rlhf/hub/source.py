@@ -1,0 +1,211 @@
+"""What a path or Hub id holds: a whole model, or adapters on one; a language model or a classifier.
+
+Every loader asks here first. What the names and headers of files tell is refused here, before any
+weight is read: pickles, missing and damaged files, adapters without a base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlhf.config import InputError
+from rlhf.hub.snapshot import local_directory, read_json, tensor_names
+
+ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+NO_WEIGHTS = "training_args.bin"
+NUM_SHOWN = 3
+TOKENIZER = ("tokenizer*", "tekken*", "*vocab*", "merges*", "*.model", "*.tiktoken", "*.spm")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a path or Hub id holds.
+
+    Attributes:
+        label: the setting and its value, for messages: "model.path=runs/x".
+        path: as it was given.
+        directory: of the whole model, below any adapters.
+        adapters: directories of the adapters on it, in the order in which they are merged.
+        is_classifier: a sequence classifier, such as a reward model; else a language model.
+    """
+
+    label: str
+    path: str
+    directory: Path
+    adapters: tuple[Path, ...]
+    is_classifier: bool
+
+
+def find_source(path: Any, field: str, revision: str | None = None, code: bool = False) -> Source:
+    """Find out what a path or Hub id holds, and check its files.
+
+    Args:
+        field: name of the setting that gave the path, for messages.
+        code: whether Python files of a Hub id are downloaded too.
+
+    Raises:
+        InputError: there is nothing to load, only pickled weights, a damaged or missing file, or an
+            adapter whose base cannot be found or is quantised.
+    """
+    label, chain = f"{field}={path}", _chain(path, field, revision, code)
+    *adapters, directory = chain
+    tasks = [_check_adapter(adapter, label).get("task_type") for adapter in adapters]
+    _check_model(directory, label if not adapters else f"{label} (an adapter on {directory})")
+    config = read_json(directory / "config.json")
+    names = config.get("architectures") or []
+    if adapters and config.get("quantization_config"):
+        raise InputError(
+            f"{label}: its base {directory} is stored quantised, and an adapter cannot be merged "
+            f"into that; name the base that is not quantised in {adapters[0] / ADAPTER}, as "
+            "base_model_name_or_path"
+        )
+    is_classifier = any(str(name).endswith("ForSequenceClassification") for name in names)
+    return Source(
+        label, str(path), directory, tuple(reversed(adapters)), is_classifier or "SEQ_CLS" in tasks
+    )
+
+
+def tokenizer_directory(
+    path: Any, field: str, revision: str | None = None, code: bool = False
+) -> Path:
+    """Return the directory whose tokenizer belongs to a path or Hub id: that of the base, where an
+    adapter comes without one.
+
+    Raises:
+        InputError: no such directory or Hub model, or there is no tokenizer.
+    """
+    for directory in _chain(path, field, revision, code, weights=False):
+        if any(True for pattern in TOKENIZER for _ in directory.glob(pattern)):
+            return directory
+    raise InputError(
+        f"{field}={path} has no tokenizer (tokenizer.json and tokenizer_config.json); save one "
+        "there with tokenizer.save_pretrained"
+    )
+
+
+def _chain(
+    path: Any, field: str, revision: str | None, code: bool, weights: bool = True
+) -> list[Path]:
+    """Directories of an adapter, of the adapter below it, and so on, the whole model's last."""
+    chain = [local_directory(path, field, revision, code, weights)]
+    while (chain[-1] / ADAPTER).is_file():
+        settings, file = read_json(chain[-1] / ADAPTER), chain[-1] / ADAPTER
+        base = settings.get("base_model_name_or_path")
+        if not base:
+            raise InputError(
+                f"{field}={path}: {file} does not name the model that the adapter is for; write "
+                "its path or Hub id there, as base_model_name_or_path"
+            )
+        where = f"{field}={path} is an adapter; correct {file}: base_model_name_or_path"
+        directory = local_directory(base, where, settings.get("revision"), code, weights)
+        if directory.resolve() in [known.resolve() for known in chain]:
+            raise InputError(
+                f"{field}={path}: {file} names an adapter as its own base, {base}; write the path "
+                "or Hub id of the model there, as base_model_name_or_path"
+            )
+        chain.append(directory)
+    return chain
+
+
+def _check_adapter(directory: Path, label: str) -> dict[str, Any]:
+    """Check the files of an adapter, and return its configuration."""
+    if (directory / WEIGHTS).is_file() or (directory / INDEX).is_file():
+        raise InputError(
+            f"{label}: {directory} holds an adapter and a whole model; move one of them to a "
+            "directory of its own"
+        )
+    if not (directory / ADAPTER_WEIGHTS).is_file():
+        _refuse_pickles(directory, label)
+        raise InputError(f"{label}: {directory} has {ADAPTER}, but no {ADAPTER_WEIGHTS}")
+    tensor_names(directory / ADAPTER_WEIGHTS)
+    return read_json(directory / ADAPTER)
+
+
+def _check_model(directory: Path, label: str) -> None:
+    """Check the files of a whole model."""
+    config = read_json(directory / "config.json")
+    read_json(directory / "generation_config.json")  # transformers would go on without it
+    files = weight_files(directory, config)
+    if not files:
+        _refuse_pickles(directory, label)
+        raise InputError(f"{label} has no weights: neither {WEIGHTS} nor {INDEX} is there")
+    if not config:
+        raise InputError(f"{label} is not a model directory (no config.json)")
+    for file in files:
+        if file.suffix != ".safetensors":
+            raise InputError(
+                f"{label}: {file} is not a safetensors file; convert the weights with "
+                "save_pretrained, which writes safetensors"
+            )
+        if not file.is_file():
+            raise InputError(f"{label} is incomplete: {file} is missing; copy or download it")
+        tensor_names(file)
+
+
+def weight_files(directory: Path, config: dict[str, Any]) -> list[Path]:
+    """The files that hold the weights of a whole model, as transformers chooses them; none where
+    there are none of a known name.
+
+    Raises:
+        InputError: the index of the files cannot be read.
+    """
+    named = config.get("transformers_weights")
+    names = [str(named)] if named else [n for n in (WEIGHTS, INDEX) if (directory / n).is_file()]
+    if not names or not names[0].endswith(".index.json"):
+        return [directory / name for name in names[:1]]
+    shards = read_json(directory / names[0]).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise InputError(f"{directory / names[0]} is damaged (no weight_map); download it again")
+    return [directory / name for name in sorted(set(map(str, shards.values())))]
+
+
+def _refuse_pickles(directory: Path, label: str) -> None:
+    names = [file.name for file in directory.iterdir()]
+    pickled = sorted(n for n in names if n.endswith(PICKLED) and n != NO_WEIGHTS)
+    if pickled:
+        raise InputError(
+            f"{label} has its weights pickled ({', '.join(pickled[:3])}), and a pickle can run "
+            "code when loaded; convert them with save_pretrained, which writes safetensors"
+        )
+
+
+@dataclass
+class Misfits:
+    """What a model has no weights for, and what it does not take of a file; false if nothing.
+
+    Attributes:
+        missing: parameters without weights.
+        unexpected: weights that belong to no parameter.
+        shapes: name, shape in the file and shape in the model.
+    """
+
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    shapes: Sequence[tuple[str, Sequence[int], Sequence[int]]] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.unexpected or self.shapes)
+
+    def __str__(self) -> str:
+        parts = []
+        if self.missing:
+            parts.append(f"there are no weights for {_some(self.missing)}")
+        if self.unexpected:
+            parts.append(f"the model has no place for {_some(self.unexpected)}")
+        if self.shapes:
+            named = [
+                f"{name} (stored {tuple(theirs)}, expected {tuple(ours)})"
+                for name, theirs, ours in self.shapes
+            ]
+            parts.append(f"of another shape: {_some(named)}")
+        return "; ".join(parts)
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NUM_SHOWN} more" if len(names) > NUM_SHOWN else ""
+    return ", ".join(sorted(names)[:NUM_SHOWN]) + more

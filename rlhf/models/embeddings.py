@@ -1,0 +1,51 @@
+"""Embedding tables with one row for every id of the tokenizer."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from transformers import PreTrainedModel
+
+from rlhf.config import InputError
+
+
+def resize_embeddings(model: PreTrainedModel, num_rows: int, shrink: bool = False) -> None:
+    """Give the embedding tables `num_rows` rows, in place; new rows are the mean of the old, those
+    that stay keep every bit.
+
+    A table that is already larger (Pythia pads its own) is left alone: its surplus ids are never
+    sampled.
+
+    Args:
+        shrink: cut a larger table.
+
+    Raises:
+        InputError: a row that the model's own special tokens use would be cut off.
+    """
+    old = cast(Any, model.get_input_embeddings()).weight.shape[0]
+    if old == num_rows or (old > num_rows and not shrink):
+        return
+    if shrink:
+        _require_own_tokens(model, num_rows)
+    model.resize_token_embeddings(num_rows, mean_resizing=False)
+    if old > num_rows:
+        return
+    with torch.no_grad():
+        for module in {model.get_input_embeddings(), model.get_output_embeddings()} - {None}:
+            for table in (module.weight, getattr(module, "bias", None)):  # GPT-J's head has one
+                if table is not None:
+                    table[old:] = table[:old].mean(dim=0)
+
+
+def _require_own_tokens(model: PreTrainedModel, num_rows: int) -> None:
+    """Check that the tokenizer covers the ids that the model's configuration names."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        ids = getattr(model.config, name, None)
+        lost = [i for i in (ids if isinstance(ids, list) else [ids]) if (i or 0) >= num_rows]
+        if lost:
+            raise InputError(
+                f"model.shrink_embeddings=true leaves {num_rows} rows, one for each id of the "
+                f"tokenizer, but the model's own {name} is {lost[0]}: this is another model's "
+                "tokenizer; correct model.tokenizer, or set model.shrink_embeddings=false"
+            )

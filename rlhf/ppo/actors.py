@@ -1,0 +1,293 @@
+"""What PPO starts from: the models of a run, its prompts and texts, and the batch arithmetic."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from rlhf.checkpoint import (
+    StageRecord,
+    check_same_tokenizer,
+    check_weights,
+    read_record,
+    require_stage,
+    warn_about_sft_model,
+)
+from rlhf.config import InputError, PPOStageConfig, ScorerConfig
+from rlhf.console import say, warn
+from rlhf.data import describe_dropped, encode_texts, first_cases, load_rows
+from rlhf.models import (
+    ScalarModel,
+    add_lora,
+    disable_dropout,
+    init_reward_model,
+    load_policy,
+    load_reference,
+    load_reward_model,
+    new_token_rows,
+    parameter_count,
+    sample_as_trained,
+)
+from rlhf.ppo.rollout import Actors, CollectSettings
+from rlhf.promises import require_cache, require_padding
+from rlhf.sampling import sampling_for
+from rlhf.scorers import Scorer, load_scorer, reward_models, score_statistics
+from rlhf.tokenizer import hash_rendering, load_tokenizer
+
+
+def load_checked_tokenizer(config: PPOStageConfig) -> tuple[Any, StageRecord | None]:
+    """Load the policy's tokenizer, and check that the stages named fit together."""
+    policy = str(config.model.path)
+    record = require_stage(policy, ("sft", "ppo"), "model.path", config.model.revision)
+    tokenizer = load_tokenizer(config.model)
+    check_same_tokenizer(tokenizer, record, "the model settings here", policy)
+    if needs_reward_model(config):
+        scorer = str(_first_scorer(config)[0].path)
+        reward_record = require_stage(scorer, ("reward",), "scorer.path")
+        check_same_tokenizer(tokenizer, reward_record, policy, scorer)
+    return tokenizer, record
+
+
+def load_actors(
+    config: PPOStageConfig, tokenizer: Any, scorer: Scorer | None, accelerator: Accelerator
+) -> Actors:
+    """Load policy, reference, critic and scorer, without dropout, on this process's device."""
+    device = accelerator.device
+    if scorer is None:
+        code = config.model.trust_remote_code
+        scorer = load_scorer(config.scorer, device, trust_remote_code=code)
+    if needs_reward_model(config) and reward_models(scorer)[0].scores_texts:
+        raise InputError(
+            f"critic.init=reward: the reward model {reward_models(scorer)[0].path} scores a text "
+            "as a whole, so that it has no value for each token; set critic.init=policy"
+        )
+    rendering = hash_rendering(tokenizer)
+    for reward_model in reward_models(scorer):
+        _show_report(reward_model.path)
+        warn_about_sft_model(reward_model.path, str(config.model.path))
+        if reward_model.tokenizer_hash != rendering:
+            say(
+                f"{reward_model.path} has another tokenizer or chat template than the policy: it "
+                "scores the responses' text, rendered again by its own"
+            )
+    policy, reference = load_policy(config.model, tokenizer), None
+    ppo = config.ppo
+    for line in sample_as_trained(policy, ppo.temperature, ppo.top_p, ppo.top_k):
+        say(line)
+    critic = _load_critic(config, tokenizer) if config.ppo.advantage == "gae" else None
+    if config.peft.enabled:
+        # the policy with its adapters off is the reference
+        rows = new_token_rows(tokenizer, config.model, config.peft)
+        policy = add_lora(policy, config.peft, "CAUSAL_LM", config.seed, rows)
+        if critic is not None:
+            critic.model = add_lora(critic.model, config.peft, "SEQ_CLS", config.seed, rows)
+    else:
+        reference = load_reference(config.model, tokenizer).to(device)
+    for model in (policy, critic):
+        if model is not None:
+            disable_dropout(model)
+    return Actors(
+        policy=policy.to(device),
+        reference=reference,
+        critic=critic if critic is None else critic.to(device),
+        scorer=scorer,
+        tokenizer=tokenizer,
+        tokenizer_hash=rendering,
+    )
+
+
+def check_promises(config: PPOStageConfig, actors: Actors, accelerator: Accelerator) -> None:
+    """Measure on the models what this stage promises; the scorer did so when it was loaded.
+
+    Raises:
+        InputError: what would be sampled is not the policy, or a model reads padding.
+    """
+    where, fix = f"model.path={config.model.path}", "take a model of another family"
+    with accelerator.autocast():
+        require_cache(actors.policy, actors.tokenizer, where, fix)
+        require_padding(actors.policy, actors.tokenizer, where, fix)
+        if actors.critic is not None:
+            where = f"critic.init={config.critic.init}"
+            require_padding(actors.critic, actors.tokenizer, where, fix)
+
+
+def _show_report(path: str) -> None:
+    """Pass on what the reward stage found out about its model: the summary and the warnings of
+    `report.json` (`rlhf.reward.report`), where there is one.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    file = Path(path) / "report.json"
+    if not file.is_file():
+        return
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))
+        summary, warnings = report["summary"], report["warnings"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise InputError(
+            f"{file} is damaged ({error!r}); make it again: python -m rlhf.reward.report "
+            f"path={path}"
+        ) from error
+    say(f"reward model {path}: {summary}")
+    for warning in warnings:
+        warn(warning)
+
+
+def load_independent_scorer(config: PPOStageConfig, device: Any) -> Scorer | None:
+    """Load `evaluation.scorer`, a Python function or a reward model; None where there is none.
+
+    A reward model gives its raw scores: they are reported and compared, never trained on.
+    """
+    path = config.evaluation.scorer
+    if path is None:
+        return None
+    judge = ScorerConfig(path, "none", config.scorer.batch_size)
+    code = config.model.trust_remote_code
+    return load_scorer(judge, device, field="evaluation.scorer", trust_remote_code=code)
+
+
+def needs_reward_model(config: PPOStageConfig) -> bool:
+    """True if there is a critic that starts from the reward model."""
+    return config.ppo.advantage == "gae" and config.critic.init == "reward"
+
+
+def _first_scorer(config: PPOStageConfig) -> tuple[ScorerConfig, float]:
+    """The scorer, or the first of several, and its weight."""
+    scorer = config.scorer
+    if not scorer.components:
+        return scorer, 1.0
+    return scorer.of_component(scorer.components[0]), scorer.components[0].weight
+
+
+def _load_critic(config: PPOStageConfig, tokenizer: Any) -> ScalarModel:
+    """Start the critic from the reward model (IG, N+; predicting normalised scores), the first of
+    several, from the policy, or from the critic of an earlier run."""
+    if config.critic.init == "policy":
+        return ScalarModel(init_reward_model(config.model, tokenizer, config.seed))
+    if config.critic.init != "reward":
+        return _load_saved_critic(config, tokenizer)
+    scorer, weight = _first_scorer(config)
+    source = dataclasses.replace(config.model, path=scorer.path, tokenizer=None, revision=None)
+    mean, std = score_statistics(scorer, read_record(str(scorer.path)))
+    return ScalarModel(load_reward_model(source), mean, std / weight)
+
+
+def _load_saved_critic(config: PPOStageConfig, tokenizer: Any) -> ScalarModel:
+    """Load the `critic/` that an earlier PPO run wrote."""
+    path = config.critic.init
+    record = read_record(path)
+    if record is None or record.stage != "critic" or record.score_mean is None:
+        raise InputError(
+            f"critic.init={path} is no critic of a PPO run; give runs/<run_name>/ppo/critic, "
+            "critic.init=reward or critic.init=policy"
+        )
+    check_weights(path, record, "critic.init")
+    check_same_tokenizer(tokenizer, record, str(config.model.path), path)
+    source = dataclasses.replace(config.model, path=path, tokenizer=None, revision=None)
+    model = load_reward_model(source, field="critic.init")
+    return ScalarModel(model, record.score_mean, record.score_std or 1.0)
+
+
+def collect_settings(config: PPOStageConfig, policy: Any, tokenizer: Any) -> CollectSettings:
+    """Derive how rollouts are collected."""
+    ppo = config.ppo
+    sampling = sampling_for(
+        policy, tokenizer, ppo.response_length, ppo.temperature, ppo.top_p, ppo.top_k
+    )
+    return CollectSettings(
+        sampling, ppo.missing_eos_penalty, ppo.rollout_batch_size, ppo.micro_batch_size
+    )
+
+
+def with_default_paths(config: PPOStageConfig, scorer: Scorer | None) -> PPOStageConfig:
+    """Point model and scorer at this run's own earlier stages, where those exist."""
+    config = dataclasses.replace(
+        config, model=dataclasses.replace(config.model), scorer=dataclasses.replace(config.scorer)
+    )
+    for holder, stage in ((config.model, "sft"), (config.scorer, "reward")):
+        final = config.stage_dir(stage) / "final"
+        if holder is config.scorer and config.scorer.components:
+            continue
+        if holder.path is None and final.is_dir():
+            holder.path = str(final)
+    if scorer is not None:
+        if needs_reward_model(config):
+            raise InputError(
+                "critic.init=reward needs a reward model; with a scorer of your own set "
+                "critic.init=policy"
+            )
+        name = getattr(scorer, "__qualname__", type(scorer).__qualname__)
+        config.scorer = ScorerConfig(f"python:{scorer.__module__}.{name}", normalize="none")
+    return config
+
+
+def load_texts(config: PPOStageConfig, tokenizer: Any, context: int) -> list[list[int]]:
+    """Token ids of the PPO-ptx texts; none where `ptx.coef` is 0."""
+    ptx = config.ptx
+    if not ptx.coef:
+        return []
+    if ptx.max_length > context:
+        raise InputError(
+            f"ptx.max_length={ptx.max_length} exceeds the model's context of {context} tokens; "
+            "lower it"
+        )
+    assert ptx.path is not None  # `check` has made sure
+    bad = config.dataset.on_bad_row
+    rows, dropped = load_rows(ptx.path, ptx.format, ptx.split, "ptx", "ptx.path", bad)
+    texts, unusable = encode_texts(rows, tokenizer, ptx.max_length, bad)
+    dropped += unusable
+    say("\n".join([f"ptx: {len(texts)} texts; {describe_dropped(dropped)}", *first_cases(dropped)]))
+    return texts
+
+
+def check_batches(config: PPOStageConfig, num_processes: int) -> None:
+    """Check that every process gets the same share of each minibatch, and of the ptx texts."""
+    per_minibatch = config.ppo.batch_size // config.ppo.num_mini_batches
+    if per_minibatch % num_processes:
+        raise InputError(
+            f"ppo.batch_size / ppo.num_mini_batches = {per_minibatch} must be divisible by the "
+            f"{num_processes} processes; change ppo.batch_size"
+        )
+    if config.ptx.coef and config.ptx.batch_size % num_processes:
+        raise InputError(
+            f"ptx.batch_size={config.ptx.batch_size} must be divisible by the {num_processes} "
+            "processes"
+        )
+
+
+def describe_batches(
+    config: PPOStageConfig, num_prompts: int, num_processes: int, actors: Actors
+) -> str:
+    """Spell out the derived batch arithmetic."""
+    ppo = config.ppo
+    minibatch = ppo.batch_size // ppo.num_mini_batches
+    share = minibatch // num_processes
+    micro = -(-share // ppo.micro_batch_size)
+    total, trainable = parameter_count(actors.policy)
+    reference = "adapters off" if actors.reference is None else "own copy"
+    critic = f"no critic ({ppo.advantage})"
+    if actors.critic is not None:
+        size = parameter_count(actors.critic)[1]
+        critic = f"critic from {config.critic.init}, {size:,} trainable"
+    steps = ppo.num_ppo_epochs * ppo.num_mini_batches
+    prompts = ppo.batch_size // ppo.samples_per_prompt
+    each = f" x {ppo.samples_per_prompt} responses" if ppo.samples_per_prompt > 1 else ""
+    passes = ppo.num_updates * prompts / num_prompts
+    return "\n".join(
+        [
+            f"ppo: policy {total:,} parameters, {trainable:,} trainable (reference: {reference}); "
+            f"{critic}",
+            f"     rollout: {prompts} of {num_prompts} prompts{each}, at most "
+            f"{ppo.response_length} tokens each; {ppo.num_updates} updates = "
+            f"{ppo.num_updates * ppo.batch_size} episodes = {passes:.1f} passes over the prompts",
+            f"     update: {ppo.num_ppo_epochs} epochs x {ppo.num_mini_batches} minibatches of "
+            f"{minibatch} = {steps} optimiser steps; {num_processes} "
+            f"process{'es' * (num_processes > 1)} x {micro} micro-batches of at most "
+            f"{ppo.micro_batch_size}",
+        ]
+    )

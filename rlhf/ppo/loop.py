@@ -1,0 +1,298 @@
+"""The outer loop of the PPO stage: updates, evaluations, checkpoints, interruption, `final/`."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rlhf.checkpoint import (
+    GracefulStop,
+    NonFiniteError,
+    StageRecord,
+    checkpoint_to_resume,
+    explain_stop,
+    load_modules,
+    load_training_state,
+    make_record,
+    prune_checkpoints,
+    random_state,
+    refuse_taken_steps,
+    save_training_state,
+    write_stage,
+)
+from rlhf.config import InputError, PPOStageConfig
+from rlhf.console import progress_bar, say, table, warn
+from rlhf.data import Splits
+from rlhf.metrics import MetricsWriter
+from rlhf.models import merged
+from rlhf.ppo.evaluation import Evaluator, describe_selection, selection_value
+from rlhf.ppo.trainer import PPOTrainer
+from rlhf.ppo.watchdog import Watchdog
+
+SHOWN = {"score": "score", "kl": "kl", "response_length": "len", "eos_rate": "eos"}
+TABLE = (
+    ("score", "eval_score"),
+    ("independent score", "eval_independent_score"),
+    ("win rate against the answers before", "eval_win_rate"),
+    ("KL to the reference, nats per response", "eval_kl"),
+    ("response length, tokens", "eval_response_length"),
+    ("share of responses that end with EOS", "eval_eos_rate"),
+)
+
+
+@dataclass
+class PPOResult:
+    """What `train_ppo` returns.
+
+    Attributes:
+        directory: the stage directory with the trained policy; None when training was interrupted.
+        before: metrics on held-out prompts before the first update.
+        after: the same of the policy in `directory`.
+        update: the update that policy was taken after.
+        stopped_by: number of the signal that interrupted training; None when it was not.
+    """
+
+    directory: Path | None
+    before: dict[str, float]
+    after: dict[str, float]
+    update: int = 0
+    stopped_by: int | None = None
+
+
+class Run:
+    """One run of the stage.
+
+    Attributes:
+        before: metrics of the evaluation before the first update.
+        last: metrics of the latest evaluation.
+        pending: what is known of an update whose evaluation is still to be made; else None.
+        best: `update`, `value` and `metrics` of the best evaluated update by `evaluation.select`,
+            whose checkpoint is kept; None before the first one, or where the last is taken.
+    """
+
+    def __init__(
+        self, config: PPOStageConfig, trainer: PPOTrainer, evaluator: Evaluator, splits: Splits
+    ):
+        self.config, self.trainer, self.evaluate, self.splits = config, trainer, evaluator, splits
+        self.directory = trainer.directory
+        self.watchdog = Watchdog(config, self.directory)
+        self.before: dict[str, float] = {}
+        self.last: dict[str, float] = {}
+        self.best: dict[str, Any] | None = None
+        self.pending: dict[str, bool] | None = None
+        self._random_numbers: dict[str, Any] | None = None  # in the state that `_save` writes
+        self.samples_file = self.directory / "samples.jsonl"
+
+    def run(self) -> PPOResult:
+        """Train to the end, or until interrupted; write `final/`."""
+        trainer = self.trainer
+        self._resume()
+        writer = MetricsWriter(self.directory, self.config, "ppo")
+        try:
+            with GracefulStop(self.config.checkpoint.grace_seconds, self.directory) as stop:
+                interrupted = self._train_or_save(writer, stop)
+            if not interrupted:
+                return self._finish()
+        except NonFiniteError as error:
+            spoilt = not trainer.optimization.num_steps
+            step, dtype = trainer.update + 1, trainer.actors.policy.dtype
+            raise explain_stop(self.config, self.directory, error, step, spoilt, dtype) from error
+        finally:
+            writer.close()
+        say(
+            f"stopped after update {trainer.update}; continue with resume=true "
+            f"run_name={self.config.run_name}"
+        )
+        return PPOResult(None, self.before, self.last, trainer.update, stopped_by=stop.signal)
+
+    def _train_or_save(self, writer: MetricsWriter, stop: GracefulStop) -> bool:
+        """As `_train`; where bad input, such as a scorer that fails, ends it, the last finished
+        update is saved first. Every process meets it together: see `on_every_process`."""
+        trainer, began_at = self.trainer, self.trainer.update
+        try:
+            return self._train(writer, stop)
+        except NonFiniteError:  # the weights may be what is wrong
+            raise
+        except InputError as error:
+            optimization = trainer.optimization
+            is_halfway = optimization.update == trainer.update and optimization.num_steps > 0
+            if is_halfway or trainer.update == 0:
+                raise
+            if trainer.update > began_at:
+                self._save()
+            checkpoint = self.directory / f"checkpoint-{trainer.update}"
+            raise InputError(
+                f"{error}; update {trainer.update} is saved in {checkpoint}: correct the cause, "
+                f"then continue with resume=true run_name={self.config.run_name}"
+            ) from error
+
+    def _train(self, writer: MetricsWriter, stop: GracefulStop) -> bool:
+        """Make the updates; True when a signal ended them early, with a checkpoint saved."""
+        trainer, config = self.trainer, self.config
+        every, end = config.checkpoint.every, config.ppo.num_updates
+        refuse_taken_steps(self.directory, range(every * (trainer.update // every + 1), end, every))
+        if trainer.update == 0:
+            self.before = self._evaluate(writer)
+        self._random_numbers = random_state()
+        last = interrupted = False
+        if self.pending is not None:
+            last, interrupted = self._end_update(writer, stop, **self.pending)
+        began = time.perf_counter()
+        bar = progress_bar(config.ppo.num_updates, trainer.update, "update")
+        while trainer.update < config.ppo.num_updates and not last and not interrupted:
+            metrics = trainer.step() | {"seconds": time.perf_counter() - began}
+            bar.set_postfix(
+                {short: f"{metrics[name]:.3g}" for name, short in SHOWN.items()}, refresh=False
+            )
+            bar.update(1)
+            writer.write(trainer.update, metrics)
+            over_budget = "kl_budget" in self.watchdog.check(trainer.update, metrics)
+            self._random_numbers = random_state()
+            last, interrupted = self._end_update(writer, stop, over_budget)
+        bar.close()
+        return interrupted
+
+    def _end_update(
+        self, writer: MetricsWriter, stop: GracefulStop, over_budget: bool
+    ) -> tuple[bool, bool]:
+        """Evaluate and save, where that is due; tell whether this update is the last, and whether a
+        signal ends the run after it."""
+        update, config = self.trainer.update, self.config
+        last = over_budget or update == config.ppo.num_updates
+        improved = False
+        if last or update % config.evaluation.every == 0:
+            self.pending = {"over_budget": over_budget}
+            self.last = self._evaluate(writer)
+            improved = self._keep_best(self.last)
+            self.pending, self._random_numbers = None, random_state()
+        interrupted = stop.requested() and not last
+        if not last and (update % config.checkpoint.every == 0 or improved or interrupted):
+            self._save()
+        return last, interrupted
+
+    def _evaluate(self, writer: MetricsWriter) -> dict[str, float]:
+        if not self.evaluate.prompts:
+            return {}
+        metrics, samples = self.evaluate()
+        writer.write(self.trainer.update, metrics)
+        writer.write_samples(self.trainer.update, self.samples_file, samples)
+        return metrics
+
+    def _keep_best(self, metrics: dict[str, float]) -> bool:
+        """Remember an evaluation that is the best so far; its checkpoint will be kept."""
+        value = selection_value(self.config, metrics)
+        if value is None or (self.best is not None and value <= self.best["value"]):
+            return False
+        self.best = {"update": self.trainer.update, "value": value, "metrics": metrics}
+        return True
+
+    def _finish(self) -> PPOResult:
+        """Write `final/` from the best update and say which that is."""
+        trainer, config = self.trainer, self.config
+        updates_made = chosen = trainer.update
+        metrics = self.last
+        if self.best is not None:
+            chosen, metrics = self.best["update"], self.best["metrics"]
+            if chosen != updates_made:
+                load_modules(self.directory / f"checkpoint-{chosen}", self._modules())
+        if trainer.accelerator.is_main_process:
+            record = make_record(
+                "ppo", config, config.model.path, trainer.actors.tokenizer, self.splits.prompts
+            )
+            record.dropped = dict(self.splits.dropped)
+            record.metrics = metrics | {"update": chosen}
+            self._write_critic(record)  # first: a run with final/ counts as finished
+            with trainer.optimization.averaged_weights():
+                write_stage(
+                    self.directory / "final",
+                    merged(trainer.actors.policy),
+                    trainer.actors.tokenizer,
+                    config,
+                    record,
+                )
+        trainer.accelerator.wait_for_everyone()
+        self._report(chosen, updates_made, metrics)
+        return PPOResult(self.directory / "final", self.before, metrics, chosen)
+
+    def _write_critic(self, record: StageRecord) -> None:
+        """Write the critic that belongs to the policy in `final/`, for `critic.init` of a later
+        run; its values are (raw - score_mean) / score_std."""
+        critic, tokenizer = self.trainer.actors.critic, self.trainer.actors.tokenizer
+        if critic is None:
+            return
+        own = replace(record, stage="critic", score_mean=critic.mean, score_std=critic.std)
+        own.parent = own.parent_weights = None
+        write_stage(self.directory / "critic", merged(critic.model), tokenizer, self.config, own)
+
+    def _report(self, chosen: int, updates_made: int, metrics: dict[str, float]) -> None:
+        rows = [
+            (name, _with_interval(self.before, key), _with_interval(metrics, key))
+            for name, key in TABLE
+            if key in metrics
+        ]
+        if rows:
+            number = len(self.evaluate.prompts)
+            title = (
+                f"\n{number} held-out prompts, 95 % bootstrap intervals over them in brackets:\n"
+            )
+            say(title + table(rows, ("", "before", f"update {chosen}")))
+        if self.watchdog.summary():
+            say(self.watchdog.summary())
+        before = selection_value(self.config, self.before)
+        if self.best is not None and before is not None and self.best["value"] <= before:
+            warn(
+                f"by {describe_selection(self.config)}, no evaluated update is better than the "
+                "policy before training; the same command with preflight=only shows what the "
+                "scorer leaves to gain"
+            )
+        rule = describe_selection(self.config) if self.best is not None else "the last"
+        say(
+            f"\nsaved {self.directory / 'final'}: the policy after update {chosen} of "
+            f"{updates_made} ({rule})"
+        )
+
+    def _modules(self) -> dict[str, Any]:
+        actors, averages = self.trainer.actors, self.trainer.optimization.averages
+        modules = {"policy": actors.policy, "critic": actors.critic, "averages": averages}
+        return {name: module for name, module in modules.items() if module is not None}
+
+    def _save(self) -> None:
+        if self.trainer.accelerator.is_main_process:
+            state = self.trainer.state() | {
+                "before": self.before,
+                "last": self.last,
+                "best": self.best,
+                "pending": self.pending,
+                "baseline": self.evaluate.baseline,
+                "watchdog": self.watchdog.state(),
+            }
+            save_training_state(
+                self.directory / f"checkpoint-{self.trainer.update}",
+                self._modules(),
+                self.trainer.optimization.optimizers,
+                state,
+                self.config,
+                self._random_numbers,
+            )
+            prune_checkpoints(self.directory, self.config.checkpoint.keep_last)
+        self.trainer.accelerator.wait_for_everyone()
+
+    def _resume(self) -> None:
+        checkpoint = checkpoint_to_resume(self.config, self.directory)
+        if checkpoint is None:
+            return
+        optimizers = self.trainer.optimization.optimizers
+        state = load_training_state(checkpoint, self._modules(), optimizers)
+        self.trainer.load_state(state)
+        self.before, self.last, self.best = state["before"], state["last"], state["best"]
+        self.evaluate.baseline, self.pending = state["baseline"], state.get("pending")
+        self.watchdog.load_state(state["watchdog"])
+
+
+def _with_interval(metrics: dict[str, float], name: str) -> str:
+    if name not in metrics:
+        return "-"
+    low, high = metrics[f"{name}_low"], metrics[f"{name}_high"]
+    return f"{metrics[name]:.3g} [{low:.3g}, {high:.3g}]"

@@ -1,0 +1,1 @@
+"""What PPO examines before it trains: memory, batch, texts, scorer."""

@@ -1,0 +1,279 @@
+"""Sampling: prompt ids in; response ids, log-probs and a `finished` flag out.
+
+The engine is our own decode loop on the transformers cache; it drops rows as soon as they finish.
+Sampling is inverse-CDF with one uniform number per token, drawn from a generator that is keyed by
+(seed, update, row): a response does not depend on the batch it was sampled in, on the number of
+processes, or on what was sampled before.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from rlhf.models import accepts, inference_mode, prefill_inputs, unwrap_peft
+from rlhf.tokenizer import StopStrings, end_token_ids, forbidden_token_ids
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample.
+
+    Attributes:
+        max_new_tokens: budget of a response, EOS included.
+        stop_ids: a response ends with the first of these ids, which is part of it.
+        forbidden: ids that are never sampled.
+        temperature: divides the logits.
+        top_p, top_k: restrict the choice (1.0 and 0: off); log-probs stay those of the full
+        distribution.
+        stop_strings: a response also ends with the token that completes one of these; None: none.
+    """
+
+    max_new_tokens: int
+    stop_ids: tuple[int, ...]
+    forbidden: Tensor
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop_strings: StopStrings | None = None
+
+
+@dataclass
+class Generation:
+    """Sampled responses, one entry per prompt.
+
+    Attributes:
+        ids: response tokens, those of what ends it (stop token or stop string) included.
+        logprobs: log-probs of these tokens under the sampler, nats, float32.
+        finished: True where a stop token or stop string was sampled; False where the budget ended
+            the response.
+    """
+
+    ids: list[list[int]]
+    logprobs: list[list[float]]
+    finished: list[bool]
+
+
+def stop_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """Every EOS id of the model's generation config, and the tokenizer's `end_token_ids`."""
+    configured = getattr(unwrap_peft(model).generation_config, "eos_token_id", None)
+    ids = configured if isinstance(configured, list) else [configured]
+    return tuple(sorted(end_token_ids(tokenizer) | {i for i in ids if i is not None}))
+
+
+def sampling_for(
+    model: Any,
+    tokenizer: Any,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float = 1.0,
+    top_k: int = 0,
+) -> Sampling:
+    """Build the settings of a model: its stop tokens and the stop strings of its chat template end
+    a response, its unused ids never occur."""
+    num_logits = model.get_output_embeddings().weight.shape[0]
+    stops = StopStrings(tokenizer)
+    return Sampling(
+        max_new_tokens=max_new_tokens,
+        stop_ids=stop_token_ids(model, tokenizer),
+        forbidden=forbidden_token_ids(tokenizer, num_logits),
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        stop_strings=stops if stops.strings else None,
+    )
+
+
+def context_length(model: Any) -> int:
+    """Longest sequence that the model was built for, tokens; a very large number where unknown."""
+    return getattr(unwrap_peft(model).config, "max_position_embeddings", None) or 1 << 30
+
+
+def uniform_noise(key: Sequence[int], rows: Sequence[int], num_tokens: int) -> Tensor:
+    """Draw the random numbers of a batch of responses.
+
+    Args:
+        key: non-negative integers that name the occasion, e.g. (seed, update).
+        rows: global row numbers; each row has its own stream.
+        num_tokens: numbers per row.
+
+    Returns:
+        (len(rows), num_tokens) float64 in [0, 1).
+    """
+    draws = [np.random.default_rng([*key, row]).random(num_tokens) for row in rows]
+    return (
+        torch.from_numpy(np.stack(draws))
+        if draws
+        else torch.empty(0, num_tokens, dtype=torch.float64)
+    )
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    prompt_ids: Sequence[Sequence[int]],
+    sampling: Sampling,
+    noise: Tensor | None,
+    batch_size: int = 64,
+) -> Generation:
+    """Sample one response per prompt.
+
+    Args:
+        model: a causal LM (PEFT allowed, no distributed wrapper).
+        prompt_ids: token ids per prompt, not padded, not empty.
+        noise: (B, max_new_tokens) from `uniform_noise`; None takes the most likely token.
+        batch_size: sequences decoded together.
+    """
+    count = len(prompt_ids)
+    result = Generation(ids=[[]] * count, logprobs=[[]] * count, finished=[False] * count)
+    order = sorted(
+        range(count), key=lambda i: len(prompt_ids[i])
+    )  # prompts of similar length: little padding
+    with inference_mode(model):
+        for start in range(0, count, batch_size):
+            rows = order[start : start + batch_size]
+            part = _decode(
+                model,
+                [prompt_ids[i] for i in rows],
+                sampling,
+                None if noise is None else noise[rows],
+            )
+            for i, ids, logprobs, finished in zip(
+                rows, part.ids, part.logprobs, part.finished, strict=True
+            ):
+                result.ids[i], result.logprobs[i], result.finished[i] = ids, logprobs, finished
+    return result
+
+
+@torch.no_grad()
+def stream(
+    model: Any, prompt_ids: Sequence[int], sampling: Sampling, noise: Tensor | None
+) -> Iterator[int]:
+    """Sample one response and yield each token as soon as it is chosen, those that end it included.
+
+    The tokens are those of `generate`.
+
+    Args:
+        prompt_ids: token ids of one prompt, not empty.
+        noise: (1, max_new_tokens) from `uniform_noise`; None takes the most likely token.
+    """
+    with inference_mode(model):
+        for _, token, _, _ in _steps(model, [prompt_ids], sampling, noise):
+            yield int(token)
+
+
+def _decode(
+    model: Any, prompts: list[Sequence[int]], sampling: Sampling, noise: Tensor | None
+) -> Generation:
+    device, count, budget = next(model.parameters()).device, len(prompts), sampling.max_new_tokens
+    out_ids = torch.zeros(count, budget, dtype=torch.long, device=device)
+    out_logprobs = torch.zeros(count, budget, device=device)
+    lengths = torch.full((count,), budget, device=device)
+    finished = torch.zeros(count, dtype=torch.bool, device=device)
+    for t, (active, token, logprob, done) in enumerate(_steps(model, prompts, sampling, noise)):
+        out_ids[active, t], out_logprobs[active, t] = token, logprob
+        finished[active] = done
+        lengths[active[done]] = t + 1
+    ends = lengths.tolist()
+    return Generation(
+        ids=[row[:end] for row, end in zip(out_ids.tolist(), ends, strict=True)],
+        logprobs=[row[:end] for row, end in zip(out_logprobs.tolist(), ends, strict=True)],
+        finished=finished.tolist(),
+    )
+
+
+def _steps(
+    model: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, noise: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Yield the rows that go on, and for each its next token, that token's log-prob, and whether it
+    ends the row, which then goes no further. The decode loop."""
+    device = next(model.parameters()).device
+    width, count = max(map(len, prompts)), len(prompts)
+    tokens = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
+    mask = torch.tensor(
+        [[False] * (width - len(p)) + [True] * len(p) for p in prompts], device=device
+    )
+    stop_ids, forbidden = (
+        torch.tensor(sampling.stop_ids, device=device),
+        sampling.forbidden.to(device),
+    )
+    noise = None if noise is None else noise.to(device)
+    active = torch.arange(count, device=device)
+    responses: list[list[int]] = [[] for _ in prompts]  # kept where stop strings are looked for
+    cache = DynamicCache(config=unwrap_peft(model).config)
+    last_only = {"logits_to_keep": 1} if accepts(model, "logits_to_keep") else {}
+    for t in range(sampling.max_new_tokens):
+        inputs = prefill_inputs(model, tokens, mask)
+        if t and "position_ids" in inputs:
+            inputs["position_ids"] = inputs["position_ids"][:, -1:]
+        logits = (
+            model(**inputs, **last_only, past_key_values=cache, use_cache=True)
+            .logits[:, -1]
+            .float()
+        )
+        token, logprob = _choose(
+            logits, sampling, forbidden, None if noise is None else noise[active, t]
+        )
+        done = torch.isin(token, stop_ids)
+        if sampling.stop_strings is not None:
+            done |= _at_stop_string(sampling.stop_strings, responses, active, token)
+        yield active, token, logprob, done
+        if done.any():
+            keep = (~done).nonzero().squeeze(1)
+            if not len(keep):
+                break
+            cache.batch_select_indices(keep)
+            active, mask, token = active[keep], mask[keep], token[keep]
+        tokens = token[:, None]
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+
+
+def _at_stop_string(
+    stop_strings: StopStrings, responses: list[list[int]], active: Tensor, token: Tensor
+) -> Tensor:
+    """Add the next token of each active row to its response; return which have come to a stop
+    string, bool as `active`."""
+    ended = []
+    for row, next_token in zip(active.tolist(), token.tolist(), strict=True):
+        responses[row].append(next_token)
+        ended.append(stop_strings.end(responses[row]))
+    return torch.tensor(ended, device=active.device)
+
+
+def _choose(
+    logits: Tensor, sampling: Sampling, forbidden: Tensor, noise: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Pick one token per row of (B, V) logits; return it with its log-prob."""
+    logits = logits.index_fill(-1, forbidden, -math.inf) / sampling.temperature
+    logprobs = logits.log_softmax(dim=-1)
+    if noise is None:
+        token = logprobs.argmax(dim=-1)
+    else:
+        cdf = _restrict(logprobs, sampling).double().exp().cumsum(dim=-1)
+        # right=True: the first token whose cdf exceeds the draw; it has positive probability
+        token = torch.searchsorted(cdf, noise[:, None] * cdf[:, -1:], right=True).squeeze(1)
+        token = token.clamp(max=logits.shape[-1] - 1)
+    return token, logprobs.gather(-1, token[:, None]).squeeze(1)
+
+
+def _restrict(logprobs: Tensor, sampling: Sampling) -> Tensor:
+    if sampling.top_k:
+        kth = logprobs.topk(min(sampling.top_k, logprobs.shape[-1]), dim=-1).values[:, -1:]
+        logprobs = logprobs.masked_fill(logprobs < kth, -math.inf)
+    if sampling.top_p < 1.0:
+        sorted_logprobs, order = logprobs.softmax(dim=-1).log().sort(dim=-1, descending=True)
+        before = (
+            sorted_logprobs.exp().cumsum(dim=-1) - sorted_logprobs.exp()
+        )  # mass before each token
+        dropped = torch.zeros_like(logprobs, dtype=torch.bool).scatter(
+            -1, order, before >= sampling.top_p
+        )
+        logprobs = logprobs.masked_fill(dropped, -math.inf)
+    return logprobs

@@ -1,0 +1,226 @@
+"""Rendering: conversations to text, and where an answer begins and ends in it.
+
+What a chat template writes around an answer is measured once, on a conversation of our own:
+
+    <|im_start|>assistant\\n    <think></think>    Yo      " "     <|im_end|>    \\n
+    header                     lead               said    tail    end token     the next prompt's
+
+The header belongs to the prompt, also where the template has no generation prompt. The model writes
+lead, tail and end token; a scorer gets what is said.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from rlhf.config import InputError, show
+from rlhf.tokenizer.templates import stop_strings, template_of
+
+Message = dict[str, str]  # {"role": ..., "content": ...}
+PROBE = "xyzzy"  # an answer that no template writes by itself
+_SYSTEM = {"role": "system", "content": "Be brief."}
+_USER = {"role": "user", "content": "Hi"}
+_ANSWER = {"role": "assistant", "content": PROBE}
+
+
+class RefusedConversation(InputError):
+    """The chat template does not take a conversation; it may take others."""
+
+
+class RewrittenPrompt(RefusedConversation):
+    """The chat template renders a prompt differently once its answer follows."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What a chat template writes around an answer; nothing where that cannot be found.
+
+    Attributes:
+        header: what comes before an answer and is in no generation prompt.
+        lead, tail: text between prompt and answer, and between answer and end token, both without
+            special tokens. The model writes them.
+        end_token: the token that ends every answer, in later turns too; None without one.
+    """
+
+    header: str = ""
+    lead: str = ""
+    tail: str = ""
+    end_token: str | None = None
+
+
+def answer_frame(tokenizer: Any) -> Frame:
+    """Find what the tokenizer's chat template writes around an answer."""
+    template = template_of(tokenizer)
+    if template is None:
+        return Frame()
+    return _measure(tokenizer, template, tokenizer.eos_token, len(tokenizer))
+
+
+@lru_cache(maxsize=32)
+def _measure(tokenizer: Any, template: str, eos: str | None, num_tokens: int) -> Frame:
+    """See `answer_frame`; a tokenizer is measured anew when one of these has changed."""
+    for context in ([_USER], [_SYSTEM, _USER]):  # some templates insist on a system message
+        try:
+            bare = render(context, tokenizer, generation_prompt=False)
+            prompt = render(context, tokenizer, generation_prompt=True)
+            last = render([*context, _ANSWER], tokenizer, generation_prompt=False)
+            earlier = render([*context, _ANSWER, _USER], tokenizer, generation_prompt=True)
+        except InputError:  # it is said where a row is rendered
+            continue
+        break
+    else:
+        return Frame()
+    at = last.rfind(PROBE)
+    if at < 0:
+        return Frame()
+    header = _header(bare, last) if bare == prompt else ""
+    start = len(prompt + header) if last.startswith(prompt) else at
+    after = last[at + len(PROBE) :]
+    shared = os.path.commonprefix([after, earlier.partition(PROBE)[2]])
+    end_token = _end_token(shared, eos, tokenizer.get_added_vocab())
+    end = end_token or eos
+    tail = after[: after.find(end)] if end and end in after else after
+    special = tokenizer.all_special_tokens
+    return Frame(header, _without(last[start:at], special), _without(tail, special), end_token)
+
+
+def _header(bare: str, whole: str) -> str:
+    """What the rendering of `PROBE` has before it; spaces at its end belong to the answer, as a
+    token begins with them."""
+    header = whole[len(bare) : whole.rfind(PROBE)].rstrip(" ") if whole.startswith(bare) else ""
+    return header if header.strip() else ""
+
+
+def _end_token(text: str, eos: str | None, tokens: Iterable[str]) -> str | None:
+    """The token that ends an answer, of the text that follows each: EOS, else the first token that
+    is not cut into pieces."""
+    if eos and eos in text:
+        return eos
+    text = text.lstrip()
+    found = [token for token in tokens if token.strip() and text.startswith(token)]
+    return max(found, key=len, default=None)
+
+
+def _without(text: str, tokens: Iterable[str]) -> str:
+    for token in tokens:
+        text = text.replace(token, "")
+    return text
+
+
+# --- A conversation -----------------------------------------------------------------------------
+
+
+def render(messages: list[Message], tokenizer: Any, generation_prompt: bool) -> str:
+    """Render a conversation with the tokenizer's chat template.
+
+    Raises:
+        InputError: there is no template, or no EOS.
+        RefusedConversation: the template fails on these messages.
+    """
+    from jinja2 import TemplateError
+
+    if template_of(tokenizer) is None:
+        raise InputError(
+            "the rows are conversations but the tokenizer has no chat template; set one, e.g. "
+            "model.chat_template=plain"
+        )
+    require_eos(tokenizer)
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=generation_prompt
+        )
+    except (TemplateError, TypeError, LookupError) as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise RefusedConversation(
+            f"the chat template refuses a conversation of {roles}: {error} (it begins with "
+            f"{show(messages[0]['content'])}); fix the rows, or set another model.chat_template"
+        ) from error
+
+
+def render_prompt(context: list[Message], tokenizer: Any) -> str:
+    """Render a conversation up to where the next answer begins.
+
+    A template without a generation prompt shows only with an answer what comes before one.
+    """
+    prompt = render(context, tokenizer, generation_prompt=True)
+    if not answer_frame(tokenizer).header:
+        return prompt
+    whole = render([*context, _ANSWER], tokenizer, generation_prompt=False)
+    return prompt + _header(prompt, whole)
+
+
+def render_turn(context: list[Message], answer: Message, tokenizer: Any) -> tuple[str, str]:
+    """Render an assistant turn as it is generated: after its context, with no turn behind it.
+
+    Returns:
+        The text before it, see `render_prompt`, and its own with what ends it, if anything.
+
+    Raises:
+        RefusedConversation: the template leaves the answer out, or renders the context differently
+            when the answer follows.
+    """
+    if not context:
+        raise RefusedConversation(
+            "a conversation starts with the assistant; it must start with the user"
+        )
+    before = render_prompt(context, tokenizer)
+    whole = render([*context, answer], tokenizer, generation_prompt=False)
+    _require_answer(whole.removeprefix(before), answer, tokenizer)
+    if not whole.startswith(before):
+        raise RewrittenPrompt(
+            f"the chat template {_in_one_line(tokenizer)} renders the start of a conversation "
+            f"differently once more turns follow: {before[-40:]!r} is not in "
+            f"{whole[: len(before)][-60:]!r}; use one that writes the generation prompt before "
+            "each answer, e.g. model.chat_template=plain"
+        )
+    text = whole[len(before) :]
+    return before, text[: _end_of_answer(text, tokenizer)]
+
+
+def has_end(text: str, tokenizer: Any) -> bool:
+    """True where the text of an assistant turn ends with what ends an answer."""
+    end_token = answer_frame(tokenizer).end_token
+    return text.endswith((*stop_strings(tokenizer), *([end_token] if end_token else [])))
+
+
+def _end_of_answer(text: str, tokenizer: Any) -> int:
+    """Where the text of an assistant turn ends: after a stop string that only whitespace follows,
+    as one in the middle is the answer's own; else after the last end token, or EOS if only
+    whitespace follows."""
+    stops = [(text.rfind(stop), len(stop)) for stop in stop_strings(tokenizer)]
+    ends = [at + length for at, length in stops if at >= 0 and not text[at + length :].strip()]
+    if ends:
+        return max(ends)
+    end_token = answer_frame(tokenizer).end_token
+    end = end_token or tokenizer.eos_token
+    at = text.rfind(end)
+    # a template without an end token did not write an EOS that text follows: the answer says it
+    is_end = at >= 0 and (end_token is not None or not text[at + len(end) :].strip())
+    return at + len(end) if is_end else len(text)
+
+
+def _require_answer(text: str, answer: Message, tokenizer: Any) -> None:
+    """Refuse a template that renders nothing of an answer: there would be nothing to train on."""
+    said = answer["content"]
+    words = re.findall(r"\w+", said) or said.split()  # of <think>a</think>b only b may be left
+    if words and not any(word in text for word in words):
+        raise RefusedConversation(
+            f"the chat template {_in_one_line(tokenizer)} leaves out what the assistant says: "
+            f"nothing of {show(answer['content'])} is in {show(text)}; set another one, e.g. "
+            "model.chat_template=plain"
+        )
+
+
+def _in_one_line(tokenizer: Any) -> str:
+    return show(str(template_of(tokenizer)).strip().replace("\n", " "))
+
+
+def require_eos(tokenizer: Any) -> None:
+    """Refuse a tokenizer without EOS."""
+    if tokenizer.eos_token_id is None:
+        raise InputError("the tokenizer has no EOS token; a response could never end: set one")

@@ -1,0 +1,95 @@
+"""Chat templates: where they come from, and the stop strings that they declare.
+
+What ends an answer besides EOS stands in the template, so that it travels with the tokenizer:
+
+    {%- set stop_strings = ['\\nUser'] -%}
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from rlhf.config import CONF_DIR, InputError, nearest, show
+
+_DECLARATION = re.compile(r"\{#.*?#\}|\{%[-+]?\s*set\s+stop_strings\s*=", re.DOTALL)
+
+
+def chat_template_text(
+    name_or_path: str,
+    field: str = "model.chat_template",
+    own: Mapping[str, str] | None = None,
+) -> str:
+    """Return a chat template: a name in `conf/chat_template`, a .jinja file, or the text itself.
+
+    Args:
+        field: configuration key, for messages.
+        own: named templates that the tokenizer brings; they come first.
+    """
+    if own and name_or_path in own:
+        return own[name_or_path]
+    if "{%" in name_or_path:
+        return name_or_path
+    known = {file.stem: file for file in sorted((CONF_DIR / "chat_template").glob("*.jinja"))}
+    file = known.get(name_or_path, Path(name_or_path).expanduser())
+    if file.suffix == ".jinja" and file.is_file():
+        return file.read_text(encoding="utf-8")
+    names = [*sorted(own or {}), *known]
+    raise InputError(
+        f"{field}={name_or_path!r} is neither one of {', '.join(names)}, nor a .jinja "
+        f"file that exists, nor a template's text.{nearest(name_or_path, names)}"
+    )
+
+
+def template_of(tokenizer: Any) -> str | None:
+    """Return the chat template that renders conversations: of several named ones, `default`."""
+    template = tokenizer.chat_template
+    return template.get("default") if isinstance(template, dict) else template
+
+
+def stop_strings(tokenizer: Any) -> tuple[str, ...]:
+    """Read the stop strings that the tokenizer's chat template declares; most declare none.
+
+    Raises:
+        InputError: the declaration is no list of string literals.
+    """
+    template = template_of(tokenizer)
+    return _declared(template)[0] if template is not None else ()
+
+
+def declare_stop_strings(template: str, strings: Sequence[str]) -> str:
+    """Write stop strings into a chat template, in place of those that it declares."""
+    literal = json.dumps(list(strings), ensure_ascii=False)
+    _, place = _declared(template)
+    if place is not None:
+        return f"{template[: place.start]} {literal} {template[place.stop :]}"
+    # chat templates are rendered with trim_blocks: the newline after a tag is left out
+    return f"{{% set stop_strings = {literal} %}}\n{template}" if strings else template
+
+
+@lru_cache(maxsize=64)
+def _declared(template: str) -> tuple[tuple[str, ...], slice | None]:
+    """The stop strings of a template, and where their list stands; None without a declaration."""
+    tags = (m for m in _DECLARATION.finditer(template) if m.group().startswith("{%"))
+    start = next((tag.end() for tag in tags), None)
+    if start is None:
+        return (), None
+    # a "%}" may stand in a string: the declaration ends at the first one before which a list does
+    for end in re.finditer(r"[-+]?%\}", template[start:]):
+        place = slice(start, start + end.start())
+        try:
+            strings = ast.literal_eval(template[place].strip())
+        except (ValueError, SyntaxError):
+            continue
+        if isinstance(strings, list) and all(isinstance(s, str) and s for s in strings):
+            return tuple(strings), place
+        break
+    raise InputError(
+        f"the chat template declares stop_strings = {show(template[start:].strip())}; expected a "
+        "list of strings that are not empty, e.g. {%- set stop_strings = ['\\nUser'] -%}"
+    )

@@ -1,0 +1,49 @@
+"""A file of a run that is not UTF-8, not JSON or not YAML ends in one line with its name.
+
+Run: python -m pytest tests/checkpoint/test_damaged_files.py
+"""
+
+import pytest
+
+from rlhf.checkpoint import read_record
+from rlhf.checkpoint.finite import STOPPED, stopped_after
+from rlhf.checkpoint.run_directory import _settings_of
+from rlhf.config import InputError, SFTStageConfig, load_config
+from rlhf.reward.report.__main__ import _load_config
+
+DAMAGED = [b"\xff\xfe{", b"{", b"[" * 5000]
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_a_damaged_record_is_named(tmp_path, content):
+    (tmp_path / "rlhf.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"rlhf\.json is damaged"):
+        read_record(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe{", b"{", b"[]", b'{"step": null}'])
+def test_a_damaged_note_of_a_stop_is_named(tmp_path, content):
+    (tmp_path / STOPPED).write_bytes(content)
+    with pytest.raises(InputError, match=f"{STOPPED} is damaged .*delete it"):
+        stopped_after(tmp_path, 0)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe{", b"a: {b: ]"])
+def test_a_damaged_configuration_is_named(tmp_path, content):
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(InputError, match=r"config\.yaml is damaged"):
+        load_config(SFTStageConfig, tmp_path / "config.yaml")
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe{", b"a: {b: ]"])
+def test_a_damaged_configuration_of_a_reward_model_is_named(tmp_path, content):
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(InputError, match=r"config\.yaml is damaged"):
+        _load_config(tmp_path, [], False)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe{", b"a: {b: ]", b"[]", b"seed: 1"])
+def test_a_damaged_configuration_of_a_finished_run_is_named(tmp_path, content):
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(InputError, match=r"config\.yaml is damaged"):
+        _settings_of(tmp_path)

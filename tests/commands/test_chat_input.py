@@ -1,0 +1,30 @@
+"""What is typed or piped to rlhf.chat and is not whole text.
+
+Run: python -m pytest tests/commands/test_chat_input.py
+"""
+
+import io
+
+from helpers.tiny import tiny_model
+from test_chat import TOKENIZER, write
+
+import rlhf.chat
+from rlhf.chat import ChatOptions, talk
+from rlhf.cli import run_command
+
+
+def test_bytes_and_halves_of_characters_that_are_no_text_are_answered(tmp_path, monkeypatch, capfd):
+    write(tmp_path / "model", tiny_model("llama", TOKENIZER))
+    asked = []
+    encode = rlhf.chat.Chat._encode
+    monkeypatch.setattr(
+        rlhf.chat.Chat, "_encode", lambda self, q, r: asked.append(q) or encode(self, q, r)
+    )
+    lines = io.BytesIO(b"a caf\xe9\n\xed\xa0\xbd\n")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(lines, encoding="utf-8"))
+    options = [f"path={tmp_path / 'model'}", "max_new_tokens=4", "system=be brief\udce9"]
+    assert run_command("", ChatOptions, talk, options) == 0
+    assert asked == ["a caf\ufffd", "\ufffd\ufffd\ufffd"]
+    chat = rlhf.chat.Chat(ChatOptions(path=str(tmp_path / "model"), max_new_tokens=4))
+    assert "".join(chat.ask("half \ud83c", 0)) is not None and asked[-1] == "half \ufffd"
+    assert "Traceback" not in capfd.readouterr().err

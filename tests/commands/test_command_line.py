@@ -1,0 +1,324 @@
+"""The three commands as a user meets them: quick answers, and one clear line for an error.
+
+Leaves out what the stages do once they train.
+Run: python -m pytest tests/commands/test_command_line.py
+"""
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from rlhf.cli import _name_sweep_run, hydra_main, options_first, runs_demo
+from rlhf.config import PPOStageConfig, RewardStageConfig, SFTStageConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+STAGES = ["sft", "reward", "ppo"]
+
+
+def run_python(*args, cwd, **env):
+    return subprocess.run(
+        [sys.executable, *args],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RANK": "0"} | env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capfd):
+    """Run a stage's command in this process, in an empty folder: (exit status, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # the command sets it; undone with the rest
+
+    def run(stage, *args):
+        monkeypatch.setattr("sys.argv", [f"rlhf.{stage}", *args])
+        try:
+            hydra_main(stage, lambda config: pytest.fail("the stage began"))
+            status = 0
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capfd.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def composed(command):
+    """What `--cfg job` prints, as a dict."""
+
+    def compose(stage, *args):
+        status, output, errors = command(stage, "--cfg", "job", *args)
+        assert (status, errors) == (0, "")
+        return yaml.safe_load(output)
+
+    return compose
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """A user's --config-dir."""
+    folder = tmp_path_factory.mktemp("own")
+    for name, text in {
+        "recipe/mine.yaml": "# @package _global_\nseed: 7\nppo:\n  kl_coef: 0.3\n",
+        "recipe/typo.yaml": "# @package _global_\nppo:\n  kl_coeff: 0.1\n",
+        "recipe/wrong.yaml": "# @package _global_\nppo:\n  kl_coef: much\n",
+        "recipe/broken.yaml": "# @package _global_\nppo: [1\n",
+        "recipe/trusting.yaml": "# @package _global_\nmodel:\n  trust_remote_code: true\n",
+        "dataset/mine.yaml": "path: rows.jsonl\nformat: alpaca\n",
+    }.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    return str(folder)
+
+
+# --- Quick answers --------------------------------------------------------------------------------
+
+PROBE = """
+import atexit, os, runpy, sys
+heavy = {"torch", "transformers", "trl", "datasets", "accelerate", "numpy", "wandb"}
+atexit.register(lambda: print("heavy:", sorted(heavy & set(sys.modules)), file=sys.stderr))
+sys.argv = sys.argv[1:]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=False)
+"""
+
+
+@pytest.mark.parametrize(
+    "stage, args, status, answer",
+    [
+        ("sft", ["--cfg", "job"], 0, "run_name: demo"),
+        ("reward", ["--help"], 0, "python -m rlhf.reward"),
+        ("ppo", ["--help"], 0, "python -m rlhf.ppo"),
+        ("ppo", ["ppo.kl_coeff=1"], 2, ""),
+    ],
+)
+def test_command_answers_without_importing_torch(stage, args, status, answer, tmp_path):
+    done = run_python("-c", PROBE, f"rlhf.{stage}", *args, cwd=tmp_path)
+    assert done.returncode == status
+    assert done.stderr.splitlines()[-1] == "heavy: []"
+    assert answer in done.stdout
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_command_answers_within_a_second_of_processor_time(tmp_path):
+    def seconds(*args):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        run_python(*args, cwd=tmp_path)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    for option in ("--cfg=job", "--help"):
+        if not any(seconds("-m", "rlhf.ppo", option) < 1.0 for _ in range(3)):
+            # the same machine at times takes twice as long for everything
+            hydra_alone = min(seconds("-c", "import hydra") for _ in range(3))
+            if hydra_alone > 0.2:
+                pytest.skip(f"a busy or slow processor: importing hydra took {hydra_alone:.2f} s")
+            pytest.fail(option)
+
+
+def test_command_answers_without_torch(tmp_path):
+    for option in ("--cfg=job", "--help"):
+        done = run_python("-X", "importtime", "-m", "rlhf.ppo", option, cwd=tmp_path)
+        modules = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+        assert "hydra" in modules and not modules & {"torch", "transformers", "trl", "numpy"}
+
+
+# --- Errors ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "stage, args, message",
+    [
+        ("ppo", ["ppo.kl_coeff=0.1"], "unknown key 'ppo.kl_coeff'. Did you mean ppo.kl_coef"),
+        ("ppo", ["+ppo.kl_coeff=0.1"], "unknown key 'ppo.kl_coeff'. Did you mean ppo.kl_coef"),
+        ("sft", ["dataset_path=x"], "unknown key 'dataset_path'. Did you mean dataset.path"),
+        ("ppo", ["ppo.kl_coef=much"], "ppo.kl_coef: Value 'much' of type 'str' could not be"),
+        ("reward", ["seed=1.5"], "seed: Value '1.5' of type 'float' could not be converted"),
+        ("ppo", ["recipe=typo"], "In 'recipe/typo': unknown key 'ppo.kl_coeff'. Did you mean"),
+        ("ppo", ["recipe=trusting"], "model.trust_remote_code=true comes from a file; only the"),
+        ("ppo", ["recipe=wrong"], "In 'recipe/wrong': ppo.kl_coef: Value 'much' of type 'str'"),
+        ("ppo", ["recipe=broken"], "not valid YAML: while parsing a flow sequence"),
+        (
+            "ppo",
+            ["recipe=vicuna"],
+            "recipe=vicuna has no ppo stage (it has sft); to go on",
+        ),
+        ("ppo", ["recipe=gone"], "recipe=gone does not exist; choose one of alpaca, "),
+        ("sft", ["dataset=gone"], "dataset=gone does not exist; choose one of alpaca, "),
+        ("ppo", ["recipe=demo", "ppo.kl_coef=-1"], "ppo.kl_coef must be >= 0, got -1.0"),
+        ("sft", ["dataset.path=a (1).jsonl"], "cannot read 'dataset.path=a (1).jsonl' ("),
+        ("sft", ["seed"], "cannot read 'seed' (missing EQUAL at '<EOF>'); write key=value"),
+    ],
+)
+def test_wrong_input_is_one_line_and_status_2(stage, args, message, own, command, tmp_path):
+    # the stages that a run needs before ppo.* is looked at
+    for before in ("sft", "reward"):
+        (tmp_path / f"runs/demo/{before}/final").mkdir(parents=True)
+    status, output, errors = command(stage, "--config-dir", own, *args)
+    (line,) = errors.splitlines()
+    assert line.startswith(f"error: {message}")
+    assert (status, output) == (2, "")
+
+
+def test_missing_config_dir_is_named(command):
+    status, _, errors = command("sft", "--config-dir", "nowhere")
+    assert status == 2
+    assert errors.startswith("error: Additional config directory '")
+    assert errors.count("\n") == 1
+
+
+def test_recipe_null_lists_everything_that_is_missing(command):
+    status, _, errors = command("ppo", "recipe=null")
+    title, *lines = errors.splitlines()
+    assert (status, title) == (2, "error: missing values:")
+    keys = [line.split(":")[0].strip() for line in lines]
+    assert keys == ["dataset.path", "model.path", "scorer.path"]
+
+
+def test_python_scorer_without_a_function_is_refused(command):
+    status, _, errors = command("ppo", "scorer=python", "dataset.path=x", "model.path=x")
+    assert status == 2
+    assert "scorer.path: a function, e.g. scorer.path=python:my_module.my_score" in errors
+
+
+def test_only_the_first_rank_prints_the_error(command, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert command("ppo", "ppo.kl_coeff=0.1") == (2, "", "")
+
+
+# --- What is composed -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("given", [[], ["recipe=demo", "seed=3"]])
+def test_without_arguments_or_when_asked_for_the_demo_runs(stage, given, composed):
+    config = composed(stage, *given)
+    assert (config["run_name"], config["seed"]) == ("demo", 3 if given else 1)
+    assert config["dataset"]["path"] == "python:rlhf.demo.world.rows"
+
+
+@pytest.mark.parametrize(
+    "arguments, demo",
+    [
+        ([], True),
+        (["--cfg", "job", "--resolve"], True),
+        (["--cfg=job"], True),
+        (["--help"], True),
+        (["-m"], False),
+        (["--config-dir", "own"], False),
+        (["--cfg", "job", "seed=2"], False),
+        (["run_name=mine"], False),
+    ],
+)
+def test_demo_runs_without_arguments_other_than_options_that_print(arguments, demo):
+    assert runs_demo(arguments) == demo
+
+
+@pytest.mark.parametrize("given", ["seed=2", "run_name=mine", "ppo.num_updates=10"])
+def test_any_argument_makes_missing_values_an_error_that_names_the_demo(given, command):
+    status, _, errors = command("ppo", given)
+    title, *lines, last = errors.splitlines()
+    assert (status, title) == (2, "error: missing values:")
+    assert [line.split(":")[0].strip() for line in lines] == [
+        *("dataset.path", "model.path", "scorer.path")
+    ]
+    assert last == "(recipe=demo runs the embedded demo, which needs none of them)"
+
+
+@pytest.mark.parametrize(
+    "work", ["dataset.path=x", "model.path=x", "dataset=hh", "recipe=null", "seed=2"]
+)
+def test_own_work_is_not_the_demo(work, composed):
+    config = composed("sft", work)
+    assert config["run_name"] == "run"
+    assert config["model"]["config"] == {}
+
+
+def test_users_recipe_and_data_set_apply_and_the_command_line_wins(own, composed):
+    args = ["recipe=mine", "dataset=mine", "--config-dir", own, "ppo.kl_coef=0.4"]
+    config = composed("ppo", *args)
+    assert (config["seed"], config["ppo"]["kl_coef"]) == (7, 0.4)
+    assert (config["dataset"]["path"], config["dataset"]["format"]) == ("rows.jsonl", "alpaca")
+    assert config["run_name"] == "run"
+
+
+@pytest.mark.parametrize(
+    "given, sorted_",
+    [
+        (["a=1", "--cfg", "job", "b=2"], ["--cfg", "job", "a=1", "b=2"]),
+        (["a=1", "-m", "b=2"], ["-m", "a=1", "b=2"]),
+        (["a=1", "--config-dir=own", "b=2"], ["--config-dir=own", "a=1", "b=2"]),
+        (["a=1", "--cfg"], ["--cfg", "a=1"]),
+    ],
+)
+def test_options_move_before_overrides(given, sorted_):
+    assert options_first(given) == sorted_
+
+
+# --- Sweeps ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sweep(monkeypatch):
+    """Make `_name_sweep_run` believe in a job of a sweep; returns the configuration it leaves."""
+
+    def job(config, *overrides, mode="RunMode.MULTIRUN", num=0):
+        state = SimpleNamespace(
+            job=SimpleNamespace(num=num), overrides=SimpleNamespace(task=overrides), mode=mode
+        )
+        monkeypatch.setattr("hydra.core.hydra_config.HydraConfig.get", lambda: state)
+        _name_sweep_run(config)
+        return config
+
+    return job
+
+
+def test_jobs_of_a_sweep_have_their_own_run_names(sweep):
+    names = [sweep(SFTStageConfig(), f"seed={seed}", "recipe=demo").run_name for seed in (1, 2)]
+    assert names == ["run-seed=1", "run-seed=2"]
+
+
+def test_a_sweep_that_is_continued_keeps_its_run_names(sweep):
+    assert sweep(SFTStageConfig(), "seed=1", "resume=true").run_name == "run-seed=1"
+
+
+def test_run_name_of_a_sweep_is_one_folder(sweep):
+    assert sweep(SFTStageConfig(), "dataset.path=a/b").run_name == "run-dataset.path=a_b"
+
+
+def test_run_name_is_kept_where_the_sweep_sets_it_or_there_is_none(sweep):
+    assert sweep(SFTStageConfig(run_name="a"), "run_name=a", "seed=1").run_name == "a"
+    assert sweep(SFTStageConfig(), "seed=1", mode="RunMode.RUN").run_name == "run"
+
+
+def test_jobs_of_a_sweep_start_from_the_stages_of_the_named_run(sweep, tmp_path):
+    for stage in ("sft", "reward"):
+        (tmp_path / "run" / stage / "final").mkdir(parents=True)
+    config = sweep(PPOStageConfig(runs_dir=str(tmp_path)), "seed=1")
+    assert config.stage_dir("ppo") == tmp_path / "run-seed=1" / "ppo"
+    assert config.model.path == str(tmp_path / "run/sft/final")
+    assert config.scorer.path == str(tmp_path / "run/reward/final")
+
+
+def test_a_sweep_prefers_its_own_stages_and_given_paths(sweep, tmp_path):
+    for run in ("run", "run-seed=1"):
+        (tmp_path / run / "sft" / "final").mkdir(parents=True)
+    assert sweep(RewardStageConfig(runs_dir=str(tmp_path)), "seed=1").model.path is None
+    given = RewardStageConfig(runs_dir=str(tmp_path))
+    given.model.path = "other"
+    assert sweep(given, "seed=2").model.path == "other"
+    assert sweep(SFTStageConfig(runs_dir=str(tmp_path)), "seed=2").model.path is None
+
+
+def test_sweep_on_the_command_line_names_its_first_run(command):
+    status, _, errors = command("ppo", "-m", "recipe=null", "seed=1,2", "dataset.path=x")
+    assert status == 2
+    assert f"{Path('runs/run-seed=1-dataset.path=x/reward/final')} does not exist" in errors

@@ -1,0 +1,463 @@
+"""Encoding: the token ids and labels that the three stages share; formats and sources are in
+test_sources.py."""
+
+import json
+import shutil
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import pytest
+from helpers.tiny import tiny_tokenizer
+
+from rlhf.config import CONF_DIR, InputError
+from rlhf.data import (
+    FORMATS,
+    RankedCollator,
+    describe_dropped,
+    encode_prompt,
+    encode_prompts,
+    encode_ranked,
+    encode_response,
+    encode_row,
+    encode_sft,
+    encode_texts,
+    prompt_of,
+)
+from rlhf.tokenizer import chat_template_text
+
+SHARED = Path(__file__).parents[2].parent / "shared"
+
+CHATML = (  # the EOS of the tokenizer is not in it
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+EOS_THEN_NEWLINE = (  # what follows the EOS belongs to the next prompt; writes a BOS where it can
+    "{{ bos_token }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+TEMPLATES = {
+    "plain": "plain",
+    "alpaca": "alpaca",
+    "chatml": CHATML,
+    "eos_then_newline": EOS_THEN_NEWLINE,
+}
+# What a template writes after an answer in place of EOS; ours follows the last answer alone, as no
+# server would write it into a conversation's history
+TEMPLATE_EOS = {"chatml": "<|im_end|>\n"}
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+CONVERSATIONS = {
+    "one turn": [user("Name a fruit."), assistant("An apple.")],
+    "three turns": [
+        {"role": "system", "content": "Be brief."},
+        user("Name a fruit.\n\n### Input:\nin winter"),
+        assistant("An orange, i think."),
+        user("Why?"),
+        assistant("It is\nsweet: yes"),
+        user("Sure?"),
+        assistant("Yes."),
+    ],
+    "spaces": [user("Hi "), assistant(" leading and trailing  "), user("a"), assistant("\nb\n\n")],
+}
+
+
+def word_level():
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    pieces.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+|\W"), "isolated")
+    texts = [m["content"] for c in CONVERSATIONS.values() for m in c]
+    texts += [(CONF_DIR / "chat_template" / f"{name}.jinja").read_text() for name in FILES]
+    texts += ["<|im_start|>user\n<|im_end|>system\nassistant: 2+2=4 two three"]
+    words = ["<unk>", "<pad>", "<s>", "</s>"]
+    for text in texts:
+        words += [piece for piece, _ in pieces.pre_tokenizer.pre_tokenize_str(text)]
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(words))}
+    pieces.model = models.WordLevel(vocabulary, unk_token="<unk>")
+    pieces.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=pieces, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+FILES = ("plain", "alpaca")
+
+
+def adds_bos():
+    """A tokenizer that writes BOS by itself, as Llama's does when loaded from the Hub."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny_tokenizer()
+    bos = (tokenizer.bos_token, tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos[0]} $A", special_tokens=[bos]
+    )
+    return tokenizer
+
+
+def pythia():
+    from transformers import PreTrainedTokenizerFast
+
+    file = SHARED / "tokenizers" / "pythia_20B_tokenizer.json"
+    return PreTrainedTokenizerFast(tokenizer_file=str(file), eos_token="<|endoftext|>")
+
+
+def llama():
+    from transformers import LlamaTokenizer
+
+    # From a folder: LlamaTokenizer(vocab_file=...) builds an empty vocabulary (transformers 5.23).
+    with tempfile.TemporaryDirectory() as folder:
+        file = SHARED / "tokenizers" / "llama_tokenizer.model"
+        shutil.copyfile(file, Path(folder) / "tokenizer.model")
+        tokenizer = LlamaTokenizer.from_pretrained(folder, local_files_only=True)
+    assert len(tokenizer) == 32000
+    return tokenizer
+
+
+TOKENIZERS = {
+    "byte": tiny_tokenizer,
+    "word": word_level,
+    "adds_bos": adds_bos,
+    "pythia": pythia,
+    "llama": llama,
+}
+_build = cache(lambda name: TOKENIZERS[name]())
+
+
+def get_tokenizer(name, template="plain"):
+    if name in ("pythia", "llama") and not (SHARED / "tokenizers").is_dir():
+        pytest.skip(f"the real {name} tokenizer is not on this machine")
+    tokenizer = _build(name)
+    tokenizer.chat_template = chat_template_text(TEMPLATES.get(template, template))
+    return tokenizer
+
+
+def every(name):
+    values = {"tokenizer": TOKENIZERS, "template": TEMPLATES, "conversation": CONVERSATIONS}[name]
+    return pytest.mark.parametrize(f"{name}_name", list(values))
+
+
+def runs_of_labels(ids, labels):
+    """The labelled stretches, as lists of ids; an EOS ends a stretch."""
+    assert len(ids) == len(labels)
+    assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True))
+    stretches, inside = [], False
+    for label in labels:
+        if label == -100:
+            inside = False
+            continue
+        if not inside:
+            stretches.append([])
+        stretches[-1].append(label)
+        inside = True
+    return stretches
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+# --- Rendering and labels -----------------------------------------------------------------------
+
+
+@every("conversation")
+@every("template")
+@every("tokenizer")
+def test_labelled_text_is_every_answer_and_its_eos(
+    tokenizer_name, template_name, conversation_name
+):
+    tokenizer = get_tokenizer(tokenizer_name, template_name)
+    messages = CONVERSATIONS[conversation_name]
+    ids, labels = encode_row({"messages": messages}, tokenizer)
+    assert tokenizer.unk_token is None or tokenizer.unk_token_id not in ids
+    stretches = runs_of_labels(ids, labels)
+    answers = [m["content"] for m in messages if m["role"] == "assistant"]
+    eos = tokenizer.eos_token_id
+    num_without = len(answers) - 1 if template_name in TEMPLATE_EOS else 0
+    expected = [0] * num_without + [1] * (len(answers) - num_without)
+    assert [s.count(eos) for s in stretches] == [int(s[-1] == eos) for s in stretches] == expected
+    said = [s[:-1] if s[-1] == eos else s for s in stretches]
+    texts = [tokenizer.decode(s, clean_up_tokenization_spaces=False) for s in said]
+    if tokenizer_name == "llama":  # SentencePiece: "x" and " x" have the same ids
+        answers = [answer.removeprefix(" ") for answer in answers]
+    assert texts == [answer + TEMPLATE_EOS.get(template_name, "") for answer in answers]
+
+
+@every("template")
+@every("tokenizer")
+def test_ppo_prompt_has_the_ids_before_each_trained_turn(tokenizer_name, template_name):
+    tokenizer = get_tokenizer(tokenizer_name, template_name)
+    for messages in CONVERSATIONS.values():
+        ids, labels = encode_row({"messages": messages}, tokenizer)
+        starts = [i for i in range(1, len(ids)) if labels[i] != -100 and labels[i - 1] == -100]
+        turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        assert len(starts) == len(turns)
+        for start, turn in zip(starts, turns, strict=True):
+            assert encode_prompt(messages[:turn], tokenizer) == ids[:start]
+            response = encode_response(messages[:turn], messages[turn]["content"], tokenizer)
+            if template_name in TEMPLATE_EOS and turn != turns[-1]:
+                response = response[:-1]
+            assert response == ids[start : start + len(response)]
+        assert encode_prompt(messages[:-1], tokenizer) + response == ids
+
+
+@every("template")
+@every("tokenizer")
+def test_all_text_of_the_rendering_is_in_the_ids(tokenizer_name, template_name):
+    tokenizer = get_tokenizer(tokenizer_name, template_name)
+    messages = CONVERSATIONS["three turns"]
+    ids, _ = encode_row({"messages": messages}, tokenizer)
+    text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+    if template_name == "chatml":
+        text = text.replace(tokenizer.eos_token, "")  # ours: the template writes none
+    squeeze = "".join  # SentencePiece starts each segment with a space
+    assert squeeze(text.split()) == squeeze(rendered.split())
+
+
+@every("tokenizer")
+def test_text_rows_are_prompt_completion_eos_without_a_template(tokenizer_name):
+    tokenizer = get_tokenizer(tokenizer_name)
+    row = {"prompt": "2+2=", "completion": "4"}
+    ids, labels = encode_row(row, tokenizer)
+    prompt = encode_prompt("2+2=", tokenizer)
+    assert prompt == tokenizer("2+2=")["input_ids"]
+    assert ids[: len(prompt)] == prompt and set(labels[: len(prompt)]) == {-100}
+    assert labels[len(prompt) :] == ids[len(prompt) :] == encode_response("2+2=", "4", tokenizer)
+    assert ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(ids[len(prompt) : -1]) == "4"
+
+
+def test_bos_is_not_doubled():
+    tokenizer = get_tokenizer("adds_bos", "eos_then_newline")
+    bos = tokenizer.bos_token_id
+    for prompt in ("two", "<bos>two", [user("two")]):
+        ids = encode_prompt(prompt, tokenizer)
+        assert ids[0] == bos and ids.count(bos) == 1
+    ids, _ = encode_row({"messages": CONVERSATIONS["three turns"]}, tokenizer)
+    assert ids[0] == bos and ids.count(bos) == 1
+
+
+def test_eos_at_the_end_of_a_text_completion_is_not_doubled():
+    tokenizer = get_tokenizer("byte")
+    ids = encode_response("a", "b<eos>", tokenizer)
+    assert ids == encode_response("a", "b", tokenizer)
+
+
+def test_only_the_completion_of_a_conversational_prompt_is_trained():
+    tokenizer = get_tokenizer("byte")
+    messages = CONVERSATIONS["three turns"]
+    ids, labels = encode_row({"prompt": messages[:-1], "completion": messages[-1:]}, tokenizer)
+    assert ids == encode_row({"messages": messages}, tokenizer)[0]
+    assert [tokenizer.decode(s) for s in runs_of_labels(ids, labels)] == ["Yes.<eos>"]
+
+
+def test_train_on_prompt_labels_every_token():
+    tokenizer = get_tokenizer("byte")
+    for row in ({"messages": CONVERSATIONS["three turns"]}, {"prompt": "a", "completion": "b"}):
+        ids, labels = encode_row(row, tokenizer, train_on_prompt=True)
+        assert labels == ids == encode_row(row, tokenizer)[0]
+
+
+def test_text_after_the_last_answer_is_left_out():
+    tokenizer = get_tokenizer("byte")
+    messages = CONVERSATIONS["one turn"]
+    row = {"messages": [*messages, user("ignored")]}
+    assert encode_row(row, tokenizer) == encode_row({"messages": messages}, tokenizer)
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused():
+    rewriting = (
+        "{% for m in messages %}{{ m['content'] + (messages | length | string) }}{% endfor %}"
+    )
+    with pytest.raises(InputError, match="renders the start of a conversation differently"):
+        encode_row({"messages": CONVERSATIONS["one turn"]}, get_tokenizer("byte", rewriting))
+
+
+def test_a_template_that_refuses_a_conversation_names_its_roles():
+    tokenizer = get_tokenizer("byte", "alpaca")
+    system = {"role": "system", "content": "x"}
+    with pytest.raises(InputError, match="user, system: a system message must come first"):
+        encode_prompt([user("a"), system], tokenizer)
+
+
+def test_conversations_without_a_template_are_refused():
+    tokenizer = tiny_tokenizer()
+    with pytest.raises(InputError, match="model.chat_template=plain"):
+        encode_prompt([user("a")], tokenizer)
+    tokenizer.eos_token = None
+    with pytest.raises(InputError, match="no EOS"):
+        encode_response("a", "b", tokenizer)
+
+
+# --- Chat templates -----------------------------------------------------------------------------
+
+NO_INPUT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.\n\n### Instruction:\nName a fruit.\n\n### Response:"
+)
+WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request.\n\n### Instruction:\n"
+    "Translate.\n\n### Input:\nGood day\n\n### Response:"
+)
+
+
+@pytest.mark.parametrize("name", ["byte", "pythia", "llama"])
+@pytest.mark.parametrize(
+    "row, literal",
+    [
+        ({"instruction": "Name a fruit.", "input": "", "output": "Apple"}, NO_INPUT),
+        ({"instruction": "Translate.", "input": "Good day", "output": "Bonjour"}, WITH_INPUT),
+    ],
+)
+def test_alpaca_prompts_are_byte_exact(name, row, literal):
+    tokenizer = get_tokenizer(name, "alpaca")
+    messages = FORMATS["alpaca"](row)["messages"]
+    bos = tokenizer.bos_token or ""
+    prompt = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+    assert prompt == bos + literal
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert rendered == bos + literal + row["output"] + tokenizer.eos_token
+
+
+def test_plain_template_renders_as_documented():
+    tokenizer = get_tokenizer("pythia")
+    messages = [{"role": "system", "content": "S"}, user("A"), assistant("B"), user("C")]
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert rendered == (
+        "S\n\n### User:\nA\n\n### Assistant:\nB<|endoftext|>\n\n### User:\nC\n\n### Assistant:\n"
+    )
+
+
+@pytest.mark.parametrize("template", FILES)
+def test_generation_markers_cover_the_answer_and_its_eos(template):
+    tokenizer = get_tokenizer("byte", template)
+    encoded = tokenizer.apply_chat_template(
+        CONVERSATIONS["three turns"],
+        return_assistant_tokens_mask=True,
+        return_dict=True,
+    )
+    labels = [
+        token if on else -100
+        for token, on in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
+    ]
+    texts = [tokenizer.decode(s) for s in runs_of_labels(encoded["input_ids"], labels)]
+    assert texts == ["An orange, i think.<eos>", "It is\nsweet: yes<eos>", "Yes.<eos>"]
+
+
+def test_chat_template_by_name_path_or_text(tmp_path):
+    file = tmp_path / "mine.jinja"
+    file.write_text("{{ messages }}")
+    assert chat_template_text(str(file)) == "{{ messages }}"
+    assert chat_template_text(CHATML) == CHATML
+    assert "generation" in chat_template_text("plain")
+    with pytest.raises(InputError, match="alpaca, .*plain.*Did you mean plain"):
+        chat_template_text("plane")
+    with pytest.raises(InputError, match="that exists"):
+        chat_template_text(str(tmp_path / "absent.jinja"))
+
+
+# --- Sets and batches ---------------------------------------------------------------------------
+
+
+def test_encode_sft_drops_long_rows_and_counts_them():
+    tokenizer = get_tokenizer("byte")
+    rows = [{"prompt": "a", "completion": "b" * n} for n in (1, 2, 3)]
+    lengths = [len(encode_row(row, tokenizer)[0]) for row in rows]
+    encoded, dropped = encode_sft(rows, tokenizer, max_length=lengths[1])
+    assert [len(row["input_ids"]) for row in encoded] == lengths[:2]
+    assert dropped == {f"longer than dataset.max_length={lengths[1]} tokens": 1}
+    with pytest.raises(InputError, match=f"max_length=2 .* the longest has {lengths[2]} tokens"):
+        encode_sft(rows, tokenizer, max_length=2)
+
+
+def test_encode_prompts_drops_long_prompts():
+    tokenizer = get_tokenizer("byte")
+    rows = [{"prompt": "a"}, {"prompt": "xyz" * 9}, {"messages": CONVERSATIONS["one turn"]}]
+    encoded, dropped = encode_prompts(rows, tokenizer, None)
+    assert [one["prompt"] for one in encoded] == [prompt_of(row) for row in rows] and not dropped
+    assert encoded[2]["input_ids"] == encode_prompt([user("Name a fruit.")], tokenizer)
+    encoded, dropped = encode_prompts(rows, tokenizer, 1)
+    assert len(encoded) == 1 and dropped == {"longer than ppo.max_prompt_length=1 tokens": 2}
+    with pytest.raises(InputError, match="ppo.max_prompt_length=0 leaves no row"):
+        encode_prompts(rows, tokenizer, 0)
+
+
+def test_encode_ranked_loses_only_long_responses_while_two_untied_remain():
+    tokenizer = get_tokenizer("byte")
+    long = "z" * 50
+    rows = [
+        {"prompt": "p", "responses": ["a", long, "b"], "ranks": [0, 1, 2]},
+        {"prompt": "p", "responses": ["a", long, "b"], "ranks": [0, 1, 0]},
+        {"prompt": "p", "responses": ["q", "a"], "ranks": [1, 0]},
+    ]
+    encoded, dropped = encode_ranked(rows, tokenizer, max_length=20)
+    assert [row["row"] for row in encoded] == [0, 2]
+    assert [row["ranks"] for row in encoded] == [[0, 2], [1, 0]]
+    eos, prompt = tokenizer.eos_token_id, encode_prompt("p", tokenizer)
+    a, q = (tokenizer(text)["input_ids"] for text in "aq")
+    assert encoded[1]["input_ids"] == [[*prompt, *q, eos], [*prompt, *a, eos]]
+    assert encoded[1]["lengths"] == [len(q) + 1, len(a) + 1]
+    assert describe_dropped(dropped) == (
+        "dropped 1 rows: 1 longer than dataset.max_length=20 tokens; "
+        "1 single responses longer than dataset.max_length=20 tokens"
+    )
+    with pytest.raises(InputError, match="dataset.max_length=2 leaves no row; raise it"):
+        encode_ranked(rows, tokenizer, max_length=2)
+
+
+def test_collator_masks_by_length_even_where_pad_is_eos():
+    eos = 9
+    rows = [
+        {"input_ids": [[5, 6, eos], [5, eos]], "ranks": [1, 0], "lengths": [2, 1], "row": 4},
+        {"input_ids": [[7, 8, 8, eos], [7, eos, eos], [7, eos]], "ranks": [0, 1, 1]},
+    ]
+    batch = RankedCollator(pad_token_id=eos)(rows)
+    assert batch["input_ids"].tolist() == [
+        [5, 6, 9, 9],
+        [5, 9, 9, 9],
+        [7, 8, 8, 9],
+        [7, 9, 9, 9],
+        [7, 9, 9, 9],
+    ]
+    assert batch["attention_mask"].tolist() == [
+        [1, 1, 1, 0],
+        [1, 1, 0, 0],
+        [1, 1, 1, 1],
+        [1, 1, 1, 0],
+        [1, 1, 0, 0],
+    ]
+    assert batch["ranks"].tolist() == [1, 0, 0, 1, 1]
+    assert batch["groups"].tolist() == [0, 0, 1, 1, 1]
+
+
+# --- PPO-ptx ------------------------------------------------------------------------------------
+
+
+def test_texts_are_encoded_whole_cut_and_never_too_short_to_predict():
+    tokenizer = get_tokenizer("byte")
+    rows = [
+        {"text": "ab"},
+        {"prompt": "a", "completion": "b"},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+    ]
+    (text, pair, conversation), _ = encode_texts(rows, tokenizer, 100)
+    assert text == tokenizer("ab", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    assert pair == encode_row(rows[1], tokenizer)[0]
+    assert conversation == encode_row(rows[2], tokenizer)[0]
+    assert encode_texts(rows[:1], tokenizer, 2)[0] == [text[:2]]
+    with pytest.raises(InputError, match="ptx.max_length=1 leaves no row"):
+        encode_texts(rows[:1], tokenizer, 1)

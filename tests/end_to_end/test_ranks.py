@@ -1,0 +1,73 @@
+"""An error on any of several processes is printed once, with its rank, and ends all of them.
+
+Run: python -m pytest tests/end_to_end/test_ranks.py
+"""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import rlhf.cli
+from rlhf.cli import hydra_main
+from rlhf.config import InputError
+
+ROOT = Path(__file__).parents[2]
+STAGE = """
+import os, sys, time
+from rlhf.cli import hydra_main
+from rlhf.config import InputError
+
+def run(config):
+    if os.environ["RANK"] in failing:
+        raise InputError("dataset.path=rows.jsonl is not there")
+    time.sleep(120)  # as in an exchange that the other process never joins
+
+failing = sys.argv.pop(1).split(",")
+hydra_main("sft", run)
+"""
+
+
+@pytest.mark.parametrize("failing, rank", [("1", "rank 1: "), ("0,1", "")])
+def test_error_on_one_process_is_printed_once_and_ends_all(failing, rank, tmp_path):
+    (tmp_path / "stage.py").write_text(STAGE)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    began = time.perf_counter()
+    done = subprocess.run(
+        [*launcher, "--nproc_per_node", "2", "stage.py", failing, "recipe=demo"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode != 0 and time.perf_counter() - began < 90
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert errors == [f"error: {rank}dataset.path=rows.jsonl is not there"]
+
+
+@pytest.mark.parametrize(
+    "error, status, printed",
+    [
+        (InputError("no room"), 2, "error: rank 1: no room\n"),
+        (InputError("rank 1: no room"), 2, "error: rank 1: no room\n"),
+        (KeyError("mine"), None, "error on rank 1:\n"),
+    ],
+)
+def test_error_of_a_stage_has_its_rank(error, status, printed, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"HYDRA_FULL_ERROR": "0", "RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(rlhf.cli, "REPEAT_SECONDS", 0.0)
+    monkeypatch.setattr("sys.argv", ["rlhf.sft"])
+
+    def run(config):
+        raise error
+
+    with pytest.raises((SystemExit, KeyError)) as stop:
+        hydra_main("sft", run)
+    assert getattr(stop.value, "code", None) == status
+    assert capfd.readouterr().err.startswith(printed)

@@ -1,0 +1,134 @@
+"""Runs of two processes that are killed, or asked to stop, end as if they had never stopped.
+
+As under a launcher, the death of one process ends the other. What kills one process alone is in
+test_resume.py.
+
+Run: python -m pytest tests/end_to_end/test_two_processes.py, with `-m slow` for all stages and
+more kills
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import time
+
+import pytest
+from test_resume import (  # noqa: F401
+    PROCESSES,
+    data,
+    directory_of,
+    log_of,
+    new_run,
+    outcome,
+    policy,
+    run_stage,
+    text_of,
+    wholes,
+)
+
+from rlhf.config import ScorerConfig
+
+
+def lengths(prompts, responses):
+    """Score by length, without random numbers: those saved are of the first process."""
+    return [len(response) / 10 for response in responses]
+
+
+def run_rank(config, rank: int, port: int, kill_at: int, ask: int | None) -> None:
+    """One of the two processes of a run."""
+    os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
+    run_stage(config, str(log_of(config)), kill_at, None, ask)
+
+
+def launch(config, kill_at: tuple[int, int] = (0, 0), after: float | None = None, ask=None):
+    """Run two processes; kill one at an access to a file, or both after some seconds.
+
+    Returns:
+        Exit status of each.
+    """
+    os.makedirs(config.runs_dir, exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [
+        PROCESSES.Process(target=run_rank, args=(config, rank, port, kill_at[rank], ask))
+        for rank in range(2)
+    ]
+    for rank in ranks:
+        rank.start()
+    began = time.monotonic()
+    while any(rank.is_alive() for rank in ranks):
+        seconds = time.monotonic() - began
+        assert seconds < 120, text_of(config)[-3000:]
+        if (after is not None and seconds > after) or any(rank.exitcode for rank in ranks):
+            time.sleep(0.5 if ask else 0)  # both end by themselves after SIGTERM
+            for rank in ranks:
+                rank.kill()
+        time.sleep(0.01)
+    return [rank.exitcode for rank in ranks]
+
+
+def of_two(wholes, stage, folder):  # noqa: F811
+    """A run of two processes that is left alone, and how long it takes."""
+    config = new_run(wholes(stage)[0], folder, "whole", resume=False)
+    if stage == "ppo":
+        config.scorer = ScorerConfig("python:test_two_processes.lengths", normalize="none")
+    began = time.monotonic()
+    assert launch(config) == [0, 0], text_of(config)[-3000:]
+    return config, outcome(config), time.monotonic() - began
+
+
+def kill_and_continue(plain, expected, seconds, folder, num_kills, draw) -> None:
+    kills = runs = 0
+    while kills < num_kills:
+        config = new_run(plain, folder, f"run-{runs}")
+        runs += 1
+        statuses = [1]
+        while statuses != [0, 0]:
+            at_file = kills % 2 == 0 and kills < num_kills
+            after = draw.uniform(0.3, 1.0) * seconds if kills % 2 and kills < num_kills else None
+            statuses = launch(config, (draw.randint(1, 150) if at_file else 0, 0), after)
+            killed = -signal.SIGKILL in statuses
+            assert killed or statuses == [0, 0], text_of(config)[-3000:]
+            kills += killed
+            if at_file and not killed:
+                break
+        assert outcome(config) == expected
+        assert not list(directory_of(config).glob(".*"))
+
+
+def test_killed_run_of_two_processes_ends_as_if_it_had_never_stopped(wholes, tmp_path):  # noqa: F811
+    config, expected, seconds = of_two(wholes, "sft", tmp_path)
+    kill_and_continue(config, expected, seconds, tmp_path, 2, random.Random(3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_many_killed_runs_of_two_processes_end_as_if_they_had_never_stopped(
+    stage,
+    wholes,  # noqa: F811
+    tmp_path,
+):
+    config, expected, seconds = of_two(wholes, stage, tmp_path)
+    kill_and_continue(config, expected, seconds, tmp_path, 12, random.Random(4))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_run_of_two_processes_that_is_asked_to_stop_saves_and_continues(
+    stage,
+    wholes,  # noqa: F811
+    tmp_path,
+):
+    plain, expected, _ = of_two(wholes, stage, tmp_path)
+    config = new_run(plain, tmp_path, "run")
+    status = 128 + signal.SIGHUP
+    assert launch(config, ask=signal.SIGHUP) == [status, status], text_of(config)[-3000:]
+    assert launch(config) == [0, 0], text_of(config)[-3000:]
+    assert "resuming from" in text_of(config)
+    assert outcome(config) == expected

@@ -1,0 +1,503 @@
+"""What every model family must hold: padding, saving, sampling, adapters, embeddings, dropout.
+
+Tiny models of each family, built and saved offline; a family that breaks a contract is mended in
+the package by what its config and signatures say, never by its name. Leaves out the stages on each
+family (test_recipes.py) and quantised models (test_quantization.py).
+Run: pytest tests/models/test_families.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import pytest
+import torch
+from helpers.families import (
+    EOS,
+    LORA,
+    NONE_FORBIDDEN,
+    PAD,
+    PROMPTS,
+    RESPONSES,
+    SEQUENCES,
+    TOKENIZER,
+    VOCAB,
+    close,
+    exact,
+    logits_of,
+    padded,
+    positions_before_last,
+    rollout_of,
+    save,
+    scores_of,
+    train_policy,
+    train_scores,
+)
+from helpers.tiny import FAMILIES, tiny_model
+from torch import nn
+
+from rlhf.config import InputError, PeftConfig
+from rlhf.functional import token_logprobs
+from rlhf.models import (
+    ScalarModel,
+    add_lora,
+    disable_dropout,
+    init_reward_model,
+    load_policy,
+    load_reference,
+    load_reward_model,
+    merged,
+    prefill_inputs,
+    resize_embeddings,
+    response_logits,
+    sequence_scores,
+)
+from rlhf.models.dropout import set_dropout
+from rlhf.ppo.rollout import critic_values, policy_logprobs
+from rlhf.sampling import Sampling, generate, uniform_noise
+from rlhf.scorers import score_sequences
+from rlhf.tokenizer import forbidden_token_ids
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+BLOCKS = {
+    "llama": "LlamaDecoderLayer",
+    "gpt_neox": "GPTNeoXLayer",
+    "gptj": "GPTJBlock",
+    "falcon_7b": "FalconDecoderLayer",
+    "falcon_40b": "FalconDecoderLayer",
+    "opt": "OPTDecoderLayer",
+    "gpt2": "GPT2Block",
+    "qwen3": "Qwen3DecoderLayer",
+    "mistral": "MistralDecoderLayer",
+    "mistral_window": "MistralDecoderLayer",
+    "gemma": "GemmaDecoderLayer",
+    "gemma2": "Gemma2DecoderLayer",
+    "gemma3": "Gemma3DecoderLayer",
+}
+
+
+@pytest.fixture(scope="module")
+def saved_policy(tmp_path_factory):
+    """family -> ModelConfig of a saved policy; each is written once."""
+    folder = tmp_path_factory.mktemp("policies")
+    return functools.cache(lambda family: save(folder / family, tiny_model(family, TOKENIZER)))
+
+
+@pytest.fixture(scope="module")
+def saved_reward_model(tmp_path_factory, saved_policy):
+    """family -> ModelConfig of a saved reward model, with the head as it was initialised."""
+    folder = tmp_path_factory.mktemp("reward_models")
+
+    def fresh(family):
+        return init_reward_model(saved_policy(family), TOKENIZER, seed=3)
+
+    return functools.cache(lambda family: save(folder / family, fresh(family), "reward"))
+
+
+# --- Padding ------------------------------------------------------------------------------------
+
+
+@every_family
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_logprobs_do_not_depend_on_padding(family, side):
+    """Rows are right-padded in training, left-padded in the sampler."""
+    model = tiny_model(family, TOKENIZER)
+
+    @torch.no_grad()
+    def logprobs(ids, mask):
+        if side == "left":
+            logits = model(**prefill_inputs(model, ids, mask)).logits[:, :-1]
+        else:
+            positions = positions_before_last(ids, ids.shape[1] - 1)
+            logits = response_logits(model, ids, mask, positions, NONE_FORBIDDEN)
+        return token_logprobs(logits, ids[:, 1:])
+
+    # Any fill will do: what stands under the mask is not read.
+    ids, mask = padded(SEQUENCES, side, fill=77)
+    # A token can be predicted where it and the one before it are valid.
+    predicted = mask[:, 1:] & mask[:, :-1]
+    batch = logprobs(ids, mask)
+    for row, sequence in enumerate(SEQUENCES):
+        alone = logprobs(*padded([sequence], side))[0]
+        close(batch[row][predicted[row]], alone, atol=1e-5)
+
+
+@every_family
+def test_values_and_scores_do_not_depend_on_padding(family, saved_reward_model):
+    model = ScalarModel(load_reward_model(saved_reward_model(family)), mean=0.2, std=1.5).eval()
+    ids, mask = padded(SEQUENCES, "right", fill=77)
+    with torch.no_grad():
+        batch, scores = model(ids, mask), sequence_scores(model, ids, mask)
+        for row, sequence in enumerate(SEQUENCES):
+            alone = model(*padded([sequence], "right"))[0]
+            close(batch[row][mask[row]], alone)
+            close(scores[row], alone[-1])
+    close(score_sequences(model, SEQUENCES, batch_size=2), scores)
+
+
+@every_family
+def test_rollout_layout_gives_the_numbers_of_each_sequence_alone(family, saved_reward_model):
+    policy = tiny_model(family, TOKENIZER)
+    critic = ScalarModel(load_reward_model(saved_reward_model(family))).eval()
+    sampling = Sampling(6, (EOS,), forbidden_token_ids(TOKENIZER, VOCAB), temperature=0.7)
+    rollout = rollout_of(PROMPTS, RESPONSES)
+    with torch.no_grad():
+        logprobs, _ = policy_logprobs(policy, rollout, sampling)
+        values = critic_values(critic, rollout)
+        for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
+            ids = torch.tensor([prompt + response])
+            logits = policy(ids).logits[0] / 0.7
+            logits[:, PAD] = -math.inf
+            start, end = len(prompt) - 1, len(prompt + response) - 1
+            expected = logits[start:end].log_softmax(-1)
+            expected = expected.gather(-1, torch.tensor(response)[:, None]).squeeze(-1)
+            valid = rollout.response_mask[row]
+            close(logprobs[row][valid], expected, atol=1e-5)
+            close(values[row][valid], critic(ids, torch.ones_like(ids).bool())[0, start:end])
+
+
+# --- Sampling -----------------------------------------------------------------------------------
+
+
+@every_family
+def test_sampled_logprobs_are_those_of_the_training_forward(family):
+    """Rows end at different times, so that the cache drops some while others go on."""
+    # Untied: a tied Gemma, whose embeddings are scaled up, only repeats its last token.
+    policy = tiny_model(family, TOKENIZER, tie_word_embeddings=False)
+    stop = tuple(range(3, VOCAB, 6))
+    sampling = Sampling(12, stop, forbidden_token_ids(TOKENIZER, VOCAB), temperature=2.0)
+    prompts = PROMPTS * 4
+    sampled = generate(policy, prompts, sampling, uniform_noise((1,), range(12), 12))
+    lengths = [len(ids) for ids in sampled.ids]
+    assert len(set(lengths)) > 3 and max(lengths) > 6
+    rollout = rollout_of(prompts, sampled.ids)
+    with torch.no_grad():
+        logprobs, _ = policy_logprobs(policy, rollout, sampling)
+    for row, expected in enumerate(sampled.logprobs):
+        close(logprobs[row][rollout.response_mask[row]], torch.tensor(expected), atol=1e-4)
+
+
+# --- Saving and loading -------------------------------------------------------------------------
+
+
+@every_family
+def test_saved_policy_loads_by_path_with_identical_logits(family, saved_policy):
+    exact(
+        logits_of(load_policy(saved_policy(family), TOKENIZER)),
+        logits_of(tiny_model(family, TOKENIZER)),
+    )
+
+
+@every_family
+def test_saved_reward_model_loads_with_identical_scores(family, tmp_path, saved_policy):
+    model = init_reward_model(saved_policy(family), TOKENIZER, seed=3)
+    train_scores(model)
+    config = save(tmp_path / "reward", model, "reward")
+    exact(scores_of(load_reward_model(config)), scores_of(model))
+
+
+@every_family
+def test_reward_model_scores_are_head_times_hidden_state(family, saved_policy):
+    model = init_reward_model(saved_policy(family), TOKENIZER, seed=3)
+    policy = tiny_model(family, TOKENIZER)
+    with torch.no_grad():
+        for sequence, score in zip(SEQUENCES, scores_of(model), strict=True):
+            hidden = policy.base_model(torch.tensor([sequence])).last_hidden_state[0, -1]
+            close(score, hidden @ model.score.weight[0], atol=1e-5)
+
+
+# --- Embedding tables ---------------------------------------------------------------------------
+
+
+@every_family
+@pytest.mark.parametrize("tied", [False, True])
+def test_new_rows_of_both_tables_are_the_mean_of_the_old(family, tied):
+    model = tiny_model(family, TOKENIZER, tie_word_embeddings=tied)
+    tables = [model.get_input_embeddings, model.get_output_embeddings]
+    before = [table().weight.detach().clone() for table in tables]
+    logits = logits_of(model)
+    resize_embeddings(model, VOCAB + 3)
+    assert model.config.vocab_size == VOCAB + 3
+    for table, old in zip(tables, before, strict=True):
+        weight = table().weight
+        exact(weight[:VOCAB], old)
+        close(weight[VOCAB:], old.mean(dim=0).expand(3, -1))
+    assert (tables[0]().weight is tables[1]().weight) == tied
+    if not tied:
+        assert not torch.equal(before[0], before[1])
+    bias = getattr(model.get_output_embeddings(), "bias", None)  # GPT-J
+    if bias is not None:
+        close(bias[VOCAB:], bias[:VOCAB].mean().expand(3))
+    exact(logits_of(model)[..., :VOCAB], logits)
+
+
+# --- LoRA ---------------------------------------------------------------------------------------
+
+
+@every_family
+def test_policy_with_adapters_off_is_the_reference_before_and_after_training(family, saved_policy):
+    reference = logits_of(load_reference(saved_policy(family), TOKENIZER))
+    policy = add_lora(load_policy(saved_policy(family), TOKENIZER), LORA, "CAUSAL_LM", seed=0)
+    exact(logits_of(policy), reference)
+    train_policy(policy)
+    assert (logits_of(policy) - reference).abs().max() > 0.1
+    with policy.disable_adapter():
+        exact(logits_of(policy), reference)
+    assert (logits_of(policy) - reference).abs().max() > 0.1
+
+
+@every_family
+def test_merged_policy_equals_the_live_adapters_and_leaves_them_alone(family, tmp_path):
+    base = tiny_model(family, TOKENIZER)
+    live = add_lora(base, LORA, "CAUSAL_LM", seed=0)
+    train_policy(live)
+    before = {key: value.clone() for key, value in live.state_dict().items()}
+    logits = logits_of(live)
+    plain = merged(live)
+    assert type(plain) is type(base)
+    close(logits_of(plain.eval()), logits, atol=1e-4)
+    train_policy(plain, num_steps=1)  # shares nothing with the live model
+    exact(dict(live.state_dict()), before)
+    exact(logits_of(live), logits)
+    loaded = load_policy(save(tmp_path / "final", merged(live)), TOKENIZER)
+    close(logits_of(loaded), logits, atol=1e-4)
+
+
+@every_family
+def test_merged_reward_model_equals_the_live_adapters_and_loads_by_path(
+    family, tmp_path, saved_policy
+):
+    model = init_reward_model(saved_policy(family), TOKENIZER, seed=3)
+    live = add_lora(model, LORA, "SEQ_CLS", seed=0)
+    fresh_head = live.get_base_model().score.weight.detach().clone()
+    train_scores(live)
+    before = {key: value.clone() for key, value in live.state_dict().items()}
+    scores = scores_of(live)
+    plain = merged(live)
+    assert not torch.equal(plain.score.weight, fresh_head)
+    exact(dict(live.state_dict()), before)
+    close(scores_of(plain), scores, atol=1e-4)
+    loaded = load_reward_model(save(tmp_path / "reward", plain, "reward"))
+    exact(scores_of(loaded), scores_of(plain))
+
+
+@every_family
+def test_all_linear_layers_are_those_of_the_blocks(family):
+    """Found by the shape of their weights: a matrix outside embeddings and head."""
+    policy = tiny_model(family, TOKENIZER)
+    expected = {
+        name.removesuffix(".weight")
+        for name, parameter in policy.named_parameters()
+        if parameter.dim() == 2 and BLOCKS[family] in enclosing(policy, name)
+    }
+    assert len(expected) >= 8
+    for task_type in ("CAUSAL_LM", "SEQ_CLS"):
+        model = policy if task_type == "CAUSAL_LM" else classifier_of(policy)
+        live = add_lora(model, LORA, task_type, seed=0)
+        assert targets_of(live) == expected
+
+
+def enclosing(model, name):
+    """Class names of the modules that a parameter lies in."""
+    parts = name.split(".")
+    return {type(model.get_submodule(".".join(parts[:n]))).__name__ for n in range(len(parts))}
+
+
+def classifier_of(policy):
+    from transformers import AutoModelForSequenceClassification
+
+    config = type(policy.config)(**policy.config.to_dict() | {"num_labels": 1})
+    return AutoModelForSequenceClassification.from_config(config)
+
+
+def targets_of(live):
+    base = live.get_base_model()
+    return {name for name, module in base.named_modules() if hasattr(module, "lora_A")}
+
+
+QUERY_AND_VALUE = "llama gptj opt qwen3 mistral gemma gemma2 gemma3".split()
+PUBLISHED = dict.fromkeys(QUERY_AND_VALUE, ["q_proj", "v_proj"]) | {
+    "gpt_neox": ["query_key_value"],
+    "falcon_7b": ["query_key_value"],
+    "falcon_40b": ["query_key_value"],
+    "gpt2": ["c_attn"],
+}
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_targets_of_published_recipes_are_found_in_every_block(family):
+    names = PUBLISHED[family]
+    config = PeftConfig(enabled=True, r=4, target_modules=names)
+    live = add_lora(tiny_model(family, TOKENIZER), config, "CAUSAL_LM", seed=0)
+    assert sorted(name.rpartition(".")[2] for name in targets_of(live)) == sorted(names * 2)
+
+
+LINEAR_LAYERS = {
+    "llama": "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj",
+    "gpt_neox": "query_key_value, dense, dense_h_to_4h, dense_4h_to_h",
+    "gpt2": "c_attn, c_proj, c_fc",
+}
+
+
+@pytest.mark.parametrize("family", LINEAR_LAYERS)
+@pytest.mark.parametrize("wrong", ["no_such_layer", "lm_head", "proj"])
+def test_a_wrong_target_is_an_input_error_that_names_the_linear_layers(family, wrong):
+    right = PUBLISHED[family]
+    config = PeftConfig(enabled=True, target_modules=[*right, wrong])
+    with pytest.raises(InputError) as caught:
+        add_lora(tiny_model(family, TOKENIZER), config, "CAUSAL_LM", seed=0)
+    assert str(caught.value).startswith(f"peft.target_modules={[*right, wrong]}: ")
+    assert f"has no linear layer named {wrong}; it has {LINEAR_LAYERS[family]} (null: all of " in (
+        str(caught.value)
+    )
+
+
+# --- Wrap units ---------------------------------------------------------------------------------
+
+
+@every_family
+@pytest.mark.parametrize("kind", ["policy", "reward model"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_accelerate_shards_by_decoder_block_without_being_told(family, kind, lora):
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
+
+    model = tiny_model(family, TOKENIZER)
+    if kind == "reward model":
+        model = classifier_of(model)
+    if lora:
+        model = add_lora(model, LORA, "SEQ_CLS" if kind == "reward model" else "CAUSAL_LM", 0)
+    if kind == "reward model":
+        model = ScalarModel(model)
+    make = functools.partial(
+        FullyShardedDataParallelPlugin, auto_wrap_policy="transformer_based_wrap"
+    )
+    wraps = fsdp2_prepare_auto_wrap_policy(make(fsdp_version=2), model)
+    wrapped = [type(module).__name__ for module in model.modules() if wraps(module)]
+    assert wrapped == [BLOCKS[family]] * 2
+    first = make(fsdp_version=1)
+    first.set_auto_wrap_policy(model)
+    classes = first.auto_wrap_policy.keywords["transformer_layer_cls"]
+    assert [c.__name__ for c in classes] == [BLOCKS[family]]
+
+
+# --- Dropout and gradient checkpointing ---------------------------------------------------------
+
+
+def model_with_dropout(family, lora=False, layerdrop=0.5):
+    """Every rate that the family's config has is a half."""
+    from transformers import AutoConfig
+
+    values = AutoConfig.for_model(FAMILIES[family][0]).to_dict()
+    rates = {name: 0.5 for name in values if "drop" in name}
+    if "layerdrop" in rates:  # OPT's share of layers that are skipped
+        rates["layerdrop"] = layerdrop
+    model = tiny_model(family, TOKENIZER, **rates)
+    if lora:
+        config = PeftConfig(enabled=True, r=4, dropout=0.5)
+        model = add_lora(model, config, "CAUSAL_LM", seed=0)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter)
+    return model.train()
+
+
+@every_family
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_disable_dropout_reaches_every_dropout(family, lora, checkpointing):
+    model = model_with_dropout(family, lora)
+    torch.manual_seed(0)
+    assert not torch.equal(logits_of(model), logits_of(model))
+    expected = logits_of(model.eval())
+    model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    disable_dropout(model)
+    ids = torch.tensor([SEQUENCES[0]])
+    for training in (False, True):  # what a caller's train() does must not bring it back
+        exact(model(input_ids=ids, use_cache=False).logits, expected)
+        exact(model(input_ids=ids, use_cache=False).logits, expected)
+        if training is False:
+            model.train()
+
+
+def gradients_and_recomputations(model, block):
+    """Gradients by name, and how often a block's first part was entered in the backward pass."""
+    calls = {"forward": 0, "backward": 0}
+    phase = "forward"
+    blocks = [module for module in model.modules() if type(module).__name__ == block]
+    assert len(blocks) == 2
+    for module in blocks:
+        first = next(
+            child
+            for child in module.modules()
+            if isinstance(child, nn.Linear) or ("Conv1D" in type(child).__name__)
+        )
+        first.register_forward_pre_hook(lambda *_: calls.update({phase: calls[phase] + 1}))
+    ids = torch.tensor([SEQUENCES[0]])
+    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    phase = "backward"
+    loss.backward()
+    assert calls["forward"] == 2
+    return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}, calls["backward"]
+
+
+@every_family
+@pytest.mark.parametrize("lora", [False, True])
+def test_checkpointing_stays_active_without_dropout_and_gives_the_same_gradients(family, lora):
+    plain = model_with_dropout(family, lora)
+    disable_dropout(plain)
+    expected, recomputed = gradients_and_recomputations(plain, BLOCKS[family])
+    assert recomputed == 0
+    model = model_with_dropout(family, lora)
+    model.gradient_checkpointing_enable()
+    disable_dropout(model)
+    actual, recomputed = gradients_and_recomputations(model, BLOCKS[family])
+    assert recomputed == 2
+    assert any(gradient.abs().max() > 0.01 for gradient in expected.values())
+    close(actual, expected)
+
+
+@every_family
+def test_model_dropout_is_that_of_the_config_and_is_not_saved(family, saved_policy, tmp_path):
+    base = saved_policy(family)
+    model = load_policy(dataclasses.replace(base, dropout=0.5), TOKENIZER)
+    expected = model_with_dropout(family, layerdrop=0.0)
+    drawn = []
+    for each in (model.train(), expected):
+        torch.manual_seed(0)
+        drawn.append(logits_of(each))
+    exact(*drawn)
+    assert not torch.equal(logits_of(model), logits_of(model))
+    plain = load_policy(base, TOKENIZER)
+    exact(logits_of(model.eval()), logits_of(plain.eval()))
+    exact(logits_of(model), logits_of(model))
+    assert model.config.to_dict() == plain.config.to_dict()
+    adapted = add_lora(model, LORA, "CAUSAL_LM", seed=0)
+    assert merged(adapted).config.to_dict() == plain.config.to_dict()
+
+
+@every_family
+def test_model_dropout_of_a_reward_model_changes_gradients(family, saved_policy):
+    gradients = []
+    for dropout in (None, 0.0, 0.3):
+        config = dataclasses.replace(saved_policy(family), dropout=dropout)
+        scalar = ScalarModel(init_reward_model(config, TOKENIZER, seed=3)).train()
+        torch.manual_seed(0)
+        sequence_scores(scalar, *padded(SEQUENCES, "right")).sum().backward()
+        gradients.append(scalar.model.score.weight.grad)
+    assert (gradients[2] - gradients[1]).abs().max() > 0.01
+    own = [rate for name, rate in scalar.model.config.to_dict().items() if "drop" in name]
+    if not any(own):
+        exact(gradients[0], gradients[1])
+
+
+def test_dropout_of_a_model_that_has_none_is_refused():
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model("mamba", vocab_size=VOCAB, hidden_size=8, num_hidden_layers=1)
+    with pytest.raises(InputError, match="model.dropout=0.1 would do nothing: MambaForCausalLM"):
+        set_dropout(AutoModelForCausalLM.from_config(config), 0.1)
