@@ -224,7 +224,7 @@ def test_exit_status_says_whether_a_check_failed(policy_dir, tmp_path):
         command += [f"scorer.path=python:test_preflight.{scorer}", "scorer.normalize=none"]
         command += ["ppo.batch_size=8", "ppo.response_length=12", "dataset.eval_fraction=0.3"]
         command += ["ppo.missing_eos_penalty=-2"]
-        paths = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+        paths = f"{ROOT}{os.pathsep}{Path(__file__).parent}{os.pathsep}{ROOT / 'tests'}"
         done = subprocess.run(
             command,
             cwd=tmp_path,
