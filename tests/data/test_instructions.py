@@ -8,7 +8,8 @@ import re
 import shutil
 
 import pytest
-from test_data import SHARED, assistant, get_tokenizer, runs_of_labels, user, write
+from helpers.rows import SHARED, assistant, real_file, user, write
+from helpers.tokenizers import get_tokenizer, runs_of_labels
 
 from rlhf.config import CONF_DIR, InputError
 from rlhf.data import (
@@ -23,13 +24,6 @@ from rlhf.data import (
 from rlhf.tokenizer import chat_template_text, declare_stop_strings, response_text
 
 SYSTEM = {"role": "system", "content": "Be brief."}
-
-
-def real_file(name):
-    file = SHARED / "data" / name
-    if not file.exists():
-        pytest.skip(f"the real file {name} is not on this machine")
-    return file
 
 
 # --- One documented row of each source ----------------------------------------------------------

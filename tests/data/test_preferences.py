@@ -1,9 +1,9 @@
 """Preference formats: what each source's documented rows become, and what is refused or dropped."""
 
 import json
-from pathlib import Path
 
 import pytest
+from helpers.rows import assistant, real_file, user, write
 from helpers.tiny import tiny_tokenizer
 
 from rlhf.config import InputError
@@ -18,32 +18,11 @@ from rlhf.data import (
 )
 from rlhf.tokenizer import chat_template_text
 
-SHARED = Path(__file__).parents[2].parent / "shared"
 NAN, INF = float("nan"), float("inf")
-
-
-def user(content):
-    return {"role": "user", "content": content}
-
-
-def assistant(content):
-    return {"role": "assistant", "content": content}
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
 
 
 def load(tmp_path, format, *rows):
     return load_rows(write(tmp_path / "rows.jsonl", rows), format, "train", "reward")
-
-
-def real_file(name):
-    file = SHARED / "data" / name
-    if not file.exists():
-        pytest.skip(f"the real file {name} is not on this machine")
-    return file
 
 
 # --- One documented row of each source ----------------------------------------------------------

@@ -5,6 +5,7 @@ from collections import Counter
 from functools import partial
 
 import pytest
+from helpers.rows import assistant, user
 from helpers.tiny import tiny_tokenizer
 from test_stored_forms import classifier, write
 from tokenizers import AddedToken, normalizers
@@ -31,14 +32,6 @@ STRICT = (
     "<{{ m.role }}>{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def assistant(text):
-    return {"role": "assistant", "content": text}
 
 
 def strict():

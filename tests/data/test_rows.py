@@ -9,8 +9,8 @@ import json
 from collections import Counter
 
 import pytest
+from helpers.rows import assistant, user, write
 from helpers.tiny import tiny_model, tiny_tokenizer
-from test_data import assistant, user, write
 
 from rlhf.checkpoint import read_record
 from rlhf.config import (

@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from test_data import CONVERSATIONS, SHARED, assistant, user, write
+from helpers.rows import CONVERSATIONS, SHARED, assistant, user, write
 
 from rlhf.config import CONF_DIR, DatasetConfig, InputError
 from rlhf.data import (

@@ -11,8 +11,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.rows import user
 from helpers.tiny import tiny_model, tiny_tokenizer
-from test_data import get_tokenizer, user
+from helpers.tokenizers import get_tokenizer
 from torch.testing import assert_close
 
 from rlhf.data import encode_prompt, encode_response

@@ -14,9 +14,10 @@ import signal
 import pytest
 import torch
 from datasets import Dataset
+from helpers.rows import write
 from helpers.tiny import tiny_model
+from helpers.tokenizers import get_tokenizer
 from safetensors.torch import load_file
-from test_data import get_tokenizer, write
 from test_resume import (
     directory_of,
     finish,

@@ -6,7 +6,8 @@ Run: python -m pytest tests/sft/test_splitting.py
 import json
 
 import pytest
-from test_data import SHARED, assistant, get_tokenizer, runs_of_labels, user, write
+from helpers.rows import SHARED, assistant, user, write
+from helpers.tokenizers import get_tokenizer, runs_of_labels
 
 from rlhf.config import DatasetConfig, InputError
 from rlhf.data import encode_row, load_rows, load_splits

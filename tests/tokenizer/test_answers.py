@@ -10,8 +10,9 @@ import json
 import re
 
 import pytest
+from helpers.rows import CONVERSATIONS, assistant, user
 from helpers.tiny import tiny_model, tiny_tokenizer
-from test_data import CONVERSATIONS, assistant, get_tokenizer, runs_of_labels, user
+from helpers.tokenizers import get_tokenizer, runs_of_labels
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf.chat import Chat, ChatOptions

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.rows import assistant, user
 from helpers.tiny import tiny_model, tiny_tokenizer
+from helpers.tokenizers import get_tokenizer, pythia, runs_of_labels, word_level
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from test_data import assistant, get_tokenizer, pythia, runs_of_labels, user, word_level
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf.checkpoint import make_record, write_stage
