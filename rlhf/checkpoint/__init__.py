@@ -22,6 +22,7 @@ from rlhf.checkpoint.finite import (
 )
 from rlhf.checkpoint.interruption import GracefulStop, explain_stop
 from rlhf.checkpoint.lock import locked, one_writer
+from rlhf.checkpoint.open_run import StageRun, open_run
 from rlhf.checkpoint.ownership import (
     complete_checkpoints,
     latest_checkpoint,

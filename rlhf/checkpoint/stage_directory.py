@@ -91,8 +91,10 @@ def make_record(
     parent: str | None,
     tokenizer: Any,
     prompts: str | None = None,
+    dropped: Mapping[str, int] | None = None,
+    metrics: dict[str, float] | None = None,
 ) -> StageRecord:
-    """Describe a stage's result before it is written."""
+    """Describe a stage's result before it is written; see `StageRecord` for the arguments."""
     is_local = parent is not None and Path(parent).is_dir()
     return StageRecord(
         stage=stage,
@@ -105,6 +107,8 @@ def make_record(
         pad_token_id=tokenizer.pad_token_id,
         seed=config.seed,
         prompts=prompts,
+        dropped=dict(dropped or {}),
+        metrics=metrics or {},
         versions={name: _version(name) for name in PACKAGES},
         changes=read_changes(config.stage_dir(stage)),
     )

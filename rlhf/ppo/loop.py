@@ -198,11 +198,9 @@ class Run:
             if chosen != updates_made:
                 load_modules(self.directory / f"checkpoint-{chosen}", self._modules())
         if trainer.accelerator.is_main_process:
-            record = make_record(
-                "ppo", config, config.model.path, trainer.actors.tokenizer, self.splits.prompts
-            )
-            record.dropped = dict(self.splits.dropped)
-            record.metrics = metrics | {"update": chosen}
+            origin = config.model.path, trainer.actors.tokenizer, self.splits.prompts
+            figures = metrics | {"update": chosen}
+            record = make_record("ppo", config, *origin, self.splits.dropped, figures)
             self._write_critic(record)  # first: a run with final/ counts as finished
             with trainer.optimization.averaged_weights():
                 write_stage(
@@ -212,7 +210,6 @@ class Run:
                     config,
                     record,
                 )
-        trainer.accelerator.wait_for_everyone()
         self._report(chosen, updates_made, metrics)
         return PPOResult(self.directory / "final", self.before, metrics, chosen)
 

@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
-from rlhf.checkpoint import (
-    check_run_directory,
-    check_writable,
-    finished_run,
-    one_writer,
-    prepare_run_directory,
-    warn_about_prompts,
-)
-from rlhf.config import PPOStageConfig, check
-from rlhf.console import quiet_libraries, say
+from rlhf.checkpoint import StageRun, check_writable, open_run, warn_about_prompts
+from rlhf.config import PPOStageConfig
+from rlhf.console import say
 from rlhf.data import load_splits
 from rlhf.distributed import make_accelerator
 from rlhf.models import unwrap_peft
@@ -54,21 +45,16 @@ def train_ppo(config: PPOStageConfig, scorer: Scorer | None = None) -> PPOResult
             then.
     """
     config = with_default_paths(config, scorer)
-    check(config)
-    with nullcontext() if config.preflight == "only" else one_writer(config, "ppo"):
-        return _train_alone(config, scorer)
+    with open_run(config, "ppo", writes=config.preflight != "only") as run:
+        if run.finished is not None:
+            metrics = dict(run.finished.metrics)
+            update = int(metrics.pop("update"))
+            return PPOResult(run.directory / "final", {}, metrics, update)
+        return _train(config, scorer, run)
 
 
-def _train_alone(config: PPOStageConfig, scorer: Scorer | None) -> PPOResult:
-    """As `train_ppo`, with the stage's directory locked."""
-    quiet_libraries()
-    only_look = config.preflight == "only"
-    if not only_look:
-        done = finished_run(config, "ppo")
-        if done is not None:
-            update = int(done.metrics.pop("update"))
-            return PPOResult(config.stage_dir("ppo") / "final", {}, done.metrics, update)
-        check_run_directory(config, "ppo")
+def _train(config: PPOStageConfig, scorer: Scorer | None, run: StageRun) -> PPOResult:
+    """As `train_ppo`, for a run that is not finished."""
     tokenizer, parent = load_checked_tokenizer(config)
     accelerator = make_accelerator(config.precision)
     num_processes = accelerator.num_processes
@@ -86,11 +72,10 @@ def _train_alone(config: PPOStageConfig, scorer: Scorer | None) -> PPOResult:
     say(describe_batches(config, len(prompts), num_processes, actors))
     say(splits.describe(too_long))
     splits.dropped += too_long
-    directory = config.stage_dir("ppo")
-    trainer = PPOTrainer(config, actors, prompts, settings, accelerator, directory, texts)
+    trainer = PPOTrainer(config, actors, prompts, settings, accelerator, run.directory, texts)
     if config.preflight:
         run_preflight(trainer, heldout, independent)
-    if only_look:
+    if config.preflight == "only":
         return PPOResult(None, {}, {})
-    prepare_run_directory(config, "ppo")
+    run.begin()
     return Run(config, trainer, Evaluator(trainer, heldout, independent), splits).run()

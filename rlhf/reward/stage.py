@@ -15,19 +15,17 @@ from transformers import TrainingArguments
 
 from rlhf.checkpoint import (
     StageRecord,
-    check_run_directory,
+    StageRun,
     check_same_tokenizer,
     check_writable,
-    finished_run,
     make_record,
-    one_writer,
-    prepare_run_directory,
+    open_run,
     require_stage,
     warn_about_prompts,
     write_stage,
 )
-from rlhf.config import RewardStageConfig, check
-from rlhf.console import quiet_libraries, say, warn
+from rlhf.config import RewardStageConfig
+from rlhf.console import say, warn
 from rlhf.data import RankedCollator, Splits, encode_ranked, load_splits
 from rlhf.hf_trainer.stage_callback import (
     as_in_training,
@@ -85,18 +83,14 @@ def train_reward(config: RewardStageConfig) -> RewardResult:
         InputError: bad configuration, directory or data, or another process writes to the stage's
             directory; nothing has been trained or overwritten then.
     """
-    check(config)
-    with one_writer(config, "reward"):
-        return _train_alone(config)
+    with open_run(config, "reward") as run:
+        if run.finished is not None:
+            return RewardResult(run.directory / "final", run.finished.metrics)
+        return _train(config, run)
 
 
-def _train_alone(config: RewardStageConfig) -> RewardResult:
-    """As `train_reward`, with the stage's directory locked."""
-    quiet_libraries()
-    done = finished_run(config, "reward")
-    if done is not None:
-        return RewardResult(config.stage_dir("reward") / "final", done.metrics)
-    check_run_directory(config, "reward")
+def _train(config: RewardStageConfig, run: StageRun) -> RewardResult:
+    """As `train_reward`, for a run that is not finished."""
     parent = config.model.path or str(config.stage_dir("sft") / "final")
     source = dataclasses.replace(config.model, path=parent)
     args = trainer_arguments(TrainingArguments, config, "reward")
@@ -116,7 +110,7 @@ def _train_alone(config: RewardStageConfig) -> RewardResult:
     if config.peft.enabled:
         rows = new_token_rows(tokenizer, config.model, config.peft)
         model = add_lora(model, config.peft, "SEQ_CLS", config.seed, rows)
-    directory = prepare_run_directory(config, "reward")
+    directory = run.begin()
     total, trainable = parameter_count(model)
     say(f"reward: {total:,} parameters, {trainable:,} trainable; {len(heldout)} held-out prompts")
     say(f"        {describe_plan(args, train, plan)}; one forward pass per response")
@@ -137,8 +131,7 @@ def _train_alone(config: RewardStageConfig) -> RewardResult:
     stopped_by = run_trainer(trainer, config, directory, "reward")
     if stopped_by is not None:
         return RewardResult(None, {}, stopped_by)
-    record = make_record("reward", config, parent, tokenizer, splits.prompts)
-    record.dropped = dict(splits.dropped)
+    record = make_record("reward", config, parent, tokenizer, splits.prompts, splits.dropped)
     return _finish(trainer, completions, splits, config, directory, record)
 
 
@@ -180,7 +173,6 @@ def _finish(
             f"{record.score_std:.3f} (stored for scorer.normalize)"
         )
         _show(report, directory / "final", PICTURE in files)
-    PartialState().wait_for_everyone()
     return RewardResult(directory / "final", record.metrics)
 
 

@@ -20,18 +20,16 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from rlhf.checkpoint import (
     StageRecord,
-    check_run_directory,
+    StageRun,
     check_writable,
-    finished_run,
     make_record,
-    one_writer,
-    prepare_run_directory,
+    open_run,
     require_stage,
     warn_about_template,
     write_stage,
 )
-from rlhf.config import ModelConfig, SFTStageConfig, check
-from rlhf.console import quiet_libraries, say, table, warn
+from rlhf.config import ModelConfig, SFTStageConfig
+from rlhf.console import say, table, warn
 from rlhf.data import (
     Splits,
     encode_prompt,
@@ -107,19 +105,15 @@ def train_sft(config: SFTStageConfig) -> SFTResult:
         InputError: bad configuration or data, or another process writes to the stage's directory;
             nothing has been trained or overwritten then.
     """
-    check(config)
-    with one_writer(config, "sft"):
-        return _train_alone(config)
+    with open_run(config, "sft") as run:
+        if run.finished is not None:
+            samples = read_jsonl(run.directory / "samples.jsonl")
+            return SFTResult(run.directory / "final", run.finished.metrics, samples)
+        return _train(config, run)
 
 
-def _train_alone(config: SFTStageConfig) -> SFTResult:
-    """As `train_sft`, with the stage's directory locked."""
-    quiet_libraries()
-    done = finished_run(config, "sft")
-    if done is not None:
-        stage = config.stage_dir("sft")
-        return SFTResult(stage / "final", done.metrics, read_jsonl(stage / "samples.jsonl"))
-    check_run_directory(config, "sft")
+def _train(config: SFTStageConfig, run: StageRun) -> SFTResult:
+    """As `train_sft`, for a run that is not finished."""
     length = config.dataset.max_length
     args = trainer_arguments(SFTConfig, config, "sft", max_length=length, eval_packing=False)
     check_model_config(config.model)
@@ -140,7 +134,7 @@ def _train_alone(config: SFTStageConfig) -> SFTResult:
     if config.peft.enabled:
         rows = new_token_rows(tokenizer, config.model, config.peft)
         model = add_lora(model, config.peft, "CAUSAL_LM", config.seed, rows)
-    directory = prepare_run_directory(config, "sft")
+    directory = run.begin()
     total, trainable = parameter_count(model)
     say(f"sft: {total:,} parameters, {trainable:,} trainable; {len(heldout)} held-out rows")
     packing = ", fewer with packing" if args.packing else ""
@@ -290,10 +284,9 @@ def _finish(
         if samples:
             metrics["eos_rate"] = sum(s["finished"] for s in samples) / len(samples)
         append_jsonl(directory / "samples.jsonl", samples)
-        record = make_record("sft", config, config.model.path, tokenizer, splits.prompts)
-        record.dropped, record.metrics = dict(splits.dropped), metrics
+        origin = config.model.path, tokenizer, splits.prompts
+        record = make_record("sft", config, *origin, splits.dropped, metrics)
         write_stage(directory / "final", merged(policy), tokenizer, config, record)
-    PartialState().wait_for_everyone()
     _report(directory, metrics, samples)
     return SFTResult(directory / "final", metrics, samples)
 
