@@ -1,7 +1,8 @@
 """Every formula of the project, as pure functions: tensors in, tensors out.
 
 `masks` sums over valid elements, `tokens` reads logits, `advantages` turns scores into advantages,
-`losses` and `ranking` are what is minimised, `diagnostics` measures a run.
+`losses` and `ranking` are what is minimised, `schedules` moves learning rates and the price of KL,
+`diagnostics` measures a run.
 
 Left out: I/O, models, processes. Losses take the `denominator` of the whole minibatch and return
 statistics as sums, so that a caller with micro-batches or ranks only adds them up.
@@ -21,7 +22,6 @@ a formula without meaning: temperature <= 0, dual_clip <= 1, the best of more th
 from rlhf.functional.advantages import gae, grpo, reinforce_pp, rloo, shape_rewards
 from rlhf.functional.diagnostics import (
     Moments,
-    adaptive_kl_coef,
     best_of_n,
     best_of_n_kl,
     bootstrap_interval,
@@ -32,6 +32,7 @@ from rlhf.functional.diagnostics import (
 from rlhf.functional.losses import Stats, policy_loss, value_loss
 from rlhf.functional.masks import masked_mean, masked_sum, whiten
 from rlhf.functional.ranking import ranking_loss
+from rlhf.functional.schedules import adaptive_kl_coef, learning_rate_factor
 from rlhf.functional.tokens import kl_estimate, token_entropy, token_logprobs
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "gae",
     "grpo",
     "kl_estimate",
+    "learning_rate_factor",
     "masked_mean",
     "masked_sum",
     "policy_loss",

@@ -1,5 +1,5 @@
-"""Measures and controls of a run: critic, running moments, KL coefficient, best-of-n, intervals,
-order and calibration of a reward model's scores, win rate."""
+"""Measures of a run: critic, running moments, best-of-n, intervals, order and calibration of a
+reward model's scores, win rate."""
 
 from __future__ import annotations
 
@@ -70,31 +70,6 @@ def update_moments(moments: Moments, x: Tensor) -> Moments:
         + (x - batch_mean).square().sum().item()
         + delta**2 * moments.count * x.numel() / count,
     )
-
-
-def adaptive_kl_coef(
-    kl_coef: float, kl: float, target: float, horizon: float, num_sequences: int
-) -> float:
-    """Move the price of KL so that the measured KL approaches a target.
-
-    With target 6, horizon 10000, 512 sequences: KL 12 multiplies the coefficient by 1.01024.
-
-    Args:
-        kl_coef: the coefficient that the rollout was sampled under, >= 0.
-        kl, target: measured and wanted KL(policy || reference), nats per sequence; target > 0.
-        horizon: sequences over which a KL 20 % or more off changes the coefficient by about 20 %.
-        num_sequences: sequences since the last update, on all ranks together.
-
-    Returns: the coefficient for the next rollout, >= 0; at most 20 % * num_sequences / horizon off.
-    Source: Ziegler et al. 2019 (arXiv 1909.08593) section 2.2; openai/lm-human-preferences
-        `train_policy.py::AdaptiveKLController`, which a horizon under 0.2 * num_sequences could
-        make negative.
-    """
-    if not (target > 0 and horizon > 0):
-        raise ValueError(f"target and horizon must be > 0, got {target} and {horizon}")
-    error = min(max(kl / target - 1, -0.2), 0.2)
-    # In this order max hands on a nan.
-    return max(kl_coef * (1 + error * num_sequences / horizon), 0.0)
 
 
 @torch.no_grad()

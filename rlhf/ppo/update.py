@@ -26,6 +26,7 @@ from rlhf.checkpoint import NonFiniteError
 from rlhf.config import PPOConfig, PPOStageConfig
 from rlhf.functional import (
     kl_estimate,
+    learning_rate_factor,
     masked_sum,
     policy_loss,
     token_entropy,
@@ -320,7 +321,14 @@ class Optimization:
             optimizer.zero_grad(set_to_none=True)
 
     def _set_learning_rates(self) -> dict[str, float]:
-        factor = learning_rate_factor(self.update, self.config.ppo)
+        ppo = self.config.ppo
+        factor = learning_rate_factor(
+            self.update,
+            ppo.num_updates,
+            ppo.lr_schedule,
+            ppo.lr_warmup_updates,
+            ppo.lr_warmup_start,
+        )
         for name, rate in self.rates.items():
             for group in self.optimizers[name].param_groups:
                 group["lr"] = rate * factor
@@ -343,30 +351,6 @@ def make_optimizer(parameters: Iterable[Tensor], rate: float, ppo: PPOConfig) ->
     ]
     betas = (ppo.adam_betas[0], ppo.adam_betas[1])
     return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=ppo.adam_epsilon, weight_decay=0.0)
-
-
-def learning_rate_factor(update: int, ppo: PPOConfig) -> float:
-    """Share of the learning rates that an update has: a function of its number alone, so that a
-    resumed run needs no state.
-
-    The warm-up rises linearly from `lr_warmup_start` in the first update to 1 in the first one
-    after it; a start of 0 means 1 / (lr_warmup_updates + 1), as a first update at 0 would train
-    nothing. After it, "linear" falls to what would be 0 after the last update.
-
-        6 updates, of which 2 warm up, linear: 1/3 2/3 1 3/4 1/2 1/4;  start 0.1: 0.1 0.55 1 ...
-
-    Args:
-        update: number of finished updates; those of `critic.warmup_updates` count.
-
-    Source: linear: N, N+. IG: 10 updates from 0.1, then constant; AlpacaFarm: 5, then linear.
-    """
-    num_warmup = ppo.lr_warmup_updates
-    if update < num_warmup:
-        start = ppo.lr_warmup_start or 1 / (num_warmup + 1)
-        return start + (1.0 - start) * update / num_warmup
-    if ppo.lr_schedule == "constant":
-        return 1.0
-    return 1.0 - (update - num_warmup) / (ppo.num_updates - num_warmup)
 
 
 def text_loss(model: Any, texts: Sequence[Sequence[int]], denominator: float) -> Tensor:

@@ -23,7 +23,7 @@ from rlhf.models import load_policy
 from rlhf.ppo import train_ppo
 from rlhf.ppo.evaluation import response_texts
 from rlhf.ppo.rollout import policy_logprobs
-from rlhf.ppo.update import learning_rate_factor, text_loss
+from rlhf.ppo.update import text_loss
 from rlhf.tokenizer import load_tokenizer
 
 
@@ -74,33 +74,6 @@ def test_the_optimisers_are_adam_with_the_configured_epsilon_and_a_linear_decay(
         for group in optimizer.param_groups:
             assert group["eps"] == 1e-4 and group["weight_decay"] == 0.0
             assert group["lr"] == pytest.approx(0.25e-3)
-
-
-RATES = [
-    ({"num_updates": 4}, [1, 0.75, 0.5, 0.25]),
-    ({"num_updates": 3, "lr_schedule": "constant"}, [1, 1, 1]),
-    ({"num_updates": 6, "lr_warmup_updates": 2}, [1 / 3, 2 / 3, 1, 0.75, 0.5, 0.25]),
-    ({"num_updates": 4, "lr_warmup_updates": 2, "lr_warmup_start": 0.1}, [0.1, 0.55, 1, 0.5]),
-    # InstructGPT
-    (
-        {
-            "num_updates": 12,
-            "lr_warmup_updates": 10,
-            "lr_warmup_start": 0.1,
-            "lr_schedule": "constant",
-        },
-        [0.1, 0.19, 0.28, 0.37, 0.46, 0.55, 0.64, 0.73, 0.82, 0.91, 1, 1],
-    ),
-    ({"num_updates": 2, "lr_warmup_updates": 1, "lr_warmup_start": 1.0}, [1, 1]),
-    ({"num_updates": 2, "lr_warmup_updates": 3}, [0.25, 0.5]),  # longer than the run
-]
-
-
-@pytest.mark.parametrize(("knobs", "expected"), RATES)
-def test_the_share_of_the_learning_rate_is_a_function_of_the_update_by_hand(knobs, expected):
-    ppo = PPOConfig(**knobs)
-    factors = [learning_rate_factor(update, ppo) for update in range(ppo.num_updates)]
-    assert factors == pytest.approx(expected, rel=1e-12)
 
 
 def test_policy_and_critic_warm_up_together_and_the_rates_are_logged(policy_dir, tmp_path):
