@@ -1,24 +1,13 @@
 """Talk to a policy in the terminal: python -m rlhf.chat path=runs/demo/sft/final
 
-Answers are sampled by the loop that PPO samples with, and printed as they come. Options, each as
-key=value:
+Answers are sampled by the same loop as in PPO, and printed as they come.
 
-    path            stage directory, other model directory or Hub id
-    compare         a second one; it answers every question too, with a history of its own
-    system          system message
-    chat_template   in place of the model's own: plain, alpaca or a .jinja file
-    temperature     0: always the likeliest token (default: the generation config's, else 1)
-    top_p, top_k    restrict the choice (default: the generation config's, else off)
-    max_new_tokens  budget of an answer (256)
-    seed            equal seeds give equal answers (1)
-    device          such as cpu or cuda:1 (default: a GPU where there is one)
-    trust_remote_code  true: a model's own Python files may run (false)
+/reset forgets the conversation, /undo forgets its last round, /exit or Ctrl-D leaves. Ctrl-C stops
+an answer; the part that was printed stays in the conversation. When the context is full, the oldest
+rounds are left out. Questions can be piped in, one per line: answers go to stdout, remarks to
+stderr.
 
-/reset forgets the conversation, /undo its last round; /exit or Ctrl-D leaves. Ctrl-C stops an
-answer, and what was said of it counts. Questions can be piped in, one per line: answers go to
-stdout, remarks to stderr. Where the context is full, the oldest rounds are left out.
-
-A model without a chat template, or one trained on text prompts, continues each line as it stands.
+A model continues each line as text if it has no chat template or was trained on text prompts.
 """
 
 from __future__ import annotations
@@ -33,47 +22,56 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.cli import run_command
 from rlhf.config import InputError, ModelConfig, check_finite, nearest
-from rlhf.data.rows import whole_characters
+from rlhf.data import whole_characters
+from rlhf.options import run_command
 
 COMMANDS = ("/reset", "/undo", "/exit")
-OBEYED = {"temperature", "top_p", "top_k", "do_sample"}  # of a generation config, by our loop
-INCOMPLETE = "\ufffd"  # what a decoder makes of bytes that are no character, or not yet
+OBEYED = {"temperature", "top_p", "top_k", "do_sample"}  # settings that our sampling loop has
+INCOMPLETE = "\ufffd"  # a decoder's sign for bytes that do not (or not yet) form a character
 
 
 @dataclass
 class ChatOptions:
-    """The command line; see the module's docstring."""
+    """The command line."""
 
-    path: str | None = None
+    path: str
+    """Stage directory, other model directory or Hub id."""
     compare: str | None = None
+    """A second model; it answers every question too and has a history of its own."""
     system: str | None = None
+    """System message."""
     chat_template: str | None = None
+    """Replaces the model's own template: plain, alpaca or a .jinja file."""
     temperature: float | None = None
+    """0 always takes the likeliest token (default: the model's generation config, else 1)."""
     top_p: float | None = None
+    """Share of the probability to sample from (default: the generation config, else off)."""
     top_k: int | None = None
+    """Number of likeliest tokens to sample from (default: the generation config, else off)."""
     max_new_tokens: int = 256
+    """Longest answer, tokens."""
     seed: int = 1
+    """Equal seeds give equal answers."""
     device: str | None = None
+    """Device such as cpu or cuda:1 (default: a GPU if there is one)."""
     trust_remote_code: bool = False
+    """true: the model's own Python files may run."""
 
 
 def check(options: ChatOptions) -> None:
     """Check the values before anything loads.
 
     Raises:
-        InputError: a value is missing or out of range.
+        InputError: a value is out of range.
     """
-    if not options.path:
-        raise InputError("path is missing: give a stage directory, e.g. path=runs/demo/sft/final")
     check_finite(options)
     rules = {
-        "max_new_tokens": (1 <= options.max_new_tokens, ">= 1"),
-        "temperature": (0 <= (options.temperature or 0), ">= 0"),
+        "max_new_tokens": (options.max_new_tokens >= 1, ">= 1"),
+        "temperature": ((options.temperature or 0) >= 0, ">= 0"),
         "top_p": (options.top_p is None or 0 < options.top_p <= 1, "in (0, 1]"),
-        "top_k": (0 <= (options.top_k or 0), ">= 0"),
-        "seed": (0 <= options.seed, ">= 0"),
+        "top_k": ((options.top_k or 0) >= 0, ">= 0"),
+        "seed": (options.seed >= 0, ">= 0"),
     }
     for name, (holds, expected) in rules.items():
         if not holds:
@@ -81,7 +79,7 @@ def check(options: ChatOptions) -> None:
 
 
 def note(text: str) -> None:
-    """Say something that is no answer: answers alone go to stdout."""
+    """Print a remark on stderr: stdout has the answers alone."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -92,16 +90,16 @@ class Chat:
     """A model, and its side of the conversation.
 
     Attributes:
-        rounds: (question, answer) pairs, oldest first; none where lines are continued as text.
-        why_text: why lines are continued as they stand; None in a conversation.
-        cut_off: True where the last answer used up its budget.
+        rounds: (question, answer) pairs, oldest first; empty if lines are continued as text.
+        why_text: reason why lines are continued as text; None in a conversation.
+        cut_off: True if the last answer used up its budget.
     """
 
     def __init__(self, options: ChatOptions, field: str = "path"):
         """Load the model that `field` of the options names.
 
         Raises:
-            InputError: nothing can be loaded from there, or it is no policy.
+            InputError: the path does not hold a policy that can be loaded.
         """
         from rlhf.promises import require_cache
         from rlhf.sampling import sampling_for
@@ -117,15 +115,15 @@ class Chat:
             self.why_text = "it was trained on text prompts"
         if self.why_text and options.system is not None:
             raise InputError(
-                f"system has no place in {field}={self.path}: {self.why_text}; add "
+                f"{where} takes no system message: {self.why_text}; leave system out, or add "
                 "chat_template=plain or chat_template=alpaca"
             )
-        self.temperature, top_p, top_k = self._knobs()
+        self.temperature, top_p, top_k = self._sampling_settings()
         self.sampling = sampling_for(
             self.model,
             self.tokenizer,
             options.max_new_tokens,
-            self.temperature or 1.0,  # 0 is greedy, whatever the logits are divided by
+            self.temperature or 1.0,  # for greedy answers the divisor of the logits is irrelevant
             top_p,
             top_k,
         )
@@ -133,19 +131,18 @@ class Chat:
         self.cut_off = False
         self._said_full = False
 
-    def _knobs(self) -> tuple[float, float, int]:
-        """temperature, top_p and top_k: the options, else the generation config, else plain."""
+    def _sampling_settings(self) -> tuple[float, float, int]:
+        """temperature, top_p, top_k: from the options, else the generation config, else plain."""
         configured = self.model.generation_config
         greedy = configured.do_sample is False
-        plain = {"temperature": 0.0 if greedy else 1.0, "top_p": 1.0, "top_k": 0}
-        theirs = {} if greedy else {name: getattr(configured, name, None) for name in plain}
-        ours = {name: getattr(self.options, name) for name in plain}
-        for values in (theirs, ours):
-            plain |= {name: value for name, value in values.items() if value is not None}
-        return plain["temperature"], plain["top_p"], int(plain["top_k"])
+        settings = {"temperature": 0.0 if greedy else 1.0, "top_p": 1.0, "top_k": 0}
+        for source in [self.options] if greedy else [configured, self.options]:
+            given = {name: getattr(source, name, None) for name in settings}
+            settings |= {name: value for name, value in given.items() if value is not None}
+        return settings["temperature"], settings["top_p"], int(settings["top_k"])
 
     def describe(self) -> str:
-        """Say what was loaded, how it samples, and what of its generation config is not obeyed."""
+        """Say what was loaded, how it samples, and which generation settings are not applied."""
         from rlhf.models import parameter_count, sampling_settings
 
         s, stage = self.sampling, f"{self.record.stage} stage, " if self.record else ""
@@ -157,40 +154,37 @@ class Chat:
         ]
         if self.why_text:
             lines.append(
-                f"  {self.why_text}: each line is continued as it stands, without the lines "
-                "before it (chat_template=alpaca or plain makes questions of them)"
+                f"  {self.why_text}: it continues each line as text and does not see earlier lines "
+                "(chat_template=alpaca or plain turns lines into questions)"
             )
         configured = sampling_settings(self.model)
-        others = {name: value for name, value in configured.items() if name not in OBEYED}
+        others = [f"{name}={configured[name]}" for name in configured if name not in OBEYED]
         if others:
-            values = ", ".join(f"{name}={value}" for name, value in others.items())
-            lines.append(f"  not applied, of its generation config: {values}")
+            lines.append(f"  not applied from its generation config: {', '.join(others)}")
         return "\n".join(lines)
 
     def ask(self, question: str, number: int) -> Iterator[str]:
         """Sample an answer, yield its text as it comes, and remember the round.
 
-        A round that is given up (the generator is closed, or Ctrl-C) keeps what was said.
+        If the generator is closed or Ctrl-C is pressed, the round keeps the text so far.
 
         Args:
-            number: names the random numbers, together with the seed.
+            number: selects the random numbers, together with the seed.
         """
         from rlhf.sampling import stream, uniform_noise
 
         question = whole_characters(question)
-        prompt_ids, room = self._prompt(question)
+        prompt_ids, room = self.prompt(question)
         if room < 1:
             note(
-                f"[not answered: these are {len(prompt_ids)} tokens, and the model's context has "
-                f"{len(prompt_ids) + room}]"
+                f"[not answered: the question has {len(prompt_ids)} tokens, but the model's "
+                f"context has {len(prompt_ids) + room}]"
             )
             return
-        sampling = dataclasses.replace(
-            self.sampling, max_new_tokens=min(self.sampling.max_new_tokens, room)
-        )
-        noise = None
-        if self.temperature:
-            noise = uniform_noise((self.options.seed, number), [0], sampling.max_new_tokens)
+        budget = min(self.sampling.max_new_tokens, room)
+        sampling = dataclasses.replace(self.sampling, max_new_tokens=budget)
+        seed = (self.options.seed, number)
+        noise = uniform_noise(seed, [0], budget) if self.temperature else None
         ids: list[int] = []
         num_shown, self.cut_off = 0, False
         try:
@@ -202,15 +196,17 @@ class Chat:
                     num_shown = len(text)
             yield self._text(ids)[num_shown:]
             stops = sampling.stop_strings
-            ended = ids[-1] in sampling.stop_ids or (stops is not None and stops.end(ids))
-            self.cut_off = not ended
+            self.cut_off = ids[-1] not in sampling.stop_ids and not (stops and stops.end(ids))
         finally:
             if not self.why_text:
                 self.rounds.append((question, self._text(ids)))
 
     def _settled_text(self, ids: list[int]) -> str:
-        """What is said for good: without an incomplete character, or what may yet become a stop
-        string and the whitespace before it, or the chat template's text around an answer."""
+        """The text that no later token can change.
+
+        Held back are an incomplete character, the chat template's text around an answer, and the
+        beginning of a stop string with the whitespace before it.
+        """
         from rlhf.tokenizer import Frame, answer_frame
 
         text = self._text(ids).rstrip(INCOMPLETE)
@@ -229,21 +225,20 @@ class Chat:
 
         return response_text(ids, self.tokenizer, "" if self.why_text else None)
 
-    def _prompt(self, question: str) -> tuple[list[int], int]:
-        """Token ids up to the answer, and the room for it, tokens; negative if there is none.
+    def prompt(self, question: str) -> tuple[list[int], int]:
+        """Token ids up to the answer, and the tokens left for the answer (negative if too few).
 
-        The oldest rounds are forgotten until an answer of full length fits, or one of half the
-        context.
+        The oldest rounds are dropped until the longest answer fits, or half the context is free.
         """
         from rlhf.sampling import context_length
 
         context = context_length(self.model)
         reserve = min(self.sampling.max_new_tokens, context // 2)
         kept = self.rounds
-        ids = self._encode(question, kept)
+        ids = self.encode(question, kept)
         while kept and len(ids) + reserve > context:
             kept = kept[1:]
-            ids = self._encode(question, kept)
+            ids = self.encode(question, kept)
         if len(ids) < context:
             if len(kept) < len(self.rounds) and not self._said_full:
                 note(f"[the context of {context} tokens is full: the oldest rounds are left out]")
@@ -251,20 +246,18 @@ class Chat:
             self.rounds = kept
         return ids, context - len(ids)
 
-    def _encode(self, question: str, rounds: list[tuple[str, str]]) -> list[int]:
+    def encode(self, question: str, rounds: list[tuple[str, str]]) -> list[int]:
+        """Token ids of a question after earlier rounds, up to the answer."""
         from rlhf.data import encode_prompt
 
         if self.why_text:
             return encode_prompt(question, self.tokenizer)
-        system = self.options.system
-        messages = []
-        if system is not None:
-            messages.append({"role": "system", "content": whole_characters(system)})
-        for asked, answered in rounds:
-            messages.append({"role": "user", "content": asked})
-            messages.append({"role": "assistant", "content": answered})
-        messages.append({"role": "user", "content": question})
-        return encode_prompt(messages, self.tokenizer)
+        said = [("user", question)]
+        for asked, answered in reversed(rounds):
+            said[:0] = [("user", asked), ("assistant", answered)]
+        if self.options.system is not None:
+            said.insert(0, ("system", whole_characters(self.options.system)))
+        return encode_prompt([{"role": r, "content": c} for r, c in said], self.tokenizer)
 
     def undo(self) -> None:
         """Forget the last round."""
@@ -278,14 +271,13 @@ class Chat:
 def _load(options: ChatOptions, path: str, field: str) -> tuple[Any, Any, Any, bool]:
     """Model, tokenizer, record of the stage, and whether it has a chat template of its own."""
     import torch
-    import transformers
 
     from rlhf.checkpoint import require_stage
+    from rlhf.console import quiet_libraries
     from rlhf.models import load_policy
     from rlhf.tokenizer import load_tokenizer, read_tokenizer
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    quiet_libraries()
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
@@ -294,7 +286,7 @@ def _load(options: ChatOptions, path: str, field: str) -> tuple[Any, Any, Any, b
         raise InputError(f"device={device} cannot be used here ({reason})") from error
     if (Path(path) / "policy.safetensors").is_file():
         raise InputError(
-            f"{field}={path} is a PPO checkpoint; make a model directory of it with "
+            f"{field}={path} is a PPO checkpoint; make a model directory from it with "
             f"python -m rlhf.export path={path} out=<directory>"
         )
     record = require_stage(path, ("sft", "ppo"), field)
@@ -306,7 +298,7 @@ def _load(options: ChatOptions, path: str, field: str) -> tuple[Any, Any, Any, b
     )
     tokenizer = load_tokenizer(config, field)
     model: Any = load_policy(config, tokenizer, field)
-    # `load_tokenizer` has put a template in where there was none; a stage has saved it
+    # `load_tokenizer` adds a template where there is none; only stages save such a template
     own = record or read_tokenizer(config, field).chat_template
     return model.to(device), tokenizer, record, bool(own)
 
@@ -315,7 +307,7 @@ def _load(options: ChatOptions, path: str, field: str) -> tuple[Any, Any, Any, b
 
 
 def talk(options: ChatOptions) -> None:
-    """Answer what is typed, or piped in, until it ends."""
+    """Answer the lines that are typed or piped in, until they end."""
     check(options)
     chats = [Chat(options, field) for field in ("path", "compare") if getattr(options, field)]
     for chat in chats:
@@ -325,16 +317,16 @@ def talk(options: ChatOptions) -> None:
         sys.stdin.reconfigure(errors="replace")  # bytes that are not UTF-8 become U+FFFD
     if interactive:
         with suppress(ImportError):  # not on every system
-            import readline  # noqa: F401  editing and history of the line that is typed
+            import readline  # noqa: F401  editing and history of the typed line
 
         note(f"{' '.join(COMMANDS)}; Ctrl-C stops an answer, Ctrl-D leaves")
     for number, line in enumerate(_lines(interactive)):
         command = line.strip()
         if command == "/exit":
             return
-        if command in COMMANDS:
+        if command in ("/undo", "/reset"):
             for chat in chats:
-                (chat.undo if command == "/undo" else chat.reset)()
+                chat.undo() if command == "/undo" else chat.reset()
             note(f"[{min(len(chat.rounds) for chat in chats)} rounds remembered]")
         elif re.fullmatch(r"/\w+", command):
             note(f"[unknown command {command}.{nearest(command, COMMANDS)}]")
@@ -351,7 +343,7 @@ def _lines(interactive: bool) -> Iterator[str]:
             yield input("> " if interactive else "")
         except EOFError:
             if interactive:
-                note("")  # the shell's prompt begins a line
+                note("")  # so that the shell's prompt begins a line
             return
         except KeyboardInterrupt:
             if not interactive:
@@ -375,7 +367,7 @@ def _answer(chat: Chat, question: str, number: int, interactive: bool) -> None:
 
 
 def printable(text: str) -> str:
-    """Replace control characters, with which a model could drive the terminal."""
+    """Replace control characters: with them a model could control the terminal."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", INCOMPLETE, text)
 
 

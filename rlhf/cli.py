@@ -1,5 +1,8 @@
-"""Entry points: Hydra's for the three stages, and that of commands with a few key=value options;
-one clear message when these are wrong."""
+"""The command line of the three stages: Hydra composes the configuration, and an error of the user
+becomes one clear message.
+
+Left out: the `key=value` options of all other commands (`rlhf.options`).
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 from rlhf.config import (
     CONF_DIR,
@@ -20,18 +23,14 @@ from rlhf.config import (
     SFTStageConfig,
     StageConfig,
     check,
-    check_finite,
     config_file_of_run,
     explain,
     hide,
-    nearest,
     nothing_to_resume,
     read_run_config,
     remember_references,
     schema,
 )
-
-Options = TypeVar("Options")
 
 # Hydra's options that take a value as the next argument
 VALUED = (
@@ -55,7 +54,6 @@ PRINTING = {
 # the groups of conf/<stage>.yaml
 COMMON = ("model", "dataset", "peft", "tracker")
 GROUPS = {"sft": COMMON, "reward": COMMON, "ppo": (*COMMON, "scorer")}
-BOOLS = {"true": True, "false": False}  # bool("false") is True
 REPEAT_SECONDS = 3.0  # between the first process's error and that of another
 DEMO_HINT = "\n(recipe=demo runs the embedded demo, which needs none of them)"
 
@@ -120,7 +118,7 @@ def hydra_main(stage: str, run: Callable[[Any], int | None]) -> None:
 def _run(run: Callable[[Any], int | None], config: StageConfig) -> None:
     """Run a stage and end as it did; an error on any process is printed, with its rank."""
     try:
-        _quiet_imports()
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs when PEFT is imported
         stopped_by = run(config)
     except InputError as error:
         _exit_stage(str(error))
@@ -297,75 +295,3 @@ def _exit_stage(message: str) -> NoReturn:
 
 def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
-
-
-# --- Commands with a few options ------------------------------------------------------------------
-
-
-def run_command(
-    usage: str, options: type[Options], run: Callable[[Options], None], arguments: list[str]
-) -> int:
-    """Run a command with key=value arguments; return its exit status, see `exit_status`.
-
-    Args:
-        usage: answer to --help.
-        options: dataclass of the arguments.
-    """
-    if {"-h", "--help"} & set(arguments):
-        print(usage.strip())
-        return 0
-    return exit_status(lambda: run(read_options(options, arguments)))
-
-
-def exit_status(task: Callable[[], int | None], when_interrupted: str | None = None) -> int:
-    """Run a task; return the exit status of its command.
-
-    An `InputError` becomes one line and status 2, Ctrl-C status 130.
-
-    Args:
-        task: what it returns is the status; None and 0 alike.
-        when_interrupted: said after Ctrl-C.
-    """
-    _quiet_imports()
-    try:
-        return task() or 0
-    except InputError as error:
-        print(f"error: {hide(str(error))}", file=sys.stderr, flush=True)
-        return 2
-    except KeyboardInterrupt:
-        if when_interrupted is not None:
-            print(when_interrupted, file=sys.stderr, flush=True)
-        return 130
-
-
-def read_options(options: type[Options], arguments: Sequence[str]) -> Options:
-    """Fill a dataclass from key=value arguments.
-
-    Raises:
-        InputError: an unknown name (with the nearest), no value, a value of another type, or a
-            number that is not finite.
-    """
-    known: dict[str, Any] = get_type_hints(options)
-    values = {}
-    for argument in arguments:
-        name, equals, text = argument.partition("=")
-        if not equals:
-            raise InputError(f"cannot read {argument!r}; write key=value, e.g. path={argument}")
-        if name not in known:
-            hint = nearest(name, known)
-            raise InputError(f"unknown option {name!r}.{hint} (--help lists the options)")
-        kind = (*get_args(known[name]), known[name])[0]  # float of `float | None`
-        if kind is bool and text.lower() not in BOOLS:
-            raise InputError(f"{name} must be true or false, got {text!r}")
-        try:
-            values[name] = BOOLS[text.lower()] if kind is bool else kind(text)
-        except ValueError as error:
-            raise InputError(f"{name} must be of type {kind.__name__}, got {text!r}") from error
-    filled = options(**values)
-    check_finite(filled)
-    return filled
-
-
-def _quiet_imports() -> None:
-    """Silence what bitsandbytes says, wherever it is installed, as soon as PEFT is imported."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

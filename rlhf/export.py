@@ -1,20 +1,12 @@
 """Write a plain model directory: python -m rlhf.export path=runs/demo/ppo/checkpoint-40 out=policy
 
-What `from_pretrained`, `transformers serve` and every other reader of Hugging Face directories
-load is made of a directory that holds adapters or the state of a run. Options, each as key=value:
+`from_pretrained`, `transformers serve` and other readers of Hugging Face directories cannot load
+adapters of ours or the checkpoints of a run; they load what this command writes. Tokenizer, chat
+template, rlhf.json and config.yaml are copied too.
 
-    path    checkpoint-N of an SFT or PPO run, or a model: whole, or a PEFT adapter; directory or
-            Hub id
-    out     directory to write; must be new or empty
-    dtype   float32, bfloat16, float16, or auto, as it is stored (the default); the head of a reward
-            model stays in float32
-    trust_remote_code  true: Python files of the model, and functions that config.yaml of a
-            checkpoint names, may run (false)
-
-Tokenizer, chat template, rlhf.json and config.yaml go along. A checkpoint is built as its run built
-the model, from the paths in its config.yaml; where the run averages its weights (ppo.ema_decay),
-the averages are written, as into final/. Left out: checkpoints of the reward stage, which lack the
-scale of the scores.
+The model of a checkpoint is built in the same way as its run built it, from the paths in its
+config.yaml. If the run averages its weights (ppo.ema_decay), the averages are written.
+Left out: checkpoints of the reward stage, which lack the mean and scale of the scores.
 """
 
 from __future__ import annotations
@@ -26,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from rlhf.cli import run_command
 from rlhf.config import (
+    CONFIG_FILE,
     STAGES,
     InputError,
     ModelConfig,
@@ -38,45 +30,52 @@ from rlhf.config import (
     refuse_named_code,
 )
 from rlhf.config.knobs import DTYPES
+from rlhf.options import run_command
 
-CONFIG = "config.yaml"
-ITS_MODEL = "its model.path"  # that of a checkpoint's run, in messages
+ITS_MODEL = "its model.path"  # in messages: the setting of the checkpoint's run
 
 
 @dataclass
 class ExportOptions:
-    """The command line; see the module's docstring."""
+    """The command line."""
 
-    path: str | None = None
-    out: str | None = None
+    path: str
+    """checkpoint-N of an SFT or PPO run, or a model or PEFT adapter (directory or Hub id)."""
+    out: str
+    """Directory to write; new or empty."""
     dtype: str = "auto"
+    """float32, bfloat16, float16, or auto (as stored); a reward model's head stays in float32."""
     trust_remote_code: bool = False
+    """true: the model's own Python files, and functions named in a checkpoint's config.yaml, may
+    run."""
 
 
 def export(options: ExportOptions) -> None:
     """Write the directory and say how to use it.
 
     Raises:
-        InputError: bad options, nothing that can be exported, or something would be overwritten.
+        InputError: bad options, a path that cannot be exported, or `out` has files already.
     """
     _check(options)
-    import transformers
-
-    from rlhf.checkpoint import complete_or_nothing, find_non_finite, require_stage
-    from rlhf.checkpoint.stage_directory import RECORD, write_record
-    from rlhf.console import say
+    from rlhf.checkpoint import (
+        RECORD,
+        complete_or_nothing,
+        find_non_finite,
+        require_stage,
+        write_record,
+    )
+    from rlhf.console import quiet_libraries, say
     from rlhf.hub import local_directory
     from rlhf.models import mend_sampling_settings
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    path, out = local_directory(options.path, "path", weights=False), Path(str(options.out))
+    quiet_libraries()
+    path, out = local_directory(options.path, "path", weights=False), Path(options.out)
     code = options.trust_remote_code
-    if (path / CONFIG).is_file() and not (path / RECORD).is_file():
+    if (path / CONFIG_FILE).is_file() and not (path / RECORD).is_file():
         model, tokenizer, record = load_checkpoint(path, code)
     else:
         record = require_stage(path, tuple(STAGES), "path")
-        model, tokenizer = load_directory(str(options.path), code)
+        model, tokenizer = load_directory(options.path, code)
     for line in mend_sampling_settings(model):
         say(line)
     if options.dtype != "auto":
@@ -90,23 +89,20 @@ def export(options: ExportOptions) -> None:
     with complete_or_nothing(out) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        if (path / CONFIG).is_file():
-            shutil.copyfile(path / CONFIG, temporary / CONFIG)
+        if (path / CONFIG_FILE).is_file():
+            shutil.copyfile(path / CONFIG_FILE, temporary / CONFIG_FILE)
         if record is not None:
             write_record(temporary, record, model)
-    _report(model, out)
+    _say_result(model, out)
 
 
 def _check(options: ExportOptions) -> None:
-    for name in ("path", "out"):
-        if not getattr(options, name):
-            raise InputError(f"{name} is missing; write path=<directory> out=<new directory>")
-    if not Path(str(options.path)).is_dir() and "/" not in str(options.path):
+    if not Path(options.path).is_dir() and "/" not in options.path:
         raise InputError(f"path={options.path}: no such directory")
     if options.dtype not in DTYPES:
         hint = nearest(options.dtype, DTYPES)
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {options.dtype}.{hint}")
-    out = Path(str(options.out))
+    out = Path(options.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"out={out} exists and is not empty; choose another")
 
@@ -119,22 +115,16 @@ def load_checkpoint(path: Path, trust_remote_code: bool = False) -> tuple[Any, A
 
     Args:
         trust_remote_code: whether Python files of the model, and a function that makes the
-            tokenizer, may run; what config.yaml says of it does not count.
+            tokenizer, may run; the value in config.yaml is ignored.
 
     Returns:
         Plain model, tokenizer, and a `StageRecord` for it.
 
     Raises:
-        InputError: the checkpoint is damaged or of the reward stage, what its run started from is
-            gone, or code would run.
+        InputError: the checkpoint is damaged or of the reward stage, the model that its run started
+            from is gone, or the model's code would have to run.
     """
-    from rlhf.checkpoint import (
-        find_damage,
-        make_record,
-        read_manifest,
-        read_record,
-        step_of,
-    )
+    from rlhf.checkpoint import find_damage, make_record, read_manifest, read_record, step_of
     from rlhf.tokenizer import load_tokenizer
 
     damage = find_damage(path)
@@ -143,20 +133,20 @@ def load_checkpoint(path: Path, trust_remote_code: bool = False) -> tuple[Any, A
     stage = ((read_manifest(path) or {}).get("run") or {}).get("stage")
     if stage not in ("sft", "ppo"):
         raise InputError(
-            f"path={path} is a checkpoint of the {stage} stage; only those of sft and ppo can be "
-            "exported. Finish the run with resume=true and use its final/"
+            f"path={path} is a checkpoint of the {stage} stage; only sft and ppo checkpoints can "
+            "be exported. Finish the run with resume=true and use its final/"
         )
-    config = load_config(STAGES[stage], path / CONFIG)
+    config = load_config(STAGES[stage], path / CONFIG_FILE)
     config.model.trust_remote_code = trust_remote_code
     if not trust_remote_code:
-        refuse_named_code({"model.tokenizer": config.model.tokenizer}, path / CONFIG)
+        refuse_named_code({"model.tokenizer": config.model.tokenizer}, path / CONFIG_FILE)
     try:
         tokenizer = load_tokenizer(config.model, ITS_MODEL)
         model = _policy_of(path, stage, config, tokenizer)
     except InputError as error:
         raise InputError(
-            f"{path}: {error}. The paths in its {CONFIG} are those of the run: export from the "
-            "folder where the run was started"
+            f"{path}: {error}. The paths in its {CONFIG_FILE} start from the folder where the run "
+            "was started: export from that folder"
         ) from error
     sources = (path.parent / "final", Path(str(config.model.path)))
     known = [r.prompts for r in map(read_record, sources) if r is not None]
@@ -167,7 +157,7 @@ def load_checkpoint(path: Path, trust_remote_code: bool = False) -> tuple[Any, A
 
 
 def _policy_of(path: Path, stage: str, config: StageConfig, tokenizer: Any) -> Any:
-    """Build the model as the stage does, and give it the weights of the checkpoint."""
+    """Build the model as the stage does, and load the weights of the checkpoint into it."""
     import torch
     from safetensors.torch import load_file
 
@@ -182,7 +172,7 @@ def _policy_of(path: Path, stage: str, config: StageConfig, tokenizer: Any) -> A
         unwrap_peft,
     )
 
-    if stage == "sft" and not config.peft.enabled:  # the transformers Trainer writes all of it
+    if stage == "sft" and not config.peft.enabled:  # the transformers Trainer saves the whole model
         own = dataclasses.replace(config.model, path=str(path), revision=None)
         return load_policy(own, tokenizer, "path")
     torch.manual_seed(config.seed)  # a model from model.config has random weights
@@ -201,13 +191,13 @@ def _policy_of(path: Path, stage: str, config: StageConfig, tokenizer: Any) -> A
 
 
 def load_directory(path: str, trust_remote_code: bool = False) -> tuple[Any, Any]:
-    """Load a policy or reward model, its adapters merged, and its tokenizer as it is.
+    """Load a policy or reward model with its adapters merged, and its unchanged tokenizer.
 
     Args:
         trust_remote_code: whether Python files of the model may run.
 
     Raises:
-        InputError: it cannot be loaded.
+        InputError: the model cannot be loaded.
     """
     from rlhf.hub import find_source
     from rlhf.models import load_policy, load_reward_model
@@ -222,7 +212,7 @@ def load_directory(path: str, trust_remote_code: bool = False) -> tuple[Any, Any
 
 
 def _cast(model: Any, dtype: str) -> None:
-    """Round every weight but the head of a reward model, in place."""
+    """Round every weight in place, except the head of a reward model."""
     import torch
 
     from rlhf.models import HEAD
@@ -232,7 +222,7 @@ def _cast(model: Any, dtype: str) -> None:
             parameter.data = parameter.data.to(getattr(torch, dtype))
 
 
-def _report(model: Any, out: Path) -> None:
+def _say_result(model: Any, out: Path) -> None:
     from rlhf.console import say
     from rlhf.models import parameter_count
 

@@ -21,14 +21,15 @@ from __future__ import annotations
 import json
 import math
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rlhf.checkpoint import hash_weights, read_record
-from rlhf.cli import exit_status
 from rlhf.config import InputError, PPOStageConfig, ScorerConfig, load_config
 from rlhf.console import quiet_libraries, say, table
 from rlhf.demo.__main__ import argument, run_stage
+from rlhf.options import run_command
 
 KL_COEFS = "[0,0.02,0.05,0.15,0.5]"
 SELECT_KL_COEF = 0.15  # that of the demo recipe
@@ -47,16 +48,27 @@ Point = dict[str, Any]
 Curve = dict[str, Any]
 
 
+@dataclass
+class Options:
+    """The command line."""
+
+    kl_coefs: str = KL_COEFS
+    """KL coefficients, one curve each."""
+    overrides: list[str] = field(default_factory=list)
+    """Every other argument goes to the stages that know it."""
+
+
 def main(arguments: list[str]) -> int:
     """Train what is missing, measure, draw; return the exit status."""
-    return exit_status(lambda: run(arguments), "interrupted; the same command continues")
+    again = "interrupted; the same command continues"
+    return run_command(str(__doc__), Options, run, arguments, again)
 
 
-def run(arguments: list[str]) -> int:
+def run(options: Options) -> int:
     """Train what is missing, measure, draw; return the status of the stage that failed, or 0."""
     _require_matplotlib()
-    coefs = parse_coefs(argument(arguments, "kl_coefs", KL_COEFS))
-    overrides = [a for a in arguments if not a.startswith(("kl_coefs=", "run_name="))]
+    coefs, arguments = parse_coefs(options.kl_coefs), options.overrides
+    overrides = [a for a in arguments if not a.startswith("run_name=")]
     runs = Path(argument(arguments, "runs_dir", "runs"))
     folder = runs / argument(arguments, "run_name", "demo")
     status = _train(folder, coefs, overrides)

@@ -1,14 +1,14 @@
 """Score the rows of a file with a trained reward model.
 
-    python -m rlhf.reward score=answers.jsonl path=runs/mine/reward/final
+    python -m rlhf.score path=runs/mine/reward/final data=answers.jsonl
 
 writes `answers.scored.jsonl`: the same rows, in the same order, each with its score. Rows are JSON
-objects, one per line: `prompt` and `response` (or `messages`, the last of the assistant) get a
+objects, one per line: `prompt` and `response` (or `messages` that end with the assistant) get a
 `score`; `prompt` and `responses` get `scores`, for best-of-n. Prompts are text or messages.
 
-A stopped command continues when it is given again: until all is done, the rows stand in
-`<out>.partial`, and what they were made from in `<out>.partial.json`. Left out: Python scorers and
-several processes.
+A stopped command continues when it is given again: until all rows are scored, they are in
+`<out>.partial`, and `<out>.partial.json` says what they were made from. Left out: Python scorers
+and several processes.
 """
 
 from __future__ import annotations
@@ -16,33 +16,40 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from rlhf.checkpoint import disk_errors, hash_weights, locked
-from rlhf.cli import exit_status
-from rlhf.config import InputError, ScorerConfig, nearest, show
+from rlhf.config import InputError, ScorerConfig, show
 from rlhf.config.knobs import DTYPES, NORMALIZATIONS
-from rlhf.console import progress_bar, quiet_libraries, say, table
-from rlhf.data.rows import DropRow, as_messages, as_prompt, as_text
-from rlhf.scorers import RewardModelScorer, checked_scores
+from rlhf.data import DropRow, as_messages, as_prompt, as_text
+from rlhf.options import run_command
 
-KEYS = {
-    "score": "rows to score, a .jsonl file",
-    "path": "final/ of a reward stage, or any one-label sequence classifier",
-    "out": "file to write (default: beside the rows, <name>.scored.jsonl)",
-    "normalize": f"one of {', '.join(NORMALIZATIONS)} (default: {ScorerConfig().normalize})",
-    "batch_size": f"sequences scored together (default: {ScorerConfig().batch_size})",
-    "dtype": f"of the weights, one of {', '.join(DTYPES)} (default: float32)",
-    "trust_remote_code": "true: the model's own Python files may run (default: false)",
-}
 KINDS = ({"prompt", "response"}, {"prompt", "responses"}, {"messages"})  # fields of a row
 CHUNK = 8  # batches between two writes
 NUM_SHOWN = 10  # bad rows
+
+
+@dataclass
+class ScoreOptions:
+    """The command line."""
+
+    path: str
+    """final/ of a reward stage, or any sequence classifier with one label."""
+    data: str
+    """Rows to score, a .jsonl file."""
+    out: str | None = None
+    """File to write (default: <name>.scored.jsonl in the folder of the rows)."""
+    normalize: str = "demo_mean_zero"
+    """demo_mean_zero, standardise or none."""
+    batch_size: int = 32
+    """Sequences scored together."""
+    dtype: str = "float32"
+    """Of the weights: auto, float32, bfloat16 or float16."""
+    trust_remote_code: bool = False
+    """true: the model's own Python files may run."""
 
 
 @dataclass
@@ -61,117 +68,103 @@ class ScoredRow:
 
 
 def main(arguments: list[str]) -> int:
-    """Score as the arguments say; return the exit status."""
-    return exit_status(lambda: run(arguments), "interrupted; the same command continues")
+    """Run the command; return its exit status."""
+    usage, again = str(__doc__), "interrupted; the same command continues"
+    return run_command(usage, ScoreOptions, run, arguments, again)
 
 
-def run(arguments: list[str]) -> None:
-    """Parse `key=value` arguments, score, sum up."""
-    settings = parse(arguments)
-    source = Path(settings["score"])
-    out = Path(settings.get("out") or source.with_suffix(".scored.jsonl"))
-    batch_size = int(settings.get("batch_size", ScorerConfig().batch_size))
-    normalize = settings.get("normalize", ScorerConfig().normalize)
-    config = ScorerConfig(settings["path"], normalize, batch_size)
+def run(options: ScoreOptions) -> None:
+    """Score the file and print a summary.
+
+    Rows are checked before any is scored.
+
+    Raises:
+        InputError: a value is not allowed, the output exists already, another process writes it, a
+            row cannot be scored, or the partial output belongs to other rows or another model.
+    """
+    check(options)
+    import torch
+
+    from rlhf.checkpoint import disk_errors, locked
+    from rlhf.console import quiet_libraries, say, table
+
     quiet_libraries()
-    code = settings.get("trust_remote_code") == "true"
-    scores = torch.tensor(score_file(source, out, config, settings.get("dtype", "float32"), code))
-    figures = [scores.mean(), scores.std(unbiased=False), scores.min(), scores.max()]
-    header = ("responses", "mean", "std", "min", "max")
-    say(table([(len(scores), *map(float, figures))], header))
-    say(f"\nsaved {out}: scores by {config.path}, normalize={normalize}")
-
-
-def parse(arguments: list[str]) -> dict[str, str]:
-    """Read `key=value` arguments.
-
-    Raises:
-        InputError: an unknown key, a missing one, or a value that is not allowed.
-    """
-    settings = {}
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if not equals or key not in KEYS:
-            known = "\n".join(f"  {name}={meaning}" for name, meaning in KEYS.items())
-            raise InputError(
-                f"with score=, {argument!r} is not understood.{nearest(key, KEYS)} Known are:\n"
-                f"{known}"
-            )
-        settings[key] = value
-    for key in ("score", "path"):
-        if not settings.get(key):
-            raise InputError(f"{key} is missing: {key}=<{KEYS[key]}>")
-    choices = {
-        "normalize": NORMALIZATIONS,
-        "dtype": DTYPES,
-        "trust_remote_code": ("true", "false"),
-    }
-    for key, allowed in choices.items():
-        if settings.get(key, allowed[0]) not in allowed:
-            raise InputError(f"{key} must be one of {', '.join(allowed)}, got {settings[key]!r}")
-    batch_size = settings.get("batch_size", "1")
-    if not batch_size.isdecimal() or int(batch_size) < 1:
-        raise InputError(f"batch_size must be a whole number >= 1, got {batch_size!r}")
-    return settings
-
-
-def score_file(
-    source: Path,
-    out: Path,
-    config: ScorerConfig,
-    dtype: str = "float32",
-    trust_remote_code: bool = False,
-) -> list[float]:
-    """Score a file; see the top of this module.
-
-    Returns:
-        Every score, in the order of the rows.
-
-    Raises:
-        InputError: the output is there already, another process writes it, a row cannot be scored,
-            or what was begun belongs to other rows or another reward model. Rows are checked before
-            any is scored.
-    """
+    source = Path(options.data)
+    out = Path(options.out or source.with_suffix(".scored.jsonl"))
     if not out.parent.is_dir():
         raise InputError(f"out={out}: there is no directory {out.parent}; make it")
     lock, fix = out.with_name(f".{out.name}.lock"), "wait, or give another out=<file>"
     with locked(lock, f"out={out}", fix), disk_errors(out.parent, "give the same command again"):
-        return _score_alone(source, out, config, dtype, trust_remote_code)
+        scores = torch.tensor(_score_file(options, source, out))
+    figures = [scores.mean(), scores.std(unbiased=False), scores.min(), scores.max()]
+    header = ("responses", "mean", "std", "min", "max")
+    say(table([(len(scores), *map(float, figures))], header))
+    say(f"\nsaved {out}: scores by {options.path}, normalize={options.normalize}")
 
 
-def _score_alone(
-    source: Path, out: Path, config: ScorerConfig, dtype: str, trust_remote_code: bool
-) -> list[float]:
-    """As `score_file`, with the output locked."""
+def check(options: ScoreOptions) -> None:
+    """Check the values before anything loads.
+
+    Raises:
+        InputError: a value is not allowed.
+    """
+    for name, allowed in (("normalize", NORMALIZATIONS), ("dtype", DTYPES)):
+        if getattr(options, name) not in allowed:
+            given = getattr(options, name)
+            raise InputError(f"{name} must be one of {', '.join(allowed)}, got {given!r}")
+    if options.batch_size < 1:
+        raise InputError(f"batch_size must be >= 1, got {options.batch_size}")
+
+
+def _score_file(options: ScoreOptions, source: Path, out: Path) -> list[float]:
+    """Score the rows of `source` into `out`, which is locked; return every score in order."""
+    import torch
+
+    from rlhf.checkpoint import hash_weights
+    from rlhf.console import say
+    from rlhf.scorers import RewardModelScorer
+
     if os.path.lexists(out):
         raise InputError(f"out={out} exists already; delete it, or give another out=<file>")
     rows, digest = read_rows(source)
-    partial = out.with_name(out.name + ".partial")
-    directory = Path(str(config.path))
+    partial, directory = out.with_name(out.name + ".partial"), Path(options.path)
     made_from = {
         "rows": len(rows),
         "sha256 of the rows": digest,
-        "path": config.path,
+        "path": options.path,
         "sha256 of the weights": hash_weights(directory) if directory.is_dir() else None,
-        "normalize": config.normalize,
-        "batch_size": config.batch_size,
-        "dtype": dtype,
+        "normalize": options.normalize,
+        "batch_size": options.batch_size,
+        "dtype": options.dtype,
     }
-    done = _begun(partial, made_from)
+    done = _scores_so_far(partial, made_from)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    scorer = RewardModelScorer(config, device, dtype, "path", trust_remote_code)
+    config = ScorerConfig(options.path, options.normalize, options.batch_size)
+    scorer = RewardModelScorer(config, device, options.dtype, "path", options.trust_remote_code)
     _check_encoding(rows, scorer, source)
     if not partial.exists():
         _identity(partial).write_text(json.dumps(made_from, indent=2) + "\n", encoding="utf-8")
     if done:
         say(f"continuing {partial} after {len(done)} of {len(rows)} rows")
+    scores = _append_scores(partial, rows, scorer, done, CHUNK * options.batch_size)
+    os.replace(partial, out)
+    _identity(partial).unlink()
+    return scores
+
+
+def _append_scores(
+    partial: Path, rows: list[ScoredRow], scorer: Any, done: list[list[float]], chunk_size: int
+) -> list[float]:
+    """Score the rows after the `done` ones and append them to the file; return all scores."""
+    from rlhf.console import progress_bar
+
     scores = [score for row_scores in done for score in row_scores]
     bar = progress_bar(sum(len(row.responses) for row in rows), len(scores), "response")
     with partial.open("a", encoding="utf-8") as stream:
-        for chunk in _chunks(rows, CHUNK * config.batch_size):
+        for chunk in _chunks(rows, chunk_size):
             if chunk.stop <= len(done):
                 continue
-            # a chunk is always scored as a whole: a stopped run ends with the same numbers
+            # the whole chunk is scored again, so that a stopped run ends with the same numbers
             found = _score(scorer, rows[chunk.start : chunk.stop])
             for i in range(max(chunk.start, len(done)), chunk.stop):
                 row_scores = found[i - chunk.start]
@@ -182,8 +175,6 @@ def _score_alone(
             stream.flush()
         os.fsync(stream.fileno())
     bar.close()
-    os.replace(partial, out)
-    _identity(partial).unlink()
     return scores
 
 
@@ -191,16 +182,16 @@ def read_rows(source: Path) -> tuple[list[ScoredRow], str]:
     """Read and check the rows of a file; return them and the SHA-256 of the file.
 
     Raises:
-        InputError: no such file, no rows, or rows that are named with their line.
+        InputError: the file does not exist or has no rows, or rows are bad (with their lines).
     """
     if not source.is_file():
-        raise InputError(f"score={source} is not a file; give the rows as a .jsonl file")
+        raise InputError(f"data={source} is not a file; give the rows as a .jsonl file")
     try:
         data = source.read_bytes()
     except OSError as error:
-        raise InputError(f"score={source} cannot be read: {error.strerror}") from error
+        raise InputError(f"data={source} cannot be read: {error.strerror}") from error
     if data.startswith(b"\x1f\x8b"):
-        raise InputError(f"score={source} is a gzip file; unpack it: gunzip -k {source}")
+        raise InputError(f"data={source} is a gzip file; unpack it: gunzip -k {source}")
     rows, problems = [], []
     for number, line in enumerate(data.split(b"\n"), start=1):
         if line.strip():
@@ -217,11 +208,11 @@ def read_rows(source: Path) -> tuple[list[ScoredRow], str]:
                 problems.append(f"line {number}: {error}")
             except DropRow as reason:
                 problems.append(f"line {number}: {reason}, which a reward model cannot read")
-            except ValueError as error:  # a whole number with more digits than Python reads
+            except ValueError as error:  # an integer with more digits than Python reads
                 problems.append(f"line {number}: {error}")
     _refuse(problems, source)
     if not rows:
-        raise InputError(f"score={source} has no rows")
+        raise InputError(f"data={source} has no rows")
     return rows, hashlib.sha256(data).hexdigest()
 
 
@@ -232,7 +223,7 @@ def _read_row(number: int, line: bytes) -> ScoredRow:
     json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair cannot be written
     given = {name for name, value in row.items() if value is not None}
     if taken := given & {"score", "scores"}:
-        raise InputError(f"the field {taken.pop()!r} is there already; rename it")
+        raise InputError(f"the row has a field {taken.pop()!r} already; rename it")
     if given & {"prompt", "response", "responses", "messages"} not in KINDS:
         raise InputError(
             "expected `prompt` and `response`, `prompt` and `responses`, or `messages`; the row "
@@ -260,8 +251,8 @@ def _check_start(prompt: list[dict[str, str]]) -> None:
         raise InputError("the conversation before the response does not start with a user turn")
 
 
-def _check_encoding(rows: list[ScoredRow], scorer: RewardModelScorer, source: Path) -> None:
-    """Check that the reward model's template takes every row, and its context every length."""
+def _check_encoding(rows: list[ScoredRow], scorer: Any, source: Path) -> None:
+    """Check that every row fits the reward model's chat template and its context."""
     problems = []
     for row in rows:
         try:
@@ -281,15 +272,15 @@ def _refuse(problems: list[str], source: Path) -> None:
     if problems:
         more = [f"... and {len(problems) - NUM_SHOWN} more"] if len(problems) > NUM_SHOWN else []
         listed = "\n  ".join([*problems[:NUM_SHOWN], *more])
-        raise InputError(f"score={source}, nothing was scored:\n  {listed}")
+        raise InputError(f"data={source}, nothing was scored:\n  {listed}")
 
 
 def _identity(partial: Path) -> Path:
     return partial.with_name(partial.name + ".json")
 
 
-def _begun(partial: Path, made_from: dict[str, Any]) -> list[list[float]]:
-    """Scores of the rows in a file that was begun; what a kill cut short in it is cut off."""
+def _scores_so_far(partial: Path, made_from: dict[str, Any]) -> list[list[float]]:
+    """Scores of the rows that a stopped command wrote; an incomplete last line is removed."""
     if not partial.exists():
         return []
     fix = f"delete {partial} to start afresh"
@@ -308,13 +299,13 @@ def _begun(partial: Path, made_from: dict[str, Any]) -> list[list[float]]:
     ]
     if changed:
         listed = "\n  ".join(changed)
-        raise InputError(f"{partial} was begun with something else; {fix}:\n  {listed}")
+        raise InputError(f"{partial} was begun with other values; {fix}:\n  {listed}")
     os.truncate(partial, len(whole))
     return scores
 
 
 def _chunks(rows: list[ScoredRow], size: int) -> Iterator[range]:
-    """Cut rows into runs of at least `size` responses."""
+    """Cut rows into chunks of at least `size` responses."""
     start, count = 0, 0
     for i, row in enumerate(rows):
         count += len(row.responses)
@@ -323,8 +314,14 @@ def _chunks(rows: list[ScoredRow], size: int) -> Iterator[range]:
             start, count = i + 1, 0
 
 
-def _score(scorer: RewardModelScorer, rows: list[ScoredRow]) -> list[list[float]]:
+def _score(scorer: Any, rows: list[ScoredRow]) -> list[list[float]]:
+    from rlhf.scorers import checked_scores
+
     prompts = [row.prompt for row in rows for _ in row.responses]
     responses = [response for row in rows for response in row.responses]
     scores = iter(checked_scores(scorer, prompts, responses, "the reward model").tolist())
     return [[next(scores) for _ in row.responses] for row in rows]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

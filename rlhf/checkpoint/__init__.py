@@ -39,6 +39,7 @@ from rlhf.checkpoint.run_directory import (
     prepare_run_directory,
 )
 from rlhf.checkpoint.stage_directory import (
+    RECORD,
     StageRecord,
     check_same_tokenizer,
     check_weights,
@@ -50,6 +51,7 @@ from rlhf.checkpoint.stage_directory import (
     warn_about_prompts,
     warn_about_sft_model,
     warn_about_template,
+    write_record,
     write_stage,
 )
 from rlhf.checkpoint.state import (

@@ -25,7 +25,16 @@ from rlhf.data.encode import (
     not_refused,
 )
 from rlhf.data.formats import FORMATS, resolve_format
-from rlhf.data.rows import DropRow, Row, check_row, prompt_of
+from rlhf.data.rows import (
+    DropRow,
+    Row,
+    as_messages,
+    as_prompt,
+    as_text,
+    check_row,
+    prompt_of,
+    whole_characters,
+)
 from rlhf.data.splits import (
     Splits,
     describe_dropped,

@@ -1,7 +1,9 @@
-"""Entry point of `python -m rlhf.reward`: the stage, or with `score=` the scoring of a file."""
+"""Entry point of `python -m rlhf.reward`; with `score=`, the old spelling of `rlhf.score`."""
 
 from __future__ import annotations
 
+import re
+import shlex
 import sys
 
 from rlhf.cli import hydra_main
@@ -19,9 +21,16 @@ def run(config: RewardStageConfig) -> int | None:
     return train_reward(config).stopped_by
 
 
+def score(arguments: list[str]) -> int:
+    """Score a file as `python -m rlhf.score` does, and name that command."""
+    from rlhf.score import main
+
+    renamed = [re.sub("^score=", "data=", argument) for argument in arguments]
+    print(f"this command is now: python -m rlhf.score {shlex.join(renamed)}", file=sys.stderr)
+    return main(renamed)
+
+
 if __name__ == "__main__":
     if any(argument.startswith("score=") for argument in sys.argv[1:]):
-        from rlhf.score import main
-
-        raise SystemExit(main(sys.argv[1:]))
+        raise SystemExit(score(sys.argv[1:]))
     hydra_main("reward", run)

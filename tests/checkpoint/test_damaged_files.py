@@ -9,7 +9,7 @@ from rlhf.checkpoint import read_record
 from rlhf.checkpoint.finite import STOPPED, stopped_after
 from rlhf.checkpoint.run_directory import _settings_of
 from rlhf.config import InputError, SFTStageConfig, load_config
-from rlhf.reward.report.__main__ import _load_config
+from rlhf.reward.report.__main__ import ReportOptions, stage_config
 
 DAMAGED = [b"\xff\xfe{", b"{", b"[" * 5000]
 
@@ -39,7 +39,7 @@ def test_a_damaged_configuration_is_named(tmp_path, content):
 def test_a_damaged_configuration_of_a_reward_model_is_named(tmp_path, content):
     (tmp_path / "config.yaml").write_bytes(content)
     with pytest.raises(InputError, match=r"config\.yaml is damaged"):
-        _load_config(tmp_path, [], False)
+        stage_config(ReportOptions(str(tmp_path)))
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe{", b"a: {b: ]", b"[]", b"seed: 1"])

@@ -250,7 +250,7 @@ def test_scores_have_one_writer(holder, tmp_path, capsys):
     rows, out = tmp_path / "rows.jsonl", tmp_path / "rows.scored.jsonl"
     rows.write_text('{"prompt": "a", "response": "b"}\n')
     process, _ = holder(tmp_path / ".rows.scored.jsonl.lock")
-    assert main([f"score={rows}", f"path={tmp_path}"]) == 2
+    assert main([f"data={rows}", f"path={tmp_path}"]) == 2
     line = f"error: out={out} is in use, by process {process.pid} on {HERE}; wait, or give another"
     assert line in capsys.readouterr().err
     assert not out.exists()

@@ -20,10 +20,10 @@ from helpers.tiny import tiny_model, tiny_tokenizer
 import rlhf.chat
 from rlhf.chat import Chat, ChatOptions, printable, talk
 from rlhf.checkpoint import make_record, write_stage
-from rlhf.cli import run_command
 from rlhf.config import ModelConfig, StageConfig
 from rlhf.data import encode_prompt
 from rlhf.models import init_reward_model, load_policy
+from rlhf.options import run_command
 from rlhf.sampling import generate, sampling_for, stream, uniform_noise
 from rlhf.tokenizer import chat_template_text, declare_stop_strings, load_tokenizer
 
@@ -196,7 +196,7 @@ def test_sampling_of_the_generation_config_applies_unless_options_say_otherwise(
     path = write(tmp_path / "final", model)
     chat = chat_with(path, top_k=0)
     assert (chat.temperature, chat.sampling.top_p, chat.sampling.top_k) == (0.6, 0.9, 0)
-    assert "not applied, of its generation config: repetition_penalty=1.1" in chat.describe()
+    assert "not applied from its generation config: repetition_penalty=1.1" in chat.describe()
     assert chat_with(path, temperature=0).temperature == 0
 
 
@@ -220,13 +220,13 @@ def test_later_questions_follow_the_rounds_before(policy):
         {"role": "assistant", "content": first},
         {"role": "user", "content": "Another."},
     ]
-    assert chat._prompt("Another.")[0] == encode_prompt(asked, chat.tokenizer)
+    assert chat.prompt("Another.")[0] == encode_prompt(asked, chat.tokenizer)
     answer_of(chat, "Another.", 1)
     chat.undo()
     assert chat.rounds == [("Name a fruit.", first)]
     chat.reset()
     chat.undo()
-    assert chat._prompt("Another.")[0] == encode_prompt([asked[0], asked[3]], chat.tokenizer)
+    assert chat.prompt("Another.")[0] == encode_prompt([asked[0], asked[3]], chat.tokenizer)
 
 
 def test_oldest_rounds_are_left_out_when_the_context_is_full(tmp_path, capsys):
@@ -235,7 +235,7 @@ def test_oldest_rounds_are_left_out_when_the_context_is_full(tmp_path, capsys):
     for number in range(6):
         assert len(answer_of(chat, f"Q{number}", number)) == 30
     messages = [{"role": "user", "content": "Q5"}]
-    prompt, room = chat._prompt("Q6")
+    prompt, room = chat.prompt("Q6")
     assert 30 <= room == 128 - len(prompt)
     assert chat.rounds[-1][0] == "Q5" and 0 < len(chat.rounds) < 6
     for asked, answered in reversed(chat.rounds):
@@ -265,7 +265,7 @@ def test_question_longer_than_the_context_is_refused_and_nothing_else_happens(po
     assert answer_of(chat, "long " * 100) == ""
     assert chat.rounds == before != []
     tokens = len(encode_prompt([{"role": "user", "content": "long " * 100}], chat.tokenizer))
-    error = f"[not answered: these are {tokens} tokens, and the model's context has 128]\n"
+    error = f"[not answered: the question has {tokens} tokens, but the model's context has 128]\n"
     assert capsys.readouterr().err == error
 
 
@@ -291,7 +291,7 @@ def test_template_that_rewrites_earlier_turns_serves_a_model_of_no_stage(tmp_pat
     chat = chat_with(tmp_path, max_new_tokens=3)
     first = answer_of(chat, "a")
     text = f"user:a{EOS}assistant:{first}{EOS}user:b{EOS}assistant:"
-    assert chat._prompt("b")[0] == tokenizer(text)["input_ids"]
+    assert chat.prompt("b")[0] == tokenizer(text)["input_ids"]
 
 
 def test_without_chat_template_or_trained_on_text_lines_are_continued(tmp_path):
@@ -304,11 +304,11 @@ def test_without_chat_template_or_trained_on_text_lines_are_continued(tmp_path):
     ):
         chat = chat_with(tmp_path / name, max_new_tokens=4)
         assert answer_of(chat, "An apple is") != ""
-        assert chat._prompt(" a fruit ")[0] == encode_prompt(" a fruit ", chat.tokenizer)
-        assert f"{why}: each line is continued as it stands" in chat.describe()
+        assert chat.prompt(" a fruit ")[0] == encode_prompt(" a fruit ", chat.tokenizer)
+        assert f"{why}: it continues each line as text" in chat.describe()
         as_questions = chat_with(tmp_path / name, chat_template="alpaca")
         assert as_questions.why_text is None
-        (prompt, _), start = as_questions._prompt("Hi"), "<bos>Below is an instruction"
+        (prompt, _), start = as_questions.prompt("Hi"), "<bos>Below is an instruction"
         assert chat.tokenizer.decode(prompt).startswith(start)
 
 
@@ -378,7 +378,7 @@ def test_control_characters_do_not_reach_the_terminal():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "path is missing: give a stage directory, e.g. path=runs/demo/sft/final"),
+        ([], "path is missing; add path=<stage directory, other model directory or Hub id>"),
         (["runs/x"], "cannot read 'runs/x'; write key=value, e.g. path=runs/x"),
         (
             ["path=x", "temprature=1"],
@@ -400,7 +400,7 @@ def test_control_characters_do_not_reach_the_terminal():
         (["path={reward}"], "path={reward} was written by the reward stage, but a directory of"),
         (["path={policy}", "device=gpu"], "device=gpu cannot be used here ("),
         (["path={policy}", "chat_template=plane"], "chat_template='plane' is neither one of"),
-        (["path={ppo}"], "path={ppo} is a PPO checkpoint; make a model directory of it with"),
+        (["path={ppo}"], "path={ppo} is a PPO checkpoint; make a model directory from it with"),
     ],
 )
 def test_wrong_input_is_one_line_and_status_2(
@@ -424,8 +424,8 @@ def test_system_message_has_no_place_without_a_conversation(command, tmp_path):
     status, _, errors = command(f"path={path}", "system=Be brief.")
     assert status == 2
     assert errors == (
-        f"error: system has no place in path={path}: it was trained on text prompts; add "
-        "chat_template=plain or chat_template=alpaca\n"
+        f"error: path={path} takes no system message: it was trained on text prompts; leave system "
+        "out, or add chat_template=plain or chat_template=alpaca\n"
     )
 
 
@@ -433,14 +433,16 @@ def test_help_answers_without_importing_torch(tmp_path):
     probe = (
         "import atexit, runpy, sys; sys.argv = ['rlhf.chat', '--help']\n"
         "atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr))\n"
-        "runpy.run_module('rlhf.chat', run_name='__main__')"
+        "runpy.run_module('rlhf.chat', run_name='__main__', alter_sys=True)"
     )
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", probe], cwd=tmp_path, env=env, capture_output=True, text=True
     )
     assert (done.returncode, done.stderr) == (0, "False\n")
-    assert all(f"\n    {name}" in done.stdout.replace(",", "\n   ") for name in vars(ChatOptions()))
+    assert all(
+        f"\n    {name}" in done.stdout.replace(",", "\n   ") for name in vars(ChatOptions(""))
+    )
 
 
 # --- At a terminal --------------------------------------------------------------------------------

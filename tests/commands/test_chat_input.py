@@ -10,15 +10,15 @@ from test_chat import TOKENIZER, write
 
 import rlhf.chat
 from rlhf.chat import ChatOptions, talk
-from rlhf.cli import run_command
+from rlhf.options import run_command
 
 
 def test_bytes_and_halves_of_characters_that_are_no_text_are_answered(tmp_path, monkeypatch, capfd):
     write(tmp_path / "model", tiny_model("llama", TOKENIZER))
     asked = []
-    encode = rlhf.chat.Chat._encode
+    encode = rlhf.chat.Chat.encode
     monkeypatch.setattr(
-        rlhf.chat.Chat, "_encode", lambda self, q, r: asked.append(q) or encode(self, q, r)
+        rlhf.chat.Chat, "encode", lambda self, q, r: asked.append(q) or encode(self, q, r)
     )
     lines = io.BytesIO(b"a caf\xe9\n\xed\xa0\xbd\n")
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(lines, encoding="utf-8"))

@@ -23,7 +23,6 @@ from transformers import (
 )
 
 from rlhf.checkpoint import hash_weights, make_record, read_record, write_manifest, write_stage
-from rlhf.cli import run_command
 from rlhf.config import (
     CheckpointConfig,
     DatasetConfig,
@@ -35,6 +34,7 @@ from rlhf.config import (
 from rlhf.config import PeftConfig as LoraSettings
 from rlhf.export import ExportOptions, export
 from rlhf.models import init_reward_model, load_reward_model
+from rlhf.options import run_command
 from rlhf.ppo import train_ppo
 from rlhf.sft import train_sft
 from rlhf.tokenizer import load_tokenizer

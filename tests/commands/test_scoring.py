@@ -1,4 +1,4 @@
-"""Scoring a file: `python -m rlhf.reward score=answers.jsonl path=runs/mine/reward/final`.
+"""Scoring a file: `python -m rlhf.score path=runs/mine/reward/final data=answers.jsonl`.
 
 Run: python -m pytest tests/commands/test_scoring.py
 """
@@ -22,7 +22,8 @@ from test_scorers import MEAN, raw_scores, rendered, write_reward_model
 
 from rlhf import score as scoring
 from rlhf.config import InputError
-from rlhf.score import main, parse, read_rows
+from rlhf.options import read_options
+from rlhf.score import ScoreOptions, check, main, read_rows
 from rlhf.tokenizer import chat_template_text
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,7 +74,7 @@ def test_every_kind_of_row_gets_its_score_and_keeps_its_fields(model, tmp_path, 
     ]
     file = write(tmp_path / "answers.jsonl", rows)
     file.write_text(file.read_text().replace("\n", "\n\n", 1))  # an empty line is no row
-    assert main([f"score={file}", f"path={model}"]) == 0
+    assert main([f"data={file}", f"path={model}"]) == 0
     written = rows_of(tmp_path / "answers.scored.jsonl")
     prompts = ["name a fruit: ", *[question] * 5]
     texts = ["an apple\u2028.", "an apple .", "", "dog\r\n.", "a pear .", "dog ."]
@@ -96,7 +97,7 @@ def test_every_kind_of_row_gets_its_score_and_keeps_its_fields(model, tmp_path, 
 def test_normalisation_and_output_file_can_be_chosen(model, tmp_path):
     file = write(tmp_path / "answers.jsonl", [{"prompt": "a", "response": "an apple"}])
     out = tmp_path / "raw.jsonl"
-    arguments = [f"score={file}", f"path={model}", f"out={out}", "normalize=none", "batch_size=1"]
+    arguments = [f"data={file}", f"path={model}", f"out={out}", "normalize=none", "batch_size=1"]
     assert main(arguments) == 0
     expected = expected_scores(model, ["a"], ["an apple"]) + MEAN
     assert rows_of(out)[0]["score"] == pytest.approx(float(expected[0]), rel=1e-4)
@@ -110,7 +111,7 @@ def begun(model, tmp_path_factory):
     """A command that was stopped just before its end: its arguments, and what it left."""
     folder = tmp_path_factory.mktemp("begun")
     file = write(folder / "answers.jsonl", many_rows(40))
-    arguments = [f"score={file}", f"path={model}", "batch_size=2"]
+    arguments = [f"data={file}", f"path={model}", "batch_size=2"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scoring.os, "replace", interrupt)
         assert main(arguments) == 130
@@ -148,7 +149,7 @@ def test_a_file_cut_at_any_byte_is_continued_to_the_same_end(begun, tmp_path, sh
 
 def test_a_killed_command_continues_to_the_same_end(model, tmp_path):
     file = write(tmp_path / "answers.jsonl", many_rows(600))
-    command = [sys.executable, "-m", "rlhf.reward", f"score={file}", f"path={model}"]
+    command = [sys.executable, "-m", "rlhf.score", f"data={file}", f"path={model}"]
     command.append("batch_size=1")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     partial = tmp_path / "answers.scored.jsonl.partial"
@@ -171,7 +172,7 @@ def test_a_finished_output_is_not_overwritten(model, tmp_path, capsys):
     file = write(tmp_path / "answers.jsonl", many_rows(2))
     out = tmp_path / "answers.scored.jsonl"
     out.write_text("mine")
-    assert main([f"score={file}", f"path={model}"]) == 2
+    assert main([f"data={file}", f"path={model}"]) == 2
     assert f"out={out} exists already; delete it, or give another out=" in capsys.readouterr().err
     assert out.read_text() == "mine" and len(list(tmp_path.iterdir())) == 2
 
@@ -181,7 +182,7 @@ def test_what_was_begun_with_something_else_is_not_continued(begun, model, tmp_p
     before = (tmp_path / "answers.scored.jsonl.partial").read_bytes()
     assert main([a.replace("batch_size=2", "normalize=none") for a in arguments]) == 2
     errors = capsys.readouterr().err
-    assert "begun with something else" in errors
+    assert "begun with other values" in errors
     assert "normalize: demo_mean_zero -> none" in errors and "batch_size: 2 -> 32" in errors
     other = write_reward_model(tmp_path / "other", our_tokenizer(), seed=2)
     assert main([a.replace(model, other) for a in arguments]) == 2
@@ -228,7 +229,7 @@ BAD_ROWS = [
     ('{"prompt": "x", "responses": "y"}', "field 'responses': got 'y'; expected some texts"),
     ('{"prompt": "x", "responses": ["y", 3]}', r"field 'responses\[1\]': got 3; expected text"),
     ('{"prompt": "x", "responses": []}', r"field 'responses': got \[\]; expected some texts"),
-    ('{"prompt": "x", "response": "y", "score": 1}', "the field 'score' is there already"),
+    ('{"prompt": "x", "response": "y", "score": 1}', "the row has a field 'score' already"),
     ('["x", "y"]', r"got \['x', 'y'\]; expected an object"),
     ('{"prompt": ' + "[" * 99_999 + "]" * 99_999 + "}", "lists or objects are nested too deeply"),
     ('{"prompt": ' + "9" * 5000 + "}", "Exceeds the limit .* for integer string conversion"),
@@ -249,7 +250,7 @@ def test_a_bad_row_is_named_by_its_line_and_nothing_is_written(
     good = '{"prompt": "x", "response": "y"}'
     file = tmp_path / "answers.jsonl"
     file.write_text("\n".join([good, "", row, good]) + "\n")
-    assert main([f"score={file}", f"path={model}"]) == 2
+    assert main([f"data={file}", f"path={model}"]) == 2
     assert list(tmp_path.iterdir()) == [file]
     errors = capsys.readouterr().err
     assert re.search(rf"nothing was scored:\n  line 3: .*{message}", errors), errors
@@ -262,14 +263,14 @@ def test_a_template_that_refuses_a_row_names_its_line(tmp_path, capsys):
     system = {"role": "system", "content": "be brief"}
     rows = [{"prompt": prompt, "response": "y"} for prompt in ([USER], [system, USER])]
     file = write(tmp_path / "answers.jsonl", rows)
-    assert main([f"score={file}", f"path={model}"]) == 2
+    assert main([f"data={file}", f"path={model}"]) == 2
     assert "line 2: the chat template refuses a conversation" in capsys.readouterr().err
     assert not (tmp_path / "answers.scored.jsonl.partial").exists()
 
 
 def test_many_bad_rows_are_counted(model, tmp_path, capsys):
     file = write(tmp_path / "answers.jsonl", [{"prompt": "x"}] * 25)
-    assert main([f"score={file}", f"path={model}"]) == 2
+    assert main([f"data={file}", f"path={model}"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(":")[0].strip() for line in lines[1:-1]] == [
         f"line {i}" for i in range(1, 11)
@@ -282,27 +283,26 @@ def test_a_file_without_rows_is_refused(model, tmp_path, capsys, data):
     file = tmp_path / "answers.jsonl"
     if data is not None:
         file.write_bytes(data)
-    assert main([f"score={file}", f"path={model}"]) == 2
-    assert f"score={file}" in capsys.readouterr().err
+    assert main([f"data={file}", f"path={model}"]) == 2
+    assert f"data={file}" in capsys.readouterr().err
     assert not (tmp_path / "answers.scored.jsonl").exists()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["score=a", "path=b", "pth=c"], "'pth=c' is not understood. Did you mean path"),
-        (["score=a", "path=b", "--help"], "with score=, '--help' is not understood"),
-        (["score=a"], "path is missing: path=<final/ of a reward stage"),
-        (["score=", "path=b"], "score is missing: score=<rows to score"),
-        (["score=a", "path=b", "normalize=x"], "normalize must be one of demo_mean_zero, sta"),
-        (["score=a", "path=b", "dtype=fp16"], "dtype must be one of auto, float32, bfloat16"),
-        (["score=a", "path=b", "batch_size=0"], "batch_size must be a whole number >= 1, got '0'"),
-        (["score=a", "path=b", "batch_size=x"], "batch_size must be a whole number >= 1, got 'x'"),
+        (["data=a", "path=b", "pth=c"], "unknown option 'pth'. Did you mean path"),
+        (["data=a"], "path is missing; add path=<final/ of a reward stage"),
+        (["data=", "path=b"], "data is missing; add data=<rows to score"),
+        (["data=a", "path=b", "normalize=x"], "normalize must be one of demo_mean_zero, sta"),
+        (["data=a", "path=b", "dtype=fp16"], "dtype must be one of auto, float32, bfloat16"),
+        (["data=a", "path=b", "batch_size=0"], "batch_size must be >= 1, got 0"),
+        (["data=a", "path=b", "batch_size=x"], "batch_size must be of type int, got 'x'"),
     ],
 )
 def test_a_wrong_argument_is_named_with_what_is_allowed(arguments, message):
     with pytest.raises(InputError) as caught:
-        parse(arguments)
+        check(read_options(ScoreOptions, arguments))
     assert message in str(caught.value)
 
 
@@ -315,16 +315,31 @@ def test_a_wrong_model_or_folder_is_named(model, tmp_path, capsys):
         ([f"path={Path(model).parents[1]}"], "is not a model directory .*did you mean .*final"),
         ([f"path={model}", f"out={tmp_path}/no/x.jsonl"], "there is no directory .*/no; make it"),
     ):
-        assert main([f"score={file}", *arguments]) == 2
+        assert main([f"data={file}", *arguments]) == 2
         assert re.search(message, capsys.readouterr().err), message
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_help_of_the_stage_names_the_command():
-    command = [sys.executable, "-m", "rlhf.reward", "--help"]
+def run_python(*arguments: str, folder: Path) -> subprocess.CompletedProcess:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-    assert "python -m rlhf.reward score=answers.jsonl path=runs/mine/reward/final" in result.stdout
+    command = [sys.executable, "-m", *arguments]
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_help_of_the_stage_names_the_command(tmp_path):
+    result = run_python("rlhf.reward", "--help", folder=tmp_path)
+    assert "python -m rlhf.score path=runs/mine/reward/final data=answers.jsonl" in result.stdout
+
+
+def test_the_old_spelling_works_and_names_the_new_one(model, tmp_path):
+    write(tmp_path / "my answers.jsonl", many_rows(2))
+    arguments = ["score=my answers.jsonl", f"path={model}"]
+    result = run_python("rlhf.reward", *arguments, folder=tmp_path)
+    assert result.returncode == 0 and (tmp_path / "my answers.scored.jsonl").is_file()
+    new = f"this command is now: python -m rlhf.score 'data=my answers.jsonl' path={model}"
+    assert result.stderr.splitlines().count(new) == 1
 
 
 def test_a_gzip_file_is_refused_with_the_command_that_unpacks_it(tmp_path):

@@ -11,7 +11,6 @@ import pytest
 
 from rlhf.chat import ChatOptions
 from rlhf.chat import check as check_chat
-from rlhf.cli import read_options
 from rlhf.config import (
     STAGES,
     InputError,
@@ -21,6 +20,7 @@ from rlhf.config import (
     check,
     check_scorer_config,
 )
+from rlhf.options import read_options
 
 
 def complete(stage: str) -> StageConfig:

@@ -19,10 +19,10 @@ from transformers import dynamic_module_utils
 
 from rlhf.chat import ChatOptions, talk
 from rlhf.checkpoint import write_manifest
-from rlhf.cli import read_options, run_command
 from rlhf.config import InputError, ModelConfig, PPOStageConfig, save_config
 from rlhf.export import ExportOptions, export
 from rlhf.models import init_reward_model, load_policy, load_reward_model
+from rlhf.options import read_options, run_command
 from rlhf.ppo import train_ppo
 from rlhf.reward.report.__main__ import main as report
 from rlhf.score import main as score
@@ -166,7 +166,7 @@ def test_a_tokenizer_of_a_stage_is_refused_by_its_own_name(world):
 def test_score_and_report_refuse_code(world, capsys):
     write(world / "theirs", "model")
     Path("rows.jsonl").write_text(json.dumps({"prompt": "a", "response": "b"}) + "\n")
-    assert score(["score=rows.jsonl", "path=theirs", "normalize=none"]) == 2
+    assert score(["data=rows.jsonl", "path=theirs", "normalize=none"]) == 2
     rows = ["dataset.path=rows.jsonl", "dataset.format=ranked", "dataset.eval_fraction=0.5"]
     ranked = [{"prompt": f"p{i}", "responses": ["b", "c"], "scores": [1, 2]} for i in range(16)]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ranked))
@@ -174,8 +174,8 @@ def test_score_and_report_refuse_code(world, capsys):
     errors = [e for e in capsys.readouterr().err.splitlines() if e.startswith("error:")]
     assert ["path=theirs needs Python code" in error for error in errors] == [True, True]
     assert not Path("ran").exists()
-    assert score(["score=x", "path=theirs", "trust_remote_code=maybe"]) == 2
-    assert "trust_remote_code must be one of true, false" in capsys.readouterr().err
+    assert score(["data=x", "path=theirs", "trust_remote_code=maybe"]) == 2
+    assert "trust_remote_code must be true or false" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

@@ -1,25 +1,18 @@
 """Make the report of a reward model: python -m rlhf.reward.report path=runs/mine/reward/final
 
-path=      final/ of a reward stage, or any one-label sequence classifier
-compare=   [a,b]: reward models with the same tokenizer, e.g. of other seeds, to agree with
-out=       where report.json, report.md and report.png go (default: path)
-trust_remote_code=true  Python files of a model, and functions that its config.yaml names, may run
-dataset.*  other held-out rows than those of the stage, e.g. dataset.eval_path=new.jsonl; the keys
-           are those of conf/dataset
+Scores held-out rows and writes report.json, report.md and report.png. The rows are those of the
+reward stage, unless `dataset.*` names others.
 """
 
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from rlhf.checkpoint import require_stage
-from rlhf.cli import exit_status
 from rlhf.config import (
+    CONFIG_FILE,
     InputError,
     RewardStageConfig,
     ScorerConfig,
@@ -27,37 +20,56 @@ from rlhf.config import (
     refuse_named_code,
     schema,
 )
-from rlhf.console import quiet_libraries, say, warn
-from rlhf.data import encode_ranked, load_splits
-from rlhf.reward.report.measures import Row, agreement, ranking_report
-from rlhf.reward.report.page import NO_PICTURE, PICTURE, page_files, terminal_text
-from rlhf.reward.report.verdict import heldout_name, make_report
-from rlhf.reward.trainer import score_rows
-from rlhf.scorers import RewardModelScorer
+from rlhf.options import run_command
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlhf.reward.report.measures import Row
+    from rlhf.scorers import RewardModelScorer
+
+
+@dataclass
+class ReportOptions:
+    """The command line."""
+
+    path: str
+    """final/ of a reward stage, or any sequence classifier with one label."""
+    compare: list[str] = field(default_factory=list)
+    """[a,b]: reward models with the same tokenizer, e.g. of other seeds, to compare with."""
+    out: str | None = None
+    """Existing directory for the report (default: path)."""
+    trust_remote_code: bool = False
+    """true: the model's own Python files, and functions named in its config.yaml, may run."""
+    overrides: list[str] = field(default_factory=list)
+    """dataset.<key>=value: other held-out rows, e.g. dataset.eval_path=new.jsonl."""
 
 
 def main(arguments: list[str]) -> int:
-    """Score, print and write; return the exit status."""
-
-    def task() -> None:
-        run(arguments)
-
-    return exit_status(task)
+    """Run the command; return its exit status."""
+    return run_command(str(__doc__), ReportOptions, run, arguments)
 
 
-def run(arguments: list[str]) -> dict[str, Any]:
-    """Make the report that the arguments ask for, and return it."""
-    settings, overrides = _parse(arguments)
+def run(options: ReportOptions) -> None:
+    """Score, print and write the report.
+
+    Raises:
+        InputError: a bad option, or a reward model or rows that cannot be read.
+    """
+    from rlhf.checkpoint import require_stage
+    from rlhf.console import quiet_libraries, say, warn
+    from rlhf.data import encode_ranked, load_splits
+    from rlhf.reward.report.page import NO_PICTURE, PICTURE, page_files, terminal_text
+    from rlhf.reward.report.verdict import heldout_name, make_report
+
     quiet_libraries()
-    path = settings["path"]
-    out = Path(settings.get("out", path))
+    out = Path(options.out or options.path)
     if not out.is_dir():
-        raise InputError(f"out={out} is not a directory; give out=<one that exists>")
-    require_stage(path, ("reward",), "path")
-    code = settings.get("trust_remote_code") == "true"
-    config = _load_config(Path(path), overrides, code)
+        raise InputError(f"out={out} is not a directory; give out=<existing directory>")
+    require_stage(options.path, ("reward",), "path")
+    config = stage_config(options)
     splits = load_splits(config.dataset, "reward", config.seed)
-    scorer = _load(path, code)
+    scorer = _load(options.path, options.trust_remote_code)
     rows, too_long = encode_ranked(
         splits.eval, scorer.tokenizer, config.dataset.max_length, config.dataset.on_bad_row
     )
@@ -65,11 +77,9 @@ def run(arguments: list[str]) -> dict[str, Any]:
     say(f"{len(rows)} held-out prompts of {data}; {splits.describe(too_long)}")
     scores = _score(scorer, rows, config)
     report = make_report(scores, rows, splits.eval, scorer.tokenizer, data)
-    others = [other for other in settings.get("compare", "").strip("[] ").split(",") if other]
-    if others:
-        report["agreement"] = [
-            _compare(scorer, scores, _load(other.strip(), code), rows, config) for other in others
-        ]
+    if options.compare:
+        others = [_load(path, options.trust_remote_code) for path in options.compare]
+        report["agreement"] = [_compare(scorer, scores, other, rows, config) for other in others]
     files = page_files(report, scores, rows)
     for file, content in files.items():
         (out / file).write_bytes(content)
@@ -79,77 +89,71 @@ def run(arguments: list[str]) -> dict[str, Any]:
     say(f"\nsaved {', '.join(str(out / file) for file in files)}")
     if PICTURE not in files:
         say(NO_PICTURE)
-    return report
 
 
-def _parse(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
-    settings, overrides = {}, []
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        if key in ("path", "compare", "out") or argument.startswith("trust_remote_code="):
-            settings[key] = value
-        elif key.startswith("dataset.") and "=" in argument:
-            overrides.append(argument)
-        else:
-            raise InputError(f"got {argument!r}; expected\n{__doc__}")
-    if settings.get("trust_remote_code", "false") not in ("true", "false"):
-        raise InputError(
-            f"trust_remote_code must be true or false, got {settings['trust_remote_code']!r}"
-        )
-    if not settings.get("path"):
-        raise InputError(f"path is missing; expected\n{__doc__}")
-    return settings, overrides
+def stage_config(options: ReportOptions) -> RewardStageConfig:
+    """The configuration of the stage that made the reward model, with the overrides.
 
-
-def _load_config(path: Path, overrides: list[str], code: bool) -> RewardStageConfig:
-    """The configuration of the stage, if one made the reward model, with other data; `code`: it may
-    name Python functions."""
+    Raises:
+        InputError: the file is damaged or names Python code, an override is wrong, or there are no
+            rows.
+    """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    file = path / "config.yaml"
+    for override in options.overrides:
+        if not override.startswith("dataset.") or "=" not in override:
+            raise InputError(f"got {override!r}; expected an option (see --help) or dataset.<key>=")
+    file = Path(options.path) / CONFIG_FILE
     try:
         stored: Any = OmegaConf.load(file) if file.is_file() else {}
     except (ValueError, YAMLError) as error:
         raise InputError(f"{file} is damaged ({' '.join(str(error).split())[:200]})") from error
-    typed = {override.partition("=")[0] for override in overrides}
     try:
-        merged = OmegaConf.merge(
-            schema(RewardStageConfig), stored, OmegaConf.from_dotlist(overrides)
-        )
+        overrides = OmegaConf.from_dotlist(options.overrides)
+        merged = OmegaConf.merge(schema(RewardStageConfig), stored, overrides)
         config: Any = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise InputError(explain(error, RewardStageConfig)) from error
-    if not code:
-        data = config.dataset
+    data = config.dataset
+    if not options.trust_remote_code:
         named = {
             "dataset.path": data.path,
             "dataset.eval_path": data.eval_path,
             "dataset.format": f"python:{data.format}" if "." in str(data.format) else None,
         }
+        typed = {override.partition("=")[0] for override in options.overrides}
         refuse_named_code({key: named[key] for key in named.keys() - typed}, file)
-    if config.dataset.path is None:
+    if data.path is None:
         raise InputError(
-            f"{path} does not say what it was trained on; give dataset.path=<rows> and "
+            f"{options.path} does not say what it was trained on; give dataset.path=<rows> and "
             "dataset.format=ranked (or another format of conf/dataset)"
         )
     return config
 
 
 def _load(path: str, trust_remote_code: bool) -> RewardModelScorer:
+    import torch
+
+    from rlhf.scorers import RewardModelScorer
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = ScorerConfig(path, normalize="none")
     scorer = RewardModelScorer(config, device, "float32", "path", trust_remote_code)
     if scorer.scores_texts:
         raise InputError(
-            f"{path} scores a text as a whole, and the report reads a linear head at the last "
-            "token; score the rows instead: python -m rlhf.reward score=<rows> path=<it> out=<file>"
+            f"{path} scores a whole text, but the report needs a linear head at the last token; "
+            f"score the rows instead: python -m rlhf.score path={path} data=<rows>"
         )
     return scorer
 
 
 def _score(scorer: RewardModelScorer, rows: list[Row], config: RewardStageConfig) -> list[Tensor]:
+    import torch
+
+    from rlhf.reward.trainer import score_rows
+
     prompts_per_batch = config.trainer["per_device_eval_batch_size"]
     with torch.no_grad():
         return score_rows(scorer.model, rows, prompts_per_batch, config.reward.tokens_per_batch)
@@ -162,6 +166,9 @@ def _compare(
     rows: list[Row],
     config: RewardStageConfig,
 ) -> dict[str, Any]:
+    """Accuracy of another reward model on the same rows, and how far the two agree."""
+    from rlhf.reward.report.measures import agreement, ranking_report
+
     if other.tokenizer_hash != scorer.tokenizer_hash:
         raise InputError(
             f"compare={other.path} has another tokenizer or chat template than path={scorer.path}; "

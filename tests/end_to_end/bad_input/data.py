@@ -73,8 +73,8 @@ CASES = [
     ),
     Case(
         "a row to score that is nested too deeply",
-        "rlhf.reward score=deep.jsonl path=runs/mine/reward/final",
-        ("score=deep.jsonl", "line 1: lists or objects are nested too deeply"),
+        "rlhf.score data=deep.jsonl path=runs/mine/reward/final",
+        ("data=deep.jsonl", "line 1: lists or objects are nested too deeply"),
         prepare=lambda folder: append(folder / "deep.jsonl", b'{"prompt": ' + b"[" * 9999),
     ),
     Case(

@@ -63,7 +63,7 @@ CASES = [
     ),
     Case(
         "scores of a file that is not there",
-        "rlhf.reward score=answer.jsonl path=runs/mine/reward/final",
+        "rlhf.score data=answer.jsonl path=runs/mine/reward/final",
         ("answer.jsonl",),
     ),
 ]

@@ -1,0 +1,158 @@
+"""The `key=value` options of every command but the three stages.
+
+A command declares its options as the fields of a dataclass. A string literal under a field is its
+sentence in `--help`. A field without a default must be given. A field named `overrides` receives
+the arguments that no other field is named after.
+
+Left out: the command line of the stages, which Hydra reads (`rlhf.cli`).
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import logging
+import sys
+import textwrap
+import types
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from rlhf.config import InputError, check_finite, hide, nearest
+
+Options = TypeVar("Options")
+
+BOOLS = {"true": True, "false": False}  # bool("false") is True
+OVERRIDES = "overrides"
+
+
+def run_command(
+    usage: str,
+    options: type[Options],
+    run: Callable[[Options], int | None],
+    arguments: Sequence[str],
+    when_interrupted: str | None = None,
+) -> int:
+    """Run a command with `key=value` arguments; return its exit status.
+
+    The status is what `run` returns (None counts as 0), 2 after an `InputError`, which is printed
+    in one line, and 130 after Ctrl-C.
+
+    Args:
+        usage: what `--help` prints above the options.
+        options: dataclass of the options.
+        when_interrupted: message after Ctrl-C.
+    """
+    if {"-h", "--help"} & set(arguments):
+        print(help_text(usage, options))
+        return 0
+    _quiet_imports()
+    try:
+        return run(read_options(options, arguments)) or 0
+    except InputError as error:
+        print(f"error: {hide(str(error))}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        if when_interrupted is not None:
+            print(when_interrupted, file=sys.stderr, flush=True)
+        return 130
+
+
+def read_options(options: type[Options], arguments: Sequence[str]) -> Options:
+    """Fill a dataclass from `key=value` arguments.
+
+    Raises:
+        InputError: an unknown name (the message names the nearest), a missing value, a value of
+            another type, or a number that is not finite.
+    """
+    known = {name: kind for name, kind in get_type_hints(options).items() if name != OVERRIDES}
+    values: dict[str, Any] = {}
+    overrides = []
+    for argument in arguments:
+        name, equals, text = argument.partition("=")
+        if name in known and equals:
+            values[name] = _parse(name, known[name], text)
+        elif OVERRIDES in get_type_hints(options):
+            overrides.append(argument)
+        elif not equals:
+            raise InputError(f"cannot read {argument!r}; write key=value, e.g. path={argument}")
+        else:
+            hint = nearest(name, known)
+            raise InputError(f"unknown option {name!r}.{hint} (--help lists the options)")
+    about = sentences(options)
+    for field in dataclasses.fields(options):  # type: ignore[arg-type]
+        if _is_required(field) and not values.get(field.name):
+            what = about[field.name][0].lower() + about[field.name][1:].rstrip(".")
+            raise InputError(f"{field.name} is missing; add {field.name}=<{what}>")
+    if overrides:
+        values[OVERRIDES] = overrides
+    filled = options(**values)
+    check_finite(filled)
+    return filled
+
+
+def _parse(name: str, kind: Any, text: str) -> Any:
+    """Read a value of the type of a field: bool, int, float, str, or a list such as `[a,b]`."""
+    if get_origin(kind) is types.UnionType:  # float of `float | None`
+        kind = get_args(kind)[0]
+    if get_origin(kind) is list:
+        (item,) = get_args(kind)
+        parts = (part.strip() for part in text.strip("[] ").split(","))
+        return [_parse(name, item, part) for part in parts if part]
+    if kind is bool:
+        if text.lower() not in BOOLS:
+            raise InputError(f"{name} must be true or false, got {text!r}")
+        return BOOLS[text.lower()]
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise InputError(f"{name} must be of type {kind.__name__}, got {text!r}") from error
+
+
+def help_text(usage: str, options: type) -> str:
+    """What `--help` prints: the usage, and each option with its sentence and default."""
+    about = sentences(options)
+    fields = dataclasses.fields(options)
+    labels = ["..." if field.name == OVERRIDES else field.name for field in fields]
+    width = max(map(len, labels)) + 6
+    lines = [
+        textwrap.fill(
+            about[field.name] + _default(field),
+            width=100,
+            initial_indent=f"    {label}".ljust(width),
+            subsequent_indent=" " * width,
+        )
+        for field, label in zip(fields, labels, strict=True)
+    ]
+    return "\n".join([usage.strip(), "\nOptions, each as key=value:\n", *lines])
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    if field.default in (dataclasses.MISSING, None):
+        return " (required)" if _is_required(field) else ""
+    default = str(field.default).lower() if isinstance(field.default, bool) else field.default
+    return f" (default: {default})"
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    missing = dataclasses.MISSING
+    return field.default is missing and field.default_factory is missing
+
+
+def sentences(options: type) -> dict[str, str]:
+    """The string literal under each field of a dataclass, on one line."""
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(options))).body
+    assert isinstance(definition, ast.ClassDef)
+    return {
+        field.target.id: " ".join(str(text.value.value).split())
+        for field, text in pairwise(definition.body)
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+    }
+
+
+def _quiet_imports() -> None:
+    """Silence bitsandbytes, which otherwise logs as soon as PEFT is imported."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
