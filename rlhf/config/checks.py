@@ -27,6 +27,7 @@ from rlhf.config.knobs import (
     SFTStageConfig,
     StageConfig,
 )
+from rlhf.config.reading import show
 
 YEAR = 365 * 24 * 3600  # seconds
 
@@ -223,6 +224,7 @@ def _attention_rules(model: ModelConfig) -> Iterable[tuple[bool, str]]:
 def _model_rules(config: StageConfig) -> Iterable[tuple[bool, str]]:
     yield from _token_rules(config.model)
     yield from _attention_rules(config.model)
+    yield from _new_model_rules(config)
     path, revision = config.model.path, config.model.revision
     yield (
         revision is None or path is None or not Path(path).is_dir(),
@@ -255,6 +257,25 @@ def _model_rules(config: StageConfig) -> Iterable[tuple[bool, str]]:
             dropout is None,
             f"model.dropout={dropout}: PPO has all dropout off, as its ratios compare two passes "
             "over the same tokens; set model.dropout=null, or give it to the SFT stage only",
+        )
+
+
+def _new_model_rules(config: StageConfig) -> Iterable[tuple[bool, str]]:
+    """`model.config` builds a model, in the SFT stage only; `model.path` loads one."""
+    path, values = config.model.path, config.model.config
+    deletions = " ".join(f"~model.config.{name}" for name in values)
+    remove = f"remove model.config (if a recipe sets it: {deletions})"
+    if isinstance(config, SFTStageConfig):
+        yield (
+            path is None or not values,
+            f"model.path={path} loads a model, but model.config={show(values)} builds another one "
+            f"with random weights; set model.path=null, or {remove}",
+        )
+    else:
+        yield (
+            not values,
+            f"model.config={show(values)} builds a model with random weights, which only the SFT "
+            f"stage trains; this stage loads model.path={path}; {remove}",
         )
 
 

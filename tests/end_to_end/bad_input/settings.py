@@ -19,6 +19,11 @@ CASES = [
         ("model.config.model_type=lama", "llama"),
     ),
     Case(
+        "a model to load and one to build",
+        f"{SFT} recipe=demo",
+        ("model.path=model", "model.config={", "model.path=null", "~model.config.model_type"),
+    ),
+    Case(
         "a typo in a key", f"{PPO} ppo.kl_coeff=0.1", ("ppo.kl_coeff", "Did you mean ppo.kl_coef")
     ),
     Case(
