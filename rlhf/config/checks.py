@@ -275,7 +275,8 @@ def _new_model_rules(config: StageConfig) -> Iterable[tuple[bool, str]]:
         yield (
             not values,
             f"model.config={show(values)} builds a model with random weights, which only the SFT "
-            f"stage trains; this stage loads model.path={path}; {remove}",
+            f"stage trains; this stage loads {f'model.path={path}' if path else 'a trained one'}; "
+            f"{remove}",
         )
 
 

@@ -88,6 +88,15 @@ def tokenizer_directory(
     )
 
 
+def config_directory(path: Any, field: str, revision: str | None, code: bool) -> Path:
+    """Return the directory of the whole model below any adapters, without downloading weights.
+
+    Raises:
+        InputError: no such directory or Hub model, or an adapter whose base cannot be found.
+    """
+    return _chain(path, field, revision, code, weights=False)[-1]
+
+
 def _chain(
     path: Any, field: str, revision: str | None, code: bool, weights: bool = True
 ) -> list[Path]:

@@ -46,6 +46,7 @@ from rlhf.models.sampling_settings import (
     sample_as_trained,
     sampling_settings,
 )
+from rlhf.models.skeleton import try_settings
 from rlhf.models.stored_adapters import load_adapter
 from rlhf.tokenizer.special_tokens import (
     PAD_TOKEN,

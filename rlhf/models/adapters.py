@@ -57,8 +57,20 @@ def add_lora(
     Raises:
         InputError: a name in `peft.target_modules` fits no linear layer of the model.
     """
-    _check_targets(model, config.target_modules)
     torch.manual_seed(seed)
+    adapted = with_lora(model, config, task_type, token_rows)
+    for module in adapted.modules():
+        if isinstance(module, TrainableTokensWrapper):
+            module.__class__ = _TableRows
+            module.token_adapter.__class__ = _Rows
+    return adapted
+
+
+def with_lora(
+    model: PreTrainedModel, config: PeftConfig, task_type: str, token_rows: Sequence[int] = ()
+) -> Any:
+    """As `add_lora`, with the random numbers as they come and PEFT's own layers."""
+    _check_targets(model, config.target_modules)
     lora = LoraConfig(
         r=config.r,
         lora_alpha=config.alpha,
@@ -71,7 +83,7 @@ def add_lora(
         task_type=task_type,
     )
     try:
-        adapted = get_peft_model(model, lora)
+        return get_peft_model(model, lora)
     except ValueError as error:  # no linear layers, or of a kind that it cannot adapt
         reason = " ".join(str(error).split())[:200]
         raise InputError(
@@ -79,11 +91,6 @@ def add_lora(
             f"{type(model).__name__} ({reason}); name some of its linear layers, "
             f"{', '.join(_linear_names(model)) or 'of which it has none'}, or train in full"
         ) from error
-    for module in adapted.modules():
-        if isinstance(module, TrainableTokensWrapper):
-            module.__class__ = _TableRows
-            module.token_adapter.__class__ = _Rows
-    return adapted
 
 
 def _tables(model: PreTrainedModel, rows: Sequence[int]) -> dict[str, list[int]]:

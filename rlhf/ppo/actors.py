@@ -17,7 +17,7 @@ from rlhf.checkpoint import (
     require_stage,
     warn_about_sft_model,
 )
-from rlhf.config import InputError, PPOStageConfig, ScorerConfig
+from rlhf.config import InputError, ModelConfig, PPOStageConfig, ScorerConfig
 from rlhf.console import say, warn
 from rlhf.data import describe_dropped, encode_texts, first_cases, load_rows
 from rlhf.models import (
@@ -31,6 +31,7 @@ from rlhf.models import (
     new_token_rows,
     parameter_count,
     sample_as_trained,
+    try_settings,
 )
 from rlhf.ppo.rollout import Actors, CollectSettings
 from rlhf.promises import require_cache, require_padding
@@ -50,6 +51,19 @@ def load_checked_tokenizer(config: PPOStageConfig) -> tuple[Any, StageRecord | N
         reward_record = require_stage(scorer, ("reward",), "scorer.path")
         check_same_tokenizer(tokenizer, reward_record, policy, scorer)
     return tokenizer, record
+
+
+def try_adapters(config: PPOStageConfig) -> None:
+    """Try the adapters on policy and critic before any weights load."""
+    try_settings(config.model, config.peft)
+    if config.ppo.advantage != "gae":
+        return
+    init, source, field = config.critic.init, config.model, "model.path"
+    if init == "reward":
+        field, source = "scorer.path", _critic_model(config, _first_scorer(config)[0].path)
+    elif init != "policy":
+        field, source = "critic.init", _critic_model(config, init)
+    try_settings(source, config.peft, "SEQ_CLS", field)
 
 
 def load_actors(
@@ -172,9 +186,14 @@ def _load_critic(config: PPOStageConfig, tokenizer: Any) -> ScalarModel:
     if config.critic.init != "reward":
         return _load_saved_critic(config, tokenizer)
     scorer, weight = _first_scorer(config)
-    source = dataclasses.replace(config.model, path=scorer.path, tokenizer=None, revision=None)
     mean, std = score_statistics(scorer, read_record(str(scorer.path)))
-    return ScalarModel(load_reward_model(source), mean, std / weight)
+    model = load_reward_model(_critic_model(config, scorer.path))
+    return ScalarModel(model, mean, std / weight)
+
+
+def _critic_model(config: PPOStageConfig, path: str | None) -> ModelConfig:
+    """How a critic is loaded that starts from another model than the policy."""
+    return dataclasses.replace(config.model, path=path, tokenizer=None, revision=None)
 
 
 def _load_saved_critic(config: PPOStageConfig, tokenizer: Any) -> ScalarModel:
@@ -188,8 +207,7 @@ def _load_saved_critic(config: PPOStageConfig, tokenizer: Any) -> ScalarModel:
         )
     check_weights(path, record, "critic.init")
     check_same_tokenizer(tokenizer, record, str(config.model.path), path)
-    source = dataclasses.replace(config.model, path=path, tokenizer=None, revision=None)
-    model = load_reward_model(source, field="critic.init")
+    model = load_reward_model(_critic_model(config, path), field="critic.init")
     return ScalarModel(model, record.score_mean, record.score_std or 1.0)
 
 

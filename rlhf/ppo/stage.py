@@ -17,6 +17,7 @@ from rlhf.ppo.actors import (
     load_checked_tokenizer,
     load_independent_scorer,
     load_texts,
+    try_adapters,
     with_default_paths,
 )
 from rlhf.ppo.evaluation import Evaluator
@@ -56,6 +57,7 @@ def train_ppo(config: PPOStageConfig, scorer: Scorer | None = None) -> PPOResult
 def _train(config: PPOStageConfig, scorer: Scorer | None, run: StageRun) -> PPOResult:
     """As `train_ppo`, for a run that is not finished."""
     tokenizer, parent = load_checked_tokenizer(config)
+    try_adapters(config)
     accelerator = make_accelerator(config.precision)
     num_processes = accelerator.num_processes
     check_batches(config, num_processes)

@@ -41,6 +41,7 @@ from rlhf.models import (
     merged,
     new_token_rows,
     parameter_count,
+    try_settings,
 )
 from rlhf.promises import require_padding
 from rlhf.reward.completions import load_completions
@@ -95,6 +96,7 @@ def _train(config: RewardStageConfig, run: StageRun) -> RewardResult:
     source = dataclasses.replace(config.model, path=parent)
     args = trainer_arguments(TrainingArguments, config, "reward")
     record_of_parent = require_stage(parent, ("sft",), "model.path", source.revision)
+    try_settings(source, config.peft, "SEQ_CLS")
     splits = load_splits(config.dataset, "reward", config.seed)
     warn_about_prompts(record_of_parent, splits.prompts)
     tokenizer = load_tokenizer(source)

@@ -56,6 +56,7 @@ from rlhf.models import (
     merged,
     new_token_rows,
     parameter_count,
+    try_settings,
     without_padding_mask,
 )
 from rlhf.promises import require_cache, require_packing, require_padding
@@ -121,6 +122,7 @@ def _train(config: SFTStageConfig, run: StageRun) -> SFTResult:
     record = None
     if parent is not None:
         record = require_stage(parent, ("sft", "ppo"), "model.path", config.model.revision)
+    try_settings(config.model, config.peft)
     splits = load_splits(config.dataset, "sft", config.seed)
     tokenizer = _load_tokenizer(config.model, splits.prompts)
     _warn_about_words(config, tokenizer, record)
