@@ -224,12 +224,18 @@ def _attention_rules(model: ModelConfig) -> Iterable[tuple[bool, str]]:
 def _model_rules(config: StageConfig) -> Iterable[tuple[bool, str]]:
     yield from _token_rules(config.model)
     yield from _attention_rules(config.model)
-    yield from _new_model_rules(config)
     path, revision = config.model.path, config.model.revision
     yield (
         revision is None or path is None or not Path(path).is_dir(),
         f"model.revision={revision} is of a Hub model, but model.path={path} is a directory here; "
         "set model.revision=null",
+    )
+    values, builds = config.model.config, isinstance(config, SFTStageConfig)
+    yield (
+        not values or (builds and path is None),
+        f"model.config={show(values)} builds a model with random weights, but model.path="
+        f"{path or 'null'} loads a trained one; {'set model.path=null, or ' * builds}remove model."
+        f"config (if a recipe sets it: {' '.join(f'~model.config.{key}' for key in values)})",
     )
     quantization, dropout = config.model.quantization, config.model.dropout
     yield (
@@ -257,26 +263,6 @@ def _model_rules(config: StageConfig) -> Iterable[tuple[bool, str]]:
             dropout is None,
             f"model.dropout={dropout}: PPO has all dropout off, as its ratios compare two passes "
             "over the same tokens; set model.dropout=null, or give it to the SFT stage only",
-        )
-
-
-def _new_model_rules(config: StageConfig) -> Iterable[tuple[bool, str]]:
-    """`model.config` builds a model, in the SFT stage only; `model.path` loads one."""
-    path, values = config.model.path, config.model.config
-    deletions = " ".join(f"~model.config.{name}" for name in values)
-    remove = f"remove model.config (if a recipe sets it: {deletions})"
-    if isinstance(config, SFTStageConfig):
-        yield (
-            path is None or not values,
-            f"model.path={path} loads a model, but model.config={show(values)} builds another one "
-            f"with random weights; set model.path=null, or {remove}",
-        )
-    else:
-        yield (
-            not values,
-            f"model.config={show(values)} builds a model with random weights, which only the SFT "
-            f"stage trains; this stage loads {f'model.path={path}' if path else 'a trained one'}; "
-            f"{remove}",
         )
 
 

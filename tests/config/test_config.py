@@ -156,12 +156,12 @@ BAD_VALUES = [
     (
         "sft",
         {"model.config": {"a": 1}},
-        "model.path=model loads a model, but model.config={'a': 1} builds another one with random "
-        "weights; set model.path=null, or remove model.config (if a recipe sets it: "
+        "model.config={'a': 1} builds a model with random weights, but model.path=model loads a "
+        "trained one; set model.path=null, or remove model.config (if a recipe sets it: "
         "~model.config.a)",
     ),
-    ("reward", {"model.config": {"a": 1}}, "this stage loads model.path=model; remove model.conf"),
-    ("ppo", {"model.config": {"a": 1}}, "which only the SFT stage trains; this stage loads model"),
+    ("reward", {"model.config": {"a": 1}}, "but model.path=model loads a trained one; remove mod"),
+    ("ppo", {"model.config": {"a": 1}}, "but model.path=model loads a trained one; remove model."),
     ("sft", {"model.dropout": 1.0}, "model.dropout must lie in [0, 1), e.g. 0.2, got 1.0"),
     ("ppo", {"model.dropout": 0.1}, "model.dropout=0.1: PPO has all dropout off, as its ratios"),
     ("sft", {"model.special_tokens": ["", "a"]}, "model.special_tokens must be texts that are not"),
