@@ -203,7 +203,7 @@ class RewardStageConfig(StageConfig):
 @dataclass
 class ScorerComponent:
     """One of several scorers; `normalize` falls back to that of `ScorerConfig`, `name` to one that
-    is made from `path`; for `gate` see `rlhf.scorers.call.counting`."""
+    is made from `path`; for `gate` see `rlhf.functional.counting`."""
 
     path: str | None = None
     weight: float = 1.0

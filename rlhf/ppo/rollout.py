@@ -152,7 +152,7 @@ class Actors:
         critic: `ScalarModel`; None for estimators without one.
         scorer: see `rlhf.scorers`.
         tokenizer: of the policy.
-        tokenizer_hash: `rlhf.scorers.hash_rendering` of it; a reward model with the same scores
+        tokenizer_hash: `rlhf.tokenizer.hash_rendering` of it; a reward model with the same scores
             token ids directly.
     """
 

@@ -23,12 +23,13 @@ from rlhf.models import (
     sequence_scores,
 )
 from rlhf.promises import require_padding
+from rlhf.scorers.call import BuiltInScorer, Scores, Tokens, check_scores
 from rlhf.tokenizer import RefusedConversation, hash_rendering, load_tokenizer, read_tokenizer
 
 UNLIMITED = 1 << 30
 
 
-class RewardModelScorer:
+class RewardModelScorer(BuiltInScorer):
     """A trained reward model; its scores are normalised with what its stage recorded.
 
     A model with a linear head is read at the last token of prompt and response. Any other (BERT,
@@ -94,6 +95,25 @@ class RewardModelScorer:
             return self.score_ids(ids)
         self._require_room(ids)
         return self.score_texts(prompts, responses)[0]
+
+    def score_responses(
+        self,
+        prompts: Sequence[Any],
+        responses: Sequence[str],
+        field: str,
+        tokens: Tokens | None = None,
+    ) -> Scores:
+        """Score token ids where this model renders conversations as their tokenizer does, else the
+        text of complete responses."""
+        if self.scores_texts:
+            scores, cut = self.score_texts(prompts, responses)
+            return Scores(check_scores(scores, responses, field), cut=cut)
+        if tokens is not None and tokens.rendering == self.tokenizer_hash:
+            pairs = list(zip(tokens.prompts, tokens.responses, strict=True))
+        else:
+            pairs = [self.encode_pair(*pair) for pair in zip(prompts, responses, strict=True)]
+        sequences, cut = self.cut(pairs)
+        return Scores(check_scores(self.score_ids(sequences), responses, field), cut=cut)
 
     def encode(self, prompt: Any, response: str) -> list[int]:
         """Token ids of a prompt (text or messages) and a complete response, as in training."""

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.scorers import MEAN, raw_scores, rendered, write_reward_model
 from helpers.tiny import tiny_tokenizer
-from test_scorers import MEAN, raw_scores, rendered, write_reward_model
 
 from rlhf import score as scoring
 from rlhf.config import InputError

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.functional import bootstrap_interval, wins
-from rlhf.functional.diagnostics import calibration, correlation, kendall_tau
+from rlhf.functional import bootstrap_interval, calibration, correlation, kendall_tau, wins
 
 LENGTH_MATCH = 0.8
 NUM_SUBSETS, NUM_MISTAKES, NUM_CHARACTERS = 10, 5, 400

@@ -1,0 +1,233 @@
+"""Statistics that reports show: best-of-n, bootstrap intervals, win rates, and the order and
+calibration of a reward model's scores.
+
+Left out: numbers that a run acts on (`rlhf.functional.diagnostics`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf.functional.masks import check_shapes
+
+
+@torch.no_grad()
+def best_of_n(scores: Tensor, n: int, other: Tensor | None = None) -> Tensor:
+    """Estimate, from N samples of each prompt, the expected score of the best of n, unbiased.
+
+    It is the mean over all subsets of n of the N samples. A sample with l lower ones among the N
+    is the best of a share (C(l + 1, n) - C(l, n)) / C(N, n) of them. With n = 2 and scores 1 5 3:
+    shares 0 2/3 1/3, best of two 13/3.
+
+    Args:
+        scores: (P, N), finite.
+        n: samples to choose from, 1 <= n <= N.
+        other: (P, N); given, the result is the expected `other` of the sample that `scores` picks:
+            the gold score of the reward model's choice. Ties of `scores` are broken at random: tied
+            samples share alike, whatever their order.
+
+    Returns: (P,) float32, computed in float64. n = 1 is the mean, n = N the best.
+    Source: WebGPT (arXiv 2112.09332), appendix on best-of-n; Gao et al. 2022 (arXiv 2210.10760).
+        There without ties.
+    """
+    if scores.dim() != 2:
+        raise ValueError(f"scores must have shape (P, N), got {tuple(scores.shape)}")
+    num_samples = scores.shape[1]
+    if not 1 <= n <= num_samples:
+        raise ValueError(f"n must be in 1 .. {num_samples}, the samples of a prompt, got {n}")
+    other = scores if other is None else other
+    check_shapes(tuple(scores.shape), other=other)
+    scores = scores.double().contiguous()
+    num_subsets = math.comb(num_samples, n)
+    # Share of the subsets that lie within the k lowest samples, for k = 0 .. N.
+    within = [math.comb(k, n) / num_subsets for k in range(num_samples + 1)]
+    shares = torch.tensor(within, dtype=torch.float64, device=scores.device)
+    ordered = scores.sort(dim=1).values
+    num_lower = torch.searchsorted(ordered, scores)
+    num_not_higher = torch.searchsorted(ordered, scores, right=True)
+    weights = (shares[num_not_higher] - shares[num_lower]) / (num_not_higher - num_lower)
+    return (weights * other.double()).sum(dim=1).float()
+
+
+def best_of_n_kl(n: int) -> float:
+    """Return log n - (n - 1) / n: how far, in nats per sequence, best-of-n is from its policy.
+
+    It is exact where no two samples are the same, and an upper bound of the true KL otherwise.
+
+    Args:
+        n: samples to choose from, >= 1.
+
+    Source: WebGPT (arXiv 2112.09332) and Gao et al. 2022 (arXiv 2210.10760), as an equality;
+        Beirami et al. 2024 (arXiv 2401.01879): it is only an upper bound.
+    """
+    if n < 1:
+        raise ValueError(f"n must be >= 1, got {n}")
+    return math.log(n) - (n - 1) / n
+
+
+def bootstrap_interval(
+    x: Tensor,
+    level: float = 0.95,
+    num_resamples: int = 2000,
+    seed: int = 0,
+    clusters: Tensor | None = None,
+) -> tuple[float, float]:
+    """Estimate a confidence interval of the mean by the percentile bootstrap.
+
+    Args:
+        x: (N,) measurements, N >= 1, independent: one per prompt, not one per sample of a prompt;
+            or with `clusters`.
+        level: probability that the interval covers the mean, in (0, 1); lower if N is small.
+        num_resamples: means of N draws with replacement, >= 1.
+        seed: of the draws; the same gives the same interval.
+        clusters: (N,) integer id of what is independent, e.g. the prompt of a pair. Whole clusters
+            are drawn, as many as there are, and the mean is over all that they hold: a cluster of
+            ten weighs ten times as much as one of one.
+
+    Returns: lower and upper end, computed in float64; both x where N = 1 or all are equal.
+    Source: Efron and Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13; clusters:
+        Field and Welsh 2007, "Bootstrapping clustered data", section 2 (cluster bootstrap).
+    """
+    if x.dim() != 1 or not len(x):
+        raise ValueError(f"x must have shape (N,), N >= 1, got {tuple(x.shape)}")
+    if not 0 < level < 1:
+        raise ValueError(f"level must be in (0, 1), got {level}")
+    x = x.detach().cpu().double()
+    # Shifted by the first, equal elements have a mean of exactly 0.
+    sums = shifted = x - x[0]
+    counts = torch.ones_like(x)
+    if clusters is not None:
+        check_shapes(tuple(x.shape), clusters=clusters)
+        ids, index = clusters.cpu().unique(return_inverse=True)
+        empty = torch.zeros(len(ids), dtype=torch.float64)
+        sums, counts = empty.index_add(0, index, shifted), empty.index_add(0, index, counts)
+    draws = _resamples(len(sums), num_resamples, seed)
+    means = torch.cat([sums[draw].sum(1) / counts[draw].sum(1) for draw in draws])
+    tail = (1 - level) / 2
+    lower, upper = means.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return x[0].item() + lower, x[0].item() + upper
+
+
+def _resamples(size: int, num_resamples: int, seed: int) -> Iterator[Tensor]:
+    """Yield draws of `size` indices with replacement, (num, size) at a time.
+
+    The number at a time bounds memory and does not change the draws.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    at_a_time = max(1, 2**20 // size)
+    for done in range(0, num_resamples, at_a_time):
+        num = min(at_a_time, num_resamples - done)
+        yield torch.randint(size, (num, size), generator=generator)
+
+
+@torch.no_grad()
+def correlation(x: Tensor, y: Tensor, kind: str = "pearson") -> float:
+    """Measure how x and y vary together, in [-1, 1]; nan where either does not vary.
+
+    With x 1 2 3 and y 1 2 9: Pearson 0.918, Spearman 1.
+
+    Args:
+        x, y: (N,).
+        kind: "pearson", of the numbers, or "spearman", of their ranks; tied ones share the mean of
+            their ranks.
+    """
+    if kind not in ("pearson", "spearman"):
+        raise ValueError(f"kind of correlation must be pearson or spearman, got {kind!r}")
+    check_shapes((len(x),), x=x, y=y)
+    columns = [column.detach().cpu().double() for column in (x, y)]
+    if kind == "spearman":
+        columns = [_mean_ranks(column) for column in columns]
+    # Shifted by the first, equal elements have deviations of exactly 0.
+    columns = [column - column[:1] for column in columns]
+    x, y = (column - column.mean() for column in columns)
+    scale = (x.square().sum() * y.square().sum()).sqrt()
+    return float(((x * y).sum() / scale).clamp(-1, 1)) if scale != 0 else math.nan
+
+
+def _mean_ranks(x: Tensor) -> Tensor:
+    """Return ranks from 0; 5 7 7 9 gives 0 1.5 1.5 3."""
+    _, index, counts = x.unique(return_inverse=True, return_counts=True)
+    ends = counts.cumsum(0).double()
+    return torch.where(x.isnan(), x, (ends - (counts + 1) / 2)[index])
+
+
+@torch.no_grad()
+def kendall_tau(x: Tensor, y: Tensor) -> float:
+    """Measure how alike x and y order the N elements, in [-1, 1]; nan where either has one value.
+
+    Without ties it is the share of pairs ordered alike minus that of pairs ordered otherwise.
+
+    Args:
+        x, y: (N,). Memory is O(N^2).
+
+    Source: Kendall 1945, "The treatment of ties in ranking problems": tau-b.
+    """
+    check_shapes((len(x),), x=x, y=y)
+    if x.isnan().any() or y.isnan().any():
+        return math.nan
+    x, y = ((v[:, None] > v).double() - (v[:, None] < v).double() for v in (x.cpu(), y.cpu()))
+    scale = (x.square().sum() * y.square().sum()).sqrt()
+    return float((x * y).sum() / scale) if scale != 0 else math.nan
+
+
+class Calibration(NamedTuple):
+    """How far predicted probabilities of preference can be believed; see `calibration`."""
+
+    predicted: Tensor  # (num_bins,) mean probability of a bin; nan where it is empty
+    observed: Tensor  # (num_bins,) share that turned out so
+    counts: Tensor  # (num_bins,) pairs
+    ece: float  # expected calibration error: mean |predicted - observed| over pairs
+    brier: float  # mean squared error of the probabilities
+
+
+@torch.no_grad()
+def calibration(gaps: Tensor, num_bins: int = 10) -> Calibration:
+    """Compare sigmoid(score difference), the Bradley-Terry probability, with what was preferred.
+
+    Each pair is read from the side of its higher score, so that probabilities lie in [0.5, 1],
+    which the bins divide evenly; it turned out so where that side is the better one. Equal scores
+    say 0.5, which turns out so half of the time. Brier 0.25 is a coin.
+
+    Args:
+        gaps: (N,) score of the better response minus that of the worse, N >= 1.
+        num_bins: >= 1.
+
+    Returns: bins in float64, from 0.5 up.
+    Source: Bradley-Terry as in InstructGPT (arXiv 2203.02155) eq. 1; ECE: Guo et al. 2017
+        (arXiv 1706.04599) eq. 3; Brier 1950.
+    """
+    if gaps.dim() != 1 or not len(gaps) or gaps.isnan().any():
+        raise ValueError(f"gaps must be (N,) numbers, N >= 1, got {tuple(gaps.shape)} or a nan")
+    gaps = gaps.detach().cpu().double()
+    probs = gaps.abs().sigmoid()
+    right = (gaps > 0).double() + 0.5 * (gaps == 0)
+    index = ((probs - 0.5) * 2 * num_bins).long().clamp(max=num_bins - 1)
+    empty = torch.zeros(num_bins, dtype=torch.float64)
+    counts = empty.index_add(0, index, torch.ones_like(probs))
+    predicted = empty.index_add(0, index, probs) / counts
+    observed = empty.index_add(0, index, right) / counts
+    ece = ((predicted - observed).abs() * counts).nansum() / len(gaps)
+    # sigmoid(-gap) is the probability that went to the worse response.
+    return Calibration(
+        predicted, observed, counts.long(), float(ece), float((-gaps).sigmoid().square().mean())
+    )
+
+
+@torch.no_grad()
+def wins(scores: Tensor, baseline: Tensor) -> Tensor:
+    """Compare scores pairwise; the mean is a win rate.
+
+    Args:
+        scores, baseline: (B,) of two responses to the same prompt.
+
+    Returns: (B,) float32: 1 where `scores` is higher, 0.5 where equal, 0 where lower, nan where
+        either is nan.
+    """
+    check_shapes(tuple(scores.shape), baseline=baseline)
+    won = (scores > baseline).float() + 0.5 * (scores == baseline)
+    return torch.where(scores.isnan() | baseline.isnan(), torch.nan, won)

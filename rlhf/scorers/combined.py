@@ -1,0 +1,176 @@
+"""Several scorers as one, and loading what `scorer:` names.
+
+Left out: the formulas (`rlhf.functional.scores`), and components that are combined themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf.config import InputError, ScorerConfig, check_scorer_config, load_object
+from rlhf.functional import combine_scores, component_weights, counting
+from rlhf.scorers.call import (
+    BuiltInScorer,
+    Scorer,
+    Scores,
+    Tokens,
+    checked_scores,
+    score_responses,
+)
+from rlhf.scorers.reward_model import RewardModelScorer
+
+
+class CombinedScorer(BuiltInScorer):
+    """Several scorers as one.
+
+    Attributes:
+        parts: name -> scorer.
+    """
+
+    def __init__(
+        self,
+        parts: dict[str, Scorer],
+        weights: Sequence[float],
+        combine: str = "weighted_sum",
+        std_coef: float = 1.0,
+        gates: Sequence[float | None] = (),
+    ):
+        """Take scorers by name.
+
+        Args:
+            weights, combine, std_coef: see `rlhf.functional.combine_scores`.
+            gates: see `rlhf.functional.counting`; None for a scorer without one, empty for none.
+        """
+        self.parts, self.combine, self.std_coef = parts, combine, std_coef
+        self.weights = torch.tensor(weights)
+        self.gates = torch.tensor([gate or 0.0 for gate in gates or [None] * len(parts)])
+
+    def __call__(self, prompts: Sequence[Any], responses: Sequence[str]) -> Tensor:
+        """Score responses given as text, (B,) float32 on the CPU."""
+        return checked_scores(self, prompts, responses, "the scorer")
+
+    def score_responses(
+        self,
+        prompts: Sequence[Any],
+        responses: Sequence[str],
+        field: str,
+        tokens: Tokens | None = None,
+    ) -> Scores:
+        """Score by each part, and combine."""
+        scores = {
+            name: score_responses(part, prompts, responses, f"{field}'s {name}", tokens)
+            for name, part in self.parts.items()
+        }
+        return self.join(scores)
+
+    def join(self, scores: dict[str, Scores]) -> Scores:
+        """Combine the scores of the parts.
+
+        Raises:
+            InputError: rewards per token, and a combination that is not linear.
+        """
+        totals = torch.stack([part.total for part in scores.values()])  # (K, B)
+        weights = component_weights(self.counting(totals), self.weights, self.combine)  # (K, B)
+        total = combine_scores(totals, weights, self.combine, self.std_coef)
+        components = {name: part.total for name, part in scores.items()}
+        cuts = [part.cut for part in scores.values() if part.cut is not None]
+        cut = torch.stack(cuts).any(dim=0) if cuts else None
+        return Scores(total, self._join_dense(scores, weights), components, cut)
+
+    def _join_dense(self, scores: dict[str, Scores], weights: Tensor) -> list[Tensor] | None:
+        """Add up the parts' rewards per token, with (K, B) weights."""
+        dense = {name: part.dense for name, part in scores.items() if part.dense is not None}
+        if not dense:
+            return None
+        if self.combine not in ("weighted_sum", "mean"):
+            raise InputError(
+                f"scorer.combine={self.combine} takes one score per response, but the component "
+                f"{next(iter(dense))} gives rewards per token; use weighted_sum or mean"
+            )
+        weight = dict(zip(scores, weights, strict=True))
+        return [
+            torch.stack([weight[name][row] * part[row] for name, part in dense.items()]).sum(dim=0)
+            for row in range(weights.shape[1])
+        ]
+
+    def counting(self, totals: Tensor) -> Tensor:
+        """Tell which components count for which response, (K, B) bool.
+
+        Args:
+            totals: (K, B) scores of the components.
+        """
+        pairs = zip(self.parts.values(), totals, strict=True)
+        raw = [
+            total * part.model.std + part.model.mean
+            if isinstance(part, RewardModelScorer)
+            else total
+            for part, total in pairs
+        ]
+        return counting(torch.stack(raw), self.gates)
+
+    def gated(self, totals: Tensor) -> Tensor | None:
+        """Tell which responses a component with a gate scored alone, (B,) bool; None without gates.
+
+        Args:
+            totals: (K, B) scores of the components.
+        """
+        has_gate = self.gates > 0
+        return self.counting(totals)[has_gate].any(dim=0) if has_gate.any() else None
+
+
+def component_names(scorer: Scorer) -> tuple[str, ...]:
+    """Names of the components of a `CombinedScorer`; empty for any other scorer."""
+    return tuple(scorer.parts) if isinstance(scorer, CombinedScorer) else ()
+
+
+def reward_models(scorer: Scorer) -> list[RewardModelScorer]:
+    """The reward models among a scorer and its components."""
+    parts = scorer.parts.values() if isinstance(scorer, CombinedScorer) else [scorer]
+    return [part for part in parts if isinstance(part, RewardModelScorer)]
+
+
+def load_scorer(
+    config: ScorerConfig,
+    device: torch.device | str = "cpu",
+    dtype: str = "float32",
+    field: str = "scorer.path",
+    trust_remote_code: bool = False,
+) -> Scorer:
+    """Load what `scorer:` names: a reward model, a Python function, or several of these.
+
+    Args:
+        config: `path` is the `final/` of a reward stage, a Hub id, or `python:module.function`;
+            `components` names several.
+        dtype: of the weights of reward models.
+        field: configuration key, for messages.
+        trust_remote_code: whether Python files of reward models may run.
+
+    Raises:
+        InputError: a value out of range, or something that cannot be loaded.
+    """
+    check_scorer_config(config)
+    if config.components:
+        parts = {
+            part.label: load_scorer(
+                config.of_component(part),
+                device,
+                dtype,
+                f"scorer.components[{i}].path",
+                trust_remote_code,
+            )
+            for i, part in enumerate(config.components)
+        }
+        weights = [part.weight for part in config.components]
+        gates = [part.gate for part in config.components]
+        return CombinedScorer(parts, weights, config.combine, config.std_coef, gates)
+    if config.path is None:
+        raise InputError(
+            f"{field} is missing: give the final/ of a reward stage, or python:module.function"
+        )
+    if config.path.startswith("python:"):
+        return load_object(config.path, field)
+    return RewardModelScorer(config, device, dtype, field, trust_remote_code)
