@@ -20,10 +20,10 @@ from rlhf.config import (
     STAGES,
     InputError,
     MissingValues,
-    SFTStageConfig,
     StageConfig,
     check,
     config_file_of_run,
+    default_paths,
     explain,
     hide,
     nothing_to_resume,
@@ -264,13 +264,10 @@ def _name_sweep_run(config: StageConfig) -> None:
             if swept
             else f"run-{job.num}"
         )
-        for section, stage in (("model", "sft"), ("scorer", "reward")):
-            own, theirs = (c.stage_dir(stage) / "final" for c in (config, named))
-            part = None if isinstance(config, SFTStageConfig) else getattr(config, section, None)
-            if part is None or part.path is not None or getattr(part, "components", None):
-                continue
-            if not own.is_dir() and theirs.is_dir():
-                part.path = str(theirs)
+        theirs = default_paths(named)
+        for key, own in default_paths(config).items():
+            if not own.is_dir() and theirs[key].is_dir():
+                getattr(config, key.removesuffix(".path")).path = str(theirs[key])
 
 
 def _exit(message: str, status: int = 2) -> NoReturn:

@@ -20,6 +20,7 @@ from typing import Any, cast
 
 from rlhf.config import (
     CONFIG_FILE,
+    DTYPES,
     STAGES,
     InputError,
     ModelConfig,
@@ -29,7 +30,6 @@ from rlhf.config import (
     nearest,
     refuse_named_code,
 )
-from rlhf.config.knobs import DTYPES
 from rlhf.options import run_command
 
 ITS_MODEL = "its model.path"  # in messages: the setting of the checkpoint's run

@@ -22,8 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import InputError, ScorerConfig, show
-from rlhf.config.knobs import DTYPES, NORMALIZATIONS
+from rlhf.config import DTYPES, NORMALIZATIONS, InputError, ScorerConfig, show
 from rlhf.data import DropRow, as_messages, as_prompt, as_text
 from rlhf.options import run_command
 

@@ -1,21 +1,22 @@
 """Configuration of the three stages: a dataclass per stage, and its checks.
 
-The dataclasses hold every default; `conf/*.yaml` shows common knobs with their comments, and a test
-keeps the two equal. Library users build a dataclass; only `rlhf.cli` knows Hydra. What the
+The dataclasses hold every default; `conf/*.yaml` shows the same knobs with their comments, and a
+test keeps the two equal. Library users build a dataclass; only `rlhf.cli` knows Hydra. What the
 mapping `trainer:` may hold is decided by the libraries that receive it (see `build_arguments`).
 """
 
-from rlhf.config.checks import check, check_finite, check_scorer_config
+from rlhf.config.checks import check, check_scorer_config
 from rlhf.config.environment import as_written, hide, remember_references
+from rlhf.config.errors import InputError, MissingValues
+from rlhf.config.fields import check_finite
 from rlhf.config.knobs import (
-    CONF_DIR,
+    DTYPES,
+    NORMALIZATIONS,
     STAGES,
     CheckpointConfig,
     CriticConfig,
     DatasetConfig,
     EvaluationConfig,
-    InputError,
-    MissingValues,
     MixConfig,
     ModelConfig,
     PeftConfig,
@@ -31,6 +32,7 @@ from rlhf.config.knobs import (
     TrackerConfig,
     WatchdogConfig,
 )
+from rlhf.config.paths import CONF_DIR, default_paths, with_default_paths
 from rlhf.config.reading import (
     build_arguments,
     config_keys,

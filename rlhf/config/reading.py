@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rlhf.config.environment import as_written
-from rlhf.config.knobs import InputError, StageConfig
+from rlhf.config.errors import InputError
+from rlhf.config.knobs import StageConfig
 
 # --- Objects named in a configuration -----------------------------------------------------------
 

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf.config.knobs import InputError, StageConfig
+from rlhf.config.errors import InputError
+from rlhf.config.knobs import StageConfig
 from rlhf.config.reading import nearest
 
 CONFIG_FILE = "config.yaml"

@@ -17,7 +17,7 @@ from rlhf.checkpoint import (
     require_stage,
     warn_about_sft_model,
 )
-from rlhf.config import InputError, ModelConfig, PPOStageConfig, ScorerConfig
+from rlhf.config import InputError, ModelConfig, PPOStageConfig, ScorerConfig, with_default_paths
 from rlhf.console import say, warn
 from rlhf.data import describe_dropped, encode_texts, first_cases, load_rows
 from rlhf.models import (
@@ -222,17 +222,10 @@ def collect_settings(config: PPOStageConfig, policy: Any, tokenizer: Any) -> Col
     )
 
 
-def with_default_paths(config: PPOStageConfig, scorer: Scorer | None) -> PPOStageConfig:
-    """Point model and scorer at this run's own earlier stages, where those exist."""
-    config = dataclasses.replace(
-        config, model=dataclasses.replace(config.model), scorer=dataclasses.replace(config.scorer)
-    )
-    for holder, stage in ((config.model, "sft"), (config.scorer, "reward")):
-        final = config.stage_dir(stage) / "final"
-        if holder is config.scorer and config.scorer.components:
-            continue
-        if holder.path is None and final.is_dir():
-            holder.path = str(final)
+def with_sources(config: PPOStageConfig, scorer: Scorer | None) -> PPOStageConfig:
+    """Return a copy that names what PPO starts from: this run's earlier stages unless paths are
+    given, and a scorer that the caller passed."""
+    config = with_default_paths(config)
     if scorer is not None:
         if needs_reward_model(config):
             raise InputError(

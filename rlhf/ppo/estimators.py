@@ -2,7 +2,7 @@
 
 `gae` needs a critic. The others need none: `rloo` and `grpo` compare the responses of one prompt,
 `reinforce_pp` all tokens of the rollout. To add one, write a function of the same shape and name it
-in `ESTIMATORS` and in `rlhf.config.knobs.ADVANTAGES`. The formulas are in `rlhf.functional`.
+in `ESTIMATORS` and in the choices of `PPOConfig.advantage`. The formulas are in `rlhf.functional`.
 """
 
 from __future__ import annotations

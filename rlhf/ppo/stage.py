@@ -18,7 +18,7 @@ from rlhf.ppo.actors import (
     load_independent_scorer,
     load_texts,
     try_adapters,
-    with_default_paths,
+    with_sources,
 )
 from rlhf.ppo.evaluation import Evaluator
 from rlhf.ppo.loop import PPOResult, Run
@@ -45,7 +45,7 @@ def train_ppo(config: PPOStageConfig, scorer: Scorer | None = None) -> PPOResult
             another process writes to the stage's directory; nothing has been trained or overwritten
             then.
     """
-    config = with_default_paths(config, scorer)
+    config = with_sources(config, scorer)
     with open_run(config, "ppo", writes=config.preflight != "only") as run:
         if run.finished is not None:
             metrics = dict(run.finished.metrics)

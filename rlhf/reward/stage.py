@@ -3,7 +3,6 @@ worth on held-out ones (`rlhf.reward.report`)."""
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from rlhf.checkpoint import (
     warn_about_prompts,
     write_stage,
 )
-from rlhf.config import RewardStageConfig
+from rlhf.config import RewardStageConfig, with_default_paths
 from rlhf.console import say, warn
 from rlhf.data import RankedCollator, Splits, encode_ranked, load_splits
 from rlhf.hf_trainer.stage_callback import (
@@ -92,8 +91,8 @@ def train_reward(config: RewardStageConfig) -> RewardResult:
 
 def _train(config: RewardStageConfig, run: StageRun) -> RewardResult:
     """As `train_reward`, for a run that is not finished."""
-    parent = config.model.path or str(config.stage_dir("sft") / "final")
-    source = dataclasses.replace(config.model, path=parent)
+    source = with_default_paths(config).model
+    parent = str(source.path)
     args = trainer_arguments(TrainingArguments, config, "reward")
     record_of_parent = require_stage(parent, ("sft",), "model.path", source.revision)
     try_settings(source, config.peft, "SEQ_CLS")

@@ -13,8 +13,7 @@ from helpers.tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification
 
 from rlhf.checkpoint import make_record, write_stage
-from rlhf.config import ModelConfig
-from rlhf.config.knobs import StageConfig
+from rlhf.config import ModelConfig, StageConfig
 from rlhf.data import encode_prompt, encode_response
 from rlhf.models import init_reward_model
 from rlhf.scorers import Tokens

@@ -1,0 +1,221 @@
+"""Knobs of PPO: the algorithm, its critic, pretraining text, evaluation and warnings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from rlhf.config.fields import documented, knob
+from rlhf.config.knobs.scorers import ScorerConfig
+from rlhf.config.knobs.shared import CheckpointConfig, StageConfig
+
+
+@documented
+@dataclass
+class PPOConfig:
+    """The algorithm; names are those of TRL's last PPOConfig where one existed."""
+
+    num_updates: int = knob(200, ge=1)
+    """Number of updates; each samples batch_size responses and makes num_ppo_epochs x
+    num_mini_batches optimiser steps."""
+    batch_size: int = knob(64, ge=1)
+    """Responses per rollout over all processes."""
+    samples_per_prompt: int = knob(1, ge=1)
+    """Responses per prompt; must divide batch_size."""
+    num_ppo_epochs: int = knob(4, ge=1)
+    """Passes over each rollout."""
+    num_mini_batches: int = knob(1, ge=1)
+    """Optimiser steps per pass; must divide batch_size."""
+    micro_batch_size: int = knob(8, ge=1)
+    """Sequences per training forward and backward pass and process; changes memory and speed, not
+    the result."""
+    rollout_batch_size: int = knob(64, ge=1)
+    """Sequences that are decoded together, per process."""
+    max_prompt_length: int | None = knob(None, ge=1)
+    """Longest prompt, tokens; longer ones are dropped and counted (null: the model's context minus
+    response_length)."""
+    response_length: int = knob(128, ge=1)
+    """Longest response, tokens, EOS included."""
+    temperature: float = knob(1.0, gt=0)
+    """Divides the logits, in sampling and in every log-prob."""
+    top_p: float = knob(1.0, gt=0, le=1)
+    """Sample from the most probable tokens that together reach this probability (1.0: from all);
+    below 1.0, needs allow_off_policy_sampling."""
+    top_k: int = knob(0, ge=0)
+    """Sample from this many most probable tokens (0: from all); above 0, needs
+    allow_off_policy_sampling."""
+    allow_off_policy_sampling: bool = False
+    """Permit top_p and top_k, which sample from a different distribution than the one PPO
+    scores."""
+    missing_eos_penalty: float | None = -1.0
+    """Score of a response without EOS, after normalisation (null: the scorer's own); rewards per
+    token are kept."""
+    mask_truncated: bool = False
+    """Leave responses without EOS out of every loss and all whitening; a minibatch that holds no
+    others makes no step."""
+    scale_scores: bool = False
+    """Divide scores by their running standard deviation."""
+    whiten_scores: bool = False
+    """Give the scores of each rollout mean 0 and variance 1 (Llama 2), before
+    missing_eos_penalty."""
+    clip_scores: float | None = knob(None, gt=0)
+    """Then clip scores to +- this value, score units (null: off)."""
+    kl_coef: float = knob(0.05, ge=0)
+    """Weight of the KL penalty, score units per nat."""
+    kl_estimator: str = knob("k1", choices=("k1", "k2", "k3"))
+    """Estimator of the KL penalty per token."""
+    kl_in: str = knob("reward", choices=("reward", "loss"))
+    """Where the KL penalty is: in the reward (InstructGPT) or in the loss (GRPO, with k3)."""
+    kl_target: float | None = knob(None, gt=0)
+    """Adapt kl_coef to keep the KL at this value, nats per sequence (null: fixed kl_coef)."""
+    kl_horizon: int = knob(10000, ge=1)
+    """Episodes over which kl_coef adapts; larger adapts slower."""
+    whiten_rewards: bool = False
+    """Scale rewards to unit variance and keep their mean."""
+    advantage: str = knob("gae", choices=("gae", "rloo", "grpo", "reinforce_pp"))
+    """Advantage estimator: gae (with a critic), or without one rloo, grpo or reinforce_pp; rloo and
+    grpo need samples_per_prompt >= 2."""
+    gamma: float = knob(1.0, ge=0, le=1)
+    """Discount per token."""
+    lam: float = knob(0.95, ge=0, le=1)
+    """Lambda of GAE."""
+    whiten_advantages: bool | None = None
+    """Whiten advantages over all tokens of the rollout (null: as in the estimator's paper; yes for
+    gae and reinforce_pp)."""
+    cliprange: float = knob(0.2, gt=0)
+    """Clip range of the probability ratio."""
+    dual_clip: float | None = knob(None, gt=1)
+    """Upper bound on the ratio where the advantage is negative (null: off)."""
+    cliprange_value: float | None = knob(0.2, gt=0)
+    """Clip range of the value change, score units (null: off)."""
+    vf_coef: float = knob(0.1, ge=0)
+    """Factor of the value loss."""
+    entropy_coef: float = knob(0.0, ge=0)
+    """Bonus per nat of entropy."""
+    target_kl: float | None = knob(None, gt=0)
+    """Skip the rest of an update's epochs once the mean KL(old || new) passes this value, nats per
+    token (null: off)."""
+    learning_rate: float = knob(3e-6, ge=0)
+    """Peak learning rate of the policy."""
+    lr_schedule: str = knob("linear", choices=("linear", "constant"))
+    """linear: to zero over the updates after the warm-up; constant; for policy and critic."""
+    lr_warmup_updates: int = knob(0, ge=0)
+    """Number of warm-up updates."""
+    lr_warmup_start: float = knob(0.0, ge=0, le=1)
+    """Share of the learning rate in the first warm-up update (0: 1 / (lr_warmup_updates + 1))."""
+    adam_betas: list[float] = knob([0.9, 0.999])
+    """Two betas of AdamW, for policy and critic, each in [0, 1) (InstructGPT: [0.9, 0.95])."""
+    adam_epsilon: float = knob(1e-5, gt=0)
+    """Epsilon of AdamW, for policy and critic."""
+    weight_decay: float = knob(0.0, ge=0)
+    """Weight decay of matrices; biases and norms have none."""
+    max_grad_norm: float = knob(1.0, gt=0)
+    """Clip the gradient norms of policy and critic to this value, each by itself."""
+    ema_decay: float | None = knob(None, gt=0, lt=1)
+    """Decay per optimiser step of an average of the policy's weights, which is evaluated and saved
+    in their place (InstructGPT: 0.992; null: off)."""
+    save_rollouts: int | None = knob(None, ge=1)
+    """Write every N-th rollout to rollouts/update-<N>.jsonl: prompts, responses, scores, and KL,
+    rewards and advantages per token (null: none)."""
+
+
+@documented
+@dataclass
+class PtxConfig:
+    """PPO-ptx: the loss on this text is added at every optimiser step."""
+
+    coef: float = knob(0.0, ge=0)
+    """Factor of the mean loss per token (0: off; InstructGPT: 27.8)."""
+    path: str | None = None
+    """Rows with the field `text`, or SFT rows with their format; read like dataset.path."""
+    split: str = "train"
+    """Split of a Hub name."""
+    format: str = "text"
+    """Format of the rows, as in dataset.format."""
+    batch_size: int = knob(64, ge=1)
+    """Texts per optimiser step over all processes."""
+    max_length: int = knob(512, ge=2)
+    """Length at which a text is cut, tokens."""
+
+
+@documented
+@dataclass
+class CriticConfig:
+    """The value model."""
+
+    init: str = "reward"
+    """reward: start from the reward model, the first of scorer.components; policy: from the policy
+    with a new head; or the directory of a trained critic, runs/<run_name>/ppo/critic, which every
+    run writes."""
+    learning_rate: float = knob(3e-6, ge=0)
+    """Peak learning rate of the critic."""
+    warmup_updates: int = knob(0, ge=0)
+    """Number of first updates that train only the critic."""
+
+
+@documented
+@dataclass
+class EvaluationConfig:
+    """Held-out evaluation during and after PPO, and which update becomes final/."""
+
+    every: int = knob(20, ge=1)
+    """Updates between two evaluations on held-out prompts."""
+    num_prompts: int = knob(64, ge=0)
+    """Held-out prompts (0: no evaluation and no held-out prompts; final/ is the last update)."""
+    scorer: str | None = None
+    """A second scorer that PPO does not train on: python:module.function, or a reward model, whose
+    raw scores are used (null: none)."""
+    select: str = knob("score_minus_kl", choices=("score_minus_kl", "independent_score", "last"))
+    """Which evaluated update becomes final/: score_minus_kl (score - select_kl_coef x KL),
+    independent_score (of evaluation.scorer), or last."""
+    select_kl_coef: float | None = knob(None, ge=0)
+    """Weight of the KL in score_minus_kl, score units per nat (null: ppo.kl_coef)."""
+
+
+@documented
+@dataclass
+class WatchdogConfig:
+    """Thresholds of the warnings in watchdog.jsonl (null: off); each warning names its remedy."""
+
+    first_ratio: float | None = knob(1e-3, gt=0)
+    """Warn if |ratio - 1| in the first minibatch of an update, which should be 0, is above this."""
+    ratio: float | None = knob(100.0, gt=1)
+    """Warn if the largest ratio of an update, or the inverse of the smallest, is above this."""
+    clip_fraction: float | None = knob(0.3, ge=0, le=1)
+    """Warn if the share of clipped tokens is above this."""
+    negative_kl: float | None = knob(3.0, gt=0)
+    """Warn if the KL is more than this many standard errors below 0."""
+    kl_budget: float | None = knob(None, gt=0)
+    """End the run if the KL is above this, nats per sequence."""
+    entropy_drop: float | None = knob(0.2, ge=0, le=1)
+    """Warn if the entropy is below this share of the first update's."""
+    explained_variance: float | None = knob(-0.5, lt=1)
+    """Warn if the critic's explained variance is below this after its warm-up."""
+    eos_rate: float | None = knob(0.5, ge=0, le=1)
+    """Warn if the share of responses that end with a stop token is below this."""
+    length_drift: float | None = knob(2.0, gt=1)
+    """Warn if the mean response length has grown or shrunk by more than this factor since the first
+    update."""
+    score_std: float | None = knob(1e-4, gt=0)
+    """Warn if the standard deviation of a rollout's scores is below this, score units."""
+    grad_norm: float | None = knob(100.0, gt=0)
+    """Warn if the gradient norm of policy or critic before clipping is above this."""
+    sampler_gap: float | None = knob(0.5, gt=0)
+    """Warn if |log-prob in sampling - log-prob in the training forward pass| is above this, nats
+    per token."""
+
+
+@documented
+@dataclass
+class PPOStageConfig(StageConfig):
+    """PPO against the reward model: `python -m rlhf.ppo`."""
+
+    preflight: bool | str = knob(True, choices=(True, False, "only"))
+    """Examine memory, ratio, tokenizer, scorer and best-of-n before training; only: print the
+    result and exit."""
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    ptx: PtxConfig = field(default_factory=PtxConfig)
+    scorer: ScorerConfig = field(default_factory=ScorerConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    checkpoint: CheckpointConfig = field(default_factory=lambda: CheckpointConfig(every=20))

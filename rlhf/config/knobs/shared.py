@@ -1,0 +1,202 @@
+"""Knobs that all three stages have: model, data, adapters, tracker, checkpoints, and the run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlhf.config.fields import documented, knob
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+YEAR = 365 * 24 * 3600  # seconds
+
+
+@documented
+@dataclass
+class ModelConfig:
+    """Which model to start from, and how it is loaded."""
+
+    path: str | None = None
+    """Hub id or directory (null: reward and ppo start from this run's SFT stage)."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub model."""
+    config: dict[str, Any] = knob({}, infinite=True)
+    """Without a path: build a model with random weights from these values, e.g.
+    {model_type: llama, hidden_size: 256}."""
+    tokenizer: str | None = None
+    """Hub id, directory or python:module.function (null: same as path)."""
+    chat_template: str | None = None
+    """A template that the tokenizer names, a name from conf/chat_template, a .jinja file, or the
+    template's text (null: the tokenizer's own, the one named "default" if it has several; plain
+    if it has none)."""
+    stop_strings: list[str] | None = None
+    """Text that ends an answer in addition to EOS, e.g. ["### End"]; it is saved with the template
+    in the tokenizer (null: what the template declares; []: none). On the command line, write a
+    real line break, not \\n."""
+    special_tokens: list[str] = knob([])
+    """Tokens to add to the tokenizer, each as one id, e.g. ["### End"]."""
+    eos_token: str | None = None
+    """Replaces the tokenizer's EOS token, e.g. "### End"; must be one id (null: the tokenizer's
+    own; SFT on conversations takes the token that ends every answer in the template)."""
+    pad_token: str | None = None
+    """Replaces the tokenizer's pad token; must be one id (null: the tokenizer's own)."""
+    shrink_embeddings: bool = False
+    """Cut an embedding table that has more rows than the tokenizer has ids, such as Pythia's
+    (false: the table only grows)."""
+    dtype: str = knob("float32", choices=DTYPES)
+    """Type of the weights in memory; auto: as stored. Training needs float32."""
+    attn_implementation: str | None = None
+    """Attention code: eager, sdpa or flash_attention_2 (null: the library's choice)."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    quantization: str | None = knob(None, choices=("8bit", "4bit"))
+    """Store linear layers in bitsandbytes' 8bit or 4bit (nf4) below LoRA adapters; final/ is not
+    quantised (null: off). Needs pip install 'rlhf[quant]'. Use 4bit for PPO: with 8bit, log-probs
+    depend on the other rows of a batch."""
+    dropout: float | None = knob(None, ge=0, lt=1)
+    """Rate of every dropout layer in SFT and reward training; final/ keeps the rates of the model's
+    config. PPO uses no dropout (null: the config's own rates)."""
+    trust_remote_code: bool = False
+    """Run code that comes with a Hub model."""
+
+
+@documented
+@dataclass
+class DatasetConfig:
+    """Which rows to read, and in which format they are."""
+
+    path: str | None = None
+    """File (.json, .jsonl, .csv, .parquet, each also as .gz), directory, Hub name, or
+    python:module.function."""
+    split: str = "train"
+    """Split of a Hub name."""
+    eval_path: str | None = None
+    """Held-out rows, read like path (null: hold out eval_fraction of the prompts of path)."""
+    eval_split: str = "test"
+    """Split of eval_path when that is a Hub name."""
+    format: str = "messages"
+    """Name of a format, or your own function my_module.my_format(row) -> canonical row.
+    dataset=<format> (alpaca, ranked, ...) sets this knob only."""
+    as_conversation: bool = False
+    """Make a text prompt a user turn and a text completion the answer; the chat template then
+    renders them."""
+    eval_fraction: float = knob(0.05, ge=0, le=0.9)
+    """Share of the prompts that is held out when eval_path is null; the seed decides which."""
+    max_rows: int | None = knob(None, ge=1)
+    """Number of training rows to keep, counted after the split (null: all)."""
+    max_eval_rows: int | None = knob(None, ge=1)
+    """Number of held-out rows to keep (null: all)."""
+    max_length: int = knob(1024, ge=2)
+    """Longest row, tokens; longer rows are dropped and counted (sft: prompt + answer, reward:
+    prompt + response)."""
+    on_bad_row: str = knob("drop", choices=("drop", "stop"))
+    """What to do with a malformed row (not JSON, a field missing or of the wrong type) or one that
+    the chat template refuses. drop: count it, show the first of each kind, and stop if half of the
+    rows or more are malformed, as with the wrong format. stop: stop at the first."""
+    split_long: bool = False
+    """sft: split a conversation that is too long between rounds; each piece repeats the system
+    message and the template's preamble. Only a round that does not fit by itself is dropped and
+    counted. Held-out rows are chosen before the split."""
+
+
+@documented
+@dataclass
+class PeftConfig:
+    """LoRA adapters (Hu et al. 2021, arXiv 2106.09685); final/ holds the merged model."""
+
+    enabled: bool = False
+    """Train LoRA adapters instead of all weights; peft=lora sets this to true."""
+    r: int = knob(16, ge=1)
+    """Rank of the adapters."""
+    alpha: int = 32
+    """The adapters' output is scaled by alpha / r."""
+    dropout: float = knob(0.0, ge=0, le=1)
+    """Dropout rate of the adapters' input; PPO switches it off."""
+    target_modules: list[str] | None = None
+    """Names of the linear layers that get adapters (null: all except the output head)."""
+    train_new_tokens: bool | str = knob("auto", choices=(True, False, "auto"))
+    """Also train the rows of model.special_tokens in both embedding tables; auto: if one of these
+    tokens is the EOS token, a stop string or part of the chat template."""
+
+
+@documented
+@dataclass
+class TrackerConfig:
+    """Where metrics go in addition to metrics.jsonl."""
+
+    name: str = knob("none", choices=("none", "wandb"))
+    """Tracker: wandb (Weights & Biases; needs pip install 'rlhf[wandb]') or none."""
+    project: str = "rlhf"
+    """Project in the tracker."""
+    entity: str | None = None
+    """Team or user that owns the project (null: the tracker's default)."""
+    mode: str | None = knob(None, choices=("online", "offline", "disabled"))
+    """online, offline or disabled (null: what WANDB_MODE says, else online)."""
+
+
+@documented
+@dataclass
+class CheckpointConfig:
+    """When a stage writes a checkpoint that it can resume from."""
+
+    every: int = knob(200, ge=1)
+    """Optimiser steps (ppo: updates) between two checkpoints."""
+    keep_last: int = knob(2, ge=1)
+    """Number of checkpoints to keep; the best one is kept in addition."""
+    grace_seconds: float = knob(60.0, gt=0, le=YEAR)
+    """Seconds that a stage may take to finish its step and save after SIGTERM, SIGHUP or Ctrl-C;
+    then it exits without saving. resume=auto waits as long for a run that still writes to the
+    directory. At most a year."""
+
+
+@dataclass
+class StageConfig:
+    """What the three stages have in common."""
+
+    run_name: str = "run"
+    """Name of the run: a stage reads the earlier stages in runs_dir/run_name/ and writes its own
+    folder there."""
+    runs_dir: str = "runs"
+    """Directory that holds all runs."""
+    seed: int = 1
+    """Seed of the data split, of initialisation, of the order of rows and of sampling."""
+    resume: bool | str = knob(False, choices=(True, False, "auto"))
+    """true: continue run_name from its newest intact checkpoint with the configuration in its
+    config.yaml, and compare the command line with that; auto: continue the run if it exists,
+    else start it."""
+    overwrite: bool = False
+    """Delete what this stage wrote for run_name and start afresh."""
+    precision: str = knob("auto", choices=("auto", "float32", "bfloat16"))
+    """Precision of forward passes: float32, bfloat16 (autocast over float32 weights), or auto
+    (bfloat16 on a GPU that supports it)."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    peft: PeftConfig = field(default_factory=PeftConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def stage_dir(self, stage: str) -> Path:
+        """Directory of `stage` in this run: `runs_dir/run_name/stage`."""
+        return Path(self.runs_dir) / self.run_name / stage
+
+
+@documented
+@dataclass
+class TrainerDefaults:
+    """Our defaults of the mapping `trainer:`, which accepts every other argument too."""
+
+    num_train_epochs: float = 3
+    """Passes over the training rows."""
+    learning_rate: float = 2e-5
+    """Peak learning rate."""
+    lr_scheduler_type: str = "cosine"
+    """Learning-rate schedule, by transformers' name."""
+    warmup_steps: float = 0.03
+    """Warm-up: below 1 a share of all optimiser steps, from 1 a number of steps."""
+    per_device_train_batch_size: int = 8
+    """Rows per process and forward pass."""
+    per_device_eval_batch_size: int = 8
+    """Rows per process and forward pass in evaluations."""
+    gradient_accumulation_steps: int = 1
+    """Forward passes per optimiser step."""
