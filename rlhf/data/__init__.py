@@ -1,30 +1,29 @@
 """From files, Hub data sets or Python functions to token ids, for the three stages.
 
     source -> rows -> format -> canonical rows -> split by prompt -> token ids and labels -> batches
+    read              formats   intake            splits             segments, encode        collate
 
-`read` reads raw rows, `formats` makes them canonical, `rows` says what a canonical row is, `splits`
-drops and counts the bad ones and holds some out, `encode` makes token ids.
+`rows` says what a canonical row is, `dropped` counts the rows that are left out.
 
 Canonical rows use TRL's column names. SFT: `messages`, or `prompt` and `completion` (both text or
 both conversations). Reward: `prompt`, `responses`, `ranks` (0 = best, ties share a rank; a pair is
-K = 2). PPO: `prompt`; PPO-ptx: `text`, or an SFT row. Other columns are kept under their own names.
+K = 2). PPO: `prompt`; PPO-ptx: `text`, or an SFT row. Other columns keep their names.
 
 Left out: packing (TRL does it), streaming, images, tool calls.
 """
 
+from rlhf.data.collate import RankedCollator, pad
+from rlhf.data.dropped import describe_dropped, first_cases
 from rlhf.data.encode import (
-    RankedCollator,
-    encode_prompt,
     encode_prompts,
     encode_ranked,
-    encode_response,
-    encode_row,
-    encode_samples,
     encode_sft,
+    encode_text,
     encode_texts,
     not_refused,
 )
 from rlhf.data.formats import FORMATS, resolve_format
+from rlhf.data.intake import load_rows
 from rlhf.data.rows import (
     DropRow,
     Row,
@@ -35,11 +34,10 @@ from rlhf.data.rows import (
     prompt_of,
     whole_characters,
 )
+from rlhf.data.segments import encode_prompt, encode_response, encode_row, encode_samples
 from rlhf.data.splits import (
     Splits,
-    describe_dropped,
-    first_cases,
-    load_rows,
+    count_overlap,
     load_splits,
     split_by_prompt,
     to_conversation,

@@ -1,13 +1,13 @@
-"""Reading: files, Hub data sets and Python functions to raw rows, each with its place.
+"""A source to raw rows, each with its place: files, Hub data sets, Python functions.
 
-A row that cannot be read, such as a line that is not JSON, keeps its place as a `BadRow`, and the
-rows after it are read. Where nothing says where the next row begins (a broken array, an open quote
-in CSV, a damaged Parquet file) the whole source is refused.
+A row that cannot be read, such as a line that is not JSON, becomes a `BadRow` in its place, and
+reading goes on. The whole source is refused where nothing says where the next row begins: a broken
+array, an open quote in CSV, a damaged Parquet file.
 
 JSON and CSV are read here and not by `datasets`: it turns texts that look like dates into dates,
 and fails on a file over 10 MB whose later rows have other fields or types (5.2.0).
 
-Left out: encodings other than UTF-8, compression other than gzip, other separators than the comma.
+Left out: encodings other than UTF-8, compression other than gzip, separators other than the comma.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,28 +28,16 @@ from rlhf.config import InputError, load_object
 from rlhf.data.rows import BadRow, Row, bad_field
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
-# CSV has only text. In these columns our formats expect a number, and it is read as one.
+# CSV has only text. Our formats expect a number in these columns, so it is read as one.
 CSV_NUMBERS = "score score_chosen score_rejected margin probability preference choice".split()
+Rows = Iterator[tuple[str, Any]]  # (source and number of the row from 1, the row or a `BadRow`)
 
 
-@dataclass
-class RawRow:
-    """A row of a source.
-
-    Attributes:
-        where: the source and the number of the row from 1, for messages.
-        value: what the source holds; a `BadRow` where it cannot be read.
-    """
-
-    where: str
-    value: Any
-
-
-def read_rows(path: str, split: str, stage: str, field: str) -> Iterator[RawRow]:
+def read_rows(path: str, split: str, stage: str, field: str) -> Rows:
     """Read the rows of a source; see `load_rows` for the arguments.
 
     Raises:
-        InputError: no such source, or one that cannot be read as a whole.
+        InputError: there is no such source, or it cannot be read as a whole.
     """
     if path.startswith("python:"):
         return _from_python(path, split, stage, field)
@@ -65,13 +52,11 @@ def read_rows(path: str, split: str, stage: str, field: str) -> Iterator[RawRow]
             return _read_csv(path, _decoded(path, _read_text(file)))
         expected = f"{', '.join(SUFFIXES)} (each also with .gz)"
         raise InputError(f"{field}={path!r}: unknown suffix {file.suffix!r}; expected {expected}")
-    if file.is_dir():
-        return _numbered(path, _load_dataset(str(file), field, path, split=split))
-    if kind in SUFFIXES or path.startswith((".", "/", "~")):
+    if not file.is_dir() and (kind in SUFFIXES or path.startswith((".", "/", "~"))):
         raise InputError(
             f"{field}={path!r} is neither a file nor a directory (looked for {file.absolute()})"
         )
-    return _numbered(path, _load_dataset(path, field, path, split=split))
+    return _numbered(path, _load_dataset(str(file) if file.is_dir() else path, field, path, split))
 
 
 # --- Bytes and text -----------------------------------------------------------------------------
@@ -89,7 +74,7 @@ def _read_bytes(file: Path) -> bytes:
 
 
 def _read_text(file: Path) -> bytes:
-    """Bytes of a text file, without a mark at its start."""
+    """Bytes of a text file, without a byte order mark."""
     data = _read_bytes(file)
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         fix = f"convert it: iconv -f UTF-16 -t UTF-8 {file}"
@@ -115,44 +100,38 @@ def _wrong_bytes(error: UnicodeDecodeError) -> str:
 # --- JSON ---------------------------------------------------------------------------------------
 
 
-class _Json:
-    """A JSON decoder that reads whole numbers of any length and finds repeated fields."""
+def _parse(text: str, start: int = 0) -> tuple[Any, int]:
+    """Read the JSON value that begins at `start`, with whole numbers of any length.
 
-    def __init__(self) -> None:
-        self._repeated: list[str] = []
-        hooks: dict[str, Any] = {"object_pairs_hook": self._object, "parse_int": _integer}
-        self._decoder = json.JSONDecoder(**hooks)
+    Returns:
+        The value, or a `BadRow` where a field is repeated; and where it ends.
 
-    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    Raises:
+        json.JSONDecodeError: there is no JSON value.
+        BadRow: the value is nested deeper than Python reads, so its end is unknown.
+    """
+    repeated: list[str] = []
+
+    def to_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         value = dict(pairs)
         if len(value) < len(pairs):
-            self._repeated.append(Counter(name for name, _ in pairs).most_common(1)[0][0])
+            repeated.append(Counter(name for name, _ in pairs).most_common(1)[0][0])
         return value
 
-    def parse(self, text: str, start: int = 0) -> tuple[Any, int]:
-        """Read the value that begins at `start`.
-
-        Returns:
-            The value, or a `BadRow` where it is ambiguous; and where it ends.
-
-        Raises:
-            json.JSONDecodeError: there is no JSON value.
-            BadRow: the value is nested deeper than Python reads; where it ends is not known.
-        """
-        self._repeated.clear()
-        try:
-            value, end = self._decoder.raw_decode(text, start)
-        except RecursionError:
-            raise BadRow("lists or objects are nested too deeply", "nested too deeply") from None
-        if self._repeated:
-            return bad_field(self._repeated[0], "given twice", "remove one of the two"), end
-        return value, end
+    decoder = json.JSONDecoder(object_pairs_hook=to_dict, parse_int=_integer)
+    try:
+        value, end = decoder.raw_decode(text, start)
+    except RecursionError:
+        raise BadRow("lists or objects are nested too deeply", "nested too deeply") from None
+    if repeated:
+        return bad_field(repeated[0], "given twice", "remove one of the two"), end
+    return value, end
 
 
-def _integer(digits: str) -> int | float:
+def _integer(digits: str) -> Any:
     try:
         return int(digits)
-    except ValueError:  # more digits than Python converts; inf is no number to `as_number`
+    except ValueError:  # more digits than Python converts; `as_number` refuses inf
         return float(digits)
 
 
@@ -165,32 +144,32 @@ def _skip_space(text: str, at: int) -> int:
     return match.end()
 
 
-def _read_json(path: str, data: bytes) -> Iterator[RawRow]:
+def _read_json(path: str, data: bytes) -> Rows:
     start = data.lstrip()[:1]
     if start == b"[":
         yield from _read_array(path, _decoded(path, data))
         return
-    parser, number = _Json(), 0
+    number = 0
     for line_number, line in enumerate(data.split(b"\n"), start=1):
         if not line.strip():
             continue
         number += 1
         where = f"{path}, row {number}"
         where += f" (line {line_number})" if line_number != number else ""
-        value = _parse_line(parser, line)
+        value = _parse_line(line)
         if number == 1 and isinstance(value, BadRow) and start == b"{":
-            whole = _parse_line(parser, data)
+            whole = _parse_line(data)
             if isinstance(whole, dict):  # one object over several lines
-                yield RawRow(where, whole)
+                yield where, whole
                 return
-        yield RawRow(where, value)
+        yield where, value
 
 
-def _parse_line(parser: _Json, line: bytes) -> Any:
-    """A line's value, or a `BadRow` that says why there is none."""
+def _parse_line(line: bytes) -> Any:
+    """Return the value of a line, or a `BadRow` that says why there is none."""
     try:
         text = line.decode().strip(" \t\r\n")
-        value, end = parser.parse(text)
+        value, end = _parse(text)
         if end < len(text):
             raise json.JSONDecodeError("Extra data", text, end)
     except UnicodeDecodeError as error:
@@ -203,8 +182,8 @@ def _parse_line(parser: _Json, line: bytes) -> Any:
     return value
 
 
-def _read_array(path: str, text: str) -> Iterator[RawRow]:
-    parser, number, at = _Json(), 0, text.index("[") + 1
+def _read_array(path: str, text: str) -> Rows:
+    number, at = 0, text.index("[") + 1
     try:
         while not text.startswith("]", at := _skip_space(text, at)):
             if number:
@@ -212,8 +191,8 @@ def _read_array(path: str, text: str) -> Iterator[RawRow]:
                     raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
                 at = _skip_space(text, at + 1)
             number += 1
-            value, at = parser.parse(text, at)
-            yield RawRow(f"{path}, row {number}", value)
+            value, at = _parse(text, at)
+            yield f"{path}, row {number}", value
         if (at := _skip_space(text, at + 1)) < len(text):
             raise json.JSONDecodeError("Extra data", text, at)
     except json.JSONDecodeError as error:
@@ -226,20 +205,20 @@ def _read_array(path: str, text: str) -> Iterator[RawRow]:
 # --- CSV ----------------------------------------------------------------------------------------
 
 
-def _read_csv(path: str, text: str) -> Iterator[RawRow]:
+def _read_csv(path: str, text: str) -> Rows:
     csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is shorter than a long conversation
     number = 0
     try:
         reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-        names = Counter(reader.fieldnames or [])
-        if names and names.most_common(1)[0][1] > 1:
-            name = names.most_common(1)[0][0]
-            raise InputError(f"{path}: the column {name!r} is given twice; rename one of the two")
+        for name, count in Counter(reader.fieldnames or []).items():
+            if count > 1:
+                fix = "rename one of the two"
+                raise InputError(f"{path}: the column {name!r} is given twice; {fix}")
         for number, row in enumerate(reader, start=1):
             value: Any = row | {n: _number(row[n]) for n in CSV_NUMBERS if row.get(n)}
             if None in row:
                 value = BadRow("more cells than names; quote the commas", "more cells than names")
-            yield RawRow(f"{path}, row {number}", value)
+            yield f"{path}, row {number}", value
     except csv.Error as error:
         raise InputError(f"{path}, row {number + 1}: not valid CSV: {error}") from error
 
@@ -267,18 +246,18 @@ def _parquet(path: str, data: bytes) -> Iterable[Row]:
         raise InputError(f"{path}: not a readable Parquet file: {what}") from error
 
 
-def _load_dataset(name: str, field: str, path: str, **arguments: Any) -> Iterable[Any]:
+def _load_dataset(name: str, field: str, path: str, split: str) -> Iterable[Any]:
     import datasets
 
     try:
-        return datasets.load_dataset(name, **arguments)
-    except Exception as error:  # whatever the Hub, Arrow or a builder says, the user must see it
+        return datasets.load_dataset(name, split=split)
+    except Exception as error:  # the Hub, Arrow or a builder may raise anything
         here = "" if Path(path).expanduser().exists() else "neither a file nor a directory here; "
         cause = error.__cause__ or error
         raise InputError(f"{field}={path!r}: {here}`datasets` cannot load it: {cause}") from error
 
 
-def _from_python(path: str, split: str, stage: str, field: str) -> Iterator[RawRow]:
+def _from_python(path: str, split: str, stage: str, field: str) -> Rows:
     try:
         source = load_object(path, field)(stage, split)
     except InputError:
@@ -288,17 +267,17 @@ def _from_python(path: str, split: str, stage: str, field: str) -> Iterator[RawR
     yield from _numbered(path, source)
 
 
-def _numbered(path: str, source: Iterable[Any]) -> Iterator[RawRow]:
-    """Number the rows of a source whose errors are not ours."""
+def _numbered(path: str, source: Iterable[Any]) -> Rows:
+    """Number the rows of a source that may raise any error."""
     number = 0
     try:
         for number, value in enumerate(source, start=1):
-            yield RawRow(f"{path}, row {number}", value)
+            yield f"{path}, row {number}", value
     except Exception as error:
         what = f"cannot be read: {in_one_line(error)}"
         raise InputError(f"{path}, row {number + 1}: {what}") from error
 
 
 def in_one_line(error: Exception) -> str:
-    """Name an error of other people's code, without its line breaks."""
+    """Show an error of other people's code in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"

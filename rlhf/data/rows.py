@@ -1,8 +1,8 @@
-"""Canonical rows: their types, the checks of what they hold, and the errors of bad ones.
+"""Canonical rows: the parsers of their fields, what each stage requires, the errors of bad rows.
 
 A canonical row of the reward stage has `prompt`, `responses` (K >= 2 texts) and `ranks` (K whole
-numbers, 0 = best, ties share one), and where the source has them
-    scores       K finite numbers that nowhere contradict the ranks
+numbers, 0 = best, ties share one). Optional columns:
+    scores       K finite numbers that do not contradict the ranks
     margin       K = 2: a number >= 0, by which the better score should lead (Llama 2)
     probability  K = 2: a number in [0, 1], that responses[0] is preferred (a soft label)
 """
@@ -22,7 +22,7 @@ Prompt = str | list[Message]
 
 ROLES = ("system", "user", "assistant")
 _COLUMNS = ("messages", "prompt", "completion", "responses", "ranks")
-TEXTS = ("messages", "prompt", "completion", "responses", "text", "rankings", "subset")
+TEXTS = ("messages", "prompt", "completion", "responses", "text", "subset")
 TOOL_ROLES = {"tool", "function", "ipython", "observation", "tool_call", "tool_response"}
 TOOL_ROLES |= {"function_call", "function_response"}
 _OTHER_ROLES = {"developer": "system", "human": "user", "prompter": "user"}
@@ -39,7 +39,7 @@ class BadRow(InputError):
     """A malformed row.
 
     Attributes:
-        reason: the fault in few words, the same for all rows that have it.
+        reason: the fault in a few words, the same for all rows that have it.
     """
 
     def __init__(self, message: str, reason: str):
@@ -48,7 +48,7 @@ class BadRow(InputError):
 
 
 def bad_field(name: str, what: str, fix: str) -> BadRow:
-    """The error of a field that holds something else than expected."""
+    """Return the error of a field: what it holds, and the fix."""
     pattern = re.sub(r"\[\d+\]", "[]", name)  # messages[3].content -> messages[].content
     return BadRow(f"field {name!r}: {what}; {fix}", f"malformed field {pattern!r}")
 
@@ -68,7 +68,7 @@ def as_number(value: Any, name: str, fix: str) -> float:
 
 
 def as_list(value: Any) -> Any:
-    """Read a text that holds a JSON list, as a cell of CSV can hold no list; the rest stays."""
+    """Read a text that holds a JSON list (CSV has no lists); other values stay the same."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             parsed = json.loads(value)
@@ -87,9 +87,9 @@ def as_numbers(value: Any, name: str) -> list[float]:
 
 
 def whole_characters(text: str) -> str:
-    """Join halves of surrogate pairs; make U+FFFD of a half that has lost the other one.
+    """Join the halves of surrogate pairs; replace a half without its other half by U+FFFD.
 
-    Text that was cut after so many UTF-16 units holds such a half, and no tokenizer takes it.
+    Text that was cut at a number of UTF-16 units holds such a half, and no tokenizer takes it.
     """
     if text.isascii() or not _HALF_PAIR.search(text):
         return text
@@ -97,8 +97,8 @@ def whole_characters(text: str) -> str:
 
 
 def repaired(value: Any, name: str, changed: list[str]) -> Any:
-    """Apply `whole_characters` to every text in the value of a field; add the names of those that
-    it changes to `changed`."""
+    """Apply `whole_characters` to every text in the value of a field; add the names of the texts
+    that change to `changed`."""
     if isinstance(value, str):
         text = whole_characters(value)
         if text != value:
@@ -115,7 +115,7 @@ def repaired(value: Any, name: str, changed: list[str]) -> Any:
 
 
 def as_turns(value: Any, name: str) -> list[Any]:
-    """The turns of a conversation; a text that holds a JSON list is read as that list."""
+    """Read the turns of a conversation, which may be a JSON list in a text."""
     turns = as_list(value)
     if not isinstance(turns, list) or not turns:
         raise bad_field(name, f"got {show(value)}", "expected a list of {role, content}")
@@ -123,14 +123,14 @@ def as_turns(value: Any, name: str) -> list[Any]:
 
 
 def as_messages(value: Any, name: str) -> list[Message]:
-    """Make a conversation of {role, content} of what chat APIs and ShareGPT write.
+    """Convert a conversation of a chat API or ShareGPT to turns of {role, content}.
 
     ShareGPT's `from` and `value` become `role` and `content`, `developer` becomes system, the
     parts of a content are joined, other keys are left out.
 
     Raises:
         DropRow: the conversation calls tools, or has parts other than text.
-        BadRow: something else is there.
+        BadRow: it is malformed.
     """
     turns = as_turns(value, name)
     return [_as_message(turn, f"{name}[{i}]") for i, turn in enumerate(turns)]
@@ -157,10 +157,10 @@ def _as_message(turn: Any, where: str) -> Message:
 
 
 def as_content(value: Any, name: str) -> str:
-    """The text of a message, which may be given as a list of text parts.
+    """Return the text of a message, which may be a list of text parts.
 
     Raises:
-        DropRow: a part is an image, a tool call or anything else that is not text.
+        DropRow: a part is not text.
     """
     if not isinstance(value, list):
         return as_text(value, name)
@@ -176,7 +176,7 @@ def as_content(value: Any, name: str) -> str:
 
 
 def as_prompt(value: Any, name: str) -> Prompt:
-    """Text, or a conversation, which a text may hold as a JSON list."""
+    """Read a text, or a conversation, which may be a JSON list in a text."""
     if not isinstance(value, str):
         return as_messages(value, name)
     turns = as_list(value)
@@ -190,7 +190,7 @@ def as_prompt(value: Any, name: str) -> Prompt:
 
 
 def with_extras(canonical: Row, row: Row, used: Iterable[str]) -> Row:
-    """Add the columns of the source that no one read."""
+    """Add the columns of the source that the format did not use."""
     extras = {k: v for k, v in row.items() if k not in (*_COLUMNS, *used)}
     return {**extras, **canonical}
 
@@ -221,8 +221,14 @@ def prompt_of(row: Row) -> Prompt:
     return messages[: last[-1]] if last else messages
 
 
+def prompt_key(row: Row) -> str:
+    """A text that is equal for rows with the same prompt."""
+    prompt = prompt_of(row)
+    return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
+
+
 def check_row(row: Row, stage: str) -> None:
-    """Check that a canonical row has what `stage` needs ("ptx": text, or an SFT row).
+    """Check that a canonical row has all that `stage` needs ("ptx": text, or an SFT row).
 
     Raises:
         InputError, KeyError: a malformed row.
@@ -272,9 +278,8 @@ def _check_ranked(row: Row) -> None:
     responses, ranks = row["responses"], row["ranks"]
     for name in ("responses", "ranks"):
         if not isinstance(row[name], list):
-            raise bad_field(
-                name, f"got {show(row[name])}", "expected a list, one entry per response"
-            )
+            fix = "expected a list, one entry per response"
+            raise bad_field(name, f"got {show(row[name])}", fix)
     for i, response in enumerate(responses):
         as_text(response, f"responses[{i}]")
     whole = [isinstance(rank, int) and not isinstance(rank, bool) for rank in ranks]
@@ -297,7 +302,7 @@ def _check_ranked(row: Row) -> None:
 
 
 def _check_strength(row: Row) -> None:
-    """Check what says how much better a response is: `scores`, `margin`, `probability`."""
+    """Check the optional columns: `scores`, `margin`, `probability`."""
     ranks = row["ranks"]
     if "scores" in row:
         scores = as_numbers(row["scores"], "scores")
@@ -316,14 +321,13 @@ def _check_strength(row: Row) -> None:
     if "probability" in row:
         expected = ranks_of_probability(row["probability"])
         if ranks_of([-rank for rank in ranks]) != expected:
+            what = f"{row['probability']} contradicts the ranks {ranks}"
             fix = "it is the probability that the first response is preferred"
-            raise bad_field(
-                "probability", f"{row['probability']} contradicts the ranks {ranks}", fix
-            )
+            raise bad_field("probability", what, fix)
 
 
 def without_repeats(row: Row) -> Row:
-    """Leave out the responses of a checked reward row that repeat an earlier one."""
+    """Leave out the responses of a checked reward row that repeat an earlier response."""
     first = [i for i, text in enumerate(row["responses"]) if text not in row["responses"][:i]]
     names = [name for name in ("responses", "ranks", "scores") if name in row]
     return row | {name: [row[name][i] for i in first] for name in names}

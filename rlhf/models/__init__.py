@@ -48,11 +48,3 @@ from rlhf.models.sampling_settings import (
 )
 from rlhf.models.skeleton import try_settings
 from rlhf.models.stored_adapters import load_adapter
-from rlhf.tokenizer.special_tokens import (
-    PAD_TOKEN,
-    forbidden_token_ids,
-    load_tokenizer,
-    num_tokens,
-    read_tokenizer,
-)
-from rlhf.tokenizer.stop_strings import StopStrings, before_stop, end_token_ids, response_text

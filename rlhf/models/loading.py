@@ -30,8 +30,7 @@ from rlhf.models.stored import (
     load_classifier,
     load_language_model,
 )
-from rlhf.tokenizer.special_tokens import num_tokens
-from rlhf.tokenizer.stop_strings import end_token_ids
+from rlhf.tokenizer import end_token_ids, num_tokens
 
 
 def load_policy(

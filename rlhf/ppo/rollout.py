@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rlhf.config import InputError
+from rlhf.data import pad
 from rlhf.functional import token_logprobs
 from rlhf.models import response_logits
 from rlhf.sampling import Sampling, generate, uniform_noise
@@ -317,28 +318,20 @@ def _fill_scores(rollout: Rollout, scores: Scores) -> None:
 
 
 def _assemble(
-    prompts: Sequence[dict[str, Any]], sampled: Any, pad: int, device: torch.device
+    prompts: Sequence[dict[str, Any]], sampled: Any, pad_id: int, device: torch.device
 ) -> Rollout:
     """Pad prompts on the left and responses on the right."""
-    width_p = max(len(p["input_ids"]) for p in prompts)
-    width_t = max(len(ids) for ids in sampled.ids)
-
-    def right(rows: list[Any], fill: Any) -> Tensor:
-        return torch.tensor([[*row, *[fill] * (width_t - len(row))] for row in rows], device=device)
-
-    def left(rows: list[Any], fill: Any) -> Tensor:
-        return torch.tensor([[*[fill] * (width_p - len(row)), *row] for row in rows], device=device)
-
     prompt_rows = [p["input_ids"] for p in prompts]
-    empty = torch.zeros(len(prompts), width_t, device=device)
+    response_mask = pad([[True] * len(row) for row in sampled.ids], False, device=device)
+    empty = torch.zeros(response_mask.shape, device=device)
     return Rollout(
-        prompt_ids=left(prompt_rows, pad),
-        prompt_mask=left([[True] * len(row) for row in prompt_rows], False),
-        response_ids=right(sampled.ids, pad),
-        response_mask=right([[True] * len(row) for row in sampled.ids], False),
-        loss_mask=right([[True] * len(row) for row in sampled.ids], False),
+        prompt_ids=pad(prompt_rows, pad_id, side="left", device=device),
+        prompt_mask=pad([[True] * len(row) for row in prompt_rows], False, "left", device),
+        response_ids=pad(sampled.ids, pad_id, device=device),
+        response_mask=response_mask,
+        loss_mask=response_mask.clone(),
         finished=torch.tensor(sampled.finished, device=device),
-        sampler_logprobs=right(sampled.logprobs, 0.0),
+        sampler_logprobs=pad(sampled.logprobs, 0.0, device=device),
         logprobs=empty.clone(),
         ref_logprobs=empty.clone(),
         values=empty.clone(),

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from rlhf.checkpoint import NonFiniteError
 from rlhf.config import PPOConfig, PPOStageConfig
+from rlhf.data import pad
 from rlhf.functional import (
     kl_estimate,
     learning_rate_factor,
@@ -363,9 +364,9 @@ def text_loss(model: Any, texts: Sequence[Sequence[int]], denominator: float) ->
     Returns:
         0-d float32, nats.
     """
-    device, width = next(model.parameters()).device, max(map(len, texts))
-    ids = torch.tensor([[*t, *[0] * (width - len(t))] for t in texts], device=device)
-    mask = torch.tensor([[i < len(t) for i in range(width)] for t in texts], device=device)
+    device = next(model.parameters()).device
+    ids = pad(texts, 0, device=device)
+    mask = pad([[True] * len(text) for text in texts], False, device=device)
     logits = model(**forward_inputs(model, ids, mask), use_cache=False).logits[:, :-1]
     return masked_sum(-token_logprobs(logits, ids[:, 1:]), mask[:, 1:], denominator)
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from rlhf.data import pad
 from rlhf.models import accepts, inference_mode, prefill_inputs, unwrap_peft
 from rlhf.tokenizer import StopStrings, end_token_ids, forbidden_token_ids
 
@@ -195,17 +196,14 @@ def _steps(
     """Yield the rows that go on, and for each its next token, that token's log-prob, and whether it
     ends the row, which then goes no further. The decode loop."""
     device = next(model.parameters()).device
-    width, count = max(map(len, prompts)), len(prompts)
-    tokens = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
-    mask = torch.tensor(
-        [[False] * (width - len(p)) + [True] * len(p) for p in prompts], device=device
-    )
+    tokens = pad(prompts, 0, side="left", device=device)
+    mask = pad([[True] * len(prompt) for prompt in prompts], False, side="left", device=device)
     stop_ids, forbidden = (
         torch.tensor(sampling.stop_ids, device=device),
         sampling.forbidden.to(device),
     )
     noise = None if noise is None else noise.to(device)
-    active = torch.arange(count, device=device)
+    active = torch.arange(len(prompts), device=device)
     responses: list[list[int]] = [[] for _ in prompts]  # kept where stop strings are looked for
     cache = DynamicCache(config=unwrap_peft(model).config)
     last_only = {"logits_to_keep": 1} if accepts(model, "logits_to_keep") else {}

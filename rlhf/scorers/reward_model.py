@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlhf.checkpoint import require_stage
 from rlhf.config import InputError, ModelConfig, ScorerConfig
-from rlhf.data import encode_prompt, encode_response
+from rlhf.data import encode_prompt, encode_response, pad
 from rlhf.hub import is_hub_id
 from rlhf.models import (
     ScalarModel,
@@ -257,13 +257,8 @@ def score_sequences(model: Any, sequences: Sequence[Sequence[int]], batch_size: 
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        width = len(sequences[rows[-1]])
-        ids = torch.tensor(
-            [[*sequences[i], *[0] * (width - len(sequences[i]))] for i in rows], device=device
-        )
-        mask = torch.tensor(
-            [[j < len(sequences[i]) for j in range(width)] for i in rows], device=device
-        )
+        ids = pad([sequences[i] for i in rows], 0, device=device)
+        mask = pad([[True] * len(sequences[i]) for i in rows], False, device=device)
         scores[rows] = sequence_scores(model, ids, mask).cpu()
     return scores
 

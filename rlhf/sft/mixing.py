@@ -14,8 +14,7 @@ from functools import partial
 from typing import Any
 
 from rlhf.config import DatasetConfig, InputError, MixConfig
-from rlhf.data.encode import encode_text, not_refused
-from rlhf.data.splits import describe_dropped, first_cases, load_rows
+from rlhf.data import describe_dropped, encode_text, first_cases, load_rows, not_refused
 
 Encoded = dict[str, list[int]]
 

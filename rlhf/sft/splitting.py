@@ -19,11 +19,8 @@ from itertools import chain
 from typing import Any
 
 from rlhf.config import InputError
-from rlhf.data.encode import encode_row
-from rlhf.data.rows import Row
-from rlhf.data.splits import Splits, count_overlap
-from rlhf.tokenizer import Message
-from rlhf.tokenizer.rendering import RefusedConversation
+from rlhf.data import Row, Splits, count_overlap, encode_row
+from rlhf.tokenizer import Message, RefusedConversation
 
 
 @dataclass

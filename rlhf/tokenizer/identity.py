@@ -23,10 +23,10 @@ def _hash(text: str) -> str:
 
 
 def hash_rendering(tokenizer: Any) -> str:
-    """Hash all that turns a conversation into token ids: vocabulary, special tokens, the rules
-    that split text, the chat template.
+    """Hash everything that turns a conversation into token ids: vocabulary, special tokens, the
+    rules that split text, the chat template.
 
-    Only under equal hashes do the ids that a policy saw stand for the same to a reward model.
+    A reward model may read a policy's token ids only if both hashes match.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = {} if backend is None else json.loads(backend.to_str())

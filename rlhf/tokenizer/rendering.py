@@ -1,12 +1,12 @@
-"""Rendering: conversations to text, and where an answer begins and ends in it.
+"""Rendering: conversations to text, and where an answer begins and ends in that text.
 
-What a chat template writes around an answer is measured once, on a conversation of our own:
+We measure once, on a conversation of our own, what a chat template writes around an answer:
 
-    <|im_start|>assistant\\n    <think></think>    Yo      " "     <|im_end|>    \\n
-    header                     lead               said    tail    end token     the next prompt's
+    <|im_start|>assistant\\n    <think></think>    Yo        " "     <|im_end|>    \\n
+    header                     lead               answer    tail    end token     the next prompt's
 
-The header belongs to the prompt, also where the template has no generation prompt. The model writes
-lead, tail and end token; a scorer gets what is said.
+The header belongs to the prompt, even where the template has no generation prompt. The model writes
+lead, tail and end token; a scorer gets only the answer.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from functools import lru_cache
 from typing import Any
 
 from rlhf.config import InputError, show
+from rlhf.tokenizer.ids import require_eos
 from rlhf.tokenizer.templates import stop_strings, template_of
 
 Message = dict[str, str]  # {"role": ..., "content": ...}
@@ -29,7 +30,7 @@ _ANSWER = {"role": "assistant", "content": PROBE}
 
 
 class RefusedConversation(InputError):
-    """The chat template does not take a conversation; it may take others."""
+    """The chat template refuses this conversation; it may accept others."""
 
 
 class RewrittenPrompt(RefusedConversation):
@@ -38,13 +39,13 @@ class RewrittenPrompt(RefusedConversation):
 
 @dataclass(frozen=True)
 class Frame:
-    """What a chat template writes around an answer; nothing where that cannot be found.
+    """The text that a chat template writes around an answer; empty where it cannot be found.
 
     Attributes:
-        header: what comes before an answer and is in no generation prompt.
+        header: text before an answer that the generation prompt lacks.
         lead, tail: text between prompt and answer, and between answer and end token, both without
             special tokens. The model writes them.
-        end_token: the token that ends every answer, in later turns too; None without one.
+        end_token: the token that ends every answer, also in earlier turns; None without one.
     """
 
     header: str = ""
@@ -54,7 +55,7 @@ class Frame:
 
 
 def answer_frame(tokenizer: Any) -> Frame:
-    """Find what the tokenizer's chat template writes around an answer."""
+    """Measure what the tokenizer's chat template writes around an answer."""
     template = template_of(tokenizer)
     if template is None:
         return Frame()
@@ -63,14 +64,14 @@ def answer_frame(tokenizer: Any) -> Frame:
 
 @lru_cache(maxsize=32)
 def _measure(tokenizer: Any, template: str, eos: str | None, num_tokens: int) -> Frame:
-    """See `answer_frame`; a tokenizer is measured anew when one of these has changed."""
+    """See `answer_frame`; the arguments are those whose change calls for a new measurement."""
     for context in ([_USER], [_SYSTEM, _USER]):  # some templates insist on a system message
         try:
             bare = render(context, tokenizer, generation_prompt=False)
             prompt = render(context, tokenizer, generation_prompt=True)
             last = render([*context, _ANSWER], tokenizer, generation_prompt=False)
             earlier = render([*context, _ANSWER, _USER], tokenizer, generation_prompt=True)
-        except InputError:  # it is said where a row is rendered
+        except InputError:  # raised again where a row is rendered
             continue
         break
     else:
@@ -90,15 +91,15 @@ def _measure(tokenizer: Any, template: str, eos: str | None, num_tokens: int) ->
 
 
 def _header(bare: str, whole: str) -> str:
-    """What the rendering of `PROBE` has before it; spaces at its end belong to the answer, as a
-    token begins with them."""
+    """Return the text before `PROBE`; spaces at its end belong to the answer, because tokens begin
+    with them."""
     header = whole[len(bare) : whole.rfind(PROBE)].rstrip(" ") if whole.startswith(bare) else ""
     return header if header.strip() else ""
 
 
 def _end_token(text: str, eos: str | None, tokens: Iterable[str]) -> str | None:
-    """The token that ends an answer, of the text that follows each: EOS, else the first token that
-    is not cut into pieces."""
+    """Find the token that ends an answer in the text after it: EOS, else the added token with which
+    the text begins."""
     if eos and eos in text:
         return eos
     text = text.lstrip()
@@ -145,7 +146,7 @@ def render(messages: list[Message], tokenizer: Any, generation_prompt: bool) -> 
 def render_prompt(context: list[Message], tokenizer: Any) -> str:
     """Render a conversation up to where the next answer begins.
 
-    A template without a generation prompt shows only with an answer what comes before one.
+    A template without a generation prompt writes the header only together with an answer.
     """
     prompt = render(context, tokenizer, generation_prompt=True)
     if not answer_frame(tokenizer).header:
@@ -155,10 +156,11 @@ def render_prompt(context: list[Message], tokenizer: Any) -> str:
 
 
 def render_turn(context: list[Message], answer: Message, tokenizer: Any) -> tuple[str, str]:
-    """Render an assistant turn as it is generated: after its context, with no turn behind it.
+    """Render an assistant turn as it is generated: after its context, with no turn after it.
 
     Returns:
-        The text before it, see `render_prompt`, and its own with what ends it, if anything.
+        The text before the turn, see `render_prompt`, and the text of the turn with its end, if
+        the template writes one.
 
     Raises:
         RefusedConversation: the template leaves the answer out, or renders the context differently
@@ -183,15 +185,15 @@ def render_turn(context: list[Message], answer: Message, tokenizer: Any) -> tupl
 
 
 def has_end(text: str, tokenizer: Any) -> bool:
-    """True where the text of an assistant turn ends with what ends an answer."""
+    """True where the text of an assistant turn ends with a stop string or the end token."""
     end_token = answer_frame(tokenizer).end_token
     return text.endswith((*stop_strings(tokenizer), *([end_token] if end_token else [])))
 
 
 def _end_of_answer(text: str, tokenizer: Any) -> int:
-    """Where the text of an assistant turn ends: after a stop string that only whitespace follows,
-    as one in the middle is the answer's own; else after the last end token, or EOS if only
-    whitespace follows."""
+    """Index where the text of an assistant turn ends: after a stop string that only whitespace
+    follows (one in the middle belongs to the answer); else after the last end token, or after an
+    EOS that only whitespace follows."""
     stops = [(text.rfind(stop), len(stop)) for stop in stop_strings(tokenizer)]
     ends = [at + length for at, length in stops if at >= 0 and not text[at + length :].strip()]
     if ends:
@@ -199,28 +201,22 @@ def _end_of_answer(text: str, tokenizer: Any) -> int:
     end_token = answer_frame(tokenizer).end_token
     end = end_token or tokenizer.eos_token
     at = text.rfind(end)
-    # a template without an end token did not write an EOS that text follows: the answer says it
+    # without an end token, an EOS before other text comes from the answer, not from the template
     is_end = at >= 0 and (end_token is not None or not text[at + len(end) :].strip())
     return at + len(end) if is_end else len(text)
 
 
 def _require_answer(text: str, answer: Message, tokenizer: Any) -> None:
-    """Refuse a template that renders nothing of an answer: there would be nothing to train on."""
-    said = answer["content"]
-    words = re.findall(r"\w+", said) or said.split()  # of <think>a</think>b only b may be left
+    """Refuse a template that leaves out the whole answer: there would be nothing to train on."""
+    content = answer["content"]
+    words = re.findall(r"\w+", content) or content.split()  # <think>a</think>b may become b
     if words and not any(word in text for word in words):
         raise RefusedConversation(
             f"the chat template {_in_one_line(tokenizer)} leaves out what the assistant says: "
-            f"nothing of {show(answer['content'])} is in {show(text)}; set another one, e.g. "
+            f"nothing of {show(content)} is in {show(text)}; set another one, e.g. "
             "model.chat_template=plain"
         )
 
 
 def _in_one_line(tokenizer: Any) -> str:
     return show(str(template_of(tokenizer)).strip().replace("\n", " "))
-
-
-def require_eos(tokenizer: Any) -> None:
-    """Refuse a tokenizer without EOS."""
-    if tokenizer.eos_token_id is None:
-        raise InputError("the tokenizer has no EOS token; a response could never end: set one")

@@ -1,16 +1,11 @@
-"""Loading a tokenizer: its special tokens, a pad token of its own, its chat template."""
+"""Special tokens: EOS, pad and further tokens of one id each; the ids that a policy never emits."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rlhf.config import InputError, ModelConfig, load_object
-from rlhf.tokenizer.templates import (
-    chat_template_text,
-    declare_stop_strings,
-    stop_strings,
-    template_of,
-)
+from rlhf.config import InputError, ModelConfig
+from rlhf.tokenizer.ids import token_ids
 
 if TYPE_CHECKING:  # commands import this room before they need torch
     from torch import Tensor
@@ -19,78 +14,12 @@ if TYPE_CHECKING:  # commands import this room before they need torch
 PAD_TOKEN = "<|pad|>"
 
 
-def load_tokenizer(config: ModelConfig, field: str = "model.path") -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model, with the special tokens that are asked for, a pad token of its
-    own and a chat template.
-
-    A missing pad token, or one equal to EOS, is replaced by a new `<|pad|>`: PPO never samples the
-    pad token, and libraries that look for "the last token that is not pad" would otherwise miss the
-    EOS.
-
-    Args:
-        config: `tokenizer` (falls back to `path`) is a Hub id, a directory or
-            `python:module.function`; `special_tokens` are added, then `eos_token` and `pad_token`
-            take the place of its own; `chat_template` is set when given, else the tokenizer's own
-            is kept (of several named ones the one called `default`), else `plain` is used;
-            `stop_strings` are written into it.
-        field: configuration key of `path`, for messages.
+def set_special_tokens(tokenizer: Any, config: ModelConfig, source: str) -> None:
+    """Add `special_tokens`, then replace EOS and pad where the configuration names them.
 
     Raises:
-        InputError: nothing can be loaded from there, a special token is not one id, pad would be
-            EOS, or the tokenizer has no EOS token.
+        InputError: a token is not one id, or pad would be EOS.
     """
-    source = str(config.tokenizer or config.path)
-    tokenizer = read_tokenizer(config, field)
-    _set_special_tokens(tokenizer, config, source)
-    prefix = "model." if field.startswith("model.") else ""  # the chat has some of these knobs
-    if tokenizer.eos_token_id is None:
-        raise InputError(
-            f"the tokenizer of {source} has no EOS token; set it in its tokenizer_config.json"
-            + (", or give model.eos_token" if prefix else "")
-        )
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
-    template = _chat_template(tokenizer, config, source, f"{prefix}chat_template")
-    if config.stop_strings is not None:
-        template = declare_stop_strings(template, config.stop_strings)
-    tokenizer.chat_template = template
-    stop_strings(tokenizer)  # a declaration that cannot be read stops here
-    return tokenizer
-
-
-def read_tokenizer(config: ModelConfig, field: str = "model.path") -> Any:
-    """Load the tokenizer that `load_tokenizer` starts from, as it is stored."""
-    from transformers import AutoTokenizer
-
-    from rlhf.hub.snapshot import call_loader
-    from rlhf.hub.source import tokenizer_directory
-
-    source = config.tokenizer or config.path
-    assert source is not None
-    if source.startswith("python:"):
-        return load_object(source, "model.tokenizer")()
-    field = field.replace(".path", ".tokenizer") if config.tokenizer else field
-    code = config.trust_remote_code
-    directory = tokenizer_directory(source, field, config.revision, code)
-    load = AutoTokenizer.from_pretrained
-    return call_loader(load, directory, f"{field}={source}", trust_remote_code=code)
-
-
-def _chat_template(tokenizer: Any, config: ModelConfig, source: str, field: str) -> str:
-    """The chat template that is asked for in `field`, else the tokenizer's own, else `plain`."""
-    named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
-    if config.chat_template is not None:
-        return chat_template_text(config.chat_template, field, named)
-    own = template_of(tokenizer)
-    if own is None and named:
-        raise InputError(
-            f"the tokenizer of {source} has the chat templates {', '.join(sorted(named))}, and "
-            f"none named default; choose one, e.g. {field}={min(named)}"
-        )
-    return chat_template_text("plain") if own is None else own
-
-
-def _set_special_tokens(tokenizer: Any, config: ModelConfig, source: str) -> None:
     if config.special_tokens:
         tokens = {"extra_special_tokens": config.special_tokens}
         tokenizer.add_special_tokens(tokens, replace_extra_special_tokens=False)
@@ -110,12 +39,8 @@ def _set_special_tokens(tokenizer: Any, config: ModelConfig, source: str) -> Non
 
 
 def _require_one_id(tokenizer: Any, name: str, token: str, source: str) -> None:
-    """Check that text which holds a token is encoded with its id, and its id alone."""
-
-    def encode(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-    alone, inside = encode(token), encode(f"\n\n{token}x")
+    """Refuse a token that is not encoded as its own id, alone and inside a text."""
+    alone, inside = token_ids(token, tokenizer), token_ids(f"\n\n{token}x", tokenizer)
     own = tokenizer.convert_tokens_to_ids(token)
     if alone == [own] and own in inside and tokenizer.convert_ids_to_tokens(own) == token:
         return
@@ -125,15 +50,15 @@ def _require_one_id(tokenizer: Any, name: str, token: str, source: str) -> None:
         fix = f"add it to model.special_tokens: model.special_tokens=[{token!r}]"
     what = f"{len(alone)} ids, {alone}" if len(alone) != 1 else f"other ids inside a text, {inside}"
     raise InputError(
-        f"model.{name}={token!r} must be one id, wherever it stands, but the tokenizer of {source} "
-        f"splits it into {what}; {fix}"
+        f"model.{name}={token!r} must be one id at every place in a text, but the tokenizer of "
+        f"{source} splits it into {what}; {fix}"
     )
 
 
 def forbidden_token_ids(tokenizer: PreTrainedTokenizerBase, num_logits: int) -> Tensor:
     """Ids that a policy never emits: the pad token and the padded rows of the embedding table.
 
-    Their logits become -inf in sampling and in every log-prob alike.
+    Their logits become -inf both in sampling and in every log-prob.
 
     Args:
         num_logits: width of the language-model head.
@@ -147,6 +72,5 @@ def forbidden_token_ids(tokenizer: PreTrainedTokenizerBase, num_logits: int) -> 
 
 
 def num_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Rows that an embedding table needs: the largest id + 1, which is more than the number of
-    tokens where ids are left out."""
+    """Rows that an embedding table needs: the largest id + 1. Ids may have gaps."""
     return max(tokenizer.get_vocab().values()) + 1

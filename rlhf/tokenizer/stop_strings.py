@@ -1,4 +1,4 @@
-"""Sampled ids as text: what ends an answer besides EOS, and what of it is said."""
+"""Sampled token ids: where a response ends, and its text."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from rlhf.tokenizer.templates import stop_strings
 
 
 class StopStrings:
-    """Tells when a response that grows token by token has come to a stop string.
+    """Tells when a response that grows token by token reaches a stop string.
 
     Attributes:
-        strings: those that the tokenizer's chat template declares.
+        strings: the stop strings that the tokenizer's chat template declares.
     """
 
     def __init__(self, tokenizer: Any):
@@ -21,11 +21,10 @@ class StopStrings:
         self._can_end: dict[int, bool] = {}
 
     def end(self, ids: Sequence[int]) -> bool:
-        """True where the text of a response contains a stop string that its last token completes.
+        """True where the last token of a response completes a stop string.
 
         Args:
-            ids: the whole response, not empty; only where its last token can complete a stop string
-                are they decoded.
+            ids: the whole response, not empty; decoded only where the last token can complete one.
         """
         last = ids[-1]
         if last not in self._can_end:
@@ -37,38 +36,37 @@ class StopStrings:
 
     def _token_can_end(self, token: int) -> bool:
         text = _decode([token], self._tokenizer)
-        if "\ufffd" in text:  # a part of a character, which may be completed by it
+        if "\ufffd" in text:  # a part of a character, which this token may complete
             return True
         # SentencePiece leaves out the space before a token that is decoded alone
         return any(_overlap(stop, start + text) for stop in self.strings for start in ("", " "))
 
 
 def _overlap(stop: str, text: str) -> bool:
-    """True where `text` contains the stop string, or begins with an end of it."""
+    """True where `text` contains the stop string, or begins with the end of it."""
     return stop in text or any(stop.endswith(text[:n]) for n in range(1, len(text) + 1))
 
 
 def end_token_ids(tokenizer: Any) -> set[int]:
     """Ids that end an answer: EOS, the token that the chat template writes after each answer, and
-    stop strings that are special tokens, which text does not show."""
+    stop strings that are special tokens, because decoding leaves those out."""
     tokens = {tokenizer.eos_token, answer_frame(tokenizer).end_token} - {None}
     tokens |= {stop for stop in stop_strings(tokenizer) if stop in tokenizer.all_special_tokens}
     return set(tokenizer.convert_tokens_to_ids(sorted(tokens)))
 
 
 def response_text(ids: Sequence[int], tokenizer: Any, prompt: Any = None) -> str:
-    """Decode a sampled response: what it says, as the content of an assistant message.
+    """Decode a sampled response to the content of an assistant message.
 
-    Special tokens are left out, and so is what the chat template writes around an answer. Where it
-    declares stop strings, what follows from the first one on is left out, with the whitespace
-    before.
+    Special tokens and the text that the chat template writes around an answer are left out, and so
+    is everything from the first stop string on, with the whitespace before it.
 
     Args:
-        prompt: what it answers; around the answer to a text prompt there is no template.
+        prompt: the prompt of the response; a text prompt has no template around its answer.
     """
     frame = answer_frame(tokenizer)
     if frame.end_token and ids and ids[-1] == tokenizer.convert_tokens_to_ids(frame.end_token):
-        ids = ids[:-1]  # one that is not special would be text
+        ids = ids[:-1]  # decoding would keep an end token that is not special
     text = before_stop(_decode(ids, tokenizer), stop_strings(tokenizer))
     if isinstance(prompt, str):
         return text
@@ -76,8 +74,8 @@ def response_text(ids: Sequence[int], tokenizer: Any, prompt: Any = None) -> str
 
 
 def before_stop(text: str, stops: Sequence[str]) -> str:
-    """Cut a text at the first stop string, and strip whitespace at its end; without stop strings
-    it stays as it is."""
+    """Cut a text at the first stop string and strip whitespace at its end; without stop strings it
+    does not change."""
     if not stops:
         return text
     found = [at for at in map(text.find, stops) if at >= 0]
@@ -85,5 +83,5 @@ def before_stop(text: str, stops: Sequence[str]) -> str:
 
 
 def _decode(ids: Sequence[int], tokenizer: Any) -> str:
-    # without clean-up: it would take spaces away that the response has
+    # without clean-up, which would remove spaces of the response
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -1,6 +1,7 @@
 """Chat templates: where they come from, and the stop strings that they declare.
 
-What ends an answer besides EOS stands in the template, so that it travels with the tokenizer:
+A template declares the texts that end an answer besides EOS, so that they are saved with the
+tokenizer:
 
     {%- set stop_strings = ['\\nUser'] -%}
 """
@@ -56,14 +57,14 @@ def stop_strings(tokenizer: Any) -> tuple[str, ...]:
     """Read the stop strings that the tokenizer's chat template declares; most declare none.
 
     Raises:
-        InputError: the declaration is no list of string literals.
+        InputError: the declaration is not a list of string literals.
     """
     template = template_of(tokenizer)
     return _declared(template)[0] if template is not None else ()
 
 
 def declare_stop_strings(template: str, strings: Sequence[str]) -> str:
-    """Write stop strings into a chat template, in place of those that it declares."""
+    """Write stop strings into a chat template, replacing those that it declares."""
     literal = json.dumps(list(strings), ensure_ascii=False)
     _, place = _declared(template)
     if place is not None:
@@ -74,12 +75,15 @@ def declare_stop_strings(template: str, strings: Sequence[str]) -> str:
 
 @lru_cache(maxsize=64)
 def _declared(template: str) -> tuple[tuple[str, ...], slice | None]:
-    """The stop strings of a template, and where their list stands; None without a declaration."""
+    """The stop strings of a template and the place of their list; None without a declaration.
+
+    Jinja's parser does not tell places, and fails on the tags that transformers adds.
+    """
     tags = (m for m in _DECLARATION.finditer(template) if m.group().startswith("{%"))
     start = next((tag.end() for tag in tags), None)
     if start is None:
         return (), None
-    # a "%}" may stand in a string: the declaration ends at the first one before which a list does
+    # a string may contain "%}": the declaration ends at the first one that completes a list
     for end in re.finditer(r"[-+]?%\}", template[start:]):
         place = slice(start, start + end.start())
         try:

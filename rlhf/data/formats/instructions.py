@@ -1,8 +1,8 @@
 """Formats of named instruction and conversation sets: one row to one canonical SFT row.
 
-A conversation set is cleaned only as far as its rows would otherwise be unusable: what is cut is
-said at each format, and a row that stays unusable is dropped and counted. Left out: language
-filters, word filters and the conversion of HTML, which belong before training.
+A conversation set is cleaned only as far as its rows would otherwise be unusable: each format says
+what it cuts, and a row that stays unusable is dropped and counted. Left out: language filters, word
+filters and the conversion of HTML, which belong before training.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _SPEAKERS = {
     "assistant": "assistant",
     "system": "system",
 }
-_OTHER_BOTS = ("bing", "bard")  # in the published dumps; their conversations are not ChatGPT's
+_OTHER_BOTS = ("bing", "bard")  # speakers in the published dumps other than ChatGPT
 
 
 # --- Instructions -------------------------------------------------------------------------------
@@ -62,7 +62,7 @@ def format_alpaca(row: Row) -> Row:
 
 
 def format_self_instruct(row: Row) -> Row:
-    """Self-Instruct's tasks: `instruction` and one of `instances`, {input, output}; as Alpaca's."""
+    """Self-Instruct's tasks: `instruction` and one entry {input, output} in `instances`."""
     instances = row["instances"]
     if not isinstance(instances, list) or not all(isinstance(one, dict) for one in instances):
         raise bad_field("instances", f"got {show(instances)}", "expected [{input, output}]")
@@ -92,7 +92,7 @@ def format_dolly15k(row: Row) -> Row:
 
 
 def format_chatllama_actor(row: Row) -> Row:
-    """ChatLLaMA's actor file: `user_input` and `completion`, joined as they are."""
+    """ChatLLaMA's actor file: `user_input` and `completion`, joined unchanged."""
     canonical = {
         "prompt": as_prompt(row["user_input"], "user_input"),
         "completion": as_prompt(row["completion"], "completion"),
@@ -116,7 +116,7 @@ def tldr_prompt(post: Row) -> str:
 def format_tldr(row: Row) -> Row:
     """Reddit posts with their author's summary: `subreddit`, `title`, `post`, `summary`; as text.
 
-    The answer begins with a space: what follows "TL;DR:" is a token of its own then.
+    The answer begins with a space, so that no token reaches across "TL;DR:".
     """
     summary = as_text(row["summary"], "summary").strip()
     canonical = {"prompt": tldr_prompt(row), "completion": f" {summary}" if summary else ""}
@@ -130,7 +130,7 @@ def _cleaned(turns: list[Message]) -> list[Message]:
     """Make a conversation start with the user, end with the assistant and alternate.
 
     A turn that repeats the one before it is left out, and so are answers before the first question
-    and questions after the last answer. A system message may stand first.
+    and questions after the last answer. A system message may come first.
 
     Raises:
         DropRow: nothing is left, or the speakers do not alternate.
@@ -184,8 +184,8 @@ def format_sharegpt(row: Row) -> Row:
 def format_baize(row: Row) -> Row:
     """Baize's self-chats: `input`, one text with the tags [|Human|] and [|AI|]; `topic`.
 
-    What stands before the first tag (the preamble) is that of the `baize` template and is left
-    out, and so is the tag at the end, where the next question would follow.
+    The text before the first tag is left out because the `baize` template writes it, and so is the
+    tag at the end, where the next question would follow.
     """
     parts = re.split(r"\[\|(Human|AI)\|\]", as_text(row["input"], "input"))
     if len(parts) < 3:

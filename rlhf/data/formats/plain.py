@@ -1,4 +1,4 @@
-"""Plain formats: messages, prompt and completion, text."""
+"""Formats without a data set's name: messages, prompt and completion, text."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def format_messages(row: Row) -> Row:
 def _weighted(messages: list[Message], turns: list[Any], name: str) -> Row:
     """Leave loss on the answers whose weight is not 0, as OpenAI's fine-tuning has it.
 
-    A canonical row can say so where only the last answer has loss: as prompt and completion.
+    A canonical row, as prompt and completion, can express that only for the last answer.
     """
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     weights = {i: turns[i].get("weight") for i in answers}
@@ -66,5 +66,5 @@ def format_prompt_completion(row: Row) -> Row:
 
 
 def format_text(row: Row) -> Row:
-    """`text`, without prompt and response: what PPO-ptx trains on."""
+    """`text`, without prompt and response, for PPO-ptx."""
     return with_extras({"text": as_text(row["text"], "text")}, row, [])

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
 
 from rlhf.config import show
-from rlhf.data.formats.instructions import (
-    alpaca_prompt,
-    tldr_prompt,
-)
+from rlhf.data.formats.instructions import alpaca_prompt, tldr_prompt
 from rlhf.data.rows import (
     DropRow,
     Prompt,
@@ -21,13 +17,12 @@ from rlhf.data.rows import (
     as_prompt,
     as_text,
     bad_field,
+    prompt_key,
     ranks_of,
     ranks_of_probability,
     with_extras,
 )
 from rlhf.tokenizer import Message
-
-# --- Preferences --------------------------------------------------------------------------------
 
 
 def _user_prompt(value: Any, name: str) -> list[Message]:
@@ -39,7 +34,7 @@ def _user_prompt(value: Any, name: str) -> list[Message]:
 def _scored(row: Row, name: str, text: str, scores: list[str]) -> Row:
     """`responses`, `scores` and `ranks` from the list row[name] of {text, score}.
 
-    The score of all of them is the first of the fields `scores` that any of them has.
+    All are scored by the same field: the first of `scores` that any of them has.
     """
     items = row[name]
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
@@ -85,7 +80,7 @@ def format_hh_chosen(row: Row) -> Row:
 def format_ranked(row: Row) -> Row:
     """`prompt`, `responses`, and `ranks` (0 = best) or `scores` (higher is better), or both.
 
-    Of two responses, `probability` (that the first is preferred) may stand in place of ranks.
+    Two responses may have `probability` (that the first is preferred) in place of ranks.
     """
     if "ranks" in row:
         ranks = ranks_of([-rank for rank in as_numbers(row["ranks"], "ranks")])
@@ -103,7 +98,7 @@ def format_ranked(row: Row) -> Row:
 def format_ratings(row: Row) -> Row:
     """`prompt`, `responses`, `ratings` (higher is better, equal ones tie) and `scale` [low, high].
 
-    The ratings become the scores as they are. Without a scale any finite number is a rating.
+    The ratings become the scores, unchanged. Without a scale any finite number is a rating.
     """
     ratings = as_numbers(row["ratings"], "ratings")
     if "scale" in row:
@@ -126,10 +121,10 @@ def format_ratings(row: Row) -> Row:
 def format_pair(row: Row) -> Row:
     """`prompt`, `chosen`, `rejected`, each text or a conversation.
 
-    A conversation in `chosen` or `rejected` ends in the assistant's answer. What stands before it
-    is the prompt; a column `prompt` must then say the same, as a conversation or as its last turn.
+    A conversation in `chosen` or `rejected` ends with the assistant's answer. The turns before it
+    are the prompt; a column `prompt` must then be the same conversation, or its last turn.
     Optional: `margin`, `probability` (that `chosen` is preferred), `score_chosen` and
-    `score_rejected`; equal scores leave the preference as it is.
+    `score_rejected`; equal scores do not change the preference.
     """
     contexts, responses = [], []
     sides = [as_prompt(row[name], name) for name in ("chosen", "rejected")]
@@ -144,7 +139,7 @@ def format_pair(row: Row) -> Row:
     given = as_prompt(row["prompt"], "prompt") if "prompt" in row else prompt
     if contexts[0] and given not in (prompt, contexts[0][-1]["content"]):
         raise bad_field(
-            "prompt", "differs from what stands before the answer in 'chosen'", "remove one"
+            "prompt", "differs from the turns before the answer in 'chosen'", "remove one"
         )
     if isinstance(prompt, str) and isinstance(sides[0], list):
         prompt = [{"role": "user", "content": prompt}]
@@ -184,9 +179,9 @@ def format_alpaca_farm(row: Row) -> Row:
 def format_ultrafeedback(row: Row) -> Row:
     """UltraFeedback's `instruction` and `completions`, or its binarized pairs.
 
-    Of each completion `response` and `overall_score` are read, or where no completion of the row
-    has that, `fine-grained_score`. Binarized: see `format_pair`; the preference was read off
-    `score_chosen` and `score_rejected`, so equal scores are a tie.
+    The fields `response` and `overall_score` of a completion are read, or `fine-grained_score`
+    where no completion of the row has the latter. Binarized: see `format_pair`; the preference
+    comes from `score_chosen` and `score_rejected`, so equal scores are a tie.
     """
     if "completions" not in row:
         pair = format_pair(row)
@@ -199,8 +194,8 @@ def format_ultrafeedback(row: Row) -> Row:
 def format_stack_exchange(row: Row) -> Row:
     """StackExchange's `question` with `response_j` (preferred) and `response_k`, or with `answers`.
 
-    Of each answer `text` and `pm_score` are read (log2 of the votes, plus 1 if it was accepted).
-    Texts stay as they are: HTML is not converted.
+    The fields `text` and `pm_score` (log2 of the votes, plus 1 if it was accepted) of an answer are
+    read. HTML is not converted.
     """
     names = ["response_j", "response_k"]
     if "answers" in row:
@@ -215,9 +210,9 @@ def format_stack_exchange(row: Row) -> Row:
 def format_summarize_from_feedback(row: Row) -> Row:
     """OpenAI's comparisons of summaries: `info` (the post), two `summaries`, `choice` (0 or 1).
 
-    Prompt and answers have the shape of `format_tldr`. Posts without a subreddit (the CNN articles
-    of the validation split) are dropped. Other columns are left out: the published copies hold
-    every text once more, and its token ids.
+    Prompt and answers have the form of `format_tldr`. Posts without a subreddit (the CNN articles
+    of the validation split) are dropped. Other columns are left out: the published copies repeat
+    every text, with its token ids.
     """
     info, summaries = row["info"], row["summaries"]
     if not isinstance(info, dict):
@@ -238,7 +233,10 @@ def format_summarize_from_feedback(row: Row) -> Row:
 
 
 def format_chatllama_reward(row: Row) -> Row:
-    """ChatLLaMA's `user_input`, `completion`, `score`: a part of a ranking (see `GROUPED`)."""
+    """ChatLLaMA's `user_input`, `completion`, `score`: a part of a ranking.
+
+    `merge_by_prompt` joins the parts.
+    """
     fix = "score every completion (0 is a score), or remove the row"
     canonical = {
         "prompt": as_prompt(row["user_input"], "user_input"),
@@ -252,19 +250,18 @@ def format_chatllama_reward(row: Row) -> Row:
 def merge_by_prompt(rows: list[Row]) -> list[Row]:
     """Make one ranking of the scored responses of each prompt, in the order of the source.
 
-    Columns that are not canonical are those of the prompt's first row.
+    Other columns come from the prompt's first row.
     """
     merged: dict[str, Row] = {}
     for row in rows:
-        key = json.dumps(row["prompt"], sort_keys=True)
-        into = merged.setdefault(key, {**row, "responses": [], "scores": []})
+        into = merged.setdefault(prompt_key(row), {**row, "responses": [], "scores": []})
         into["responses"] += row["responses"]
         into["scores"] += row["scores"]
     return [{**row, "ranks": ranks_of(row["scores"])} for row in merged.values()]
 
 
 def _ranked_siblings(node: Row, before: list[Message]) -> list[Row]:
-    """One row for each user turn of a tree that has at least two ranked answers."""
+    """One row for each user turn of a tree with at least two ranked answers."""
     roles = {"prompter": "user", "assistant": "assistant"}
     fix = "expected {text, role: prompter or assistant, replies: a list of the same}"
     if not isinstance(node, dict):
@@ -278,26 +275,20 @@ def _ranked_siblings(node: Row, before: list[Message]) -> list[Row]:
     ranked = [reply for reply in replies if reply.get("rank") is not None]
     rows: list[Row] = []
     if role == "prompter" and len(ranked) > 1:
-        ranks = ranks_of(
-            [-as_number(r["rank"], "rank", "expected 0, the best, 1, ...") for r in ranked]
-        )
+        expected = "expected 0, the best, 1, ..."
+        ranks = ranks_of([-as_number(reply["rank"], "rank", expected) for reply in ranked])
         responses = [as_text(reply.get("text"), "text") for reply in ranked]
         rows.append({"prompt": path, "responses": responses, "ranks": ranks})
     return rows + [row for reply in replies for row in _ranked_siblings(reply, path)]
 
 
-def format_oasst(row: Row) -> Row:
+def format_oasst(row: Row) -> list[Row]:
     """OpenAssistant's trees: `prompt`, the first message, of {text, role, rank, replies}.
 
-    Every user turn with at least two ranked answers becomes one ranking (see `GROUPED`), with the
-    turns on the way to it as its prompt. Answers without a rank only lead to further turns.
+    Every user turn with at least two ranked answers becomes one ranking; its prompt is the path
+    from the root. Answers without a rank only lead to further turns.
     """
     rankings = _ranked_siblings(row["prompt"], [])
     if not rankings:
         raise DropRow("no turn with two ranked answers")
-    return {"prompt": rankings[0]["prompt"], "rankings": rankings}
-
-
-def split_rankings(rows: list[Row]) -> list[Row]:
-    """Return the rankings of all trees, in the order of the source."""
-    return [ranking for row in rows for ranking in row["rankings"]]
+    return rankings
