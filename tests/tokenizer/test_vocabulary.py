@@ -100,7 +100,8 @@ def test_key_token_that_splits_into_several_ids_is_refused_with_the_fix(tmp_path
         load_tokenizer(config)
     assert str(error.value) == (
         f"model.{name}='END' must be one id at every place in a text, but the tokenizer of "
-        f"{tmp_path} splits it into 3 ids, {ids}; add it to model.special_tokens: model.special_tokens=['END']"
+        f"{tmp_path} splits it into 3 ids, {ids}; add it to model.special_tokens: "
+        "model.special_tokens=['END']"
     )
     config.special_tokens = ["END"]
     assert getattr(load_tokenizer(config), f"{name}_id") == VOCAB
