@@ -72,6 +72,11 @@ def _cell(value: Any) -> str:
     return str(value)
 
 
+def interval_text(mean: float, low: float, high: float, digits: str = ".3g", sign: str = "") -> str:
+    """Write a mean with its interval: "0.75 [0.7, 0.8]"; `sign="+"` shows the sign of the mean."""
+    return f"{mean:{sign}{digits}} [{low:{digits}}, {high:{digits}}]"
+
+
 def quiet_libraries() -> None:
     """Silence the progress bars, load reports and deprecations of the libraries; the stages report
     what matters themselves."""

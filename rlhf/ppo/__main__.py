@@ -12,7 +12,7 @@ def run(config: PPOStageConfig) -> int | None:
     Returns:
         Number of the signal that interrupted training, if one did.
     """
-    from rlhf.ppo.preflight.preflight import PreflightFailed
+    from rlhf.ppo.preflight import PreflightFailed
     from rlhf.ppo.stage import train_ppo
 
     try:

@@ -23,7 +23,7 @@ from rlhf.checkpoint import (
     write_stage,
 )
 from rlhf.config import InputError, PPOStageConfig
-from rlhf.console import progress_bar, say, table, warn
+from rlhf.console import interval_text, progress_bar, say, table, warn
 from rlhf.data import Splits
 from rlhf.metrics import MetricsWriter
 from rlhf.models import merged
@@ -291,5 +291,4 @@ class Run:
 def _with_interval(metrics: dict[str, float], name: str) -> str:
     if name not in metrics:
         return "-"
-    low, high = metrics[f"{name}_low"], metrics[f"{name}_high"]
-    return f"{metrics[name]:.3g} [{low:.3g}, {high:.3g}]"
+    return interval_text(metrics[name], metrics[f"{name}_low"], metrics[f"{name}_high"])

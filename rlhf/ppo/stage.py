@@ -22,7 +22,7 @@ from rlhf.ppo.actors import (
 )
 from rlhf.ppo.evaluation import Evaluator
 from rlhf.ppo.loop import PPOResult, Run
-from rlhf.ppo.preflight.preflight import run_preflight
+from rlhf.ppo.preflight import run_preflight
 from rlhf.ppo.prompts import choose_prompts
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.sampling import context_length

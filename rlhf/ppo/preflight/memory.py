@@ -1,17 +1,16 @@
-"""Memory of a PPO run: what it will need, what there is, and one step at the longest length.
+"""Memory of a PPO run: what it will need, and what there is.
 
-Weights, gradients and Adam states are counted, so exact. Activations are measured: what autograd
-keeps of one and of two rows at the longest length, extended to a micro-batch. Left out, so that the
-estimate is a little low: temporaries inside operations, what gradient checkpointing recomputes, a
-Python scorer's own memory, and what the libraries take. `measure_step` sees all of that.
+Weights, gradients and Adam states are counted, so they are exact. Activations are measured: what
+autograd keeps of one and of two rows at the longest length, extended to a micro-batch. Left out, so
+that the estimate is a little low: temporaries inside operations, what gradient checkpointing
+recomputes, a Python scorer's own memory, and what the libraries take. `longest_step` measures a
+step with all of that.
 """
 
 from __future__ import annotations
 
-import itertools
-import time
+import os
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,15 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from rlhf.config import PPOStageConfig
+from rlhf.console import table
 from rlhf.models import inference_mode, prefill_inputs, unwrap_peft
+from rlhf.ppo.preflight.findings import FAIL, OK, WARN, Finding
 from rlhf.ppo.rollout import Rollout, critic_values, policy_logprobs
 from rlhf.ppo.trainer import PPOTrainer
-from rlhf.ppo.update import text_loss
 from rlhf.scorers import Scorer, reward_models
 
-# of one number of the vocabulary while sampling: logits and log-probs in float32, and three float64
+FULL = 0.85  # share of the memory beyond which a run is at risk
+# while sampling, for each number of the vocabulary: logits and log-probs in float32, three float64
 SAMPLER_BYTES = 2 * 4 + 3 * 8
 
 
@@ -46,7 +47,7 @@ class MemoryEstimate:
     """Bytes that a run needs on this process.
 
     Attributes:
-        models: policy, reference, critic and reward models (together), those that there are.
+        models: policy, reference, critic and reward models (together), if the run has them.
         sampling: key-value cache and logits of one batch of the rollout, at full length.
     """
 
@@ -58,13 +59,12 @@ class MemoryEstimate:
         return sum(getattr(model, name) for model in self.models.values() for name in names)
 
     def largest(self) -> dict[str, int]:
-        """Parts of the moment that needs most: an optimiser step or the rollout; policy and critic
-        step one after the other."""
-        activations = max(model.activations for model in self.models.values())
+        """Parts of the moment that needs most: an optimiser step, or the rollout."""
         step = {
             "weights": self.sum("weights"),
             "gradients and Adam states": self.sum("gradients", "adam"),
-            "activations": activations,
+            # policy and critic step one after the other
+            "activations": max(model.activations for model in self.models.values()),
         }
         rollout = {
             "weights": self.sum("weights"),
@@ -79,21 +79,79 @@ class MemoryEstimate:
         return sum(self.largest().values())
 
 
-@dataclass
-class Step:
-    """What one forward and backward pass of policy and critic took, on the slowest process.
+# --- Judging the estimate -------------------------------------------------------------------------
 
-    Attributes:
-        rise: bytes above what was in use before; None where the system does not tell.
-        problem: "out of memory", "not finite", or empty.
+
+def examine_memory(estimate: MemoryEstimate, room: int, config: PPOStageConfig) -> Finding:
+    """Compare the estimate with what the device has.
+
+    Args:
+        room: bytes that this process can have in all, including the models it has loaded.
     """
+    share = estimate.total / room
+    unit, divisor = _unit(estimate.total)
+    columns = ("weights", "gradients", "adam", "activations")
+    rows = [
+        (name, *(round(getattr(model, column) / divisor, 1) for column in columns))
+        for name, model in estimate.models.items()
+    ]
+    details = table(rows, (unit, "weights", "gradients", "Adam", "activations"))
+    text = (
+        f"about {size_text(estimate.total)} of {size_text(room)} ({share:.0%}), of which sampling "
+        f"may take {size_text(estimate.sampling)}"
+    )
+    status = judge_share(share)
+    return Finding("memory", status, text, remedy(estimate, config, status), details)
 
-    seconds: float
-    rise: int | None
-    problem: str
+
+def judge_share(share: float) -> str:
+    """Turn a share of the memory into the status of a finding."""
+    return FAIL if share > 1 else WARN if share > FULL else OK
 
 
-# --- Estimate -----------------------------------------------------------------------------------
+def _unit(num_bytes: float) -> tuple[str, int]:
+    return ("GiB", 2**30) if num_bytes >= 2**30 else ("MiB", 2**20)
+
+
+def size_text(num_bytes: float) -> str:
+    """Write bytes as MiB or GiB."""
+    unit, divisor = _unit(num_bytes)
+    return f"{num_bytes / divisor:.1f} {unit}"
+
+
+def remedy(estimate: MemoryEstimate, config: PPOStageConfig, status: str = FAIL) -> str:
+    """Name the settings that shrink the largest part that a setting can shrink; empty when ok."""
+    if status == OK:
+        return ""
+    ppo, model, lora = config.ppo, config.model, config.peft.enabled
+    half = {name: getattr(ppo, name) // 2 for name in ("micro_batch_size", "rollout_batch_size")}
+    settings = {
+        "weights": {
+            "peft=lora": not lora,  # the reference is then the policy with its adapters off
+            # the adapters stay in float32
+            "model.dtype=bfloat16": lora and model.dtype in ("auto", "float32"),
+            "model.quantization=4bit": lora and model.quantization is None,
+        },
+        "gradients and Adam states": {"peft=lora": not lora},
+        "activations": {
+            f"ppo.micro_batch_size={half['micro_batch_size']}": half["micro_batch_size"] > 0,
+            "model.gradient_checkpointing=true": not model.gradient_checkpointing,
+        },
+        "the rollout's cache": {
+            f"ppo.rollout_batch_size={half['rollout_batch_size']}": half["rollout_batch_size"] > 0
+        },
+    }
+    parts = estimate.largest()
+    for name in sorted(parts, key=lambda name: -parts[name]):
+        helpful = [setting for setting, helps in settings[name].items() if helps]
+        if helpful:
+            return (
+                f"most of the memory that settings can save is {name}: set {' or '.join(helpful)}"
+            )
+    return "take a smaller model, or lower ppo.max_prompt_length or ppo.response_length"
+
+
+# --- Estimating -----------------------------------------------------------------------------------
 
 
 def estimate_memory(
@@ -107,17 +165,18 @@ def estimate_memory(
     """
     actors, sampling = trainer.actors, trainer.settings.sampling
     distributed = trainer.accelerator.num_processes > 1
+
+    def read_policy(rows: Rollout) -> int:
+        _, logits = policy_logprobs(actors.policy, rows, sampling)
+        # the backward pass has their gradient twice: before and after forbidden ids are masked
+        return 2 * logits.nbytes
+
+    def read_critic(rows: Rollout) -> int:
+        critic_values(actors.critic, rows)
+        return 0
+
     policy = model_memory(actors.policy, distributed)
     policy.weights += sum(t.nbytes for t in (trainer.optimization.averages or {}).values())
-
-    def read_policy(rows: Rollout) -> tuple[Tensor, int]:
-        logprobs, logits = policy_logprobs(actors.policy, rows, sampling)
-        # on the way back: the gradient of the logits, before and after forbidden ids are masked
-        return logprobs, 2 * logits.nbytes
-
-    def read_critic(rows: Rollout) -> tuple[Tensor, int]:
-        return critic_values(actors.critic, rows), 0
-
     policy.activations = activation_bytes(read_policy, actors.policy, part)
     models = {"policy": policy}
     if actors.reference is not None:
@@ -125,8 +184,8 @@ def estimate_memory(
     if actors.critic is not None:
         models["critic"] = model_memory(actors.critic, distributed)
         models["critic"].activations = activation_bytes(read_critic, actors.critic, part)
-    judges = [actors.scorer] if independent is None else [actors.scorer, independent]
-    weights = [model_memory(m.model).weights for judge in judges for m in reward_models(judge)]
+    scorers = [actors.scorer] if independent is None else [actors.scorer, independent]
+    weights = [model_memory(m.model).weights for scorer in scorers for m in reward_models(scorer)]
     if weights:
         models["reward models"] = ModelMemory(sum(weights))
     ppo = trainer.config.ppo
@@ -137,14 +196,14 @@ def estimate_memory(
 
 
 def model_memory(model: Any, distributed: bool = False) -> ModelMemory:
-    """Count weights, gradients and Adam states (two moments; not the step counters).
+    """Count weights, gradients and Adam states (two moments, without the step counters).
 
-    What `model.quantization` has packed counts as it stands in memory: 1 byte a number with 8bit
-    (its scales, one a row, are left out), half a byte with 4bit and a float32 scale to each 64
-    numbers, 0.5625 together.
+    Weights that `model.quantization` has packed count at their packed size. 8bit: 1 byte a number,
+    without the scales (one a row). 4bit: half a byte and a float32 scale for each 64 numbers,
+    0.5625 bytes together.
 
     Args:
-        distributed: gradients stand a second time in the buckets of DistributedDataParallel.
+        distributed: the buckets of DistributedDataParallel hold the gradients a second time.
     """
     weights = sum(p.nbytes for p in model.parameters())
     packed = (getattr(p, "quant_state", None) for p in model.parameters())
@@ -153,13 +212,11 @@ def model_memory(model: Any, distributed: bool = False) -> ModelMemory:
     return ModelMemory(weights, trained * (1 + distributed), 2 * trained)
 
 
-def activation_bytes(
-    read: Callable[[Rollout], tuple[Tensor, int]], model: Any, part: Rollout
-) -> int:
+def activation_bytes(read: Callable[[Rollout], int], model: Any, part: Rollout) -> int:
     """Bytes that a forward pass keeps for the backward pass of a micro-batch.
 
     Args:
-        read: forward pass; returns its result and the bytes that its backward pass takes besides.
+        read: a forward pass; returns the further bytes that its backward pass takes.
         part: rows of equal length, of which two are read.
     """
 
@@ -171,8 +228,8 @@ def activation_bytes(
     return one if len(part) == 1 else one + (len(part) - 1) * (kept(2) - one)
 
 
-def saved_bytes(read: Callable[[], tuple[Tensor, int]], parameters: Iterable[Tensor]) -> int:
-    """Bytes of the tensors that autograd saves during `read`, parameters apart, plus those that it
+def saved_bytes(read: Callable[[], int], parameters: Iterable[Tensor]) -> int:
+    """Bytes of the tensors that autograd saves during `read`, without parameters, plus what it
     returns."""
     own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
     saved: dict[int, int] = {}
@@ -184,8 +241,8 @@ def saved_bytes(read: Callable[[], tuple[Tensor, int]], parameters: Iterable[Ten
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        _, besides = read()
-    return sum(saved.values()) + besides
+        further = read()
+    return sum(saved.values()) + further
 
 
 @torch.no_grad()
@@ -201,163 +258,28 @@ def cache_bytes_per_token(model: Any, part: Rollout) -> int:
     return -(-kept // ids.shape[1])
 
 
+# --- What there is --------------------------------------------------------------------------------
+
+
 def free_bytes(device: torch.device) -> int:
     """Memory that this process can still get: of its GPU, else of this machine's RAM."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    return _read_kilobytes("/proc/meminfo", "MemAvailable") or _physical_memory()
+    available = read_kilobytes("/proc/meminfo", "MemAvailable")
+    return available or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def remedy(estimate: MemoryEstimate, config: PPOStageConfig) -> str:
-    """Name the knobs that shrink the largest part that a knob can shrink."""
-    ppo, lora = config.ppo, config.peft.enabled
-    knobs = {
-        "weights": [] if lora else ["peft=lora"],  # the reference is the policy, adapters off
-        "gradients and Adam states": [] if lora else ["peft=lora"],
-        "activations": [],
-        "the rollout's cache": [],
-    }
-    if lora and config.model.dtype in ("auto", "float32"):
-        knobs["weights"].append("model.dtype=bfloat16")  # the adapters stay in float32
-    if lora and config.model.quantization is None:
-        knobs["weights"].append("model.quantization=4bit")
-    if ppo.micro_batch_size > 1:
-        knobs["activations"].append(f"ppo.micro_batch_size={ppo.micro_batch_size // 2}")
-    if not config.model.gradient_checkpointing:
-        knobs["activations"].append("model.gradient_checkpointing=true")
-    if ppo.rollout_batch_size > 1:
-        knobs["the rollout's cache"].append(f"ppo.rollout_batch_size={ppo.rollout_batch_size // 2}")
-    parts = estimate.largest()
-    for name in sorted(parts, key=lambda name: -parts[name]):
-        if knobs[name]:
-            return f"most of what can be saved are {name}: set {' or '.join(knobs[name])}"
-    return "take a smaller model, or lower ppo.max_prompt_length or ppo.response_length"
-
-
-# --- Measurement --------------------------------------------------------------------------------
-
-
-def longest_micro_batch(trainer: PPOTrainer) -> Rollout:
-    """Build the largest micro-batch that training can meet on a process: the longest prompt, and
-    responses that use the whole budget."""
-    ppo, sampling = trainer.config.ppo, trainer.settings.sampling
-    device, processes = trainer.accelerator.device, trainer.accelerator.num_processes
-    num_rows = min(ppo.micro_batch_size, ppo.batch_size // ppo.num_mini_batches // processes)
-    prompt = max((p["input_ids"] for p in trainer.prompts), key=len)
-    prompt_ids = torch.tensor([prompt] * num_rows, device=device)
-    forbidden = set(sampling.forbidden.tolist())
-    token = next(i for i in itertools.count() if i not in forbidden)
-    response_ids = torch.full((num_rows, sampling.max_new_tokens), token, device=device)
-    zeros = torch.zeros(response_ids.shape, device=device)
-    return Rollout(
-        prompt_ids=prompt_ids,
-        prompt_mask=torch.ones_like(prompt_ids, dtype=torch.bool),
-        response_ids=response_ids,
-        response_mask=torch.ones_like(response_ids, dtype=torch.bool),
-        loss_mask=torch.ones_like(response_ids, dtype=torch.bool),
-        finished=torch.zeros(num_rows, dtype=torch.bool, device=device),
-        sampler_logprobs=zeros,
-        logprobs=zeros,
-        ref_logprobs=zeros,
-        values=zeros,
-        scores=zeros[:, 0],
-        dense_rewards=zeros,
-        component_scores=zeros[:, :0],
-        cut=torch.zeros(num_rows, dtype=torch.bool, device=device),
-        advantages=zeros + 1.0,
-        returns=zeros,
-    )
-
-
-def measure_step(trainer: PPOTrainer, part: Rollout) -> Step:
-    """Make one forward and backward pass of policy and critic; weights stay, gradients are dropped.
-
-    Only the result is exchanged between processes: one that runs out of memory leaves no other
-    waiting.
-    """
-    accelerator, device = trainer.accelerator, trainer.accelerator.device
-    before = _reset_peak(device)
-    began, problem = time.perf_counter(), 0
-    try:
-        problem = 0 if _forward_and_backward(trainer, part) else 1
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        problem = 2
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    peak = _peak(device)
-    rise = -1 if before is None or peak is None else max(0, peak - before)
-    seconds = time.perf_counter() - began
-    for optimizer in trainer.optimization.optimizers.values():
-        optimizer.zero_grad(set_to_none=True)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    mine = torch.tensor([[seconds, rise, problem]], dtype=torch.float64, device=device)
-    seconds, rise, problem = accelerator.gather(mine).max(dim=0).values.tolist()
-    problems = ("", "not finite", "out of memory")
-    return Step(seconds, None if rise < 0 else int(rise), problems[int(problem)])
-
-
-def _forward_and_backward(trainer: PPOTrainer, part: Rollout) -> bool:
-    """Do what one micro-batch of an update does; False if a loss is not finite."""
-    optimization, accelerator = trainer.optimization, trainer.accelerator
-    optimization.kl_coef = trainer.kl_coef
-    with torch.no_grad():
-        part.logprobs, _ = policy_logprobs(
-            trainer.actors.policy, part, trainer.settings.sampling
-        )  # ratios of 1, as in training
-    part.ref_logprobs = part.logprobs
-    denominator = float(part.loss_mask.sum())
-    losses = []
-    with ExitStack() as stack:
-        for model in (optimization.policy, optimization.critic):
-            if model is not None:
-                stack.enter_context(accelerator.no_sync(model))
-        if optimization.has_critic:
-            losses.append(optimization.critic_backward(part, denominator)["value_loss"])
-        losses.append(optimization.policy_backward(part, denominator)["policy_loss"])
-        if optimization.texts:
-            texts = sorted(optimization.texts, key=len)[-trainer.config.ppo.micro_batch_size :]
-            loss = text_loss(optimization.policy, texts, denominator)
-            accelerator.backward(trainer.config.ptx.coef * loss)
-            losses.append(loss.detach())
-    return all(bool(loss.isfinite()) for loss in losses)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """True for what torch and Python raise where memory ends."""
-    # the CPU allocator raises a plain RuntimeError
-    kinds = (torch.OutOfMemoryError, MemoryError)
-    return isinstance(error, kinds) or "DefaultCPUAllocator" in str(error)
-
-
-def _reset_peak(device: torch.device) -> int | None:
-    """Start measuring the highest use; return the use now."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    with suppress(OSError):  # refused in some containers: the peak is then that since the start
-        Path("/proc/self/clear_refs").write_text("5")
-    return _read_kilobytes("/proc/self/status", "VmRSS")
-
-
-def _peak(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return _read_kilobytes("/proc/self/status", "VmHWM")
-
-
-def _read_kilobytes(file: str, name: str) -> int | None:
-    """Bytes under a name in a file of /proc; None where there is none, as on macOS."""
+def read_kilobytes(file: str, name: str) -> int | None:
+    """Bytes under a name in a file of /proc; None where there is no such file, as on macOS."""
     path = Path(file)
     lines = path.read_text().splitlines() if path.is_file() else []
     found = [line.split()[1] for line in lines if line.startswith(f"{name}:")]
     return int(found[0]) * 1024 if found else None
 
 
-def _physical_memory() -> int:
-    import os
-
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for the exceptions that torch and Python raise when memory ends."""
+    # the CPU allocator raises a plain RuntimeError
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or "DefaultCPUAllocator" in str(error)

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from rlhf.config import DatasetConfig, InputError
+from rlhf.console import interval_text
 from rlhf.reward.report.measures import Row, find_mistakes, measure
 
 LENGTH_DRIVEN = 0.6
@@ -112,4 +113,5 @@ def judge(report: dict[str, Any]) -> list[str]:
 
 
 def _interval(piece: dict[str, float]) -> str:
-    return f"{piece['accuracy']:.3f} [{piece['accuracy_low']:.3f}, {piece['accuracy_high']:.3f}]"
+    ends = piece["accuracy_low"], piece["accuracy_high"]
+    return interval_text(piece["accuracy"], *ends, digits=".3f")

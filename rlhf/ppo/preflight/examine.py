@@ -1,0 +1,146 @@
+"""The preflight in order: memory, the longest step, the policy's samples, the scorer.
+
+Every examination uses the models, data, scorer and device of the run itself, and names the setting
+that helps. A FAIL stops the run; a WARN does not. Weights, gradients, optimisers and random numbers
+are restored: a run trains the same with the preflight and without.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list
+
+from rlhf.config import InputError
+from rlhf.console import say
+from rlhf.ppo.preflight.findings import FAIL, Finding, bottom_line, lay_out
+from rlhf.ppo.preflight.longest_step import (
+    examine_longest_step,
+    longest_micro_batch,
+    measure_step,
+)
+from rlhf.ppo.preflight.memory import (
+    estimate_memory,
+    examine_memory,
+    free_bytes,
+    is_out_of_memory,
+)
+from rlhf.ppo.preflight.samples import NUM_SAMPLES, examine_policy, sample_policy
+from rlhf.ppo.preflight.scoring import examine_scoring
+from rlhf.ppo.trainer import PPOTrainer
+from rlhf.scorers import Scorer
+
+NUM_PROMPTS = 16
+
+
+class PreflightFailed(InputError):
+    """At least one examination failed; the findings have been printed."""
+
+
+def run_preflight(
+    trainer: PPOTrainer,
+    heldout: Sequence[dict[str, Any]],
+    independent: Scorer | None = None,
+) -> list[Finding]:
+    """Examine everything, and print what was found.
+
+    Args:
+        trainer: before its first step.
+        heldout: encoded prompts; if empty, training prompts are used.
+        independent: the scorer of `evaluation.scorer`.
+
+    Returns:
+        The findings, the same on every process.
+
+    Raises:
+        PreflightFailed: names what failed and the remedies, on every process.
+    """
+    began = time.perf_counter()
+    prompts = list(heldout or trainer.prompts)[:NUM_PROMPTS]
+    with _random_state_kept(trainer.accelerator.device):
+        findings = [_examine_all(trainer, prompts, independent)]
+    broadcast_object_list(findings)  # those of the main process
+    kind = "held-out" if heldout else "training"
+    say(f"preflight: {NUM_SAMPLES} responses to each of {len(prompts)} {kind} prompts")
+    say(lay_out(findings[0]))
+    say(f"preflight: {bottom_line(findings[0])} ({time.perf_counter() - began:.1f} s)")
+    failed = [finding for finding in findings[0] if finding.status == FAIL]
+    if failed:
+        problems = "\n".join(f"  {f.name}: {f.text}; {f.remedy}" for f in failed)
+        raise PreflightFailed(
+            f"preflight failed, nothing was trained:\n{problems}\n"
+            "preflight=false trains nevertheless"
+        )
+    return findings[0]
+
+
+def _examine_all(
+    trainer: PPOTrainer, prompts: list[dict[str, Any]], independent: Scorer | None
+) -> list[Finding]:
+    """All findings on the main process; on the others, those of the device."""
+    config, accelerator = trainer.config, trainer.accelerator
+    findings: list[Finding] = []
+    samples = None
+    fix = "set model.gradient_checkpointing=true or peft=lora"
+    with _out_of_memory_found(findings, "memory", fix, accelerator.num_processes):
+        findings += _examine_device(trainer, independent)
+    fix = f"set ppo.rollout_batch_size={max(1, config.ppo.rollout_batch_size // 2)}"
+    with _out_of_memory_found(findings, "sampling", fix, accelerator.num_processes):
+        samples = sample_policy(trainer, prompts)
+        if accelerator.is_main_process:
+            findings += examine_policy(trainer, samples)
+    fix = f"set scorer.batch_size={max(1, config.scorer.batch_size // 2)}"
+    with _out_of_memory_found(findings, "scorer", fix, accelerator.num_processes):
+        if samples is not None and accelerator.is_main_process:
+            findings += examine_scoring(trainer, samples, independent)
+    return findings
+
+
+def _examine_device(trainer: PPOTrainer, independent: Scorer | None) -> list[Finding]:
+    """Examine whether the run fits; every process makes the same exchanges."""
+    config, device = trainer.config, trainer.accelerator.device
+    part = longest_micro_batch(trainer)
+    free = free_bytes(device)
+    if device.type == "cpu":  # shared by the processes of this machine
+        free //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    free = int(trainer.accelerator.gather(torch.tensor([free], device=device)).min())
+    estimate = estimate_memory(trainer, part, independent)
+    findings = [examine_memory(estimate, free + estimate.sum("weights"), config)]
+    if findings[0].status != FAIL:  # a system without swap kills the process rather than say no
+        step = measure_step(trainer, part)
+        findings.append(examine_longest_step(step, estimate, free, part, config))
+    return findings
+
+
+@contextmanager
+def _random_state_kept(device: torch.device) -> Iterator[None]:
+    """Restore every global random generator afterwards: a scorer may draw from any."""
+    python, arrays = random.getstate(), np.random.get_state()
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)
+
+
+@contextmanager
+def _out_of_memory_found(
+    findings: list[Finding], name: str, fix: str, num_processes: int
+) -> Iterator[None]:
+    """Turn running out of memory into a finding."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # with several processes it must end the job: the others wait for this one
+        if not is_out_of_memory(error) or num_processes > 1:
+            raise
+        findings.append(Finding(name, FAIL, "out of memory", fix))

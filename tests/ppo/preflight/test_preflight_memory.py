@@ -1,0 +1,270 @@
+"""The preflight of memory: the estimate, its remedies, and the longest step.
+
+Run: python -m pytest tests/ppo/preflight/test_preflight_memory.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers.preflight import (
+    letters,
+    look,
+    scored_by,
+)
+from helpers.tiny import tiny_model, tiny_tokenizer
+from helpers.tiny_ppo import make_config, make_trainer
+
+from rlhf.config import PeftConfig, ScorerConfig
+from rlhf.functional import token_entropy
+from rlhf.models import disable_dropout, init_reward_model
+from rlhf.ppo.preflight import examine
+from rlhf.ppo.preflight.longest_step import examine_longest_step, longest_micro_batch, measure_step
+from rlhf.ppo.preflight.memory import (
+    MemoryEstimate,
+    ModelMemory,
+    cache_bytes_per_token,
+    estimate_memory,
+    examine_memory,
+    model_memory,
+)
+from rlhf.ppo.rollout import policy_logprobs
+from rlhf.scorers import load_scorer
+
+
+def nbytes(tensors):
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_weights_gradients_and_adam_states_are_counted_exactly(policy_dir, tmp_path, lora):
+    config = make_config(policy_dir, tmp_path, ema_decay=None if lora else 0.9)
+    config.peft = PeftConfig(enabled=lora, r=4)
+    trainer = make_trainer(config, tmp_path)
+    estimate = estimate_memory(trainer, longest_micro_batch(trainer))
+    rollout = trainer.collect()
+    trainer.estimate_advantages(rollout, trainer.shape_rewards(rollout)[1])
+    optimization = trainer.optimization
+    optimization.accumulate(rollout, torch.arange(8))
+    assert set(estimate.models) == {"policy", "critic"} | (set() if lora else {"reference"})
+    for name in ("policy", "critic"):
+        model, memory = getattr(trainer.actors, name), estimate.models[name]
+        storages = {p.untyped_storage().data_ptr(): p for p in model.parameters()}.values()
+        averages = (optimization.averages or {}).values() if name == "policy" else ()
+        assert memory.weights == nbytes(storages) + nbytes(averages)
+        assert memory.gradients == nbytes(p.grad for p in model.parameters() if p.grad is not None)
+        optimization.optimizers[name].step()
+        states = optimization.optimizers[name].state.values()
+        moments = (t for state in states for key, t in state.items() if key != "step")
+        assert memory.adam == nbytes(moments) > 0
+    if not lora:
+        reference = estimate.models["reference"]
+        assert reference == ModelMemory(weights=nbytes(trainer.actors.reference.parameters()))
+
+
+def test_reward_models_that_score_and_judge_are_counted(policy_dir, tmp_path):
+    trainer = make_trainer(make_config(policy_dir, tmp_path), tmp_path)
+    model = init_reward_model(trainer.config.model, trainer.actors.tokenizer, seed=0)
+    model.save_pretrained(tmp_path / "reward")
+    trainer.actors.tokenizer.save_pretrained(tmp_path / "reward")
+    trainer.actors.scorer = load_scorer(ScorerConfig(str(tmp_path / "reward"), normalize="none"))
+    part, weights = longest_micro_batch(trainer), nbytes(trainer.actors.scorer.model.parameters())
+    for independent, number in ((None, 1), (letters, 1), (trainer.actors.scorer, 2)):
+        estimate = estimate_memory(trainer, part, independent)
+        assert estimate.models["reward models"] == ModelMemory(number * weights)
+
+
+def test_gradients_stand_twice_where_processes_exchange_them(policy_dir, tmp_path):
+    model = tiny_model("llama", tiny_tokenizer())
+    alone, together = model_memory(model), model_memory(model, distributed=True)
+    assert together.gradients == 2 * alone.gradients == 2 * nbytes(model.parameters())
+    assert (together.weights, together.adam) == (alone.weights, alone.adam)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "per_number"),
+    [
+        ({"load_in_8bit": True}, 1.0),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, 0.5 + 4 / 64),
+    ],
+    ids=["8bit", "4bit"],
+)
+def test_quantised_layers_count_as_they_are_packed_by_hand(tmp_path, knobs, per_number):
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    tiny_model("llama", tiny_tokenizer()).save_pretrained(tmp_path)
+    quantised = BitsAndBytesConfig(**knobs)
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=quantised, dtype=torch.float32
+    )
+    blocks = 2 * (4 * 32 * 32 + 3 * 32 * 64)  # attention and MLP of two layers
+    others = 2 * 320 * 32 + 5 * 32  # embeddings and head; norms: in float32
+    assert model_memory(model).weights == blocks * per_number + others * 4
+
+
+def most_allocated(function):
+    """Bytes that a function holds at most at once, by torch's own record of its allocations."""
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(profile_memory=True, activities=kinds) as profile:
+        function()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
+    return int(held.max())
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_activations_are_estimated_within_a_tenth(policy_dir, tmp_path, family, attention):
+    trainer = make_trainer(make_config(policy_dir, tmp_path, micro_batch_size=4), tmp_path)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "max_position_embeddings": 256}
+    model = tiny_model(family, trainer.actors.tokenizer, vocab_size=2000, **sizes)
+    model.set_attn_implementation(attention)
+    disable_dropout(model)
+    trainer.actors.policy = model
+    trainer.settings = dataclasses.replace(
+        trainer.settings, sampling=dataclasses.replace(trainer.settings.sampling, max_new_tokens=96)
+    )
+    part = longest_micro_batch(trainer)
+
+    def step():
+        logprobs, logits = policy_logprobs(model, part, trainer.settings.sampling)
+        with torch.no_grad():
+            token_entropy(logits)
+        logprobs.sum().backward()
+
+    step()  # gradients stand from here on
+    assert len(part) == 4
+    estimate = estimate_memory(trainer, part).models["policy"].activations
+    actual = most_allocated(step)
+    assert 0.9 < estimate / actual <= 1.02, (estimate, actual)
+
+
+def test_cache_is_two_tensors_a_layer(policy_dir, tmp_path):
+    part = longest_micro_batch(make_trainer(make_config(policy_dir, tmp_path), tmp_path))
+    layers, heads, head_size = 2, 2, 8
+    model = tiny_model("llama", tiny_tokenizer(), num_key_value_heads=heads)
+    assert cache_bytes_per_token(model, part) == 2 * layers * heads * head_size * 4
+    model.gradient_checkpointing_enable()
+    disable_dropout(model)  # its layers train from here on, and training layers keep no cache
+    assert cache_bytes_per_token(model, part) == 2 * layers * heads * head_size * 4
+
+
+def test_the_step_uses_the_longest_prompt_and_the_whole_budget(policy_dir, tmp_path):
+    trainer = make_trainer(make_config(policy_dir, tmp_path), tmp_path)
+    part = longest_micro_batch(trainer)
+    longest = max(len(p["input_ids"]) for p in trainer.prompts)
+    assert part.sequence_ids.shape == (3, longest + 12) and part.sequence_mask.all()
+    trainer.config.ppo.micro_batch_size = 64  # of 8 / 2 sequences in a minibatch
+    assert len(longest_micro_batch(trainer)) == 4
+    step = measure_step(trainer, part)
+    assert step.problem == "" and step.seconds > 0 and step.rise is not None
+
+
+def estimate_of(weights=0, adam=0, activations=0, sampling=0):
+    """One model of that many bytes, without gradients."""
+    return MemoryEstimate({"policy": ModelMemory(weights, 0, adam, activations)}, sampling)
+
+
+REMEDIES = [
+    ({"weights": 100, "adam": 300}, {}, "gradients and Adam states: set peft=lora"),
+    (
+        {"weights": 300, "adam": 10},
+        {"lora": True},
+        "weights: set model.dtype=bfloat16 or model.quantization=4bit",
+    ),
+    (
+        {"weights": 300, "adam": 10},
+        {"lora": True, "dtype": "bfloat16"},
+        "weights: set model.quantization=4bit",
+    ),
+    ({"activations": 300, "adam": 10}, {}, "set ppo.micro_batch_size=1 or model.gradient_check"),
+    (
+        {"activations": 300, "adam": 10},
+        {"micro_batch_size": 1},
+        "activations: set model.gradient_checkpointing=true",
+    ),
+    ({"sampling": 300, "adam": 10}, {}, "the rollout's cache: set ppo.rollout_batch_size=32"),
+    (
+        {"activations": 300, "weights": 20},
+        {"micro_batch_size": 1, "checkpointing": True},
+        "weights: set peft=lora",
+    ),
+    (
+        {"activations": 300, "weights": 20},
+        {
+            "micro_batch_size": 1,
+            "checkpointing": True,
+            "lora": True,
+            "dtype": "bfloat16",
+            "quantization": "4bit",
+        },
+        "take a smaller model",
+    ),
+]
+
+
+@pytest.mark.parametrize(("sizes", "knobs", "remedy"), REMEDIES)
+def test_too_little_memory_names_the_knob_of_the_largest_part(
+    policy_dir, tmp_path, sizes, knobs, remedy
+):
+    config = make_config(policy_dir, tmp_path, micro_batch_size=knobs.get("micro_batch_size", 3))
+    config.peft = PeftConfig(enabled=knobs.get("lora", False))
+    config.model.gradient_checkpointing = knobs.get("checkpointing", False)
+    config.model.dtype = knobs.get("dtype", "float32")
+    config.model.quantization = knobs.get("quantization")
+    estimate = estimate_of(**sizes)
+    assert estimate.total == sum(sizes.values())
+    for room, status in ((1.01, "WARN"), (0.99, "FAIL"), (1.2, "ok")):
+        finding = examine_memory(estimate, int(room * estimate.total), config)
+        assert finding.status == status
+        assert (remedy in finding.remedy) == (status != "ok")
+
+
+def test_policy_and_critic_step_one_after_the_other_and_sampling_has_no_gradients():
+    policy, critic = ModelMemory(10, 20, 40, 500), ModelMemory(1, 2, 4, 300)
+    assert MemoryEstimate({"policy": policy, "critic": critic}, 400).total == 77 + 500
+    assert MemoryEstimate({"policy": policy, "critic": critic}, 600).total == 55 + 600
+
+
+def test_a_run_that_cannot_fit_fails_without_trying_the_step(
+    policy_dir, tmp_path, capsys, monkeypatch
+):
+    trainer = scored_by(policy_dir, tmp_path, letters)
+    monkeypatch.setattr(examine, "free_bytes", lambda device: 1000)
+    found, bottom, message = look(trainer, capsys)
+    assert found["memory"][0] == "FAIL" and "longest step" not in found
+    assert bottom.startswith("preflight: failed: memory (")
+    assert "memory: about" in message and "peft=lora" in message
+
+
+def test_adam_states_count_on_top_of_the_measured_step(policy_dir, tmp_path):
+    trainer = make_trainer(make_config(policy_dir, tmp_path), tmp_path)
+    part, estimate = longest_micro_batch(trainer), estimate_of(adam=300)
+    step = dataclasses.replace(measure_step(trainer, part), rise=500)
+    for free, status in ((1000, "ok"), (900, "WARN"), (700, "FAIL")):
+        assert examine_longest_step(step, estimate, free, part, trainer.config).status == status
+
+
+def test_running_out_of_memory_is_a_failed_check_with_the_remedy(policy_dir, tmp_path):
+    config = make_config(policy_dir, tmp_path, batch_size=1024, micro_batch_size=1024)
+    config.ppo.num_mini_batches = 1
+    trainer = make_trainer(config, tmp_path)
+    part = longest_micro_batch(trainer)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + 40 * 2**20, limits[1]))
+    try:
+        step = measure_step(trainer, part)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert step.problem == "out of memory"
+    assert all(p.grad is None for p in trainer.actors.policy.parameters())
+    finding = examine_longest_step(step, estimate_of(activations=9), 10**9, part, config)
+    assert finding.status == "FAIL" and "ppo.micro_batch_size=512" in finding.remedy
+    assert measure_step(trainer, part).problem == ""

@@ -1,0 +1,128 @@
+"""The preflight of the policy: first ratio, stop token, tokenizer.
+
+Run: python -m pytest tests/ppo/preflight/test_preflight_samples.py
+"""
+
+from __future__ import annotations
+
+import json
+import math
+
+import torch
+from helpers.preflight import (
+    letters,
+    look,
+    scored_by,
+)
+from helpers.tiny import CORPUS, tiny_model, tiny_tokenizer
+from helpers.tiny_ppo import make_config, make_trainer, write_policy
+
+from rlhf.ppo.preflight.longest_step import longest_micro_batch
+from rlhf.ppo.preflight.samples import examine_stop_token, examine_tokenizer
+from rlhf.sampling import Generation, Sampling
+
+
+def test_dropout_that_is_switched_on_after_loading_fails(policy_dir, tmp_path, capsys):
+    trainer = scored_by(policy_dir, tmp_path, letters)
+    assert look(trainer, capsys)[0]["first ratio"][1].startswith("largest |ratio - 1| 0; KL to")
+    for layer in trainer.actors.policy.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+        layer.self_attn.train()
+    found, bottom, message = look(trainer, capsys)
+    assert found["first ratio"][0] == "FAIL" and "switch dropout off" in found["first ratio"][1]
+    assert "failed: first ratio" in bottom and "first ratio: largest |ratio - 1|" in message
+
+
+def test_a_reference_that_is_another_model_fails(policy_dir, tmp_path, capsys):
+    trainer = scored_by(policy_dir, tmp_path, letters)
+    trainer.actors.reference = tiny_model("llama", trainer.actors.tokenizer, seed=1)
+    assert look(trainer, capsys)[0]["first ratio"][0] == "FAIL"
+
+
+def test_numbers_that_are_not_finite_fail(policy_dir, tmp_path, capsys):
+    trainer = scored_by(policy_dir, tmp_path, letters)
+    with torch.no_grad():
+        trainer.actors.policy.model.norm.weight.fill_(math.inf)
+    found, _, _ = look(trainer, capsys)
+    assert found["longest step"][0] == "FAIL" and "not finite" in found["longest step"][1]
+    assert found["first ratio"][0] == "FAIL"
+
+
+def ending_in(folder, stop_ids):
+    """The tiny policy with these stop tokens."""
+    directory = write_policy(folder / "policy")
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": stop_ids}))
+    return directory
+
+
+def test_a_policy_that_never_ends_is_the_sft_stages_fault(tmp_path, capsys):
+    trainer = scored_by(ending_in(tmp_path, [2]), tmp_path, letters, missing_eos_penalty=-1.0)
+    found, bottom, _ = look(trainer, capsys)
+    status, text = found["stop token"]
+    assert status == "WARN" and "given 48 tokens, " in text and "SFT stage is at fault" in text
+    assert "warning" in bottom and "failed" not in bottom
+
+
+def test_a_budget_that_is_too_short_is_told_from_an_sft_stage_at_fault(tmp_path, capsys):
+    directory = ending_in(tmp_path, [2, *range(10, 320, 10)])
+    trainer = scored_by(directory, tmp_path, letters, response_length=3)
+    trainer.config.watchdog.eos_rate = 0.7
+    status, text = look(trainer, capsys)[0]["stop token"]
+    assert status == "WARN" and "of at most 3 tokens; given 12 tokens, " in text
+    assert "raise ppo.response_length to about " in text
+    trainer.config.watchdog.eos_rate = None
+    assert look(trainer, capsys)[0]["stop token"][0] == "ok"
+
+
+def longest_rollout(trainer, finished):
+    """A rollout with the whole budget used, and these flags."""
+    part = longest_micro_batch(trainer).select(torch.zeros(len(finished), dtype=torch.long))
+    part.finished = torch.tensor(finished)
+    return part
+
+
+def test_the_budget_that_is_advised_lets_95_percent_of_those_that_end_end(policy_dir, tmp_path):
+    trainer = make_trainer(make_config(policy_dir, tmp_path), tmp_path)
+    rollout = longest_rollout(trainer, [False] * 9 + [True])
+    lengths = [*range(1, 21), 30, 30]
+    longer = Generation([[5] * n for n in lengths], [[0.0] * n for n in lengths], [True] * 22)
+    longer.finished[-2:] = [False, False]  # 20 of 22 end, 19 of them within 19 tokens
+    sampling = trainer.settings.sampling
+    finding = examine_stop_token(2, sampling, rollout, 0.5, lambda: (30, longer))
+    assert "response_length to about 19, " in finding.remedy and "30 tokens, 91% do" in finding.text
+    finding = examine_stop_token(2, sampling, rollout, 0.95, lambda: (30, longer))
+    assert "SFT stage is at fault" in finding.remedy
+
+
+def test_an_eos_that_can_never_be_sampled_fails(policy_dir, tmp_path):
+    trainer = make_trainer(make_config(policy_dir, tmp_path), tmp_path)
+    rollout = longest_rollout(trainer, [True] * 4)
+    sampling = Sampling(10, (7,), torch.tensor([0, 7]))  # as a caller of the library may build it
+    finding = examine_stop_token(7, sampling, rollout, 0.5, None)
+    assert (
+        finding.status == "FAIL" and "EOS (id 7)" in finding.text and "eos_token" in finding.remedy
+    )
+
+
+def test_text_that_does_not_survive_the_tokenizer_is_shown():
+    from tokenizers import normalizers
+
+    tokenizer = tiny_tokenizer()
+    assert examine_tokenizer(tokenizer, ["Name a\nfruit ."], ["An Apple"]).status == "ok"
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    finding = examine_tokenizer(tokenizer, ["name a fruit", "The river Seine"], ["an apple"])
+    assert finding.status == "WARN" and "1 of 3 texts" in finding.text
+    assert (
+        "'TheriverSeine' -> 'theriverseine'" in finding.text and "model.tokenizer" in finding.remedy
+    )
+
+
+def test_special_tokens_and_the_chat_template_are_checked():
+    tokenizer = tiny_tokenizer()
+    talk = [{"role": "user", "content": CORPUS[1]}]
+    assert examine_tokenizer(tokenizer, [talk], []).status == "FAIL"
+    tokenizer.chat_template = "{% for m in messages %}<bos>{{ m.content }}{% endfor %}"
+    assert examine_tokenizer(tokenizer, [talk], []).status == "ok"
+    tokenizer.pad_token = tokenizer.eos_token
+    finding = examine_tokenizer(tokenizer, [talk], [])
+    assert finding.status == "WARN" and "pad and EOS are the same token (2)" in finding.text
