@@ -17,6 +17,11 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def num_processes() -> int:
+    """Number of processes that train."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def say(text: str = "") -> None:
     """Print on the main process only."""
     if is_main_process():

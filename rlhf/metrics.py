@@ -1,9 +1,7 @@
-"""Where numbers go: the table of names, `metrics.jsonl` and `timings.jsonl`, Weights & Biases when
-asked, the terminal.
+"""Recorded numbers: the table of metric names, `metrics.jsonl`, `timings.jsonl`, Weights & Biases.
 
-Every name that a stage writes stands in `METRICS` with its meaning and unit; writing another one is
-an error. Equal runs write equal bytes to `metrics.jsonl`: what the clock says goes to
-`timings.jsonl`.
+`METRICS` lists every name that a stage may write, with its meaning and unit; any other name is an
+error. Equal runs write equal bytes to `metrics.jsonl`, so wall-clock times go to `timings.jsonl`.
 """
 
 from __future__ import annotations
@@ -17,7 +15,6 @@ from typing import Any
 from rlhf.config import InputError, StageConfig, plain_values
 from rlhf.console import is_main_process
 
-IDENTITY = "run.json"  # in a stage directory: who wrote it, {"id": ..., "stage": ...}
 TIMINGS = frozenset({"seconds", "tokens_per_second", "collect_seconds", "optimize_seconds"})
 METRICS: dict[str, str] = {
     # all stages
@@ -111,26 +108,29 @@ METRICS |= {
 
 
 class MetricsWriter:
-    """Appends one JSON object per step to `metrics.jsonl` and to `timings.jsonl`, and to Weights &
-    Biases when asked.
+    """Appends one JSON object per step to `metrics.jsonl` and `timings.jsonl`, and to the tracker.
 
-    Only the main process writes. The step is our own axis, so that a resumed run continues its
-    curves; what was written after the checkpoint is dropped by `checkpoint_to_resume`.
+    Only the main process writes. The x-axis is our own step, so a resumed run continues its curves;
+    `checkpoint_to_resume` drops what was written after the checkpoint.
     """
 
-    def __init__(self, directory: Path, config: StageConfig, stage: str):
-        """Take the stage directory; start or continue the tracker's run."""
+    def __init__(self, directory: Path, config: StageConfig, stage: str, run_id: str | None = None):
+        """Start or continue the tracker's run.
+
+        Args:
+            directory: the stage directory.
+            run_id: id of the run, by which the tracker recognises a resumed one.
+        """
         self._directory = directory
         self._run: Any = None
         if is_main_process() and config.tracker.name == "wandb":
-            self._run = _start_wandb(directory, config, stage)
+            self._run = _start_wandb(directory, config, stage, run_id)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Write the metrics of one step.
 
         Raises:
-            KeyError: a name is not in `METRICS`, and what it starts with up to a slash is not
-                either.
+            KeyError: neither the name nor its part up to the slash is in `METRICS`.
         """
         unknown = [name for name in values if not METRICS.keys() & {name, _family(name)}]
         if unknown:
@@ -175,7 +175,7 @@ def _family(name: str) -> str:
 
 
 def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Append rows to a JSONL file; numbers that are not finite, which JSON lacks, become null."""
+    """Append rows to a JSONL file; non-finite numbers, which JSON lacks, become null."""
     with path.open("a", encoding="utf-8") as stream:
         for row in rows:
             text = json.dumps(_json_value(row), ensure_ascii=False, allow_nan=False)
@@ -183,8 +183,8 @@ def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of a JSONL file; none where there is no file."""
-    # not splitlines() of the text: it would also split at the line separators inside a response
+    """Read the rows of a JSONL file; none if there is no file."""
+    # bytes, because splitlines() of text would also split at separators inside a response
     lines = path.read_bytes().splitlines() if path.is_file() else []
     return [json.loads(line) for line in lines]
 
@@ -197,31 +197,20 @@ def _json_value(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def read_identity(directory: Path) -> dict[str, str] | None:
-    """Read the identity of the run in a stage directory; None where no stage has begun, or where
-    the file is damaged."""
-    try:
-        found = json.loads((directory / IDENTITY).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) and {"id", "stage"} <= found.keys() else None
-
-
-def _start_wandb(directory: Path, config: StageConfig, stage: str) -> Any:
+def _start_wandb(directory: Path, config: StageConfig, stage: str, run_id: str | None) -> Any:
     try:
         import wandb
     except ImportError as error:
         raise InputError(
             "tracker=wandb needs the wandb package: pip install 'rlhf[wandb]'"
         ) from error
-    identity = read_identity(directory)
     run = wandb.init(
         project=config.tracker.project,
         entity=config.tracker.entity,
         mode=config.tracker.mode,  # type: ignore[arg-type]
         name=f"{config.run_name}/{stage}",
         dir=str(directory),
-        id=identity["id"] if identity else None,  # our id is its id: a resumed run is continued
+        id=run_id,
         resume="allow",
         config=plain_values(config),
     )

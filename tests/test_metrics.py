@@ -4,7 +4,6 @@ offline.
 Run: python -m pytest tests/test_metrics.py
 """
 
-import json
 import math
 
 import pytest
@@ -12,10 +11,6 @@ import pytest
 from rlhf.config import SFTStageConfig, TrackerConfig
 from rlhf.console import say, table, warn
 from rlhf.metrics import METRICS, TIMINGS, MetricsWriter, append_jsonl, read_jsonl
-
-
-def rows(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def writer_in(directory):
@@ -42,7 +37,7 @@ def test_unknown_metric_is_refused_and_nothing_is_written(tmp_path):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_number_that_json_lacks_becomes_null(value, tmp_path):
     writer_in(tmp_path).write(1, {"loss": value})
-    assert rows(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": None}]
+    assert read_jsonl(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": None}]
 
 
 def test_every_metric_has_a_meaning():
@@ -131,20 +126,20 @@ def test_wandb_offline_run_is_written_and_continued_under_the_id_of_the_run(tmp_
     monkeypatch.setenv("WANDB_MODE", "offline")
     config = SFTStageConfig(tracker=TrackerConfig(name="wandb", mode="offline"))
 
-    (tmp_path / "run.json").write_text('{"id": "0123456789abcdef", "stage": "sft"}')
-    writer = MetricsWriter(tmp_path, config, "sft")
+    run_id = "0123456789abcdef"
+    writer = MetricsWriter(tmp_path, config, "sft", run_id)
     writer.write(1, {"loss": 0.5})
     samples = [{"step": 1, "prompt": [{"role": "user", "content": "Hi"}], "response": "Hello"}]
     writer.write_samples(1, tmp_path / "samples.jsonl", samples)
     writer.close()
-    assert rows(tmp_path / "samples.jsonl") == samples
+    assert read_jsonl(tmp_path / "samples.jsonl") == samples
 
-    resumed = MetricsWriter(tmp_path, config, "sft")
+    resumed = MetricsWriter(tmp_path, config, "sft", run_id)
     resumed.write(2, {"loss": 0.25})
     resumed.close()
     runs = {p.name.split("-")[-1] for p in (tmp_path / "wandb").glob("offline-run-*")}
-    assert runs == {"0123456789abcdef"}
-    assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert runs == {run_id}
+    assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
 def test_wandb_that_is_not_installed_is_named(tmp_path, monkeypatch):

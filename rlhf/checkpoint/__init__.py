@@ -1,57 +1,40 @@
-"""What a stage hands to the next one, and what a stopped run resumes from.
+"""Everything that a stage writes to the disk: its result, its checkpoints, and where it may write.
 
-`stage_directory` is the hand-off. `run_directory` decides where a stopped run continues,
-`ownership` says what a run made in its directory, `lock` keeps a second run out of it. `state` is
-what a PPO checkpoint holds. `atomic` writes whole directories and finds damage, `finite` finds
-numbers that are not finite, `disk` explains a disk that takes no more, `interruption` stops a run.
+- The hand-off: `stage_directory` writes and reads `final/`, `record` describes it (`rlhf.json`),
+  `weight_hashes` recognises its weights, `earlier_stages` compares two stages.
+- The run directory: `run_directory` begins and ends a run, `resume` finds the checkpoint where a
+  stopped run continues, `config_changes` says which settings may change then, `ownership` tells
+  what the run wrote, `cleanup` deletes it, `lock` keeps other runs out.
+- Checkpoints: `state` is the content of a PPO checkpoint, `atomic` writes whole directories and
+  finds damage.
+- What can stop a run: `interruption` (signals), `finite` and `nonfinite_stop` (nan), `disk`.
 """
 
-from rlhf.checkpoint.atomic import (
-    UNSEALED,
-    complete_or_nothing,
-    find_damage,
-    read_manifest,
-    write_manifest,
-)
+from rlhf.checkpoint.atomic import UNSEALED, complete_or_nothing, find_damage, read_manifest
+from rlhf.checkpoint.cleanup import prune_checkpoints
 from rlhf.checkpoint.disk import disk_errors
+from rlhf.checkpoint.earlier_stages import (
+    check_same_tokenizer,
+    warn_about_prompts,
+    warn_about_sft_model,
+    warn_about_template,
+)
 from rlhf.checkpoint.finite import (
     NonFiniteError,
     find_non_finite,
     find_non_finite_in,
     optimizer_tensors,
 )
-from rlhf.checkpoint.interruption import GracefulStop, explain_stop
-from rlhf.checkpoint.lock import locked, one_writer
-from rlhf.checkpoint.open_run import StageRun, open_run
-from rlhf.checkpoint.ownership import (
-    complete_checkpoints,
-    latest_checkpoint,
-    prune_checkpoints,
-    publish,
-    refuse_taken_steps,
-    seal,
-    step_of,
-)
-from rlhf.checkpoint.run_directory import (
-    check_run_directory,
-    checkpoint_to_resume,
-    finished_run,
-    prepare_run_directory,
-)
+from rlhf.checkpoint.interruption import GracefulStop
+from rlhf.checkpoint.lock import locked
+from rlhf.checkpoint.ownership import publish, refuse_taken_steps, run_id, step_of
+from rlhf.checkpoint.record import RECORD, StageRecord, make_record, read_record, write_record
+from rlhf.checkpoint.resume import checkpoint_to_resume, explain_stop
+from rlhf.checkpoint.run_directory import StageRun, open_run
 from rlhf.checkpoint.stage_directory import (
-    RECORD,
-    StageRecord,
-    check_same_tokenizer,
     check_weights,
     check_writable,
-    hash_weights,
-    make_record,
-    read_record,
     require_stage,
-    warn_about_prompts,
-    warn_about_sft_model,
-    warn_about_template,
-    write_record,
     write_stage,
 )
 from rlhf.checkpoint.state import (
@@ -60,5 +43,4 @@ from rlhf.checkpoint.state import (
     random_state,
     save_training_state,
 )
-from rlhf.hub import is_hub_id
-from rlhf.tokenizer import hash_tokenizer
+from rlhf.checkpoint.weight_hashes import hash_weights

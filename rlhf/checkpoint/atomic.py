@@ -1,7 +1,8 @@
-"""Directories that are written whole or not at all, and how damage to them is found.
+"""Writing directories completely or not at all, and finding damage in them.
 
-A checkpoint ends with `manifest.json`: the run that wrote it, size and SHA-256 of every other file,
-and a seal, the SHA-256 of all that. `checkpoint-N` is intact if and only if everything matches.
+A checkpoint's `manifest.json` is written last. It holds the run, the size and SHA-256 of every
+other file, and a seal, the SHA-256 of all that. `checkpoint-N` is intact if and only if all of it
+matches.
 """
 
 from __future__ import annotations
@@ -18,18 +19,19 @@ from typing import Any
 from rlhf.checkpoint.finite import NonFiniteError, find_non_finite_in
 
 MANIFEST = "manifest.json"
-UNSEALED = ".trainer"  # in a stage directory: where the transformers Trainer writes its checkpoints
+UNSEALED = (
+    ".trainer"  # folder in a stage directory: the transformers Trainer writes checkpoints here
+)
 
 
 @contextmanager
 def complete_or_nothing(directory: Path) -> Iterator[Path]:
-    """Yield a temporary directory that takes the name of `directory` when the block ends without
-    an error, and is deleted when it does not.
+    """Yield a temporary directory; rename it to `directory` if the block succeeds, else delete it.
 
     Raises:
         NonFiniteError: weights or optimiser states in it are not finite.
     """
-    directory = Path(os.path.realpath(directory))  # what a link points to is replaced, not the link
+    directory = Path(os.path.realpath(directory))  # replace the target of a link, not the link
     temporary, old = hidden_names(directory)
     for leftover in (temporary, old):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -44,21 +46,27 @@ def complete_or_nothing(directory: Path) -> Iterator[Path]:
         if directory.is_dir():
             os.replace(directory, old)
         os.replace(temporary, directory)
-    except BaseException:  # on a full disk, what is left of it would be in the way of what follows
+    except BaseException:  # leave no remains: the disk may be full
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _sync(directory.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
+def write_whole(file: Path, text: str) -> None:
+    """Write a file that has its name only when it is complete."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, file)
+
+
 def hidden_names(path: Path) -> tuple[Path, Path]:
-    """Names that a directory has while it is written and while it is deleted; nobody else takes
-    them."""
+    """Return the reserved names of a directory while it is written and while it is deleted."""
     return path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
 
 
 def remove_directory(directory: Path) -> None:
-    """Delete a directory such that a kill leaves nothing of it under its name."""
+    """Delete a directory; after a kill half-way, nothing is left under its name."""
     _, old = hidden_names(directory)
     shutil.rmtree(old, ignore_errors=True)
     os.replace(directory, old)
@@ -69,7 +77,7 @@ def write_manifest(directory: Path, facts: dict[str, Any]) -> None:
     """Seal a directory whose other files are all written.
 
     Args:
-        facts: JSON values that stand in the manifest beside the files.
+        facts: further JSON values for the manifest.
     """
     files = {}
     for file in files_of(directory):
@@ -86,7 +94,7 @@ def write_manifest(directory: Path, facts: dict[str, Any]) -> None:
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:
-    """Read what `write_manifest` wrote; None where there is none, or where it is damaged itself."""
+    """Read what `write_manifest` wrote; None if it is missing or damaged."""
     try:
         content = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         sealed = content.pop("seal")
@@ -96,10 +104,10 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
 
 
 def find_damage(directory: Path, names: Iterable[str] | None = None) -> str | None:
-    """Say what is wrong with the first file that is not as the manifest says; None if intact.
+    """Describe the first file that differs from the manifest; None if the directory is intact.
 
     Args:
-        names: look at these files only, instead of at all.
+        names: the files to compare; None for all.
     """
     manifest = read_manifest(directory)
     if manifest is None:
@@ -113,12 +121,12 @@ def find_damage(directory: Path, names: Iterable[str] | None = None) -> str | No
         if size != expected["size"]:
             return f"{name} has {size} bytes instead of {expected['size']}"
         if _sha256(file) != expected["sha256"]:
-            return f"the content of {name} has changed (its SHA-256 is another)"
+            return f"the content of {name} has changed (its SHA-256 differs)"
     return None
 
 
 def files_of(directory: Path) -> list[Path]:
-    """Every file below a directory, in a fixed order."""
+    """Return every file below a directory, in a fixed order."""
     return sorted(path for path in directory.rglob("*") if path.is_file())
 
 
@@ -132,7 +140,7 @@ def _sha256(file: Path) -> str:
 
 
 def _sync(path: Path) -> None:
-    """Have the disk keep a file, or the names in a directory, before what follows is written."""
+    """Have a file, or the names in a directory, on the disk before anything else is written."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Disks that do not take what a run writes: one line that says so."""
+"""Failures to write to a disk, explained in one line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ REMEDIES = {
     errno.EIO: "check the disk",
     errno.ESTALE: "check the network disk",
 }
-# Only of files in the directory that is written: elsewhere they can mean anything.
+# Only for files inside the directory that is written; elsewhere they can mean anything.
 LOCAL_REMEDIES = {
     errno.ENOENT: "it was deleted or moved while it was in use",
     errno.EACCES: "make it writable",
@@ -39,11 +39,11 @@ TORCH = ("PytorchStreamWriter", "inline_container.cc", "iostream error", "Parent
 
 @contextmanager
 def disk_errors(directory: Path, then: str) -> Iterator[None]:
-    """Turn the failure to write into a directory into an InputError.
+    """Turn a failure to write into a directory into an InputError.
 
     Args:
-        directory: what the block writes.
-        then: what to do once the remedy is applied, e.g. "continue with resume=true".
+        directory: where the block writes.
+        then: what to do after the remedy, e.g. "continue with resume=true".
 
     Raises:
         InputError: the disk is full, read-only, out of reach, or a limit is reached.
@@ -62,7 +62,7 @@ def disk_errors(directory: Path, then: str) -> Iterator[None]:
 
 
 def _read(error: Exception, directory: Path) -> tuple[int, Path] | None:
-    """The number of the error and the path it is about; None for an error of another kind."""
+    """Return the error number and the path concerned; None for any other error."""
     path = directory
     if isinstance(error, OSError):
         number = error.errno
@@ -80,7 +80,7 @@ def _read(error: Exception, directory: Path) -> tuple[int, Path] | None:
 
 
 def _reason(directory: Path) -> int:
-    """Why torch.save failed, which does not say."""
+    """Find out why torch.save failed: its error does not tell."""
     import resource
 
     if not directory.is_dir():

@@ -1,8 +1,8 @@
 """One writer at a time: a lock that ends with the process that holds it.
 
-`flock` decides. Host and process in the lock file are for messages only. Children that are forked,
-such as the workers of a DataLoader, do not hold the lock: they may outlive the run. The file is
-deleted when the lock is released; what a kill leaves of it locks nothing.
+The lock is `flock`; host and process in the file only serve the messages. Forked children, such as
+DataLoader workers, do not hold it, because they may outlive the run. Releasing the lock deletes the
+file; a file that a killed process left behind locks nothing.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ import torch
 from rlhf.checkpoint.atomic import UNSEALED
 from rlhf.checkpoint.disk import disk_errors
 from rlhf.config import InputError, StageConfig
-from rlhf.console import is_main_process, say, warn
+from rlhf.console import is_main_process, num_processes, say, warn
 
 LOCK = ".lock"
 POLL_SECONDS = 0.1
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
-# Nothing can be written there, by anybody: what tries to says why.
+# Nobody can write there: the first file that is written fails and gives the reason.
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 _held: dict[int, Path] = {}  # open file of each lock of this process -> its name
@@ -49,11 +49,11 @@ os.register_at_fork(after_in_child=_close_in_child)
 
 @contextmanager
 def one_writer(config: StageConfig, stage: str) -> Iterator[None]:
-    """Keep other runs out of a stage's directory for as long as the block takes.
+    """Keep other runs out of a stage's directory during the block.
 
-    The first process takes the lock; the others learn whether it did. `resume=auto` waits for it as
-    long as the run before, if it was asked to stop, may take to save. In the block, a disk that
-    does not take what is written is an InputError.
+    The main process takes the lock and tells the others whether it succeeded. `resume=auto` waits
+    for as long as the previous run may need to save. In the block, a failure to write to the
+    directory becomes an InputError.
 
     Raises:
         InputError: another process holds the lock.
@@ -61,7 +61,7 @@ def one_writer(config: StageConfig, stage: str) -> Iterator[None]:
     directory, then = config.stage_dir(stage), "continue with resume=auto"
     with ExitStack() as stack:
         refusal = None
-        # without a directory there is nothing to continue: the stage says so
+        # without a directory there is nothing to resume: the stage refuses that itself
         if is_main_process() and (config.resume is not True or directory.is_dir()):
             wait = config.checkpoint.grace_seconds if config.resume == "auto" else 0.0
             try:
@@ -87,7 +87,7 @@ def _locked_directory(directory: Path, wait_seconds: float) -> Iterator[None]:
             finally:
                 shutil.rmtree(directory / UNSEALED, ignore_errors=True)
     finally:
-        for path in missing:  # a run that did not begin leaves nothing
+        for path in missing:  # a run that did not begin leaves no empty directory
             try:
                 path.rmdir()
             except OSError:
@@ -95,13 +95,13 @@ def _locked_directory(directory: Path, wait_seconds: float) -> Iterator[None]:
 
 
 def _tell_all(refusal: InputError | None, config: StageConfig) -> InputError | None:
-    """Give all processes what the first one found."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    """Send the main process's result to all processes."""
+    if num_processes() == 1:
         return refusal
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
-    # the first use of the processes' group, which the Trainer would make with this value
+    # this creates the process group, with the timeout that the Trainer would give it
     seconds = getattr(config, "trainer", {}).get("ddp_timeout")
     limit: dict[str, Any] = {} if seconds is None else {"timeout": timedelta(seconds=seconds)}
     PartialState(cpu=not torch.cuda.is_available(), **limit)
@@ -109,15 +109,15 @@ def _tell_all(refusal: InputError | None, config: StageConfig) -> InputError | N
 
 
 def require_held(directory: Path) -> None:
-    """Check that a directory that this process has locked is still the one that it locked.
+    """Require that a directory is still the one that this process has locked.
 
     Raises:
-        InputError: it was deleted, moved, or made anew by somebody else.
+        InputError: it was deleted, moved, or created again by somebody else.
     """
     for descriptor, file in _held.items():
         if file == directory / LOCK and not _is_current(descriptor, file):
             raise InputError(
-                f"{directory} was deleted, moved or replaced while the run was going on; if it is "
+                f"{directory} was deleted, moved or replaced during the run; if it still exists "
                 "elsewhere, move it back and continue with resume=auto"
             )
 
@@ -127,13 +127,14 @@ def require_held(directory: Path) -> None:
 
 @contextmanager
 def locked(file: Path, what: str, fix: str, wait_seconds: float = 0.0) -> Iterator[None]:
-    """Hold a lock for as long as the block takes.
+    """Hold a lock during the block.
 
-    Where nothing can be written, or where the file system has no locks, the block runs without one.
+    If the place is not writable, or the file system has no locks, the block runs without one.
 
     Args:
-        file: made for this purpose and deleted afterwards.
-        what, fix: for the message where another process holds it.
+        file: the lock file; it is created and deleted here.
+        what: name of what is locked, for the message if another process holds the lock.
+        fix: what to do in that case.
         wait_seconds: how long to wait for that process.
 
     Raises:
@@ -143,7 +144,7 @@ def locked(file: Path, what: str, fix: str, wait_seconds: float = 0.0) -> Iterat
     try:
         yield
     finally:
-        if descriptor in _held:  # not in a child that was forked in the block
+        if descriptor in _held:  # False in a child that was forked inside the block
             del _held[descriptor]
             if _is_current(descriptor, file):
                 file.unlink()
@@ -151,7 +152,7 @@ def locked(file: Path, what: str, fix: str, wait_seconds: float = 0.0) -> Iterat
 
 
 def _acquire(file: Path, what: str, fix: str, wait_seconds: float) -> int | None:
-    """Return the open, locked file; None where there can be no lock."""
+    """Return the open, locked file; None if there can be no lock."""
     began, waits = time.monotonic(), False
     while True:
         descriptor = _open(file)
@@ -167,7 +168,7 @@ def _acquire(file: Path, what: str, fix: str, wait_seconds: float) -> int | None
             if error.errno not in NO_LOCKS:
                 raise
             warn(
-                f"the file system of {what} has no locks ({error.strerror}): nothing keeps a "
+                f"the file system of {what} has no locks ({error.strerror}): nothing stops a "
                 "second process from writing there at the same time, so do not start one"
             )
             return None
@@ -176,7 +177,7 @@ def _acquire(file: Path, what: str, fix: str, wait_seconds: float) -> int | None
                 _held[descriptor] = file
                 _write_holder(descriptor)
                 return descriptor
-            os.close(descriptor)  # its holder has deleted it: try the new one
+            os.close(descriptor)  # its holder deleted it in the meantime: try the new file
             continue
         if time.monotonic() - began >= wait_seconds:
             waited = f" after {wait_seconds:g} seconds (checkpoint.grace_seconds)" if waits else ""
@@ -193,7 +194,7 @@ def _open(file: Path) -> int | None:
         return os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EISDIR):
-            raise InputError(f"{file} is in the way of a lock of that name; delete it") from error
+            raise InputError(f"{file} is in the way of a lock file; delete it") from error
         if error.errno not in NOT_WRITABLE:
             raise
     try:
@@ -214,7 +215,7 @@ def _write_holder(descriptor: int) -> None:
     try:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, text.encode(), 0)
-    except OSError:  # a full disk, or another user's file: it would only serve the message
+    except OSError:  # a full disk or another user's file; only the message would use this
         pass
 
 

@@ -1,4 +1,4 @@
-"""What a PPO checkpoint holds: weights, optimiser state, random numbers, plain values."""
+"""The content of a PPO checkpoint: weights, optimiser states, random numbers, plain values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from rlhf.checkpoint.atomic import complete_or_nothing
 from rlhf.checkpoint.finite import find_non_finite
 from rlhf.checkpoint.ownership import refuse_taken, seal
-from rlhf.config import InputError, StageConfig, save_config
+from rlhf.config import CONFIG_FILE, InputError, StageConfig, save_config
 
 
 def save_training_state(
@@ -25,20 +25,18 @@ def save_training_state(
     config: StageConfig,
     random_numbers: dict[str, Any] | None = None,
 ) -> None:
-    """Write a checkpoint whole or not at all: safetensors and JSON, nothing pickled.
-
-    The states of Python's, NumPy's and torch's global random numbers, which scorers of the user may
-    draw from, are those of this process, now or as `random_numbers`.
+    """Write a checkpoint, complete or not at all, as safetensors and JSON; nothing is pickled.
 
     Args:
         directory: `<stage directory>/checkpoint-<step>`.
-        modules: name -> module, of which only parameters that train are written, or name -> dict of
+        modules: name -> module (only its trainable parameters are written), or name -> dict of
             tensors.
         optimizers: name -> optimiser.
-        state: JSON values, e.g. the number of finished updates; `state["best"]["update"]`, where
-            there is one, is the best checkpoint so far, which is kept with this one.
-        config: written beside, resolved.
-        random_numbers: what `random_state` returned when the run was in the state that is saved.
+        state: JSON values, e.g. the number of finished updates. `state["best"]["update"]`, if
+            present, names the best checkpoint so far, which is kept together with this one.
+        config: the resolved configuration, written too.
+        random_numbers: `random_state` at the moment that is saved; None for now. A user's scorer
+            may draw from these generators.
 
     Raises:
         InputError: something that the run did not write has the name of `directory`.
@@ -55,9 +53,11 @@ def save_training_state(
                 for key, value in values.items()
             }
             save_file(tensors, temporary / f"optimizer_{name}.safetensors")
-        _write_json(temporary / "state.json", state)
-        _write_json(temporary / "random.json", random_numbers or random_state())
-        save_config(config, temporary / "config.yaml")
+        values = {"state": state, "random": random_numbers or random_state()}
+        for name, value in values.items():
+            text = json.dumps(value, indent=2)
+            (temporary / f"{name}.json").write_text(text, encoding="utf-8")
+        save_config(config, temporary / CONFIG_FILE)
         seal(temporary, directory.parent, (state.get("best") or {}).get("update"))
 
 
@@ -83,10 +83,10 @@ def load_training_state(
 
 
 def load_modules(directory: Path, modules: dict[str, Any]) -> None:
-    """Load the named modules of a checkpoint, in place, and nothing else of it.
+    """Load only the named modules of a checkpoint, in place.
 
     Args:
-        modules: as `save_training_state` takes them; a part of what it wrote will do.
+        modules: some or all of those that `save_training_state` wrote.
 
     Raises:
         InputError: the checkpoint belongs to another model, or a tensor in it is not finite.
@@ -104,13 +104,13 @@ def load_modules(directory: Path, modules: dict[str, Any]) -> None:
 
 
 def _read_finite(file: Path) -> dict[str, torch.Tensor]:
-    """Read a safetensors file, which an older version may have written without a look."""
+    """Read a safetensors file; an older version may have written non-finite numbers."""
     tensors = load_file(file)
     problem = find_non_finite(tensors.items())
     if problem is not None:
         raise InputError(
             f"{file}: {problem}; delete {file.parent}, and resume=true continues from the "
-            "checkpoint before"
+            "previous checkpoint"
         )
     return tensors
 
@@ -122,7 +122,7 @@ def _tensors(module: Any) -> dict[str, torch.Tensor]:
 
 
 def random_state() -> dict[str, Any]:
-    """State of every global random number generator of this process, as JSON values."""
+    """Return the states of this process's global random number generators, as JSON values."""
     numpy_state = np.random.get_state(legacy=False)
     numpy_state["state"]["key"] = numpy_state["state"]["key"].tolist()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
@@ -141,10 +141,6 @@ def _restore_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
     if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([torch.tensor(s, dtype=torch.uint8) for s in state["cuda"]])
-
-
-def _write_json(file: Path, value: Any) -> None:
-    file.write_text(json.dumps(value, indent=2), encoding="utf-8")
 
 
 def _read_json(file: Path) -> Any:

@@ -36,6 +36,7 @@ from rlhf.config.paths import CONF_DIR, default_paths, with_default_paths
 from rlhf.config.reading import (
     build_arguments,
     config_keys,
+    config_text,
     explain,
     load_config,
     load_object,

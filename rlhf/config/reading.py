@@ -104,11 +104,16 @@ def plain_values(config: StageConfig) -> dict[str, Any]:
     return as_written(OmegaConf.to_container(OmegaConf.structured(config)))
 
 
-def save_config(config: StageConfig, path: Path) -> None:
-    """Write the configuration as YAML; what comes from the environment as `${oc.env:X}`."""
+def config_text(config: StageConfig) -> str:
+    """Return the configuration as YAML, with `${oc.env:X}` for what comes from the environment."""
     from omegaconf import OmegaConf
 
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(plain_values(config))), encoding="utf-8")
+    return OmegaConf.to_yaml(OmegaConf.create(plain_values(config)))
+
+
+def save_config(config: StageConfig, path: Path) -> None:
+    """Write the configuration as YAML."""
+    path.write_text(config_text(config), encoding="utf-8")
 
 
 def load_config(config_class: type[Config], path: str | Path) -> Config:

@@ -42,6 +42,7 @@ from rlhf.checkpoint import (
     prune_checkpoints,
     publish,
     refuse_taken_steps,
+    run_id,
 )
 from rlhf.config import InputError, RewardStageConfig, SFTStageConfig, build_arguments, save_config
 from rlhf.console import is_main_process, progress_bar, say
@@ -397,7 +398,7 @@ def run_trainer(
         InputError: a number is not finite, or the checkpoint does not fit the run.
     """
     checkpoint = checkpoint_to_resume(config, directory)
-    writer = MetricsWriter(directory, config, stage)
+    writer = MetricsWriter(directory, config, stage, run_id(directory))
     with GracefulStop(config.checkpoint.grace_seconds, directory) as stop:
         callback = StageCallback(trainer, config, writer, stop, directory, checkpoint)
         trainer.remove_callback(PrinterCallback)

@@ -19,6 +19,7 @@ from rlhf.checkpoint import (
     prune_checkpoints,
     random_state,
     refuse_taken_steps,
+    run_id,
     save_training_state,
     write_stage,
 )
@@ -89,7 +90,7 @@ class Run:
         """Train to the end, or until interrupted; write `final/`."""
         trainer = self.trainer
         self._resume()
-        writer = MetricsWriter(self.directory, self.config, "ppo")
+        writer = MetricsWriter(self.directory, self.config, "ppo", run_id(self.directory))
         try:
             with GracefulStop(self.config.checkpoint.grace_seconds, self.directory) as stop:
                 interrupted = self._train_or_save(writer, stop)

@@ -26,25 +26,22 @@ from rlhf.checkpoint import (
     StageRecord,
     check_same_tokenizer,
     checkpoint_to_resume,
-    complete_checkpoints,
     complete_or_nothing,
     find_damage,
-    finished_run,
     hash_weights,
-    latest_checkpoint,
     load_modules,
     load_training_state,
     make_record,
-    prepare_run_directory,
     prune_checkpoints,
     read_manifest,
     read_record,
     require_stage,
     save_training_state,
-    seal,
-    write_manifest,
     write_stage,
 )
+from rlhf.checkpoint.atomic import write_manifest
+from rlhf.checkpoint.ownership import complete_checkpoints, latest_checkpoint, seal
+from rlhf.checkpoint.run_directory import finished_run, prepare_run_directory
 from rlhf.config import (
     CheckpointConfig,
     InputError,
@@ -286,7 +283,7 @@ def test_finished_run_is_found_when_resuming_and_not_under_another_configuration
     assert finished_run(config, "sft") == record
     assert "sft is finished: nothing to do" in capsys.readouterr().out
     assert finished_run(dataclasses.replace(config, resume=False), "sft") is None
-    with pytest.raises(InputError, match="with another configuration:\n  seed: 5 -> 6\n"):
+    with pytest.raises(InputError, match="with a different configuration:\n  seed: 5 -> 6\n"):
         finished_run(dataclasses.replace(config, seed=6), "sft")
 
 
@@ -394,7 +391,9 @@ def test_checkpoint_whose_best_one_is_damaged_is_not_used(tmp_path, capsys):
     os.truncate(directory / "checkpoint-2" / "policy.safetensors", 5)
     assert checkpoint_to_resume(config, directory) == directory / "checkpoint-1"
     warnings = capsys.readouterr().err
-    assert "checkpoint-3 is damaged: it names checkpoint-2 as the best, of which policy" in warnings
+    assert (
+        "checkpoint-3 is damaged: its best checkpoint, checkpoint-2, is damaged: policy" in warnings
+    )
     assert "checkpoint-2 is damaged: policy.safetensors has 5 bytes" in warnings
     assert names(directory) == [
         *("checkpoint-1", "checkpoint-2.damaged", "checkpoint-3.damaged"),

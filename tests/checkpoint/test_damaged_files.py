@@ -6,8 +6,8 @@ Run: python -m pytest tests/checkpoint/test_damaged_files.py
 import pytest
 
 from rlhf.checkpoint import read_record
-from rlhf.checkpoint.finite import STOPPED, stopped_after
-from rlhf.checkpoint.run_directory import _settings_of
+from rlhf.checkpoint.config_changes import read_settings
+from rlhf.checkpoint.nonfinite_stop import STOPPED, stopped_after
 from rlhf.config import InputError, SFTStageConfig, load_config
 from rlhf.reward.report.__main__ import ReportOptions, stage_config
 
@@ -46,4 +46,4 @@ def test_a_damaged_configuration_of_a_reward_model_is_named(tmp_path, content):
 def test_a_damaged_configuration_of_a_finished_run_is_named(tmp_path, content):
     (tmp_path / "config.yaml").write_bytes(content)
     with pytest.raises(InputError, match=r"config\.yaml is damaged"):
-        _settings_of(tmp_path)
+        read_settings(tmp_path)

@@ -34,7 +34,8 @@ from test_resume import (  # noqa: F401
     wholes,
 )
 
-from rlhf.checkpoint import check_run_directory, complete_or_nothing, disk_errors
+from rlhf.checkpoint import complete_or_nothing, disk_errors
+from rlhf.checkpoint.run_directory import refuse_used_directory
 from rlhf.config import InputError, ScorerConfig
 
 
@@ -146,7 +147,7 @@ def test_read_only_directory_is_refused_before_anything_is_loaded(small_disk, tm
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     for values in ({}, {"resume": "auto"}, {"overwrite": True}):
         with pytest.raises(InputError, match="sft cannot be written to; make it writable, or"):
-            check_run_directory(config_of(disk / "runs", **values), "sft")
+            refuse_used_directory(config_of(disk / "runs", **values), "sft")
 
 
 num_calls = 0

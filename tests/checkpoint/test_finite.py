@@ -27,8 +27,6 @@ from torch.testing import assert_close
 
 from rlhf.checkpoint import (
     NonFiniteError,
-    check_run_directory,
-    complete_checkpoints,
     complete_or_nothing,
     find_damage,
     find_non_finite,
@@ -36,9 +34,10 @@ from rlhf.checkpoint import (
     read_manifest,
     read_record,
     save_training_state,
-    seal,
 )
-from rlhf.checkpoint.finite import write_stop
+from rlhf.checkpoint.nonfinite_stop import write_stop
+from rlhf.checkpoint.ownership import complete_checkpoints, seal
+from rlhf.checkpoint.run_directory import refuse_used_directory
 from rlhf.config import (
     CheckpointConfig,
     DatasetConfig,
@@ -222,15 +221,15 @@ def test_other_rates_are_refused_without_such_a_stop_and_once_it_is_passed(data,
         sft_config(data, tmp_path, learning_rate=1e-4, max_steps=2), resume=True
     )
     with pytest.raises(InputError, match="trainer.learning_rate: 0.001 -> 0.0001"):
-        check_run_directory(lower, "sft")
+        refuse_used_directory(lower, "sft")
     write_stop(directory, 1, "the loss is nan in step 1")
     with pytest.raises(InputError, match="trainer.learning_rate: 0.001 -> 0.0001"):
-        check_run_directory(lower, "sft")
+        refuse_used_directory(lower, "sft")
     write_stop(directory, 2, "the loss is nan in step 2")
-    check_run_directory(lower, "sft")
+    refuse_used_directory(lower, "sft")
     lower.seed = 2
     with pytest.raises(InputError, match=r"seed: 1 -> 2\n.*only precision, .* may change after"):
-        check_run_directory(lower, "sft")
+        refuse_used_directory(lower, "sft")
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -33,7 +33,9 @@ from test_resume import (  # noqa: F401
     wholes,
 )
 
-from rlhf.checkpoint import locked, one_writer, seal
+from rlhf.checkpoint import locked
+from rlhf.checkpoint.lock import one_writer
+from rlhf.checkpoint.ownership import seal
 from rlhf.config import InputError, SFTStageConfig
 
 HERE = socket.gethostname()
@@ -122,7 +124,7 @@ def test_something_else_in_place_of_a_lock_is_named_and_kept(kind, tmp_path):
     file, mine = tmp_path / "lock", tmp_path / "mine"
     mine.write_text("mine")
     file.mkdir() if kind == "directory" else file.symlink_to(mine)
-    with pytest.raises(InputError, match="lock is in the way of a lock of that name; delete it"):
+    with pytest.raises(InputError, match="lock is in the way of a lock file; delete it"):
         with locked(file, "x", ""):
             pass
     assert os.path.lexists(file) and mine.read_text() == "mine"
@@ -151,7 +153,7 @@ def test_directory_that_was_replaced_while_a_run_goes_on_gets_no_checkpoint(tmp_
         shutil.rmtree(directory)
         with one_writer(config_of(tmp_path), "sft"):
             (directory / "checkpoint-1").mkdir()
-        with pytest.raises(InputError, match="sft was deleted, moved or replaced while the run"):
+        with pytest.raises(InputError, match="sft was deleted, moved or replaced during the run"):
             seal(directory / "checkpoint-1", directory)
 
 

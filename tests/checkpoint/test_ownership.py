@@ -14,15 +14,13 @@ from test_checkpoint import config_of, make_checkpoint, names, tokenizer, write 
 
 from rlhf.checkpoint import (
     checkpoint_to_resume,
-    complete_checkpoints,
     complete_or_nothing,
-    latest_checkpoint,
-    prepare_run_directory,
     prune_checkpoints,
     refuse_taken_steps,
     save_training_state,
 )
-from rlhf.checkpoint.ownership import own_checkpoints
+from rlhf.checkpoint.ownership import complete_checkpoints, latest_checkpoint, own_checkpoints
+from rlhf.checkpoint.run_directory import prepare_run_directory
 from rlhf.config import InputError
 
 
@@ -85,7 +83,9 @@ def test_only_directories_that_the_run_made_are_its_checkpoints(run, capsys):
     assert snapshot(mine) == before
     warnings = capsys.readouterr().err
     for name in ("checkpoint-9", "checkpoint-10"):
-        line = f"warning: {directory / name} is not a checkpoint of this run: it is left as it is\n"
+        line = (
+            f"warning: {directory / name} is not a checkpoint of this run: it is left unchanged\n"
+        )
         assert line in warnings
     assert "checkpoint-3" not in warnings
 

@@ -22,7 +22,8 @@ from transformers import (
     AutoTokenizer,
 )
 
-from rlhf.checkpoint import hash_weights, make_record, read_record, write_manifest, write_stage
+from rlhf.checkpoint import hash_weights, make_record, read_record, write_stage
+from rlhf.checkpoint.atomic import write_manifest
 from rlhf.config import (
     CheckpointConfig,
     DatasetConfig,

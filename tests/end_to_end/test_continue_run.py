@@ -11,7 +11,8 @@ import pytest
 import yaml
 from helpers.tiny_ppo import make_config, write_policy
 
-from rlhf.checkpoint import prepare_run_directory, seal
+from rlhf.checkpoint.ownership import seal
+from rlhf.checkpoint.run_directory import prepare_run_directory
 from rlhf.cli import GROUPS, hydra_main
 from rlhf.config import (
     CONF_DIR,

@@ -465,11 +465,11 @@ def test_changed_configuration_is_refused_and_every_change_listed(killed, wholes
     before = names(directory, "[!.]*")
     message = refusal(config)
     for line in (
-        f"{directory / 'checkpoint-8'} was written with another configuration:",
+        f"{directory / 'checkpoint-8'} was written with a different configuration:",
         "  seed: 1 -> 2",
         "  trainer.adam_beta1: (not set) -> 0.8",
         "  trainer.learning_rate: 0.003 -> 0.001",
-        "another run under its own run_name",
+        "or start a new run with another run_name",
     ):
         assert line in message
     assert "keep_last" not in message

@@ -233,7 +233,7 @@ def test_sft_warns_of_words_that_the_model_does_not_know(runs, tmp_path, capsys)
         config.peft.enabled = warned
         train_sft(config)
         text = "".join(capsys.readouterr())
-        assert ("was trained with another chat template" in text) == warned
+        assert ("was trained with a different chat template" in text) == warned
         assert ("new tokens of model.special_tokens keep the mean" in text) == warned
 
 

@@ -22,7 +22,8 @@ from test_export import sft_config
 from test_stored_forms import adapted, classifier, policy, write
 from transformers import MambaConfig, MambaForCausalLM
 
-from rlhf.checkpoint import read_manifest, write_manifest
+from rlhf.checkpoint import read_manifest
+from rlhf.checkpoint.atomic import write_manifest
 from rlhf.config import InputError, ModelConfig, PeftConfig
 from rlhf.export import ExportOptions, export
 from rlhf.models import init_reward_model, load_policy, load_reward_model

@@ -1,0 +1,158 @@
+"""`rlhf.json`: what a stage records about its result.
+
+The comparison with earlier stages is in `earlier_stages.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+
+import rlhf
+from rlhf.checkpoint.atomic import files_of
+from rlhf.checkpoint.nonfinite_stop import read_changes
+from rlhf.checkpoint.weight_hashes import hash_weights
+from rlhf.config import InputError, StageConfig, as_written
+from rlhf.hub import is_hub_id
+from rlhf.tokenizer import hash_template, hash_tokenizer
+
+RECORD = "rlhf.json"
+PACKAGES = ("rlhf", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
+
+
+@dataclass
+class StageRecord:
+    """What a stage writes about its result, for the next stage and for people.
+
+    Attributes:
+        stage: "sft", "reward" or "ppo"; "critic" for the critic of a PPO run.
+        parent: directory or Hub id that training started from (None: from scratch).
+        parent_weights: SHA-256 of the parent's safetensors files (None for a Hub id).
+        weights: SHA-256 of the directory's own safetensors files; None accepts any weights.
+        tokenizer: hash of vocabulary and special tokens.
+        template: hash of the chat template.
+        prompts: how training prompts reached the model, "conversation", "text" or "mixed".
+        dropped: number of rows that were left out of the data, by reason.
+        score_mean: mean of the reward model's scores of `normalization.completions` (raw units); a
+            critic's values are (raw - score_mean) / score_std.
+        score_std: their standard deviation.
+        dtype: of the weights, e.g. "float32".
+        attn_implementation: of the model that was trained, e.g. "sdpa".
+        metrics: final figures of the stage.
+        changes: settings that changed on resume after a non-finite number, oldest first:
+            `after_step`, `changed`.
+        files: names of all files in the directory, this one included.
+    """
+
+    stage: str
+    parent: str | None
+    parent_weights: str | None
+    revision: str | None
+    tokenizer: str
+    template: str
+    eos_token_id: int
+    pad_token_id: int
+    seed: int
+    prompts: str | None = None
+    dropped: dict[str, int] = field(default_factory=dict)
+    score_mean: float | None = None
+    score_std: float | None = None
+    weights: str | None = None
+    dtype: str | None = None
+    attn_implementation: str | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    changes: list[dict[str, Any]] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+
+
+def make_record(
+    stage: str,
+    config: StageConfig,
+    parent: str | None,
+    tokenizer: Any,
+    prompts: str | None = None,
+    dropped: Mapping[str, int] | None = None,
+    metrics: dict[str, float] | None = None,
+) -> StageRecord:
+    """Describe a stage's result before it is written; `StageRecord` explains the arguments."""
+    is_local = parent is not None and Path(parent).is_dir()
+    return StageRecord(
+        stage=stage,
+        parent=parent,
+        parent_weights=hash_weights(Path(str(parent))) if is_local else None,
+        revision=config.model.revision,
+        tokenizer=hash_tokenizer(tokenizer),
+        template=hash_template(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        seed=config.seed,
+        prompts=prompts,
+        dropped=dict(dropped or {}),
+        metrics=metrics or {},
+        versions={name: _version(name) for name in PACKAGES},
+        changes=read_changes(config.stage_dir(stage)),
+    )
+
+
+def write_record(directory: Path, record: StageRecord, model: Any) -> None:
+    """Write `rlhf.json` into a directory whose other files are all written.
+
+    Args:
+        record: this function fills in `weights`, `dtype`, `attn_implementation` and `files`.
+        model: the model whose weights are in the directory.
+    """
+    record.weights = hash_weights(directory)
+    record.dtype = str(model.dtype).removeprefix("torch.")
+    record.attn_implementation = model.config._attn_implementation
+    names = {file.relative_to(directory).as_posix() for file in files_of(directory)}
+    record.files = sorted(names | {RECORD})
+    values = as_written(dataclasses.asdict(record))
+    text = json.dumps(values, indent=2, allow_nan=False)
+    (directory / RECORD).write_text(text, encoding="utf-8")
+
+
+def read_record(directory: str | Path, revision: str | None = None) -> StageRecord | None:
+    """Read `rlhf.json`; None for a directory or Hub id that no stage wrote.
+
+    Args:
+        revision: of a Hub id.
+    """
+    file = cached_directory(directory, revision) / RECORD
+    if not file.is_file():
+        return None
+    try:
+        return StageRecord(**json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"{file} is damaged ({error}); run the stage again") from error
+
+
+def cached_directory(path: str | Path, revision: str | None, *patterns: str) -> Path:
+    """Return where a Hub id is in the Hub's cache; any other path is returned unchanged.
+
+    Args:
+        patterns: files to download next to the record, e.g. "*.safetensors".
+    """
+    if not is_hub_id(path):
+        return Path(path)
+    try:
+        # the Hub warns if no pattern matches a file: config.json is always there
+        names = [RECORD, "config.json", *patterns]
+        return Path(snapshot_download(str(path), revision=revision, allow_patterns=names))
+    except Exception:  # any network error: loading the model fails next and explains it
+        return Path(path)
+
+
+def _version(package: str) -> str:
+    """Version of a package; a source tree that is not installed has no metadata."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return rlhf.__version__ if package == "rlhf" else "not installed"
