@@ -1,8 +1,13 @@
-"""The reward stage: a scalar head on the SFT model, trained on ranked responses, and what it is
-worth on held-out ones (`rlhf.reward.report`)."""
+"""The reward stage: a scalar head on the SFT model, trained on ranked responses, and a report on
+held-out ones.
+
+Left out: the Trainer (`rlhf.reward.trainer`), its batches (`rlhf.reward.batches`), the completions
+that set the zero of the scores (`rlhf.reward.completions`), and the report (`rlhf.reward.report`).
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +28,8 @@ from rlhf.checkpoint import (
     warn_about_prompts,
     write_stage,
 )
-from rlhf.config import RewardStageConfig, with_default_paths
-from rlhf.console import say, warn
+from rlhf.config import DatasetConfig, RewardStageConfig, with_default_paths
+from rlhf.console import say
 from rlhf.data import RankedCollator, Splits, encode_ranked, load_splits
 from rlhf.hf_trainer.stage_callback import (
     as_in_training,
@@ -43,17 +48,12 @@ from rlhf.models import (
     try_settings,
 )
 from rlhf.promises import require_padding
+from rlhf.reward.batches import describe_plan, plan_batches, score_rows
 from rlhf.reward.completions import load_completions
-from rlhf.reward.report import (
-    NO_PICTURE,
-    PICTURE,
-    heldout_name,
-    make_report,
-    page_files,
-    ranking_report,
-    terminal_text,
-)
-from rlhf.reward.trainer import RankingTrainer, describe_plan, plan_batches, score_rows
+from rlhf.reward.report.measures import Row, heldout_metrics
+from rlhf.reward.report.page import page_files, show_report
+from rlhf.reward.report.verdict import heldout_name, make_report
+from rlhf.reward.trainer import RankingTrainer
 from rlhf.tokenizer import load_tokenizer
 
 
@@ -91,32 +91,36 @@ def train_reward(config: RewardStageConfig) -> RewardResult:
 
 def _train(config: RewardStageConfig, run: StageRun) -> RewardResult:
     """As `train_reward`, for a run that is not finished."""
+    # Refuse early: settings and directories, before anything loads.
     source = with_default_paths(config).model
     parent = str(source.path)
     args = trainer_arguments(TrainingArguments, config, "reward")
     record_of_parent = require_stage(parent, ("sft",), "model.path", source.revision)
     try_settings(source, config.peft, "SEQ_CLS")
+
+    # Load rows, tokenizer and model.
     splits = load_splits(config.dataset, "reward", config.seed)
     warn_about_prompts(record_of_parent, splits.prompts)
     tokenizer = load_tokenizer(source)
     check_same_tokenizer(tokenizer, record_of_parent, "the model settings here", parent)
     model = init_reward_model(source, tokenizer, config.seed)
+
+    # Refuse what only the loaded model and rows show.
     check_writable(model, tokenizer, config)
     check_max_length(config, model)
     _check_promises(config, args, parent, model, tokenizer)
-    limits = config.dataset.max_length, config.dataset.on_bad_row
-    train, too_long = encode_ranked(splits.train, tokenizer, *limits)
-    heldout, too_long_heldout = encode_ranked(splits.eval, tokenizer, *limits)
+    train, heldout = _encode(splits, tokenizer, config.dataset)
     plan = plan_batches(train, config.reward, args.world_size)
+
+    # Train.
     if config.peft.enabled:
         rows = new_token_rows(tokenizer, config.model, config.peft)
         model = add_lora(model, config.peft, "SEQ_CLS", config.seed, rows)
     directory = run.begin()
-    total, trainable = parameter_count(model)
-    say(f"reward: {total:,} parameters, {trainable:,} trainable; {len(heldout)} held-out prompts")
+    sizes = "{:,} parameters, {:,} trainable".format(*parameter_count(model))
+    say(f"reward: {sizes}; {len(heldout)} held-out prompts")
     say(f"        {describe_plan(args, train, plan)}; one forward pass per response")
-    say(splits.describe(too_long + too_long_heldout))
-    splits.dropped += too_long + too_long_heldout
+    say(splits.describe(Counter()))
     completions = load_completions(config, source, tokenizer, splits.train, train)
     trainer = RankingTrainer(
         model=ScalarModel(model),
@@ -132,8 +136,18 @@ def _train(config: RewardStageConfig, run: StageRun) -> RewardResult:
     stopped_by = run_trainer(trainer, config, directory, "reward")
     if stopped_by is not None:
         return RewardResult(None, {}, stopped_by)
+
+    # Measure and write.
     record = make_record("reward", config, parent, tokenizer, splits.prompts, splits.dropped)
     return _finish(trainer, completions, splits, config, directory, record)
+
+
+def _encode(splits: Splits, tokenizer: Any, data: DatasetConfig) -> tuple[list[Row], list[Row]]:
+    """Encode training and held-out rows; rows that are too long are dropped and counted."""
+    train, too_long = encode_ranked(splits.train, tokenizer, data.max_length, data.on_bad_row)
+    heldout, others = encode_ranked(splits.eval, tokenizer, data.max_length, data.on_bad_row)
+    splits.dropped += too_long + others
+    return train, heldout
 
 
 def _check_promises(
@@ -154,33 +168,25 @@ def _finish(
     directory: Path,
     record: StageRecord,
 ) -> RewardResult:
-    """Rank the held-out responses, store the scale of the scores, write `final/` with its report,
-    show both."""
+    """Measure the scale of the scores, report on the held-out responses, and write `final/`."""
     scalar, heldout = trainer.accelerator.unwrap_model(trainer.model), trainer.heldout
     tokenizer: Any = trainer.processing_class
     scalar.eval()
-    batches = trainer.args.per_device_eval_batch_size, config.reward.tokens_per_batch
-    alone = [{"input_ids": [ids]} for ids in completions]
-    reference = torch.cat(score_rows(scalar, alone, *batches))
+    per_batch = trainer.args.per_device_eval_batch_size, config.reward.tokens_per_batch
+    each_alone = [{"input_ids": [ids]} for ids in completions]
+    reference = torch.cat(score_rows(scalar, each_alone, *per_batch))
     record.score_mean, record.score_std = float(reference.mean()), float(reference.std())
-    scores = score_rows(scalar, heldout, *batches)
-    record.metrics = ranking_report(scores, heldout).metrics()
+    scores = score_rows(scalar, heldout, *per_batch)
+    record.metrics = heldout_metrics(scores, heldout)
     report = make_report(scores, heldout, splits.eval, tokenizer, heldout_name(config.dataset))
+    final = directory / "final"
     if PartialState().is_main_process:
         files = page_files(report, scores, heldout)
-        write_stage(directory / "final", merged(scalar.model), tokenizer, config, record, files)
+        write_stage(final, merged(scalar.model), tokenizer, config, record, files)
         say(
             f"scores of the {config.normalization.completions}: mean {record.score_mean:.3f}, std "
             f"{record.score_std:.3f} (stored for scorer.normalize)"
         )
-        _show(report, directory / "final", PICTURE in files)
-    return RewardResult(directory / "final", record.metrics)
-
-
-def _show(report: dict[str, Any], final: Path, has_picture: bool) -> None:
-    say("\n" + terminal_text(report))
-    for warning in report["warnings"]:
-        warn(warning)
-    say(f"\nsaved {final}, with report.md" + (f" and {PICTURE}" if has_picture else ""))
-    if not has_picture:
-        say(NO_PICTURE)
+        shown = " and ".join(name for name in files if name != "report.json")
+        show_report(report, f"{final}, with {shown}", files)
+    return RewardResult(final, record.metrics)

@@ -47,8 +47,9 @@ from rlhf.models import (
     unwrap_peft,
 )
 from rlhf.reward import train_reward
-from rlhf.reward.report import ranking_report
-from rlhf.reward.trainer import PlannedBatches, RankingTrainer, pack, plan_batches, score_rows
+from rlhf.reward.batches import PlannedBatches, pack, plan_batches, score_rows
+from rlhf.reward.report.measures import heldout_metrics
+from rlhf.reward.trainer import RankingTrainer
 from rlhf.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -219,7 +220,10 @@ def test_what_says_how_much_better_stays_with_its_response():
             "reward.loss=plackett_luce cannot use the field probability that 1 of 2 rows have",
         ),
         (RewardConfig(margin_scale=0.5), "no row has the field scores; add it, or set reward.marg"),
-        (RewardConfig(tokens_per_batch=10), "does not hold the largest prompt, 36 tokens"),
+        (
+            RewardConfig(tokens_per_batch=10),
+            "too small for the largest prompt, which has 36 tokens",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_the_rows_are_refused(ranking, message):
@@ -418,7 +422,7 @@ def test_a_run_under_a_budget_resumes_bit_identically_and_its_directory_scores_a
     tokenizer = load_tokenizer(ModelConfig(path=str(directory / "final")))
     heldout, _ = encode_ranked(splits.eval, tokenizer, 128)
     model = ScalarModel(load_reward_model(ModelConfig(path=str(directory / "final")))).eval()
-    metrics = ranking_report(score_rows(model, heldout, 4), heldout).metrics()
+    metrics = heldout_metrics(score_rows(model, heldout, 4), heldout)
     assert metrics["eval_margin"] == pytest.approx(result.metrics["eval_margin"], abs=1e-5)
     assert metrics["eval_accuracy"] == result.metrics["eval_accuracy"]
 

@@ -31,17 +31,11 @@ from rlhf.config import (
 from rlhf.demo.world import MODEL_CONFIG
 from rlhf.ppo import train_ppo
 from rlhf.reward import train_reward
-from rlhf.reward.report import (
-    PICTURE,
-    agreement,
-    judge,
-    make_report,
-    page_files,
-    ranking_report,
-    terminal_text,
-)
 from rlhf.reward.report.__main__ import main
-from rlhf.reward.report.measures import measure, shorten
+from rlhf.reward.report.measures import agreement, heldout_metrics, measure, shorten
+from rlhf.reward.report.page import page_files, terminal_text
+from rlhf.reward.report.picture import PICTURE
+from rlhf.reward.report.verdict import judge, make_report
 from rlhf.sft import train_sft
 
 FILES = ("report.json", "report.md", "report.png")
@@ -110,12 +104,16 @@ def test_accuracy_and_the_longer_wins_rule_by_hand_in_every_slice():
     assert report["slices"]["length"]["similar"]["num_prompts"] == 2
 
 
-def test_the_quick_report_of_an_evaluation_gives_the_same_numbers():
+def test_the_metrics_of_an_evaluation_are_the_same_numbers():
     rows, _ = make_rows(RANKS, LENGTHS)
-    quick = ranking_report([torch.tensor(s) for s in SCORES], rows)
-    assert (quick.accuracy, quick.longer_wins, quick.num_pairs) == (0.5, pytest.approx(0.6), 5)
-    assert (quick.length_matched, quick.longer_wins_matched, quick.num_matched) == (0.75, 1.0, 2)
-    assert quick.margin == pytest.approx((2 + 1 - 1 + 0 - 4) / 5)
+    assert heldout_metrics([torch.tensor(s) for s in SCORES], rows) == {
+        "eval_accuracy": 0.5,
+        "eval_longer_wins_accuracy": pytest.approx(0.6),
+        "eval_margin": pytest.approx((2 + 1 - 1 + 0 - 4) / 5),
+        "eval_num_pairs": 5,
+        "eval_num_length_matched_pairs": 2,
+        "eval_length_matched_accuracy": 0.75,
+    }
 
 
 def test_intervals_resample_prompts_not_pairs():

@@ -45,14 +45,3 @@ cannot be computed is null; a slice without pairs is absent.
                       the scores around their prompt's mean; ordered_alike: share of num_pairs pairs
                       of responses, whatever their ranks
 """
-
-from rlhf.reward.report.measures import (
-    LENGTH_MATCH,
-    RankingReport,
-    agreement,
-    find_mistakes,
-    measure,
-    ranking_report,
-)
-from rlhf.reward.report.page import NO_PICTURE, PICTURE, page_files, terminal_text
-from rlhf.reward.report.verdict import heldout_name, judge, make_report

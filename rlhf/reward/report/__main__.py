@@ -57,9 +57,9 @@ def run(options: ReportOptions) -> None:
         InputError: a bad option, or a reward model or rows that cannot be read.
     """
     from rlhf.checkpoint import require_stage
-    from rlhf.console import quiet_libraries, say, warn
+    from rlhf.console import quiet_libraries, say
     from rlhf.data import encode_ranked, load_splits
-    from rlhf.reward.report.page import NO_PICTURE, PICTURE, page_files, terminal_text
+    from rlhf.reward.report.page import page_files, show_report
     from rlhf.reward.report.verdict import heldout_name, make_report
 
     quiet_libraries()
@@ -83,12 +83,7 @@ def run(options: ReportOptions) -> None:
     files = page_files(report, scores, rows)
     for file, content in files.items():
         (out / file).write_bytes(content)
-    say("\n" + terminal_text(report))
-    for warning in report["warnings"]:
-        warn(warning)
-    say(f"\nsaved {', '.join(str(out / file) for file in files)}")
-    if PICTURE not in files:
-        say(NO_PICTURE)
+    show_report(report, ", ".join(str(out / file) for file in files), files)
 
 
 def stage_config(options: ReportOptions) -> RewardStageConfig:
@@ -152,7 +147,7 @@ def _load(path: str, trust_remote_code: bool) -> RewardModelScorer:
 def _score(scorer: RewardModelScorer, rows: list[Row], config: RewardStageConfig) -> list[Tensor]:
     import torch
 
-    from rlhf.reward.trainer import score_rows
+    from rlhf.reward.batches import score_rows
 
     prompts_per_batch = config.trainer["per_device_eval_batch_size"]
     with torch.no_grad():
@@ -167,7 +162,7 @@ def _compare(
     config: RewardStageConfig,
 ) -> dict[str, Any]:
     """Accuracy of another reward model on the same rows, and how far the two agree."""
-    from rlhf.reward.report.measures import agreement, ranking_report
+    from rlhf.reward.report.measures import agreement, heldout_metrics
 
     if other.tokenizer_hash != scorer.tokenizer_hash:
         raise InputError(
@@ -175,7 +170,7 @@ def _compare(
             "compare reward models that started from the same SFT stage"
         )
     theirs = _score(other, rows, config)
-    accuracy = ranking_report(theirs, rows).accuracy
+    accuracy = heldout_metrics(theirs, rows)["eval_accuracy"]
     return {"model": other.path, "accuracy": accuracy} | agreement(scores, theirs)
 
 

@@ -17,7 +17,8 @@ LENGTH_MATCH = 0.8
 NUM_SUBSETS, NUM_MISTAKES, NUM_CHARACTERS = 10, 5, 400
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
-Row = dict[str, Any]
+Row = dict[str, Any]  # an encoded ranked row
+Report = dict[str, Any]  # the keys of `report.json`
 
 
 @dataclass
@@ -72,55 +73,26 @@ def ranked_pairs(scores: list[Tensor], rows: list[Row]) -> Pairs:
 # --- During training ------------------------------------------------------------------------------
 
 
-@dataclass
-class RankingReport:
-    """Accuracy over all non-tied held-out pairs; ties of the judge's value count one half.
+def heldout_metrics(scores: list[Tensor], rows: list[Row]) -> dict[str, float]:
+    """Measure accuracy over all pairs for an evaluation during training; arguments as of
+    `ranked_pairs`.
 
-    Attributes:
-        accuracy: of the reward model.
-        longer_wins: of the rule "the longer response (in tokens) wins", on the same pairs.
-        length_matched: of the reward model, where the shorter response has at least `LENGTH_MATCH`
-            of the longer's tokens; None without such pairs.
-        longer_wins_matched: of the rule, on those.
-        margin: mean score of the better response minus that of the worse.
+    Returns:
+        Values by their names in `metrics.METRICS`; without pairs of similar length, no accuracy of
+        these.
     """
-
-    accuracy: float
-    longer_wins: float
-    length_matched: float | None
-    longer_wins_matched: float | None
-    margin: float
-    num_pairs: int
-    num_matched: int
-
-    def metrics(self) -> dict[str, float]:
-        """Names of `metrics.METRICS`."""
-        values = {
-            "eval_accuracy": self.accuracy,
-            "eval_longer_wins_accuracy": self.longer_wins,
-            "eval_margin": self.margin,
-            "eval_num_pairs": self.num_pairs,
-            "eval_num_length_matched_pairs": self.num_matched,
-        }
-        if self.length_matched is not None:
-            values["eval_length_matched_accuracy"] = self.length_matched
-        return values
-
-
-def ranking_report(scores: list[Tensor], rows: list[Row]) -> RankingReport:
-    """Measure what an evaluation during training reports; arguments as of `ranked_pairs`."""
     pairs = ranked_pairs(scores, rows)
-    right, longer = _right(pairs.gap), _right(pairs.length_gap)
-    some = bool(pairs.similar.any())
-    return RankingReport(
-        accuracy=float(right.mean()),
-        longer_wins=float(longer.mean()),
-        length_matched=float(right[pairs.similar].mean()) if some else None,
-        longer_wins_matched=float(longer[pairs.similar].mean()) if some else None,
-        margin=float(pairs.gap.mean()),
-        num_pairs=len(pairs.gap),
-        num_matched=int(pairs.similar.sum()),
-    )
+    right = _right(pairs.gap)
+    metrics = {
+        "eval_accuracy": float(right.mean()),
+        "eval_longer_wins_accuracy": float(_right(pairs.length_gap).mean()),
+        "eval_margin": float(pairs.gap.mean()),
+        "eval_num_pairs": len(pairs.gap),
+        "eval_num_length_matched_pairs": int(pairs.similar.sum()),
+    }
+    if pairs.similar.any():
+        metrics["eval_length_matched_accuracy"] = float(right[pairs.similar].mean())
+    return metrics
 
 
 def _right(gap: Tensor) -> Tensor:

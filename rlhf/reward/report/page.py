@@ -1,34 +1,38 @@
-"""What people read of a reward model's report: the terminal, Markdown, and the picture."""
+"""The reward model's report for people: in the terminal and as Markdown."""
 
 from __future__ import annotations
 
 import importlib.util
-import io
 import json
 import textwrap
+from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from rlhf.console import table
-from rlhf.reward.report.measures import (
-    LENGTH_MATCH,
-    Row,
-    around_prompt_means,
-    responses_by_rank,
-)
+from rlhf.console import say, table, warn
+from rlhf.reward.report.measures import LENGTH_MATCH, Report, Row
+from rlhf.reward.report.picture import PICTURE, draw, signed
 
 HEADER = ("held-out pairs", "accuracy", "95 % interval", "longer wins", "pairs", "prompts")
-PICTURE = "report.png"
-NO_PICTURE = f"{PICTURE} needs the matplotlib package: pip install 'rlhf[plot]'"
-BETTER, WORSE = "#1b7837", "#c51b7d"
 
-Report = dict[str, Any]
+
+def show_report(report: Report, saved: str, files: Iterable[str]) -> None:
+    """Print the report with its warnings, and where it was saved.
+
+    Args:
+        files: names of the files that were written.
+    """
+    say("\n" + terminal_text(report))
+    for warning in report["warnings"]:
+        warn(warning)
+    say(f"\nsaved {saved}")
+    if PICTURE not in files:
+        say(f"{PICTURE} needs the matplotlib package: pip install 'rlhf[plot]'")
 
 
 def terminal_text(report: Report) -> str:
-    """The report in about twenty lines; subsets and mistakes are left to `report.md`."""
+    """Lay out the report in about twenty lines; `report.md` also has subsets and mistakes."""
     groups = {name: group for name, group in report["slices"].items() if name != "subset"}
     return "\n".join([table(_rows(groups), HEADER), *_facts(report)])
 
@@ -58,7 +62,7 @@ def _facts(report: Report) -> list[str]:
         f"calibration: expected error {bins['ece']:.3f}, Brier score {bins['brier']:.3f} (a coin "
         "has 0.25)",
         "score and length: Pearson {}, Spearman {}; within prompts {}, {}".format(
-            *map(_signed, (length["pearson"], length["spearman"], *within))
+            *map(signed, (length["pearson"], length["spearman"], *within))
         ),
         f"raw scores: best-ranked {best['mean']:.3f} +- {best['std']:.3f}, worst-ranked "
         f"{worst['mean']:.3f} +- {worst['std']:.3f}",
@@ -67,27 +71,23 @@ def _facts(report: Report) -> list[str]:
         lines.append(
             f"agreement with {other['model']} (accuracy {other['accuracy']:.3f}): "
             f"{other['ordered_alike']:.3f} of {other['num_pairs']} pairs ordered alike, Pearson "
-            f"within prompts {_signed(other['pearson'])}"
+            f"within prompts {signed(other['pearson'])}"
         )
     return lines
-
-
-def _signed(value: float | None) -> str:
-    return "-" if value is None else f"{value:+.2f}"
 
 
 def page_files(report: Report, scores: list[Tensor], rows: list[Row]) -> dict[str, bytes]:
     """Make the files of the report, by name; without matplotlib there is no picture.
 
     Args:
-        scores, rows: that the report was made of; for the picture.
+        scores, rows: the arguments of `make_report`, for the picture.
     """
     picture = {}
     if importlib.util.find_spec("matplotlib"):
         picture[PICTURE] = draw(report, scores, rows)
     text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     return {
-        # "replace": half a surrogate pair of the data cannot be written
+        # "replace": half a surrogate pair, if the data has one, cannot be written
         "report.json": text.encode("utf-8", "replace"),
         "report.md": markdown(report, bool(picture)).encode("utf-8", "replace"),
     } | picture
@@ -102,7 +102,7 @@ def markdown(report: Report, has_picture: bool) -> str:
     lines += [report["summary"][0].upper() + report["summary"][1:] + ".", ""]
     lines += [f"- **Warning:** {warning}" for warning in report["warnings"]]
     lines += ["- No warnings."] if not report["warnings"] else []
-    lines += ["", *_facts_as_list(report)]
+    lines += ["", *(f"- {fact[0].upper()}{fact[1:]}." for fact in _facts(report))]
     if has_picture:
         lines += ["", f"![accuracy, calibration, length and scores]({PICTURE})"]
     lines += [
@@ -145,10 +145,6 @@ def markdown(report: Report, has_picture: bool) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _facts_as_list(report: Report) -> list[str]:
-    return [f"- {fact[0].upper()}{fact[1:]}." for fact in _facts(report)]
-
-
 def _table(rows: list[tuple[Any, ...]], header: tuple[str, ...]) -> list[str]:
     """A Markdown table; a bar in a cell would end it."""
     cells = [[str(value).replace("|", "\\|") for value in row] for row in rows]
@@ -157,7 +153,7 @@ def _table(rows: list[tuple[Any, ...]], header: tuple[str, ...]) -> list[str]:
 
 
 def _mistakes(report: Report) -> list[str]:
-    """The texts as indented code, in which nothing is Markdown."""
+    """Lay out the texts as indented code, which Markdown leaves unchanged."""
     lines: list[str] = []
     for number, mistake in enumerate(report["mistakes"], 1):
         better, worse = mistake["better"], mistake["worse"]
@@ -175,91 +171,3 @@ def _mistakes(report: Report) -> list[str]:
 
 def _title(name: str, side: dict[str, Any]) -> str:
     return f"{name} (rank {side['rank']}, score {side['score']:.3f}, {side['length']} tokens)"
-
-
-# --- The picture ----------------------------------------------------------------------------------
-
-
-def draw(report: Report, scores: list[Tensor], rows: list[Row]) -> bytes:
-    """Draw accuracy, calibration, score against length, and the scores; return a PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 8.5), dpi=100, layout="constrained")
-    panels = figure.subplots(2, 2)
-    _draw_accuracy(panels[0, 0], report)
-    _draw_calibration(panels[0, 1], report)
-    _draw_length(panels[1, 0], report, scores, rows)
-    _draw_scores(panels[1, 1], scores, rows)
-    for panel in panels.flat:
-        panel.grid(alpha=0.25)
-        panel.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(report["summary"].replace("; ", "\n"), fontsize=11, fontweight="bold")
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", pil_kwargs={"optimize": True})
-    return stream.getvalue()
-
-
-def _draw_accuracy(panel: Any, report: Report) -> None:
-    named = [
-        (name if group == name else f"{group}: {name}", piece)
-        for group, pieces in report["slices"].items()
-        if group != "subset"
-        for name, piece in pieces.items()
-    ]
-    for y, (_, piece) in enumerate(named):
-        ends = piece["accuracy_low"], piece["accuracy_high"]
-        panel.hlines(y, *ends, color="C0", linewidth=2)
-    values = [[piece[key] for _, piece in named] for key in ("accuracy", "longer_wins")]
-    places = range(len(named))
-    panel.plot(values[0], places, "o", color="C0")
-    panel.plot(values[1], places, "|", color="black", markersize=12)
-    panel.axvline(0.5, color="grey", linestyle=":", linewidth=1)
-    labels = [f"{name} ({piece['num_pairs']})" for name, piece in named]
-    panel.set_yticks(places, labels, fontsize=9)
-    panel.invert_yaxis()
-    panel.set_xlim(0, 1)
-    panel.set_xlabel("dot: reward model, 95 % interval; bar: the longer one wins", fontsize=9)
-    panel.set_title("Share of pairs ordered right (number of pairs)", fontsize=11)
-
-
-def _draw_calibration(panel: Any, report: Report) -> None:
-    bins = report["calibration"]["bins"]
-    predicted, observed, counts = (
-        [b[key] for b in bins] for key in ("predicted", "observed", "num_pairs")
-    )
-    sizes = [20 + 380 * n / sum(counts) for n in counts]
-    panel.plot([0.5, 1], [0.5, 1], color="grey", linestyle=":", linewidth=1)
-    panel.plot(predicted, observed, color="C0", linewidth=1)
-    panel.scatter(predicted, observed, s=sizes, color="C0", alpha=0.8)
-    for x, y, n in zip(predicted, observed, counts, strict=True):
-        panel.annotate(str(n), (x, y), (0, 10), textcoords="offset points", ha="center", fontsize=8)
-    panel.set_xlim(0.48, 1.02)
-    panel.set_ylim(min(0.4, *observed) - 0.03, 1.06)
-    panel.set_xlabel("predicted: sigmoid(score gap)")
-    panel.set_ylabel("observed: share ordered right")
-    error = report["calibration"]["ece"]
-    panel.set_title(f"Calibration: expected error {error:.3f} (pairs at the points)", fontsize=11)
-
-
-def _draw_length(panel: Any, report: Report, scores: list[Tensor], rows: list[Row]) -> None:
-    lengths = [torch.tensor(row["lengths"]) for row in rows]
-    x, y = around_prompt_means(lengths), around_prompt_means(scores)
-    panel.scatter(x.tolist(), y.tolist(), s=9, color="C0", alpha=0.35, linewidths=0)
-    within = report["length"]["within_prompt_spearman"]
-    panel.set_xlabel("tokens, beyond the mean of the prompt's responses")
-    panel.set_ylabel("score, beyond that mean")
-    panel.set_title(f"Score and length: correlation within prompts {_signed(within)}", fontsize=11)
-
-
-def _draw_scores(panel: Any, scores: list[Tensor], rows: list[Row]) -> None:
-    groups = responses_by_rank(scores, rows)
-    low, high = float(groups["all"].min()), float(groups["all"].max())
-    bins = torch.linspace(low, high if high > low else low + 1, 31).tolist()
-    for name, color in (("best", BETTER), ("worst", WORSE)):
-        values, label = groups[name].tolist(), f"{name}-ranked"
-        panel.hist(values, bins=bins, density=True, alpha=0.5, color=color, label=label)
-        panel.axvline(sum(values) / len(values), color=color, linewidth=1.5)
-    panel.set_xlabel("raw score (lines: means)")
-    panel.set_ylabel("density")
-    panel.set_title("Scores of the best- and the worst-ranked responses", fontsize=11)
-    panel.legend(fontsize=8)
