@@ -8,7 +8,7 @@ STAMP := .venv/.installed
 PEERS := .venv-peers
 
 .DEFAULT_GOAL := help
-.PHONY: bad-input gpu-check gpu-wheels help install lint format test test-slow test-peers wheel demo overoptimization clean
+.PHONY: bad-input conf gpu-check gpu-wheels help install lint format test test-slow test-peers wheel demo overoptimization clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -76,6 +76,9 @@ $(OLD_TRL): $(STAMP)
 
 demo: $(STAMP)  ## train the embedded demo through all three stages on a CPU
 	$(BIN)/python -m rlhf.demo
+
+conf: $(STAMP)  ## write conf/*.yaml from the knobs of rlhf/config/knobs
+	$(BIN)/python -m rlhf.config
 
 bad-input: $(STAMP)  ## run the bad-input table and write docs/bad-input.md
 	WRITE_PAGE=1 $(BIN)/python -m pytest -q tests/end_to_end/test_bad_input.py

@@ -25,35 +25,26 @@ from rlhf.config import (
     config_file_of_run,
     default_paths,
     explain,
+    groups_of,
     hide,
     nothing_to_resume,
     read_run_config,
     remember_references,
     schema,
+    stage_help,
 )
 
 # Hydra's options that take a value as the next argument
-VALUED = (
-    "--config-dir",
-    "-cd",
-    "--config-name",
-    "-cn",
-    "--config-path",
-    "-cp",
-    "--cfg",
-    "-c",
-    "--package",
-    "-p",
-)
-# those that only print, and how
+VALUED = {
+    *("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp"),
+    *("--cfg", "-c", "--package", "-p"),
+}
+# Hydra's options that only print something, and how
 PRINTING = {
-    *("--help", "-h", "--hydra-help", "--info", "-i", "--version"),
+    *("--hydra-help", "--info", "-i", "--version"),
     *("--cfg", "-c", "--package", "-p", "--resolve"),
 }
-
-# the groups of conf/<stage>.yaml
-COMMON = ("model", "dataset", "peft", "tracker")
-GROUPS = {"sft": COMMON, "reward": COMMON, "ppo": (*COMMON, "scorer")}
+WORK = ("recipe=", "dataset=", "dataset.path=")  # with one of these, a user has data in mind
 REPEAT_SECONDS = 3.0  # between the first process's error and that of another
 DEMO_HINT = "\n(recipe=demo runs the embedded demo, which needs none of them)"
 
@@ -72,6 +63,10 @@ def hydra_main(stage: str, run: Callable[[Any], int | None]) -> None:
         run: called with the resolved dataclass; returns the number of the signal that interrupted
             it, if one did.
     """
+    given = sys.argv[1:]
+    if {"-h", "--help"} & set(given):
+        print(stage_help(stage))
+        return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand exceptions to us instead of printing and exiting
     import hydra
     from hydra.core.config_store import ConfigStore
@@ -81,29 +76,12 @@ def hydra_main(stage: str, run: Callable[[Any], int | None]) -> None:
 
     config_class = STAGES[stage]
     ConfigStore.instance().store(name=f"{stage}_schema", node=schema(config_class))
-    if runs_demo(sys.argv[1:]):
-        sys.argv.append("recipe=demo")
-    sys.argv[1:] = options_first(sys.argv[1:])
-    has_work = any(o.startswith(("recipe=", "dataset=", "dataset.path=")) for o in sys.argv)
-    # recipe=null is the default, but Hydra refuses null for a group on the command line
-    sys.argv = [argument for argument in sys.argv if argument != "recipe=null"]
+    sys.argv[1:] = hydra_arguments(given)
+    has_work = any(o.startswith(WORK) for o in given + sys.argv)
 
     @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=stage)
     def task(node: Any) -> None:
-        try:
-            config = _as_dataclass(node, config_class)
-            _name_sweep_run(config)
-            if config.resume and not config.overwrite:
-                config = _continued(config, stage)
-            _require_typed_trust(config)
-            check(config)
-        except MissingValues as error:
-            _exit(f"{error}{'' if has_work else DEMO_HINT}")
-        except InputError as error:
-            _exit(str(error))
-        except OmegaConfBaseException as error:
-            _exit(explain(error, config_class))
-        _run(run, config)
+        _run(run, _checked_config(node, stage, "" if has_work else DEMO_HINT))
 
     try:
         task()
@@ -113,6 +91,30 @@ def hydra_main(stage: str, run: Callable[[Any], int | None]) -> None:
         _exit(f"not valid YAML: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
         _exit("interrupted; nothing that was saved is lost. Continue with resume=true", status=130)
+
+
+def _checked_config(node: Any, stage: str, hint: str) -> StageConfig:
+    """Turn what Hydra composed into the stage's configuration, or exit with what is wrong with it.
+
+    Args:
+        hint: added to a message about missing values.
+    """
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        config = _as_dataclass(node, STAGES[stage])
+        _name_sweep_run(config)
+        if config.resume and not config.overwrite:
+            config = _continued(config, stage)
+        _require_typed_trust(config)
+        check(config)
+        return config
+    except MissingValues as error:
+        _exit(f"{error}{hint}")
+    except InputError as error:
+        _exit(str(error))
+    except OmegaConfBaseException as error:
+        _exit(explain(error, STAGES[stage]))
 
 
 def _run(run: Callable[[Any], int | None], config: StageConfig) -> None:
@@ -177,7 +179,7 @@ def _continued(config: StageConfig, stage: str) -> StageConfig:
         if config.resume is True:
             raise nothing_to_resume(config, stage)
         return config
-    groups: list[Any] = [{group: None} for group in GROUPS[stage]]
+    groups: list[Any] = [{group: None} for group in groups_of(STAGES[stage])]
     defaults = [f"{stage}_schema", "_self_", *groups, {"recipe": None}, {"stage": stage}]
     name = f"{stage}_continued"
     values = read_run_config(file, config)
@@ -189,17 +191,24 @@ def _continued(config: StageConfig, stage: str) -> StageConfig:
     return dataclasses.replace(continued, **same)
 
 
+def hydra_arguments(given: list[str]) -> list[str]:
+    """The arguments that Hydra gets for those that were given.
+
+    Options come before overrides, because argparse refuses overrides on both sides of an option.
+    `recipe=demo` is added when there is nothing to do but the demo. `recipe=null` is dropped: it
+    is the default, but Hydra refuses null for a group.
+    """
+    options, overrides = _split_options(given)
+    if runs_demo(given):
+        overrides = ["recipe=demo"]
+    return options + [override for override in overrides if override != "recipe=null"]
+
+
 def runs_demo(arguments: list[str]) -> bool:
-    """True without overrides, and without options but for those that only print."""
+    """True without overrides, and without options other than those that only print."""
     options, overrides = _split_options(arguments)
     names = {option.partition("=")[0] for option in options if option.startswith("-")}
     return not overrides and names <= PRINTING
-
-
-def options_first(arguments: list[str]) -> list[str]:
-    """Move options before overrides: argparse refuses overrides on both sides of an option."""
-    options, overrides = _split_options(arguments)
-    return options + overrides
 
 
 def _split_options(arguments: list[str]) -> tuple[list[str], list[str]]:

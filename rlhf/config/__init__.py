@@ -1,11 +1,12 @@
 """Configuration of the three stages: a dataclass per stage, and its checks.
 
-The dataclasses hold every default; `conf/*.yaml` shows the same knobs with their comments, and a
-test keeps the two equal. Library users build a dataclass; only `rlhf.cli` knows Hydra. What the
+The dataclasses declare every knob: default, range and meaning. `make conf` writes `conf/*.yaml`
+from them. Library users build a dataclass; only `rlhf.cli` knows Hydra. What the
 mapping `trainer:` may hold is decided by the libraries that receive it (see `build_arguments`).
 """
 
 from rlhf.config.checks import check, check_scorer_config
+from rlhf.config.conf_files import groups_of
 from rlhf.config.environment import as_written, hide, remember_references
 from rlhf.config.errors import InputError, MissingValues
 from rlhf.config.fields import check_finite
@@ -53,3 +54,4 @@ from rlhf.config.runs import (
     read_run_config,
     refuse_named_code,
 )
+from rlhf.config.stage_help import stage_help

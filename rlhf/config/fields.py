@@ -36,14 +36,15 @@ class Limits:
     choices: tuple[Any, ...] = ()
 
     def __str__(self) -> str:
-        """As mathematics writes it: `>= 0`, `in [0, 1)`, `one of k1, k2, k3`."""
+        """What a value must satisfy, e.g. `must be >= 0`; empty without limits."""
         if self.choices:
-            return f"one of {', '.join(map(yaml_scalar, self.choices))}"
+            return f"must be one of {', '.join(map(yaml_scalar, self.choices))}"
         low, high = self.ge if self.gt is None else self.gt, self.le if self.lt is None else self.lt
-        if low is None or high is None:
-            signs = {">=": self.ge, ">": self.gt, "<=": self.le, "<": self.lt}
-            return next((f"{sign} {x}" for sign, x in signs.items() if x is not None), "")
-        return f"in {'(' if self.ge is None else '['}{low}, {high}{')' if self.le is None else ']'}"
+        if low is not None and high is not None:
+            opening, closing = "[("[self.gt is not None], "])"[self.lt is not None]
+            return f"must lie in {opening}{low}, {high}{closing}"
+        signs = {">=": self.ge, ">": self.gt, "<=": self.le, "<": self.lt}
+        return next((f"must be {sign} {x}" for sign, x in signs.items() if x is not None), "")
 
     def allow(self, value: Any) -> bool:
         if self.choices:
@@ -82,8 +83,19 @@ def knob(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def limits_of(field: dataclasses.Field[Any]) -> Limits:
-    return field.metadata.get("limits", Limits())
+def group(config_class: type, free: bool = False, **values: Any) -> Any:
+    """Declare a group of knobs: a dataclass inside a dataclass.
+
+    Args:
+        free: the field is a dict with these defaults, which may hold other keys too.
+        values: defaults that differ from those of the class.
+    """
+
+    def make() -> Any:
+        made = config_class(**values)
+        return dataclasses.asdict(made) if free else made
+
+    return dataclasses.field(default_factory=make, metadata={"group": config_class})
 
 
 # --- Checks ---------------------------------------------------------------------------------------
@@ -127,7 +139,7 @@ def range_problems(config: Any, prefix: str = "") -> Iterator[str]:
     """Yield a message for each knob of a dataclass, and of those in it, that is out of range."""
     for field in dataclasses.fields(config):
         name, value = prefix + field.name, getattr(config, field.name)
-        limits = limits_of(field)
+        limits = field.metadata.get("limits", Limits())
         if dataclasses.is_dataclass(value):
             yield from range_problems(value, f"{name}.")
         elif isinstance(value, list):
@@ -135,24 +147,43 @@ def range_problems(config: Any, prefix: str = "") -> Iterator[str]:
                 if dataclasses.is_dataclass(item):
                     yield from range_problems(item, f"{name}[{i}].")
         elif not limits.allow(value):
-            verb = "lie" if str(limits).startswith("in ") else "be"
-            yield f"{name} must {verb} {limits}, got {value!r}"
+            yield f"{name} {limits}, got {value!r}"
 
 
 # --- Sentences ------------------------------------------------------------------------------------
 
 
 def sentences(config_class: type) -> dict[str, str]:
-    """The sentence of each field of a dataclass, base classes included: field name -> text."""
-    found: dict[str, str] = {}
+    """What each field of a dataclass is, and its limits: field name -> sentences.
+
+    A group of knobs has the first paragraph of its class's docstring.
+    """
+    below: dict[str, str] = {}
     for owner in reversed(config_class.__mro__):
         if dataclasses.is_dataclass(owner):
-            found |= _sentences_of_module(owner.__module__).get(owner.__name__, {})
+            below |= _texts_below_fields(owner.__module__).get(owner.__name__, {})
+    found = {}
+    for field in dataclasses.fields(config_class):
+        text = below.get(field.name) or summary(field.metadata.get("group", object))
+        limits = field.metadata.get("limits", Limits())
+        if str(limits) and not (limits.choices and _names_choices(text, limits)):
+            text += f" M{str(limits)[1:]}."
+        found[field.name] = text
     return found
 
 
+def summary(config_class: type) -> str:
+    """The docstring of a dataclass, in one line and without its knobs."""
+    doc = vars(config_class)["__doc__"]
+    return " ".join((doc.summary if isinstance(doc, _Help) else doc).split())
+
+
+def _names_choices(text: str, limits: Limits) -> bool:
+    return all(choice in text for choice in limits.choices if isinstance(choice, str))
+
+
 @cache
-def _sentences_of_module(module: str) -> dict[str, dict[str, str]]:
+def _texts_below_fields(module: str) -> dict[str, dict[str, str]]:
     """Class name -> field name -> the string literal below the field, read from the source."""
     classes = ast.parse(inspect.getsource(sys.modules[module])).body
     return {
@@ -177,16 +208,12 @@ class _Help:
         self.summary = summary
 
     def __get__(self, instance: Any, owner: type) -> str:
-        lines = [self.summary, "", "Attributes:"]
-        fields = {f.name: f for f in dataclasses.fields(owner)}
-        for name, sentence in sentences(owner).items():
-            limits = str(limits_of(fields[name]))
-            lines.append(f"    {name}: {sentence}" + (f" ({limits})" if limits else ""))
-        return "\n".join(lines)
+        knobs = [f"    {name}: {text}" for name, text in sentences(owner).items()]
+        return "\n".join([self.summary, "", "Attributes:", *knobs])
 
 
 def documented(config_class: Class) -> Class:
-    """Make `help()` of a dataclass show the sentence and range of each of its knobs."""
+    """Make `help()` of a dataclass show the sentences and limits of its knobs."""
     help_text = _Help(inspect.cleandoc(config_class.__doc__ or ""))
     config_class.__doc__ = help_text  # type: ignore[assignment]
     return config_class

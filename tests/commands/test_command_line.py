@@ -5,6 +5,7 @@ Run: python -m pytest tests/commands/test_command_line.py
 """
 
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from rlhf.cli import _name_sweep_run, hydra_main, options_first, runs_demo
+from rlhf.cli import _name_sweep_run, hydra_arguments, hydra_main, runs_demo
 from rlhf.config import PPOStageConfig, RewardStageConfig, SFTStageConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -128,7 +129,25 @@ def test_command_answers_without_torch(tmp_path):
     for option in ("--cfg=job", "--help"):
         done = run_python("-X", "importtime", "-m", "rlhf.ppo", option, cwd=tmp_path)
         modules = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-        assert "hydra" in modules and not modules & {"torch", "transformers", "trl", "numpy"}
+        assert "rlhf.cli" in modules and not modules & {"torch", "transformers", "trl", "numpy"}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_shows_groups_ten_knobs_and_where_the_rest_is(stage, command):
+    status, output, errors = command(stage, "--help")
+    assert (status, errors) == (0, "")
+    knobs = [line for line in output.splitlines() if re.match(r"  [a-z_.]+=\S*$", line)]
+    assert len(knobs) == 10
+    assert "  run_name=run" in knobs
+    for text in ("  dataset   alpaca, ", "  recipe    alpaca, ", f"{stage}.yaml", "--cfg job"):
+        assert text in output
+    assert max(map(len, output.splitlines())) <= 100
+
+
+def test_help_of_a_knob_is_its_default_its_sentence_and_its_range(command):
+    _, output, _ = command("ppo", "-h")
+    text = "Weight of the KL penalty, score units per nat. Must be >= 0."
+    assert f"  ppo.kl_coef=0.05\n            {text}\n" in output
 
 
 # --- Errors ---------------------------------------------------------------------------------------
@@ -211,7 +230,7 @@ def test_without_arguments_or_when_asked_for_the_demo_runs(stage, given, compose
         ([], True),
         (["--cfg", "job", "--resolve"], True),
         (["--cfg=job"], True),
-        (["--help"], True),
+        (["--version"], True),
         (["-m"], False),
         (["--config-dir", "own"], False),
         (["--cfg", "job", "seed=2"], False),
@@ -257,10 +276,12 @@ def test_users_recipe_and_data_set_apply_and_the_command_line_wins(own, composed
         (["a=1", "-m", "b=2"], ["-m", "a=1", "b=2"]),
         (["a=1", "--config-dir=own", "b=2"], ["--config-dir=own", "a=1", "b=2"]),
         (["a=1", "--cfg"], ["--cfg", "a=1"]),
+        (["--cfg", "job"], ["--cfg", "job", "recipe=demo"]),
+        (["recipe=null", "a=1"], ["a=1"]),
     ],
 )
-def test_options_move_before_overrides(given, sorted_):
-    assert options_first(given) == sorted_
+def test_hydra_gets_options_first_the_demo_without_work_and_no_null_recipe(given, sorted_):
+    assert hydra_arguments(given) == sorted_
 
 
 # --- Sweeps ---------------------------------------------------------------------------------------

@@ -32,7 +32,6 @@ from rlhf.config import (
     schema,
     with_default_paths,
 )
-from rlhf.config.fields import limits_of
 
 
 def compose_stage(stage, *overrides):
@@ -480,10 +479,10 @@ def messages_of_checks():
 
 def knobs_with_limits(config_class, prefix=""):
     for field in dataclasses.fields(config_class):
-        if str(limits_of(field)):
+        if "group" in field.metadata:
+            yield from knobs_with_limits(field.metadata["group"], f"{prefix}{field.name}.")
+        elif str(field.metadata.get("limits", "")):
             yield prefix + field.name
-        elif dataclasses.is_dataclass(field.default_factory):
-            yield from knobs_with_limits(field.default_factory, f"{prefix}{field.name}.")
 
 
 def test_every_rule_and_range_is_broken_by_some_row_of_the_table():

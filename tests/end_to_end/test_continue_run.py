@@ -13,14 +13,16 @@ from helpers.tiny_ppo import make_config, write_policy
 
 from rlhf.checkpoint.ownership import seal
 from rlhf.checkpoint.run_directory import prepare_run_directory
-from rlhf.cli import GROUPS, hydra_main
+from rlhf.cli import hydra_main
 from rlhf.config import (
     CONF_DIR,
+    STAGES,
     DatasetConfig,
     InputError,
     ModelConfig,
     PeftConfig,
     SFTStageConfig,
+    groups_of,
     load_config,
     save_config,
 )
@@ -150,7 +152,9 @@ def test_new_run_does_not_read_what_is_there(command):
 def test_groups_that_can_be_laid_over_a_run_are_those_of_the_stage(stage):
     defaults = yaml.safe_load((CONF_DIR / f"{stage}.yaml").read_text())["defaults"]
     groups = {name for entry in defaults if isinstance(entry, dict) for name in entry}
-    assert {name for name in groups if " " not in name} - {"recipe", "stage"} == set(GROUPS[stage])
+    assert {name for name in groups if " " not in name} - {"recipe", "stage"} == set(
+        groups_of(STAGES[stage])
+    )
 
 
 # --- Nothing to continue --------------------------------------------------------------------------

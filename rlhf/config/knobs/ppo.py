@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from rlhf.config.fields import documented, knob
+from rlhf.config.fields import documented, group, knob
 from rlhf.config.knobs.scorers import ScorerConfig
 from rlhf.config.knobs.shared import CheckpointConfig, StageConfig
 
@@ -207,15 +207,16 @@ class WatchdogConfig:
 @documented
 @dataclass
 class PPOStageConfig(StageConfig):
-    """PPO against the reward model: `python -m rlhf.ppo`."""
+    """PPO against the reward model, starting from this run's SFT and reward stages (python -m
+    rlhf.ppo)."""
 
     preflight: bool | str = knob(True, choices=(True, False, "only"))
     """Examine memory, ratio, tokenizer, scorer and best-of-n before training; only: print the
     result and exit."""
-    ppo: PPOConfig = field(default_factory=PPOConfig)
-    ptx: PtxConfig = field(default_factory=PtxConfig)
-    scorer: ScorerConfig = field(default_factory=ScorerConfig)
-    critic: CriticConfig = field(default_factory=CriticConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
-    checkpoint: CheckpointConfig = field(default_factory=lambda: CheckpointConfig(every=20))
+    ppo: PPOConfig = group(PPOConfig)
+    ptx: PtxConfig = group(PtxConfig)
+    scorer: ScorerConfig = group(ScorerConfig)
+    critic: CriticConfig = group(CriticConfig)
+    evaluation: EvaluationConfig = group(EvaluationConfig)
+    watchdog: WatchdogConfig = group(WatchdogConfig)
+    checkpoint: CheckpointConfig = group(CheckpointConfig, every=20)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from rlhf.config.fields import documented, knob
+from rlhf.config.fields import documented, group, knob
 from rlhf.config.knobs.shared import StageConfig, TrainerDefaults
 
 
@@ -85,13 +85,13 @@ class RewardTrainerDefaults(TrainerDefaults):
 @documented
 @dataclass
 class RewardStageConfig(StageConfig):
-    """Reward model from ranked responses: `python -m rlhf.reward`."""
+    """Reward model from ranked responses, starting from this run's SFT stage (python -m
+    rlhf.reward)."""
 
-    reward: RewardConfig = field(default_factory=RewardConfig)
-    normalization: NormalizationConfig = field(default_factory=NormalizationConfig)
+    reward: RewardConfig = group(RewardConfig)
+    normalization: NormalizationConfig = group(NormalizationConfig)
     batch_size: int | None = knob(None, ge=1)
     """Prompts per optimiser step over all processes; sets trainer.gradient_accumulation_steps to
     batch_size / (trainer.per_device_train_batch_size x processes), which must be a whole number
     (null: leave that setting alone)."""
-    trainer: dict[str, Any] = knob(asdict(RewardTrainerDefaults()))
-    """Arguments of transformers.TrainingArguments; any of them may be set."""
+    trainer: dict[str, Any] = group(RewardTrainerDefaults, free=True)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from rlhf.config.fields import documented, knob
+from rlhf.config.fields import documented, group, knob
 from rlhf.config.knobs.shared import StageConfig, TrainerDefaults
 
 
@@ -48,7 +48,7 @@ class SFTTrainerDefaults(TrainerDefaults):
 @documented
 @dataclass
 class SFTStageConfig(StageConfig):
-    """Supervised fine-tuning on demonstrations: `python -m rlhf.sft`."""
+    """Supervised fine-tuning on demonstrations (python -m rlhf.sft)."""
 
     train_on_prompt: bool = False
     """Also put loss on the prompt and on user turns (false: only on assistant turns and their
@@ -57,7 +57,7 @@ class SFTStageConfig(StageConfig):
     """Rows (with packing: sequences) per optimiser step over all processes; sets
     trainer.gradient_accumulation_steps to batch_size / (trainer.per_device_train_batch_size x
     processes), which must be a whole number (null: leave that setting alone)."""
-    mix: MixConfig = field(default_factory=MixConfig)
+    mix: MixConfig = group(MixConfig)
     num_samples: int = knob(32, ge=0)
     """Held-out prompts that are answered after training; the answers are shown and counted for
     eos_rate."""
@@ -67,5 +67,4 @@ class SFTStageConfig(StageConfig):
     """Divides the logits when sampling."""
     top_p: float = knob(1.0, gt=0, le=1)
     """Sample from the most probable tokens that together reach this probability (1.0: from all)."""
-    trainer: dict[str, Any] = knob(asdict(SFTTrainerDefaults()))
-    """Arguments of trl.SFTConfig; any of them may be set."""
+    trainer: dict[str, Any] = group(SFTTrainerDefaults, free=True)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.config.fields import documented, knob
+from rlhf.config.fields import documented, group, knob
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 YEAR = 365 * 24 * 3600  # seconds
@@ -170,11 +170,11 @@ class StageConfig:
     precision: str = knob("auto", choices=("auto", "float32", "bfloat16"))
     """Precision of forward passes: float32, bfloat16 (autocast over float32 weights), or auto
     (bfloat16 on a GPU that supports it)."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    dataset: DatasetConfig = field(default_factory=DatasetConfig)
-    peft: PeftConfig = field(default_factory=PeftConfig)
-    tracker: TrackerConfig = field(default_factory=TrackerConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    model: ModelConfig = group(ModelConfig)
+    dataset: DatasetConfig = group(DatasetConfig)
+    peft: PeftConfig = group(PeftConfig)
+    tracker: TrackerConfig = group(TrackerConfig)
+    checkpoint: CheckpointConfig = group(CheckpointConfig)
 
     def stage_dir(self, stage: str) -> Path:
         """Directory of `stage` in this run: `runs_dir/run_name/stage`."""
