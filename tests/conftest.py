@@ -18,3 +18,20 @@ def policy_dir(tmp_path_factory):
     from helpers.tiny_ppo import write_policy
 
     return write_policy(tmp_path_factory.mktemp("policy"))
+
+
+@pytest.fixture(scope="session")
+def run_data(tmp_path_factory):
+    """Folder with the data of the small runs of `helpers.runs`."""
+    from helpers.runs import write_data
+
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def wholes(tmp_path_factory, run_data):
+    """Stage -> configuration, directory and `Whole` of a small run that was left alone."""
+    from helpers.runs import uninterrupted_runs, write_random_policy
+
+    policy = write_random_policy(tmp_path_factory.mktemp("policy"))
+    return uninterrupted_runs(tmp_path_factory.mktemp("whole"), run_data, policy)

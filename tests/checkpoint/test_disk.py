@@ -16,23 +16,20 @@ import subprocess
 
 import pytest
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from test_checkpoint import config_of
-from test_resume import (  # noqa: F401
+from helpers.checkpoints import config_of
+from helpers.runs import (
     PROCESSES,
-    data,
     directory_of,
     log_of,
     names,
     new_run,
     outcome,
-    policy,
     run_stage,
     text_of,
     train,
-    wholes,
 )
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from rlhf.checkpoint import complete_or_nothing, disk_errors
 from rlhf.checkpoint.run_directory import refuse_used_directory
@@ -79,7 +76,7 @@ def leftovers(config) -> list[str]:
 def test_limit_on_the_size_of_a_file_is_said_and_the_run_continues_without_it(
     stage,
     share,
-    wholes,  # noqa: F811
+    wholes,
     tmp_path,
 ):
     """With a share of 1.2 the weights fit, and the state of the optimiser does not."""
@@ -117,7 +114,7 @@ def test_full_disk_is_said_and_the_run_continues_when_there_is_space(
     stage,
     num_checkpoints,
     small_disk,
-    wholes,  # noqa: F811
+    wholes,
     tmp_path,
 ):
     plain, directory, whole = wholes(stage)
@@ -162,9 +159,9 @@ def deleting_scores(prompts, responses):
     return [len(response) / 10 for response in responses]
 
 
-def test_directory_that_vanishes_is_said(wholes, tmp_path, monkeypatch):  # noqa: F811
+def test_directory_that_vanishes_is_said(wholes, tmp_path, monkeypatch):
     config = new_run(wholes("ppo")[0], tmp_path, "run")
-    config.scorer = ScorerConfig("python:test_disk.deleting_scores", normalize="none")
+    config.scorer = ScorerConfig(f"python:{__name__}.deleting_scores", normalize="none")
     monkeypatch.setenv("RUN_TO_DELETE", str(directory_of(config).parent))
     with pytest.raises(InputError) as caught:
         train(config)

@@ -18,20 +18,8 @@ import threading
 import time
 
 import pytest
-from test_ownership import snapshot
-from test_resume import (  # noqa: F401
-    PROCESSES,
-    data,
-    directory_of,
-    new_run,
-    outcome,
-    policy,
-    start,
-    text_of,
-    train,
-    wait_for,
-    wholes,
-)
+from helpers.checkpoints import snapshot
+from helpers.runs import PROCESSES, directory_of, new_run, outcome, start, text_of, train, wait_for
 
 from rlhf.checkpoint import locked
 from rlhf.checkpoint.lock import one_writer
@@ -163,7 +151,7 @@ def test_second_start_beside_a_live_run_is_refused_and_changes_nothing(
     stage,
     values,
     holder,
-    wholes,  # noqa: F811
+    wholes,
     tmp_path,
 ):
     plain, finished, _ = wholes(stage)
@@ -182,7 +170,7 @@ def test_second_start_beside_a_live_run_is_refused_and_changes_nothing(
     assert snapshot([tmp_path]) == before
 
 
-def test_of_runs_that_start_at_once_one_trains_and_the_others_are_refused(wholes, tmp_path):  # noqa: F811
+def test_of_runs_that_start_at_once_one_trains_and_the_others_are_refused(wholes, tmp_path):
     plain, _, whole = wholes("ppo")
     config = new_run(plain, tmp_path, "run", resume=False)
     processes = [start(config) for _ in range(3)]
@@ -198,7 +186,7 @@ def test_of_runs_that_start_at_once_one_trains_and_the_others_are_refused(wholes
     )
 
 
-def test_requeued_run_waits_for_the_one_before_and_continues_it(wholes, tmp_path):  # noqa: F811
+def test_requeued_run_waits_for_the_one_before_and_continues_it(wholes, tmp_path):
     plain, _, whole = wholes("sft")
     config = new_run(plain, tmp_path, "run")
     first = start(config, ask=signal.SIGTERM)
@@ -222,7 +210,7 @@ def refused_rank(rank, port, config, report) -> None:
         report.send(str(error))
 
 
-def test_all_processes_of_a_run_learn_that_its_directory_is_in_use(holder, wholes, tmp_path):  # noqa: F811
+def test_all_processes_of_a_run_learn_that_its_directory_is_in_use(holder, wholes, tmp_path):
     config = new_run(wholes("ppo")[0], tmp_path, "run", resume=False)
     directory_of(config).mkdir(parents=True)
     process, _ = holder(directory_of(config) / ".lock")

@@ -10,7 +10,7 @@ import re
 import shutil
 
 import pytest
-from test_checkpoint import config_of, make_checkpoint, names, tokenizer, write  # noqa: F401
+from helpers.checkpoints import config_of, make_checkpoint, names, snapshot, write
 
 from rlhf.checkpoint import (
     checkpoint_to_resume,
@@ -22,18 +22,6 @@ from rlhf.checkpoint import (
 from rlhf.checkpoint.ownership import complete_checkpoints, latest_checkpoint, own_checkpoints
 from rlhf.checkpoint.run_directory import prepare_run_directory
 from rlhf.config import InputError
-
-
-def snapshot(paths):
-    """Everything below some paths, as it must stay."""
-    found = {}
-    for path in paths:
-        if path.is_symlink():
-            found[path] = os.readlink(path)
-            continue
-        for inner in [path, *sorted(path.rglob("*"))]:
-            found[inner] = inner.read_bytes() if inner.is_file() else inner.is_dir()
-    return found
 
 
 @pytest.fixture

@@ -11,310 +11,32 @@ Run: python -m pytest tests/end_to_end/test_resume.py, with `-m slow` for many m
 from __future__ import annotations
 
 import dataclasses
-import gc
 import json
-import multiprocessing
 import os
 import random
 import shutil
 import signal
-import sys
-import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from helpers.tiny import tiny_model, tiny_tokenizer
+from helpers.runs import (
+    STAGES,
+    directory_of,
+    finish,
+    names,
+    new_run,
+    outcome,
+    start,
+    text_of,
+    wait_for,
+)
+from helpers.stages import launch
 
 from rlhf.config import (
-    CheckpointConfig,
-    CriticConfig,
-    DatasetConfig,
-    EvaluationConfig,
-    ModelConfig,
-    PeftConfig,
-    PPOConfig,
-    PPOStageConfig,
-    RewardStageConfig,
     ScorerConfig,
-    SFTStageConfig,
     save_config,
 )
-from rlhf.demo.world import MODEL_CONFIG
-from rlhf.demo.world import rows as demo_rows
 from rlhf.metrics import TIMINGS, read_jsonl
-
-STAGES = ("sft", "reward", "ppo")
-ACCESSES = ("open", "os.rename", "os.remove", "os.mkdir", "os.truncate", "shutil.rmtree")
-# started once, with everything imported: each run is a fork of it
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["rlhf.sft.stage", "rlhf.reward.stage", "rlhf.ppo.stage"])
-
-# --- The three runs, which take a second each -----------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    """A folder with a few rows of the demo for SFT and reward model, and prompts for PPO."""
-    folder = tmp_path_factory.mktemp("data")
-    for stage in ("sft", "reward"):
-        for split, number in (("train", 40), ("eval", 8)):
-            write_rows(folder / f"{stage}_{split}.jsonl", demo_rows(stage, split)[:number])
-    write_rows(folder / "prompts.jsonl", [{"prompt": f"Name a fruit {i}"} for i in range(24)])
-    return folder
-
-
-def write_rows(file: Path, content: list[dict]) -> None:
-    file.write_text("".join(json.dumps(row) + "\n" for row in content))
-
-
-def sft_config(runs: Path, data: Path) -> SFTStageConfig:
-    """Three epochs of five steps, without the last; logs, evaluations and checkpoints fall on
-    different steps."""
-    small = {"hidden_size": 32, "intermediate_size": 64, "attention_dropout": 0.2}
-    config = SFTStageConfig(
-        runs_dir=str(runs),
-        model=ModelConfig(
-            config=MODEL_CONFIG | small, tokenizer="python:rlhf.demo.world.build_tokenizer"
-        ),
-        dataset=DatasetConfig(
-            path=str(data / "sft_train.jsonl"),
-            eval_path=str(data / "sft_eval.jsonl"),
-            format="messages",
-            max_length=64,
-        ),
-        num_samples=4,
-        response_length=8,
-        checkpoint=CheckpointConfig(every=4),
-    )
-    config.trainer |= {"max_steps": 14, "learning_rate": 3e-3}
-    config.trainer |= {"logging_steps": 3, "eval_steps": 5}
-    config.trainer |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
-    return config
-
-
-def reward_config(runs: Path, data: Path, source: Path) -> RewardStageConfig:
-    """Ten steps on LoRA adapters with dropout."""
-    config = RewardStageConfig(
-        runs_dir=str(runs),
-        model=ModelConfig(path=str(source)),
-        dataset=DatasetConfig(
-            path=str(data / "reward_train.jsonl"),
-            eval_path=str(data / "reward_eval.jsonl"),
-            format="ranked",
-            max_length=64,
-        ),
-        peft=PeftConfig(enabled=True, r=4, dropout=0.2),
-        checkpoint=CheckpointConfig(every=3),
-    )
-    config.trainer |= {"num_train_epochs": 2, "learning_rate": 1e-2}
-    config.trainer |= {"logging_steps": 2, "eval_steps": 5, "per_device_train_batch_size": 8}
-    return config
-
-
-def noisy_scores(prompts, responses):
-    """Score by length, with noise from every global random number generator."""
-    noise = random.random() + np.random.rand() + float(torch.rand(()))
-    return [len(response) / 10 + noise for response in responses]
-
-
-def ppo_config(runs: Path, data: Path, policy: Path) -> PPOStageConfig:
-    """Seven updates; averaged weights, and the best evaluated update as the result."""
-    return PPOStageConfig(
-        runs_dir=str(runs),
-        model=ModelConfig(path=str(policy)),
-        dataset=DatasetConfig(
-            path=str(data / "prompts.jsonl"), format="prompt_completion", eval_fraction=0.3
-        ),
-        ppo=PPOConfig(
-            num_updates=7,
-            batch_size=8,
-            num_mini_batches=2,
-            num_ppo_epochs=2,
-            response_length=8,
-            learning_rate=1e-3,
-            ema_decay=0.9,
-            scale_scores=True,
-            kl_target=1.0,
-            missing_eos_penalty=None,
-        ),
-        scorer=ScorerConfig(path="python:test_resume.noisy_scores", normalize="none"),
-        critic=CriticConfig(init="policy", learning_rate=1e-3),
-        evaluation=EvaluationConfig(every=2, num_prompts=4),
-        checkpoint=CheckpointConfig(every=3),
-        preflight=False,
-    )
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory) -> Path:
-    """A tiny random Llama and its tokenizer."""
-    directory = tmp_path_factory.mktemp("policy")
-    tokenizer = tiny_tokenizer()
-    model = tiny_model("llama", tokenizer)
-    # many stop tokens, so that responses of the random policy end at different lengths
-    model.generation_config.eos_token_id = [tokenizer.eos_token_id, *range(10, 320, 10)]
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
-
-
-# --- Processes ------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class Whole:
-    """A run that was left alone.
-
-    Attributes:
-        seconds: how long it took.
-        accesses: how often it touched a file in its directory.
-    """
-
-    outcome: dict[str, bytes]
-    seconds: float
-    accesses: int
-
-
-def run_stage(config, log: str, kill_at: int, hang_at: int | None, ask: int | None) -> None:
-    """Run a stage in this process; kill it at its `kill_at`-th access to a file that it writes.
-
-    Args:
-        hang_at: number of steps after which the Trainer hangs.
-        ask: number of a signal that the run gets as it writes its first row of metrics.
-    """
-    gc.freeze()  # the Trainer collects garbage: half a second over all that the fork inherited
-    with open(log, "a") as stream:
-        os.dup2(stream.fileno(), 1)
-        os.dup2(stream.fileno(), 2)
-    random.seed(1)
-    np.random.seed(1)
-    torch.manual_seed(1)
-    accesses, directory = 0, str(directory_of(config))
-
-    def watch(event, arguments):
-        nonlocal accesses, ask
-        if ask is not None and event == "open" and str(arguments[0]).endswith("/metrics.jsonl"):
-            number, ask = ask, None
-            os.kill(os.getpid(), number)
-        if event in ACCESSES and any(str(path).startswith(directory) for path in arguments[:2]):
-            accesses += 1
-            if accesses == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(watch)
-    if hang_at is not None:
-        hang(hang_at)
-    result = train(config)
-    print(f"result={result.directory}, accesses={accesses}", flush=True)
-    sys.exit(128 + result.stopped_by if result.stopped_by else 0)
-
-
-def hang(step: int) -> None:
-    """Have the Trainer hang before a step, and say so."""
-    import rlhf.hf_trainer.stage_callback
-
-    class Hanging(rlhf.hf_trainer.stage_callback.StageCallback):
-        def on_step_begin(self, args, state, control, **_):
-            if state.global_step >= step:
-                print("hanging", flush=True)
-            while state.global_step >= step:
-                time.sleep(0.1)
-
-    rlhf.hf_trainer.stage_callback.StageCallback = Hanging
-
-
-def train(config):
-    """Run the stage that a configuration is for."""
-    from rlhf.ppo import train_ppo
-    from rlhf.reward import train_reward
-    from rlhf.sft import train_sft
-
-    trains = {SFTStageConfig: train_sft, RewardStageConfig: train_reward, PPOStageConfig: train_ppo}
-    return trains[type(config)](config)
-
-
-def directory_of(config) -> Path:
-    stages = {SFTStageConfig: "sft", RewardStageConfig: "reward", PPOStageConfig: "ppo"}
-    return config.stage_dir(stages[type(config)])
-
-
-def log_of(config) -> Path:
-    return Path(config.runs_dir) / f"{config.run_name}.log"
-
-
-def text_of(config) -> str:
-    return log_of(config).read_text() if log_of(config).exists() else ""
-
-
-def names(directory: Path, pattern: str) -> list[str]:
-    return sorted(str(path.relative_to(directory)) for path in directory.glob(pattern))
-
-
-def start(config, kill_at: int = 0, hang_at: int | None = None, ask: int | None = None):
-    """Start a stage as a process of its own."""
-    Path(config.runs_dir).mkdir(exist_ok=True, parents=True)
-    arguments = (config, str(log_of(config)), kill_at, hang_at, ask)
-    process = PROCESSES.Process(target=run_stage, args=arguments)
-    process.start()
-    return process
-
-
-def finish(process, config) -> None:
-    process.join(120)
-    assert process.exitcode == 0, text_of(config)[-3000:]
-
-
-def wait_for(condition, process) -> None:
-    began = time.perf_counter()
-    while not condition():
-        assert process.is_alive() and time.perf_counter() - began < 60
-        time.sleep(0.005)
-
-
-def outcome(config) -> dict[str, bytes]:
-    """Everything that a run leaves and that does not depend on the clock."""
-    directory = directory_of(config)
-    files = [*sorted((directory / "final").glob("*.safetensors")), directory / "final/rlhf.json"]
-    files += [f for f in sorted(directory.glob("*.jsonl")) if f.name != "timings.jsonl"]
-    kept = {f"critic/{file.name}": file for file in (directory / "critic").glob("*.safetensors")}
-    kept |= {file.name: file for file in files}
-    return {name: file.read_bytes() for name, file in kept.items()}
-
-
-@pytest.fixture(scope="module")
-def wholes(tmp_path_factory, data, policy):
-    """(configuration of a new run, the run that was left alone) for each stage, by name."""
-    runs = tmp_path_factory.mktemp("whole")
-    found: dict[str, tuple] = {}
-    warm_up = PROCESSES.Process(target=os.getpid)  # the first process waits for the imports
-    warm_up.start()
-    warm_up.join()
-
-    def get(stage: str):
-        if stage not in found:
-            config = {
-                "sft": lambda: sft_config(runs, data),
-                "reward": lambda: reward_config(runs, data, get("sft")[1] / "final"),
-                "ppo": lambda: ppo_config(runs, data, policy),
-            }[stage]()
-            began = time.perf_counter()
-            finish(start(config), config)
-            seconds = time.perf_counter() - began
-            accesses = int(text_of(config).split("accesses=")[-1])
-            whole = Whole(outcome(config), seconds, accesses)
-            found[stage] = (config, directory_of(config), whole)
-        return found[stage]
-
-    return get
-
-
-def new_run(config, folder: Path, name: str, **values):
-    """The same run in another folder, to be continued for as long as it is not finished."""
-    values = {"runs_dir": str(folder), "run_name": name, "resume": "auto"} | values
-    return dataclasses.replace(config, **values)
-
 
 # --- SIGKILL --------------------------------------------------------------------------------------
 
@@ -574,8 +296,6 @@ def test_command_ends_with_the_status_of_the_signal(stopped_by, status, tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_processes_continue_bit_identically(stage, wholes, tmp_path):
-    from test_stages import launch
-
     config = new_run(wholes(stage)[0], tmp_path / "runs", "run", resume=False)
     if stage == "ppo":  # without noise: the random numbers saved are those of the first process
         scorer = "def lengths(prompts, responses):\n    return [len(r) / 10 for r in responses]\n"

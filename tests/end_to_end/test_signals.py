@@ -1,7 +1,7 @@
 """SIGHUP, terminals and pipes that go away, and the death of the demo: nothing is lost, nothing
 goes on alone.
 
-Leaves out SIGTERM and Ctrl-C (test_checkpoint.py) and whole runs (test_resume.py).
+Leaves out SIGTERM and Ctrl-C (test_interruption.py) and whole runs (test_resume.py).
 
 Run: python -m pytest tests/end_to_end/test_signals.py
 """
@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_resume import PROCESSES
+from helpers.runs import PROCESSES
 
 from rlhf.checkpoint import GracefulStop
 from rlhf.console import say

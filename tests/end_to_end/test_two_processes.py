@@ -16,25 +16,9 @@ import socket
 import time
 
 import pytest
-from test_resume import (  # noqa: F401
-    PROCESSES,
-    data,
-    directory_of,
-    log_of,
-    new_run,
-    outcome,
-    policy,
-    run_stage,
-    text_of,
-    wholes,
-)
+from helpers.runs import PROCESSES, directory_of, log_of, new_run, outcome, run_stage, text_of
 
 from rlhf.config import ScorerConfig
-
-
-def lengths(prompts, responses):
-    """Score by length, without random numbers: those saved are of the first process."""
-    return [len(response) / 10 for response in responses]
 
 
 def run_rank(config, rank: int, port: int, kill_at: int, ask: int | None) -> None:
@@ -73,11 +57,11 @@ def launch(config, kill_at: tuple[int, int] = (0, 0), after: float | None = None
     return [rank.exitcode for rank in ranks]
 
 
-def of_two(wholes, stage, folder):  # noqa: F811
+def of_two(wholes, stage, folder):
     """A run of two processes that is left alone, and how long it takes."""
     config = new_run(wholes(stage)[0], folder, "whole", resume=False)
     if stage == "ppo":
-        config.scorer = ScorerConfig("python:test_two_processes.lengths", normalize="none")
+        config.scorer = ScorerConfig("python:helpers.runs.lengths", normalize="none")
     began = time.monotonic()
     assert launch(config) == [0, 0], text_of(config)[-3000:]
     return config, outcome(config), time.monotonic() - began
@@ -102,7 +86,7 @@ def kill_and_continue(plain, expected, seconds, folder, num_kills, draw) -> None
         assert not list(directory_of(config).glob(".*"))
 
 
-def test_killed_run_of_two_processes_ends_as_if_it_had_never_stopped(wholes, tmp_path):  # noqa: F811
+def test_killed_run_of_two_processes_ends_as_if_it_had_never_stopped(wholes, tmp_path):
     config, expected, seconds = of_two(wholes, "sft", tmp_path)
     kill_and_continue(config, expected, seconds, tmp_path, 2, random.Random(3))
 
@@ -111,7 +95,7 @@ def test_killed_run_of_two_processes_ends_as_if_it_had_never_stopped(wholes, tmp
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
 def test_many_killed_runs_of_two_processes_end_as_if_they_had_never_stopped(
     stage,
-    wholes,  # noqa: F811
+    wholes,
     tmp_path,
 ):
     config, expected, seconds = of_two(wholes, stage, tmp_path)
@@ -122,7 +106,7 @@ def test_many_killed_runs_of_two_processes_end_as_if_they_had_never_stopped(
 @pytest.mark.parametrize("stage", ["sft", "ppo"])
 def test_run_of_two_processes_that_is_asked_to_stop_saves_and_continues(
     stage,
-    wholes,  # noqa: F811
+    wholes,
     tmp_path,
 ):
     plain, expected, _ = of_two(wholes, stage, tmp_path)

@@ -26,8 +26,8 @@ from helpers.families import (
     positions_before_last,
     rollout_of,
 )
+from helpers.stages import WORLD, ppo_config, reward_config, sft_config
 from helpers.tiny import FAMILIES, tiny_model
-from test_stages import WORLD, ppo_config, reward_config, sft_config
 from transformers import AutoConfig, AutoModelForSequenceClassification
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 

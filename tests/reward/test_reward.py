@@ -435,7 +435,7 @@ def test_a_run_under_a_budget_resumes_bit_identically_and_its_directory_scores_a
 def test_two_processes_under_a_budget_give_the_result_of_one_and_resume_bit_identically(
     policy, tmp_path
 ):
-    from test_stages import launch
+    from helpers.stages import launch
 
     from rlhf.config import save_config
 

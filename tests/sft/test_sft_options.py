@@ -15,10 +15,7 @@ import pytest
 import torch
 from datasets import Dataset
 from helpers.rows import write
-from helpers.tiny import tiny_model
-from helpers.tokenizers import get_tokenizer
-from safetensors.torch import load_file
-from test_resume import (
+from helpers.runs import (
     directory_of,
     finish,
     new_run,
@@ -29,6 +26,9 @@ from test_resume import (
     text_of,
     write_rows,
 )
+from helpers.tiny import tiny_model
+from helpers.tokenizers import get_tokenizer
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 

@@ -1,0 +1,193 @@
+"""Run directories: who may begin there, what is kept, and where a run continues.
+
+Leaves out runs that are killed (tests/end_to_end/test_resume.py).
+
+Run: python -m pytest tests/checkpoint/test_run_directory.py
+"""
+
+import dataclasses
+import json
+import os
+
+import pytest
+from helpers.checkpoints import config_of, make_checkpoint, names, write
+
+from rlhf.checkpoint import (
+    checkpoint_to_resume,
+    prune_checkpoints,
+)
+from rlhf.checkpoint.run_directory import finished_run, prepare_run_directory
+from rlhf.config import (
+    CheckpointConfig,
+    InputError,
+    TrackerConfig,
+)
+
+
+def test_new_run_directory_is_made(tmp_path):
+    assert prepare_run_directory(config_of(tmp_path), "sft") == tmp_path / "mine" / "sft"
+    assert (tmp_path / "mine" / "sft").is_dir()
+    prepare_run_directory(config_of(tmp_path), "sft")  # still empty
+
+
+def test_run_keeps_the_identity_that_it_got_first(tmp_path):
+    directory = prepare_run_directory(config_of(tmp_path), "sft")
+    first = json.loads((directory / "run.json").read_text())
+    assert first["stage"] == "sft" and len(first["id"]) == 16
+    prepare_run_directory(config_of(tmp_path, resume="auto"), "sft")
+    assert json.loads((directory / "run.json").read_text()) == first
+    (directory / "metrics.jsonl").touch()
+    prepare_run_directory(config_of(tmp_path, overwrite=True), "sft")
+    assert json.loads((directory / "run.json").read_text())["id"] != first["id"]
+
+
+@pytest.mark.parametrize("inside, what", [("checkpoint-1", "an unfinished"), ("final", "a fini")])
+def test_used_run_directory_is_refused_and_overwrite_empties_it(inside, what, tmp_path):
+    (tmp_path / "mine" / "sft" / inside).mkdir(parents=True)
+    (tmp_path / "mine" / "reward").mkdir()
+    with pytest.raises(InputError, match=f"already holds {what}.*resume=true.*overwrite=true"):
+        prepare_run_directory(config_of(tmp_path), "sft")
+    assert (tmp_path / "mine" / "sft" / inside).is_dir()
+    directory = prepare_run_directory(config_of(tmp_path, overwrite=True), "sft")
+    assert names(directory) == ["config.yaml", "run.json"]
+    assert (tmp_path / "mine" / "reward").is_dir()
+
+
+@pytest.mark.parametrize("resume", [True, "auto"])
+def test_resume_keeps_an_unfinished_run_and_refuses_a_finished_one(resume, tmp_path):
+    config = config_of(tmp_path, resume=resume)
+    checkpoint = make_checkpoint(prepare_run_directory(config_of(tmp_path), "sft"), 1, config)
+    prepare_run_directory(config, "sft")
+    assert checkpoint.is_dir()
+    (tmp_path / "mine" / "sft" / "final").mkdir()
+    with pytest.raises(InputError, match="is finished: there is nothing to resume; use another"):
+        prepare_run_directory(config, "sft")
+
+
+@pytest.mark.parametrize("resume", [True, "auto"])
+def test_resume_with_overwrite_is_refused_and_deletes_nothing(resume, tmp_path):
+    (tmp_path / "mine" / "sft" / "final").mkdir(parents=True)
+    with pytest.raises(InputError, match=f"resume={resume}.* contradict".lower()):
+        prepare_run_directory(config_of(tmp_path, resume=resume, overwrite=True), "sft")
+    assert (tmp_path / "mine" / "sft" / "final").is_dir()
+
+
+@pytest.mark.parametrize("resume", [True, "auto"])
+def test_finished_run_is_found_when_resuming_and_not_under_another_configuration(
+    resume, tmp_path, tokenizer, capsys
+):
+    config = config_of(tmp_path, seed=5, resume=resume)
+    assert finished_run(config, "sft") is None
+    record = write(tmp_path / "mine" / "sft" / "final", tokenizer, config=config)
+    assert finished_run(config, "sft") == record
+    assert "sft is finished: nothing to do" in capsys.readouterr().out
+    assert finished_run(dataclasses.replace(config, resume=False), "sft") is None
+    with pytest.raises(InputError, match="with a different configuration:\n  seed: 5 -> 6\n"):
+        finished_run(dataclasses.replace(config, seed=6), "sft")
+
+
+# --- Continuing ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "keep_last, kept", [(1, [2, 6]), (2, [2, 4, 6]), (3, [2, 3, 4, 6]), (9, [1, 2, 3, 4, 6])]
+)
+def test_newest_checkpoints_and_their_best_are_kept(keep_last, kept, tmp_path):
+    for step, best in {1: 1, 2: 2, 3: 2, 4: 2, 6: 2}.items():
+        make_checkpoint(tmp_path, step, best=best)
+    (tmp_path / "checkpoint-best").mkdir()
+    prune_checkpoints(tmp_path, keep_last)
+    assert names(tmp_path) == [f"checkpoint-{step}" for step in kept] + ["checkpoint-best"]
+
+
+def test_what_was_left_of_a_checkpoint_goes_once_a_newer_one_is_there(tmp_path):
+    (tmp_path / "run.json").write_text('{"id": "0123", "stage": "sft"}')
+    for step in (3, 4, 8, 9):
+        (make_checkpoint(tmp_path, step) / "manifest.json").unlink()
+    for step in (4, 8):
+        (tmp_path / f"checkpoint-{step}").rename(tmp_path / f"checkpoint-{step}.damaged")
+    before = names(tmp_path)
+    prune_checkpoints(tmp_path, 2)
+    assert names(tmp_path) == before
+    make_checkpoint(tmp_path, 4)
+    prune_checkpoints(tmp_path, 2)
+    left = [f"checkpoint-{name}" for name in ("4", "8.damaged", "9")]
+    assert names(tmp_path) == [*left, "run.json"]
+
+
+def test_checkpoint_whose_best_one_is_damaged_is_not_used(tmp_path, capsys):
+    config = config_of(tmp_path, resume=True)
+    directory = prepare_run_directory(config_of(tmp_path), "sft")
+    for step, best in {1: None, 2: 2, 3: 2}.items():
+        make_checkpoint(directory, step, config, best)
+    os.truncate(directory / "checkpoint-2" / "policy.safetensors", 5)
+    assert checkpoint_to_resume(config, directory) == directory / "checkpoint-1"
+    warnings = capsys.readouterr().err
+    assert (
+        "checkpoint-3 is damaged: its best checkpoint, checkpoint-2, is damaged: policy" in warnings
+    )
+    assert "checkpoint-2 is damaged: policy.safetensors has 5 bytes" in warnings
+    assert names(directory) == [
+        *("checkpoint-1", "checkpoint-2.damaged", "checkpoint-3.damaged"),
+        *("config.yaml", "run.json"),
+    ]
+
+
+def test_resume_true_does_not_start_afresh_where_no_checkpoint_is_intact(tmp_path):
+    config = config_of(tmp_path, resume=True)
+    directory = prepare_run_directory(config_of(tmp_path), "sft")
+    os.truncate(make_checkpoint(directory, 3, config) / "policy.safetensors", 5)
+    before = names(directory)
+    with pytest.raises(
+        InputError, match="(?s)no checkpoint is intact.*checkpoint-3: policy.* 5 bytes"
+    ):
+        checkpoint_to_resume(config, directory)
+    assert names(directory) == before
+
+
+def test_logs_are_cut_back_to_what_they_were_at_the_checkpoint(tmp_path):
+    config = config_of(tmp_path, resume=True)
+    directory = prepare_run_directory(config_of(tmp_path), "sft")
+    (directory / "metrics.jsonl").write_text('{"step": 1}\n')
+    make_checkpoint(directory, 1, config)
+    (directory / "metrics.jsonl").write_text('{"step": 1}\n{"step": 1, "eval": 2}\n{"st')
+    (directory / "samples.jsonl").write_text('{"step": 2}\n')
+    checkpoint_to_resume(dataclasses.replace(config, resume=False), directory)
+    assert (directory / "samples.jsonl").read_text() == '{"step": 2}\n'
+    checkpoint_to_resume(config, directory)
+    assert (directory / "metrics.jsonl").read_text() == '{"step": 1}\n'
+    assert (directory / "samples.jsonl").read_text() == ""
+
+
+def test_differences_of_the_configuration_are_listed_and_only_harmless_ones_pass(tmp_path, capsys):
+    config = config_of(tmp_path, resume=True)
+    directory = prepare_run_directory(config_of(tmp_path), "sft")
+    config.model.path = str(directory / "final")
+    checkpoint = make_checkpoint(directory, 1, config)
+    moved = config_of(
+        tmp_path / "elsewhere" / "..",
+        resume="auto",
+        checkpoint=CheckpointConfig(keep_last=7, grace_seconds=1),
+        tracker=TrackerConfig(name="wandb"),
+    )
+    moved.model.path = str(moved.stage_dir("sft") / "final")  # the same place in the moved run
+    assert checkpoint_to_resume(moved, directory) == checkpoint
+    said = capsys.readouterr().out
+    for line in ("checkpoint.keep_last: 2 -> 7", 'tracker.name: "none" -> "wandb"', "runs_dir"):
+        assert f"changed, without effect on what is trained: {line}" in said
+    assert "model.path" not in said and "resume:" not in said
+    moved.precision, moved.trainer = "float32", moved.trainer | {"learning_rate": 1.0}
+    with pytest.raises(InputError) as caught:
+        checkpoint_to_resume(moved, directory)
+    assert '\n  precision: "auto" -> "float32"\n  trainer.learning_rate: 2e-05 -> 1.0\n' in str(
+        caught.value
+    )
+
+
+def test_another_number_of_processes_is_refused(tmp_path, monkeypatch):
+    config = config_of(tmp_path, resume=True)
+    directory = prepare_run_directory(config_of(tmp_path), "sft")
+    make_checkpoint(directory, 1, config)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="\n  number of processes: 1 -> 2\n"):
+        prepare_run_directory(config, "sft")
