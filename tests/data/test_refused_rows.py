@@ -6,9 +6,10 @@ from functools import partial
 
 import pytest
 from helpers.rows import assistant, user
-from helpers.tiny import tiny_tokenizer
-from test_stored_forms import classifier, write
+from helpers.tiny import tiny_model, tiny_tokenizer
+from helpers.tokenizers import saved
 from tokenizers import AddedToken, normalizers
+from transformers import AutoModelForSequenceClassification
 
 from rlhf.config import InputError, MixConfig, ScorerConfig
 from rlhf.data import (
@@ -135,8 +136,9 @@ def test_a_sampled_answer_that_a_reward_models_template_leaves_out_is_read_as_em
         "{% for m in messages %}<{{ m.role }}>{{ m.content.split('</think>')[-1] }}{{ eos_token }}"
         "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
     )
-    write(tmp_path / "reward", classifier())
-    tokenizer.save_pretrained(tmp_path / "reward")
+    config = tiny_model("llama", tokenizer).config
+    config.num_labels = 1
+    saved(tmp_path / "reward", tokenizer, AutoModelForSequenceClassification.from_config(config))
     scorer = load_scorer(ScorerConfig(str(tmp_path / "reward"), "none"))
     prompt = [user("Hi")]
     assert scorer.encode_pair(prompt, "hm</think>") == scorer.encode_pair(prompt, "")

@@ -1,141 +1,22 @@
-"""From files to canonical rows: formats, sources, bad rows, splits.
+"""Sources: every kind of file, Python functions, and rows that are refused or dropped."""
 
-Formats of named instruction sets are in test_instructions.py, those of preferences in
-test_preferences.py.
-"""
+from __future__ import annotations
 
 import csv
 import gzip
 import json
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
-from helpers.rows import CONVERSATIONS, SHARED, assistant, user, write
+from helpers.rows import CONVERSATIONS, assistant, user, write
 
-from rlhf.config import CONF_DIR, DatasetConfig, InputError
+from rlhf.config import DatasetConfig, InputError
 from rlhf.data import (
-    FORMATS,
     describe_dropped,
     load_rows,
     load_splits,
     prompt_of,
-    resolve_format,
-    split_by_prompt,
 )
-
-# --- Formats ------------------------------------------------------------------------------------
-
-
-def test_messages_keeps_other_columns_and_reads_sharegpt():
-    expected = [user("Hi"), assistant("Yo")]
-    row = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]}
-    assert FORMATS["messages"]({**row, "id": 7}) == {"id": 7, "messages": expected}
-    padded = [{"role": None, "from": "human", "value": "Hi"}, {**assistant("Yo"), "name": None}]
-    assert FORMATS["messages"]({"messages": padded, "prompt": "Hi"}) == {"messages": expected}
-
-
-def test_real_files_load_in_full():
-    if not (SHARED / "data").is_dir():
-        pytest.skip("the real data is not on this machine")
-    expected = {
-        ("alpaca_eval_sft_test.jsonl", "alpaca", "sft"): 1574,
-        ("sharegpt_dummy_conversation.json", "messages", "sft"): 500,
-    }
-    for (file, format, stage), count in expected.items():
-        rows, dropped = load_rows(str(SHARED / "data" / file), format, "train", stage)
-        assert len(rows) == count and not dropped
-
-
-STAGES = {"chatllama_rlhf": "ppo", "text": "ptx"} | dict.fromkeys(
-    "messages prompt_completion alpaca self_instruct dolly15k sharegpt baize chatllama_actor tldr "
-    "hh_chosen".split(),
-    "sft",
-)
-
-
-def documented_rows(format):
-    """The example rows in the comments of conf/dataset/<format>.yaml."""
-    lines = (CONF_DIR / "dataset" / f"{format}.yaml").read_text().splitlines()
-    examples = [line[1:].strip() for line in lines]
-    return [json.loads(example) for example in examples if example.startswith("{")]
-
-
-def test_each_format_has_a_config_whose_example_rows_it_reads(tmp_path):
-    files = {file.stem: file.read_text() for file in (CONF_DIR / "dataset").glob("*.yaml")}
-    assert set(files) == {*FORMATS, "none"}
-    for name in FORMATS:
-        assert f"\nformat: {name}\n" in files[name]
-        examples = documented_rows(name)
-        assert examples
-        stage = "ppo" if name == "prompt_completion" else STAGES.get(name, "reward")
-        path = write(tmp_path / f"{name}.jsonl", examples)
-        rows, dropped = load_rows(path, name, "train", stage)
-        assert rows and not dropped
-
-
-# What a row must have, beside what its documentation calls optional
-REQUIRED = {
-    "messages": "messages",
-    "prompt_completion": "prompt completion",
-    "text": "text",
-    "alpaca": "instruction output",
-    "self_instruct": "instruction instances",
-    "dolly15k": "instruction response",
-    "sharegpt": "conversations",
-    "baize": "input",
-    "chatllama_actor": "user_input completion",
-    "chatllama_reward": "user_input completion score",
-    "chatllama_rlhf": "user_input",
-    "tldr": "subreddit title post summary",
-    "hh": "chosen rejected",
-    "hh_chosen": "chosen",
-    "ranked": "prompt responses",
-    "ratings": "prompt responses ratings",
-    "pair": "prompt chosen rejected",
-    "alpaca_farm": "instruction output_1 output_2 preference",
-    "ultrafeedback": "instruction",
-    "stack_exchange": "question",
-    "summarize_from_feedback": "info summaries choice",
-    "oasst": "prompt",
-}
-
-
-@pytest.mark.parametrize("format", FORMATS)
-def test_a_row_without_a_field_stops_with_file_row_and_field(format, tmp_path):
-    good = documented_rows(format)[0]
-    stage = STAGES.get(format, "reward")
-    for field in REQUIRED[format].split():
-        for bad in ({n: v for n, v in good.items() if n != field}, {**good, field: None}):
-            path = write(tmp_path / "rows.jsonl", [good, bad])
-            with pytest.raises(InputError, match="missing or null|got null|got None") as caught:
-                load_rows(path, format, "train", stage)
-            assert str(caught.value).startswith(f"{path}, row 2, field {field!r}: ")
-    path = write(tmp_path / "rows.jsonl", [good, {"something": "else"}])
-    with pytest.raises(InputError, match="rows.jsonl, row 2, field '"):
-        load_rows(path, format, "train", stage)
-
-
-def test_a_tree_of_something_else_stops(tmp_path):
-    root = {"role": "prompter", "text": "Hi", "replies": []}
-    for bad in ("Hi", {**root, "replies": "Yo"}, {**root, "replies": ["Yo"]}):
-        path = write(tmp_path / "rows.jsonl", [{"prompt": root}, {"prompt": bad}])
-        with pytest.raises(InputError, match="row 2, field 'prompt': got .*; expected {text, role"):
-            load_rows(path, "oasst", "train", "reward")
-
-
-def test_format_by_name_or_dotted_path():
-    assert resolve_format("hh") is FORMATS["hh"]
-    assert resolve_format("json.dumps") is json.dumps
-    with pytest.raises(InputError, match="messages, prompt_completion.*Did you mean alpaca"):
-        resolve_format("alpacca")
-    with pytest.raises(InputError, match="dataset.format='no_such_module.x'"):
-        resolve_format("no_such_module.x")
-
-
-# --- Sources ------------------------------------------------------------------------------------
 
 
 def test_every_file_type_loads_the_same_rows(tmp_path):
@@ -358,100 +239,3 @@ def test_ppo_needs_only_a_prompt(tmp_path):
     messages = CONVERSATIONS["three turns"]
     assert prompt_of({"messages": messages}) == messages[:-1]
     assert prompt_of({"messages": [user("q")]}) == [user("q")]
-
-
-# --- Splits -------------------------------------------------------------------------------------
-
-
-def test_split_by_prompt_shares_no_prompt_and_ignores_order():
-    rows = [{"prompt": f"p{i % 300}", "n": i} for i in range(900)]
-    rows += [{"messages": [user(f"q{i % 50}"), assistant(str(i))]} for i in range(100)]
-    train, evaluation = split_by_prompt(rows, 0.2, seed=1)
-    keys = [{str(prompt_of(row)) for row in side} for side in (train, evaluation)]
-    assert not keys[0] & keys[1] and len(train) + len(evaluation) == 1000
-    assert 40 <= len(keys[1]) <= 100  # 350 prompts, 70 expected, sd 7.5
-    again = split_by_prompt(rows[::-1], 0.2, seed=1)
-    assert again == (train[::-1], evaluation[::-1])
-    assert split_by_prompt(evaluation, 0.2, seed=1) == ([], evaluation)
-    assert split_by_prompt(rows, 0.2, seed=2)[1] != evaluation
-    assert split_by_prompt(rows, 0.0, seed=1)[1] == []
-
-
-def test_split_is_the_same_in_another_process():
-    program = (
-        "from rlhf.data import split_by_prompt\n"
-        "rows = [{'prompt': str(i)} for i in range(40)]\n"
-        "print([r['prompt'] for r in split_by_prompt(rows, 0.3, 5)[1]])\n"
-        "import sys\n"
-        "assert not {'torch', 'datasets', 'transformers'} & set(sys.modules), 'import is not light'"
-    )
-    root = Path(__file__).parents[2]
-    out = subprocess.run(
-        [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True
-    ).stdout
-    here = split_by_prompt([{"prompt": str(i)} for i in range(40)], 0.3, 5)[1]
-    assert out.strip() == str([row["prompt"] for row in here])
-
-
-def test_load_splits_from_one_and_from_two_files(tmp_path):
-    rows = [{"prompt": f"p{i}", "completion": "c"} for i in range(100)]
-    path = write(tmp_path / "train.jsonl", [*rows, {"prompt": "x", "completion": ""}])
-    config = DatasetConfig(path=path, format="prompt_completion", eval_fraction=0.3)
-    splits = load_splits(config, "sft", seed=3)
-    assert (splits.train, splits.eval) == split_by_prompt(rows, 0.3, 3)
-    assert splits.dropped == {"empty response": 1} and splits.overlap == 0
-    config.max_rows, config.max_eval_rows = 7, 3
-    head = load_splits(config, "sft", seed=3)
-    assert head.train == splits.train[:7] and head.eval == splits.eval[:3]
-    config.max_rows = config.max_eval_rows = None
-    config.eval_path = write(tmp_path / "eval.jsonl", [rows[5], {**rows[0], "prompt": "new"}])
-    both = load_splits(config, "sft", seed=3)
-    assert both.train == rows and len(both.eval) == 2 and both.overlap == 1
-    config.eval_path = str(tmp_path / "absent.jsonl")
-    with pytest.raises(InputError, match="dataset.eval_path="):
-        load_splits(config, "sft", seed=3)
-
-
-def test_an_empty_side_is_an_error(tmp_path):
-    path = write(tmp_path / "a.jsonl", [{"prompt": "p", "completion": "c"}])
-    config = DatasetConfig(path=path, format="prompt_completion", eval_fraction=0.0)
-    with pytest.raises(
-        InputError, match="raise dataset.eval_fraction=0.0 or give dataset.eval_path"
-    ):
-        load_splits(config, "sft", seed=1)
-    config.path = write(tmp_path / "b.jsonl", [{"prompt": "p", "completion": ""}])
-    with pytest.raises(InputError, match="no row to train on; dropped 1 rows: 1 empty response"):
-        load_splits(config, "sft", seed=1)
-
-
-def test_as_conversation_renders_text_prompts_like_the_conversations_of_sft(tmp_path):
-    ranked = [{"prompt": "Name a fruit.", "responses": ["Apple.", "Car."], "ranks": [0, 1]}] * 2
-    write(tmp_path / "ranked.jsonl", ranked)
-    config = DatasetConfig(
-        path=str(tmp_path / "ranked.jsonl"),
-        eval_path=str(tmp_path / "ranked.jsonl"),
-        format="ranked",
-    )
-    assert load_splits(config, "reward", 1).prompts == "text"
-    config.as_conversation = True
-    splits = load_splits(config, "reward", 1)
-    assert splits.prompts == "conversation"
-    assert splits.train[0]["prompt"] == [{"role": "user", "content": "Name a fruit."}]
-    assert splits.overlap == 2
-    assert "2 held-out rows share their prompt" in splits.describe(Counter())
-
-
-def test_as_conversation_makes_a_text_completion_the_answer(tmp_path):
-    write(tmp_path / "rows.jsonl", [{"prompt": "Hi", "completion": "Hello"}])
-    path = str(tmp_path / "rows.jsonl")
-    config = DatasetConfig(path=path, eval_path=path, format="prompt_completion")
-    config.as_conversation = True
-    row = load_splits(config, "sft", 1).train[0]
-    assert row["completion"] == [{"role": "assistant", "content": "Hello"}]
-
-
-def test_empty_texts_are_dropped_and_counted(tmp_path):
-    path = tmp_path / "texts.jsonl"
-    path.write_text('{"text": "a b"}\n{"text": " "}\n')
-    rows, dropped = load_rows(str(path), "text", "train", "ptx", field="ptx.path")
-    assert [row["text"] for row in rows] == ["a b"] and dropped == {"empty text": 1}

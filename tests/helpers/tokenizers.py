@@ -7,21 +7,18 @@ from pathlib import Path
 
 import pytest
 from helpers.rows import CONVERSATIONS, SHARED
+from helpers.templates import CHATML
 from helpers.tiny import tiny_tokenizer
 
-from rlhf.config import CONF_DIR
+from rlhf.config import CONF_DIR, ModelConfig
 from rlhf.tokenizer import chat_template_text
 
-CHATML = (  # the EOS of the tokenizer is not in it
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 EOS_THEN_NEWLINE = (  # what follows the EOS belongs to the next prompt; writes a BOS where it can
     "{{ bos_token }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}"
     "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
-FILES = ("plain", "alpaca")
+PLAIN_FILES = ("plain", "alpaca")
 TEMPLATES = {
     "plain": "plain",
     "alpaca": "alpaca",
@@ -40,7 +37,7 @@ def word_level():
     pieces = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
     pieces.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+|\W"), "isolated")
     texts = [m["content"] for c in CONVERSATIONS.values() for m in c]
-    texts += [(CONF_DIR / "chat_template" / f"{name}.jinja").read_text() for name in FILES]
+    texts += [(CONF_DIR / "chat_template" / f"{name}.jinja").read_text() for name in PLAIN_FILES]
     texts += ["<|im_start|>user\n<|im_end|>system\nassistant: 2+2=4 two three"]
     words = ["<unk>", "<pad>", "<s>", "</s>"]
     for text in texts:
@@ -121,3 +118,11 @@ def runs_of_labels(ids, labels):
         stretches[-1].append(label)
         inside = True
     return stretches
+
+
+def saved(directory, tokenizer=None, model=None, **knobs):
+    """Configuration of a model directory with a tokenizer, and a model where one is given."""
+    (tokenizer or tiny_tokenizer()).save_pretrained(directory)
+    if model is not None:
+        model.save_pretrained(directory)
+    return ModelConfig(path=str(directory), **knobs)

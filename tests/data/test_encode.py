@@ -1,12 +1,11 @@
-"""Encoding: the token ids and labels that the three stages share; formats and sources are in
-test_sources.py."""
+"""The token ids and labels that the three stages share."""
+
+from __future__ import annotations
 
 import pytest
-from helpers.rows import CONVERSATIONS, assistant, user
+from helpers.rows import CONVERSATIONS, user
 from helpers.tiny import tiny_tokenizer
 from helpers.tokenizers import (
-    CHATML,
-    FILES,
     TEMPLATE_EOS,
     every,
     get_tokenizer,
@@ -15,8 +14,6 @@ from helpers.tokenizers import (
 
 from rlhf.config import InputError
 from rlhf.data import (
-    FORMATS,
-    RankedCollator,
     describe_dropped,
     encode_prompt,
     encode_prompts,
@@ -27,9 +24,8 @@ from rlhf.data import (
     encode_texts,
     prompt_of,
 )
-from rlhf.tokenizer import chat_template_text
 
-# --- Rendering and labels -----------------------------------------------------------------------
+# --- Rendering and labels -------------------------------------------------------------------------
 
 
 @every("conversation")
@@ -162,75 +158,7 @@ def test_conversations_without_a_template_are_refused():
         encode_response("a", "b", tokenizer)
 
 
-# --- Chat templates -----------------------------------------------------------------------------
-
-NO_INPUT = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes "
-    "the request.\n\n### Instruction:\nName a fruit.\n\n### Response:"
-)
-WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further "
-    "context. Write a response that appropriately completes the request.\n\n### Instruction:\n"
-    "Translate.\n\n### Input:\nGood day\n\n### Response:"
-)
-
-
-@pytest.mark.parametrize("name", ["byte", "pythia", "llama"])
-@pytest.mark.parametrize(
-    "row, literal",
-    [
-        ({"instruction": "Name a fruit.", "input": "", "output": "Apple"}, NO_INPUT),
-        ({"instruction": "Translate.", "input": "Good day", "output": "Bonjour"}, WITH_INPUT),
-    ],
-)
-def test_alpaca_prompts_are_byte_exact(name, row, literal):
-    tokenizer = get_tokenizer(name, "alpaca")
-    messages = FORMATS["alpaca"](row)["messages"]
-    bos = tokenizer.bos_token or ""
-    prompt = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
-    assert prompt == bos + literal
-    rendered = tokenizer.apply_chat_template(messages, tokenize=False)
-    assert rendered == bos + literal + row["output"] + tokenizer.eos_token
-
-
-def test_plain_template_renders_as_documented():
-    tokenizer = get_tokenizer("pythia")
-    messages = [{"role": "system", "content": "S"}, user("A"), assistant("B"), user("C")]
-    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert rendered == (
-        "S\n\n### User:\nA\n\n### Assistant:\nB<|endoftext|>\n\n### User:\nC\n\n### Assistant:\n"
-    )
-
-
-@pytest.mark.parametrize("template", FILES)
-def test_generation_markers_cover_the_answer_and_its_eos(template):
-    tokenizer = get_tokenizer("byte", template)
-    encoded = tokenizer.apply_chat_template(
-        CONVERSATIONS["three turns"],
-        return_assistant_tokens_mask=True,
-        return_dict=True,
-    )
-    labels = [
-        token if on else -100
-        for token, on in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
-    ]
-    texts = [tokenizer.decode(s) for s in runs_of_labels(encoded["input_ids"], labels)]
-    assert texts == ["An orange, i think.<eos>", "It is\nsweet: yes<eos>", "Yes.<eos>"]
-
-
-def test_chat_template_by_name_path_or_text(tmp_path):
-    file = tmp_path / "mine.jinja"
-    file.write_text("{{ messages }}")
-    assert chat_template_text(str(file)) == "{{ messages }}"
-    assert chat_template_text(CHATML) == CHATML
-    assert "generation" in chat_template_text("plain")
-    with pytest.raises(InputError, match="alpaca, .*plain.*Did you mean plain"):
-        chat_template_text("plane")
-    with pytest.raises(InputError, match="that exists"):
-        chat_template_text(str(tmp_path / "absent.jinja"))
-
-
-# --- Sets and batches ---------------------------------------------------------------------------
+# --- All rows of a stage --------------------------------------------------------------------------
 
 
 def test_encode_sft_drops_long_rows_and_counts_them():
@@ -277,34 +205,6 @@ def test_encode_ranked_loses_only_long_responses_while_two_untied_remain():
     )
     with pytest.raises(InputError, match="dataset.max_length=2 leaves no row; raise it"):
         encode_ranked(rows, tokenizer, max_length=2)
-
-
-def test_collator_masks_by_length_even_where_pad_is_eos():
-    eos = 9
-    rows = [
-        {"input_ids": [[5, 6, eos], [5, eos]], "ranks": [1, 0], "lengths": [2, 1], "row": 4},
-        {"input_ids": [[7, 8, 8, eos], [7, eos, eos], [7, eos]], "ranks": [0, 1, 1]},
-    ]
-    batch = RankedCollator(pad_token_id=eos)(rows)
-    assert batch["input_ids"].tolist() == [
-        [5, 6, 9, 9],
-        [5, 9, 9, 9],
-        [7, 8, 8, 9],
-        [7, 9, 9, 9],
-        [7, 9, 9, 9],
-    ]
-    assert batch["attention_mask"].tolist() == [
-        [1, 1, 1, 0],
-        [1, 1, 0, 0],
-        [1, 1, 1, 1],
-        [1, 1, 1, 0],
-        [1, 1, 0, 0],
-    ]
-    assert batch["ranks"].tolist() == [1, 0, 0, 1, 1]
-    assert batch["groups"].tolist() == [0, 0, 1, 1, 1]
-
-
-# --- PPO-ptx ------------------------------------------------------------------------------------
 
 
 def test_texts_are_encoded_whole_cut_and_never_too_short_to_predict():
