@@ -8,7 +8,7 @@ STAMP := .venv/.installed
 PEERS := .venv-peers
 
 .DEFAULT_GOAL := help
-.PHONY: bad-input conf gpu-check gpu-wheels help install lint format test test-slow test-peers wheel demo overoptimization clean
+.PHONY: bad-input conf gpu-check gpu-wheels help install lint format test test-slow test-peers wheel demo overoptimization clean docs
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -17,7 +17,7 @@ install: $(STAMP)  ## create .venv with the tested versions and an editable inst
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,docs]'
 	touch $@
 
 lint: $(STAMP)  ## check style, formatting and types
@@ -80,6 +80,9 @@ demo: $(STAMP)  ## train the embedded demo through all three stages on a CPU
 conf: $(STAMP)  ## write conf/*.yaml from the knobs of rlhf/config/knobs
 	$(BIN)/python -m rlhf.config
 
+docs: $(STAMP)  ## build the documentation into site/; any warning is an error
+	$(BIN)/mkdocs build --strict --quiet
+
 bad-input: $(STAMP)  ## run the bad-input table and write docs/bad-input.md
 	WRITE_PAGE=1 $(BIN)/python -m pytest -q tests/end_to_end/test_bad_input.py
 
@@ -87,5 +90,5 @@ overoptimization: $(STAMP)  ## draw true and proxy score against KL on the demo,
 	$(BIN)/python -m rlhf.overoptimization
 
 clean:  ## remove builds and caches; keeps .venv and runs/
-	rm -rf dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf dist build site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +

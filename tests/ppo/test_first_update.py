@@ -1,4 +1,4 @@
-"""The numbers of a first PPO update, as `examples/ppo_first_update.md` documents them.
+"""The numbers of a first PPO update, as `docs/ppo-first-update.md` documents them.
 
 Run: python -m pytest tests/ppo/test_first_update.py -m ''
 """
@@ -14,7 +14,7 @@ from helpers.tiny_ppo import make_config
 from rlhf.metrics import read_jsonl
 from rlhf.ppo import train_ppo
 
-PAGE = Path(__file__).parents[2] / "examples/ppo_first_update.md"
+PAGE = Path(__file__).parents[2] / "docs/ppo-first-update.md"
 
 
 def second_pass(metrics):
