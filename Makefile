@@ -8,7 +8,7 @@ STAMP := .venv/.installed
 PEERS := .venv-peers
 
 .DEFAULT_GOAL := help
-.PHONY: bad-input conf gpu-check gpu-wheels help install lint format test test-slow test-peers wheel demo overoptimization clean docs
+.PHONY: bad-input conf gpu-check gpu-wheels help install lint format test test-slow test-peers wheel demo overoptimization clean docs test-fast test-gpu
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,11 +29,19 @@ format: $(STAMP)  ## rewrite the sources as `make lint` wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+test-fast: $(STAMP)  ## run the unit tests (after every edit, under a minute)
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile tests/test_architecture.py \
+		tests/test_metrics.py tests/config tests/functional tests/tokenizer tests/data \
+		--ignore tests/functional/test_mutants.py
+
 test: $(STAMP)  ## run the default tests (offline, CPU, minutes)
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 test-slow: $(STAMP)  ## run the tests marked slow
 	$(BIN)/python -m pytest -q -m 'slow and not gpu'
+
+test-gpu: $(STAMP)  ## run the tests that need a GPU
+	$(BIN)/python -m pytest -q -m gpu
 
 test-peers: $(PEERS)/.installed  ## compare the PPO maths with TRL 1.12, stable-baselines3 and torchrl
 	$(PEERS)/bin/python -m pytest -q -m peers tests/peers

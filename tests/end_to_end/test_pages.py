@@ -30,6 +30,7 @@ OTHERS = [
     ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "examples/benchmarks/README.md")
 ]
 PAGES = [README, *OTHERS, *DOCS]
+BAD_INPUT = {ROOT / "docs/bad-input.md"}  # its settings are wrong on purpose
 # Pages with commands that train, in an order in which later ones find what earlier ones made.
 TRAINING_PAGES = (
     "getting-started sft reward-models using-the-result checkpoints ppo scaling extending".split()
@@ -147,6 +148,7 @@ def test_the_readmes_commands_are_those_that_run_here():
 
 def test_the_readmes_installation_works(tmp_path):
     """Unchanged; without a network, so that what this Python has is there already."""
+    pytest.importorskip("editables", reason="pip cannot build here without a network")
     for name in ("rlhf", "conf"):
         shutil.copytree(ROOT / name, tmp_path / name)
     for name in ("pyproject.toml", "constraints.txt", "README.md", "LICENSE"):
@@ -282,7 +284,7 @@ def test_paths_tests_and_links_of_a_page_exist(page):
         assert f"def {name}(" in defined, name
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", sorted({*PAGES} - BAD_INPUT), ids=lambda page: page.name)
 def test_settings_named_in_a_page_exist(page):
     """Overrides in the text, such as `ppo.kl_coef=0.05`."""
     from rlhf.config import STAGES, config_keys
@@ -290,7 +292,7 @@ def test_settings_named_in_a_page_exist(page):
     known = {key for stage in STAGES.values() for key in config_keys(stage)}
     groups = {key.partition(".")[0] for key in known if "." in key} - {"trainer"}
     for key in re.findall(rf"[` ]((?:{'|'.join(groups)})\.[a-z_]+)[=`]", page.read_text()):
-        assert key in known, key
+        assert key in known or key.endswith((".jsonl", ".py")), key
 
 
 def test_the_documentation_lists_every_page():
