@@ -95,7 +95,7 @@ bad-input: $(STAMP)  ## run the bad-input table and write docs/bad-input.md
 	WRITE_PAGE=1 $(BIN)/python -m pytest -q tests/end_to_end/test_bad_input.py
 
 overoptimization: $(STAMP)  ## draw true and proxy score against KL on the demo, minutes on a CPU
-	$(BIN)/python -m rlhf.overoptimization
+	$(BIN)/python examples/overoptimization/experiment.py
 
 clean:  ## remove builds and caches; keeps .venv and runs/
 	rm -rf dist build site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -34,6 +34,8 @@ from rlhf.config import (
     stage_help,
 )
 
+Run = Callable[[Any], int | None]  # of a stage; returns the signal that interrupted it, if one did
+
 # Hydra's options that take a value as the next argument
 VALUED = {
     *("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp"),
@@ -49,7 +51,7 @@ REPEAT_SECONDS = 3.0  # between the first process's error and that of another
 DEMO_HINT = "\n(recipe=demo runs the embedded demo, which needs none of them)"
 
 
-def hydra_main(stage: str, run: Callable[[Any], int | None]) -> None:
+def hydra_main(stage: str, run: Run, prepare: Callable[[Any], None] = lambda _: None) -> None:
     """Run one stage from the command line.
 
     Without any argument, the stage runs the embedded demo (`recipe=demo`); options that only print
@@ -62,6 +64,7 @@ def hydra_main(stage: str, run: Callable[[Any], int | None]) -> None:
         stage: key of `STAGES`; also the name of the YAML file.
         run: called with the resolved dataclass; returns the number of the signal that interrupted
             it, if one did.
+        prepare: may complete the dataclass before it is checked.
     """
     given = sys.argv[1:]
     if {"-h", "--help"} & set(given):
@@ -81,7 +84,7 @@ def hydra_main(stage: str, run: Callable[[Any], int | None]) -> None:
 
     @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=stage)
     def task(node: Any) -> None:
-        _run(run, _checked_config(node, stage, "" if has_work else DEMO_HINT))
+        _run(run, _checked_config(node, stage, prepare, "" if has_work else DEMO_HINT))
 
     try:
         task()
@@ -93,7 +96,9 @@ def hydra_main(stage: str, run: Callable[[Any], int | None]) -> None:
         _exit("interrupted; nothing that was saved is lost. Continue with resume=true", status=130)
 
 
-def _checked_config(node: Any, stage: str, hint: str) -> StageConfig:
+def _checked_config(
+    node: Any, stage: str, prepare: Callable[[Any], None], hint: str
+) -> StageConfig:
     """Turn what Hydra composed into the stage's configuration, or exit with what is wrong with it.
 
     Args:
@@ -107,6 +112,7 @@ def _checked_config(node: Any, stage: str, hint: str) -> StageConfig:
         if config.resume and not config.overwrite:
             config = _continued(config, stage)
         _require_typed_trust(config)
+        prepare(config)
         check(config)
         return config
     except MissingValues as error:
@@ -117,7 +123,7 @@ def _checked_config(node: Any, stage: str, hint: str) -> StageConfig:
         _exit(explain(error, STAGES[stage]))
 
 
-def _run(run: Callable[[Any], int | None], config: StageConfig) -> None:
+def _run(run: Run, config: StageConfig) -> None:
     """Run a stage and end as it did; an error on any process is printed, with its rank."""
     try:
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs when PEFT is imported

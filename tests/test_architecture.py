@@ -29,8 +29,9 @@ FLOORS = [
     {"scorers"},
     {"hf_trainer", "score"},
     {"sft", "reward", "ppo"},
-    {"chat", "export", "demo"},
-    {"demo_world", "overoptimization"},
+    {"chat", "export", "pipeline"},
+    {"demo"},
+    {"demo_world"},
     {"__init__"},
 ]
 FLOOR = {module: number for number, floor in enumerate(FLOORS) for module in floor}

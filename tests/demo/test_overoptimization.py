@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf import overoptimization
 from rlhf.config import (
     DatasetConfig,
     InputError,
@@ -25,12 +24,17 @@ from rlhf.config import (
     SFTStageConfig,
     load_config,
 )
-from rlhf.demo.__main__ import run_stage
 from rlhf.demo.world import MODEL_CONFIG
 from rlhf.reward import train_reward
 from rlhf.sft import train_sft
 
 ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "examples/overoptimization"
+sys.path.insert(0, str(EXAMPLE))
+import curves  # noqa: E402
+import experiment  # noqa: E402
+import picture  # noqa: E402
+
 WORLD = DatasetConfig(
     path="python:rlhf.demo.world.rows", max_length=64, max_rows=64, max_eval_rows=16
 )
@@ -57,7 +61,7 @@ def folder(tmp_path_factory):
         reward = RewardStageConfig("demo", dataset=WORLD)
         reward.trainer |= steps
         train_reward(reward)
-        assert overoptimization.main(MINIATURE) == 0
+        assert experiment.main(MINIATURE) == 0
     return folder
 
 
@@ -102,7 +106,7 @@ def test_best_of_one_is_what_ppo_starts_from(folder):
 def test_best_of_n_is_the_mean_over_all_subsets():
     generator = torch.Generator().manual_seed(0)
     proxy, gold = (torch.randn(3, 6, generator=generator) for _ in range(2))
-    points = overoptimization.best_of_n_points(proxy, gold)
+    points = curves.best_of_n_points(proxy, gold)
     assert [point["n"] for point in points] == [1, 2, 4]
     for point in points:
         n, picked = point["n"], []
@@ -118,11 +122,11 @@ def test_samples_of_a_prompt_stand_in_its_row(folder, monkeypatch):
     monkeypatch.chdir(folder)
     stage = Path("runs/demo-kl0/ppo")
     config = load_config(PPOStageConfig, stage / "final/config.yaml")
-    prompts = overoptimization.read_prompts(stage)
+    prompts = curves.read_prompts(stage)
     assert len(prompts) == 16
-    proxy, gold = overoptimization.sample_scores(config, prompts[:2], num_samples=5)
+    proxy, gold = curves.sample_scores(config, prompts[:2], num_samples=5)
     assert proxy.shape == gold.shape == (2, 5)
-    alone = overoptimization.sample_scores(config, prompts[:1], num_samples=5)
+    alone = curves.sample_scores(config, prompts[:1], num_samples=5)
     torch.testing.assert_close(proxy[:1], alone[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(gold[:1], alone[1], rtol=0, atol=0)
     assert proxy.std(dim=1).min() > 0
@@ -144,7 +148,7 @@ def test_second_call_uses_what_is_finished_and_refuses_other_settings(folder, mo
     files = sorted(folder.rglob("final/rlhf.json"))
     times = [file.stat().st_mtime_ns for file in files]
     (folder / "runs/demo/overoptimization.png").unlink()
-    assert overoptimization.main(MINIATURE) == 0
+    assert experiment.main(MINIATURE) == 0
     out = capfd.readouterr().out
     assert "===" not in out and "using runs/demo-kl0.5/ppo/final" in out
     assert out.count("\n0 ") == out.count("\n0.5 ") == out.count("\nbest of 64 ") == 1
@@ -152,33 +156,28 @@ def test_second_call_uses_what_is_finished_and_refuses_other_settings(folder, mo
     assert result_of(folder) == before
     assert (folder / "runs/demo/overoptimization.png").is_file()
 
-    assert overoptimization.main([*MINIATURE, "ppo.num_updates=5"]) == 2
+    assert experiment.main([*MINIATURE, "ppo.num_updates=5"]) == 2
     error = capfd.readouterr().err
     assert "runs/demo-kl0/ppo/final was trained with ppo.num_updates=4, not 5" in error
 
     weights = folder / "runs/demo/sft/final/model.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content + b" ")
-    assert overoptimization.main(MINIATURE) == 2
+    assert experiment.main(MINIATURE) == 2
     weights.write_bytes(content)
     assert "was not trained from runs/demo/sft/final as it is now" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("text", ["", "[]", "[0,x]", "[-1]", "[0.1,0.10]", "[nan]", "[inf]"])
-def test_bad_coefficients_are_refused(text):
+@pytest.mark.parametrize("coefs", [[], [-1.0], [0.1, 0.10], [math.nan], [math.inf]])
+def test_bad_coefficients_are_refused(coefs):
     with pytest.raises(InputError, match="kl_coefs must be distinct finite numbers >= 0"):
-        overoptimization.parse_coefs(text)
+        experiment.check_coefs(coefs)
 
 
-def test_an_override_goes_to_the_stages_that_know_it_and_a_typo_to_all(capfd):
-    assert run_stage("sft", ["seed=3", "ppo.num_updates=4", "--cfg", "job"]) == 0
-    out = capfd.readouterr().out
-    assert "\nseed: 3\n" in out and "num_updates" not in out
-    assert run_stage("ppo", ["ppo.num_updates=4", "trainer.max_steps=4", "--cfg", "job"]) == 0
-    out = capfd.readouterr().out
-    assert "num_updates: 4" in out and "max_steps" not in out
-    assert run_stage("sft", ["poo.num_updates=4", "--cfg", "job"]) == 2
-    assert "unknown key 'poo'" in capfd.readouterr().err
+@pytest.mark.parametrize("text", ["", "[]", "[0,x]", "[-1]", "[nan]"])
+def test_bad_coefficients_on_the_command_line_are_refused(text, capsys):
+    assert experiment.main([f"kl_coefs={text}"]) == 2
+    assert "error: kl_coefs" in capsys.readouterr().err
 
 
 def test_title_claims_only_what_the_intervals_bear_out():
@@ -191,17 +190,17 @@ def test_title_claims_only_what_the_intervals_bear_out():
         return {"kl_coef": 0.0, "points": points}
 
     claim = "Without a KL penalty the reward model's score keeps rising"
-    assert overoptimization.title_of([curve(0.5, 0.9, 0.8)]).startswith(claim)
-    assert "from 0.90 to 0.80" in overoptimization.title_of([curve(0.5, 0.9, 0.8)])
-    assert claim not in overoptimization.title_of([curve(0.5, 0.9, 0.8, width=0.06)])
-    assert claim not in overoptimization.title_of([curve(0.5, 0.8, 0.9)])
+    assert picture.title_of([curve(0.5, 0.9, 0.8)]).startswith(claim)
+    assert "from 0.90 to 0.80" in picture.title_of([curve(0.5, 0.9, 0.8)])
+    assert claim not in picture.title_of([curve(0.5, 0.9, 0.8, width=0.06)])
+    assert claim not in picture.title_of([curve(0.5, 0.8, 0.9)])
 
 
 def test_missing_matplotlib_is_said_before_anything_is_trained(tmp_path):
     (tmp_path / "hidden").mkdir()
     (tmp_path / "hidden/matplotlib.py").write_text("raise ImportError('not installed')")
     path = os.pathsep.join([str(tmp_path / "hidden"), str(ROOT)])
-    command = [sys.executable, "-m", "rlhf.overoptimization"]
+    command = [sys.executable, str(EXAMPLE / "experiment.py")]
     env = os.environ | {"PYTHONPATH": path}
     done = subprocess.run(
         command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60
@@ -213,15 +212,15 @@ def test_missing_matplotlib_is_said_before_anything_is_trained(tmp_path):
 
 @pytest.mark.slow
 def test_without_a_penalty_gold_falls_while_the_proxy_rises_and_with_one_it_does_not(tmp_path):
-    command = [sys.executable, "-m", "rlhf.overoptimization", "kl_coefs=[0,0.15]"]
+    command = [sys.executable, str(EXAMPLE / "experiment.py"), "kl_coefs=[0,0.15]"]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run(command, cwd=tmp_path, env=env, timeout=3600, check=True)
     without, chosen = result_of(tmp_path)["ppo"]
-    peak, end = overoptimization.peak_of(without), without["points"][-1]
+    peak, end = curves.peak_of(without), without["points"][-1]
     assert end["gold_high"] < peak["gold_low"] and end["gold"] < peak["gold"] - 0.04
     assert end["proxy_low"] > peak["proxy_high"]
     # the selection rule stops early
-    assert overoptimization.chosen_of(without)["gold"] > end["gold"] + 0.03
-    peak, end = overoptimization.peak_of(chosen), chosen["points"][-1]
+    assert curves.chosen_of(without)["gold"] > end["gold"] + 0.03
+    peak, end = curves.peak_of(chosen), chosen["points"][-1]
     assert end["gold"] > peak["gold"] - 0.02
-    assert end["gold"] > overoptimization.peak_of(without)["gold"] + 0.04
+    assert end["gold"] > curves.peak_of(without)["gold"] + 0.04

@@ -1,4 +1,4 @@
-"""SIGHUP, terminals and pipes that go away, and the death of the demo: nothing is lost, nothing
+"""SIGHUP, terminals and pipes that go away, and the death of the pipeline: nothing is lost, nothing
 goes on alone.
 
 Leaves out SIGTERM and Ctrl-C (test_interruption.py) and whole runs (test_resume.py).
@@ -88,13 +88,13 @@ def test_run_saves_when_its_terminal_or_pipe_is_gone(output, number, tmp_path):
     assert (tmp_path / "done").exists() and process.exitcode == 0
 
 
-# --- The demo -------------------------------------------------------------------------------------
+# --- The pipeline ---------------------------------------------------------------------------------
 
 PARENT = """
 import sys
-from rlhf import demo
+from rlhf import pipeline
 sys.executable = {stage!r}
-raise SystemExit(demo.run_stage("sft", []))
+raise SystemExit(pipeline.run_stage("sft", []))
 """
 
 
@@ -107,8 +107,8 @@ def is_running(process: int) -> bool:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can do that")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
-def test_killed_demo_leaves_no_orphan(number, tmp_path):
-    """A shell script, in place of Python, is the stage: what starts and ends it is the demo's."""
+def test_killed_pipeline_leaves_no_orphan(number, tmp_path):
+    """A shell script, in place of Python, is the stage: the pipeline starts and ends it."""
     stage, pid = tmp_path / "stage", tmp_path / "pid"
     stage.write_text(f"#!/bin/sh\necho $$ > {pid}.tmp; mv {pid}.tmp {pid}; exec sleep 60\n")
     stage.chmod(0o755)
