@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import InputError, ModelConfig, check_finite, nearest
+from rlhf.config import InputError, ModelConfig, knob, nearest
 from rlhf.data import whole_characters
-from rlhf.options import run_command
+from rlhf.options import check_options, run_command
 
 COMMANDS = ("/reset", "/undo", "/exit")
 OBEYED = {"temperature", "top_p", "top_k", "do_sample"}  # settings that our sampling loop has
@@ -43,39 +43,20 @@ class ChatOptions:
     """System message."""
     chat_template: str | None = None
     """Replaces the model's own template: plain, alpaca or a .jinja file."""
-    temperature: float | None = None
+    temperature: float | None = knob(None, ge=0)
     """0 always takes the likeliest token (default: the model's generation config, else 1)."""
-    top_p: float | None = None
+    top_p: float | None = knob(None, gt=0, le=1)
     """Share of the probability to sample from (default: the generation config, else off)."""
-    top_k: int | None = None
+    top_k: int | None = knob(None, ge=0)
     """Number of likeliest tokens to sample from (default: the generation config, else off)."""
-    max_new_tokens: int = 256
+    max_new_tokens: int = knob(256, ge=1)
     """Longest answer, tokens."""
-    seed: int = 1
+    seed: int = knob(1, ge=0)
     """Equal seeds give equal answers."""
     device: str | None = None
     """Device such as cpu or cuda:1 (default: a GPU if there is one)."""
     trust_remote_code: bool = False
     """true: the model's own Python files may run."""
-
-
-def check(options: ChatOptions) -> None:
-    """Check the values before anything loads.
-
-    Raises:
-        InputError: a value is out of range.
-    """
-    check_finite(options)
-    rules = {
-        "max_new_tokens": (options.max_new_tokens >= 1, ">= 1"),
-        "temperature": ((options.temperature or 0) >= 0, ">= 0"),
-        "top_p": (options.top_p is None or 0 < options.top_p <= 1, "in (0, 1]"),
-        "top_k": ((options.top_k or 0) >= 0, ">= 0"),
-        "seed": (options.seed >= 0, ">= 0"),
-    }
-    for name, (holds, expected) in rules.items():
-        if not holds:
-            raise InputError(f"{name} must be {expected}, got {getattr(options, name)}")
 
 
 def note(text: str) -> None:
@@ -308,7 +289,7 @@ def _load(options: ChatOptions, path: str, field: str) -> tuple[Any, Any, Any, b
 
 def talk(options: ChatOptions) -> None:
     """Answer the lines that are typed or piped in, until they end."""
-    check(options)
+    check_options(options)
     chats = [Chat(options, field) for field in ("path", "compare") if getattr(options, field)]
     for chat in chats:
         note(chat.describe())

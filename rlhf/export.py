@@ -26,11 +26,11 @@ from rlhf.config import (
     ModelConfig,
     PPOStageConfig,
     StageConfig,
+    knob,
     load_config,
-    nearest,
     refuse_named_code,
 )
-from rlhf.options import run_command
+from rlhf.options import check_options, run_command
 
 ITS_MODEL = "its model.path"  # in messages: the setting of the checkpoint's run
 
@@ -43,8 +43,8 @@ class ExportOptions:
     """checkpoint-N of an SFT or PPO run, or a model or PEFT adapter (directory or Hub id)."""
     out: str
     """Directory to write; new or empty."""
-    dtype: str = "auto"
-    """float32, bfloat16, float16, or auto (as stored); a reward model's head stays in float32."""
+    dtype: str = knob("auto", choices=DTYPES)
+    """Type of the weights; auto keeps the stored one. A reward model's head stays in float32."""
     trust_remote_code: bool = False
     """true: the model's own Python files, and functions named in a checkpoint's config.yaml, may
     run."""
@@ -97,11 +97,9 @@ def export(options: ExportOptions) -> None:
 
 
 def _check(options: ExportOptions) -> None:
+    check_options(options)
     if not Path(options.path).is_dir() and "/" not in options.path:
         raise InputError(f"path={options.path}: no such directory")
-    if options.dtype not in DTYPES:
-        hint = nearest(options.dtype, DTYPES)
-        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {options.dtype}.{hint}")
     out = Path(options.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"out={out} exists and is not empty; choose another")

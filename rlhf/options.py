@@ -1,6 +1,7 @@
 """The `key=value` options of every command but the three stages.
 
-A command declares its options as the fields of a dataclass. A string literal under a field is its
+A command declares its options as the fields of a dataclass, in the same way as the stages declare
+their knobs: `knob(default, ge=0)` gives a range, and the string literal under a field is its
 sentence in `--help`. A field without a default must be given. A field named `overrides` receives
 the arguments that no other field is named after.
 
@@ -9,18 +10,24 @@ Left out: the command line of the stages, which Hydra reads (`rlhf.cli`).
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import inspect
 import logging
 import sys
 import textwrap
 import types
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from rlhf.config import InputError, check_finite, hide, nearest
+from rlhf.config import (
+    InputError,
+    check_finite,
+    hide,
+    limits_of,
+    nearest,
+    range_problems,
+    sentences,
+    yaml_scalar,
+)
 
 Options = TypeVar("Options")
 
@@ -64,8 +71,8 @@ def read_options(options: type[Options], arguments: Sequence[str]) -> Options:
     """Fill a dataclass from `key=value` arguments.
 
     Raises:
-        InputError: an unknown name (the message names the nearest), a missing value, a value of
-            another type, or a number that is not finite.
+        InputError: an unknown name (the message names the nearest), a missing value, or a value of
+            another type or out of range.
     """
     known = {name: kind for name, kind in get_type_hints(options).items() if name != OVERRIDES}
     values: dict[str, Any] = {}
@@ -89,8 +96,19 @@ def read_options(options: type[Options], arguments: Sequence[str]) -> Options:
     if overrides:
         values[OVERRIDES] = overrides
     filled = options(**values)
-    check_finite(filled)
+    check_options(filled)
     return filled
+
+
+def check_options(options: Any) -> None:
+    """Check that the values of a dataclass are finite and in range.
+
+    Raises:
+        InputError: names every value that is not.
+    """
+    check_finite(options)
+    if problems := list(range_problems(options)):
+        raise InputError("\n".join(problems))
 
 
 def _parse(name: str, kind: Any, text: str) -> Any:
@@ -119,7 +137,7 @@ def help_text(usage: str, options: type) -> str:
     width = max(map(len, labels)) + 6
     lines = [
         textwrap.fill(
-            about[field.name] + _default(field),
+            about[field.name] + _values(field),
             width=100,
             initial_indent=f"    {label}".ljust(width),
             subsequent_indent=" " * width,
@@ -129,28 +147,19 @@ def help_text(usage: str, options: type) -> str:
     return "\n".join([usage.strip(), "\nOptions, each as key=value:\n", *lines])
 
 
-def _default(field: dataclasses.Field[Any]) -> str:
-    if field.default in (dataclasses.MISSING, None):
-        return " (required)" if _is_required(field) else ""
-    default = str(field.default).lower() if isinstance(field.default, bool) else field.default
-    return f" (default: {default})"
+def _values(field: dataclasses.Field[Any]) -> str:
+    """What a field accepts, and its default."""
+    notes = [str(limits_of(field))]
+    if _is_required(field):
+        notes.append("required")
+    elif field.default not in (dataclasses.MISSING, None):
+        notes.append(f"default: {yaml_scalar(field.default)}")
+    return f" ({'; '.join(filter(None, notes))})" if any(notes) else ""
 
 
 def _is_required(field: dataclasses.Field[Any]) -> bool:
     missing = dataclasses.MISSING
     return field.default is missing and field.default_factory is missing
-
-
-def sentences(options: type) -> dict[str, str]:
-    """The string literal under each field of a dataclass, on one line."""
-    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(options))).body
-    assert isinstance(definition, ast.ClassDef)
-    return {
-        field.target.id: " ".join(str(text.value.value).split())
-        for field, text in pairwise(definition.body)
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
-        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
-    }
 
 
 def _quiet_imports() -> None:

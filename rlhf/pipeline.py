@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.cli import hydra_main
-from rlhf.config import STAGES, InputError, StageConfig, config_keys, nearest
+from rlhf.config import STAGES, InputError, StageConfig, config_keys, default_paths, nearest
 from rlhf.console import say, table
 from rlhf.options import run_command
 

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import DTYPES, NORMALIZATIONS, InputError, ScorerConfig, show
+from rlhf.config import DTYPES, NORMALIZATIONS, InputError, ScorerConfig, knob, show
 from rlhf.data import DropRow, as_messages, as_prompt, as_text
-from rlhf.options import run_command
+from rlhf.options import check_options, run_command
 
 KINDS = ({"prompt", "response"}, {"prompt", "responses"}, {"messages"})  # fields of a row
 CHUNK = 8  # batches between two writes
@@ -41,12 +41,12 @@ class ScoreOptions:
     """Rows to score, a .jsonl file."""
     out: str | None = None
     """File to write (default: <name>.scored.jsonl in the folder of the rows)."""
-    normalize: str = "demo_mean_zero"
-    """demo_mean_zero, standardise or none."""
-    batch_size: int = 32
+    normalize: str = knob(ScorerConfig().normalize, choices=NORMALIZATIONS)
+    """Scale of the scores."""
+    batch_size: int = knob(ScorerConfig().batch_size, ge=1)
     """Sequences scored together."""
-    dtype: str = "float32"
-    """Of the weights: auto, float32, bfloat16 or float16."""
+    dtype: str = knob("float32", choices=DTYPES)
+    """Type of the weights."""
     trust_remote_code: bool = False
     """true: the model's own Python files may run."""
 
@@ -81,7 +81,7 @@ def run(options: ScoreOptions) -> None:
         InputError: a value is not allowed, the output exists already, another process writes it, a
             row cannot be scored, or the partial output belongs to other rows or another model.
     """
-    check(options)
+    check_options(options)
     import torch
 
     from rlhf.checkpoint import disk_errors, locked
@@ -99,20 +99,6 @@ def run(options: ScoreOptions) -> None:
     header = ("responses", "mean", "std", "min", "max")
     say(table([(len(scores), *map(float, figures))], header))
     say(f"\nsaved {out}: scores by {options.path}, normalize={options.normalize}")
-
-
-def check(options: ScoreOptions) -> None:
-    """Check the values before anything loads.
-
-    Raises:
-        InputError: a value is not allowed.
-    """
-    for name, allowed in (("normalize", NORMALIZATIONS), ("dtype", DTYPES)):
-        if getattr(options, name) not in allowed:
-            given = getattr(options, name)
-            raise InputError(f"{name} must be one of {', '.join(allowed)}, got {given!r}")
-    if options.batch_size < 1:
-        raise InputError(f"batch_size must be >= 1, got {options.batch_size}")
 
 
 def _score_file(options: ScoreOptions, source: Path, out: Path) -> list[float]:

@@ -9,7 +9,14 @@ from rlhf.config.checks import check, check_scorer_config
 from rlhf.config.conf_files import groups_of
 from rlhf.config.environment import as_written, hide, remember_references
 from rlhf.config.errors import InputError, MissingValues
-from rlhf.config.fields import check_finite
+from rlhf.config.fields import (
+    check_finite,
+    knob,
+    limits_of,
+    range_problems,
+    sentences,
+    yaml_scalar,
+)
 from rlhf.config.knobs import (
     DTYPES,
     NORMALIZATIONS,

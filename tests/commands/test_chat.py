@@ -387,7 +387,7 @@ def test_control_characters_do_not_reach_the_terminal():
         (["path=x", "seed=1.5"], "seed must be of type int, got '1.5'"),
         (["path=x", "temperature=warm"], "temperature must be of type float, got 'warm'"),
         (["path=x", "temperature=-1"], "temperature must be >= 0, got -1.0"),
-        (["path=x", "top_p=0"], "top_p must be in (0, 1], got 0.0"),
+        (["path=x", "top_p=0"], "top_p must lie in (0, 1], got 0.0"),
         (["path=x", "top_k=-1"], "top_k must be >= 0, got -1"),
         (["path=x", "max_new_tokens=0"], "max_new_tokens must be >= 1, got 0"),
         (["path=x", "seed=-1"], "seed must be >= 0, got -1"),

@@ -23,7 +23,7 @@ from helpers.tiny import tiny_tokenizer
 from rlhf import score as scoring
 from rlhf.config import InputError
 from rlhf.options import read_options
-from rlhf.score import ScoreOptions, check, main, read_rows
+from rlhf.score import ScoreOptions, main, read_rows
 from rlhf.tokenizer import chat_template_text
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -302,7 +302,7 @@ def test_a_file_without_rows_is_refused(model, tmp_path, capsys, data):
 )
 def test_a_wrong_argument_is_named_with_what_is_allowed(arguments, message):
     with pytest.raises(InputError) as caught:
-        check(read_options(ScoreOptions, arguments))
+        read_options(ScoreOptions, arguments)
     assert message in str(caught.value)
 
 

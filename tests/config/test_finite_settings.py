@@ -10,7 +10,6 @@ from typing import Any, get_args, get_type_hints
 import pytest
 
 from rlhf.chat import ChatOptions
-from rlhf.chat import check as check_chat
 from rlhf.config import (
     STAGES,
     InputError,
@@ -20,7 +19,7 @@ from rlhf.config import (
     check,
     check_scorer_config,
 )
-from rlhf.options import read_options
+from rlhf.options import check_options, read_options
 
 
 def complete(stage: str) -> StageConfig:
@@ -89,4 +88,4 @@ def test_options_of_commands_refuse_what_is_not_finite(name, value):
     with pytest.raises(InputError, match=message):
         read_options(ChatOptions, ["path=x", f"{name}={value}"])
     with pytest.raises(InputError, match=message):
-        check_chat(ChatOptions(path="x", **{name: float(value)}))
+        check_options(ChatOptions(path="x", **{name: float(value)}))
