@@ -17,7 +17,7 @@ from rlhf.config.knobs import StageConfig
 from rlhf.config.reading import nearest
 
 CONFIG_FILE = "config.yaml"
-OWN_CODE = "python:rlhf.demo.world."
+OWN_CODE = ("python:rlhf.demo.world.", "python:rlhf.demo_world.")  # now, and in older runs
 NUM_SHOWN = 10  # names of runs in a message
 
 

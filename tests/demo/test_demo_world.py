@@ -6,9 +6,11 @@ Run: python -m pytest tests/demo/test_demo_world.py
 import itertools
 import random
 import statistics
+from pathlib import Path
 
 import pytest
 
+from rlhf.config import load_object, refuse_named_code
 from rlhf.demo import world as world
 
 
@@ -310,3 +312,10 @@ def test_model_has_under_a_million_parameters_and_room_for_a_row(data, tokenizer
     assert model.num_parameters() == 343_168
     longest = max(len(r["messages"][1]["content"].split()) for r in data["sft", "train"])
     assert longest <= 24
+
+
+def test_old_configurations_still_find_the_world():
+    for name in ("rows", "build_tokenizer", "gold_scores"):
+        dotted = f"python:rlhf.demo_world.{name}"
+        assert load_object(dotted, "dataset.path") is getattr(world, name)
+        refuse_named_code({"dataset.path": dotted}, Path("config.yaml"))
