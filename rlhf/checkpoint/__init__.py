@@ -30,7 +30,7 @@ from rlhf.checkpoint.lock import locked
 from rlhf.checkpoint.ownership import publish, refuse_taken_steps, run_id, step_of
 from rlhf.checkpoint.record import RECORD, StageRecord, make_record, read_record, write_record
 from rlhf.checkpoint.resume import checkpoint_to_resume, explain_stop
-from rlhf.checkpoint.run_directory import StageRun, open_run
+from rlhf.checkpoint.run_directory import StageRun, finished_run, open_run
 from rlhf.checkpoint.stage_directory import (
     check_weights,
     check_writable,

@@ -227,7 +227,7 @@ def test_a_stage_that_fails_ends_it_and_the_same_command_continues(stages, capsy
 
 def test_a_finished_stage_with_other_settings_is_refused(stages, capsys):
     assert run_pipeline(PipelineOptions(["sft"], DEMO)) == 0
-    with pytest.raises(InputError, match="written with another configuration:\n  seed: 3 -> 4"):
+    with pytest.raises(InputError, match="written with a different configuration:\n  seed: 3 -> 4"):
         run_pipeline(PipelineOptions(overrides=["recipe=demo", "seed=4"]))
 
 
