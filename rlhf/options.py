@@ -22,7 +22,6 @@ from rlhf.config import (
     InputError,
     check_finite,
     hide,
-    limits_of,
     nearest,
     range_problems,
     sentences,
@@ -137,7 +136,7 @@ def help_text(usage: str, options: type) -> str:
     width = max(map(len, labels)) + 6
     lines = [
         textwrap.fill(
-            about[field.name] + _values(field),
+            about[field.name] + _default(field),
             width=100,
             initial_indent=f"    {label}".ljust(width),
             subsequent_indent=" " * width,
@@ -147,14 +146,12 @@ def help_text(usage: str, options: type) -> str:
     return "\n".join([usage.strip(), "\nOptions, each as key=value:\n", *lines])
 
 
-def _values(field: dataclasses.Field[Any]) -> str:
-    """What a field accepts, and its default."""
-    notes = [str(limits_of(field))]
+def _default(field: dataclasses.Field[Any]) -> str:
     if _is_required(field):
-        notes.append("required")
-    elif field.default not in (dataclasses.MISSING, None):
-        notes.append(f"default: {yaml_scalar(field.default)}")
-    return f" ({'; '.join(filter(None, notes))})" if any(notes) else ""
+        return " (required)"
+    if field.default in (dataclasses.MISSING, None):
+        return ""
+    return f" (default: {yaml_scalar(field.default)})"
 
 
 def _is_required(field: dataclasses.Field[Any]) -> bool:

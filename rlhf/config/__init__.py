@@ -12,7 +12,6 @@ from rlhf.config.errors import InputError, MissingValues
 from rlhf.config.fields import (
     check_finite,
     knob,
-    limits_of,
     range_problems,
     sentences,
     yaml_scalar,
