@@ -26,21 +26,18 @@ def policy_loss(
 ) -> tuple[Tensor, Stats]:
     """Compute PPO's clipped surrogate, to be minimised: the mean of -min(ratio A, clip(ratio) A).
 
-    With `dual_clip` c, a token with A < 0 costs at most c |A| and beyond that gets no gradient:
-    the clip alone leaves a bad token unbounded whose ratio has grown.
+    With `dual_clip` c, a token with A < 0 costs at most c |A|; the clip alone does not bound it.
 
     Args:
         logprobs: (B, T) under the policy in training; the only input that gets a gradient.
-        old_logprobs: (B, T) under the policy that sampled.
-        advantages, mask: (B, T).
+        old_logprobs, advantages, mask: (B, T); log-probs under the policy that sampled.
         cliprange: clips the ratio to [1 - cliprange, 1 + cliprange]; > 0.
         dual_clip: the bound c > 1 on the ratio where A < 0 (the paper has 3); None: no bound.
         denominator: see `masked_sum`.
 
-    Returns: the loss (0-d float32, 0 without valid tokens) and statistics. Sums over valid tokens:
-        "approx_kl" (ratio - 1 - log ratio), "clip_fraction" (tokens whose gradient the clip
-        removes), "dual_clip_fraction" (the same of the dual clip), "ratio", "num_tokens". Extremes:
-        "ratio_max", "ratio_min" (both 1 without valid tokens), "ratio_max_dev" = max |ratio - 1|.
+    Returns: the loss (0-d float32, 0 without valid tokens) and statistics. Sums over valid
+        tokens: "approx_kl" (ratio - 1 - log ratio), "clip_fraction" (its gradient is clipped away),
+        "dual_clip_fraction" (by the dual clip), "ratio", "num_tokens"; and `_extremes`.
     Raises: ValueError for a dual_clip <= 1: it would remove gradients inside the range.
     Source: Schulman et al. 2017 (arXiv 1707.06347) eq. 7; the mean is over tokens, not sequences.
         Dual clip: Ye et al. 2020 (arXiv 1912.09729) eq. 5.
@@ -57,29 +54,27 @@ def policy_loss(
     if dual_clip is not None:
         bounds = torch.where(advantages < 0, -dual_clip * advantages, torch.inf)
         losses = torch.minimum(clipped_losses, bounds)
-
     ratio, log_ratio = ratio.detach(), log_ratio.detach()
-    ratio_min, ratio_max = _extremes(ratio, mask)
     stats = {
         "approx_kl": (torch.expm1(log_ratio) - log_ratio).sum(),
         "clip_fraction": (clipped > unclipped).sum().float(),
         "dual_clip_fraction": (losses < clipped_losses).sum().float(),
         "ratio": zero_masked(ratio, mask).sum(),
-        "ratio_max": ratio_max,
-        "ratio_min": ratio_min,
-        "ratio_max_dev": torch.maximum(ratio_max - 1, 1 - ratio_min),
+        **_extremes(ratio, mask),
         "num_tokens": mask.sum().float(),
     }
     return masked_sum(losses, mask, denominator), stats
 
 
-def _extremes(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the least and the greatest valid element, 0-d each; 1 where nothing is valid."""
-    if not x.numel():
-        return x.new_ones(()), x.new_ones(())
-    least = torch.where(mask, x, torch.inf).min()
-    greatest = torch.where(mask, x, -torch.inf).max()
-    return torch.where(mask.any(), least, 1.0), torch.where(mask.any(), greatest, 1.0)
+def _extremes(ratio: Tensor, mask: Tensor) -> Stats:
+    """Return the extremes of the valid ratios, 0-d each; ratio 1 where nothing is valid."""
+    least = greatest = ratio.new_ones(())
+    if ratio.numel():
+        least = torch.where(mask, ratio, torch.inf).min()
+        greatest = torch.where(mask, ratio, -torch.inf).max()
+    ratio_min, ratio_max = (torch.where(mask.any(), x, 1.0) for x in (least, greatest))
+    deviation = torch.maximum(ratio_max - 1, 1 - ratio_min)
+    return {"ratio_max": ratio_max, "ratio_min": ratio_min, "ratio_max_dev": deviation}
 
 
 def value_loss(

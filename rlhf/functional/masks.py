@@ -1,4 +1,4 @@
-"""Masks: checks of shapes, and sums, means and whitening over the valid elements only."""
+"""Sums, means and whitening over the valid elements only, and refusals of wrong shapes."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from torch import Tensor
 
 
 def check_shapes(expected: tuple[int, ...], **tensors: Tensor) -> None:
-    """Refuse tensors of another shape than `expected`, by their names as keywords."""
+    """Refuse tensors whose shape is not `expected`; keywords name them in the message."""
     for name, tensor in tensors.items():
         if tensor.shape != expected:
             raise ValueError(f"{name} must have shape {tuple(expected)}, got {tuple(tensor.shape)}")
 
 
 def check_masked(mask: Tensor, **tensors: Tensor) -> None:
-    """Refuse a mask that is not bool, and tensors of another shape than the mask's."""
+    """Refuse a mask that is not bool, and tensors whose shape is not the mask's."""
     if mask.dtype != torch.bool:
         raise TypeError(f"mask must be bool, True where valid, got {mask.dtype}; use mask.bool()")
     check_shapes(mask.shape, **tensors)
@@ -42,15 +42,15 @@ def masked_mean(x: Tensor, mask: Tensor, dim: int | tuple[int, ...] | None = Non
 def masked_sum(x: Tensor, mask: Tensor, denominator: float | Tensor | None = None) -> Tensor:
     """Sum the valid elements of `x` and divide by `denominator`.
 
-    So are all losses reduced, and so should be what joins them: an entropy bonus, a KL in the loss,
-    the pretraining loss of PPO-ptx.
+    All losses are reduced like this. Terms that join them should be too: an entropy bonus, a KL in
+    the loss, the pretraining loss of PPO-ptx.
 
     Args:
         x, mask: any one shape.
-        denominator: a number or 0-d tensor; default the number of valid elements. Given the number
+        denominator: a number or 0-d tensor; default the number of valid elements. With the number
             of the whole minibatch, the results of its micro-batches add up to the minibatch's mean.
 
-    Returns: 0-d float32; 0 where nothing is valid, whatever the denominator.
+    Returns: 0-d float32; 0 where nothing is valid, for any denominator.
     """
     check_masked(mask, x=x)
     num_valid = mask.sum()

@@ -1,4 +1,18 @@
-"""The reward model's loss on ranked responses."""
+"""The reward model's loss on ranked responses.
+
+"pairwise" compares the non-tied pairs of a prompt: -log sigmoid(d), d = better - worse - margin,
+averaged over the pairs. With targets p it is -p log sigmoid(d) - (1 - p) log sigmoid(-d).
+
+"plackett_luce" compares each response i with all strictly worse ones j:
+log(1 + sum_j exp(s_j - s_i + margin)), averaged over the responses that have worse ones. Without
+ties these are the K - 1 stages of the ranking's negative log-likelihood; tied responses do not
+compete. With K = 2 both kinds agree.
+
+Sources: InstructGPT (arXiv 2203.02155) eq. 1; margin: Llama 2 (arXiv 2307.09288) eq. 2; smoothing:
+conservative DPO (Mitchell 2023); centring: Eisenstein et al. 2023 (arXiv 2312.09244), as TRL's
+`center_rewards_coefficient`; Plackett-Luce: ListMLE (Xia et al. 2008), but ties and division by the
+stages are ours.
+"""
 
 from __future__ import annotations
 
@@ -21,19 +35,14 @@ def ranking_loss(
     label_smoothing: float = 0.0,
     center_coef: float = 0.0,
 ) -> tuple[Tensor, Stats]:
-    """Compute a reward model's loss on ranked responses, averaged over prompts with non-tied pairs.
-
-    "pairwise": per prompt, the mean over non-tied pairs of -log sigmoid(d), d = better - worse -
-    margin; with targets p of -p log sigmoid(d) - (1 - p) log sigmoid(-d).
-    "plackett_luce": per prompt, the mean over responses i that have strictly worse ones j of
-    log(1 + sum_j exp(s_j - s_i + margin)): without ties the K - 1 stages of the ranking's negative
-    log-likelihood; tied responses do not compete. With K = 2 both kinds agree.
+    """Compute a reward model's loss, averaged over the prompts that have non-tied pairs.
 
     Args:
         scores: (N,) of all responses of all prompts.
         ranks: (N,) *lower is better*, 0 is best; only the order within a group counts.
         groups: (N,) integer id of the prompt, in any order.
         margin: a number, or a tensor that broadcasts to (N, N), read at [better, worse].
+        kind: "pairwise" or "plackett_luce", see the top of this file.
         targets: a tensor that broadcasts to (N, N), read at [better, worse]: the probability, in
             [0, 1], that the better one is preferred; default 1. Pairwise only.
         label_smoothing: probability, in [0, 0.5), that a label is wrong: p becomes
@@ -45,10 +54,7 @@ def ranking_loss(
         "num_groups" (prompts in the mean). Memory is O(N^2).
     Raises: ValueError where no two responses of one prompt differ in rank, or for an option out of
         range or not of this kind.
-    Source: InstructGPT (arXiv 2203.02155) eq. 1; margin: Llama 2 (arXiv 2307.09288) eq. 2;
-        smoothing: conservative DPO (Mitchell 2023); centring: Eisenstein et al. 2023 (arXiv
-        2312.09244), as TRL's `center_rewards_coefficient`; Plackett-Luce: ListMLE (Xia et al.
-        2008), but ties and division by the stages are ours.
+    Source: the top of this file.
     """
     _check_options(kind, targets, label_smoothing)
     check_shapes((len(scores),), scores=scores, ranks=ranks, groups=groups)

@@ -1,145 +1,94 @@
 """The watchdog: rules on every update's metrics, each with a threshold and a remedy.
 
-A rule that fires writes a row to `watchdog.jsonl`; the first time, it also warns in the terminal; a
-table at the end says how often. Thresholds stand under `watchdog:`; null turns a rule off. Only
-`kl_budget` ends the run. Numbers that are not finite stop it in `rlhf.ppo.update`, and
-`ppo.target_kl` acts inside an update, there too.
+A rule that fires writes a row to `watchdog.jsonl`. The first time, it also warns in the terminal. A
+table at the end says how often each rule fired. The thresholds are the settings under `watchdog:`;
+null turns a rule off. Only `kl_budget` ends the run. Left out: numbers that are not finite, and
+`ppo.target_kl` inside an update; `rlhf.ppo.update` acts on both.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rlhf.config import PPOStageConfig
 from rlhf.console import is_main_process, table, warn
 from rlhf.metrics import append_jsonl
 
 Metrics = dict[str, float]
-# of the update's metrics and of the first update's: the number to judge, None when there is none
-Measure = Callable[[Metrics, Metrics], float | None]
 
 
-@dataclass(frozen=True)
-class Rule:
+class Rule(NamedTuple):
     """A number that must not pass a threshold.
 
     Attributes:
-        measure: see `Measure`.
         above: True where too large is bad, False where too small is.
         message: what it means and what to do; `{value}` and `{limit}` are filled in.
     """
 
-    measure: Measure
     above: bool
     message: str
-
-
-def _metric(name: str) -> Measure:
-    return lambda now, first: now.get(name)
-
-
-def _largest_ratio(now: Metrics, first: Metrics) -> float | None:
-    if "ratio_max" not in now:
-        return None
-    return max(now["ratio_max"], 1 / max(now["ratio_min"], 1e-30))
-
-
-def _errors_below_zero(now: Metrics, first: Metrics) -> float | None:
-    standard_error = now["kl_std"] / now["num_sequences"] ** 0.5
-    return -now["kl"] / standard_error if standard_error > 0 else None
-
-
-def _share_of_first(name: str) -> Measure:
-    return lambda now, first: now[name] / first[name] if first.get(name) and name in now else None
-
-
-def _drift_of_length(now: Metrics, first: Metrics) -> float | None:
-    lengths = (now["response_length"], first["response_length"])
-    return max(lengths) / min(lengths)
-
-
-def _largest_norm(now: Metrics, first: Metrics) -> float | None:
-    norms = [now[name] for name in ("grad_norm", "critic_grad_norm") if name in now]
-    return max(norms, default=None)
 
 
 LESS = "lower ppo.learning_rate or ppo.num_ppo_epochs, or set ppo.target_kl (e.g. 0.02)"
 RULES: dict[str, Rule] = {
     "kl_budget": Rule(
-        _metric("kl"),
         True,
         "KL to the reference is {value:.3g} nats per response, over the budget of {limit:g}: the "
         "run ends here. Raise ppo.kl_coef, or watchdog.kl_budget",
     ),
     "first_ratio": Rule(
-        _metric("first_ratio_deviation"),
         True,
         "the first minibatch's ratio is off 1 by {value:.2g}: rollout and training disagree about "
         "the policy. Use precision=float32 and another model.attn_implementation to find out why",
     ),
-    "ratio": Rule(
-        _largest_ratio, True, f"a token's probability changed by a factor of {{value:.3g}}: {LESS}"
-    ),
-    "clip_fraction": Rule(
-        _metric("clip_fraction"), True, f"{{value:.0%}} of the tokens are clipped: {LESS}"
-    ),
+    "ratio": Rule(True, f"a token's probability changed by a factor of {{value:.3g}}: {LESS}"),
+    "clip_fraction": Rule(True, f"{{value:.0%}} of the tokens are clipped: {LESS}"),
     "negative_kl": Rule(
-        _errors_below_zero,
         True,
         "the k1 estimate of KL is {value:.1f} standard errors below 0. A little below is chance, "
-        "this is not: the log-probs are not of the distribution that was sampled from. Leave "
+        "this is not: the log-probs are not those of the sampled distribution. Keep "
         "ppo.top_p=1 and ppo.top_k=0, and see the metric sampler_gap",
     ),
     "entropy_drop": Rule(
-        _share_of_first("entropy"),
         False,
-        "entropy fell to {value:.0%} of the first update's: responses become all alike. Raise "
+        "entropy fell to {value:.0%} of the first update's: responses become alike. Raise "
         "ppo.kl_coef or ppo.entropy_coef, or lower ppo.learning_rate",
     ),
     "explained_variance": Rule(
-        _metric("explained_variance"),
         False,
         "the critic predicts returns worse than a constant would (explained variance "
         "{value:.2f}): its error steers the policy. Set critic.warmup_updates=5 or more, or raise "
         "critic.learning_rate",
     ),
     "missing_eos_penalty": Rule(
-        _metric("finished_score"),
         False,
         "finished responses score {value:.2f} on average, less than ppo.missing_eos_penalty="
         "{limit:g}: not ending pays. Lower the penalty, or set scorer.normalize=standardise",
     ),
     "eos_rate": Rule(
-        _metric("eos_rate"),
         False,
         "only {value:.0%} of the responses end with a stop token: raise ppo.response_length, lower "
         "ppo.missing_eos_penalty, or train the SFT stage longer",
     ),
     "length_drift": Rule(
-        _drift_of_length,
         True,
         "the mean response length changed by a factor of {value:.1f} since the first update: the "
         "scorer may pay for length. Read samples.jsonl, and the reward stage's length-matched "
         "accuracy; raise ppo.kl_coef",
     ),
     "score_std": Rule(
-        _metric("score_std"),
         False,
         "the scores of a rollout hardly differ (standard deviation {value:.2g}): there is nothing "
         "to learn from. Check the scorer, and ppo.temperature",
     ),
     "grad_norm": Rule(
-        _largest_norm,
         True,
         "gradient norm {value:.3g} before clipping: lower the learning rates, or set "
         "scorer.normalize=standardise if scores are large",
     ),
     "sampler_gap": Rule(
-        _metric("sampler_gap"),
         True,
         "sampler and training forward differ by {value:.2g} nats at a token: use precision=float32 "
         "or another model.attn_implementation",
@@ -147,17 +96,53 @@ RULES: dict[str, Rule] = {
 }
 
 
+# rules that judge a metric unchanged
+SAME_AS_METRIC = {
+    "kl_budget": "kl",
+    "first_ratio": "first_ratio_deviation",
+    "clip_fraction": "clip_fraction",
+    "explained_variance": "explained_variance",
+    "missing_eos_penalty": "finished_score",
+    "eos_rate": "eos_rate",
+    "score_std": "score_std",
+    "sampler_gap": "sampler_gap",
+}
+
+
+def measure(now: Metrics, first: Metrics, num_sequences: int) -> Metrics:
+    """Compute the number that each rule judges; rules whose metrics are missing have none.
+
+    Args:
+        now, first: metrics of this update, and of the first update that had them.
+        num_sequences: sequences of an update.
+    """
+    values = {rule: now[name] for rule, name in SAME_AS_METRIC.items() if name in now}
+    if "ratio_max" in now:
+        values["ratio"] = max(now["ratio_max"], 1 / max(now["ratio_min"], 1e-30))
+    standard_error = now["kl_std"] / num_sequences**0.5
+    if standard_error > 0:
+        values["negative_kl"] = -now["kl"] / standard_error
+    if first.get("entropy") and "entropy" in now:
+        values["entropy_drop"] = now["entropy"] / first["entropy"]
+    lengths = now["response_length"], first["response_length"]
+    values["length_drift"] = max(lengths) / min(lengths)
+    norms = [now[name] for name in ("grad_norm", "critic_grad_norm") if name in now]
+    if norms:
+        values["grad_norm"] = max(norms)
+    return values
+
+
 class Watchdog:
     """Judges every update by `RULES`.
 
     Attributes:
-        first: metrics of the first update that had them, which later ones are compared with.
-        fired: rule -> how often, in which update first, and its worst value.
+        first: metrics of the first update that had them; later updates are compared with these.
+        fired: rule -> how often it fired, in which update first, and its worst value.
     """
 
     def __init__(self, config: PPOStageConfig, directory: Path):
         self.limits: dict[str, float | None] = dataclasses.asdict(config.watchdog)
-        # whitened scores have another scale than `finished_score`
+        # whitened scores are not on the scale of `finished_score`
         penalty = None if config.ppo.whiten_scores else config.ppo.missing_eos_penalty
         self.limits["missing_eos_penalty"] = penalty
         self.path = directory / "watchdog.jsonl"
@@ -167,7 +152,7 @@ class Watchdog:
         self.fired: dict[str, dict[str, float]] = {}
 
     def check(self, update: int, metrics: Metrics) -> set[str]:
-        """Judge one update's metrics; write and say what fires.
+        """Judge one update's metrics; write down and say which rules fire.
 
         Args:
             update: number of the update, from 1.
@@ -176,18 +161,18 @@ class Watchdog:
             Names of the rules that fired.
         """
         self.first = metrics | self.first
-        now = metrics | {"num_sequences": self.num_sequences}
-        found = {}
+        values = measure(metrics, self.first, self.num_sequences)
+        fired = set()
         for name, rule in RULES.items():
-            limit, value = self.limits[name], rule.measure(now, self.first)
+            limit, value = self.limits[name], values.get(name)
             if limit is None or value is None:
                 continue
             if name == "explained_variance" and update <= self.warmup_updates:
                 continue
             if value > limit if rule.above else value < limit:
-                found[name] = value
+                fired.add(name)
                 self._fire(update, name, value)
-        return set(found)
+        return fired
 
     def _fire(self, update: int, name: str, value: float) -> None:
         rule, limit = RULES[name], self.limits[name]
@@ -203,7 +188,7 @@ class Watchdog:
             append_jsonl(self.path, [row])
 
     def summary(self) -> str:
-        """Table of the rules that fired; empty when none did."""
+        """Lay out the rules that fired as a table; empty when none did."""
         rows = [
             (name, entry["updates"], entry["first"], entry["worst"], self.limits[name])
             for name, entry in self.fired.items()
@@ -212,9 +197,9 @@ class Watchdog:
         return f"\n{table(rows, header)}\nmessages: {self.path}" if rows else ""
 
     def state(self) -> dict[str, Any]:
-        """What resuming needs, as JSON values."""
+        """Return what resuming needs, as JSON values."""
         return {"first": self.first, "fired": self.fired}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take up what `state` returned."""
+        """Restore what `state` returned."""
         self.first, self.fired = state["first"], state["fired"]
