@@ -1,8 +1,8 @@
-"""The completions that set the zero of the scores: PPO sees (score - their mean).
+"""The completions that set the zero of the scores: PPO sees each score minus their mean score.
 
 Stiennon et al. 2020 (appendix C) and InstructGPT (section 3.5) shift the reward model so that the
-demonstrations score 0 on average. Here the samples of the SFT policy may take their place: then a
-typical answer scores 0 when PPO begins, and `ppo.missing_eos_penalty` has a scale.
+demonstrations score 0 on average. Samples of the SFT policy can be used instead: then a typical
+answer scores 0 when PPO begins, and `ppo.missing_eos_penalty` has a scale.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rlhf.data import (
 from rlhf.models import freeze, load_policy, use_bfloat16
 from rlhf.sampling import context_length, generate, sampling_for, uniform_noise
 
-COMPLETIONS_KEY = (1 << 31) + 2  # names the random numbers; nothing in PPO has it
+COMPLETIONS_KEY = (1 << 31) + 2  # names the random numbers; nothing in PPO has this key
 
 
 def load_completions(
@@ -38,10 +38,10 @@ def load_completions(
     rows: Sequence[dict[str, Any]],
     encoded: Sequence[dict[str, Any]],
 ) -> list[list[int]]:
-    """Return the completions that `normalization.completions` names, and say what they are.
+    """Return the completions that `normalization.completions` names, and print what they are.
 
     Args:
-        source: where the SFT policy is.
+        source: the SFT policy.
         rows: canonical training rows.
         encoded: the same rows as `encode_ranked` returns them.
 
@@ -70,7 +70,7 @@ def load_completions(
 def _demonstrations(
     config: RewardStageConfig, tokenizer: PreTrainedTokenizerBase, count: int
 ) -> list[list[int]]:
-    """The first demonstrations that fit into `dataset.max_length`, as SFT encodes them."""
+    """Encode the first demonstrations that fit into `dataset.max_length`, as SFT does."""
     path, split = config.normalization.path, config.normalization.split
     assert path is not None  # `check` has made sure
     bad, format = config.dataset.on_bad_row, config.normalization.format

@@ -83,8 +83,8 @@ def checked_scores(
     scores = score_responses(scorer, prompts, responses, field)
     if scores.cut is not None and scores.cut.any():
         raise InputError(
-            f"{int(scores.cut.sum())} of {len(responses)} responses are with their prompt longer "
-            f"than the context of {field}; shorten them"
+            f"{int(scores.cut.sum())} of {len(responses)} responses, with their prompts, exceed "
+            f"the context of {field}; shorten them"
         )
     return scores.total
 
@@ -98,21 +98,21 @@ def score_responses(
 ) -> Scores:
     """Call a scorer and check what comes back.
 
-    A reward model scores the token ids where it renders conversations as their tokenizer does, else
-    the text as a complete response, by its own tokenizer and template. A Python function with a
-    parameter `response_ids` is given the ids of the responses there, and may return for each
-    response a list of rewards, one per token. A response that is too long for the context of a
-    reward model is cut, and marked in `cut`.
+    A reward model scores the token ids if it renders conversations as their tokenizer does. If not,
+    it scores the text as a complete response, by its own tokenizer and template. A Python function
+    with a parameter `response_ids` gets the ids of the responses, and may return a list of rewards
+    for each response, one per token. A response that is too long for the context of a reward model
+    is cut, and marked in `cut`.
 
     Args:
         prompts, responses: B each.
-        field: what to call the scorer in messages.
-        tokens: where the responses were sampled.
+        field: name of the scorer in messages.
+        tokens: the token ids, if the responses were sampled.
 
     Raises:
         InputError: the scorer failed, or did not return one finite number per response (or per
-            token), or a prompt leaves no room in a reward model's context. A failure never becomes
-            a score of 0.
+            token), or a prompt leaves no room in a reward model's context. A failure is never
+            turned into a score of 0.
     """
     if isinstance(scorer, BuiltInScorer):
         return scorer.score_responses(prompts, responses, field, tokens)

@@ -1,4 +1,7 @@
-"""Trained reward models as scorers: loading, rendering, scoring."""
+"""Trained reward models as scorers: loading, rendering, scoring, normalising.
+
+Left out: training them (`rlhf.reward`), and several of them as one (`rlhf.scorers.combined`).
+"""
 
 from __future__ import annotations
 
@@ -30,17 +33,17 @@ UNLIMITED = 1 << 30
 
 
 class RewardModelScorer(BuiltInScorer):
-    """A trained reward model; its scores are normalised with what its stage recorded.
+    """A trained reward model; the statistics that its stage stored normalise its scores.
 
-    A model with a linear head is read at the last token of prompt and response. Any other (BERT,
-    DeBERTa) scores texts by its own forward pass: prompt and response are the two texts of a pair,
-    as its tokenizer joins them; messages are rendered by the tokenizer's own chat template, or
-    without one are their contents, one after the other.
+    A model with a linear head is read at the last token of prompt and response. Any other model
+    (BERT, DeBERTa) scores texts by its own forward pass: prompt and response are the two texts of a
+    pair, which its tokenizer joins. Its tokenizer's own chat template renders messages; without a
+    template their contents follow one another.
 
     Attributes:
         path: directory or Hub id.
         scores_texts: the model has no linear head, and so no value at each token.
-        tokenizer: of the reward model; text is rendered with it and with its chat template.
+        tokenizer: of the reward model; it renders text, with its chat template.
         tokenizer_hash: see `hash_rendering`; a policy with the same hash is scored by token ids.
             None where the model scores texts.
         max_length: longest prompt with response, tokens.
@@ -125,8 +128,8 @@ class RewardModelScorer(BuiltInScorer):
     def encode_pair(self, prompt: Any, response: str) -> tuple[list[int], list[int]]:
         """As `encode`, prompt and response apart.
 
-        Of a response that the chat template leaves out as a whole, such as thoughts alone, the
-        model reads what the template makes of it: an empty answer.
+        If the chat template leaves out the whole response, for example one of thoughts alone, the
+        model reads an empty answer.
         """
         prompt_ids = encode_prompt(prompt, self.tokenizer)
         try:
@@ -137,7 +140,7 @@ class RewardModelScorer(BuiltInScorer):
     def cut(
         self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
     ) -> tuple[list[list[int]], Tensor]:
-        """Join prompts and responses, without what is beyond the context at the end of a response.
+        """Join prompts and responses; the end of a response is cut where it exceeds the context.
 
         Args:
             pairs: B prompts with their response, token ids.
@@ -165,7 +168,7 @@ class RewardModelScorer(BuiltInScorer):
         return score_sequences(self.model, sequences, self.batch_size)
 
     def prompt_length(self, prompt: Any) -> int:
-        """Tokens of a prompt and of all that surrounds it, without those of a response."""
+        """Tokens of a prompt with the template around it, without those of a response."""
         if self.scores_texts:
             return len(self.encode(prompt, ""))
         return len(encode_prompt(prompt, self.tokenizer))
@@ -188,7 +191,7 @@ class RewardModelScorer(BuiltInScorer):
             )
 
     def _texts(self, prompt: Any, response: str) -> tuple[str, ...]:
-        """What the model's own tokenizer is given: the texts of a pair, or one that is rendered."""
+        """Return the input of the model's own tokenizer: a pair of texts, or one rendered text."""
         if isinstance(prompt, str):
             return prompt, response
         if self.tokenizer.chat_template is not None:
@@ -204,8 +207,8 @@ class RewardModelScorer(BuiltInScorer):
     def score_texts(
         self, prompts: Sequence[Any], responses: Sequence[str]
     ) -> tuple[Tensor, Tensor]:
-        """Score texts by the model's own forward pass, where `scores_texts`; what is beyond the
-        context at the end of a response is cut.
+        """Score texts by the model's own forward pass, if `scores_texts`; the end of a response is
+        cut where it exceeds the context.
 
         Returns:
             (B,) scores, float32 on the CPU, and (B,) bool, True where a response is cut.
@@ -236,7 +239,7 @@ class RewardModelScorer(BuiltInScorer):
 
 
 def _num_reserved_positions(model: Any) -> int:
-    """Rows of the position table that no token uses: RoBERTa's numbers begin behind the padding's.
+    """Rows of the position table that no token uses: RoBERTa's positions begin after the padding's.
 
     max_position_embeddings 514, padding 1 -> positions 2 to 513, 512 tokens
     """
@@ -282,8 +285,8 @@ def score_statistics(
         return 0.0, 1.0
     if record is None or record.score_mean is None:
         key = field.removesuffix("path") + "normalize"
-        is_there = Path(str(config.path)).is_dir() or is_hub_id(str(config.path))
-        what = "has none" if is_there else "is no directory here"
+        exists = Path(str(config.path)).is_dir() or is_hub_id(str(config.path))
+        what = "has none" if exists else "is no directory here"
         raise InputError(
             f"{key}={config.normalize} needs the score statistics that the reward stage stores, "
             f"but {config.path} {what}; for a model from elsewhere set {key}=none"

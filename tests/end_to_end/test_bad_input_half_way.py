@@ -206,7 +206,9 @@ def test_long_response_is_cut_at_its_end_and_marked(judge):
         == scores.total[2]
         == scorer.score_ids([scorer.encode(prompts[1], responses[1])[:CONTEXT]])
     )
-    with pytest.raises(InputError, match="2 of 3 responses are with their prompt longer than"):
+    with pytest.raises(
+        InputError, match="2 of 3 responses, with their prompts, exceed the context"
+    ):
         checked_scores(scorer, prompts, responses, "x")
     with pytest.raises(InputError, match="a prompt has 52 tokens, which leaves no room"):
         score_responses(scorer, ["b" * 52], ["c"], "x")

@@ -1,29 +1,29 @@
-"""Is the reward model any good? What its scores of held-out rankings are worth.
+"""The reward model's report: how good are its scores on held-out rankings?
 
-At its end the reward stage writes three files into `final/`: `report.json`, `report.md` and, with
-matplotlib (`pip install 'rlhf[plot]'`), `report.png`. PPO reads the first, and passes on its
-summary and warnings before it trains. For a reward model that has none, for other held-out rows, or
-to see how far two seeds agree:
+When training ends, the reward stage writes three files into `final/`: `report.json`, `report.md`
+and, with matplotlib (`pip install 'rlhf[plot]'`), `report.png`. PPO reads `report.json` and prints
+its summary and warnings before it trains. For a reward model without a report, for other held-out
+rows, or to see how far two seeds agree:
 
     python -m rlhf.reward.report path=runs/mine/reward/final compare=[runs/two/reward/final]
 
-`measures` holds the numbers, `verdict` the rules of the warnings, `page` what people read. Left
-out: bootstrap over training runs, human agreement.
+`measures` has the numbers, `verdict` the rules of the warnings, `page` and `picture` what people
+read. Left out: bootstrap over training runs, human agreement.
 
 `report.json`. Scores are raw, before any normalisation, and in logits: sigmoid(difference of two)
 is a probability. Lengths are tokens of the response, EOS included. A pair is two responses to one
 prompt whose ranks differ; an equal score counts as half right. `_low` and `_high` are the ends of a
-95 % bootstrap interval that resamples prompts, as the pairs of a prompt depend on each other. What
-cannot be computed is null; a slice without pairs is absent.
+95 % bootstrap interval that resamples prompts, as the pairs of a prompt depend on each other. A
+number that cannot be computed is null; a slice without pairs is absent.
 
-    data              where the held-out rows are from
+    data              source of the held-out rows
     num_prompts, num_responses, num_pairs
     summary           the main numbers in one line
     warnings          what is wrong, with the remedy, one text each; thresholds in `verdict`
-    slices            {group: {name: slice}}, the groups being
+    slices            {group: {name: slice}}; the groups are
       all             all: every pair
       length          similar (the shorter has at least 0.8 of the longer's tokens), else better
-                      longer or better shorter: which of the two the better response is
+                      longer or better shorter: whether the better response is the longer one
       ranks apart     1, 2, 3+: difference of the two ranks
       score gap       quarter 1 to 4: by |difference of the scores|, smallest first
       subset          the rows' field `subset`, the ten with the most pairs
@@ -43,5 +43,5 @@ cannot be computed is null; a slice without pairs is absent.
                       and worse response, score, rank, length (texts shortened)
     agreement         with each model of compare=, if given: model; accuracy: its own; pearson: of
                       the scores around their prompt's mean; ordered_alike: share of num_pairs pairs
-                      of responses, whatever their ranks
+                      of responses, also of equal rank
 """

@@ -1,10 +1,9 @@
-"""The numbers of a reward model's report, from scores and ranks alone; see `rlhf.reward.report`."""
+"""The numbers of a reward model's report, from scores and ranks; see `rlhf.reward.report`."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,7 +184,7 @@ def _length_correlation(scores: list[Tensor], rows: list[Row]) -> dict[str, floa
 
 
 def _order(scores: list[Tensor], rows: list[Row]) -> dict[str, float | None]:
-    """How well each prompt's ranking is found again."""
+    """Measure how well the scores reproduce each prompt's ranking."""
     top1, chance, taus = [], [], []
     for score, row in zip(scores, rows, strict=True):
         ranks = torch.tensor(row["ranks"])
@@ -206,7 +205,7 @@ def _score_distribution(scores: list[Tensor], rows: list[Row]) -> dict[str, dict
 
 
 def responses_by_rank(scores: list[Tensor], rows: list[Row]) -> dict[str, Tensor]:
-    """Scores of all responses, of the best and of the worst of each prompt, ties included."""
+    """Collect the scores of all responses, and of each prompt's best and worst (with ties)."""
     best, worst = [], []
     for score, row in zip(scores, rows, strict=True):
         ranks = torch.tensor(row["ranks"])
@@ -230,7 +229,7 @@ def _number(value: float) -> float | None:
 def find_mistakes(
     scores: list[Tensor], rows: list[Row], prompts: list[Any], tokenizer: Any
 ) -> list[dict[str, Any]]:
-    """Find the pairs that the scores order wrong by most, at most one of a prompt.
+    """Find the pairs with the largest wrong score gaps, at most one per prompt.
 
     Args:
         scores, rows: as of `ranked_pairs`; rows with `input_ids` too.
@@ -251,19 +250,19 @@ def find_mistakes(
                 "score": float(scores[index][k]),
                 "rank": row["ranks"][k],
                 "length": row["lengths"][k],
-                "response": shorten(_decode(row["input_ids"][k][-row["lengths"][k] :], tokenizer)),
+                "response": shorten(
+                    tokenizer.decode(
+                        row["input_ids"][k][-row["lengths"][k] :], skip_special_tokens=True
+                    )
+                ),
             }
             for side, k in sides.items()
         }
     return list(found.values())
 
 
-def _decode(ids: Iterable[int], tokenizer: Any) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=True)
-
-
 def prompt_text(prompt: Any) -> str:
-    """A prompt as text; a conversation of several turns with their roles."""
+    """Write a prompt as text; the turns of a conversation with their roles."""
     if isinstance(prompt, str):
         return prompt
     if len(prompt) == 1:
@@ -272,30 +271,28 @@ def prompt_text(prompt: Any) -> str:
 
 
 def shorten(text: str) -> str:
-    """Bring a text onto one line, without its middle where it is long."""
+    """Write a text on one line; leave out the middle of a long one."""
     text, half = " ".join(text.split()), NUM_CHARACTERS // 2
-    return (
-        text
-        if len(text) <= NUM_CHARACTERS
-        else f"{text[:half].rstrip()} [...] {text[-half:].lstrip()}"
-    )
+    if len(text) <= NUM_CHARACTERS:
+        return text
+    return f"{text[:half].rstrip()} [...] {text[-half:].lstrip()}"
 
 
 def around_prompt_means(values: list[Tensor]) -> Tensor:
-    """Subtract from each prompt's values their mean, and join them; (N,) float64."""
+    """Subtract the prompt's mean from each value, and join all; (N,) float64."""
     return torch.cat([(x.double() - x.double().mean()).cpu() for x in values])
 
 
 def agreement(scores: list[Tensor], others: list[Tensor]) -> dict[str, float | None]:
-    """Measure how far two reward models agree on the same responses, whatever their ranks.
+    """Measure how far two reward models agree on the same responses; ranks play no part.
 
     Args:
         scores, others: one (K,) tensor per prompt each.
 
     Returns:
-        `pearson`, of the scores around the mean of their prompt, None where one has no variance;
-        `ordered_alike`, the share of pairs of responses to one prompt that both order alike, where
-        a tie of either counts half; `num_pairs`.
+        `pearson`: of the scores around the mean of their prompt, None where one has no variance.
+        `ordered_alike`: share of pairs of responses to one prompt that both order alike; a tie in
+        either counts half. `num_pairs`.
     """
     first, second = around_prompt_means(scores), around_prompt_means(others)
     alike: list[Tensor] = []

@@ -1,11 +1,11 @@
-"""What a report amounts to: one line, and the warnings. The rules of both stand here alone: PPO
-passes on what the reward stage wrote.
+"""The verdict of a report: a summary of one line, and warnings. PPO prints both unchanged.
 
-A reward model is named
-- near chance (or worse), where the 95 % interval of its accuracy reaches down to 0.5;
-- not shown to know more than length, where that of its accuracy on pairs of similar length does, or
-  where there are no such pairs and "the longer response wins" lies within the interval;
-- length-driven, where the mean correlation (Spearman) of score and length within prompts is beyond
+The warnings say that a reward model is
+- near chance (or worse): the 95 % interval of its accuracy reaches down to 0.5;
+- not shown to know more than length: the interval of its accuracy on pairs of similar length
+  reaches down to 0.5, or there are no such pairs and "the longer response wins" is not below the
+  interval of all pairs;
+- length-driven: the mean correlation (Spearman) of score and length within prompts is beyond
   +-`LENGTH_DRIVEN`.
 """
 
@@ -23,7 +23,7 @@ LENGTH_DRIVEN = 0.6
 
 
 def heldout_name(data: DatasetConfig) -> str:
-    """Say where the held-out rows of a stage are from."""
+    """Name the source of a stage's held-out rows."""
     return data.eval_path or f"{data.path} (a held-out part of it)"
 
 
@@ -34,10 +34,10 @@ def make_report(
 
     Args:
         scores: raw, one (K,) tensor per row.
-        rows: held-out rows as `encode_ranked` gives them.
-        canonical: the rows that it was given.
-        tokenizer: that encoded them.
-        data: where they are from.
+        rows: held-out rows as `encode_ranked` returns them.
+        canonical: the rows before encoding.
+        tokenizer: the one that encoded the rows.
+        data: source of the rows, see `heldout_name`.
 
     Raises:
         InputError: a score is not finite.
@@ -74,7 +74,7 @@ def summarise(report: dict[str, Any]) -> str:
 
 
 def judge(report: dict[str, Any]) -> list[str]:
-    """Say what is wrong with the reward model, with the remedy; see the top of this file."""
+    """List the warnings, with remedies; see the top of this file."""
     all_pairs, similar = report["slices"]["all"]["all"], report["slices"]["length"].get("similar")
     found, num = f"accuracy {_interval(all_pairs)}", report["num_prompts"]
     warnings = []
