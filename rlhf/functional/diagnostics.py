@@ -54,8 +54,8 @@ def update_moments(moments: Moments, x: Tensor) -> Moments:
         moments: those so far; `Moments()` at the start.
         x: any shape, possibly empty; all elements count.
 
-    Returns: the moments of both together, computed in float64. Batch by batch gives what all at
-        once gives. A nan stays in them for good.
+    Returns: the moments of both together, computed in float64. Batches in turn give the same as all
+        elements at once. A nan stays in the moments for good.
     Source: Chan, Golub, LeVeque 1979, "Updating Formulae and a Pairwise Algorithm for Computing
         Sample Variances": the parallel form of Welford's update.
     """

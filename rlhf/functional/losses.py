@@ -1,7 +1,7 @@
 """PPO's losses of policy and critic.
 
 Both divide the sum over valid tokens by `denominator` and return statistics as sums, so that a
-caller with micro-batches or ranks only adds them up; maxima and minima combine as such.
+caller with micro-batches or ranks only adds them up; extremes combine as extremes.
 """
 
 from __future__ import annotations

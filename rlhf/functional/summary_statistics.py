@@ -27,9 +27,9 @@ def best_of_n(scores: Tensor, n: int, other: Tensor | None = None) -> Tensor:
     Args:
         scores: (P, N), finite.
         n: samples to choose from, 1 <= n <= N.
-        other: (P, N); given, the result is the expected `other` of the sample that `scores` picks:
-            the gold score of the reward model's choice. Ties of `scores` are broken at random: tied
-            samples share alike, whatever their order.
+        other: (P, N); if given, the result is the expected `other` of the sample that `scores`
+            picks, e.g. the gold score of the reward model's choice. Ties of `scores` are broken at
+            random: tied samples have equal shares, in any order.
 
     Returns: (P,) float32, computed in float64. n = 1 is the mean, n = N the best.
     Source: WebGPT (arXiv 2112.09332), appendix on best-of-n; Gao et al. 2022 (arXiv 2210.10760).
@@ -80,14 +80,14 @@ def bootstrap_interval(
     """Estimate a confidence interval of the mean by the percentile bootstrap.
 
     Args:
-        x: (N,) measurements, N >= 1, independent: one per prompt, not one per sample of a prompt;
-            or with `clusters`.
+        x: (N,) measurements, N >= 1. Without `clusters` they must be independent: one per prompt,
+            not one per sample of a prompt.
         level: probability that the interval covers the mean, in (0, 1); lower if N is small.
         num_resamples: means of N draws with replacement, >= 1.
         seed: of the draws; the same gives the same interval.
-        clusters: (N,) integer id of what is independent, e.g. the prompt of a pair. Whole clusters
-            are drawn, as many as there are, and the mean is over all that they hold: a cluster of
-            ten weighs ten times as much as one of one.
+        clusters: (N,) integer id of the independent unit, e.g. the prompt of a pair. Whole clusters
+            are drawn, as many as there are. The mean is over all their measurements: a cluster of
+            ten weighs ten times as much as a cluster of one.
 
     Returns: lower and upper end, computed in float64; both x where N = 1 or all are equal.
     Source: Efron and Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13; clusters:
@@ -160,7 +160,7 @@ def _mean_ranks(x: Tensor) -> Tensor:
 def kendall_tau(x: Tensor, y: Tensor) -> float:
     """Measure how alike x and y order the N elements, in [-1, 1]; nan where either has one value.
 
-    Without ties it is the share of pairs ordered alike minus that of pairs ordered otherwise.
+    Without ties it is the share of pairs ordered alike minus the share ordered differently.
 
     Args:
         x, y: (N,). Memory is O(N^2).
@@ -176,10 +176,10 @@ def kendall_tau(x: Tensor, y: Tensor) -> float:
 
 
 class Calibration(NamedTuple):
-    """How far predicted probabilities of preference can be believed; see `calibration`."""
+    """How well predicted probabilities match what was preferred; see `calibration`."""
 
     predicted: Tensor  # (num_bins,) mean probability of a bin; nan where it is empty
-    observed: Tensor  # (num_bins,) share that turned out so
+    observed: Tensor  # (num_bins,) share of pairs whose higher score is the better response
     counts: Tensor  # (num_bins,) pairs
     ece: float  # expected calibration error: mean |predicted - observed| over pairs
     brier: float  # mean squared error of the probabilities
@@ -189,9 +189,10 @@ class Calibration(NamedTuple):
 def calibration(gaps: Tensor, num_bins: int = 10) -> Calibration:
     """Compare sigmoid(score difference), the Bradley-Terry probability, with what was preferred.
 
-    Each pair is read from the side of its higher score, so that probabilities lie in [0.5, 1],
-    which the bins divide evenly; it turned out so where that side is the better one. Equal scores
-    say 0.5, which turns out so half of the time. Brier 0.25 is a coin.
+    The prediction for each pair is that its higher score wins, with a probability in [0.5, 1]. The
+    bins divide that range evenly. The prediction is right where the higher score is that of the
+    better response; equal scores predict 0.5 and count as half right. A coin has a Brier score of
+    0.25.
 
     Args:
         gaps: (N,) score of the better response minus that of the worse, N >= 1.

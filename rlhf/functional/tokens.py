@@ -113,8 +113,8 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1") -> Ten
         kind: with d = logprobs - ref_logprobs, "k1" = d, unbiased, may be negative; "k2" = d^2 / 2,
             biased, >= 0; "k3" = exp(-d) - 1 + d, unbiased, >= 0.
 
-    Returns: (B, T) float32, per token. Takes no mask: garbage comes out where it went in, and goes
-        when reduced under a mask. Before differentiating k2 or k3, zero the masked log-probs.
+    Returns: (B, T) float32, per token. It takes no mask: masked positions give garbage, which a
+        reduction under the mask removes. Before differentiating k2 or k3, zero masked log-probs.
     Source: Schulman, "Approximating KL Divergence", joschu.net/blog/kl-approx.html (r = exp(-d)).
     """
     check_shapes(logprobs.shape, ref_logprobs=ref_logprobs)

@@ -1,7 +1,7 @@
 """The reward stage's loss, batches and cost: against TRL, against one big batch, resumed, on two
 processes.
 
-The maths of the loss stands in test_functional_ranking.py, the hand-over to PPO in test_stages.py.
+Leaves out the maths of the loss (tests/functional) and the hand-over to PPO (test_stages.py).
 Run: python -m pytest tests/reward/test_reward.py
 """
 
