@@ -255,11 +255,12 @@ def _load(options: ChatOptions, path: str, field: str) -> tuple[Any, Any, Any, b
 
     from rlhf.checkpoint import require_stage
     from rlhf.console import quiet_libraries
+    from rlhf.distributed import default_device
     from rlhf.models import load_policy
     from rlhf.tokenizer import load_tokenizer, read_tokenizer
 
     quiet_libraries()
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = options.device or default_device()
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA

@@ -35,7 +35,7 @@ def warn(text: str) -> None:
 
 
 def progress_bar(total: int, done: int, unit: str) -> Any:
-    """Return a tqdm bar on the main process; in a log file it prints a line every ten seconds."""
+    """Return a tqdm bar for the main process; in a log file it prints a line every ten seconds."""
     from tqdm import tqdm
 
     interval = 0.2 if sys.stderr.isatty() else 10.0
@@ -45,28 +45,16 @@ def progress_bar(total: int, done: int, unit: str) -> Any:
 
 
 def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
-    """Lay out rows as a plain-text table; numbers to the right, floats with four significant
-    digits."""
-    cells = [list(header)] + [[_cell(value) for value in row] for row in rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    numeric = [
-        all(isinstance(row[i], (int, float, type(None))) for row in rows)
-        for i in range(len(header))
+    """Lay out rows as plain text: numbers right-aligned, floats with four significant digits."""
+    cells = [list(header), *([_cell(value) for value in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    is_number = [
+        all(isinstance(row[i], int | float | None) for row in rows) for i in range(len(header))
     ]
-    lines = [
-        "  ".join(
-            text.rjust(w) if right else text.ljust(w)
-            for text, w, right in zip(row, widths, numeric, strict=True)
-        )
-        for row in cells
-    ]
-    return "\n".join(
-        [
-            lines[0].rstrip(),
-            "  ".join("-" * w for w in widths),
-            *(line.rstrip() for line in lines[1:]),
-        ]
-    )
+    layout = [f"{'>' if right else '<'}{w}" for right, w in zip(is_number, widths, strict=True)]
+    cells.insert(1, ["-" * width for width in widths])
+    lines = ("  ".join(map(format, row, layout)) for row in cells)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _cell(value: Any) -> str:
@@ -83,8 +71,8 @@ def interval_text(mean: float, low: float, high: float, digits: str = ".3g", sig
 
 
 def quiet_libraries() -> None:
-    """Silence the progress bars, load reports and deprecations of the libraries; the stages report
-    what matters themselves."""
+    """Silence the libraries' progress bars, load reports and deprecations: the stages say what
+    matters."""
     import datasets
     import transformers
 

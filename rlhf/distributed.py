@@ -1,4 +1,4 @@
-"""What differs between one process and many: the Accelerator of a stage."""
+"""Devices and processes: the default device, and the Accelerator of a stage."""
 
 from __future__ import annotations
 
@@ -10,17 +10,22 @@ from rlhf.config import InputError
 from rlhf.models import use_bfloat16
 
 
+def default_device() -> str:
+    """Return "cuda" if there is a GPU, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def make_accelerator(precision: str) -> Accelerator:
     """Make the Accelerator of a stage, also after other stages in the same process.
 
-    accelerate keeps one state for each process and refuses another precision or device. The models
-    of the stages before are done with theirs, so it is made anew, and the process group stays.
+    accelerate keeps one state per process and refuses a different precision or device. The models
+    of earlier stages no longer need it, so it is reset; the process group is kept.
 
     Args:
         precision: "float32", "bfloat16", or "auto" (bfloat16 on a GPU that has it).
 
     Raises:
-        InputError: one of several processes was on another device before.
+        InputError: one of several processes was on a different device before.
     """
     cpu = not torch.cuda.is_available()
     state = PartialState._shared_state

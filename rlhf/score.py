@@ -103,10 +103,10 @@ def run(options: ScoreOptions) -> None:
 
 def _score_file(options: ScoreOptions, source: Path, out: Path) -> list[float]:
     """Score the rows of `source` into `out`, which is locked; return every score in order."""
-    import torch
 
     from rlhf.checkpoint import hash_weights
     from rlhf.console import say
+    from rlhf.distributed import default_device
     from rlhf.scorers import RewardModelScorer
 
     if os.path.lexists(out):
@@ -123,7 +123,7 @@ def _score_file(options: ScoreOptions, source: Path, out: Path) -> list[float]:
         "dtype": options.dtype,
     }
     done = _scores_so_far(partial, made_from)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     config = ScorerConfig(options.path, options.normalize, options.batch_size)
     scorer = RewardModelScorer(config, device, options.dtype, "path", options.trust_remote_code)
     _check_encoding(rows, scorer, source)

@@ -14,7 +14,7 @@ from rlhf.checkpoint.atomic import UNSEALED, complete_or_nothing, find_damage, r
 from rlhf.checkpoint.cleanup import prune_checkpoints
 from rlhf.checkpoint.disk import disk_errors
 from rlhf.checkpoint.earlier_stages import (
-    check_same_tokenizer,
+    require_same_tokenizer,
     warn_about_prompts,
     warn_about_sft_model,
     warn_about_template,
@@ -32,9 +32,9 @@ from rlhf.checkpoint.record import RECORD, StageRecord, make_record, read_record
 from rlhf.checkpoint.resume import checkpoint_to_resume, explain_stop
 from rlhf.checkpoint.run_directory import StageRun, finished_run, open_run
 from rlhf.checkpoint.stage_directory import (
-    check_weights,
-    check_writable,
+    require_same_weights,
     require_stage,
+    require_writable,
     write_stage,
 )
 from rlhf.checkpoint.state import (

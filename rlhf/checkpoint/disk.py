@@ -27,13 +27,10 @@ LOCAL_REMEDIES = {
     errno.ENOENT: "it was deleted or moved while it was in use",
     errno.EACCES: "make it writable",
     errno.EPERM: "make it writable",
-    errno.ENOTDIR: "move what is in the way",
-    errno.EISDIR: "move what is in the way",
-    errno.EEXIST: "move what is in the way",
-    errno.ENOTEMPTY: "move what is in the way",
-    errno.ELOOP: "move what is in the way",
     errno.ENAMETOOLONG: "choose a shorter name",
 }
+for _number in (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP):
+    LOCAL_REMEDIES[_number] = "move what is in the way"
 TORCH = ("PytorchStreamWriter", "inline_container.cc", "iostream error", "Parent directory")
 
 

@@ -79,7 +79,7 @@ def warn_about_template(record: StageRecord | None, tokenizer: Any, path: str | 
         )
 
 
-def check_same_tokenizer(
+def require_same_tokenizer(
     tokenizer: Any, record: StageRecord | None, ours: str, theirs: str
 ) -> None:
     """Require that two stages share vocabulary, special tokens and chat template.

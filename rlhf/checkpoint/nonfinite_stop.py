@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from rlhf.config import InputError
-from rlhf.metrics import append_jsonl, read_jsonl
 
-STOPPED, CHANGES = "stopped.json", "changes.jsonl"
+STOPPED = "stopped.json"
+CHANGES = "changes.jsonl"  # rows of `after_step` and `changed`, e.g. ["precision: ... -> ..."]
 
 
 def write_stop(directory: Path, step: int, problem: str) -> None:
@@ -43,14 +42,3 @@ def stopped_after(directory: Path, step: int) -> int | None:
             "old settings"
         ) from error
     return stop if step < stop else None
-
-
-def record_changes(directory: Path, step: int, lines: list[str]) -> None:
-    """Append the settings that a run changes after `step`, e.g. "precision: ... -> ..."."""
-    if lines:
-        append_jsonl(directory / CHANGES, [{"after_step": step, "changed": lines}])
-
-
-def read_changes(directory: Path) -> list[dict[str, Any]]:
-    """Read what `record_changes` wrote, oldest first."""
-    return read_jsonl(directory / CHANGES)

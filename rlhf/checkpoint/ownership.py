@@ -17,9 +17,10 @@ from typing import Any
 
 from rlhf.checkpoint.atomic import read_manifest, write_manifest, write_whole
 from rlhf.checkpoint.lock import require_held
-from rlhf.checkpoint.nonfinite_stop import CHANGES, STOPPED, read_changes
+from rlhf.checkpoint.nonfinite_stop import CHANGES, STOPPED
 from rlhf.config import CONFIG_FILE, InputError
 from rlhf.console import num_processes
+from rlhf.metrics import read_jsonl
 
 IDENTITY = "run.json"  # {"id": ..., "stage": ...}
 CHECKPOINT = re.compile("checkpoint-(0|[1-9][0-9]*)")
@@ -108,7 +109,7 @@ def seal(checkpoint: Path, directory: Path, best: int | None = None) -> None:
         "run": run,
         "processes": num_processes(),
         "best": best,
-        "changes": read_changes(directory),
+        "changes": read_jsonl(directory / CHANGES),
         "logs": {name: (directory / name).stat().st_size for name in logs},
     }
     write_manifest(checkpoint, facts)

@@ -17,10 +17,11 @@ from huggingface_hub import snapshot_download
 
 import rlhf
 from rlhf.checkpoint.atomic import files_of
-from rlhf.checkpoint.nonfinite_stop import read_changes
+from rlhf.checkpoint.nonfinite_stop import CHANGES
 from rlhf.checkpoint.weight_hashes import hash_weights
 from rlhf.config import InputError, StageConfig, as_written
 from rlhf.hub import is_hub_id
+from rlhf.metrics import read_jsonl
 from rlhf.tokenizer import hash_template, hash_tokenizer
 
 RECORD = "rlhf.json"
@@ -98,7 +99,7 @@ def make_record(
         dropped=dict(dropped or {}),
         metrics=metrics or {},
         versions={name: _version(name) for name in PACKAGES},
-        changes=read_changes(config.stage_dir(stage)),
+        changes=read_jsonl(config.stage_dir(stage) / CHANGES),
     )
 
 

@@ -17,7 +17,7 @@ from accelerate.utils import broadcast_object_list
 from rlhf.checkpoint.atomic import find_damage, read_manifest, write_whole
 from rlhf.checkpoint.cleanup import set_aside
 from rlhf.checkpoint.config_changes import is_harmless, refuse_changes
-from rlhf.checkpoint.nonfinite_stop import record_changes, write_stop
+from rlhf.checkpoint.nonfinite_stop import CHANGES, write_stop
 from rlhf.checkpoint.ownership import (
     IDENTITY,
     LOGS,
@@ -38,6 +38,7 @@ from rlhf.config import (
     config_text,
 )
 from rlhf.console import is_main_process, say, warn
+from rlhf.metrics import append_jsonl
 
 
 def checkpoint_to_resume(config: StageConfig, directory: Path) -> Path | None:
@@ -86,7 +87,8 @@ def _resume(config: StageConfig, directory: Path) -> Path | None:
     truncate_logs(directory, manifest_of(intact)["logs"] if intact else {})
     if intact:
         adjusted = [line for key, line in changed.items() if not is_harmless(key)]
-        record_changes(directory, step_of(intact), adjusted)
+        row = {"after_step": step_of(intact), "changed": adjusted}
+        append_jsonl(directory / CHANGES, [row] if adjusted else [])
     write_whole(directory / CONFIG_FILE, config_text(config))
     say(f"resuming from {intact}" if intact else "no checkpoint to resume from: starting afresh")
     return intact

@@ -65,7 +65,7 @@ def write_stage(
             weights.chmod(mode)  # safetensors ignores the umask: only the owner could read them
 
 
-def check_writable(model: Any, tokenizer: Any, config: StageConfig) -> None:
+def require_writable(model: Any, tokenizer: Any, config: StageConfig) -> None:
     """Before training, write everything of a stage directory but the weights to a temporary place.
 
     Args:
@@ -115,7 +115,7 @@ def require_stage(
             f"{' or '.join(stages)} stage is needed; point {field} at "
             f"runs/<run_name>/{stages[0]}/final"
         )
-    check_weights(directory, record, field, revision)
+    require_same_weights(directory, record, field, revision)
     return record
 
 
@@ -131,7 +131,7 @@ def _finals_in(path: Path, stages: tuple[str, ...]) -> list[Path]:
     return sorted(final for final in found if (final / RECORD).is_file())
 
 
-def check_weights(
+def require_same_weights(
     path: str | Path, record: StageRecord | None, field: str, revision: str | None = None
 ) -> None:
     """Require that a directory or Hub id still holds the weights that its stage wrote.

@@ -11,9 +11,9 @@ from accelerate import Accelerator
 
 from rlhf.checkpoint import (
     StageRecord,
-    check_same_tokenizer,
-    check_weights,
     read_record,
+    require_same_tokenizer,
+    require_same_weights,
     require_stage,
     warn_about_sft_model,
 )
@@ -45,11 +45,11 @@ def load_checked_tokenizer(config: PPOStageConfig) -> tuple[Any, StageRecord | N
     policy = str(config.model.path)
     record = require_stage(policy, ("sft", "ppo"), "model.path", config.model.revision)
     tokenizer = load_tokenizer(config.model)
-    check_same_tokenizer(tokenizer, record, "the model settings here", policy)
+    require_same_tokenizer(tokenizer, record, "the model settings here", policy)
     if needs_reward_model(config):
         scorer = str(_first_scorer(config)[0].path)
         reward_record = require_stage(scorer, ("reward",), "scorer.path")
-        check_same_tokenizer(tokenizer, reward_record, policy, scorer)
+        require_same_tokenizer(tokenizer, reward_record, policy, scorer)
     return tokenizer, record
 
 
@@ -205,8 +205,8 @@ def _load_saved_critic(config: PPOStageConfig, tokenizer: Any) -> ScalarModel:
             f"critic.init={path} is no critic of a PPO run; give runs/<run_name>/ppo/critic, "
             "critic.init=reward or critic.init=policy"
         )
-    check_weights(path, record, "critic.init")
-    check_same_tokenizer(tokenizer, record, str(config.model.path), path)
+    require_same_weights(path, record, "critic.init")
+    require_same_tokenizer(tokenizer, record, str(config.model.path), path)
     model = load_reward_model(_critic_model(config, path), field="critic.init")
     return ScalarModel(model, record.score_mean, record.score_std or 1.0)
 

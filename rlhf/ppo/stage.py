@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rlhf.checkpoint import StageRun, check_writable, open_run, warn_about_prompts
+from rlhf.checkpoint import StageRun, open_run, require_writable, warn_about_prompts
 from rlhf.config import PPOStageConfig
 from rlhf.console import say
 from rlhf.data import load_splits
@@ -66,7 +66,7 @@ def _train(config: PPOStageConfig, scorer: Scorer | None, run: StageRun) -> PPOR
     splits = load_splits(config.dataset, "ppo", config.seed, needs_eval=evaluates)
     warn_about_prompts(parent, splits.prompts)
     actors = load_actors(config, tokenizer, scorer, accelerator)
-    check_writable(unwrap_peft(actors.policy), tokenizer, config)
+    require_writable(unwrap_peft(actors.policy), tokenizer, config)
     check_promises(config, actors, accelerator)
     settings = collect_settings(config, actors.policy, tokenizer)
     texts = load_texts(config, tokenizer, context_length(actors.policy))

@@ -20,11 +20,11 @@ from transformers import TrainingArguments
 from rlhf.checkpoint import (
     StageRecord,
     StageRun,
-    check_same_tokenizer,
-    check_writable,
     make_record,
     open_run,
+    require_same_tokenizer,
     require_stage,
+    require_writable,
     warn_about_prompts,
     write_stage,
 )
@@ -102,11 +102,11 @@ def _train(config: RewardStageConfig, run: StageRun) -> RewardResult:
     splits = load_splits(config.dataset, "reward", config.seed)
     warn_about_prompts(record_of_parent, splits.prompts)
     tokenizer = load_tokenizer(source)
-    check_same_tokenizer(tokenizer, record_of_parent, "the model settings here", parent)
+    require_same_tokenizer(tokenizer, record_of_parent, "the model settings here", parent)
     model = init_reward_model(source, tokenizer, config.seed)
 
     # Refuse what only the loaded model and rows show.
-    check_writable(model, tokenizer, config)
+    require_writable(model, tokenizer, config)
     check_max_length(config, model)
     _check_promises(config, args, parent, model, tokenizer)
     train, heldout = _encode(splits, tokenizer, config.dataset)

@@ -21,10 +21,10 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from rlhf.checkpoint import (
     StageRecord,
     StageRun,
-    check_writable,
     make_record,
     open_run,
     require_stage,
+    require_writable,
     warn_about_template,
     write_stage,
 )
@@ -129,7 +129,7 @@ def _train(config: SFTStageConfig, run: StageRun) -> SFTResult:
     torch.manual_seed(config.seed)
     model = load_policy(config.model, tokenizer)
     lines = mend_sampling_settings(model)
-    check_writable(model, tokenizer, config)
+    require_writable(model, tokenizer, config)
     check_max_length(config, model)
     _check_promises(config, args, model, tokenizer)
     splits, train, heldout, what = encode_splits(splits, tokenizer, config)

@@ -5,6 +5,7 @@ Run: python -m pytest tests/checkpoint/test_handoff_hashes.py
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -24,7 +25,15 @@ from rlhf.checkpoint import (
     weight_hashes,
     write_stage,
 )
-from rlhf.config import InputError, ModelConfig, PPOStageConfig, ScorerConfig, StageConfig
+from rlhf.config import (
+    DatasetConfig,
+    InputError,
+    ModelConfig,
+    PPOStageConfig,
+    ScorerConfig,
+    SFTStageConfig,
+    StageConfig,
+)
 from rlhf.export import ExportOptions, export
 from rlhf.models import init_reward_model
 from rlhf.ppo.actors import load_checked_tokenizer
@@ -75,15 +84,18 @@ def edit(file, **values):
 
 
 def start_sft(path):
-    from test_export import sft_config
-
     from rlhf.sft import train_sft
 
-    train_sft(sft_config(Path("."), "new", 1, model=ModelConfig(path=path)))
+    rows = [{"prompt": f"Name a fruit {i}.", "completion": f"An apple {i}."} for i in range(16)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = DatasetConfig(path="rows.jsonl", format="prompt_completion", eval_fraction=0.25)
+    config = SFTStageConfig(run_name="new", model=ModelConfig(path=path), dataset=data)
+    config.trainer["max_steps"] = 1
+    train_sft(dataclasses.replace(config, num_samples=0))
 
 
 def start_reward(path):
-    from rlhf.config import DatasetConfig, RewardStageConfig
+    from rlhf.config import RewardStageConfig
     from rlhf.reward import train_reward
 
     data = DatasetConfig(path="rows.jsonl", format="ranked")

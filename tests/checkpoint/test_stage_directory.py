@@ -14,11 +14,11 @@ from helpers.tiny import tiny_tokenizer
 
 from rlhf.checkpoint import (
     StageRecord,
-    check_same_tokenizer,
     complete_or_nothing,
     hash_weights,
     make_record,
     read_record,
+    require_same_tokenizer,
     require_stage,
 )
 from rlhf.config import (
@@ -120,8 +120,8 @@ def test_hash_of_a_tokenizer_survives_saving(tmp_path, tokenizer):
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert hash_tokenizer(loaded) == hash_tokenizer(tokenizer) == hash_tokenizer(tiny_tokenizer())
     record = make_record("sft", SFTStageConfig(), None, tokenizer)
-    check_same_tokenizer(loaded, record, "model.path=a", "scorer.path=b")
-    check_same_tokenizer(loaded, None, "model.path=a", "scorer.path=b")
+    require_same_tokenizer(loaded, record, "model.path=a", "scorer.path=b")
+    require_same_tokenizer(loaded, None, "model.path=a", "scorer.path=b")
 
 
 def add_token(tokenizer):
@@ -150,7 +150,7 @@ def test_mismatch_of_tokenizers_names_both_sides(change, message, tokenizer):
     other.chat_template = tokenizer.chat_template
     change(other)
     with pytest.raises(InputError, match=re.escape(message)) as caught:
-        check_same_tokenizer(other, record, "model.path=a", "scorer.path=b")
+        require_same_tokenizer(other, record, "model.path=a", "scorer.path=b")
     assert "scorer.path=b" in str(caught.value) and "model.path=a" in str(caught.value)
 
 

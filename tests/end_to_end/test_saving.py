@@ -13,7 +13,7 @@ from helpers.tiny import tiny_model, tiny_tokenizer
 from helpers.tiny_ppo import make_config, write_policy
 from transformers import AutoModelForCausalLM, GenerationConfig, pipeline
 
-from rlhf.checkpoint import check_writable
+from rlhf.checkpoint import require_writable
 from rlhf.config import DatasetConfig, InputError, ModelConfig, RewardStageConfig, SFTStageConfig
 from rlhf.export import ExportOptions, export
 from rlhf.metrics import read_jsonl
@@ -184,10 +184,10 @@ def test_a_config_that_cannot_be_saved_is_refused_and_leaves_nothing(tmp_path, m
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     tokenizer, config = tiny_tokenizer(), SFTStageConfig(model=ModelConfig("some/model"))
     model = tiny_model("llama", tokenizer)
-    check_writable(model, tokenizer, config)
+    require_writable(model, tokenizer, config)
     model.config.custom = object()  # as code of a model's own may leave behind
     with pytest.raises(InputError, match="^model.path=some/model: config.json could not be wri"):
-        check_writable(model, tokenizer, config)
+        require_writable(model, tokenizer, config)
     assert not any(tmp_path.iterdir())
 
 

@@ -129,11 +129,11 @@ def stage_config(options: ReportOptions) -> RewardStageConfig:
 
 
 def _load(path: str, trust_remote_code: bool) -> RewardModelScorer:
-    import torch
 
+    from rlhf.distributed import default_device
     from rlhf.scorers import RewardModelScorer
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     config = ScorerConfig(path, normalize="none")
     scorer = RewardModelScorer(config, device, "float32", "path", trust_remote_code)
     if scorer.scores_texts:
