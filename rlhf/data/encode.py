@@ -1,6 +1,6 @@
 """The rows of a stage to token ids; rows that are too long or refused are dropped and counted.
 
-`on_bad_row` means the same in all functions, see `not_refused`.
+In all functions `on_bad_row` is that of `not_refused`, and InputError is raised if no row is left.
 
 Left out: how one row becomes token ids (`segments`), and batches (`collate`).
 """
@@ -80,9 +80,6 @@ def encode_sft(
     Returns:
         {"input_ids", "labels"} per sequence (`encode_samples` may make several of a row), and the
         number of dropped ones by reason.
-
-    Raises:
-        InputError: no row is left.
     """
     encoded, longest, dropped, rows = [], 0, Counter[str](), list(rows)
     _warn_about_history([prompt_of(row) for row in rows], tokenizer)
@@ -109,9 +106,6 @@ def encode_texts(
     Returns:
         Token ids per kept row, at least two each (one token has nothing to predict); and the number
         of dropped rows by reason.
-
-    Raises:
-        InputError: no row is left.
     """
     encoded, dropped = [], Counter[str]()
     for _, ids in not_refused(rows, partial(encode_text, tokenizer=tokenizer), on_bad_row, dropped):
@@ -124,7 +118,7 @@ def encode_texts(
 
 
 def encode_text(row: Row, tokenizer: Any) -> list[int]:
-    """Token ids of a row of PPO-ptx, see `encode_texts`."""
+    """Token ids of one row of PPO-ptx, see `encode_texts`."""
     if "text" in row:
         return with_eos(first_token_ids(row["text"], tokenizer), tokenizer)
     return encode_row(row, tokenizer)[0]
@@ -142,9 +136,6 @@ def encode_ranked(
         response lengths in tokens with their end, "row": index in `rows`, "scores": K floats,
         "margin", "probability": a float each, these three None where the row has none}; and the
         number of dropped rows by reason, with single responses under a reason of their own.
-
-    Raises:
-        InputError: no row is left.
     """
     encoded, longest, dropped = [], 0, Counter[str]()
     too_long = _too_long("dataset.max_length", max_length)
@@ -190,9 +181,6 @@ def encode_prompts(
 
     Returns:
         {"prompt": canonical prompt, "input_ids"} per kept row, and the dropped rows by reason.
-
-    Raises:
-        InputError: no row is left.
     """
     encoded, longest, dropped = [], 0, Counter[str]()
     prompts = [prompt_of(row) for row in rows]

@@ -132,7 +132,8 @@ class _Intake:
                 self._refuse(where, raw, error)
         if self.first_bad is not None and 2 * self.num_bad >= self.num_read:
             first, text, raw = self.first_bad
-            if self.num_read == 1 and isinstance(raw, dict) and _holds_rows(raw):
+            columns = raw.values() if isinstance(raw, dict) and self.num_read == 1 else ()
+            if any(isinstance(value, (list, dict)) and value for value in columns):
                 text += " If the file holds a single object, write one object per row."
             share = f"{self.num_bad} of {self.num_read} rows are malformed"
             rule = "dataset.on_bad_row=drop drops them only while they are fewer than half"
@@ -183,11 +184,6 @@ class _Intake:
         others = [name for name in FORMATS if _reads(name, raw, self.stage)]
         fits = " or ".join(f"{self.section}.format={name}" for name in others)
         return f"{'' if str(error).endswith('?') else ';'} {fits} reads it" if others else ""
-
-
-def _holds_rows(raw: Row) -> bool:
-    """Whether an object may be a whole file: rows in a field, or columns."""
-    return any(isinstance(value, (list, dict)) and value for value in raw.values())
 
 
 def _reads(format: str, raw: Row, stage: str) -> bool:

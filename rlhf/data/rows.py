@@ -261,9 +261,8 @@ def _check_sft(row: Row) -> None:
     name = "messages" if "messages" in row else "completion"
     trained = row[name] if name == "messages" else as_prompt(row[name], name)
     if name == "completion" and isinstance(trained, str) != isinstance(row["prompt"], str):
-        raise bad_field(
-            name, "is text and 'prompt' a conversation, or the reverse", "make both alike"
-        )
+        what = "is text and 'prompt' is a conversation, or the reverse"
+        raise bad_field(name, what, "make both text or both conversations")
     if isinstance(trained, list):
         answers = [m["content"] for m in trained if m["role"] == "assistant"]
         if not answers:

@@ -19,11 +19,6 @@ from rlhf.tokenizer.rendering import (
     render_prompt,
     render_turn,
 )
-from rlhf.tokenizer.special_tokens import PAD_TOKEN, forbidden_token_ids, num_tokens
-from rlhf.tokenizer.stop_strings import StopStrings, before_stop, end_token_ids, response_text
-from rlhf.tokenizer.templates import (
-    chat_template_text,
-    declare_stop_strings,
-    stop_strings,
-    template_of,
-)
+from rlhf.tokenizer.special_tokens import forbidden_token_ids, num_tokens
+from rlhf.tokenizer.stop_strings import StopStrings, end_token_ids, response_text
+from rlhf.tokenizer.templates import chat_template_text, declare_stop_strings, stop_strings

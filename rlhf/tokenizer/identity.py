@@ -1,4 +1,4 @@
-"""Hashes that tell whether two tokenizers encode and render alike."""
+"""Hashes that tell whether two tokenizers encode and render in the same way."""
 
 from __future__ import annotations
 

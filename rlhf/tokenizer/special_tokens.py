@@ -45,7 +45,7 @@ def _require_one_id(tokenizer: Any, name: str, token: str, source: str) -> None:
     if alone == [own] and own in inside and tokenizer.convert_ids_to_tokens(own) == token:
         return
     if name == "special_tokens":
-        fix = "choose texts of which none is part of another"
+        fix = "choose tokens so that none is part of another"
     else:
         fix = f"add it to model.special_tokens: model.special_tokens=[{token!r}]"
     what = f"{len(alone)} ids, {alone}" if len(alone) != 1 else f"other ids inside a text, {inside}"

@@ -140,7 +140,7 @@ GOOD = {
         ("prompt_completion", {"prompt": [user("x")], "completion": [user("y")]}, "no assistant"),
         ("prompt_completion", {"completion": None}, "field 'completion': missing or null"),
         ("prompt_completion", {"completion": 3}, "field 'completion': got 3"),
-        ("prompt_completion", {"completion": [assistant("c")]}, "make both alike"),
+        ("prompt_completion", {"completion": [assistant("c")]}, "make both text or both"),
         (
             "alpaca",
             {"instruction": None},

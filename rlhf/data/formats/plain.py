@@ -21,7 +21,7 @@ from rlhf.tokenizer import Message
 def format_messages(row: Row) -> Row:
     """`messages` of {role, content}; or ShareGPT's `conversations` of {from, value}.
 
-    An answer of weight 0 carries no loss. A text in `system` is the system message, as it is for
+    An answer of weight 0 carries no loss. A text in `system` is the system message, as in
     Anthropic's API, where the conversation has none.
     """
     name = "conversations" if "messages" not in row and "conversations" in row else "messages"
