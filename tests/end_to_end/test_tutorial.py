@@ -49,6 +49,6 @@ def test_the_tutorial_shows_what_it_says(tmp_path):
         rows = [row for row in map(json.loads, text.splitlines()) if "eval_score" in row]
         gold[name] = [row["eval_independent_score"] for row in rows]
         proxy[name] = [row["eval_score"] for row in rows]
-    assert gold["kl0.15"][-1] > gold["kl0.15"][0] + 0.3
+    assert gold["kl0.15"][-1] > gold["kl0.15"][0] + 0.1
     assert proxy["kl0"][-1] > proxy["kl0.15"][-1]
-    assert gold["kl0"][-1] < gold["kl0.15"][-1] - 0.05
+    assert gold["kl0"][-1] < gold["kl0"][0] < gold["kl0.15"][-1]
