@@ -82,7 +82,7 @@ class Chat:
         Raises:
             InputError: the path does not hold a policy that can be loaded.
         """
-        from rlhf.promises import require_cache
+        from rlhf.compatibility import require_cache
         from rlhf.sampling import sampling_for
 
         self.options, self.path = options, str(getattr(options, field))

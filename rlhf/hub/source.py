@@ -1,7 +1,7 @@
-"""What a path or Hub id holds: a whole model, or adapters on one; a language model or a classifier.
+"""What a path or Hub id holds: a whole model or adapters on one, a language model or a classifier.
 
-Every loader asks here first. What the names and headers of files tell is refused here, before any
-weight is read: pickles, missing and damaged files, adapters without a base.
+Every loader asks here first. Names and headers of files are enough to refuse pickles, missing and
+damaged files, and adapters without a base, before any weight is read.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ class Source:
 
     Attributes:
         label: the setting and its value, for messages: "model.path=runs/x".
-        path: as it was given.
+        path: the path or Hub id that was given.
         directory: of the whole model, below any adapters.
-        adapters: directories of the adapters on it, in the order in which they are merged.
-        is_classifier: a sequence classifier, such as a reward model; else a language model.
+        adapters: directories of the adapters on it, in the order of merging.
+        is_classifier: True for a sequence classifier, such as a reward model; False for a language
+            model.
     """
 
     label: str
@@ -46,7 +47,7 @@ def find_source(path: Any, field: str, revision: str | None = None, code: bool =
 
     Args:
         field: name of the setting that gave the path, for messages.
-        code: whether Python files of a Hub id are downloaded too.
+        code: also download the Python files of a Hub id.
 
     Raises:
         InputError: there is nothing to load, only pickled weights, a damaged or missing file, or an
@@ -61,8 +62,8 @@ def find_source(path: Any, field: str, revision: str | None = None, code: bool =
     if adapters and config.get("quantization_config"):
         raise InputError(
             f"{label}: its base {directory} is stored quantised, and an adapter cannot be merged "
-            f"into that; name the base that is not quantised in {adapters[0] / ADAPTER}, as "
-            "base_model_name_or_path"
+            f"into that; in {adapters[0] / ADAPTER}, set base_model_name_or_path to the base that "
+            "is not quantised"
         )
     is_classifier = any(str(name).endswith("ForSequenceClassification") for name in names)
     return Source(
@@ -73,8 +74,8 @@ def find_source(path: Any, field: str, revision: str | None = None, code: bool =
 def tokenizer_directory(
     path: Any, field: str, revision: str | None = None, code: bool = False
 ) -> Path:
-    """Return the directory whose tokenizer belongs to a path or Hub id: that of the base, where an
-    adapter comes without one.
+    """Return the directory that holds the tokenizer of a path or Hub id; an adapter without a
+    tokenizer uses that of its base.
 
     Raises:
         InputError: no such directory or Hub model, or there is no tokenizer.
@@ -100,22 +101,23 @@ def config_directory(path: Any, field: str, revision: str | None, code: bool) ->
 def _chain(
     path: Any, field: str, revision: str | None, code: bool, weights: bool = True
 ) -> list[Path]:
-    """Directories of an adapter, of the adapter below it, and so on, the whole model's last."""
+    """Return the directories of an adapter, of the adapter below it, and so on; the whole model's
+    directory is the last."""
     chain = [local_directory(path, field, revision, code, weights)]
     while (chain[-1] / ADAPTER).is_file():
         settings, file = read_json(chain[-1] / ADAPTER), chain[-1] / ADAPTER
         base = settings.get("base_model_name_or_path")
         if not base:
             raise InputError(
-                f"{field}={path}: {file} does not name the model that the adapter is for; write "
-                "its path or Hub id there, as base_model_name_or_path"
+                f"{field}={path}: {file} does not name the adapter's base model; set its "
+                "base_model_name_or_path to the path or Hub id of that model"
             )
         where = f"{field}={path} is an adapter; correct {file}: base_model_name_or_path"
         directory = local_directory(base, where, settings.get("revision"), code, weights)
         if directory.resolve() in [known.resolve() for known in chain]:
             raise InputError(
-                f"{field}={path}: {file} names an adapter as its own base, {base}; write the path "
-                "or Hub id of the model there, as base_model_name_or_path"
+                f"{field}={path}: {file} names an adapter as its own base, {base}; set its "
+                "base_model_name_or_path to the path or Hub id of the model"
             )
         chain.append(directory)
     return chain
@@ -125,12 +127,14 @@ def _check_adapter(directory: Path, label: str) -> dict[str, Any]:
     """Check the files of an adapter, and return its configuration."""
     if (directory / WEIGHTS).is_file() or (directory / INDEX).is_file():
         raise InputError(
-            f"{label}: {directory} holds an adapter and a whole model; move one of them to a "
-            "directory of its own"
+            f"{label}: {directory} holds both an adapter and a whole model; move one of them to "
+            "another directory"
         )
     if not (directory / ADAPTER_WEIGHTS).is_file():
         _refuse_pickles(directory, label)
-        raise InputError(f"{label}: {directory} has {ADAPTER}, but no {ADAPTER_WEIGHTS}")
+        raise InputError(
+            f"{label}: {directory} has {ADAPTER} but no {ADAPTER_WEIGHTS}; copy or download it"
+        )
     tensor_names(directory / ADAPTER_WEIGHTS)
     return read_json(directory / ADAPTER)
 
@@ -138,11 +142,11 @@ def _check_adapter(directory: Path, label: str) -> dict[str, Any]:
 def _check_model(directory: Path, label: str) -> None:
     """Check the files of a whole model."""
     config = read_json(directory / "config.json")
-    read_json(directory / "generation_config.json")  # transformers would go on without it
+    read_json(directory / "generation_config.json")  # transformers ignores a damaged one
     files = weight_files(directory, config)
     if not files:
         _refuse_pickles(directory, label)
-        raise InputError(f"{label} has no weights: neither {WEIGHTS} nor {INDEX} is there")
+        raise InputError(f"{label} has no weights: it holds neither {WEIGHTS} nor {INDEX}")
     if not config:
         raise InputError(f"{label} is not a model directory (no config.json)")
     for file in files:
@@ -157,8 +161,8 @@ def _check_model(directory: Path, label: str) -> None:
 
 
 def weight_files(directory: Path, config: dict[str, Any]) -> list[Path]:
-    """The files that hold the weights of a whole model, as transformers chooses them; none where
-    there are none of a known name.
+    """Return the weight files that transformers would load for a whole model; [] if no file has a
+    known name.
 
     Raises:
         InputError: the index of the files cannot be read.
@@ -178,18 +182,18 @@ def _refuse_pickles(directory: Path, label: str) -> None:
     pickled = sorted(n for n in names if n.endswith(PICKLED) and n != NO_WEIGHTS)
     if pickled:
         raise InputError(
-            f"{label} has its weights pickled ({', '.join(pickled[:3])}), and a pickle can run "
-            "code when loaded; convert them with save_pretrained, which writes safetensors"
+            f"{label} has pickled weights ({', '.join(pickled[:3])}), and loading a pickle can run "
+            "code; convert them with save_pretrained, which writes safetensors"
         )
 
 
 @dataclass
 class Misfits:
-    """What a model has no weights for, and what it does not take of a file; false if nothing.
+    """Where the weights in files and the parameters of a model differ; false if nowhere.
 
     Attributes:
         missing: parameters without weights.
-        unexpected: weights that belong to no parameter.
+        unexpected: weights without a parameter.
         shapes: name, shape in the file and shape in the model.
     """
 
@@ -211,7 +215,7 @@ class Misfits:
                 f"{name} (stored {tuple(theirs)}, expected {tuple(ours)})"
                 for name, theirs, ours in self.shapes
             ]
-            parts.append(f"of another shape: {_some(named)}")
+            parts.append(f"other shapes: {_some(named)}")
         return "; ".join(parts)
 
 

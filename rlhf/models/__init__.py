@@ -1,17 +1,21 @@
-"""THE model-loading layer: tokenizer, policy, reference, reward model, critic, forward passes.
+"""THE model-loading layer: policy, reference, reward model, critic, and their forward passes.
 
-One layer serves the three stages: a Hub id, a local directory or a stage directory goes in.
-Policies are `AutoModelForCausalLM`; reward models and critics are
+One layer serves the three stages. A Hub id, a local directory or a stage directory goes in.
+Policies are `AutoModelForCausalLM`. Reward models and critics are
 `AutoModelForSequenceClassification` with one label, read at every position by `ScalarModel`.
 Weights come from safetensors only; pickled weights are refused. Rows are right-padded wherever a
 model trains or scores; only the sampler pads on the left.
 
+`load` gives each role its model: `build` makes one from a configuration, `weights` and
+`adapter_files` read one from files. `adapters` puts LoRA on a model, `merge` takes it off again.
+`forward` holds the forward passes.
+
 Left out: sharded models.
 """
 
-from rlhf.hub.snapshot import local_directory
-from rlhf.hub.source import find_source
-from rlhf.models.adapters import add_lora, merged, new_token_rows
+from rlhf.models.adapter_files import load_adapter
+from rlhf.models.adapters import add_lora, new_token_rows
+from rlhf.models.build import check_model_config, try_settings
 from rlhf.models.dropout import disable_dropout
 from rlhf.models.embeddings import resize_embeddings
 from rlhf.models.forward import (
@@ -19,9 +23,9 @@ from rlhf.models.forward import (
     ScalarModel,
     TextModel,
     accepts,
+    eval_mode,
     forward_inputs,
     has_linear_head,
-    inference_mode,
     is_causal,
     position_ids_from_mask,
     prefill_inputs,
@@ -30,8 +34,7 @@ from rlhf.models.forward import (
     unwrap_peft,
     without_padding_mask,
 )
-from rlhf.models.loading import (
-    check_model_config,
+from rlhf.models.load import (
     freeze,
     init_reward_model,
     load_policy,
@@ -40,11 +43,10 @@ from rlhf.models.loading import (
     parameter_count,
     use_bfloat16,
 )
+from rlhf.models.merge import merged
 from rlhf.models.quantization import is_quantized, undo_first_pass
 from rlhf.models.sampling_settings import (
     mend_sampling_settings,
     sample_as_trained,
     sampling_settings,
 )
-from rlhf.models.skeleton import try_settings
-from rlhf.models.stored_adapters import load_adapter

@@ -1,4 +1,4 @@
-"""Dropout of any model: set for training, switched off for PPO."""
+"""Dropout of any model: set for training, off for PPO."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _RATE = re.compile(r"(\w+_)?(dropout|pdrop)")  # attention_dropout, dropout, res
 
 
 def set_dropout(model: nn.Module, rate: float) -> None:
-    """Give every dropout of a model this rate, in place; the config that is saved keeps its own.
+    """Give every dropout of a model this rate, in place; the config that is saved keeps its rate.
 
     Args:
         rate: share of the activations that are zeroed in training mode, in [0, 1).
 
     Raises:
-        InputError: the model has no dropout anywhere.
+        InputError: the model has no dropout.
     """
     if not _set_rates(model, rate):
         raise InputError(
@@ -33,8 +33,8 @@ def set_dropout(model: nn.Module, rate: float) -> None:
 def disable_dropout(model: nn.Module) -> None:
     """Switch off every dropout, LoRA's too, in place; gradient checkpointing keeps working.
 
-    The model is put in eval mode; checkpointed layers keep `training=True` for themselves (not for
-    their children), since transformers only checkpoints layers in training mode.
+    The model is put in eval mode. Checkpointed layers keep `training=True`, but not their children:
+    transformers only checkpoints layers in training mode.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -48,27 +48,26 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def _set_rates(model: nn.Module, rate: float) -> bool:
-    """Set modules, numbers on modules, and configs that modules read (Falcon); True if any."""
-    found = False
+    """Set the rate of dropout layers, of modules that hold a number, and of configs that modules
+    read (Falcon); True if there were any layers or numbers."""
+    layers = [module for module in model.modules() if isinstance(module, nn.Dropout)]
+    for layer in layers:
+        layer.p = rate
+    numbers = [(module, name) for module in model.modules() for name in _rates(module)]
+    for module, name in numbers:
+        setattr(module, name, rate)
     copies: dict[int, PreTrainedConfig] = {}
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p, found = rate, True
-        for name in _rates(module):
-            setattr(module, name, rate)
-            found = True
         config = vars(module).get("config")
-        # The config of the model itself is saved with it, so that of its layers becomes a copy.
-        whole = isinstance(module, PreTrainedModel) or hasattr(module, "get_base_model")
-        if whole or not isinstance(config, PreTrainedConfig):
+        # The config of the whole model is saved with it, so its layers get a copy.
+        is_whole = isinstance(module, PreTrainedModel) or hasattr(module, "get_base_model")
+        if is_whole or not isinstance(config, PreTrainedConfig):
             continue
-        changed = {name: rate for name, old in _rates(config).items() if old != rate}
-        if changed:
-            if id(config) not in copies:
-                copies[id(config)] = copy.copy(config)
-                copies[id(config)].__dict__.update(changed)
-            module.__dict__["config"] = copies[id(config)]
-    return found
+        if any(old != rate for old in _rates(config).values()):
+            changed = copies.setdefault(id(config), copy.copy(config))
+            changed.__dict__.update(dict.fromkeys(_rates(config), rate))
+            module.__dict__["config"] = changed
+    return bool(layers or numbers)
 
 
 def _rates(holder: Any) -> dict[str, float]:

@@ -11,17 +11,17 @@ from rlhf.config import InputError
 
 
 def resize_embeddings(model: PreTrainedModel, num_rows: int, shrink: bool = False) -> None:
-    """Give the embedding tables `num_rows` rows, in place; new rows are the mean of the old, those
-    that stay keep every bit.
+    """Give the embedding tables `num_rows` rows, in place. New rows are the mean of the old rows,
+    which do not change.
 
-    A table that is already larger (Pythia pads its own) is left alone: its surplus ids are never
+    A table that is already larger (Pythia pads its own) keeps its size: its surplus ids are never
     sampled.
 
     Args:
         shrink: cut a larger table.
 
     Raises:
-        InputError: a row that the model's own special tokens use would be cut off.
+        InputError: this would cut off a row of the model's own special tokens.
     """
     old = cast(Any, model.get_input_embeddings()).weight.shape[0]
     if old == num_rows or (old > num_rows and not shrink):
@@ -46,6 +46,6 @@ def _require_own_tokens(model: PreTrainedModel, num_rows: int) -> None:
         if lost:
             raise InputError(
                 f"model.shrink_embeddings=true leaves {num_rows} rows, one for each id of the "
-                f"tokenizer, but the model's own {name} is {lost[0]}: this is another model's "
-                "tokenizer; correct model.tokenizer, or set model.shrink_embeddings=false"
+                f"tokenizer, but the model's own {name} is {lost[0]}: the tokenizer belongs to "
+                "another model; correct model.tokenizer, or set model.shrink_embeddings=false"
             )

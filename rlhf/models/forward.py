@@ -1,4 +1,7 @@
-"""Forward passes: response logits of a policy, values of a critic, scores of a reward model."""
+"""Forward passes: response logits of a policy, values of a critic, scores of a reward model.
+
+Left out: generation, which is in `rlhf.sampling`.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,12 @@ HEAD = "score"
 
 
 def has_linear_head(model: Any) -> bool:
-    """True for a classifier that can be read at every token: its head is a layer named `score`."""
+    """True for a classifier with a linear head named `score`, which can be read at every token."""
     return isinstance(getattr(model, HEAD, None), nn.Linear)
 
 
 def position_ids_from_mask(mask: Tensor) -> Tensor:
-    """Number the valid tokens of each row from 0, whatever the side of the padding.
+    """Number the valid tokens of each row from 0, with padding on either side.
 
     mask 0 0 1 1 1 0 -> positions 0 0 0 1 2 2
 
@@ -34,12 +37,12 @@ def position_ids_from_mask(mask: Tensor) -> Tensor:
 
 
 def forward_inputs(model: Any, input_ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Build the inputs of a training or scoring forward pass, whose rows are right-padded.
+    """Build the inputs of a training or scoring forward pass, with right-padded rows.
 
-    A causal model gets no mask: a real token never sees the padding after it. A mask would only
-    leave padded queries without any key, where a sliding window lies in the padding, and cuDNN's
-    attention gives NaN gradients for such queries. An encoder gets the mask. Positions are the
-    model's own default: 0, 1, 2, ... for most.
+    A causal model gets no mask, because a real token never sees the padding after it. With a mask,
+    a padded query whose sliding window lies in the padding has no key at all, and cuDNN's attention
+    gives NaN gradients for such queries. An encoder gets the mask. Positions are the model's own
+    default, mostly 0, 1, 2, ...
 
     Args:
         input_ids: (B, L) int64.
@@ -49,14 +52,14 @@ def forward_inputs(model: Any, input_ids: Tensor, mask: Tensor) -> dict[str, Ten
         ValueError: a row starts with padding.
     """
     if not mask[:, 0].all():
-        raise ValueError("rows must be right-padded, but the mask of some starts with False")
+        raise ValueError("rows must be right-padded, but some masks start with False")
     inputs = {"input_ids": input_ids}
     return inputs if is_causal(model) else inputs | {"attention_mask": mask.long()}
 
 
 def prefill_inputs(model: Any, input_ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Build the inputs of a forward pass of the sampler, whose rows are left-padded: ids, mask, and
-    positions where the family takes any. Not for gradients, see `forward_inputs`."""
+    """Build the inputs of a sampler's forward pass, with left-padded rows: ids, mask, and positions
+    if the family takes them. Not for gradients, see `forward_inputs`."""
     inputs = {"input_ids": input_ids, "attention_mask": mask.long()}
     if accepts(model, "position_ids"):
         inputs["position_ids"] = position_ids_from_mask(mask)
@@ -65,26 +68,26 @@ def prefill_inputs(model: Any, input_ids: Tensor, mask: Tensor) -> dict[str, Ten
 
 @torch.no_grad()
 def is_causal(model: Any) -> bool:
-    """Tell whether what a model says at a token depends on no later token.
+    """True if the output at a token does not depend on later tokens.
 
-    It is measured, once for each model: two rows that start alike must give the same there.
+    It is measured once for each model: two rows with the same start must give the same there.
     """
     inner = unwrap_peft(getattr(model, "module", model))
     if not hasattr(inner, "_rlhf_is_causal"):
         embeddings = inner.get_input_embeddings()
         num_ids, device = len(embeddings.weight), embeddings.weight.device
         rows = torch.tensor([[0, 1, 2, 3], [0, 1, num_ids - 1, num_ids - 2]], device=device)
-        with inference_mode(inner):
+        with eval_mode(inner):
             hidden = inner.base_model(input_ids=rows % num_ids)[0]  # (2, 4, ...)
-        # the same numbers in the same kernel: without later tokens they do not differ at all
+        # the same numbers in the same kernel: the results are equal to the last bit
         inner._rlhf_is_causal = torch.equal(hidden[0, :2], hidden[1, :2])
     return inner._rlhf_is_causal
 
 
 @contextmanager
 def without_padding_mask(model: nn.Module) -> Iterator[None]:
-    """Inside the block, a causal model does not get the mask that a library passes for right-padded
-    rows; see `forward_inputs`."""
+    """Keep the mask that a library passes for right-padded rows from a causal model, inside the
+    block; see `forward_inputs`."""
 
     def drop(_: Any, arguments: Any, keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return arguments, {k: v for k, v in keywords.items() if k != "attention_mask"}
@@ -102,13 +105,13 @@ def without_padding_mask(model: nn.Module) -> Iterator[None]:
 def response_logits(
     model: Any, sequence_ids: Tensor, mask: Tensor, positions: Tensor, forbidden: Tensor
 ) -> Tensor:
-    """Return the logits that predict the response tokens, without materialising the others.
+    """Return the logits that predict the response tokens, without computing the others.
 
     Args:
         model: a causal LM, possibly wrapped by PEFT or by a distributed wrapper.
         sequence_ids: (B, L) int64, right-padded.
         mask: (B, L) bool.
-        positions: (B, T) int64, T < L; of the token before each response token.
+        positions: (B, T) int64, T < L; the position of the token before each response token.
         forbidden: ids whose logits become -inf.
 
     Returns:
@@ -116,8 +119,8 @@ def response_logits(
     """
     inputs = forward_inputs(model, sequence_ids, mask)
     rows = torch.arange(len(positions), device=positions.device)[:, None]  # (B, 1)
-    # The head reads a copy of the hidden states there. It would read a slice with another kernel
-    # if its weight is frozen, and KL to an equal reference would be 1e-6, not 0.
+    # The head reads a copy of the hidden states. With a slice, a frozen head would use another
+    # kernel, and the KL to an equal reference would be 1e-6 instead of 0.
     head = unwrap_peft(getattr(model, "module", model)).get_output_embeddings()
     hook = head.register_forward_pre_hook(lambda _, given: (given[0][rows, positions],))
     try:
@@ -130,9 +133,9 @@ def response_logits(
 
 
 @contextmanager
-def inference_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode for every module (checkpointed layers drop the cache otherwise); the flags come
-    back at the end."""
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put every module in eval mode inside the block; in training mode, checkpointed layers drop
+    the cache. Afterwards the flags are as before."""
     flags = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -145,7 +148,7 @@ def inference_mode(model: nn.Module) -> Iterator[None]:
 class ScalarModel(nn.Module):
     """A one-label classifier read at every position: reward model (last token) or critic (all).
 
-    Its numbers are normalised, (raw - mean) / std, so that a critic that starts from a reward model
+    Its values are normalised, (raw - mean) / std, so that a critic that starts from a reward model
     predicts the scores that PPO sees.
     """
 
@@ -155,7 +158,7 @@ class ScalarModel(nn.Module):
 
     @property
     def _no_split_modules(self) -> Any:
-        """The decoder block that accelerate shards by, as it asks a transformers model."""
+        """The decoder block that accelerate shards by, as for a transformers model."""
         return unwrap_peft(self.model)._no_split_modules
 
     def forward(self, sequence_ids: Tensor, mask: Tensor) -> Tensor:
@@ -169,8 +172,8 @@ class ScalarModel(nn.Module):
 
 
 class TextModel(nn.Module):
-    """A one-label classifier that scores a text as a whole by its own forward pass, such as BERT or
-    DeBERTa; normalised as `ScalarModel` is."""
+    """A one-label classifier that scores a text as a whole with its own forward pass, such as BERT
+    or DeBERTa; normalised like `ScalarModel`."""
 
     def __init__(self, model: Any, mean: float = 0.0, std: float = 1.0):
         super().__init__()
@@ -180,7 +183,8 @@ class TextModel(nn.Module):
         """Return one score per text, (B,) float32.
 
         Args:
-            inputs: what the model's tokenizer returns; what the model does not take is left out.
+            inputs: what the model's tokenizer returns; inputs that the model does not take are
+                left out.
         """
         taken = {name: value for name, value in inputs.items() if accepts(self.model, name)}
         if getattr(self.model.config, "type_vocab_size", None) in (0, 1):

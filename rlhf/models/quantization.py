@@ -1,7 +1,7 @@
-"""Linear layers in 8 or 4 bits, by bitsandbytes; the embeddings and the heads stay as they are.
+"""Linear layers in 8 or 4 bits, by bitsandbytes; embeddings and heads are not quantised.
 
 8bit is LLM.int8 (Dettmers et al. 2022, arXiv 2208.07339); 4bit is nf4 with double quantisation
-(Dettmers et al. 2023, arXiv 2305.14314). Left out: models whose files are quantised already.
+(Dettmers et al. 2023, arXiv 2305.14314). Left out: models whose files are already quantised.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from rlhf.config import InputError, ModelConfig
+from rlhf.hub import one_line
 
 
 def quantization_arguments(config: ModelConfig) -> dict[str, Any]:
-    """Arguments of `from_pretrained` that quantise what it loads, on this process's device.
+    """Return arguments of `from_pretrained` that quantise a model on this process's device.
 
     Raises:
-        InputError: bitsandbytes does not run here, with its own reason.
+        InputError: bitsandbytes does not run here; the message has its reason.
     """
     if config.quantization is None:
         return {}
@@ -46,7 +47,7 @@ def check_quantized(model: nn.Module, config: ModelConfig) -> None:
     """Check that layers were quantised, and keep bitsandbytes from changing them later, in place.
 
     Raises:
-        InputError: transformers has found no layer that it could replace.
+        InputError: transformers found no layer to quantise.
     """
     if config.quantization is None:
         return
@@ -55,35 +56,34 @@ def check_quantized(model: nn.Module, config: ModelConfig) -> None:
         kinds = {type(m).__name__ for m in model.modules() if isinstance(m, nn.Linear)}
         raise InputError(
             f"model.quantization={config.quantization}: transformers quantises none of the layers "
-            f"of {type(model).__name__}, which are {', '.join(sorted(kinds))}; set "
-            "model.quantization=null"
+            f"of {type(model).__name__} ({', '.join(sorted(kinds))}); set model.quantization=null"
         )
     for module in quantized:
-        # On some CPUs the first forward pass in eval mode would round the scales to bfloat16, and
-        # the model would be another than in training.
+        # On some CPUs the first forward pass in eval mode would round the scales to bfloat16, so
+        # that the model would differ from the one in training.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
 
 
 def is_quantized(module: Any) -> bool:
-    """True for a layer of bitsandbytes; LoRA's layer around one is not one itself."""
+    """True for a layer of bitsandbytes, but not for LoRA's layer around one."""
     weight = vars(module).get("_parameters", {}).get("weight")
     return type(weight).__name__ in ("Int8Params", "Params4bit")
 
 
 def undo_first_pass(model: nn.Module) -> None:
-    """Give 8-bit layers back the scales that their first forward pass moves away, in place: the
-    weights of a checkpoint can only be loaded before it."""
+    """Move the scales of 8-bit layers back to where they were before the first forward pass, in
+    place: the weights of a checkpoint can only be loaded there."""
     for module in model.modules():
         layer: Any = module
-        state = getattr(layer, "state", None) if is_quantized(layer) else None  # of 8 bits only
+        state = getattr(layer, "state", None) if is_quantized(layer) else None  # 8 bits only
         if state is not None and state.SCB is not None:
             layer.weight.CB, layer.weight.SCB = state.CB, state.SCB
             state.CB = state.SCB = None
 
 
 def dequantized_weight(layer: Any) -> Tensor:
-    """Weight of a quantised layer in floating point, (outputs, inputs).
+    """Return the weight of a quantised layer in floating point, (outputs, inputs).
 
     `peft.utils.integrations.dequantize_module_weight` loses the scales of an 8-bit layer on a CPU.
     """
@@ -97,7 +97,8 @@ def dequantized_weight(layer: Any) -> Tensor:
 
 
 def _check_device(quantization: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Run a small layer there and back, on inputs so large that LLM.int8 treats them apart."""
+    """Run a small layer forward and backward, with inputs large enough to take LLM.int8's outlier
+    path."""
     try:
         import bitsandbytes as bnb
 
@@ -108,10 +109,8 @@ def _check_device(quantization: str, device: torch.device, dtype: torch.dtype) -
             layer = bnb.nn.Linear4bit(64, 64, False, quant_type="nf4")
         inputs = torch.full((1, 1, 64), 10.0, device=device, dtype=dtype, requires_grad=True)
         layer.to(device).eval()(inputs.relu()).sum().backward()
-    except Exception as error:  # whatever a backend that is missing or broken raises
-        reason = " ".join(str(error).split())[:400]
+    except Exception as error:  # a missing or broken backend can raise anything
         raise InputError(
             f"model.quantization={quantization}: bitsandbytes cannot train {dtype} activations on "
-            f"{device} ({type(error).__name__}: {reason}); use another model.dtype, or set "
-            "model.quantization=null"
+            f"{device} ({one_line(error)}); use another model.dtype, or set model.quantization=null"
         ) from error

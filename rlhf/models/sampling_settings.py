@@ -1,8 +1,8 @@
-"""The sampling settings that a model brings along in its generation config. Training never reads
-them; `final/` keeps those that are valid.
+"""Sampling settings in a model's generation config: training ignores them, `final/` keeps the valid
+ones.
 
 transformers loads settings that it later refuses to save (Vicuna and Llama 2 give a temperature
-without do_sample=true), so they are mended when a stage starts.
+without do_sample=true), so a stage corrects them when it starts.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ import copy
 from collections.abc import Iterable
 from typing import Any
 
-# They have an effect only where do_sample is true.
+# Settings that have an effect only if do_sample is true.
 SAMPLING = "temperature top_k top_p min_p top_h typical_p epsilon_cutoff eta_cutoff".split()
-# Others are valid only with these, so these are judged first.
+# Some settings are valid only together with these, so these are tried first.
 ENABLING = ("do_sample", "num_beams", "return_dict_in_generate", "use_cache")
-# They change neither which tokens are likely nor which is chosen.
+# Settings that change neither the distribution of tokens nor the choice from it.
 NEUTRAL = {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "use_cache"}
 NEUTRAL |= {"max_length", "max_new_tokens", "return_dict_in_generate", "cache_implementation"}
 NEUTRAL |= {"output_attentions", "output_hidden_states", "output_scores", "output_logits"}
 
 
 def sampling_settings(model: Any) -> dict[str, Any]:
-    """Return what the generation config of a model says about the choice of tokens; empty where
-    that is what transformers does anyway."""
+    """Return the settings of a model's generation config that change which tokens are chosen;
+    those with the default of transformers are left out."""
     settings = model.generation_config
     plain = settings._get_default_generation_params()
     return {
@@ -34,13 +34,14 @@ def sampling_settings(model: Any) -> dict[str, Any]:
 
 
 def mend_sampling_settings(model: Any) -> list[str]:
-    """Make the generation config of a model one that can be saved, in place.
+    """Make the generation config of a model valid, so that it can be saved, in place.
 
-    Sampling settings without `do_sample` mean that it is true; under `do_sample=false`, or with a
-    temperature of 0, which means the same, they are dropped, and so is what transformers refuses.
+    Sampling settings without `do_sample` imply `do_sample=true`. With `do_sample=false` or a
+    temperature of 0, which means the same, they are dropped. Settings that transformers refuses are
+    dropped too.
 
     Returns:
-        Lines that say what was changed and what is kept; none where the model brings no settings.
+        Lines that say what was changed and what is kept; [] if the model has no settings.
     """
     settings, lines = getattr(model, "generation_config", None), []
     if settings is None:  # a reward model
@@ -50,26 +51,25 @@ def mend_sampling_settings(model: Any) -> list[str]:
         settings.do_sample = False
     if own and settings.do_sample is False:
         _reset(settings, own)
-        lines.append(f"greedy answers have no use for {_list(own)}: dropped")
+        lines.append(f"dropped {_list(own)}: greedy decoding does not use them")
     elif own and settings.do_sample is None:
         settings.do_sample = True
-        lines.append(f"{_list(own)} came without do_sample: set to true")
+        lines.append(f"set do_sample=True, which {_list(own)} needs")
     lines += _drop_refused(settings)
     kept = sampling_settings(model)
     if kept:
-        lines.append(f"kept in what is saved, but not used by training: {_list(kept)}")
+        lines.append(f"saved with the model, but not used in training: {_list(kept)}")
     return [f"generation config: {line}" for line in lines]
 
 
 def sample_as_trained(model: Any, temperature: float, top_p: float, top_k: int) -> list[str]:
-    """Write into the generation config how PPO samples the policy, in place, and nothing else that
-    changes the choice of tokens.
+    """Replace the sampling settings of a generation config by those of PPO, in place.
 
     Args:
-        top_k: 0 is off; where it is not set, transformers takes 50.
+        top_k: 0 is off; without a value, transformers would use 50.
 
     Returns:
-        A line that says which settings of the model are replaced; none where it brings none.
+        A line that says which settings of the model are replaced; [] if it has none.
     """
     own, settings = sampling_settings(model), model.generation_config
     _reset(settings, own)
@@ -78,12 +78,12 @@ def sample_as_trained(model: Any, temperature: float, top_p: float, top_k: int) 
     lines = _drop_refused(settings)
     ours = f"do_sample=True, temperature={temperature}, top_p={top_p}, top_k={top_k}"
     if own:
-        lines.append(f"final/ gets {ours}, as PPO samples, in place of {_list(own)}")
+        lines.append(f"final/ gets PPO's own {ours} instead of {_list(own)}")
     return [f"generation config: {line}" for line in lines]
 
 
 def _drop_refused(settings: Any) -> list[str]:
-    """Reset what transformers would refuse to save, found by adding one setting at a time."""
+    """Reset the settings that transformers refuses to save; add one at a time to find them."""
     trial, refused = type(settings)(), {}
     given = {k: v for k, v in vars(settings).items() if not k.startswith("_") and v is not None}
     for name in sorted(given, key=lambda name: name not in ENABLING):
@@ -94,7 +94,7 @@ def _drop_refused(settings: Any) -> list[str]:
         except (ValueError, TypeError):
             trial, refused[name] = before, given[name]
     _reset(settings, refused)
-    return [f"transformers refuses to save {_list(refused)}: dropped"] if refused else []
+    return [f"dropped {_list(refused)}: transformers refuses to save it"] if refused else []
 
 
 def _reset(settings: Any, names: Iterable[str]) -> None:

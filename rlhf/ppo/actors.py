@@ -17,6 +17,7 @@ from rlhf.checkpoint import (
     require_stage,
     warn_about_sft_model,
 )
+from rlhf.compatibility import require_cache, require_padding
 from rlhf.config import InputError, ModelConfig, PPOStageConfig, ScorerConfig, with_default_paths
 from rlhf.console import say, warn
 from rlhf.data import describe_dropped, encode_texts, first_cases, load_rows
@@ -34,7 +35,6 @@ from rlhf.models import (
     try_settings,
 )
 from rlhf.ppo.rollout import Actors, CollectSettings
-from rlhf.promises import require_cache, require_padding
 from rlhf.sampling import sampling_for
 from rlhf.scorers import Scorer, load_scorer, reward_models, score_statistics
 from rlhf.tokenizer import hash_rendering, load_tokenizer

@@ -15,7 +15,7 @@ from torch.utils.data import Sampler
 from transformers import TrainingArguments
 
 from rlhf.config import InputError, RewardConfig
-from rlhf.hf_trainer.stage_callback import describe_batches
+from rlhf.hf_trainer import describe_batches
 from rlhf.reward.report.measures import Row
 from rlhf.scorers import score_sequences
 

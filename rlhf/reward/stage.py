@@ -28,10 +28,11 @@ from rlhf.checkpoint import (
     warn_about_prompts,
     write_stage,
 )
+from rlhf.compatibility import require_padding
 from rlhf.config import DatasetConfig, RewardStageConfig, with_default_paths
 from rlhf.console import say
 from rlhf.data import RankedCollator, Splits, encode_ranked, load_splits
-from rlhf.hf_trainer.stage_callback import (
+from rlhf.hf_trainer import (
     as_in_training,
     check_max_length,
     is_sharded,
@@ -47,7 +48,6 @@ from rlhf.models import (
     parameter_count,
     try_settings,
 )
-from rlhf.promises import require_padding
 from rlhf.reward.batches import describe_plan, plan_batches, score_rows
 from rlhf.reward.completions import load_completions
 from rlhf.reward.report.measures import Row, heldout_metrics

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from rlhf.config import RewardConfig
 from rlhf.functional import ranking_loss
-from rlhf.hf_trainer.finite import FiniteTrainer
+from rlhf.hf_trainer import FiniteTrainer
 from rlhf.models import sequence_scores
 from rlhf.reward.batches import PlannedBatches, score_rows
 from rlhf.reward.report.measures import Row, heldout_metrics

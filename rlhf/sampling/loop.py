@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from rlhf.data import pad
-from rlhf.models import accepts, inference_mode, prefill_inputs, unwrap_peft
+from rlhf.models import accepts, eval_mode, prefill_inputs, unwrap_peft
 from rlhf.tokenizer import StopStrings, end_token_ids, forbidden_token_ids
 
 
@@ -137,7 +137,7 @@ def generate(
     order = sorted(
         range(count), key=lambda i: len(prompt_ids[i])
     )  # prompts of similar length: little padding
-    with inference_mode(model):
+    with eval_mode(model):
         for start in range(0, count, batch_size):
             rows = order[start : start + batch_size]
             part = _decode(
@@ -165,7 +165,7 @@ def stream(
         prompt_ids: token ids of one prompt, not empty.
         noise: (1, max_new_tokens) from `uniform_noise`; None takes the most likely token.
     """
-    with inference_mode(model):
+    with eval_mode(model):
         for _, token, _, _ in _steps(model, [prompt_ids], sampling, noise):
             yield int(token)
 

@@ -14,6 +14,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from rlhf.checkpoint import require_stage
+from rlhf.compatibility import require_padding
 from rlhf.config import InputError, ModelConfig, ScorerConfig
 from rlhf.data import encode_prompt, encode_response, pad
 from rlhf.hub import is_hub_id
@@ -25,7 +26,6 @@ from rlhf.models import (
     load_reward_model,
     sequence_scores,
 )
-from rlhf.promises import require_padding
 from rlhf.scorers.call import BuiltInScorer, Scores, Tokens, check_scores
 from rlhf.tokenizer import RefusedConversation, hash_rendering, load_tokenizer, read_tokenizer
 

@@ -28,6 +28,7 @@ from rlhf.checkpoint import (
     warn_about_template,
     write_stage,
 )
+from rlhf.compatibility import require_cache, require_packing, require_padding
 from rlhf.config import ModelConfig, SFTStageConfig
 from rlhf.console import say, table, warn
 from rlhf.data import (
@@ -37,8 +38,8 @@ from rlhf.data import (
     load_splits,
     prompt_of,
 )
-from rlhf.hf_trainer.finite import FiniteTrainer
-from rlhf.hf_trainer.stage_callback import (
+from rlhf.hf_trainer import (
+    FiniteTrainer,
     as_in_training,
     best_step,
     check_max_length,
@@ -59,7 +60,6 @@ from rlhf.models import (
     try_settings,
     without_padding_mask,
 )
-from rlhf.promises import require_cache, require_packing, require_padding
 from rlhf.sampling import context_length, generate, sampling_for, uniform_noise
 from rlhf.sft.mixing import mix_texts
 from rlhf.sft.splitting import split_conversations

@@ -23,7 +23,7 @@ from transformers import TrainingArguments
 
 from rlhf.checkpoint import NonFiniteError, make_record, write_stage
 from rlhf.config import InputError, StageConfig
-from rlhf.hf_trainer.finite import MAX_SKIPPED, FiniteTrainer
+from rlhf.hf_trainer.finite_trainer import MAX_SKIPPED, FiniteTrainer
 from rlhf.metrics import append_jsonl, read_jsonl
 from rlhf.ppo.evaluation import Evaluator
 

@@ -82,8 +82,8 @@ def test_sampling_settings_without_do_sample_do_not_cost_the_weights(where, tmp_
     model = write_model(tmp_path / "model", settings, config)
     final = train_sft(sft_config(tmp_path, model)).directory
     said = capsys.readouterr().out
-    assert "temperature=0.9, top_p=0.6 came without do_sample: set to true" in said
-    kept = "kept in what is saved, but not used by training: do_sample=True, temperature=0.9"
+    assert "set do_sample=True, which temperature=0.9, top_p=0.6 needs" in said
+    kept = "saved with the model, but not used in training: do_sample=True, temperature=0.9"
     assert kept in said
     settings = saved_settings(final)
     assert (settings.do_sample, settings.temperature, settings.top_p) == (True, 0.9, 0.6)
@@ -105,16 +105,24 @@ def test_sampling_settings_of_a_model_change_nothing_in_sft(tmp_path):
 @pytest.mark.parametrize(
     ("given", "saved", "said"),
     [
-        ({"do_sample": False, "temperature": 0.7}, {"do_sample": False}, "no use for temperature"),
-        ({"do_sample": True, "temperature": 0.0}, {"do_sample": False}, "no use for temperature"),
-        ({"early_stopping": True}, {}, "refuses to save early_stopping=True"),
-        ({"output_scores": True}, {}, "refuses to save output_scores=True"),
+        (
+            {"do_sample": False, "temperature": 0.7},
+            {"do_sample": False},
+            "greedy decoding does not",
+        ),
+        (
+            {"do_sample": True, "temperature": 0.0},
+            {"do_sample": False},
+            "greedy decoding does not",
+        ),
+        ({"early_stopping": True}, {}, "dropped early_stopping=True: transformers refuses"),
+        ({"output_scores": True}, {}, "dropped output_scores=True: transformers refuses"),
         (
             {"num_beams": 2, "early_stopping": True},
             {"num_beams": 2, "early_stopping": True},
-            "kept",
+            "saved with the model",
         ),
-        ({"repetition_penalty": 1.2}, {"repetition_penalty": 1.2}, "kept in what is saved"),
+        ({"repetition_penalty": 1.2}, {"repetition_penalty": 1.2}, "saved with the model"),
     ],
 )
 def test_settings_that_transformers_refuses_are_dropped_and_named(given, saved, said, tmp_path):
@@ -141,8 +149,8 @@ def test_ppo_saves_the_settings_that_it_samples_with(tmp_path, capsys):
     assert (settings.do_sample, settings.temperature) == (True, 0.7)
     assert (settings.top_p, settings.top_k, settings.repetition_penalty) == (1.0, 0, None)
     said = capsys.readouterr().out.splitlines()[0]
-    ours, _, theirs = said.partition(" in place of ")
-    assert ours.endswith("temperature=0.7, top_p=1.0, top_k=0, as PPO samples,")
+    ours, _, theirs = said.partition(" instead of ")
+    assert ours.endswith("temperature=0.7, top_p=1.0, top_k=0")
     assert set(theirs.split(", ")) == {"temperature=0.5", "top_p=0.6", "repetition_penalty=1.3"}
 
 
@@ -156,7 +164,7 @@ def test_export_writes_a_model_whose_settings_transformers_refuses(tmp_path):
 
 
 def test_a_tokenizer_that_cannot_be_saved_is_refused_before_training(tmp_path, monkeypatch):
-    import tiny
+    from helpers import tiny
 
     class Unwritable(type(tiny_tokenizer())):
         def save_pretrained(self, *args, **kwargs):
@@ -174,7 +182,7 @@ def test_a_tokenizer_that_cannot_be_saved_is_refused_before_training(tmp_path, m
         (train_reward, reward_config(tmp_path, model)),
         (train_ppo, make_config(write_policy(tmp_path / "policy"), tmp_path)),
     ):
-        config.model.tokenizer = "python:tiny.unwritable_tokenizer"
+        config.model.tokenizer = "python:helpers.tiny.unwritable_tokenizer"
         with pytest.raises(InputError, match="the tokenizer could not be written into final/"):
             train(config)
     assert not (tmp_path / "runs").exists()

@@ -201,16 +201,16 @@ def run_stage(config, log: str, kill_at: int, hang_at: int | None, ask: int | No
 
 def hang(step: int) -> None:
     """Have the Trainer hang before a step, and say so."""
-    import rlhf.hf_trainer.stage_callback
+    from rlhf.hf_trainer import training
 
-    class Hanging(rlhf.hf_trainer.stage_callback.StageCallback):
+    class Hanging(training.StopCallback):
         def on_step_begin(self, args, state, control, **_):
             if state.global_step >= step:
                 print("hanging", flush=True)
             while state.global_step >= step:
                 time.sleep(0.1)
 
-    rlhf.hf_trainer.stage_callback.StageCallback = Hanging
+    training.StopCallback = Hanging
 
 
 def train(config):

@@ -15,7 +15,7 @@ from trl import SFTConfig
 
 from rlhf.config import CONF_DIR, STAGES, check
 from rlhf.data import resolve_format
-from rlhf.hf_trainer.stage_callback import trainer_arguments
+from rlhf.hf_trainer import trainer_arguments
 from rlhf.tokenizer import chat_template_text
 
 LLAMA_ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]

@@ -36,7 +36,7 @@ from rlhf.config import InputError, MixConfig, PeftConfig, RewardStageConfig, SF
 from rlhf.data import encode_prompt, encode_sft
 from rlhf.demo.world import build_tokenizer
 from rlhf.demo.world import rows as demo_rows
-from rlhf.hf_trainer.stage_callback import accumulation_steps, trainer_arguments
+from rlhf.hf_trainer.arguments import accumulation_steps, trainer_arguments
 from rlhf.metrics import read_jsonl
 from rlhf.reward import train_reward
 from rlhf.sft import train_sft

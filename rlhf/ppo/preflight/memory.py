@@ -21,7 +21,7 @@ from transformers import DynamicCache
 
 from rlhf.config import PPOStageConfig
 from rlhf.console import table
-from rlhf.models import inference_mode, prefill_inputs, unwrap_peft
+from rlhf.models import eval_mode, prefill_inputs, unwrap_peft
 from rlhf.ppo.preflight.findings import FAIL, OK, WARN, Finding
 from rlhf.ppo.rollout import Rollout, critic_values, policy_logprobs
 from rlhf.ppo.trainer import PPOTrainer
@@ -250,7 +250,7 @@ def cache_bytes_per_token(model: Any, part: Rollout) -> int:
     """Bytes of keys and values that generation keeps of one token."""
     ids, mask = part.prompt_ids[:1], part.prompt_mask[:1]
     cache = DynamicCache(config=unwrap_peft(model).config)
-    with inference_mode(model):  # gradient checkpointing drops the cache
+    with eval_mode(model):  # gradient checkpointing drops the cache
         model(**prefill_inputs(model, ids, mask), past_key_values=cache, use_cache=True)
     kept = sum(
         t.nbytes for layer in cache.layers for t in vars(layer).values() if torch.is_tensor(t)

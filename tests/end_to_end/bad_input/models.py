@@ -152,7 +152,7 @@ CASES = [
     Case(
         "a pickled adapter",
         f"{SFT} model.path=adapter model.tokenizer=model",
-        ("model.path=adapter has its weights pickled (adapter_model.bin)", "safetensors"),
+        ("model.path=adapter has pickled weights (adapter_model.bin)", "safetensors"),
         prepare=lambda folder: put_adapter(folder, weights="adapter_model.bin"),
     ),
     Case(

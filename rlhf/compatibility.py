@@ -22,8 +22,8 @@ from rlhf.models import (
     ScalarModel,
     TextModel,
     accepts,
+    eval_mode,
     forward_inputs,
-    inference_mode,
     is_quantized,
     undo_first_pass,
     unwrap_peft,
@@ -189,7 +189,7 @@ def _left_as_it_was(model: Any) -> Iterator[None]:
     afterwards."""
     device = next(model.parameters()).device
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.no_grad(), inference_mode(model):
+    with torch.random.fork_rng(devices), torch.no_grad(), eval_mode(model):
         yield
     undo_first_pass(model)
 

@@ -1,4 +1,7 @@
-"""Reading a stored model: first all of it, then the adapters on it; a misfit is an error."""
+"""Weights of a stored model: first the whole model, then the adapters on it.
+
+Missing, surplus and misshapen weights are errors; a fresh head is never substituted.
+"""
 
 from __future__ import annotations
 
@@ -15,22 +18,30 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSIFIERS,
 )
 
 from rlhf.config import InputError, ModelConfig
-from rlhf.hub.snapshot import call_loader, one_line, read_json, tensor_names
-from rlhf.hub.source import ADAPTER_WEIGHTS, Misfits, Source, weight_files
+from rlhf.hub import (
+    ADAPTER_WEIGHTS,
+    Misfits,
+    Source,
+    call_loader,
+    one_line,
+    read_json,
+    tensor_names,
+    weight_files,
+)
+from rlhf.models.adapter_files import PREFIX, merge_stored_adapter
 from rlhf.models.forward import HEAD, has_linear_head
 from rlhf.models.quantization import quantization_arguments
-from rlhf.models.stored_adapters import PREFIX, merge_stored_adapter
 
-# Masks, positions and frequencies that older libraries saved; models compute them.
+# Masks, positions and frequencies: older libraries saved them, models compute them.
 BUFFER = re.compile(r"\.(inv_freq|masked_bias|position_ids)$|\.(attn|attention)\.bias$")
 OTHERS = (
     "give the final/ directory of a reward stage, or write a Python scorer that calls the model: "
-    "scorer=python scorer.path=python:my_scorer.score critic.init=policy (conf/scorer/python.yaml "
-    "shows one)"
+    "scorer=python scorer.path=python:my_scorer.score critic.init=policy (example: "
+    "conf/scorer/python.yaml)"
 )
 
 
@@ -42,19 +53,19 @@ def load_language_model(source: Source, config: ModelConfig) -> PreTrainedModel:
     """
     if source.is_classifier:
         raise InputError(
-            f"{source.label} is a sequence classifier, such as a reward model; a language model is "
-            "needed here"
+            f"{source.label} is a sequence classifier, such as a reward model, but must be a "
+            "language model"
         )
     model, misfits = _read(AutoModelForCausalLM, source, config)
     return _with_adapters(model, source, misfits)
 
 
 def load_backbone(source: Source, config: ModelConfig) -> PreTrainedModel:
-    """Load a causal language model as a classifier with one label, whose head has no weights yet.
+    """Load a causal language model as a classifier with one label; its head has no weights yet.
 
     Raises:
-        InputError: it is a classifier already, or weights are missing or left over; or the family
-            has no classifier with a linear head.
+        InputError: it is a classifier already, weights are missing or left over, or the family has
+            no classifier with a linear head.
     """
     _require_classifier(source)
     if source.adapters:
@@ -63,8 +74,8 @@ def load_backbone(source: Source, config: ModelConfig) -> PreTrainedModel:
     _require_linear_head(model, source)
     if source.is_classifier or f"{HEAD}.weight" not in misfits.missing:
         raise InputError(
-            f"{source.label} is a sequence classifier with a head of its own; a language model is "
-            "needed here, on which a fresh head is put"
+            f"{source.label} is a sequence classifier with its own head, but must be a language "
+            "model, which gets a fresh head"
         )
     misfits.missing.remove(f"{HEAD}.weight")
     misfits.unexpected = _of_backbone(misfits.unexpected, model)
@@ -73,14 +84,14 @@ def load_backbone(source: Source, config: ModelConfig) -> PreTrainedModel:
 
 
 def load_classifier(source: Source, config: ModelConfig) -> PreTrainedModel:
-    """Load a sequence classifier with one label, its adapters merged; a linear head named `score`
+    """Load a sequence classifier with one label and merge its adapters; a linear head named `score`
     is float32 and may have a bias.
 
     Raises:
-        InputError: the head has no weights, or not of one label; others are missing or left over.
+        InputError: the head has no weights or several labels; others are missing or left over.
     """
     model, misfits = _read(AutoModelForSequenceClassification, source, config, num_labels=1)
-    if source.adapters:  # on a language model, whose head a classifier does without
+    if source.adapters:  # on a language model: its head is not part of a classifier
         misfits.unexpected = _of_backbone(misfits.unexpected, model)
     if has_linear_head(model):
         bias = f"{HEAD}.bias"
@@ -91,24 +102,23 @@ def load_classifier(source: Source, config: ModelConfig) -> PreTrainedModel:
 
 
 def _require_classifier(source: Source) -> None:
-    """Refuse a family of which transformers has no sequence classifier."""
+    """Refuse a family for which transformers has no sequence classifier."""
     settings = read_json(source.directory / "config.json")
     family = settings.get("model_type")
-    if family in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES or settings.get("auto_map"):
-        return
-    raise InputError(
-        f"{source.label}: transformers has no sequence classifier of model_type={family}, on which "
-        "a reward model and a critic are built; take a model of another family, or in PPO a scorer "
-        "of your own (scorer=python) with an estimator without a critic, e.g. ppo.advantage=rloo "
-        "ppo.samples_per_prompt=4"
-    )
+    if family not in CLASSIFIERS and not settings.get("auto_map"):
+        raise InputError(
+            f"{source.label}: transformers has no sequence classifier for model_type={family}, but "
+            "reward models and critics are built on one; take a model of another family, or in PPO "
+            "your own scorer (scorer=python) and an estimator without a critic, e.g. "
+            "ppo.advantage=rloo ppo.samples_per_prompt=4"
+        )
 
 
 # --- The whole model ----------------------------------------------------------------------------
 
 
 def _read(factory: Any, source: Source, config: ModelConfig, **kwargs: Any) -> tuple[Any, Misfits]:
-    """Load what lies below the adapters, and say what does not fit."""
+    """Load the whole model, without adapters, and say which weights do not fit."""
     loaded: Any = call_loader(
         factory.from_pretrained,
         source.directory,
@@ -118,12 +128,12 @@ def _read(factory: Any, source: Source, config: ModelConfig, **kwargs: Any) -> t
         trust_remote_code=config.trust_remote_code,
         use_safetensors=True,
         output_loading_info=True,
-        ignore_mismatched_sizes=True,  # they are in the loading info
+        ignore_mismatched_sizes=True,  # the loading info has them
         **quantization_arguments(config),
         **kwargs,
     )
     model, info = loaded
-    model.name_or_path = source.path  # not the Hub's cache: PEFT writes it into its checkpoints
+    model.name_or_path = source.path  # PEFT writes it into its checkpoints: not the Hub's cache
     return model, Misfits(
         sorted(info["missing_keys"]),
         sorted(name for name in info["unexpected_keys"] if not BUFFER.search(name)),
@@ -142,12 +152,12 @@ def _require_fit(model: Any, source: Source, misfits: Misfits) -> None:
         )
     raise InputError(
         f"{source.label} does not fit {type(model).__name__}: {misfits}; take another copy, or "
-        "write one that fits with from_pretrained and save_pretrained"
+        "write a complete one with from_pretrained and save_pretrained"
     )
 
 
 def _of_backbone(names: list[str], model: Any) -> list[str]:
-    """The names that are not those of some head of another task, which is left out."""
+    """Return the names of the backbone's weights, without those of another task's head."""
     return [name for name in names if name.startswith(f"{model.base_model_prefix}.")]
 
 
@@ -155,7 +165,8 @@ def _of_backbone(names: list[str], model: Any) -> list[str]:
 
 
 def _with_adapters(model: Any, source: Source, misfits: Misfits) -> PreTrainedModel:
-    """Merge the adapters of a source; what they hold whole need not be in the model's files."""
+    """Merge the adapters of a source; a weight that an adapter holds whole, such as a head, may be
+    missing in the model's files."""
     whole = _stored_whole(source)
     misfits.missing = [name for name in misfits.missing if name not in whole]
     _require_fit(model, source, misfits)
@@ -168,7 +179,7 @@ def _with_adapters(model: Any, source: Source, misfits: Misfits) -> PreTrainedMo
 
 
 def _stored_whole(source: Source) -> set[str]:
-    """Names of the model's own weights that the adapters of a source hold, such as a head."""
+    """Return the names of whole weights that the adapters of a source hold, such as a head."""
     files = [directory / ADAPTER_WEIGHTS for directory in source.adapters]
     return {name.removeprefix(PREFIX) for file in files for name in tensor_names(file)}
 
@@ -179,13 +190,13 @@ def _stored_whole(source: Source) -> set[str]:
 def _require_linear_head(model: Any, source: Source) -> None:
     if not has_linear_head(model):
         raise InputError(
-            f"{source.label}: {type(model).__name__} has no linear head named {HEAD!r}, which is "
-            "read at each token; give a causal language model"
+            f"{source.label}: {type(model).__name__} has no linear head named {HEAD!r} to read at "
+            "each token; give a causal language model"
         )
 
 
 def _with_scalar_head(policy: Any, source: Source, settings: ModelConfig) -> PreTrainedModel:
-    """Put the backbone of a language model under a head without weights."""
+    """Make a classifier of a language model's backbone and a head without weights."""
     config = copy.deepcopy(policy.config)
     config.num_labels = 1
     try:
@@ -202,7 +213,7 @@ def _with_scalar_head(policy: Any, source: Source, settings: ModelConfig) -> Pre
 
 
 def _stored_head(source: Source) -> dict[str, Tensor]:
-    """Weight and bias of the head as the files of the whole model hold them."""
+    """Read the weight and the bias of the head from the files of the whole model."""
     found = {}
     for file in weight_files(source.directory, read_json(source.directory / "config.json")):
         with safe_open(file, framework="pt") as tensors:
@@ -213,18 +224,18 @@ def _stored_head(source: Source) -> dict[str, Tensor]:
 
 
 def _set_head(model: Any, stored: dict[str, Tensor], has_bias: bool) -> None:
-    """Give a classifier its head in float32, which a load in half precision has rounded, with a
-    bias where there is one, which the families' classes leave out; in place."""
+    """Give a classifier its head again, in place: in float32, because a load in half precision has
+    rounded it, and with the bias of the files, because the families' classes have none."""
     head = getattr(model, HEAD)
     weight = stored.get("weight", head.weight.detach())
-    if weight.shape != head.weight.shape:  # of several labels, which is refused
+    if weight.shape != head.weight.shape:  # several labels: `_require_fit` refuses them
         return
     bias = stored.get("bias", torch.zeros(1) if has_bias else None)
     setattr(model, HEAD, linear_head(weight, bias, head.weight.device))
 
 
 def linear_head(weight: Tensor, bias: Tensor | None = None, device: Any = None) -> nn.Linear:
-    """Make a float32 layer of a weight (1, H) and, where there is one, a bias (1,)."""
+    """Make a float32 layer from a weight (1, H) and an optional bias (1,)."""
     layer = nn.Linear(weight.shape[1], 1, bias=bias is not None, dtype=torch.float32, device=device)
     with torch.no_grad():
         layer.weight.copy_(weight)

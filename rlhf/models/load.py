@@ -1,4 +1,8 @@
-"""Loading and building: policy, reference, reward model."""
+"""The models of each role, ready to use: policy, reference, reward model, critic.
+
+A model comes from files (`weights`) or from a configuration (`build`); here it gets the tokenizer's
+rows and ids, its weights are checked, and training settings are applied.
+"""
 
 from __future__ import annotations
 
@@ -7,29 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.checkpoint import find_non_finite, find_non_finite_in
-from rlhf.config import InputError, ModelConfig, nearest
-from rlhf.hub.source import Source, find_source
+from rlhf.config import InputError, ModelConfig
+from rlhf.hub import Source, find_source
+from rlhf.models.build import build_model
 from rlhf.models.dropout import disable_dropout, set_dropout
 from rlhf.models.embeddings import resize_embeddings
 from rlhf.models.forward import HEAD, has_linear_head
 from rlhf.models.quantization import check_quantized
-from rlhf.models.stored import (
-    linear_head,
-    load_backbone,
-    load_classifier,
-    load_language_model,
-)
+from rlhf.models.weights import linear_head, load_backbone, load_classifier, load_language_model
 from rlhf.tokenizer import end_token_ids, num_tokens
 
 
@@ -39,18 +32,17 @@ def load_policy(
     """Load or build a causal language model whose embedding table covers the tokenizer.
 
     Args:
-        config: `path` is a Hub id or a directory (adapters are merged into their base, and all of
-            the model can be trained); without it the model is built from `config.config`, with
-            random weights.
+        config: `path` is a Hub id or a directory. Adapters are merged into their base, and the
+            whole model can be trained. Without a path, the model is built from `config.config`
+            with random weights.
         field: configuration key of `path`, for messages.
 
     Raises:
-        InputError: nothing can be loaded from there, it is no language model, only pickled weights
-            are there, or `model.config` is not valid; or the model cannot be quantised, or has no
-            dropout, where that is asked for.
+        InputError: `path` holds no language model in safetensors files, or `model.config` is not
+            valid; or the model cannot be quantised or has no dropout although that was asked for.
     """
     if config.path is None:
-        model = _build(config, tokenizer)
+        model = build_model(config, tokenizer)
     else:
         model = load_language_model(_find(config, field), config)
     resize_embeddings(model, num_tokens(tokenizer), config.shrink_embeddings)
@@ -96,21 +88,21 @@ def load_reward_model(
 
     Args:
         config: `path` is a Hub id or a directory of a sequence classifier with one label, or of an
-            adapter that makes one of its base.
+            adapter that turns its base into one.
         field: configuration key of `path`, for messages.
-        encoders: take a model with another head too, which scores a text as a whole (BERT,
+        encoders: also accept a model with another head, which scores a text as a whole (BERT,
             DeBERTa).
 
     Raises:
-        InputError: there are no weights for the head (a fresh head is never substituted), or not of
-            one label; others are missing or left over; or the model has no linear head.
+        InputError: the head has no weights (it never gets fresh ones) or several labels; other
+            weights are missing or left over; or the model has no linear head.
     """
     model = load_classifier(_find(config, field), config)
     if not encoders and not has_linear_head(model):
         raise InputError(
-            f"{field}={config.path}: {type(model).__name__} scores a text as a whole: it has no "
-            f"linear head named {HEAD!r}, and so no value for each token. It can be a scorer of "
-            "PPO, with critic.init=policy"
+            f"{field}={config.path}: {type(model).__name__} scores a text as a whole: without a "
+            f"linear head named {HEAD!r} it has no value for each token. It can be PPO's scorer, "
+            "with critic.init=policy"
         )
     return _prepare(model, config, field)
 
@@ -129,9 +121,8 @@ def _prepare(model: PreTrainedModel, config: ModelConfig, field: str) -> PreTrai
     if config.dropout is not None:
         set_dropout(model, config.dropout)
     if config.gradient_checkpointing:
-        # transformers is renaming it
-        renamed = getattr(model, "activation_checkpointing_enable", None)
-        (renamed or model.gradient_checkpointing_enable)()
+        new_name = getattr(model, "activation_checkpointing_enable", None)  # transformers renames
+        (new_name or model.gradient_checkpointing_enable)()
     return model
 
 
@@ -155,67 +146,18 @@ def parameter_count(model: nn.Module) -> tuple[int, int]:
     """Return (all parameters, trainable parameters)."""
 
     def size(parameter: nn.Parameter) -> int:
-        state = getattr(parameter, "quant_state", None)  # of 4 bits: two parameters in a byte
+        state = getattr(parameter, "quant_state", None)  # 4 bits: a byte holds two parameters
         return parameter.numel() if state is None else math.prod(state.shape)
 
-    return (
-        sum(size(p) for p in model.parameters()),
-        sum(size(p) for p in model.parameters() if p.requires_grad),
-    )
+    sizes = [(size(parameter), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
 
 
 def use_bfloat16(precision: str) -> bool:
-    """Decide whether forward passes run under bfloat16 autocast; "auto": on a GPU that has it."""
+    """Decide whether forward passes run under bfloat16 autocast; "auto": if the GPU supports it."""
     if precision == "auto":
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     return precision == "bfloat16"
-
-
-def check_model_config(config: ModelConfig) -> None:
-    """Check the names in `model.config`, which a model is built from, before data is read.
-
-    Raises:
-        InputError: no model type, an unknown one, or a name that this type does not have.
-    """
-    if config.path is not None:
-        return
-    values = dict(config.config)
-    model_type = values.pop("model_type", None)
-    if model_type is None:
-        raise InputError("model.config has no model_type, e.g. model.config.model_type=llama")
-    try:
-        own = AutoConfig.for_model(model_type)
-    except (ValueError, KeyError) as error:
-        hint = nearest(str(model_type), CONFIG_MAPPING_NAMES)
-        raise InputError(f"model.config.model_type={model_type} is not known.{hint}") from error
-    known = {*own.to_dict(), *own.attribute_map}
-    for name in values:
-        if name not in known:
-            raise InputError(
-                f"model.config.{name} is no setting of model_type={model_type}."
-                f"{nearest(name, known)}"
-            )
-
-
-def _build(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    check_model_config(config)
-    values = dict(config.config)
-    model_type = values.pop("model_type")
-    values.setdefault("vocab_size", num_tokens(tokenizer))
-    special = {
-        name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")
-    }
-    try:
-        model_config = AutoConfig.for_model(model_type, **values, **special)
-        dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
-        return AutoModelForCausalLM.from_config(
-            model_config,
-            dtype=dtype,
-            attn_implementation=config.attn_implementation,
-            trust_remote_code=config.trust_remote_code,
-        )
-    except (ValueError, TypeError, StrictDataclassError) as error:
-        raise InputError(f"model.config: {error}") from error
 
 
 def _find(config: ModelConfig, field: str) -> Source:
@@ -232,9 +174,9 @@ def _find(config: ModelConfig, field: str) -> Source:
 def _set_special_tokens(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, keep_own: bool
 ) -> None:
-    """Give a model the ids of its tokenizer; a list of several EOS ids stays, if `keep_own`.
+    """Give a model the ids of its tokenizer; if `keep_own`, a list of several EOS ids stays.
 
-    The generation config, which servers obey, is also given the other tokens that end an answer.
+    The generation config, which servers use, also gets the other tokens that end an answer.
     """
     holders = [model.config, getattr(model, "generation_config", None)]
     for holder in (h for h in holders if h is not None):

@@ -1,35 +1,32 @@
-"""Adapters in a directory, of any kind that PEFT can merge: merged when the model is loaded."""
+"""Adapters in a directory, of any kind that PEFT can merge: merged when the model is loaded.
+
+`load_adapter` gives a live adapter its weights; a resumed run uses it too.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, cast
 
-from peft import (
-    PeftConfig,
-    PeftModel,
-    get_peft_model_state_dict,
-    set_peft_model_state_dict,
-)
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf.config import InputError
-from rlhf.hub.snapshot import one_line
-from rlhf.hub.source import ADAPTER_WEIGHTS, Misfits
+from rlhf.hub import ADAPTER_WEIGHTS, Misfits, one_line
 from rlhf.models.embeddings import resize_embeddings
 
-PREFIX = "base_model.model."  # of the names that PEFT gives the weights of its adapters
+PREFIX = "base_model.model."  # starts every name in adapter_model.safetensors
 
 
 def merge_stored_adapter(model: PreTrainedModel, directory: Path, label: str) -> PreTrainedModel:
-    """Merge an adapter of any kind that PEFT can merge into a model, in place; what the adapter
-    holds whole, such as a head, takes the place of the model's own.
+    """Merge an adapter into a model, in place; a layer that the adapter holds whole, such as a
+    head, replaces the model's own.
 
     Args:
         directory: holds adapter_config.json and adapter_model.safetensors.
-        label: what to call the adapter in messages.
+        label: name of the adapter in messages.
 
     Raises:
         InputError: the adapter belongs to another model, or is of a kind that cannot be merged.
@@ -44,7 +41,7 @@ def merge_stored_adapter(model: PreTrainedModel, directory: Path, label: str) ->
     except (ValueError, TypeError, LookupError, AttributeError, ImportError) as error:
         raise InputError(
             f"{label}: the adapter in {directory} does not fit {type(model).__name__} "
-            f"({type(error).__name__}: {one_line(error)})"
+            f"({one_line(error)}); set base_model_name_or_path there to the model it was trained on"
         ) from error
     if not hasattr(wrapper.base_model, "merge_and_unload"):
         raise InputError(
@@ -57,8 +54,7 @@ def merge_stored_adapter(model: PreTrainedModel, directory: Path, label: str) ->
     except (NotImplementedError, RuntimeError, ValueError) as error:  # forms that PEFT cannot merge
         raise InputError(
             f"{label}: the adapter in {directory} cannot be merged into its base "
-            f"({type(error).__name__}: {one_line(error)}); train one without this option, "
-            "or give a whole model"
+            f"({one_line(error)}); train one without this option, or give a whole model"
         ) from error
 
 
@@ -69,15 +65,15 @@ def load_adapter(wrapper: Any, tensors: dict[str, Tensor], label: str) -> None:
         tensors: as in adapter_model.safetensors.
 
     Raises:
-        InputError: names or shapes are not those of this adapter on this model.
+        InputError: names or shapes differ from those of this adapter on this model.
     """
     try:
         result: Any = set_peft_model_state_dict(wrapper, tensors)
-    except KeyError as error:  # of a module that is stored whole
+    except KeyError as error:  # a module that is stored whole is missing
         raise InputError(f"{label} does not fit the model: {Misfits(list(error.args))}") from error
-    except (RuntimeError, ValueError, LookupError) as error:  # of other shapes
+    except (RuntimeError, ValueError, LookupError) as error:  # other shapes
         raise InputError(f"{label} does not fit the model ({one_line(error)})") from error
-    # the others PEFT derives or shares: rows of tied tables, the projections of VeRA
+    # PEFT derives or shares the others: rows of tied tables, the projections of VeRA
     stored = get_peft_model_state_dict(wrapper, save_embedding_layers=False)
     adapter = f".{wrapper.active_adapter}"
     missing = [
@@ -92,7 +88,7 @@ def load_adapter(wrapper: Any, tensors: dict[str, Tensor], label: str) -> None:
 
 
 def _without_doubles(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Leave out what PEFT writes a second time for a resized table that is trained too."""
+    """Leave out the second copy that PEFT writes of a table that is resized and trained."""
     kept = {}
     for name, tensor in tensors.items():
         plain = name.replace(".modules_to_save", "").replace(".original_module", "")
@@ -102,8 +98,8 @@ def _without_doubles(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _fit_tables(model: PreTrainedModel, tensors: dict[str, Tensor], settings: Any) -> None:
-    """Give the embedding tables as many rows as the adapter was trained with, and each table its
-    own weights where the adapter changes one of two tied ones, in place."""
+    """Give the embedding tables as many rows as in the adapter's training, in place; untie two tied
+    tables if the adapter changes only one of them."""
     tables = [model.get_input_embeddings(), model.get_output_embeddings()]
     names = {module: name for name, module in model.named_modules()}
     num_rows, is_changed = _largest_trained_row(settings) + 1, False
@@ -127,14 +123,14 @@ def _fit_tables(model: PreTrainedModel, tensors: dict[str, Tensor], settings: An
 
 
 def _largest_trained_row(settings: Any) -> int:
-    """The largest id of PEFT's trainable token rows; -1 without any."""
+    """Return the largest id of PEFT's trainable token rows; -1 if there are none."""
     indices = getattr(settings, "trainable_token_indices", None) or []
     lists = indices.values() if isinstance(indices, dict) else [indices]
     return max((index for rows in lists for index in rows), default=-1)
 
 
 def _untie(model: Any) -> None:
-    """Give the output table weights of its own, in place, where it shares those of the input."""
+    """Give an output table that shares the input table's weights its own copy, in place."""
     source, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is not None and head.weight is source.weight:
         head.weight = nn.Parameter(source.weight.detach().clone())

@@ -1,0 +1,173 @@
+"""The arguments of a transformers Trainer: from `trainer:`, and what the stage itself decides.
+
+`settings` says which keys of `trainer:` a stage takes, and tries their values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from rlhf.checkpoint import UNSEALED
+from rlhf.config import InputError, RewardStageConfig, SFTStageConfig, build_arguments
+from rlhf.hf_trainer.settings import check_trainer_values, try_out
+from rlhf.models import use_bfloat16
+from rlhf.sampling import context_length
+
+BEST_METRICS = {
+    "sft": ("eval_loss", "eval_mean_token_accuracy"),
+    "reward": ("eval_accuracy", "eval_margin"),
+}
+
+
+def trainer_arguments(
+    factory: Any,
+    config: SFTStageConfig | RewardStageConfig,
+    stage: str,
+    **reserved: Any,
+) -> Any:
+    """Build the argument object of a Trainer from `trainer:`, with what the stage itself decides.
+
+    Args:
+        factory: `trl.SFTConfig` or `transformers.TrainingArguments`.
+        reserved: further values of the stage.
+
+    Raises:
+        InputError: a value that the stage cannot use, or that does not work.
+    """
+    check_trainer_values(factory, config.trainer, stage)
+    _check_half_precision(config)
+    on_gpu = torch.cuda.is_available()
+    names = [f.name for f in dataclasses.fields(factory)]
+    # renamed in transformers 5.23; checkpointing is set on the model, by
+    # model.gradient_checkpointing
+    checkpointing = next(
+        n for n in ("activation_checkpointing", "gradient_checkpointing") if n in names
+    )
+    values = {"eval_strategy": "steps"} | dict(config.trainer)
+    load_best = _pop_load_best(values, stage)
+    args = build_arguments(
+        factory,
+        values,
+        {
+            "output_dir": str(config.stage_dir(stage) / UNSEALED),
+            "seed": config.seed,
+            "data_seed": config.seed,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "use_cpu": not on_gpu,
+            "bf16": use_bfloat16(config.precision),
+            checkpointing: False,
+            "remove_unused_columns": False,
+            # it would replace a nan in the logged loss; under a loss scaler such steps are skipped
+            "logging_nan_inf_filter": bool(values.get("fp16")),
+            "ddp_find_unused_parameters": False,
+            "save_strategy": "steps",
+            "save_steps": config.checkpoint.every,
+            "save_total_limit": None,  # it would delete by name, whoever wrote it
+            "save_only_model": False,
+        }
+        | reserved,
+    )
+    try_out(args)
+    # not given above: it would want evaluations at every checkpoint, and we add a checkpoint to
+    # every evaluation that is the best
+    args.load_best_model_at_end = load_best
+    if config.batch_size is not None:
+        rows = args.train_batch_size * args.world_size
+        args.gradient_accumulation_steps = accumulation_steps(config.batch_size, rows)
+    return args
+
+
+def _check_half_precision(config: SFTStageConfig | RewardStageConfig) -> None:
+    if config.trainer.get("fp16") and use_bfloat16(config.precision):
+        raise InputError(
+            f"trainer.fp16=true and precision={config.precision} (bfloat16 here) exclude each "
+            "other; set precision=float32, or trainer.fp16=false"
+        )
+
+
+def accumulation_steps(batch_size: int, rows: int) -> int:
+    """Forward passes of an optimiser step that make `batch_size`.
+
+    Args:
+        rows: of one forward pass, over all processes.
+
+    Raises:
+        InputError: `batch_size` is no multiple of `rows`.
+    """
+    steps, rest = divmod(batch_size, rows)
+    if rest:
+        nearest = [str(rows * number) for number in (steps, steps + 1) if number]
+        raise InputError(
+            f"batch_size={batch_size} is not a multiple of the {rows} rows of a forward pass "
+            "(trainer.per_device_train_batch_size x processes); set it to "
+            f"{' or '.join(nearest)}, or change trainer.per_device_train_batch_size"
+        )
+    return steps
+
+
+def _pop_load_best(values: dict[str, Any], stage: str) -> bool:
+    """Take load_best_model_at_end out of `trainer:`; name the metric that it, or a schedule that
+    follows one, reads, and check what they need."""
+    load_best = bool(values.pop("load_best_model_at_end", False))
+    schedule = values.get("lr_scheduler_type")
+    if not load_best and schedule not in ("reduce_lr_on_plateau", "greedy"):
+        return False
+    metric = values.setdefault("metric_for_best_model", BEST_METRICS[stage][0])
+    if metric not in BEST_METRICS[stage]:
+        raise InputError(
+            f"trainer.metric_for_best_model={metric!r} must be one of "
+            f"{', '.join(BEST_METRICS[stage])}"
+        )
+    if values["eval_strategy"] == "no":
+        field = "load_best_model_at_end=true" if load_best else f"lr_scheduler_type={schedule}"
+        raise InputError(
+            f"trainer.{field} needs evaluations, but trainer.eval_strategy=no; set "
+            "trainer.eval_strategy to steps or epoch"
+        )
+    return load_best
+
+
+def is_sharded(args: TrainingArguments) -> bool:
+    """True if the Trainer will spread the weights of a model over the processes."""
+    flags = (os.environ.get(f"ACCELERATE_USE_{name}") for name in ("FSDP", "DEEPSPEED"))
+    return bool(args.fsdp or args.deepspeed) or "true" in flags
+
+
+@contextmanager
+def as_in_training(
+    model: Any, config: SFTStageConfig | RewardStageConfig, args: TrainingArguments
+) -> Iterator[None]:
+    """Put a model where the Trainer will have it, and read it in the precision of training."""
+    if config.model.quantization is None:  # else it is there already
+        model.to(args.device)
+    with torch.autocast(args.device.type, torch.bfloat16, enabled=bool(args.bf16)):
+        yield
+
+
+def check_max_length(config: SFTStageConfig | RewardStageConfig, model: Any) -> None:
+    """Refuse rows longer than the model's context before any are encoded."""
+    if config.dataset.max_length > context_length(model):
+        raise InputError(
+            f"dataset.max_length={config.dataset.max_length} exceeds the model's context of "
+            f"{context_length(model)} tokens; set dataset.max_length to at most that"
+        )
+
+
+def describe_batches(args: TrainingArguments, num_rows: int, unit: str) -> str:
+    """Spell out the batch arithmetic before training."""
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    steps_per_epoch = max(1, -(-num_rows // rows))
+    steps = args.max_steps if args.max_steps > 0 else int(steps_per_epoch * args.num_train_epochs)
+    return (
+        f"{num_rows} {unit}; {args.per_device_train_batch_size} per device x "
+        f"{args.gradient_accumulation_steps} accumulated x {args.world_size} "
+        f"process{'es' * (args.world_size > 1)} = {rows} {unit} a step; {steps} optimiser steps"
+    )

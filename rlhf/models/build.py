@@ -1,0 +1,123 @@
+"""Models built from a configuration: a new one with random weights, and a skeleton without weights.
+
+The skeleton shows whether settings fit a model before its weights load; only its configuration file
+is read. Some models cannot be built this way, for example if their own code needs real numbers;
+their settings are tried once their weights have been loaded.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+from rlhf.config import InputError, ModelConfig, PeftConfig, nearest
+from rlhf.hub import call_loader, config_directory
+from rlhf.models.adapters import with_lora
+from rlhf.models.dropout import set_dropout
+from rlhf.tokenizer import num_tokens
+
+
+def check_model_config(config: ModelConfig) -> None:
+    """Check the names in `model.config` before data is read.
+
+    Raises:
+        InputError: no model type, an unknown one, or a name that this type does not have.
+    """
+    if config.path is not None:
+        return
+    values = dict(config.config)
+    model_type = values.pop("model_type", None)
+    if model_type is None:
+        raise InputError("model.config has no model_type, e.g. model.config.model_type=llama")
+    try:
+        own = AutoConfig.for_model(model_type)
+    except (ValueError, KeyError) as error:
+        hint = nearest(str(model_type), CONFIG_MAPPING_NAMES)
+        raise InputError(f"model.config.model_type={model_type} is not known.{hint}") from error
+    known = {*own.to_dict(), *own.attribute_map}
+    for name in values:
+        if name not in known:
+            raise InputError(
+                f"model.config.{name} is not a setting of model_type={model_type}."
+                f"{nearest(name, known)}"
+            )
+
+
+def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Build a causal language model from `model.config`, with random weights.
+
+    Raises:
+        InputError: a name or value in `model.config` is not valid.
+    """
+    check_model_config(config)
+    values = dict(config.config)
+    model_type = values.pop("model_type")
+    values.setdefault("vocab_size", num_tokens(tokenizer))
+    special = {
+        name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")
+    }
+    try:
+        model_config = AutoConfig.for_model(model_type, **values, **special)
+        dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
+        return AutoModelForCausalLM.from_config(
+            model_config,
+            dtype=dtype,
+            attn_implementation=config.attn_implementation,
+            trust_remote_code=config.trust_remote_code,
+        )
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise InputError(f"model.config: {error}") from error
+
+
+def try_settings(
+    config: ModelConfig, peft: PeftConfig, task_type: str = "CAUSAL_LM", field: str = "model.path"
+) -> None:
+    """Try `model.dropout` and the adapters of `peft` on the skeleton of a model.
+
+    Args:
+        task_type: "CAUSAL_LM" or "SEQ_CLS".
+        field: configuration key of `config.path`.
+
+    Raises:
+        InputError: the model has no dropout, or no layers with the names in `peft.target_modules`.
+    """
+    if config.dropout is None and not peft.enabled:
+        return
+    model = _skeleton(config, task_type, field)
+    if model is None:
+        return
+    if config.dropout is not None:
+        set_dropout(model, config.dropout)
+    if peft.enabled:
+        with_lora(model, peft, task_type)
+
+
+def _skeleton(config: ModelConfig, task_type: str, field: str) -> PreTrainedModel | None:
+    """Build a model on the meta device; None if that fails: loading the model gives the reason."""
+    code = config.trust_remote_code
+    try:
+        if config.path is None:
+            settings: Any = AutoConfig.for_model(**config.config)
+        else:
+            directory = config_directory(config.path, field, config.revision, code)
+            load = AutoConfig.from_pretrained
+            settings = call_loader(load, directory, f"{field}={config.path}", code)
+        factory: Any = AutoModelForCausalLM
+        if task_type == "SEQ_CLS":
+            factory, settings.num_labels = AutoModelForSequenceClassification, 1
+        with torch.device("meta"):
+            return factory.from_config(settings, trust_remote_code=code)
+    except (
+        Exception
+    ):  # whatever a model's own code raises without numbers; loading repeats the rest
+        return None
