@@ -33,6 +33,7 @@ from rlhf.config import (
     TrackerConfig,
 )
 from rlhf.data import encode_prompt, encode_response
+from rlhf.metrics import read_jsonl
 from rlhf.ppo import train_ppo
 from rlhf.reward import train_reward
 from rlhf.scorers import RewardModelScorer, load_scorer
@@ -100,13 +101,13 @@ def test_reward_scores_are_the_same_by_text_by_ids_and_by_transformers_itself(ru
 
 def test_ppo_writes_metrics_and_fixed_samples_at_every_evaluation(runs):
     folder = runs / "run/ppo"
-    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    metrics = read_jsonl(folder / "metrics.jsonl")
     assert [row["step"] for row in metrics if "eval_score" in row] == [0, 1, 2]
     assert metrics[0]["eval_kl"] == 0.0
     first = next(row for row in metrics if row["step"] == 1 and "score" in row)
     assert first["kl"] == 0.0 and first["first_ratio_deviation"] == 0.0
     assert first["optimizer_steps"] == 4
-    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    samples = read_jsonl(folder / "samples.jsonl")
     prompts = {step: [s["prompt"] for s in samples if s["step"] == step] for step in (0, 1, 2)}
     assert prompts[0] == prompts[1] == prompts[2] and len(prompts[0]) == 8
 
@@ -238,10 +239,7 @@ def test_two_processes_give_the_result_of_one_on_the_same_global_batch(runs, tmp
         gap = sum(float((one[name] - two[name]).square().sum()) for name in one) ** 0.5
         size = sum(float(one[name].square().sum()) for name in one) ** 0.5
         assert gap < 1e-5 * size, (stage, gap / size)
-    metrics = [
-        [json.loads(line) for line in (root / "run/ppo/metrics.jsonl").read_text().splitlines()]
-        for root in (runs, tmp_path / "runs")
-    ]
+    metrics = [read_jsonl(root / "run/ppo/metrics.jsonl") for root in (runs, tmp_path / "runs")]
     for one, two in zip(*metrics, strict=True):
         assert one.keys() == two.keys()
         for name in ("score", "kl", "policy_loss", "value_loss", "grad_norm", "eval_score"):
@@ -290,7 +288,7 @@ def test_demo_reaches_its_marks(tmp_path, seed):
     reward = json.loads((run / "reward/final/rlhf.json").read_text())["metrics"]
     assert reward["eval_accuracy"] >= 0.85
     assert reward["eval_accuracy"] >= reward["eval_longer_wins_accuracy"] + 0.10
-    rows = [json.loads(line) for line in (run / "ppo/metrics.jsonl").read_text().splitlines()]
+    rows = read_jsonl(run / "ppo/metrics.jsonl")
     gold = [row["eval_independent_score"] for row in rows if "eval_score" in row]
     assert 0.35 <= gold[0] <= 0.70
     assert gold[-1] >= 0.85
