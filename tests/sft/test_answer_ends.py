@@ -51,7 +51,7 @@ def sft_config(folder, template, marks="special", row=None, **model):
 
 def test_sft_makes_the_turns_end_the_eos_of_all_that_it_saves(tmp_path, capsys):
     result = train_sft(sft_config(tmp_path, "chatml"))
-    said = "EOS is <|im_end|>, with which the chat template ends every answer, in place of <eos>"
+    said = "EOS is <|im_end|> instead of <eos>, because the chat template ends every answer with it"
     assert said in capsys.readouterr().out
     tokenizer = AutoTokenizer.from_pretrained(result.directory)
     model = AutoModelForCausalLM.from_pretrained(result.directory)
@@ -74,29 +74,29 @@ def test_sft_on_text_keeps_the_eos_that_the_model_knows(tmp_path, capsys):
         (
             "text",
             {},
-            "the chat template ends every answer with '<|im_end|>', which is no token of its own; "
-            "EOS (<eos>) follows after the last answer of a row. Make it the EOS: "
+            "the chat template ends every answer with '<|im_end|>', which is not a single token; "
+            "EOS (<eos>) follows after the last answer of a row. To make it the EOS, set "
             "model.special_tokens=['<|im_end|>'] model.eos_token='<|im_end|>'",
         ),
         (
             "special",
             {"eos_token": "<bos>"},
             "model.eos_token='<bos>', but the chat template ends every answer with '<|im_end|>', "
-            "which is trained as its end; set model.eos_token=null",
+            "and the model learns to end with that; set model.eos_token=null",
         ),
     ],
 )
 def test_sft_warns_of_an_end_that_is_not_eos_with_the_remedy(
     tmp_path, capsys, marks, model, warning
 ):
-    from rlhf.sft import stage as trainer
+    from rlhf.sft.answer_end import load_sft_tokenizer
 
     config = sft_config(tmp_path, "chatml", marks, **model)
-    tokenizer = trainer._load_tokenizer(config.model, "conversation")
+    tokenizer = load_sft_tokenizer(config.model, "conversation")
     assert warning in capsys.readouterr().err
     assert tokenizer.eos_token == model.get("eos_token", "<eos>")
     remedy = ModelConfig(config.model.path, special_tokens=["<|im_end|>"], eos_token="<|im_end|>")
-    assert trainer._load_tokenizer(remedy, "conversation").eos_token == "<|im_end|>"
+    assert load_sft_tokenizer(remedy, "conversation").eos_token == "<|im_end|>"
     assert capsys.readouterr().err == ""
 
 
@@ -105,7 +105,7 @@ def test_sft_trains_on_rewritten_conversations_and_says_how_many_sequences(tmp_p
     config.dataset.split_long = True
     train_sft(config)
     printed = capsys.readouterr().out
-    said = re.search(r"(\d+) training rows are (\d+) sequences, as the chat template", printed)
+    said = re.search(r"(\d+) training rows become (\d+) sequences: the chat template", printed)
     assert said and int(said[2]) == 2 * int(said[1]) > 0
     rows = [{"messages": DIALOGUE}] * 3
     tokenizer = marked("thinking")

@@ -41,7 +41,7 @@ from rlhf.metrics import read_jsonl
 from rlhf.reward import train_reward
 from rlhf.sft import train_sft
 from rlhf.sft.mixing import interleaved, mix_texts
-from rlhf.sft.stage import sample_responses
+from rlhf.sft.samples import sample_responses
 
 # --- Plain text in the mix ------------------------------------------------------------------------
 
