@@ -1,11 +1,11 @@
-"""Promises that hold for some model families only, measured on the model when a stage starts.
+"""Whether a model can be packed, padded and sampled with a cache, measured when a stage starts.
 
-Rows that are packed do not see each other; the sampler, with its cache and with rows that end at
-different times, samples from the model; padding changes nothing. Each function compares one way of
-reading a few short rows with each row read alone, and refuses in one line where they differ. A list
-of families would not do: attention implementations, versions and models with their own code differ.
+In some families, packed rows see each other, padding changes the numbers, or the cache gives other
+numbers than the model. Each function reads a few short rows in one of these ways and each row
+alone, and refuses the model in one line if the results differ. A list of families is not enough:
+attention implementations, versions and models with their own code differ.
 
-Leaves out models that are sharded, whose layers work only inside their wrapper.
+Left out: sharded models, whose layers work only inside their wrapper.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from rlhf.config import InputError
+from rlhf.hub import one_line
 from rlhf.models import (
     ScalarModel,
     TextModel,
@@ -37,14 +38,14 @@ FLAT = 20.0  # temperature at which nearly every token is sampled: contexts that
 def require_packing(
     model: Any, tokenizer: Any, collator: Any, where: str, longest: int, fix: str
 ) -> None:
-    """Check that rows in one sequence do not see each other.
+    """Refuse a model in which packed rows see each other.
 
     Args:
         collator: of the Trainer; it makes a batch of rows with `input_ids`, `labels` and, where
             they are packed, `seq_lengths`.
-        where: what puts them together, e.g. "trainer.packing=true".
-        longest: tokens of the longest sequence in training; where these are more than the context,
-            so are those here.
+        where: the setting that packs them, e.g. "trainer.packing=true".
+        longest: tokens of the longest sequence in training; if it exceeds the context, so does the
+            sequence that is tried here.
         fix: what to do instead.
 
     Raises:
@@ -75,11 +76,11 @@ def _packed(rows: Sequence[list[int]]) -> dict[str, list[int]]:
 
 
 def require_cache(model: Any, tokenizer: Any, where: str, fix: str, num_rows: int = 3) -> None:
-    """Check that the sampler samples from the model: prompts of different lengths, of which the
-    first ends early and is dropped from the cache.
+    """Refuse a model whose cache changes what is sampled: the prompts have different lengths, and
+    the first ends early and is dropped from the cache.
 
     Args:
-        where: what names the model, e.g. "model.path=some/model".
+        where: setting and value of the model, e.g. "model.path=some/model".
         fix: what to do instead.
 
     Raises:
@@ -107,8 +108,8 @@ def require_cache(model: Any, tokenizer: Any, where: str, fix: str, num_rows: in
 
 
 def require_padding(model: Any, tokenizer: Any, where: str, fix: str) -> None:
-    """Check that padding on the right changes no number of a causal LM, a `ScalarModel` or a
-    `TextModel`.
+    """Refuse a causal LM, `ScalarModel` or `TextModel` whose numbers change with padding on the
+    right.
 
     Raises:
         InputError: it does.
@@ -128,7 +129,7 @@ def require_padding(model: Any, tokenizer: Any, where: str, fix: str) -> None:
 
 
 class _StopFirst:
-    """In place of `StopStrings`: ends the first row that has two tokens, and no other."""
+    """Used as `StopStrings`: ends only the first row that has two tokens."""
 
     strings = ("",)
 
@@ -152,11 +153,9 @@ def _require(measure: Callable[[], float], model: Any, where: str, what: str, fi
             deviation = measure()
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # whatever a model raises at inputs that it cannot take
-        reason = " ".join(str(error).split())[:200]
+    except Exception as error:  # a model can raise anything at inputs that it cannot take
         raise InputError(
-            f"{where}: {family} cannot be used for this, as it fails with {type(error).__name__}: "
-            f"{reason}; {fix}"
+            f"{where}: {family} cannot be used for this, as it fails with {one_line(error)}; {fix}"
         ) from error
     if not deviation <= tolerance(model):  # negated, so that nan fails too
         raise InputError(
@@ -169,8 +168,8 @@ def tolerance(model: Any) -> float:
     """Largest deviation that rounding explains, as a share of the spread of the numbers.
 
     It is the square root of the rounding unit: half of the digits agree. Rounding costs a few bits
-    per layer; a model that reads what it must not loses nearly all digits. Layers of 8 or 4 bits
-    round their inputs row by row, up to a tenth.
+    per layer; a model that reads tokens it must not read loses nearly all digits. Layers of 8 or 4
+    bits round their inputs row by row, up to a tenth.
     """
     if any(is_quantized(module) for module in model.modules()):
         return 0.25

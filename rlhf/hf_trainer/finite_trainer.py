@@ -1,5 +1,7 @@
-"""A transformers Trainer that neither trains on, nor saves, nor continues from numbers that are not
-finite; and one that takes a lower learning rate after it has stopped for such a number."""
+"""A transformers Trainer that does not train on, save or continue from numbers that are not finite.
+
+A run that stopped for such a number can go on with a lower learning rate: `set_learning_rate`.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,11 @@ MAX_SKIPPED = 20  # a loss scaler starts at 2^16 and halves: it has passed throu
 
 
 class FiniteTrainer(Trainer):
-    """A Trainer that stops, on all processes alike, before a loss or gradient that is not finite
-    reaches the weights, and saves no weight or optimiser state that is not finite.
+    """A Trainer that stops on all processes before a loss or gradient that is not finite reaches
+    the weights, and saves no weight or optimiser state that is not finite.
 
-    Under a loss scaler (trainer.fp16) such gradients belong to the search for the scale, and their
-    steps are skipped: there it stops after `MAX_SKIPPED` in a row.
+    With a loss scaler (trainer.fp16), such gradients are part of the search for the scale, and
+    their steps are skipped; training stops after `MAX_SKIPPED` skipped steps in a row.
     """
 
     _step_loss: Tensor | float = 0.0  # of this step so far
@@ -75,8 +77,8 @@ def find_non_finite_state(trainer: Trainer) -> str | None:
 
 
 def set_learning_rate(trainer: Trainer) -> None:
-    """Take the learning rate and the warm-up of the configuration: the Trainer restored those of
-    the checkpoint, which differ where the run goes on with a lower rate."""
+    """Use the learning rate and warm-up of the configuration. The Trainer restored those of the
+    checkpoint, which differ if the run goes on with a lower rate."""
     schedule: Any = trainer.lr_scheduler
     if not isinstance(schedule, LambdaLR) or trainer.is_deepspeed_enabled:
         return

@@ -1,9 +1,9 @@
 """Which arguments of the transformers Trainer and of TRL a stage takes from `trainer:`, and a trial
 of their values before models and data load.
 
-Every argument that a stage cannot use is in a table with what to use instead; all others are passed
-on. Values are held against types and bounds; the optimiser, its schedule and the data loader are
-then built once, on a model of four weights.
+A table holds every argument that a stage cannot use, and what to set instead; all others are passed
+on. Types and bounds are tested first; then the optimiser, its schedule and the data loader
+are built once, on a model of four weights.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from transformers import SchedulerType, Trainer, TrainingArguments, get_schedule
 from transformers.training_args import OptimizerNames
 
 from rlhf.config import InputError
+from rlhf.hub import one_line
 
 _CHECKPOINTS = "set checkpoint.every and checkpoint.keep_last instead"
 _HUB = "upload final/ after training, with `hf upload`"
@@ -230,7 +231,7 @@ def try_out(args: TrainingArguments) -> None:
             ),
         }[name]
         raise InputError(
-            f"trainer.{name}={fix[0]} cannot be used ({_line(error)}); {fix[1]}"
+            f"trainer.{name}={fix[0]} cannot be used ({one_line(error)}); {fix[1]}"
         ) from error
     _try_loader(args)
 
@@ -246,10 +247,6 @@ def _try_loader(args: TrainingArguments) -> None:
         )
     except (ValueError, TypeError) as error:
         raise InputError(
-            f"trainer.dataloader_*: no data loader takes these values ({_line(error)}); correct "
+            f"trainer.dataloader_*: no data loader takes these values ({one_line(error)}); correct "
             "trainer.dataloader_num_workers or remove the others"
         ) from error
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -29,7 +29,7 @@ class Sampling:
 
     Attributes:
         max_new_tokens: budget of a response, EOS included.
-        stop_ids: a response ends with the first of these ids, which is part of it.
+        stop_ids: a response ends with the first of these ids and includes it.
         forbidden: ids that are never sampled.
         temperature: divides the logits.
         top_p, top_k: restrict the choice (1.0 and 0: off); log-probs stay those of the full
@@ -51,7 +51,7 @@ class Generation:
     """Sampled responses, one entry per prompt.
 
     Attributes:
-        ids: response tokens, those of what ends it (stop token or stop string) included.
+        ids: response tokens, including the stop token or stop string.
         logprobs: log-probs of these tokens under the sampler, nats, float32.
         finished: True where a stop token or stop string was sampled; False where the budget ended
             the response.
@@ -109,11 +109,7 @@ def uniform_noise(key: Sequence[int], rows: Sequence[int], num_tokens: int) -> T
         (len(rows), num_tokens) float64 in [0, 1).
     """
     draws = [np.random.default_rng([*key, row]).random(num_tokens) for row in rows]
-    return (
-        torch.from_numpy(np.stack(draws))
-        if draws
-        else torch.empty(0, num_tokens, dtype=torch.float64)
-    )
+    return torch.from_numpy(np.stack(draws) if draws else np.empty((0, num_tokens)))
 
 
 @torch.no_grad()
@@ -134,22 +130,15 @@ def generate(
     """
     count = len(prompt_ids)
     result = Generation(ids=[[]] * count, logprobs=[[]] * count, finished=[False] * count)
-    order = sorted(
-        range(count), key=lambda i: len(prompt_ids[i])
-    )  # prompts of similar length: little padding
+    order = sorted(range(count), key=lambda i: len(prompt_ids[i]))  # similar lengths: less padding
     with eval_mode(model):
         for start in range(0, count, batch_size):
             rows = order[start : start + batch_size]
-            part = _decode(
-                model,
-                [prompt_ids[i] for i in rows],
-                sampling,
-                None if noise is None else noise[rows],
-            )
-            for i, ids, logprobs, finished in zip(
-                rows, part.ids, part.logprobs, part.finished, strict=True
-            ):
-                result.ids[i], result.logprobs[i], result.finished[i] = ids, logprobs, finished
+            draws = None if noise is None else noise[rows]
+            part = _decode(model, [prompt_ids[i] for i in rows], sampling, draws)
+            for k, i in enumerate(rows):
+                result.ids[i], result.logprobs[i] = part.ids[k], part.logprobs[k]
+                result.finished[i] = part.finished[k]
     return result
 
 
@@ -193,15 +182,13 @@ def _decode(
 def _steps(
     model: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, noise: Tensor | None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Yield the rows that go on, and for each its next token, that token's log-prob, and whether it
-    ends the row, which then goes no further. The decode loop."""
+    """The decode loop. At each step, yield the rows that are still active, and for each row its
+    next token, the token's log-prob, and whether the token ends the row."""
     device = next(model.parameters()).device
     tokens = pad(prompts, 0, side="left", device=device)
     mask = pad([[True] * len(prompt) for prompt in prompts], False, side="left", device=device)
-    stop_ids, forbidden = (
-        torch.tensor(sampling.stop_ids, device=device),
-        sampling.forbidden.to(device),
-    )
+    stop_ids = torch.tensor(sampling.stop_ids, device=device)
+    forbidden = sampling.forbidden.to(device)
     noise = None if noise is None else noise.to(device)
     active = torch.arange(len(prompts), device=device)
     responses: list[list[int]] = [[] for _ in prompts]  # kept where stop strings are looked for
@@ -211,14 +198,9 @@ def _steps(
         inputs = prefill_inputs(model, tokens, mask)
         if t and "position_ids" in inputs:
             inputs["position_ids"] = inputs["position_ids"][:, -1:]
-        logits = (
-            model(**inputs, **last_only, past_key_values=cache, use_cache=True)
-            .logits[:, -1]
-            .float()
-        )
-        token, logprob = _choose(
-            logits, sampling, forbidden, None if noise is None else noise[active, t]
-        )
+        output = model(**inputs, **last_only, past_key_values=cache, use_cache=True)
+        draws = None if noise is None else noise[active, t]
+        token, logprob = _choose(output.logits[:, -1].float(), sampling, forbidden, draws)
         done = torch.isin(token, stop_ids)
         if sampling.stop_strings is not None:
             done |= _at_stop_string(sampling.stop_strings, responses, active, token)
@@ -236,8 +218,8 @@ def _steps(
 def _at_stop_string(
     stop_strings: StopStrings, responses: list[list[int]], active: Tensor, token: Tensor
 ) -> Tensor:
-    """Add the next token of each active row to its response; return which have come to a stop
-    string, bool as `active`."""
+    """Add the next token of each active row to its response; return which rows have reached a stop
+    string, bool with the shape of `active`."""
     ended = []
     for row, next_token in zip(active.tolist(), token.tolist(), strict=True):
         responses[row].append(next_token)
@@ -262,16 +244,15 @@ def _choose(
 
 
 def _restrict(logprobs: Tensor, sampling: Sampling) -> Tensor:
+    """Set the log-probs (B, V) outside top_k and top_p to -inf."""
     if sampling.top_k:
         kth = logprobs.topk(min(sampling.top_k, logprobs.shape[-1]), dim=-1).values[:, -1:]
         logprobs = logprobs.masked_fill(logprobs < kth, -math.inf)
     if sampling.top_p < 1.0:
         sorted_logprobs, order = logprobs.softmax(dim=-1).log().sort(dim=-1, descending=True)
-        before = (
-            sorted_logprobs.exp().cumsum(dim=-1) - sorted_logprobs.exp()
-        )  # mass before each token
-        dropped = torch.zeros_like(logprobs, dtype=torch.bool).scatter(
-            -1, order, before >= sampling.top_p
-        )
+        probs = sorted_logprobs.exp()
+        mass_before = probs.cumsum(dim=-1) - probs  # of the tokens that are more likely
+        dropped = torch.zeros_like(logprobs, dtype=torch.bool)
+        dropped = dropped.scatter(-1, order, mass_before >= sampling.top_p)
         logprobs = logprobs.masked_fill(dropped, -math.inf)
     return logprobs
