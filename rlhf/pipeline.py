@@ -119,6 +119,9 @@ def plan(options: PipelineOptions) -> list[Step]:
     if not picked:
         raise InputError("stages is empty; leave it out to run all three")
     arguments = route(options.overrides, picked)
+    for override in options.overrides:
+        if not any(route([override], picked).values()):
+            say(f"{override} is not used: it is for none of {', '.join(picked)}")
     steps = []
     for stage in picked:
         mine = arguments[stage]
@@ -135,7 +138,7 @@ def route(overrides: list[str], picked: Collection[str]) -> dict[str, list[str]]
     """Give each override to its stages, without the name of a stage in front.
 
     Args:
-        picked: stages to run; an override that only other stages have is named and not used.
+        picked: stages to run; an override that only other stages have goes nowhere.
 
     Raises:
         InputError: no stage has the key.
@@ -146,11 +149,9 @@ def route(overrides: list[str], picked: Collection[str]) -> dict[str, list[str]]
         stages, argument = owners(override, keys)
         if is_stored(argument) and len(stages) > 1 and "sft" in picked:
             stages = ["sft"]
-        mine = [stage for stage in stages if stage in picked]
-        if not mine:
-            say(f"{override} is not used: only {' and '.join(stages)} would read it")
-        for stage in mine:
-            arguments[stage].append(argument)
+        for stage in stages:
+            if stage in arguments:
+                arguments[stage].append(argument)
     return arguments
 
 

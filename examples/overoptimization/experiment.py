@@ -27,8 +27,7 @@ from pathlib import Path
 from rlhf.config import InputError, PPOStageConfig, load_config
 from rlhf.console import say
 from rlhf.options import run_command
-from rlhf.pipeline import PipelineOptions, route, run_stage
-from rlhf.pipeline import run as run_pipeline
+from rlhf.pipeline import route, run_stage
 
 KL_COEFS = [0.0, 0.02, 0.05, 0.15, 0.5]
 SELECT_KL_COEF = 0.15  # that of the demo recipe
@@ -114,9 +113,13 @@ def _train(options: Options, coefs: list[float]) -> int:
     """Run the stages that are not finished; return the first exit status that is not 0."""
     folder = Path(options.runs_dir) / options.run_name
     overrides = ["recipe=demo", *options.overrides, f"runs_dir={options.runs_dir}"]
-    first = PipelineOptions(["sft", "reward"], [*overrides, f"run_name={folder.name}"])
-    if status := run_pipeline(first):
-        return status
+    for stage in ("sft", "reward"):
+        if (folder / stage / "final").is_dir():
+            say(f"using {folder / stage / 'final'}")
+            continue
+        mine = [*route(overrides, ["sft", "reward"])[stage], f"run_name={folder.name}"]
+        if status := run_stage(stage, ["resume=auto", *mine]):
+            return status
     for coef in coefs:
         run = _ppo_run(folder, coef)
         wanted = [

@@ -5,8 +5,8 @@ Run: python -m pytest tests/commands/test_chat_input.py
 
 import io
 
+from helpers.chat_models import TOKENIZER, write
 from helpers.tiny import tiny_model
-from test_chat import TOKENIZER, write
 
 import rlhf.chat
 from rlhf.chat import ChatOptions, talk

@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers.tiny import tiny_model, tiny_tokenizer
 from helpers.tiny_ppo import make_config
+from helpers.tiny_sft import sft_config
 from peft import LoraConfig, PeftConfig, get_peft_model
 from safetensors.torch import load_file
 from torch.testing import assert_close
@@ -25,11 +26,8 @@ from transformers import (
 from rlhf.checkpoint import hash_weights, make_record, read_record, write_stage
 from rlhf.checkpoint.atomic import write_manifest
 from rlhf.config import (
-    CheckpointConfig,
-    DatasetConfig,
     EvaluationConfig,
     ModelConfig,
-    SFTStageConfig,
     StageConfig,
 )
 from rlhf.config import PeftConfig as LoraSettings
@@ -189,27 +187,6 @@ def test_ppo_checkpoint_gives_the_policy_after_that_update(kind, policy_dir, tmp
     ours, theirs = read_record(out), read_record(short.directory)
     assert ours.metrics == {"update": 2}
     assert dataclasses.replace(ours, metrics={}) == dataclasses.replace(theirs, metrics={})
-
-
-def sft_config(folder, run_name, max_steps, **values):
-    rows = [{"prompt": f"Name a fruit {i}.", "completion": f"An apple {i}."} for i in range(16)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return SFTStageConfig(
-        run_name=run_name,
-        runs_dir=str(folder / "runs"),
-        dataset=DatasetConfig(
-            path=str(folder / "rows.jsonl"), format="prompt_completion", eval_fraction=0.25
-        ),
-        checkpoint=CheckpointConfig(every=2),
-        num_samples=0,
-        trainer={
-            "max_steps": max_steps,
-            "learning_rate": 1e-2,
-            "lr_scheduler_type": "constant",
-            "per_device_train_batch_size": 2,
-        },
-        **values,
-    )
 
 
 @pytest.mark.parametrize("kind", ["full", "lora", "lora_from_scratch"])

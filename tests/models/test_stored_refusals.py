@@ -17,8 +17,8 @@ import pytest
 import torch
 from helpers.families import TOKENIZER
 from helpers.tiny import tiny_model
+from helpers.tiny_sft import sft_config
 from safetensors.torch import load_file, save_file
-from test_export import sft_config
 from test_stored_forms import adapted, classifier, policy, write
 from transformers import MambaConfig, MambaForCausalLM
 
