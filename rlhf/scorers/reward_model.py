@@ -26,10 +26,9 @@ from rlhf.models import (
     load_reward_model,
     sequence_scores,
 )
+from rlhf.sampling import context_length
 from rlhf.scorers.call import BuiltInScorer, Scores, Tokens, check_scores
 from rlhf.tokenizer import RefusedConversation, hash_rendering, load_tokenizer, read_tokenizer
-
-UNLIMITED = 1 << 30
 
 
 class RewardModelScorer(BuiltInScorer):
@@ -78,7 +77,7 @@ class RewardModelScorer(BuiltInScorer):
         scalar: Any = TextModel if self.scores_texts else ScalarModel
         self.model = freeze(scalar(model, mean, std)).to(device)
         self.tokenizer_hash: str | None = None
-        self.max_length = getattr(model.config, "max_position_embeddings", None) or UNLIMITED
+        self.max_length = context_length(model)
         if self.scores_texts:
             self.tokenizer = read_tokenizer(source, field)
             self.tokenizer.truncation_side = "right"

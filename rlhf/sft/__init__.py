@@ -9,7 +9,7 @@ __all__ = ["SFTResult", "train_sft"]
 
 def __getattr__(name: str) -> Any:  # keeps `--help` and `--cfg job` free of torch
     if name in __all__:
-        from rlhf.sft import stage as trainer
+        from rlhf.sft import stage
 
-        return getattr(trainer, name)
+        return getattr(stage, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
