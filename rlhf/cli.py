@@ -55,10 +55,10 @@ def hydra_main(stage: str, run: Run, prepare: Callable[[Any], None] = lambda _: 
     """Run one stage from the command line.
 
     Without any argument, the stage runs the embedded demo (`recipe=demo`); options that only print
-    show what it would run. With `resume=`, the configuration is the run's own, and the command line
-    is laid over it. An `InputError` or a Hydra complaint becomes one message and exit
-    status 2; anything else keeps its traceback. A run that a signal interrupted ends with status
-    128 + signal, as shells have it: 130 after Ctrl-C, 143 after SIGTERM.
+    show what it would run. With `resume=`, the command line changes the configuration that the run
+    was started with. An `InputError` or an error of Hydra becomes one message and exit status 2;
+    any other exception keeps its traceback. A run that a signal interrupted ends with status
+    128 + signal, as in a shell: 130 after Ctrl-C, 143 after SIGTERM.
 
     Args:
         stage: key of `STAGES`; also the name of the YAML file.
@@ -124,7 +124,7 @@ def _checked_config(
 
 
 def _run(run: Run, config: StageConfig) -> None:
-    """Run a stage and end as it did; an error on any process is printed, with its rank."""
+    """Run a stage and exit with its status; an error on any process is printed with its rank."""
     try:
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs when PEFT is imported
         stopped_by = run(config)
@@ -142,7 +142,7 @@ def _as_dataclass(node: Any, config_class: type[StageConfig]) -> StageConfig:
     from omegaconf import OmegaConf
 
     written = OmegaConf.to_container(node)
-    # merged once more: "+key=value" adds a key that the schema does not have
+    # merge again: "+key=value" adds a key that the schema does not have
     values = OmegaConf.merge(schema(config_class), written)
     config = OmegaConf.to_object(values)
     assert isinstance(config, config_class)
@@ -151,7 +151,7 @@ def _as_dataclass(node: Any, config_class: type[StageConfig]) -> StageConfig:
 
 
 def _require_typed_trust(config: StageConfig) -> None:
-    """Refuse permission to run a model's own code that a file gives, such as a recipe."""
+    """Refuse permission to run a model's own code if a file gives it, such as a recipe."""
     from hydra.core.hydra_config import HydraConfig
 
     typed = [o.lstrip("+") for o in HydraConfig.get().overrides.task]
@@ -159,19 +159,19 @@ def _require_typed_trust(config: StageConfig) -> None:
         o.startswith("model.trust_remote_code=") for o in typed
     ):
         raise InputError(
-            "model.trust_remote_code=true comes from a file; only the command line may say so: "
-            "add model.trust_remote_code=true to it, or set it to false in the file"
+            "model.trust_remote_code=true comes from a file; only the command line may set it: "
+            "add model.trust_remote_code=true there, or set it to false in the file"
         )
 
 
 def _continued(config: StageConfig, stage: str) -> StageConfig:
-    """Lay the command line over the configuration that the run was started with.
+    """Apply the command line to the configuration that the run was started with.
 
-    Hydra composes once more, with the run's configuration in place of the defaults: groups and
-    recipes on the command line set what they name, and nothing else.
+    Hydra composes again, with the run's configuration in place of the defaults. Groups and recipes
+    on the command line change only the keys that they set.
 
     Args:
-        config: what the command line says without the run's configuration.
+        config: the command line's configuration, without that of the run.
 
     Raises:
         InputError: resume=true, and there is no such run.
@@ -190,7 +190,7 @@ def _continued(config: StageConfig, stage: str) -> StageConfig:
     name = f"{stage}_continued"
     values = read_run_config(file, config)
     ConfigStore.instance().store(name=name, node={"defaults": defaults} | values)
-    # "+key=value" adds a key, which the run may have by now
+    # "+key=value" fails on a key that exists, and the run may have it already
     overrides = [re.sub(r"^\+(?!\+)", "++", o) for o in HydraConfig.get().overrides.task]
     continued = _as_dataclass(compose(name, overrides), type(config))
     same = {key: getattr(config, key) for key in ("run_name", "runs_dir", "resume", "overwrite")}
@@ -232,7 +232,7 @@ def _split_options(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _explain_hydra(error: Exception, config_class: type) -> str:
-    """Put what Hydra refuses into one line; Hydra's own text lists search paths and links."""
+    """Say in one line what Hydra refuses; Hydra's own text lists search paths and links."""
     from hydra.errors import MissingConfigException, OverrideParseException
 
     if isinstance(error, MissingConfigException) and error.options:
@@ -242,8 +242,8 @@ def _explain_hydra(error: Exception, config_class: type) -> str:
             has = [o.removeprefix(f"{recipe}_") for o in error.options if o.startswith(recipe)]
             has = [stage for stage in has if stage in STAGES]
             return (
-                f"recipe={recipe} has no {stage} stage (it has {', '.join(sorted(has))}); to go on "
-                f"from its result, give run_name={recipe} and no recipe"
+                f"recipe={recipe} has no {stage} stage (it has {', '.join(sorted(has))}); to start "
+                f"from its result, use run_name={recipe} without a recipe"
             )
         return f"{group}={name} does not exist; choose one of {', '.join(error.options)}"
     if isinstance(error, OverrideParseException):
@@ -253,7 +253,7 @@ def _explain_hydra(error: Exception, config_class: type) -> str:
             f"cannot read {error.override!r} ({reason}); write key=value, and quote a value with "
             "special characters twice: 'key=\"a (b)\"'"
         )
-    file = re.match("In '(.+?)': ", str(error))  # the YAML file, where one is to blame
+    file = re.match("In '(.+?)': ", str(error))  # the YAML file with the error, if any
     prefix = file.group() if file else ""
     return prefix + explain(error, config_class).removeprefix(prefix)
 
@@ -261,14 +261,14 @@ def _explain_hydra(error: Exception, config_class: type) -> str:
 def _name_sweep_run(config: StageConfig) -> None:
     """Give each job of a sweep (`-m`) its own run name, unless the sweep names the runs itself.
 
-    A job without earlier stages of its own starts from those of the run that the sweep is named by.
+    A job whose run has no earlier stages starts from those of the run that the sweep names.
     """
     from hydra.core.hydra_config import HydraConfig
 
     named = dataclasses.replace(config)
 
     job = HydraConfig.get().job
-    # whether a run is continued is no part of its name
+    # these say how a job starts, not what it is
     unnamed = ("recipe=demo", "resume=", "overwrite=")
     swept = [o for o in HydraConfig.get().overrides.task if not o.startswith(unnamed)]
     if str(HydraConfig.get().mode).endswith("MULTIRUN") and not any(
@@ -286,17 +286,17 @@ def _name_sweep_run(config: StageConfig) -> None:
 
 
 def _exit(message: str, status: int = 2) -> NoReturn:
-    """Print an error of the command line, which every process meets alike, once."""
+    """Print an error of the command line once: all processes meet the same one."""
     if _rank() == 0:
         print(f"error: {hide(message)}", file=sys.stderr)
     raise SystemExit(status)
 
 
 def _exit_stage(message: str) -> NoReturn:
-    """Print what ended a stage on this process, whichever it is.
+    """Print the error that ended a stage on this process.
 
-    Most errors are met by all processes. The launcher ends the others as soon as the first has
-    printed it and gone, so that one line is left; where the first is well, it is this one.
+    Most errors occur on all processes. The first process prints and exits, and the launcher then
+    ends the others before they print. If the error is not the first process's, it is printed here.
     """
     if _rank() != 0:
         time.sleep(REPEAT_SECONDS)

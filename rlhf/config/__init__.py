@@ -8,7 +8,7 @@ mapping `trainer:` may hold is decided by the libraries that receive it (see `bu
 from rlhf.config.checks import check, check_scorer_config
 from rlhf.config.conf_files import groups_of
 from rlhf.config.environment import as_written, hide, remember_references
-from rlhf.config.errors import InputError, MissingValues
+from rlhf.config.errors import InputError, MissingValues, nearest, show
 from rlhf.config.fields import (
     check_finite,
     knob,
@@ -39,25 +39,17 @@ from rlhf.config.knobs import (
     TrackerConfig,
     WatchdogConfig,
 )
+from rlhf.config.objects import build_arguments, load_object, refuse_named_code
 from rlhf.config.paths import CONF_DIR, default_paths, with_default_paths
-from rlhf.config.reading import (
-    build_arguments,
-    config_keys,
-    config_text,
-    explain,
-    load_config,
-    load_object,
-    nearest,
-    plain_values,
-    save_config,
-    schema,
-    show,
-)
-from rlhf.config.runs import (
+from rlhf.config.saved_config import (
     CONFIG_FILE,
     config_file_of_run,
+    config_text,
+    load_config,
     nothing_to_resume,
+    plain_values,
     read_run_config,
-    refuse_named_code,
+    save_config,
 )
+from rlhf.config.schema import config_keys, explain, schema
 from rlhf.config.stage_help import stage_help

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-from rlhf.config.errors import InputError, MissingValues
+from rlhf.config.errors import InputError, MissingValues, show
 from rlhf.config.fields import check_finite, range_problems
 from rlhf.config.knobs import (
     ModelConfig,
@@ -22,7 +22,6 @@ from rlhf.config.knobs import (
     StageConfig,
 )
 from rlhf.config.paths import default_paths
-from rlhf.config.reading import show
 
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 

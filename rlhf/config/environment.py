@@ -1,8 +1,8 @@
-"""Values that a configuration takes from the environment, such as tokens: used, not written out.
+"""Values that a configuration takes from the environment, such as tokens: used, never written.
 
-`${oc.env:TOKEN}` on the command line or in a YAML file is resolved for the stage. What the stage
-writes, prints or sends to a tracker has `${oc.env:TOKEN}` in its place. The values are a matter of
-the process, as the environment is: the command line remembers them here.
+`${oc.env:TOKEN}` on the command line or in a YAML file is resolved for the stage. Everything that
+the stage writes, prints or sends to a tracker shows `${oc.env:TOKEN}` instead of the value. The
+environment belongs to the process, so the command line remembers these values here.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from typing import Any
 
 _REFERENCE = re.compile(r"\$\{oc\.env:\s*([A-Za-z_]\w*)")
-SHORTEST = 6  # characters; a shorter value, such as "1" or "data", is found in any text
-_written: dict[str, tuple[str, Any]] = {}  # dotted key -> as it was written, and resolved
+SHORTEST = 6  # characters; a shorter value, such as "1" or "data", occurs in any text
+_written: dict[str, tuple[str, Any]] = {}  # dotted key -> (as written, resolved)
 _values: dict[str, str] = {}  # value of a variable -> its reference
 
 
@@ -55,7 +55,7 @@ def as_written(values: Any) -> Any:
 
 
 def hide(text: str) -> str:
-    """Put the references in the place of the values in a text, the longest value first."""
+    """Replace the values in a text by their references, the longest value first."""
     for value in sorted(_values, key=len, reverse=True):
         text = text.replace(value, _values[value])
     return text

@@ -1,4 +1,11 @@
-"""The errors that a user's input can cause; `rlhf.cli` prints their message without a traceback."""
+"""The errors that a user's input can cause, and two helpers for their messages.
+
+`rlhf.cli` and `rlhf.options` print the message of an `InputError` without a traceback.
+"""
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
 
 
 class InputError(ValueError):
@@ -7,3 +14,18 @@ class InputError(ValueError):
 
 class MissingValues(InputError):
     """Values that have no default and were not given."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return ` Did you mean ...?` with the closest known names, or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f" Did you mean {' or '.join(close)}?" if close else ""
+
+
+def show(value: Any) -> str:
+    """Shorten a value for an error message."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of too many digits; lists nested too deeply
+        return f"a value that cannot be shown ({type(value).__name__})"
+    return f"{text[:60]}... ({type(value).__name__})" if len(text) > 60 else text

@@ -164,7 +164,9 @@ def sentences(config_class: type) -> dict[str, str]:
             below |= _texts_below_fields(owner.__module__).get(owner.__name__, {})
     found = {}
     for field in dataclasses.fields(config_class):
-        text = below.get(field.name) or summary(field.metadata.get("group", object))
+        text = below.get(field.name, "")
+        if not text and "group" in field.metadata:
+            text = summary(field.metadata["group"])
         limits = field.metadata.get("limits", Limits())
         if str(limits) and not (limits.choices and _names_choices(text, limits)):
             text += f" M{str(limits)[1:]}."
@@ -185,7 +187,7 @@ def _names_choices(text: str, limits: Limits) -> bool:
 @cache
 def _texts_below_fields(module: str) -> dict[str, dict[str, str]]:
     """Class name -> field name -> the string literal below the field, read from the source."""
-    classes = ast.parse(inspect.getsource(sys.modules[module])).body
+    nodes = ast.walk(ast.parse(inspect.getsource(sys.modules[module])))
     return {
         owner.name: {
             field.target.id: " ".join(below.value.value.split())
@@ -196,7 +198,7 @@ def _texts_below_fields(module: str) -> dict[str, dict[str, str]]:
             and isinstance(below.value, ast.Constant)
             and isinstance(below.value.value, str)
         }
-        for owner in classes
+        for owner in nodes
         if isinstance(owner, ast.ClassDef)
     }
 

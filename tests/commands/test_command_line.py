@@ -168,7 +168,7 @@ def test_help_of_a_knob_is_its_default_its_sentence_and_its_range(command):
         (
             "ppo",
             ["recipe=vicuna"],
-            "recipe=vicuna has no ppo stage (it has sft); to go on",
+            "recipe=vicuna has no ppo stage (it has sft); to start from",
         ),
         ("ppo", ["recipe=gone"], "recipe=gone does not exist; choose one of alpaca, "),
         ("sft", ["dataset=gone"], "dataset=gone does not exist; choose one of alpaca, "),

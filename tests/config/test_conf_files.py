@@ -8,8 +8,9 @@ import pydoc
 import re
 
 import pytest
+from helpers.configs import compose_stage
 
-from rlhf.config import CONF_DIR, STAGES, PPOConfig
+from rlhf.config import CONF_DIR, STAGES, PPOConfig, PPOStageConfig
 from rlhf.config.conf_files import conf_files
 from rlhf.config.fields import sentences
 
@@ -45,3 +46,78 @@ def test_help_of_a_dataclass_shows_its_knobs():
 
 def test_choices_that_the_sentence_explains_are_not_listed_again():
     assert sentences(PPOConfig)["lr_schedule"].endswith("for policy and critic.")
+
+
+# --- YAML and dataclass ---
+
+
+def flat(values, prefix=""):
+    """Dotted key -> repr of the value; repr tells 1 from 1.0 and from True."""
+    found = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = repr(value)
+    return found
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_yaml_without_overrides_equals_the_dataclass_defaults(stage):
+    composed = flat(dataclasses.asdict(compose_stage(stage)))
+    assert composed == flat(dataclasses.asdict(STAGES[stage]()))
+
+
+@pytest.mark.parametrize(
+    "overrides, section, expected",
+    [
+        (["peft=lora"], "peft", {"enabled": True}),
+        (["tracker=wandb"], "tracker", {"name": "wandb"}),
+        (["scorer=python"], "scorer", {"path": "python:", "normalize": "none"}),
+    ],
+)
+def test_group_changes_only_what_it_is_for(overrides, section, expected):
+    composed = dataclasses.asdict(compose_stage("ppo", *overrides))
+    wanted = dataclasses.asdict(PPOStageConfig())
+    wanted[section] |= expected
+    assert flat(composed) == flat(wanted)
+
+
+def test_every_dataset_group_names_an_existing_format():
+    from rlhf.data.formats import FORMATS
+
+    groups = sorted(path.stem for path in (CONF_DIR / "dataset").glob("*.yaml"))
+    assert "messages" in groups
+    for group in groups:
+        assert compose_stage("ppo", f"dataset={group}").dataset.format in FORMATS, group
+
+
+KNOB_FILES = [
+    *sorted(CONF_DIR.glob("*.yaml")),
+    *(p for g in ("model", "scorer", "peft", "tracker") for p in sorted((CONF_DIR / g).glob("*"))),
+]
+
+
+def uncommented(text):
+    """Knobs with no comment above them or above the unbroken block of lines they stand in."""
+    covered, in_defaults, found = False, False, []
+    for line in text.splitlines():
+        if not line.strip():
+            covered = in_defaults = False
+        elif line.startswith("defaults:"):
+            in_defaults = True
+        elif line.lstrip().startswith("#"):
+            covered = True
+        elif not in_defaults and line.partition(":")[2] and not covered:
+            found.append(line.strip())
+    return found
+
+
+def test_knob_without_a_comment_is_found():
+    text = "# of a and b\na: 1\nb: 2\n\nc: 3\ngroup:\n  d: 4\n"
+    assert uncommented(text) == ["c: 3", "d: 4"]
+
+
+@pytest.mark.parametrize("path", KNOB_FILES, ids=lambda path: str(path.relative_to(CONF_DIR)))
+def test_every_knob_in_the_yaml_has_a_comment(path):
+    assert uncommented(path.read_text()) == []

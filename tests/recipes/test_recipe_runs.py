@@ -8,8 +8,8 @@ import json
 import math
 
 import pytest
+from helpers.configs import compose_stage
 from helpers.tiny import FAMILIES, tiny_model, tiny_tokenizer
-from test_config import compose_stage
 from test_recipes import FACTS
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 

@@ -9,7 +9,7 @@ import re
 from operator import attrgetter
 
 import pytest
-from test_config import compose_stage
+from helpers.configs import compose_stage
 from transformers import TrainingArguments
 from trl import SFTConfig
 

@@ -1,0 +1,294 @@
+"""Missing values, and the rules between two knobs: each is broken by a row, and named with its fix.
+
+Leaves out the ranges of single knobs (test_ranges.py).
+Run: python -m pytest tests/config/test_rules.py
+"""
+
+import ast
+import inspect
+import re
+
+import pytest
+from helpers.configs import several, valid_config
+
+from rlhf.config import (
+    STAGES,
+    InputError,
+    PPOStageConfig,
+    SFTStageConfig,
+    check,
+    checks,
+    with_default_paths,
+)
+
+PYTHON_SCORER = {"scorer.path": "python:my_module.score"}
+OFF_POLICY = "or set ppo.allow_off_policy_sampling=true"
+
+# stage, changes, what the message must say
+BAD_VALUES = [
+    ("sft", {"model.quantization": "8bit"}, "only adapters on them; set peft=lora, or model.quant"),
+    (
+        "sft",
+        {"model.quantization": "4bit", "peft.enabled": True, "model.path": None}
+        | {"model.config": {"a": 1}, "model.tokenizer": "gpt2"},
+        "model.config builds a model with random ones; set model.path, or model.quantization=null",
+    ),
+    (
+        "sft",
+        {"model.config": {"a": 1}},
+        "model.config={'a': 1} builds a model with random weights, but model.path=model loads a "
+        "trained one; set model.path=null, or remove model.config (if a recipe sets it: "
+        "~model.config.a)",
+    ),
+    ("reward", {"model.config": {"a": 1}}, "but model.path=model loads a trained one; remove mod"),
+    ("ppo", {"model.config": {"a": 1}}, "but model.path=model loads a trained one; remove model."),
+    ("ppo", {"model.dropout": 0.1}, "model.dropout=0.1: PPO uses no dropout, because its"),
+    ("sft", {"model.special_tokens": ["", "a"]}, "model.special_tokens must be distinct, non-"),
+    ("sft", {"model.stop_strings": ["a", "a"]}, "model.stop_strings must be distinct, non-"),
+    (
+        "sft",
+        {"model.eos_token": "### End", "model.pad_token": "### End"},
+        "model.pad_token='### End' equals model.eos_token, but PPO never samples the pad token",
+    ),
+    (
+        "sft",
+        {"model.attn_implementation": "flash"},
+        "must be one of eager, sdpa, flash_attention_2",
+    ),
+    (
+        "sft",
+        {"model.attn_implementation": "flash_attention_2"},
+        "model.attn_implementation=flash_attention_2 needs flash-attn, which is not installed",
+    ),
+    (
+        "sft",
+        {"model.path": ".", "model.revision": "main"},
+        "model.revision=main applies to Hub models, but model.path=. is a local directory",
+    ),
+    ("sft", {"run_name": "a/b"}, "run_name must be one folder name, got 'a/b'"),
+    ("sft", {"run_name": ""}, "run_name must be one folder name, got ''"),
+    ("sft", {"run_name": ".."}, "run_name must be one folder name, got '..'"),
+    (
+        "sft",
+        {"batch_size": 128, "trainer": {"gradient_accumulation_steps": 16}},
+        "batch_size=128 sets trainer.gradient_accumulation_steps, which is 16; leave that at 1, or",
+    ),
+    ("reward", {"dataset.split_long": True}, "dataset.split_long=true splits conversations of SFT"),
+    ("ppo", {"dataset.split_long": True}, "dataset.split_long=true splits conversations of SFT"),
+    (
+        "reward",
+        {"batch_size": 64, "reward.tokens_per_batch": 4096},
+        "batch_size=64 counts prompts, but reward.tokens_per_batch=4096 puts as many as fit into",
+    ),
+    (
+        "reward",
+        {"reward.loss": "plackett_luce", "reward.label_smoothing": 0.1},
+        "set it to 0, or reward.loss=pairwise",
+    ),
+    ("ppo", {"ppo.adam_betas": [0.9]}, "ppo.adam_betas must be two numbers in [0, 1), e.g. [0.9"),
+    ("ppo", {"ppo.adam_betas": [0.9, 1.0]}, "two numbers in [0, 1), e.g. [0.9, 0.95], got [0.9, 1"),
+    (
+        "ppo",
+        {
+            "ppo.mask_truncated": True,
+            "ppo.whiten_rewards": True,
+            "ppo.advantage": "rloo",
+            "ppo.samples_per_prompt": 2,
+        },
+        "ppo.mask_truncated=true and ppo.whiten_rewards=true give truncated responses no rewards, "
+        "but "
+        "ppo.advantage=rloo compares other responses with them; set ppo.whiten_rewards=false",
+    ),
+    (
+        "ppo",
+        {"ppo.scale_scores": True, "ppo.whiten_scores": True},
+        "ppo.scale_scores and ppo.whiten_scores both set the scale of the scores; set one to false",
+    ),
+    (
+        "ppo",
+        several({"path": "a"}, {"path": "b", "gate": 15.0}),
+        "scorer.components[1].gate must lie in (0, 1), got 15.0",
+    ),
+    (
+        "ppo",
+        several({"path": "a", "gate": 0.15}),
+        "scorer.components: all of them have a gate, [0.15]; the responses that pass every gate",
+    ),
+    (
+        "ppo",
+        {"ppo.samples_per_prompt": 3},
+        "ppo.batch_size must be divisible by ppo.samples_per_prompt, got 64 and 3",
+    ),
+    ("ppo", {"ppo.advantage": "rloo"}, "compares the responses of one prompt, but ppo.samples_per"),
+    (
+        "ppo",
+        {"ppo.target_kl": 0.1, "ppo.num_ppo_epochs": 1},
+        "ppo.target_kl=0.1 has nothing to skip with one optimiser step per update",
+    ),
+    ("ppo", {"ppo.kl_in": "loss"}, "has an expected gradient of 0; use ppo.kl_estimator=k3"),
+    ("ppo", {"ppo.kl_target": 6.0, "ppo.kl_coef": 0.0}, "by multiplying it, but ppo.kl_coef is 0"),
+    (
+        "ppo",
+        {"evaluation.select": "independent_score"},
+        "evaluation.select=independent_score needs evaluation.scorer",
+    ),
+    (
+        "ppo",
+        {"critic.warmup_updates": 2, "ppo.advantage": "reinforce_pp"},
+        "critic.warmup_updates=2: ppo.advantage=reinforce_pp has no critic to warm up; set it to 0",
+    ),
+    (
+        "ppo",
+        several({"path": "a", "normalize": "zero"}),
+        "scorer.components[0].normalize must be one of demo_mean_zero, standardise, none, null",
+    ),
+    (
+        "ppo",
+        several({"path": "a"}, path="b"),
+        "scorer.path=b and scorer.components exclude each other; make the former one of the",
+    ),
+    (
+        "ppo",
+        several({"path": "a"}, combine="min"),
+        "scorer.combine=min combines several scorers, but scorer.components names 1; name at least",
+    ),
+    (
+        "ppo",
+        several({"path": "a", "weight": 0.0}),
+        "scorer.components: no weight may be 0, got [0.0]",
+    ),
+    (
+        "ppo",
+        several({"path": "a", "weight": 2.0}, {"path": "b"}, combine="mean"),
+        "scorer.combine=mean ignores weights, got [2.0, 1.0]; leave them at 1",
+    ),
+    (
+        "ppo",
+        several({"path": "runs/a/reward/final"}, {"path": "other/a"}),
+        "scorer.components must have distinct names of letters, digits and _.-, got a, a; set name",
+    ),
+    ("ppo", several({"path": "a", "name": "a/b"}), "of letters, digits and _.-, got a/b; set name"),
+    (
+        "ppo",
+        several({"path": "python:m.f"}, {"path": "b"}),
+        "critic.init=reward needs a reward model, but scorer.path is a Python function",
+    ),
+    (
+        "ppo",
+        {"critic.init": "random"},
+        "critic.init must be reward, policy, or the directory of a trained critic "
+        "(runs/<run_name>/ppo/critic), got 'random'",
+    ),
+    (
+        "ppo",
+        {"ppo.num_mini_batches": 3},
+        "ppo.batch_size must be divisible by ppo.num_mini_batches, got 64 and 3",
+    ),
+    ("ppo", {"ppo.top_p": 0.9}, OFF_POLICY),
+    ("ppo", {"ppo.top_k": 50}, OFF_POLICY),
+    (
+        "ppo",
+        {"ppo.top_p": 0.0, "ppo.allow_off_policy_sampling": True},
+        "ppo.top_p must lie in (0, 1], got 0.0",
+    ),
+    ("ppo", PYTHON_SCORER, "scorer.path is a Python function: set critic.init=policy"),
+]
+MISSING_VALUES = [
+    ("sft", {"dataset.path": None}, "dataset.path: file or Hub name of the rows, e.g."),
+    ("sft", {"model.path": None}, "model.path: Hub id or directory, e.g."),
+    ("sft", {"model.path": None}, "model.tokenizer: Hub id or directory; needed when"),
+    ("sft", {"mix.fraction": 0.1}, "mix.path: file or Hub name of the text"),
+    ("reward", {"model.path": None}, "model.path: runs/run/sft/final does not exist; run `python "),
+    ("reward", {"normalization.completions": "demonstrations"}, "normalization.path: file or Hub"),
+    ("ppo", {"ptx.coef": 1.0}, "ptx.path: file or Hub name of the text"),
+    ("ppo", {"scorer.path": "python:"}, "scorer.path: a function, e.g. scorer.path=python:my_"),
+    ("ppo", several({"path": "a"}, {}), "missing values:\n  scorer.components[1].path: the final/"),
+]
+
+
+@pytest.mark.parametrize(
+    "stage, changes, message", BAD_VALUES + MISSING_VALUES, ids=lambda x: str(x)[:60]
+)
+def test_bad_value_is_named_with_what_is_allowed(stage, changes, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        check(valid_config(stage, changes))
+
+
+def messages_of_checks():
+    """A pattern for each message that `rlhf.config.checks` yields, read from its source."""
+    for node in ast.walk(ast.parse(inspect.getsource(checks))):
+        if isinstance(node, ast.Yield):
+            parts = getattr(node.value, "values", [node.value])
+            yield "".join(
+                re.escape(part.value) if isinstance(part, ast.Constant) else ".*" for part in parts
+            )
+
+
+def test_every_rule_is_broken_by_some_row_of_the_table():
+    found = []
+    for stage, changes, _ in BAD_VALUES + MISSING_VALUES:
+        with pytest.raises(InputError) as caught:
+            check(valid_config(stage, changes))
+        found += [line.strip() for line in str(caught.value).splitlines()]
+    assert [p for p in messages_of_checks() if not any(re.fullmatch(p, m) for m in found)] == []
+
+
+@pytest.mark.parametrize(
+    "stage, changes",
+    [
+        ("sft", {}),
+        ("reward", {}),
+        ("ppo", {}),
+        ("ppo", {"ppo.top_p": 0.9, "ppo.allow_off_policy_sampling": True}),
+        ("ppo", {"ppo.kl_coef": 0.0, "ppo.cliprange_value": None, "ppo.gamma": 0.0}),
+        ("ppo", PYTHON_SCORER | {"critic.init": "policy"}),
+        ("ppo", several({"path": "runs/a/reward/final"}, {"path": "runs/b/reward/final"})),
+        ("ppo", several({"path": "a"}, {"path": "b", "normalize": "none"}, combine="min")),
+        ("ppo", several({"path": "a", "weight": -0.5}, {"path": "python:m.f", "name": "x"})),
+        ("ppo", several({"path": "a"}, {"path": "b", "gate": 0.15})),
+        ("ppo", {"ppo.adam_betas": [0.0, 0.95], "ppo.lr_warmup_updates": 500}),
+        ("ppo", PYTHON_SCORER | {"ppo.advantage": "rloo", "ppo.samples_per_prompt": 4}),
+        ("ppo", {"ppo.kl_in": "loss", "ppo.kl_estimator": "k3", "resume": "auto"}),
+        ("sft", {"model.path": None, "model.config": {"a": 1}, "model.tokenizer": "gpt2"}),
+        ("ppo", {"model.quantization": "4bit", "peft.enabled": True}),
+        ("reward", {"model.dropout": 0.0}),
+    ],
+)
+def test_good_values_pass(stage, changes):
+    check(valid_config(stage, changes))
+
+
+@pytest.mark.parametrize(
+    "stage, keys",
+    [
+        ("sft", ["dataset.path", "model.path", "model.tokenizer", "mix.path"]),
+        ("reward", ["dataset.path", "model.path"]),
+        ("ppo", ["dataset.path", "model.path", "scorer.path", "ptx.path"]),
+    ],
+)
+def test_all_missing_values_are_reported_at_once(stage, keys, tmp_path):
+    with pytest.raises(InputError) as caught:
+        config = STAGES[stage](runs_dir=str(tmp_path), run_name="mine")
+        if isinstance(config, PPOStageConfig):
+            config.ptx.coef = 1.0
+        if isinstance(config, SFTStageConfig):
+            config.mix.fraction = 0.05
+        check(config)
+    title, *lines = str(caught.value).splitlines()
+    assert title == "missing values:"
+    assert [line.split(":")[0].strip() for line in lines] == keys
+    assert all("e.g. " in line or "run_name=mine" in line or "needed" in line for line in lines)
+
+
+def test_directories_of_the_same_run_stand_in_for_missing_paths(tmp_path):
+    for stage in ("sft", "reward"):
+        (tmp_path / "mine" / stage / "final").mkdir(parents=True)
+    config = PPOStageConfig(runs_dir=str(tmp_path), run_name="mine")
+    config.dataset.path = "rows.jsonl"
+    check(config)
+
+
+def test_the_reward_model_of_the_run_does_not_join_the_components(tmp_path):
+    (tmp_path / "run/reward/final").mkdir(parents=True)
+    config = valid_config("ppo", several({"path": "a"}) | {"runs_dir": str(tmp_path)})
+    assert with_default_paths(config).scorer == config.scorer
