@@ -42,3 +42,12 @@ from rlhf.data.splits import (
     split_by_prompt,
     to_conversation,
 )
+
+# Names that earlier versions had here.
+from rlhf.tokenizer import (
+    RefusedConversation,
+    answer_frame,
+    chat_template_text,
+    declare_stop_strings,
+    stop_strings,
+)

@@ -50,3 +50,13 @@ from rlhf.models.sampling_settings import (
     sample_as_trained,
     sampling_settings,
 )
+
+# Names that earlier versions had here.
+from rlhf.tokenizer import (
+    StopStrings,
+    end_token_ids,
+    forbidden_token_ids,
+    load_tokenizer,
+    num_tokens,
+    response_text,
+)

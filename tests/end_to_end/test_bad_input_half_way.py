@@ -169,10 +169,13 @@ def test_prompts_without_room_in_the_reward_model_are_dropped_and_long_answers_c
 def test_evaluation_scorer_and_components_are_given_what_they_can_read(
     combined, policy, judge, tmp_path, capsys
 ):
-    own = ScorerConfig("python:tiny_ppo.words_scorer", normalize="none")
+    own = ScorerConfig("python:helpers.tiny_ppo.words_scorer", normalize="none")
     config = judged_config(policy, tmp_path, judge, scorer=own)
     if combined:
-        parts = [ScorerComponent("python:tiny_ppo.words_scorer"), ScorerComponent(judge, name="j")]
+        parts = [
+            ScorerComponent("python:helpers.tiny_ppo.words_scorer"),
+            ScorerComponent(judge, name="j"),
+        ]
         config.scorer = ScorerConfig(components=parts, normalize="none")
     else:
         config.evaluation = EvaluationConfig(every=1, num_prompts=9, scorer=judge)
