@@ -1,13 +1,19 @@
-"""Devices and processes: the default device, and the Accelerator of a stage."""
+"""Devices and processes: the default device, the Accelerator of a stage, errors in common."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
+from accelerate.utils import gather_object
 
 from rlhf.config import InputError
 from rlhf.models import use_bfloat16
+
+Result = TypeVar("Result")
 
 
 def default_device() -> str:
@@ -37,3 +43,27 @@ def make_accelerator(precision: str) -> Accelerator:
         )
     AcceleratorState._reset_state(reset_partial_state=other_device)
     return Accelerator(cpu=cpu, mixed_precision="bf16" if use_bfloat16(precision) else "no")
+
+
+def on_every_process(task: Callable[[], Result], accelerator: Accelerator) -> Result:
+    """Run a task; bad input that ends it on one process ends it on all of them.
+
+    Otherwise the other processes would wait for the failed one, and none could save.
+
+    Raises:
+        InputError: that of the first process that failed, with its number.
+    """
+    error: InputError | None = None
+    try:
+        result = task()
+    except InputError as caught:
+        error = caught
+    if accelerator.num_processes == 1:
+        if error is not None:
+            raise error
+        return result
+    messages = gather_object([None if error is None else str(error)])
+    for rank, message in enumerate(messages):
+        if message is not None:
+            raise InputError(f"rank {rank}: {message}") from error
+    return result

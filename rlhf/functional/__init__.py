@@ -1,9 +1,9 @@
 """Every formula of the project, as pure functions: tensors in, tensors out.
 
-`masks` sums over valid elements, `tokens` reads logits, `scores` combines scorers, `advantages`
-turns scores into advantages, `losses` and `ranking` are minimised, `schedules` moves learning rates
-and the price of KL, `diagnostics` are the numbers that a run watches, `summary_statistics` those
-that reports show.
+`masks` sums over valid elements, `tokens` reads logits, `scores` combines scorers and penalises
+unfinished responses, `advantages` turns scores into advantages, `losses` and `ranking` are
+minimised, `schedules` moves learning rates and the price of KL, `diagnostics` are the numbers that
+a run watches, `summary_statistics` those that reports show.
 
 Left out: I/O, models, processes. Losses take the `denominator` of the whole minibatch and return
 statistics as sums, so that a caller with micro-batches or ranks only adds them up.
@@ -26,7 +26,7 @@ from rlhf.functional.losses import Stats, policy_loss, value_loss
 from rlhf.functional.masks import masked_mean, masked_sum, whiten
 from rlhf.functional.ranking import ranking_loss
 from rlhf.functional.schedules import adaptive_kl_coef, learning_rate_factor
-from rlhf.functional.scores import combine_scores, component_weights, counting
+from rlhf.functional.scores import combine_scores, component_weights, counting, final_scores
 from rlhf.functional.summary_statistics import (
     best_of_n,
     best_of_n_kl,

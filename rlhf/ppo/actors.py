@@ -1,9 +1,15 @@
-"""What PPO starts from: the models of a run, its prompts and texts, and the batch arithmetic."""
+"""The actors of a PPO run: policy, reference, critic and scorers, loaded and checked.
+
+Left out: prompts (`prompts.py`), PPO-ptx texts and batch sizes (`stage.py`).
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +24,8 @@ from rlhf.checkpoint import (
     warn_about_sft_model,
 )
 from rlhf.compatibility import require_cache, require_padding
-from rlhf.config import InputError, ModelConfig, PPOStageConfig, ScorerConfig, with_default_paths
+from rlhf.config import InputError, ModelConfig, PPOStageConfig, ScorerConfig
 from rlhf.console import say, warn
-from rlhf.data import describe_dropped, encode_texts, first_cases, load_rows
 from rlhf.models import (
     ScalarModel,
     add_lora,
@@ -30,14 +35,42 @@ from rlhf.models import (
     load_reference,
     load_reward_model,
     new_token_rows,
-    parameter_count,
     sample_as_trained,
     try_settings,
 )
-from rlhf.ppo.rollout import Actors, CollectSettings
-from rlhf.sampling import sampling_for
 from rlhf.scorers import Scorer, load_scorer, reward_models, score_statistics
 from rlhf.tokenizer import hash_rendering, load_tokenizer
+
+
+@dataclass
+class Actors:
+    """The models of PPO.
+
+    Attributes:
+        policy: unwrapped causal LM, PEFT allowed.
+        reference: frozen causal LM; None if the policy with its adapters off is the reference.
+        critic: `ScalarModel`; None for estimators without one.
+        scorer: see `rlhf.scorers`.
+        tokenizer: of the policy.
+        tokenizer_hash: `hash_rendering` of it; a reward model with the same hash scores the token
+            ids directly.
+    """
+
+    policy: Any
+    reference: Any
+    critic: Any
+    scorer: Scorer
+    tokenizer: Any
+    tokenizer_hash: str
+
+    @contextmanager
+    def reference_model(self) -> Iterator[Any]:
+        """The reference; with adapters, the policy while they are off."""
+        if self.reference is not None:
+            yield self.reference
+            return
+        with self.policy.disable_adapter():
+            yield self.policy
 
 
 def load_checked_tokenizer(config: PPOStageConfig) -> tuple[Any, StageRecord | None]:
@@ -209,96 +242,3 @@ def _load_saved_critic(config: PPOStageConfig, tokenizer: Any) -> ScalarModel:
     require_same_tokenizer(tokenizer, record, str(config.model.path), path)
     model = load_reward_model(_critic_model(config, path), field="critic.init")
     return ScalarModel(model, record.score_mean, record.score_std or 1.0)
-
-
-def collect_settings(config: PPOStageConfig, policy: Any, tokenizer: Any) -> CollectSettings:
-    """Derive how rollouts are collected."""
-    ppo = config.ppo
-    sampling = sampling_for(
-        policy, tokenizer, ppo.response_length, ppo.temperature, ppo.top_p, ppo.top_k
-    )
-    return CollectSettings(
-        sampling, ppo.missing_eos_penalty, ppo.rollout_batch_size, ppo.micro_batch_size
-    )
-
-
-def with_sources(config: PPOStageConfig, scorer: Scorer | None) -> PPOStageConfig:
-    """Return a copy that names what PPO starts from: this run's earlier stages unless paths are
-    given, and a scorer that the caller passed."""
-    config = with_default_paths(config)
-    if scorer is not None:
-        if needs_reward_model(config):
-            raise InputError(
-                "critic.init=reward needs a reward model; with a scorer of your own set "
-                "critic.init=policy"
-            )
-        name = getattr(scorer, "__qualname__", type(scorer).__qualname__)
-        config.scorer = ScorerConfig(f"python:{scorer.__module__}.{name}", normalize="none")
-    return config
-
-
-def load_texts(config: PPOStageConfig, tokenizer: Any, context: int) -> list[list[int]]:
-    """Token ids of the PPO-ptx texts; none where `ptx.coef` is 0."""
-    ptx = config.ptx
-    if not ptx.coef:
-        return []
-    if ptx.max_length > context:
-        raise InputError(
-            f"ptx.max_length={ptx.max_length} exceeds the model's context of {context} tokens; "
-            "lower it"
-        )
-    assert ptx.path is not None  # `check` has made sure
-    bad = config.dataset.on_bad_row
-    rows, dropped = load_rows(ptx.path, ptx.format, ptx.split, "ptx", "ptx.path", bad)
-    texts, unusable = encode_texts(rows, tokenizer, ptx.max_length, bad)
-    dropped += unusable
-    say("\n".join([f"ptx: {len(texts)} texts; {describe_dropped(dropped)}", *first_cases(dropped)]))
-    return texts
-
-
-def check_batches(config: PPOStageConfig, num_processes: int) -> None:
-    """Check that every process gets the same share of each minibatch, and of the ptx texts."""
-    per_minibatch = config.ppo.batch_size // config.ppo.num_mini_batches
-    if per_minibatch % num_processes:
-        raise InputError(
-            f"ppo.batch_size / ppo.num_mini_batches = {per_minibatch} must be divisible by the "
-            f"{num_processes} processes; change ppo.batch_size"
-        )
-    if config.ptx.coef and config.ptx.batch_size % num_processes:
-        raise InputError(
-            f"ptx.batch_size={config.ptx.batch_size} must be divisible by the {num_processes} "
-            "processes"
-        )
-
-
-def describe_batches(
-    config: PPOStageConfig, num_prompts: int, num_processes: int, actors: Actors
-) -> str:
-    """Spell out the derived batch arithmetic."""
-    ppo = config.ppo
-    minibatch = ppo.batch_size // ppo.num_mini_batches
-    share = minibatch // num_processes
-    micro = -(-share // ppo.micro_batch_size)
-    total, trainable = parameter_count(actors.policy)
-    reference = "adapters off" if actors.reference is None else "own copy"
-    critic = f"no critic ({ppo.advantage})"
-    if actors.critic is not None:
-        size = parameter_count(actors.critic)[1]
-        critic = f"critic from {config.critic.init}, {size:,} trainable"
-    steps = ppo.num_ppo_epochs * ppo.num_mini_batches
-    prompts = ppo.batch_size // ppo.samples_per_prompt
-    each = f" x {ppo.samples_per_prompt} responses" if ppo.samples_per_prompt > 1 else ""
-    passes = ppo.num_updates * prompts / num_prompts
-    return "\n".join(
-        [
-            f"ppo: policy {total:,} parameters, {trainable:,} trainable (reference: {reference}); "
-            f"{critic}",
-            f"     rollout: {prompts} of {num_prompts} prompts{each}, at most "
-            f"{ppo.response_length} tokens each; {ppo.num_updates} updates = "
-            f"{ppo.num_updates * ppo.batch_size} episodes = {passes:.1f} passes over the prompts",
-            f"     update: {ppo.num_ppo_epochs} epochs x {ppo.num_mini_batches} minibatches of "
-            f"{minibatch} = {steps} optimiser steps; {num_processes} "
-            f"process{'es' * (num_processes > 1)} x {micro} micro-batches of at most "
-            f"{ppo.micro_batch_size}",
-        ]
-    )

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from rlhf.config import PPOStageConfig
+from rlhf.distributed import on_every_process
 from rlhf.functional import bootstrap_interval, wins
-from rlhf.ppo.rollout import Rollout, collect, component_scores, cut_metric, on_every_process
+from rlhf.ppo.rollout import Responses, Rollout, collect, component_scores, cut_metric
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.scorers import Scorer, Scores, Tokens, score_responses
 from rlhf.tokenizer import response_text
@@ -51,19 +52,20 @@ class Evaluator:
         """
         trainer, actors = self.trainer, self.trainer.actors
         key = (trainer.config.seed, EVALUATION_KEY)
-        with trainer.optimization.averaged_weights():
+        with trainer.updater.averaged_weights():
             rollout = collect(
                 actors,
                 self.prompts,
                 key,
-                trainer.settings,
+                trainer.sampling,
+                trainer.config.ppo,
                 trainer.accelerator,
                 with_values=False,
             )
         trainer.require_finite(rollout, "logprobs", "ref_logprobs", "scores")
         responses = response_texts(rollout, actors.tokenizer, self.prompts)
         figures = {
-            "score": rollout.scores,
+            "score": rollout.final_scores(trainer.config.ppo.missing_eos_penalty),
             **component_scores(rollout, actors.scorer),
             "kl": (rollout.logprobs - rollout.ref_logprobs).sum(dim=1),  # 0 at masked positions
             "response_length": rollout.lengths,
@@ -122,14 +124,14 @@ def _sample_field(name: str, value: Tensor) -> tuple[str, float | int | bool]:
     return name, int(value) if name == "response_length" else float(value)
 
 
-def response_ids(rollout: Rollout) -> list[list[int]]:
+def response_ids(rollout: Responses) -> list[list[int]]:
     """The responses of a rollout as token ids, with what ends them."""
     rows = zip(rollout.response_ids, rollout.response_mask, strict=True)
     return [ids[mask].tolist() for ids, mask in rows]
 
 
 def response_texts(
-    rollout: Rollout, tokenizer: Any, prompts: Sequence[dict[str, Any]] | None = None
+    rollout: Responses, tokenizer: Any, prompts: Sequence[dict[str, Any]] | None = None
 ) -> list[str]:
     """The responses of a rollout as text, without what ends them.
 

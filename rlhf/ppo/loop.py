@@ -97,7 +97,7 @@ class Run:
             if not interrupted:
                 return self._finish()
         except NonFiniteError as error:
-            spoilt = not trainer.optimization.num_steps
+            spoilt = not trainer.updater.num_steps
             step, dtype = trainer.update + 1, trainer.actors.policy.dtype
             raise explain_stop(self.config, self.directory, error, step, spoilt, dtype) from error
         finally:
@@ -117,8 +117,7 @@ class Run:
         except NonFiniteError:  # the weights may be what is wrong
             raise
         except InputError as error:
-            optimization = trainer.optimization
-            is_halfway = optimization.update == trainer.update and optimization.num_steps > 0
+            is_halfway = trainer.updater.num_steps > 0
             if is_halfway or trainer.update == 0:
                 raise
             if trainer.update > began_at:
@@ -143,7 +142,7 @@ class Run:
         began = time.perf_counter()
         bar = progress_bar(config.ppo.num_updates, trainer.update, "update")
         while trainer.update < config.ppo.num_updates and not last and not interrupted:
-            metrics = trainer.step() | {"seconds": time.perf_counter() - began}
+            metrics = self._step() | {"seconds": time.perf_counter() - began}
             bar.set_postfix(
                 {short: f"{metrics[name]:.3g}" for name, short in SHOWN.items()}, refresh=False
             )
@@ -154,6 +153,18 @@ class Run:
             last, interrupted = self._end_update(writer, stop, over_budget)
         bar.close()
         return interrupted
+
+    def _step(self) -> dict[str, float]:
+        """Make an update; its metrics and timings."""
+        began = time.perf_counter()
+        metrics = self.trainer.step()
+        ended, collected = time.perf_counter(), self.trainer.collected_at
+        num_tokens = metrics["response_length"] * self.config.ppo.batch_size
+        return metrics | {
+            "collect_seconds": collected - began,
+            "optimize_seconds": ended - collected,
+            "tokens_per_second": num_tokens / (ended - began),
+        }
 
     def _end_update(
         self, writer: MetricsWriter, stop: GracefulStop, over_budget: bool
@@ -203,7 +214,7 @@ class Run:
             figures = metrics | {"update": chosen}
             record = make_record("ppo", config, *origin, self.splits.dropped, figures)
             self._write_critic(record)  # first: a run with final/ counts as finished
-            with trainer.optimization.averaged_weights():
+            with trainer.updater.averaged_weights():
                 write_stage(
                     self.directory / "final",
                     merged(trainer.actors.policy),
@@ -252,7 +263,7 @@ class Run:
         )
 
     def _modules(self) -> dict[str, Any]:
-        actors, averages = self.trainer.actors, self.trainer.optimization.averages
+        actors, averages = self.trainer.actors, self.trainer.updater.averages
         modules = {"policy": actors.policy, "critic": actors.critic, "averages": averages}
         return {name: module for name, module in modules.items() if module is not None}
 
@@ -269,7 +280,7 @@ class Run:
             save_training_state(
                 self.directory / f"checkpoint-{self.trainer.update}",
                 self._modules(),
-                self.trainer.optimization.optimizers,
+                self.trainer.updater.optimizers,
                 state,
                 self.config,
                 self._random_numbers,
@@ -281,7 +292,7 @@ class Run:
         checkpoint = checkpoint_to_resume(self.config, self.directory)
         if checkpoint is None:
             return
-        optimizers = self.trainer.optimization.optimizers
+        optimizers = self.trainer.updater.optimizers
         state = load_training_state(checkpoint, self._modules(), optimizers)
         self.trainer.load_state(state)
         self.before, self.last, self.best = state["before"], state["last"], state["best"]

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rlhf.ppo.rollout import Rollout
+from rlhf.ppo.rollout import Experience
 from rlhf.tokenizer import response_text
 
 PER_TOKEN = ("logprobs", "ref_logprobs", "values", "advantages", "returns")
@@ -26,9 +26,8 @@ def write_rollout(
     directory: Path,
     update: int,
     prompts: Sequence[Any],
-    rollout: Rollout,
-    kl: Tensor,
-    rewards: Tensor,
+    batch: Experience,
+    scores: Tensor,
     tokenizer: Any,
 ) -> Path:
     """Write `directory/rollouts/update-<update>.jsonl`, whole or not at all.
@@ -38,26 +37,26 @@ def write_rollout(
 
     Args:
         update: number of the update, from 1, as in `metrics.jsonl`.
-        prompts: canonical prompts, text or messages, one per row of the rollout. Where there are
+        prompts: canonical prompts, text or messages, one per row of the batch. Where there are
             both, messages are written as JSON text: a column of a table has one type.
-        kl, rewards: (B, T).
+        scores: (B,) as in the metric `score`.
     """
     file = directory / "rollouts" / f"update-{update:06d}.jsonl"
     file.parent.mkdir(exist_ok=True)
     mixed = len({type(prompt) for prompt in prompts}) > 1
-    tensors = {name: getattr(rollout, name).tolist() for name in ("response_ids", *PER_TOKEN)}
-    tensors |= {"token_kl": kl.tolist(), "rewards": rewards.tolist()}
-    scores, finished = rollout.scores.tolist(), rollout.finished.tolist()
+    tensors = {name: getattr(batch, name).tolist() for name in ("response_ids", *PER_TOKEN)}
+    tensors |= {"token_kl": batch.kl.tolist(), "rewards": batch.rewards.tolist()}
+    finished, score_list = batch.finished.tolist(), scores.tolist()
     temporary = file.with_name(file.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as stream:
-        for i, (prompt, length) in enumerate(zip(prompts, rollout.lengths.tolist(), strict=True)):
+        for i, (prompt, length) in enumerate(zip(prompts, batch.lengths.tolist(), strict=True)):
             tokens = {name: values[i][:length] for name, values in tensors.items()}
             row = {
                 "update": update,
                 "prompt": json.dumps(prompt) if mixed and not isinstance(prompt, str) else prompt,
                 "response": response_text(tokens["response_ids"], tokenizer),
                 "finished": finished[i],
-                "score": scores[i],
+                "score": score_list[i],
                 "kl": sum(tokens["token_kl"]),
                 "response_length": length,
             }

@@ -1,24 +1,27 @@
-"""The PPO stage: check and load everything, look before training, run."""
+"""The PPO stage: refuse early, load, look, train.
+
+Read on in `trainer.py` (one update), `rollout.py` and `update.py` (its two large parts), and
+`loop.py` (updates, evaluations and checkpoints until the end). `actors.py` loads the models.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 from rlhf.checkpoint import StageRun, open_run, require_writable, warn_about_prompts
-from rlhf.config import PPOStageConfig
+from rlhf.config import InputError, PPOStageConfig, ScorerConfig, with_default_paths
 from rlhf.console import say
-from rlhf.data import load_splits
+from rlhf.data import describe_dropped, encode_texts, first_cases, load_rows, load_splits
 from rlhf.distributed import make_accelerator
-from rlhf.models import unwrap_peft
+from rlhf.models import parameter_count, unwrap_peft
 from rlhf.ppo.actors import (
-    check_batches,
+    Actors,
     check_promises,
-    collect_settings,
-    describe_batches,
     load_actors,
     load_checked_tokenizer,
     load_independent_scorer,
-    load_texts,
+    needs_reward_model,
     try_adapters,
-    with_sources,
 )
 from rlhf.ppo.evaluation import Evaluator
 from rlhf.ppo.loop import PPOResult, Run
@@ -35,15 +38,14 @@ def train_ppo(config: PPOStageConfig, scorer: Scorer | None = None) -> PPOResult
     Args:
         config: see `conf/ppo.yaml` for every knob; `model.path` and `scorer.path` default to this
             run's SFT and reward directories.
-        scorer: see `rlhf.scorers`, in place of `config.scorer`; needs `critic.init=policy`.
+        scorer: see `rlhf.scorers`; replaces `config.scorer` and needs `critic.init=policy`.
 
     Returns:
         With `preflight=only`, an empty result: nothing is trained or written.
 
     Raises:
-        InputError: bad configuration, directory or data, a check of the preflight failed, or
-            another process writes to the stage's directory; nothing has been trained or overwritten
-            then.
+        InputError: bad configuration, directory or data, the preflight failed, or another process
+            writes to the stage's directory; nothing has been trained or overwritten then.
     """
     config = with_sources(config, scorer)
     with open_run(config, "ppo", writes=config.preflight != "only") as run:
@@ -56,6 +58,7 @@ def train_ppo(config: PPOStageConfig, scorer: Scorer | None = None) -> PPOResult
 
 def _train(config: PPOStageConfig, scorer: Scorer | None, run: StageRun) -> PPOResult:
     """As `train_ppo`, for a run that is not finished."""
+    # Refuse early: tokenizers, adapters, batch sizes, the second scorer and the data take seconds.
     tokenizer, parent = load_checked_tokenizer(config)
     try_adapters(config)
     accelerator = make_accelerator(config.precision)
@@ -65,19 +68,106 @@ def _train(config: PPOStageConfig, scorer: Scorer | None, run: StageRun) -> PPOR
     evaluates = config.evaluation.num_prompts > 0
     splits = load_splits(config.dataset, "ppo", config.seed, needs_eval=evaluates)
     warn_about_prompts(parent, splits.prompts)
+
+    # Load: the models, then the prompts and texts that fit into their contexts.
     actors = load_actors(config, tokenizer, scorer, accelerator)
     require_writable(unwrap_peft(actors.policy), tokenizer, config)
     check_promises(config, actors, accelerator)
-    settings = collect_settings(config, actors.policy, tokenizer)
     texts = load_texts(config, tokenizer, context_length(actors.policy))
     prompts, heldout, too_long = choose_prompts(config, splits, actors, independent, num_processes)
     say(describe_batches(config, len(prompts), num_processes, actors))
     say(splits.describe(too_long))
     splits.dropped += too_long
-    trainer = PPOTrainer(config, actors, prompts, settings, accelerator, run.directory, texts)
+
+    # Look: the preflight measures on the loaded models whether the run can succeed.
+    trainer = PPOTrainer(config, actors, prompts, accelerator, run.directory, texts)
     if config.preflight:
         run_preflight(trainer, heldout, independent)
     if config.preflight == "only":
         return PPOResult(None, {}, {})
+
+    # Train: only now is anything written to the stage's directory.
     run.begin()
     return Run(config, trainer, Evaluator(trainer, heldout, independent), splits).run()
+
+
+def with_sources(config: PPOStageConfig, scorer: Scorer | None) -> PPOStageConfig:
+    """Return a copy that names what PPO starts from: this run's earlier stages unless paths are
+    given, and a scorer that the caller passed."""
+    config = with_default_paths(config)
+    if scorer is not None:
+        if needs_reward_model(config):
+            raise InputError(
+                "critic.init=reward needs a reward model; with a scorer of your own set "
+                "critic.init=policy"
+            )
+        name = getattr(scorer, "__qualname__", type(scorer).__qualname__)
+        config.scorer = ScorerConfig(f"python:{scorer.__module__}.{name}", normalize="none")
+    return config
+
+
+def load_texts(config: PPOStageConfig, tokenizer: Any, context: int) -> list[list[int]]:
+    """Token ids of the PPO-ptx texts; none where `ptx.coef` is 0."""
+    ptx = config.ptx
+    if not ptx.coef:
+        return []
+    if ptx.max_length > context:
+        raise InputError(
+            f"ptx.max_length={ptx.max_length} exceeds the model's context of {context} tokens; "
+            "lower it"
+        )
+    assert ptx.path is not None  # `check` has made sure
+    bad = config.dataset.on_bad_row
+    rows, dropped = load_rows(ptx.path, ptx.format, ptx.split, "ptx", "ptx.path", bad)
+    texts, unusable = encode_texts(rows, tokenizer, ptx.max_length, bad)
+    dropped += unusable
+    say("\n".join([f"ptx: {len(texts)} texts; {describe_dropped(dropped)}", *first_cases(dropped)]))
+    return texts
+
+
+def check_batches(config: PPOStageConfig, num_processes: int) -> None:
+    """Check that every process gets the same share of each minibatch, and of the ptx texts."""
+    per_minibatch = config.ppo.batch_size // config.ppo.num_mini_batches
+    if per_minibatch % num_processes:
+        raise InputError(
+            f"ppo.batch_size / ppo.num_mini_batches = {per_minibatch} must be divisible by the "
+            f"{num_processes} processes; change ppo.batch_size"
+        )
+    if config.ptx.coef and config.ptx.batch_size % num_processes:
+        raise InputError(
+            f"ptx.batch_size={config.ptx.batch_size} must be divisible by the {num_processes} "
+            "processes"
+        )
+
+
+def describe_batches(
+    config: PPOStageConfig, num_prompts: int, num_processes: int, actors: Actors
+) -> str:
+    """Spell out the derived batch arithmetic."""
+    ppo = config.ppo
+    minibatch = ppo.batch_size // ppo.num_mini_batches
+    share = minibatch // num_processes
+    micro = -(-share // ppo.micro_batch_size)
+    total, trainable = parameter_count(actors.policy)
+    reference = "adapters off" if actors.reference is None else "own copy"
+    critic = f"no critic ({ppo.advantage})"
+    if actors.critic is not None:
+        size = parameter_count(actors.critic)[1]
+        critic = f"critic from {config.critic.init}, {size:,} trainable"
+    steps = ppo.num_ppo_epochs * ppo.num_mini_batches
+    prompts = ppo.batch_size // ppo.samples_per_prompt
+    each = f" x {ppo.samples_per_prompt} responses" if ppo.samples_per_prompt > 1 else ""
+    passes = ppo.num_updates * prompts / num_prompts
+    return "\n".join(
+        [
+            f"ppo: policy {total:,} parameters, {trainable:,} trainable (reference: {reference}); "
+            f"{critic}",
+            f"     rollout: {prompts} of {num_prompts} prompts{each}, at most "
+            f"{ppo.response_length} tokens each; {ppo.num_updates} updates = "
+            f"{ppo.num_updates * ppo.batch_size} episodes = {passes:.1f} passes over the prompts",
+            f"     update: {ppo.num_ppo_epochs} epochs x {ppo.num_mini_batches} minibatches of "
+            f"{minibatch} = {steps} optimiser steps; {num_processes} "
+            f"process{'es' * (num_processes > 1)} x {micro} micro-batches of at most "
+            f"{ppo.micro_batch_size}",
+        ]
+    )

@@ -1,7 +1,11 @@
-"""The PPO loop: collect, shape rewards, estimate advantages, update, log.
+"""One PPO update: collect, shape rewards, estimate advantages, update, report.
 
-Formulas live in `rlhf.functional`, the optimiser steps in `rlhf.ppo.update`, the estimators
-in `rlhf.ppo.estimators`; loading, evaluation and the run directory in `rlhf.ppo.stage`.
+`stage.py` comes before: it loads what the trainer needs. `rollout.py` and `update.py` come next:
+they hold the first and the last part of an update. `loop.py` calls `step` until the run ends. The
+formulas are in `rlhf.functional`.
+
+To add an advantage estimator, write a function like `gae` below and name it in `ESTIMATORS` and in
+the choices of `PPOConfig.advantage`.
 
 Decisions and sources: Z = Ziegler et al. 2019 (arXiv 1909.08593), S = Stiennon et al. 2020
 (2009.01325), IG = InstructGPT (2203.02155), N = "The N implementation details of RLHF with PPO"
@@ -12,16 +16,15 @@ Decisions and sources: Z = Ziegler et al. 2019 (arXiv 1909.08593), S = Stiennon 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from rlhf.config import InputError, PPOStageConfig
+from rlhf import functional
+from rlhf.config import InputError, PPOConfig, PPOStageConfig
 from rlhf.functional import (
     Moments,
     adaptive_kl_coef,
@@ -32,29 +35,26 @@ from rlhf.functional import (
     update_moments,
     whiten,
 )
-from rlhf.ppo.estimators import ESTIMATORS, WHITENED
-from rlhf.ppo.rollout import (
-    Actors,
-    CollectSettings,
-    Rollout,
-    collect,
-    component_scores,
-    cut_metric,
-)
+from rlhf.ppo.actors import Actors
+from rlhf.ppo.prompts import minibatches, stream_rows
+from rlhf.ppo.rollout import Experience, Rollout, collect, component_scores, cut_metric
 from rlhf.ppo.saved_rollouts import write_rollout
-from rlhf.ppo.update import Optimization, stream_rows
+from rlhf.ppo.update import Updater
+from rlhf.sampling import sampling_for
 from rlhf.scorers import CombinedScorer, Scorer
 
 
 class PPOTrainer:
-    """Trains a policy, and a critic where the estimator has one, against a scorer.
+    """Trains a policy, and a critic if the estimator has one, against a scorer.
 
     Attributes:
         actors: unwrapped models; `policy` and `critic` are trained in place.
-        optimization: optimisers, and averaged weights where asked.
+        sampling: how responses are sampled.
+        updater: optimisers, and averaged weights where asked.
         update: number of finished updates.
         kl_coef: weight of the KL penalty now; changes with `ppo.kl_target` only.
         score_moments: of all scores so far; used with `ppo.scale_scores`.
+        collected_at: `time.perf_counter()` at the end of the latest `collect`.
     """
 
     def __init__(
@@ -62,7 +62,6 @@ class PPOTrainer:
         config: PPOStageConfig,
         actors: Actors,
         prompts: Sequence[dict[str, Any]],
-        settings: CollectSettings,
         accelerator: Accelerator,
         directory: Path,
         texts: Sequence[Sequence[int]] = (),
@@ -71,66 +70,58 @@ class PPOTrainer:
 
         Args:
             prompts: encoded prompts (`prompt`, `input_ids`), the same on every process.
-            directory: where a batch with a number that is not finite is saved.
+            directory: a batch with a number that is not finite is saved here.
             texts: token ids of the PPO-ptx texts, each at least two.
         """
-        self.config, self.actors, self.prompts, self.settings = config, actors, prompts, settings
+        self.config, self.actors, self.prompts = config, actors, prompts
         self.accelerator, self.directory = accelerator, directory
-        self.optimization = Optimization(
-            config, actors, settings.sampling, accelerator, directory, texts
+        ppo = config.ppo
+        self.sampling = sampling_for(
+            actors.policy,
+            actors.tokenizer,
+            ppo.response_length,
+            ppo.temperature,
+            ppo.top_p,
+            ppo.top_k,
         )
+        self.updater = Updater(config, actors, self.sampling, accelerator, directory, texts)
         self.update = 0
-        self.kl_coef = config.ppo.kl_coef
+        self.kl_coef = ppo.kl_coef
         self.score_moments = Moments(0, 0.0, 0.0)
+        self.collected_at = 0.0
 
     def step(self) -> dict[str, float]:
         """Make one PPO update and return its metrics (names of `metrics.METRICS`)."""
-        began = time.perf_counter()
         rollout = self.collect()
-        collected = time.perf_counter()
         kl, rewards = self.shape_rewards(rollout)
-        metrics = self.estimate_advantages(rollout, rewards)
-        self.save_rollout(rollout, kl, rewards)
-        metrics |= self.optimization.run(rollout, self.update, self.kl_coef)
-        ended = time.perf_counter()
-        metrics |= component_metrics(rollout, self.actors.scorer)
-        metrics |= cut_metric("", rollout.cut, self.actors, self.actors.scorer)
-        metrics |= rollout_metrics(rollout, rewards) | {
-            "kl_coef": self.kl_coef,
-            "collect_seconds": collected - began,
-            "optimize_seconds": ended - collected,
-            "tokens_per_second": float(rollout.response_mask.sum()) / (ended - began),
-        }
-        self.adapt_kl_coef(metrics["kl"])
-        self.update += 1
-        return metrics
+        batch = self.estimate_advantages(rollout, kl, rewards)
+        self.save_rollout(batch)
+        stats = self.updater.run(batch, self.update, self.kl_coef)
+        return self.finish(batch, stats)
 
     def collect(self) -> Rollout:
         """Sample `samples_per_prompt` responses to each of this update's prompts and evaluate
         them."""
-        ppo = self.config.ppo
-        self.optimization.update, self.optimization.num_steps = self.update, 0
-        settings = self.settings
-        if ppo.whiten_scores:  # of all scores; the penalty takes its place in `shape_rewards`
-            settings = replace(settings, missing_eos_penalty=None)
+        ppo, key = self.config.ppo, (self.config.seed, self.update)
+        device = self.accelerator.device
         rollout = collect(
             self.actors,
             self.prompts_of_update(),
-            (self.config.seed, self.update),
-            settings,
+            key,
+            self.sampling,
+            ppo,
             self.accelerator,
-            self.optimization.minibatches(0, ppo.batch_size),
+            minibatches(ppo.batch_size, ppo.num_mini_batches, (*key, 0), device),
         )
-        if ppo.mask_truncated:
-            rollout.loss_mask = rollout.response_mask & rollout.finished[:, None]
         self.require_finite(rollout, "logprobs", "ref_logprobs", "values", "scores")
+        self.collected_at = time.perf_counter()
         return rollout
 
     def require_finite(self, rollout: Rollout, *names: str, **others: Tensor) -> None:
         """Stop the run if fields of a rollout, or other tensors made of it, are not finite."""
         tensors = {name: getattr(rollout, name) for name in names} | others
         sums = {name: float(tensor.sum()) for name, tensor in tensors.items()}
-        self.optimization.require_finite(sums, rollout)
+        self.updater.require_finite(sums, rollout, self.update)
 
     def prompts_of_update(self) -> list[dict[str, Any]]:
         """The encoded prompt of each response of this update, over all processes."""
@@ -140,63 +131,89 @@ class PPOTrainer:
         rows = stream_rows(numbers, len(self.prompts), (self.config.seed,))
         return [self.prompts[row] for row in rows for _ in range(ppo.samples_per_prompt)]
 
-    def save_rollout(self, rollout: Rollout, kl: Tensor, rewards: Tensor) -> None:
-        """Write this update's rollout where `ppo.save_rollouts` asks for it."""
-        every, number = self.config.ppo.save_rollouts, self.update + 1
-        if every is None or number % every or not self.accelerator.is_main_process:
-            return
-        prompts = [row["prompt"] for row in self.prompts_of_update()]
-        tokenizer = self.actors.tokenizer
-        write_rollout(self.directory, number, prompts, rollout, kl, rewards, tokenizer)
-
     def shape_rewards(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """Put the KL penalty on every token and the score on the last (Z, S, IG, N, N+).
 
-        A scorer's rewards per token are given at their tokens, what is left of the score on the
-        last. Where asked, both are first divided by the running standard deviation of the scores
-        (Sec), or the scores whitened (L), and then clipped (Sec). So without KL, the rewards of a
-        response add up to its score.
+        A scorer's rewards per token are given at their tokens, the rest of the score on the last.
+        Where asked, both are first divided by the running standard deviation of the scores (Sec),
+        or the scores whitened (L), and then clipped (Sec). So without KL, the rewards of a response
+        add up to its score.
 
         Returns:
             kl (B, T), by `ppo.kl_estimator`, and rewards (B, T).
         """
-        ppo, mask = self.config.ppo, rollout.response_mask
-        scores, dense = rollout.scores, rollout.dense_rewards
+        ppo, dense = self.config.ppo, rollout.dense_rewards
+        if ppo.whiten_scores and dense.any():
+            raise InputError(
+                "ppo.whiten_scores=true whitens one score per response, but the scorer gives "
+                "rewards per token; set it to false (ppo.scale_scores=true scales both)"
+            )
+        scores = rollout.final_scores(ppo.missing_eos_penalty, ppo.whiten_scores)
         if ppo.scale_scores:
             counted = rollout.loss_mask.any(dim=1)
             self.score_moments = update_moments(self.score_moments, scores[counted])
             std = self.score_moments.std or 1.0
             scores, dense = scores / std, dense / std
-        if ppo.whiten_scores:
-            scores = whitened_scores(rollout, self.settings.missing_eos_penalty)
         if ppo.clip_scores is not None:
             scores = scores.clamp(-ppo.clip_scores, ppo.clip_scores)
         kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, ppo.kl_estimator)
         at_end, kl_coef = scores - dense.sum(dim=1), self.kl_coef if ppo.kl_in == "reward" else 0.0
-        rewards = shape_rewards(at_end, kl, mask, kl_coef) + dense
+        rewards = shape_rewards(at_end, kl, rollout.response_mask, kl_coef) + dense
         if ppo.whiten_rewards:  # N: scaled, but not shifted
             rewards = whiten(rewards, rollout.loss_mask, center=False)
         self.require_finite(rollout, rewards=rewards)
         return kl, rewards
 
-    def estimate_advantages(self, rollout: Rollout, rewards: Tensor) -> dict[str, float]:
-        """Fill in advantages (whitened over all tokens of the rollout, N) and returns; the metrics
-        are of the tokens that the losses count."""
-        ppo, mask = self.config.ppo, rollout.loss_mask
-        advantages, returns = ESTIMATORS[ppo.advantage](rollout, rewards, ppo)
-        whitened = ppo.whiten_advantages
-        if whitened is None:
-            whitened = ppo.advantage in WHITENED
-        rollout.advantages = whiten(advantages, mask) if whitened else advantages
-        rollout.returns = returns
-        self.require_finite(rollout, "advantages", "returns")
-        metrics = {"return": float(masked_mean(returns, mask))}
-        if mask.any():
-            metrics["advantage_std"] = float(advantages[mask].std(unbiased=False))
-        if self.optimization.has_critic:
-            metrics["value"] = float(masked_mean(rollout.values, mask))
-            metrics["explained_variance"] = float(explained_variance(rollout.values, returns, mask))
+    def estimate_advantages(self, rollout: Rollout, kl: Tensor, rewards: Tensor) -> Experience:
+        """Add advantages, whitened over all tokens of the rollout (N), and returns."""
+        ppo = self.config.ppo
+        raw, returns = ESTIMATORS[ppo.advantage](rollout, rewards, ppo)
+        whitens = ppo.whiten_advantages
+        if whitens is None:
+            whitens = ppo.advantage in WHITENED
+        advantages = whiten(raw, rollout.loss_mask) if whitens else raw
+        batch = Experience(
+            **vars(rollout),
+            kl=kl,
+            rewards=rewards,
+            raw_advantages=raw,
+            advantages=advantages,
+            returns=returns,
+        )
+        self.require_finite(batch, "advantages", "returns")
+        return batch
+
+    def finish(self, batch: Experience, stats: dict[str, float]) -> dict[str, float]:
+        """Count the update, adapt the KL coefficient, and return the metrics."""
+        scores = self.reported_scores(batch)
+        metrics = (
+            advantage_metrics(batch, self.actors.critic is not None)
+            | stats
+            | component_metrics(batch, self.actors.scorer)
+            | cut_metric("", batch.cut, self.actors, self.actors.scorer)
+            | rollout_metrics(batch, scores)
+            | {"kl_coef": self.kl_coef}
+        )
+        self.adapt_kl_coef(metrics["kl"])
+        self.update += 1
         return metrics
+
+    def reported_scores(self, rollout: Rollout) -> Tensor:
+        """(B,) scores with the penalty for a missing EOS; without it if `ppo.whiten_scores` puts it
+        on another scale."""
+        ppo = self.config.ppo
+        return rollout.final_scores(None if ppo.whiten_scores else ppo.missing_eos_penalty)
+
+    def save_rollout(self, batch: Experience) -> None:
+        """Write this update's rollout where `ppo.save_rollouts` asks for it."""
+        every, number = self.config.ppo.save_rollouts, self.update + 1
+        if every is None or number % every or not self.accelerator.is_main_process:
+            return
+        prompts, scores = (
+            [row["prompt"] for row in self.prompts_of_update()],
+            self.reported_scores(batch),
+        )
+        write_rollout(self.directory, number, prompts, batch, scores, self.actors.tokenizer)
 
     def adapt_kl_coef(self, kl: float) -> None:
         """Move `kl_coef` towards `ppo.kl_target`, once per rollout with that rollout's KL (Z)."""
@@ -207,7 +224,7 @@ class PPOTrainer:
             )
 
     def state(self) -> dict[str, Any]:
-        """What resuming needs beside weights and optimisers, as JSON values."""
+        """What resuming needs besides weights and optimisers, as JSON values."""
         return {
             "update": self.update,
             "kl_coef": self.kl_coef,
@@ -220,29 +237,68 @@ class PPOTrainer:
         self.score_moments = Moments(*state["score_moments"])
 
 
-def whitened_scores(rollout: Rollout, penalty: float | None) -> Tensor:
-    """Give the scores of a rollout mean 0 and variance 1, and put the penalty for a missing EOS in
-    the place of those of unfinished responses afterwards.
+# --- Advantage estimators -----------------------------------------------------------------------
 
-    L whitens logit(R) with R the sigmoid of the reward model's output: that output, which is what
-    a score is here.
 
-    Args:
-        rollout: its scores are without the penalty.
+def gae(rollout: Rollout, rewards: Tensor, ppo: PPOConfig) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation with the critic's values (arXiv 1506.02438)."""
+    return functional.gae(rewards, rollout.values, rollout.response_mask, ppo.gamma, ppo.lam)
 
-    Returns:
-        (B,).
 
-    Raises:
-        InputError: the scorer gives rewards per token.
+def rloo(rollout: Rollout, rewards: Tensor, ppo: PPOConfig) -> tuple[Tensor, Tensor]:
+    """Leave-one-out over the responses of a prompt (arXiv 2402.14740); one number per response."""
+    return _per_response(functional.rloo, rollout, rewards, ppo)
+
+
+def grpo(rollout: Rollout, rewards: Tensor, ppo: PPOConfig) -> tuple[Tensor, Tensor]:
+    """Standardised over the responses of a prompt (arXiv 2402.03300); one number per response.
+
+    The loss stays the mean over the tokens of the minibatch, not first over each response.
     """
-    if rollout.dense_rewards.any():
-        raise InputError(
-            "ppo.whiten_scores=true whitens one score per response, but the scorer gives rewards "
-            "per token; set it to false (ppo.scale_scores=true scales both)"
-        )
-    scores = whiten(rollout.scores, rollout.loss_mask.any(dim=1))
-    return scores if penalty is None else torch.where(rollout.finished, scores, penalty)
+    return _per_response(functional.grpo, rollout, rewards, ppo)
+
+
+def reinforce_pp(rollout: Rollout, rewards: Tensor, ppo: PPOConfig) -> tuple[Tensor, Tensor]:
+    """Reward to go, to be whitened over the rollout (REINFORCE++, arXiv 2501.03262)."""
+    returns = functional.reinforce_pp(rewards, rollout.response_mask, ppo.gamma)
+    return returns, returns
+
+
+def _per_response(
+    formula: Callable[[Tensor], Tensor], rollout: Rollout, rewards: Tensor, ppo: PPOConfig
+) -> tuple[Tensor, Tensor]:
+    """Apply a formula to the summed rewards, (P, K), and give every token its response's result."""
+    totals = rewards.sum(dim=1)  # (B,); rewards are 0 at masked positions
+    per_response = formula(totals.view(-1, ppo.samples_per_prompt)).view(-1, 1)  # (B, 1)
+    mask = rollout.response_mask
+    return per_response.where(mask, 0.0), totals[:, None].where(mask, 0.0)
+
+
+Estimator = Callable[[Rollout, Tensor, PPOConfig], tuple[Tensor, Tensor]]
+# name -> (rollout, rewards (B, T), settings) -> advantages, returns (B, T), 0 where masked
+ESTIMATORS: dict[str, Estimator] = {
+    "gae": gae,
+    "rloo": rloo,
+    "grpo": grpo,
+    "reinforce_pp": reinforce_pp,
+}
+# Whitened over the rollout, unless `ppo.whiten_advantages` says otherwise.
+WHITENED = ("gae", "reinforce_pp")
+
+
+# --- Metrics ------------------------------------------------------------------------------------
+
+
+def advantage_metrics(batch: Experience, has_critic: bool) -> dict[str, float]:
+    """Metrics of the tokens that the losses count."""
+    mask, returns = batch.loss_mask, batch.returns
+    metrics = {"return": float(masked_mean(returns, mask))}
+    if mask.any():
+        metrics["advantage_std"] = float(batch.raw_advantages[mask].std(unbiased=False))
+    if has_critic:
+        metrics["value"] = float(masked_mean(batch.values, mask))
+        metrics["explained_variance"] = float(explained_variance(batch.values, returns, mask))
+    return metrics
 
 
 def component_metrics(rollout: Rollout, scorer: Scorer) -> dict[str, float]:
@@ -256,30 +312,33 @@ def component_metrics(rollout: Rollout, scorer: Scorer) -> dict[str, float]:
     return metrics
 
 
-def rollout_metrics(rollout: Rollout, rewards: Tensor) -> dict[str, float]:
+def rollout_metrics(batch: Experience, scores: Tensor) -> dict[str, float]:
     """Metrics of a rollout; KL is summed over tokens and averaged over sequences, nats per
-    sequence."""
-    mask, finished = rollout.response_mask, rollout.finished
+    sequence.
+
+    Args:
+        scores: (B,) that the metric `score` shows.
+    """
+    mask, finished = batch.response_mask, batch.finished
 
     def per_sequence(x: Tensor) -> Tensor:
         return x.where(mask, 0.0).sum(dim=1)  # (B,)
 
-    k1 = per_sequence(kl_estimate(rollout.logprobs, rollout.ref_logprobs, "k1"))
-    gap = (rollout.sampler_logprobs - rollout.logprobs).abs().where(mask, 0.0)
+    k1 = per_sequence(kl_estimate(batch.logprobs, batch.ref_logprobs, "k1"))
+    k3 = per_sequence(kl_estimate(batch.logprobs, batch.ref_logprobs, "k3"))
+    gap = (batch.sampler_logprobs - batch.logprobs).abs().where(mask, 0.0)
     metrics = {
-        "score": float(rollout.scores.mean()),
-        "score_std": float(rollout.scores.std(unbiased=False)),
-        "reward": float(per_sequence(rewards).mean()),
+        "score": float(scores.mean()),
+        "score_std": float(scores.std(unbiased=False)),
+        "reward": float(per_sequence(batch.rewards).mean()),
         "kl": float(k1.mean()),
         "kl_std": float(k1.std(unbiased=False)),
-        "kl_k3": float(
-            per_sequence(kl_estimate(rollout.logprobs, rollout.ref_logprobs, "k3")).mean()
-        ),
-        "response_length": float(rollout.lengths.float().mean()),
-        "response_length_max": int(rollout.lengths.max()),
+        "kl_k3": float(k3.mean()),
+        "response_length": float(batch.lengths.float().mean()),
+        "response_length_max": int(batch.lengths.max()),
         "eos_rate": float(finished.float().mean()),
         "sampler_gap": float(gap.max()),
     }
     if finished.any():
-        metrics["finished_score"] = float(rollout.scores[finished].mean())
+        metrics["finished_score"] = float(batch.scores[finished].mean())
     return metrics

@@ -24,9 +24,9 @@ from torch.multiprocessing import spawn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from rlhf.config import EvaluationConfig, InputError, ScorerComponent, ScorerConfig
+from rlhf.distributed import on_every_process
 from rlhf.metrics import read_jsonl
 from rlhf.ppo import train_ppo
-from rlhf.ppo.rollout import on_every_process
 from rlhf.scorers import checked_scores, load_scorer, score_responses
 
 CONTEXT = 52

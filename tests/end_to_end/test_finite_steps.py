@@ -133,11 +133,11 @@ def test_all_processes_stop_at_what_one_of_them_meets(tmp_path):
 def test_every_number_of_a_rollout_is_checked(policy_dir, tmp_path):
     trainer = make_trainer(make_config(policy_dir, tmp_path), tmp_path)
     rollout = trainer.collect()
-    rewards = trainer.shape_rewards(rollout)[1]
+    kl, rewards = trainer.shape_rewards(rollout)
     rewards[0, 0] = math.nan
     with pytest.raises(NonFiniteError, match="advantages, returns is not finite in update 1"):
-        trainer.estimate_advantages(rollout, rewards)
-    rollout.scores[1] = math.inf
+        trainer.estimate_advantages(rollout, kl, rewards)
+    rollout.scores[rollout.finished] = math.inf
     with pytest.raises(NonFiniteError, match="rewards is not finite in update 1; got inf"):
         trainer.shape_rewards(rollout)
     assert (tmp_path / "non_finite_batch_0.safetensors").is_file()
@@ -151,11 +151,11 @@ def test_the_loss_on_ptx_texts_is_checked(policy_dir, tmp_path):
     config = make_config(policy_dir, tmp_path)
     config.ptx.coef, config.ptx.batch_size = 1.0, 2
     trainer = make_trainer(config, tmp_path)
-    trainer.optimization.texts = [[40, 41, 42], [50, 51]]
+    trainer.updater.texts = [[40, 41, 42], [50, 51]]
     rollout = trainer.collect()
     trainer.actors.policy.lm_head.register_forward_hook(spoil)
     with pytest.raises(NonFiniteError, match="ptx_loss is not finite in update 1"):
-        trainer.optimization._accumulate_ptx(0, rollout)
+        trainer.updater.accumulate_ptx(rollout, 0, 0)
 
 
 def test_an_evaluation_is_checked(policy_dir, tmp_path):

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from rlhf.checkpoint import make_record, write_stage
 from rlhf.config import ModelConfig, PeftConfig, StageConfig
 from rlhf.models import ScalarModel, sequence_scores
-from rlhf.ppo.rollout import _assemble
+from rlhf.ppo.rollout import Responses
 from rlhf.sampling import Generation
 from rlhf.scorers import score_sequences
 
@@ -69,7 +69,7 @@ def scores_of(model, sequences=SEQUENCES):
 
 def rollout_of(prompts, responses, fill=PAD):
     sampled = Generation(responses, [[0.0] * len(r) for r in responses], [True] * len(responses))
-    return _assemble([{"input_ids": p} for p in prompts], sampled, fill, torch.device("cpu"))
+    return Responses.padded(prompts, sampled, fill, torch.device("cpu"))
 
 
 def train_policy(model, num_steps=3):

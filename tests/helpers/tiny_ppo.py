@@ -21,7 +21,7 @@ from rlhf.config import (
 )
 from rlhf.data import encode_prompts
 from rlhf.ppo import PPOTrainer
-from rlhf.ppo.actors import collect_settings, load_actors
+from rlhf.ppo.actors import load_actors
 from rlhf.tokenizer import load_tokenizer
 
 WORDS = "apple river stone cloud paper light green table under seven".split()
@@ -90,8 +90,7 @@ def make_trainer(config: PPOStageConfig, folder: Path, num_prompts: int = 16) ->
     actors = load_actors(config, tokenizer, None, accelerator)
     rows = [{"prompt": " ".join(WORDS[i % 7 : i % 7 + 1 + i % 4])} for i in range(num_prompts)]
     prompts, _ = encode_prompts(rows, tokenizer, 64)
-    settings = collect_settings(config, actors.policy, tokenizer)
-    return PPOTrainer(config, actors, prompts, settings, accelerator, folder)
+    return PPOTrainer(config, actors, prompts, accelerator, folder)
 
 
 def weights(trainer: PPOTrainer) -> torch.Tensor:

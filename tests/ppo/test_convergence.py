@@ -22,7 +22,7 @@ from helpers.tiny_ppo import make_config
 from rlhf.data import encode_prompts
 from rlhf.models import response_logits
 from rlhf.ppo import PPOTrainer
-from rlhf.ppo.actors import collect_settings, load_actors
+from rlhf.ppo.actors import load_actors
 from rlhf.tokenizer import load_tokenizer
 
 LETTERS, GOOD, NUM_TOKENS = "abcdef", "cf", 3
@@ -52,13 +52,13 @@ def small_world(policy_dir, folder, seed, beta, **ppo) -> PPOTrainer:
     config.seed, config.critic.learning_rate = seed, 1e-2
     tokenizer, accelerator = load_tokenizer(config.model), Accelerator(cpu=True)
     actors = load_actors(config, tokenizer, count_good, accelerator)
-    settings = collect_settings(config, actors.policy, tokenizer)
     allowed = {tokenizer(letter)["input_ids"][0] for letter in LETTERS}
     forbidden = torch.tensor([i for i in range(len(tokenizer)) if i not in allowed])
-    sampling = dataclasses.replace(settings.sampling, forbidden=forbidden, stop_ids=())
-    settings = dataclasses.replace(settings, sampling=sampling)
     prompts = encode_prompts([{"prompt": "say"}] * 128, tokenizer, 64)[0]
-    return PPOTrainer(config, actors, prompts, settings, accelerator, folder)
+    trainer = PPOTrainer(config, actors, prompts, accelerator, folder)
+    sampling = dataclasses.replace(trainer.sampling, forbidden=forbidden, stop_ids=())
+    trainer.sampling = trainer.updater.sampling = sampling
+    return trainer
 
 
 def every_response(trainer: PPOTrainer) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,7 +76,7 @@ def log_probabilities(model, trainer: PPOTrainer, ids: torch.Tensor) -> torch.Te
     sequences = torch.cat([prompt, ids], dim=1)
     mask = torch.ones_like(sequences, dtype=torch.bool)
     positions = positions_before_last(sequences, NUM_TOKENS)
-    logits = response_logits(model, sequences, mask, positions, trainer.settings.sampling.forbidden)
+    logits = response_logits(model, sequences, mask, positions, trainer.sampling.forbidden)
     return logits.double().log_softmax(-1).gather(-1, ids[:, :, None]).sum(dim=(1, 2))
 
 

@@ -15,6 +15,8 @@ from helpers.tiny_ppo import make_config, make_trainer, weights, write_policy
 from rlhf.config import InputError, check
 from rlhf.metrics import METRICS, read_jsonl
 from rlhf.ppo import train_ppo
+from rlhf.ppo.prompts import minibatches
+from rlhf.ppo.trainer import advantage_metrics
 
 LOSSES = {
     "gae": {"entropy_coef": 0.1, "whiten_rewards": True, "scale_scores": True},
@@ -25,7 +27,8 @@ LOSSES = {
 
 def update(policy_dir, folder, garbage=0.0, **ppo):
     """One update whose cut responses have other numbers, by `garbage`; metrics, and the weights."""
-    trainer = make_trainer(make_config(policy_dir, folder, **ppo), folder)
+    config = make_config(policy_dir, folder, missing_eos_penalty=None, **ppo)
+    trainer = make_trainer(config, folder)
     rollout = trainer.collect()
     cut = ~rollout.finished
     assert 0 < cut.sum() < len(rollout)
@@ -33,9 +36,9 @@ def update(policy_dir, folder, garbage=0.0, **ppo):
     for name in ("logprobs", "ref_logprobs", "values"):
         tensor = getattr(rollout, name)
         tensor[cut] += garbage * rollout.response_mask[cut]
-    _, rewards = trainer.shape_rewards(rollout)
-    metrics = trainer.estimate_advantages(rollout, rewards)
-    metrics |= trainer.optimization.run(rollout, 0, trainer.kl_coef)
+    batch = trainer.estimate_advantages(rollout, *trainer.shape_rewards(rollout))
+    metrics = trainer.updater.run(batch, 0, trainer.kl_coef)
+    metrics |= advantage_metrics(batch, trainer.actors.critic is not None)
     critic = trainer.actors.critic
     models = [trainer.actors.policy, *([] if critic is None else [critic])]
     return metrics, torch.cat([p.detach().flatten() for m in models for p in m.parameters()])
@@ -56,14 +59,13 @@ def test_a_cut_response_has_no_effect_on_the_update(policy_dir, tmp_path, kind):
 def test_losses_are_means_over_the_tokens_of_finished_responses(policy_dir, tmp_path):
     trainer = make_trainer(make_config(policy_dir, tmp_path, mask_truncated=True), tmp_path)
     rollout = trainer.collect()
-    rewards = trainer.shape_rewards(rollout)[1]
-    trainer.estimate_advantages(rollout, rewards)
+    rollout = trainer.estimate_advantages(rollout, *trainer.shape_rewards(rollout))
     kept = rollout.response_mask & rollout.finished[:, None]
     whitened = rollout.advantages[kept].double()
     torch.testing.assert_close(float(whitened.mean()), 0.0, rtol=0, atol=1e-6)
     torch.testing.assert_close(float(whitened.std(unbiased=False)), 1.0, rtol=1e-5, atol=0)
     # before a step the ratio is 1 and the critic as it was: both losses are known from the rollout
-    stats = trainer.optimization.accumulate(rollout, torch.arange(len(rollout)))
+    stats = trainer.updater.accumulate(rollout, torch.arange(len(rollout)), 0, 0.0)
     expected = {
         "policy_loss": -rollout.advantages[kept].mean(),
         "value_loss": 0.5 * (rollout.values - rollout.returns)[kept].square().mean(),
@@ -76,12 +78,12 @@ def test_losses_are_means_over_the_tokens_of_finished_responses(policy_dir, tmp_
 def test_a_minibatch_of_cut_responses_makes_no_step_and_is_counted(policy_dir, tmp_path):
     trainer = make_trainer(make_config(policy_dir, tmp_path, mask_truncated=True), tmp_path)
     rollout = trainer.collect()
-    first = trainer.optimization.minibatches(0, len(rollout))[0]
+    first = minibatches(len(rollout), 2, (trainer.config.seed, 0, 0), torch.device("cpu"))[0]
     rollout.finished[first] = False
     rollout.loss_mask[first] = False
     assert rollout.finished.any()
-    trainer.estimate_advantages(rollout, trainer.shape_rewards(rollout)[1])
-    metrics = trainer.optimization.run(rollout, 0, trainer.kl_coef)
+    batch = trainer.estimate_advantages(rollout, *trainer.shape_rewards(rollout))
+    metrics = trainer.updater.run(batch, 0, trainer.kl_coef)
     assert metrics["skipped_minibatches"] >= 1
     assert metrics["skipped_minibatches"] + metrics["optimizer_steps"] == 4
     assert "skipped_minibatches" in METRICS

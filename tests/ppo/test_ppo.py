@@ -20,7 +20,7 @@ from rlhf.config import (
 from rlhf.functional import token_logprobs
 from rlhf.models import response_logits
 from rlhf.ppo import PPOTrainer, train_ppo
-from rlhf.ppo.update import stream_rows
+from rlhf.ppo.prompts import stream_rows
 
 
 def test_first_minibatch_has_ratio_one_and_kl_zero_although_dropout_is_configured(
@@ -59,7 +59,7 @@ def test_update_does_not_depend_on_the_micro_batch_size(policy_dir, tmp_path, mi
         metrics = [trainer.step() for _ in range(2)]
         assert all(m["optimizer_steps"] == 4 for m in metrics)
         assert metrics[0]["response_length"] < metrics[0]["response_length_max"]
-        for optimizer in trainer.optimization.optimizers.values():
+        for optimizer in trainer.updater.optimizers.values():
             assert {float(s["step"]) for s in optimizer.state.values()} == {8.0}
         results.append((weights(trainer) - start, metrics[-1]))
     (expected, plain), (actual, other) = results
@@ -75,12 +75,11 @@ def test_gradient_of_a_minibatch_does_not_depend_on_the_micro_batch_size(policy_
         config = make_config(policy_dir, tmp_path, micro_batch_size=size)
         trainer = make_trainer(config, tmp_path)
         rollout = trainer.collect()
-        rollout.logprobs = rollout.logprobs + 0.3 * torch.randn(
-            rollout.logprobs.shape, generator=torch.Generator().manual_seed(0)
-        )
-        trainer.estimate_advantages(rollout, trainer.shape_rewards(rollout)[1])
+        generator = torch.Generator().manual_seed(0)
+        rollout.logprobs.add_(0.3 * torch.randn(rollout.logprobs.shape, generator=generator))
+        batch = trainer.estimate_advantages(rollout, *trainer.shape_rewards(rollout))
         assert len(set(rollout.lengths.tolist())) > 1  # unequal lengths, or the test shows little
-        trainer.optimization.accumulate(rollout, torch.arange(8))
+        trainer.updater.accumulate(batch, torch.arange(8), 0, 0.0)
         parameters = [*trainer.actors.policy.parameters(), *trainer.actors.critic.parameters()]
         gradients.append(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]))
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
@@ -129,11 +128,11 @@ def test_critic_warm_up_keeps_the_policy_still(policy_dir, tmp_path):
 def test_non_finite_loss_stops_the_run_and_saves_the_batch(policy_dir, tmp_path):
     trainer = make_trainer(make_config(policy_dir, tmp_path), tmp_path)
     rollout = trainer.collect()
-    trainer.estimate_advantages(rollout, trainer.shape_rewards(rollout)[1])
-    rollout.advantages[0, 0] = math.nan
+    batch = trainer.estimate_advantages(rollout, *trainer.shape_rewards(rollout))
+    batch.advantages[0, 0] = math.nan
     before = weights(trainer)
     with pytest.raises(InputError, match="policy_loss.* is not finite in update 1; got nan"):
-        trainer.optimization.run(rollout, 0, 0.0)
+        trainer.updater.run(batch, 0, 0.0)
     assert torch.equal(weights(trainer), before) or torch.isfinite(weights(trainer)).all()
     saved = load_file(tmp_path / "non_finite_batch_0.safetensors")
     assert saved["advantages"].isnan().any() and "response_ids" in saved
@@ -147,7 +146,7 @@ def test_old_logprobs_use_the_sampling_temperature(policy_dir, tmp_path):
         rollout.sequence_ids,
         rollout.sequence_mask,
         rollout.state_positions,
-        trainer.settings.sampling.forbidden,
+        trainer.sampling.forbidden,
     )
     expected = token_logprobs(logits.detach() / 0.5, rollout.response_ids)
     mask = rollout.response_mask
@@ -159,8 +158,10 @@ def test_missing_eos_penalty_replaces_the_score(policy_dir, tmp_path):
     trainer = make_trainer(make_config(policy_dir, tmp_path, missing_eos_penalty=-7.0), tmp_path)
     rollout = trainer.collect()
     assert not rollout.finished.all()
-    assert (rollout.scores[~rollout.finished] == -7.0).all()
-    assert (rollout.scores[rollout.finished] >= 0).all()
+    scores = rollout.final_scores(-7.0)
+    assert (scores[~rollout.finished] == -7.0).all()
+    assert (scores[rollout.finished] == rollout.scores[rollout.finished]).all()
+    assert trainer.step()["score"] == float(scores.mean())
 
 
 def test_each_update_draws_new_random_numbers(policy_dir, tmp_path):

@@ -69,7 +69,7 @@ def test_the_optimisers_are_adam_with_the_configured_epsilon_and_a_linear_decay(
     trainer = make_trainer(config, tmp_path)
     rates = [trainer.step()["learning_rate"] for _ in range(4)]
     assert rates == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
-    for optimizer in trainer.optimization.optimizers.values():
+    for optimizer in trainer.updater.optimizers.values():
         assert isinstance(optimizer, torch.optim.AdamW)
         for group in optimizer.param_groups:
             assert group["eps"] == 1e-4 and group["weight_decay"] == 0.0
@@ -87,7 +87,7 @@ def test_policy_and_critic_warm_up_together_and_the_rates_are_logged(policy_dir,
         assert metrics["learning_rate"] == pytest.approx(factor * 1e-3)
         assert metrics["critic_learning_rate"] == pytest.approx(factor * 1e-2)
         for name, rate in (("policy", 1e-3), ("critic", 1e-2)):
-            for group in trainer.optimization.optimizers[name].param_groups:
+            for group in trainer.updater.optimizers[name].param_groups:
                 assert group["lr"] == pytest.approx(factor * rate)
 
 
@@ -104,7 +104,7 @@ def test_weight_decay_shrinks_the_matrices_of_both_models_and_nothing_else(tmp_p
         before = {key: p.detach().clone() for key, p in parameters.items()}
         for parameter in parameters.values():
             parameter.grad = torch.zeros_like(parameter)  # Adam itself does not move
-        trainer.optimization.optimizers[name].step()
+        trainer.updater.optimizers[name].step()
         kept = [key for key, p in parameters.items() if torch.equal(p, before[key])]
         assert kept == [key for key in parameters if key.endswith("bias") or "norm" in key]
         assert any("attention.dense.bias" in key for key in kept)
@@ -120,7 +120,7 @@ def test_adam_uses_the_configured_betas_in_both_models(policy_dir, tmp_path):
         before = parameter.detach().clone()
         for gradient in (1.0, -2.0):
             parameter.grad = torch.full_like(parameter, gradient)
-            trainer.optimization.optimizers[name].step()
+            trainer.updater.optimizers[name].step()
         # after 1: m 0.5, v 0.25, corrected 1 and 1; after -2: m 0.25 - 1 = -0.75 / (1 - 0.25) = -1,
         # v 0.1875 + 1 = 1.1875 / (1 - 0.5625) = 19 / 7
         moved = -1e-3 * (1 / (1 + 1e-5) - 1 / ((19 / 7) ** 0.5 + 1e-5))
@@ -160,17 +160,17 @@ def test_kl_in_the_loss_is_its_mean_over_tokens_and_leaves_the_reward(
     trainer = make_trainer(config, tmp_path)
     move_policy(trainer)
     rollout = trainer.collect()
-    _, rewards = trainer.shape_rewards(rollout)
-    torch.testing.assert_close(rewards.sum(dim=1), rollout.scores, rtol=0, atol=0)
-    trainer.estimate_advantages(rollout, rewards)
-    rollout.advantages = torch.zeros_like(rollout.advantages)
-    trainer.optimization.kl_coef = 0.7
-    trainer.optimization.accumulate(rollout, torch.arange(8))
+    kl, rewards = trainer.shape_rewards(rollout)
+    scores = rollout.final_scores(config.ppo.missing_eos_penalty)
+    torch.testing.assert_close(rewards.sum(dim=1), scores, rtol=0, atol=0)
+    batch = trainer.estimate_advantages(rollout, kl, rewards)
+    batch.advantages.zero_()
+    trainer.updater.accumulate(batch, torch.arange(8), 0, kl_coef=0.7)
     policy = trainer.actors.policy
     actual = torch.cat([p.grad.flatten() for p in policy.parameters()])
     policy.zero_grad()
     part, mask = rollout, rollout.response_mask
-    logprobs, _ = policy_logprobs(policy, part, trainer.settings.sampling)
+    logprobs, _ = policy_logprobs(policy, part, trainer.sampling)
     gap = (logprobs - part.ref_logprobs)[mask]
     kl = gap.square() / 2 if estimator == "k2" else (-gap).exp() - 1 + gap
     (0.7 * kl.mean()).backward()
@@ -185,10 +185,10 @@ def test_gradient_with_kl_in_the_loss_ignores_what_stands_under_the_mask(policy_
         config = make_config(policy_dir, tmp_path, kl_in="loss", kl_estimator="k3", kl_coef=1.0)
         trainer = make_trainer(config, tmp_path)
         rollout = trainer.collect()
-        trainer.estimate_advantages(rollout, trainer.shape_rewards(rollout)[1])
-        rollout.ref_logprobs = rollout.ref_logprobs.where(rollout.response_mask, garbage) - 0.1
-        trainer.optimization.kl_coef = 1.0
-        trainer.optimization.accumulate(rollout, torch.arange(8))
+        batch = trainer.estimate_advantages(rollout, *trainer.shape_rewards(rollout))
+        moved = batch.ref_logprobs.where(batch.response_mask, garbage) - 0.1
+        batch = dataclasses.replace(batch, ref_logprobs=moved)
+        trainer.updater.accumulate(batch, torch.arange(8), 0, kl_coef=1.0)
         gradients.append(torch.cat([p.grad.flatten() for p in trainer.actors.policy.parameters()]))
     assert gradients[0].isfinite().all()
     torch.testing.assert_close(*gradients, rtol=0, atol=0)
@@ -203,9 +203,10 @@ def test_scores_are_scaled_by_all_scores_so_far_and_then_clipped(policy_dir, tmp
     seen = []
     for trainer.update in (0, 1):
         rollout = trainer.collect()
-        seen.append(rollout.scores.double())
+        scores = rollout.final_scores(config.ppo.missing_eos_penalty)
+        seen.append(scores.double())
         rewards = trainer.shape_rewards(rollout)[1]
-        scaled = rollout.scores / torch.cat(seen).std(unbiased=False).float()
+        scaled = scores / torch.cat(seen).std(unbiased=False).float()
         torch.testing.assert_close(rewards.sum(dim=1), scaled.clamp(-1.5, 1.5))
     assert (scaled.abs() > 1.5).any() and (scaled.abs() < 1.5).any()
 
@@ -283,10 +284,10 @@ def test_dual_clip_holds_the_loss_of_a_token_with_a_large_ratio(policy_dir, tmp_
         config = make_config(policy_dir, tmp_path, dual_clip=dual_clip)
         trainer = make_trainer(config, tmp_path)
         rollout = trainer.collect()
-        rollout.advantages = -torch.ones_like(rollout.values)
-        rollout.returns = rollout.values
-        rollout.logprobs = rollout.logprobs - 2.0  # every ratio is e^2 = 7.4
-        stats = trainer.optimization.accumulate(rollout, torch.arange(8))
+        batch = trainer.estimate_advantages(rollout, *trainer.shape_rewards(rollout))
+        batch.advantages.fill_(-1.0)
+        batch.logprobs.sub_(2.0)  # every ratio is e^2 = 7.4
+        stats = trainer.updater.accumulate(batch, torch.arange(8), 0, 0.0)
         losses[dual_clip] = stats["policy_loss"]
         assert stats["dual_clip_fraction"] == (0.0 if dual_clip is None else 1.0)
     assert losses[None] == pytest.approx(math.exp(2), rel=1e-4)
@@ -381,13 +382,12 @@ def test_ptx_texts_are_drawn_anew_at_every_step_and_the_same_after_a_resume(poli
         drawn[-1].extend(t[0] - 3 for t in part)
         return text_loss(model, part, denominator)
 
-    trainer.optimization.texts = texts
+    trainer.updater.texts = texts
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rlhf.ppo.update.text_loss", remember)
         for update, step in ((0, 0), (0, 1), (1, 0), (0, 1)):
             drawn.append([])
-            trainer.optimization.update = update
-            trainer.optimization._accumulate_ptx(step, batch=None)  # it is saved if a loss is bad
+            trainer.updater.accumulate_ptx(None, step, update)  # no batch: the loss is good
     assert drawn[1] == drawn[3]
     assert len(set(drawn[0] + drawn[1] + drawn[2])) == 12  # one pass visits each text once
 
@@ -420,11 +420,11 @@ def test_averaged_weights_follow_the_recursion_over_optimiser_steps(policy_dir, 
         trainer.step()
         for name, parameter in policy.named_parameters():
             expected[name] = 0.9 * expected[name] + 0.1 * parameter.detach().double()
-    averages = trainer.optimization.averages
+    averages = trainer.updater.averages
     for name, value in expected.items():
         torch.testing.assert_close(averages[name].double(), value, rtol=1e-5, atol=1e-7)
     now = weights(trainer).clone()
-    with trainer.optimization.averaged_weights():
+    with trainer.updater.averaged_weights():
         inside = dict(policy.named_parameters())
         assert all(torch.equal(inside[name], averages[name]) for name in averages)
         assert not torch.equal(weights(trainer), now)
@@ -464,11 +464,10 @@ def test_an_estimator_without_critic_gives_what_its_paper_says(policy_dir, tmp_p
     assert trainer.actors.critic is None
     rollout = trainer.collect()
     kl, rewards = trainer.shape_rewards(rollout)
-    trainer.estimate_advantages(rollout, rewards)
+    batch = trainer.estimate_advantages(rollout, kl, rewards)
     mask = rollout.response_mask
-    totals = [
-        float(rollout.scores[b]) - 0.3 * float(kl[b][mask[b]].double().sum()) for b in range(8)
-    ]
+    scores = rollout.final_scores(config.ppo.missing_eos_penalty)
+    totals = [float(scores[b]) - 0.3 * float(kl[b][mask[b]].double().sum()) for b in range(8)]
     expected = torch.zeros(mask.shape, dtype=torch.float64)
     for b in range(8):
         group = totals[b // 4 * 4 : b // 4 * 4 + 4]
@@ -487,7 +486,7 @@ def test_an_estimator_without_critic_gives_what_its_paper_says(policy_dir, tmp_p
     if name == "reinforce_pp":
         valid = expected[mask]
         expected = (expected - valid.mean()) / valid.std(unbiased=False) * mask
-    torch.testing.assert_close(rollout.advantages.double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(batch.advantages.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["rloo", "grpo", "reinforce_pp"])

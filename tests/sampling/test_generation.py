@@ -17,8 +17,10 @@ from helpers.tokenizers import get_tokenizer
 from torch.testing import assert_close
 
 from rlhf.data import encode_prompt, encode_response
+from rlhf.functional import final_scores
 from rlhf.models import disable_dropout
-from rlhf.ppo.rollout import Actors, CollectSettings, _assemble, policy_logprobs, score_sampled
+from rlhf.ppo.actors import Actors
+from rlhf.ppo.rollout import Responses, policy_logprobs, score_sampled
 from rlhf.sampling.loop import (
     Sampling,
     _choose,
@@ -150,7 +152,7 @@ def test_stop_ids_are_the_eos_and_those_of_the_generation_config():
 def test_sampler_logprobs_equal_those_of_the_training_forward(model, temperature):
     sampling = sampling_for(model, MANY_STOPS, temperature=temperature)
     sampled = generate(model, PROMPTS, sampling, uniform_noise((3,), range(6), BUDGET))
-    rollout = _assemble([{"input_ids": p} for p in PROMPTS], sampled, PAD, torch.device("cpu"))
+    rollout = Responses.padded(PROMPTS, sampled, PAD, torch.device("cpu"))
     with torch.no_grad():
         logprobs, _ = policy_logprobs(model, rollout, sampling)
     mask = rollout.response_mask
@@ -332,13 +334,13 @@ def test_response_ended_by_a_stop_string_is_scored_whole_and_not_penalised(llama
 
     prompts = [{"prompt": "a", "input_ids": ids} for ids in PROMPTS]
     actors = Actors(llama, None, None, scorer, tokenizer, "")
-    settings = CollectSettings(sampling, -1.0, 8, 8)
-    scores = score_sampled(actors, prompts, sampled.ids, sampled.finished, settings).total
+    raw = score_sampled(actors, prompts, sampled.ids).total
+    scores = final_scores(raw, torch.tensor(sampled.finished), -1.0)
     for text, ids, ended, score in zip(given, sampled.ids, sampled.finished, scores, strict=True):
         whole = TOKENIZER.decode(ids, skip_special_tokens=True)
         assert (stop in whole) == ended and text == whole.split(stop)[0].rstrip()
         assert float(score) == (len(text) if ended else -1.0)
-    rollout = _assemble(prompts, sampled, PAD, torch.device("cpu"))
+    rollout = Responses.padded(PROMPTS, sampled, PAD, torch.device("cpu"))
     assert rollout.lengths.tolist() == [len(ids) for ids in sampled.ids]
     row = sampled.finished.index(True)
     last = rollout.response_ids[row, rollout.lengths[row] - 1]

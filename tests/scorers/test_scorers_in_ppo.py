@@ -69,7 +69,7 @@ def test_an_unfinished_response_gets_the_penalty_beside_its_rewards_per_token(po
     assert finished.any() and not finished.all()
     at_end = torch.where(finished, 5.0, -7.0)  # the score at the end is replaced, the rest stays
     expected = expected_rewards(rollout)
-    assert_close(rollout.scores, expected.sum(dim=1) + at_end, rtol=1e-5, atol=1e-5)
+    assert_close(rollout.final_scores(-7.0), expected.sum(dim=1) + at_end, rtol=1e-5, atol=1e-5)
     expected[torch.arange(len(rollout)), rollout.lengths - 1] += at_end
     assert_close(trainer.shape_rewards(rollout)[1], expected, rtol=1e-5, atol=1e-5)
     components = component_scores(rollout, trainer.actors.scorer)

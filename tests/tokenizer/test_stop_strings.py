@@ -24,7 +24,8 @@ from rlhf.data import (
     encode_response,
 )
 from rlhf.models import init_reward_model, load_policy
-from rlhf.ppo.rollout import Actors, CollectSettings, score_sampled
+from rlhf.ppo.actors import Actors
+from rlhf.ppo.rollout import score_sampled
 from rlhf.sampling import sampling_for
 from rlhf.scorers import RewardModelScorer
 from rlhf.tokenizer import (
@@ -173,8 +174,7 @@ def test_python_scorer_of_ppo_is_given_what_was_said(template):
     said = ["4", "4", " 4"]  # the space is the answer's own after text
     sampled = [encode_response(c, s, tokenizer) for c, s in zip(contexts, said, strict=True)]
     actors = Actors(None, None, None, scorer, tokenizer, "")
-    settings = CollectSettings(None, None, 1, 1)
-    scores = score_sampled(actors, prompts, sampled, [True] * 3, settings)
+    scores = score_sampled(actors, prompts, sampled)
     assert given == said and scores.total.tolist() == [1.0, 1.0, 0.0]
 
 

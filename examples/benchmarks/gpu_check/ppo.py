@@ -21,8 +21,7 @@ from rlhf.config import CriticConfig, ModelConfig, PeftConfig, PPOConfig, PPOSta
 from rlhf.distributed import make_accelerator
 from rlhf.models import ScalarModel, add_lora, disable_dropout, freeze
 from rlhf.ppo import PPOTrainer
-from rlhf.ppo.actors import collect_settings
-from rlhf.ppo.rollout import Actors
+from rlhf.ppo.actors import Actors
 from rlhf.scorers.reward_model import score_sequences
 from rlhf.tokenizer import hash_rendering
 
@@ -57,7 +56,6 @@ def main() -> None:
             config,
             actors,
             prompts,
-            collect_settings(config, actors.policy, tokenizer),
             make_accelerator("auto"),
             Path(folder),
         )
@@ -119,14 +117,14 @@ def timed_step(trainer: PPOTrainer) -> dict[str, float]:
     try:
         began = time.perf_counter()
         metrics = trainer.step()
-        seconds = time.perf_counter() - began
+        ended = time.perf_counter()
     finally:
         rlhf.ppo.rollout.generate = original
     return metrics | {
         "rollout": sum(sampled),
-        "scoring": metrics["collect_seconds"] - sum(sampled),
-        "optimise": metrics["optimize_seconds"],
-        "step": seconds,
+        "scoring": trainer.collected_at - began - sum(sampled),
+        "optimise": ended - trainer.collected_at,
+        "step": ended - began,
     }
 
 

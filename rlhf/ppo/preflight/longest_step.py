@@ -20,9 +20,10 @@ from rlhf.ppo.preflight.memory import (
     remedy,
     size_text,
 )
-from rlhf.ppo.rollout import Rollout, policy_logprobs
+from rlhf.ppo.rollout import Experience, Responses, policy_logprobs
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.ppo.update import text_loss
+from rlhf.sampling import Generation
 
 
 @dataclass
@@ -40,7 +41,7 @@ class Step:
 
 
 def examine_longest_step(
-    step: Step, estimate: MemoryEstimate, free: int, part: Rollout, config: PPOStageConfig
+    step: Step, estimate: MemoryEstimate, free: int, part: Responses, config: PPOStageConfig
 ) -> Finding:
     """Judge one step at the longest length; Adam's states will come on top.
 
@@ -63,39 +64,23 @@ def examine_longest_step(
     return Finding(name, status, text, remedy(estimate, config, status))
 
 
-def longest_micro_batch(trainer: PPOTrainer) -> Rollout:
+def longest_micro_batch(trainer: PPOTrainer) -> Responses:
     """Build the largest micro-batch that training can meet on a process: the longest prompt, and
     responses that use the whole budget."""
-    ppo, sampling = trainer.config.ppo, trainer.settings.sampling
+    ppo, sampling = trainer.config.ppo, trainer.sampling
     device, processes = trainer.accelerator.device, trainer.accelerator.num_processes
     num_rows = min(ppo.micro_batch_size, ppo.batch_size // ppo.num_mini_batches // processes)
     prompt = max((p["input_ids"] for p in trainer.prompts), key=len)
-    prompt_ids = torch.tensor([prompt] * num_rows, device=device)
     forbidden = set(sampling.forbidden.tolist())
     token = next(i for i in itertools.count() if i not in forbidden)
-    response_ids = torch.full((num_rows, sampling.max_new_tokens), token, device=device)
-    zeros = torch.zeros(response_ids.shape, device=device)
-    return Rollout(
-        prompt_ids=prompt_ids,
-        prompt_mask=torch.ones_like(prompt_ids, dtype=torch.bool),
-        response_ids=response_ids,
-        response_mask=torch.ones_like(response_ids, dtype=torch.bool),
-        loss_mask=torch.ones_like(response_ids, dtype=torch.bool),
-        finished=torch.zeros(num_rows, dtype=torch.bool, device=device),
-        sampler_logprobs=zeros,
-        logprobs=zeros,
-        ref_logprobs=zeros,
-        values=zeros,
-        scores=zeros[:, 0],
-        dense_rewards=zeros,
-        component_scores=zeros[:, :0],
-        cut=torch.zeros(num_rows, dtype=torch.bool, device=device),
-        advantages=zeros + 1.0,
-        returns=zeros,
+    length = sampling.max_new_tokens
+    sampled = Generation(
+        [[token] * length] * num_rows, [[0.0] * length] * num_rows, [False] * num_rows
     )
+    return Responses.padded([prompt] * num_rows, sampled, token, device)
 
 
-def measure_step(trainer: PPOTrainer, part: Rollout) -> Step:
+def measure_step(trainer: PPOTrainer, part: Responses) -> Step:
     """Make one forward and backward pass of policy and critic; weights stay, gradients are dropped.
 
     Only the result is exchanged between processes: one that runs out of memory leaves no other
@@ -115,7 +100,7 @@ def measure_step(trainer: PPOTrainer, part: Rollout) -> Step:
     peak = _peak(device)
     rise = -1 if before is None or peak is None else max(0, peak - before)
     seconds = time.perf_counter() - began
-    for optimizer in trainer.optimization.optimizers.values():
+    for optimizer in trainer.updater.optimizers.values():
         optimizer.zero_grad(set_to_none=True)
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -125,27 +110,25 @@ def measure_step(trainer: PPOTrainer, part: Rollout) -> Step:
     return Step(seconds, None if rise < 0 else int(rise), problems[int(problem)])
 
 
-def _forward_and_backward(trainer: PPOTrainer, part: Rollout) -> bool:
+def _forward_and_backward(trainer: PPOTrainer, part: Responses) -> bool:
     """Do what one micro-batch of an update does; False if a loss is not finite."""
-    optimization, accelerator = trainer.optimization, trainer.accelerator
-    optimization.kl_coef = trainer.kl_coef
+    updater, accelerator = trainer.updater, trainer.accelerator
     with torch.no_grad():
-        part.logprobs, _ = policy_logprobs(
-            trainer.actors.policy, part, trainer.settings.sampling
-        )  # ratios of 1, as in training
-    part.ref_logprobs = part.logprobs
-    denominator = float(part.loss_mask.sum())
+        logprobs, _ = policy_logprobs(trainer.actors.policy, part, trainer.sampling)
+    batch = Experience.of_equal_advantages(part, logprobs)  # ratios of 1, as in training
+    denominator = float(batch.loss_mask.sum())
     losses = []
     with ExitStack() as stack:
-        for model in (optimization.policy, optimization.critic):
+        for model in (updater.policy, updater.critic):
             if model is not None:
                 stack.enter_context(accelerator.no_sync(model))
-        if optimization.has_critic:
-            losses.append(optimization.critic_backward(part, denominator)["value_loss"])
-        losses.append(optimization.policy_backward(part, denominator)["policy_loss"])
-        if optimization.texts:
-            texts = sorted(optimization.texts, key=len)[-trainer.config.ppo.micro_batch_size :]
-            loss = text_loss(optimization.policy, texts, denominator)
+        if updater.critic is not None:
+            losses.append(updater.critic_backward(batch, denominator).sums["value_loss"])
+        policy = updater.policy_backward(batch, denominator, trainer.kl_coef)
+        losses.append(policy.sums["policy_loss"])
+        if updater.texts:
+            texts = sorted(updater.texts, key=len)[-trainer.config.ppo.micro_batch_size :]
+            loss = text_loss(updater.policy, texts, denominator)
             accelerator.backward(trainer.config.ptx.coef * loss)
             losses.append(loss.detach())
     return all(bool(loss.isfinite()) for loss in losses)

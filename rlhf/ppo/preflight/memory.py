@@ -23,7 +23,7 @@ from rlhf.config import PPOStageConfig
 from rlhf.console import table
 from rlhf.models import eval_mode, prefill_inputs, unwrap_peft
 from rlhf.ppo.preflight.findings import FAIL, OK, WARN, Finding
-from rlhf.ppo.rollout import Rollout, critic_values, policy_logprobs
+from rlhf.ppo.rollout import Responses, critic_values, policy_logprobs
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.scorers import Scorer, reward_models
 
@@ -155,7 +155,7 @@ def remedy(estimate: MemoryEstimate, config: PPOStageConfig, status: str = FAIL)
 
 
 def estimate_memory(
-    trainer: PPOTrainer, part: Rollout, independent: Scorer | None = None
+    trainer: PPOTrainer, part: Responses, independent: Scorer | None = None
 ) -> MemoryEstimate:
     """Estimate what a run needs on this process.
 
@@ -163,20 +163,20 @@ def estimate_memory(
         part: see `longest_micro_batch`.
         independent: the scorer of `evaluation.scorer`.
     """
-    actors, sampling = trainer.actors, trainer.settings.sampling
+    actors, sampling = trainer.actors, trainer.sampling
     distributed = trainer.accelerator.num_processes > 1
 
-    def read_policy(rows: Rollout) -> int:
+    def read_policy(rows: Responses) -> int:
         _, logits = policy_logprobs(actors.policy, rows, sampling)
         # the backward pass has their gradient twice: before and after forbidden ids are masked
         return 2 * logits.nbytes
 
-    def read_critic(rows: Rollout) -> int:
+    def read_critic(rows: Responses) -> int:
         critic_values(actors.critic, rows)
         return 0
 
     policy = model_memory(actors.policy, distributed)
-    policy.weights += sum(t.nbytes for t in (trainer.optimization.averages or {}).values())
+    policy.weights += sum(t.nbytes for t in (trainer.updater.averages or {}).values())
     policy.activations = activation_bytes(read_policy, actors.policy, part)
     models = {"policy": policy}
     if actors.reference is not None:
@@ -212,7 +212,7 @@ def model_memory(model: Any, distributed: bool = False) -> ModelMemory:
     return ModelMemory(weights, trained * (1 + distributed), 2 * trained)
 
 
-def activation_bytes(read: Callable[[Rollout], int], model: Any, part: Rollout) -> int:
+def activation_bytes(read: Callable[[Responses], int], model: Any, part: Responses) -> int:
     """Bytes that a forward pass keeps for the backward pass of a micro-batch.
 
     Args:
@@ -221,7 +221,7 @@ def activation_bytes(read: Callable[[Rollout], int], model: Any, part: Rollout) 
     """
 
     def kept(num_rows: int) -> int:
-        rows = part.select(torch.arange(num_rows, device=part.scores.device))
+        rows = part.select(torch.arange(num_rows, device=part.response_ids.device))
         return saved_bytes(lambda: read(rows), model.parameters())
 
     one = kept(1)
@@ -246,7 +246,7 @@ def saved_bytes(read: Callable[[], int], parameters: Iterable[Tensor]) -> int:
 
 
 @torch.no_grad()
-def cache_bytes_per_token(model: Any, part: Rollout) -> int:
+def cache_bytes_per_token(model: Any, part: Responses) -> int:
     """Bytes of keys and values that generation keeps of one token."""
     ids, mask = part.prompt_ids[:1], part.prompt_mask[:1]
     cache = DynamicCache(config=unwrap_peft(model).config)

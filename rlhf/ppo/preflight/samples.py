@@ -53,7 +53,8 @@ def sample_policy(trainer: PPOTrainer, prompts: Sequence[dict[str, Any]]) -> Sam
         replace(trainer.actors, scorer=lambda prompts, responses: [0.0] * len(responses)),
         padded,
         (config.seed, PREFLIGHT_KEY),
-        replace(trainer.settings, missing_eos_penalty=None),
+        trainer.sampling,
+        config.ppo,
         accelerator,
         minibatches,
         with_values=False,
@@ -71,7 +72,7 @@ def first_ratio_deviation(trainer: PPOTrainer, rollout: Rollout, minibatch: Tens
     mine = rollout.select(share_of(minibatch, accelerator))
     with accelerator.autocast():  # with gradients, as in training
         for _, part in mine.micro_batches(trainer.config.ppo.micro_batch_size):
-            logprobs, _ = policy_logprobs(policy, part, trainer.settings.sampling)
+            logprobs, _ = policy_logprobs(policy, part, trainer.sampling)
             log_ratio = (logprobs.detach() - part.logprobs)[part.response_mask]
             largest = torch.maximum(largest, torch.expm1(log_ratio).abs().max())
     return float(accelerator.gather(largest[None]).max())
@@ -80,7 +81,7 @@ def first_ratio_deviation(trainer: PPOTrainer, rollout: Rollout, minibatch: Tens
 def examine_policy(trainer: PPOTrainer, samples: Samples) -> list[Finding]:
     """Examine ratio, tokenizer and stop token, on the main process."""
     tokenizer, watchdog = trainer.actors.tokenizer, trainer.config.watchdog
-    sampling, prompts = trainer.settings.sampling, samples.prompts[::NUM_SAMPLES]
+    sampling, prompts = trainer.sampling, samples.prompts[::NUM_SAMPLES]
 
     def sample_longer() -> tuple[int, Generation]:
         """Four responses to each prompt, with four times the budget or what the context has."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rlhf.config import InputError
 from rlhf.console import interval_text, table
-from rlhf.functional import best_of_n, best_of_n_kl, bootstrap_interval, whiten
+from rlhf.functional import best_of_n, best_of_n_kl, bootstrap_interval, final_scores
 from rlhf.models import use_bfloat16
 from rlhf.ppo.preflight.findings import FAIL, OK, WARN, Finding
 from rlhf.ppo.preflight.samples import NUM_SAMPLES, Samples
@@ -38,13 +38,12 @@ def examine_scoring(
         return [Finding("scorer", FAIL, str(error), "correct the scorer, or its input")]
     if finding.status == FAIL:
         return [finding]
-    findings, total = [finding, examine_length(scores.total, lengths)], scores.total
-    if ppo.whiten_scores:  # as in a rollout, before the penalty
-        total = whiten(total, torch.ones_like(finished))
-    if ppo.missing_eos_penalty is not None:
-        findings.append(examine_penalty(total[finished], ppo.missing_eos_penalty))
-        penalised = ppo.missing_eos_penalty + scores.dense_total  # as in a rollout
-        total = torch.where(finished, total, penalised)
+    findings = [finding, examine_length(scores.total, lengths)]
+    penalty = ppo.missing_eos_penalty
+    whitened = torch.ones_like(finished) if ppo.whiten_scores else None
+    total = final_scores(scores.total, finished, penalty, scores.dense_total, whitened)
+    if penalty is not None:
+        findings.append(examine_penalty(total[finished], penalty))
     judged = None
     try:
         if independent is not None:

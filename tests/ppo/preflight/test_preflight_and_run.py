@@ -53,7 +53,7 @@ def test_preflight_passes_and_leaves_weights_gradients_and_random_numbers_alone(
     config.critic.warmup_updates = 1 if name == "plain" else 0
     trainer = make_trainer(config, tmp_path)
     if name == "ptx":
-        trainer.optimization.texts = [list(range(5, 30)), list(range(40, 44))] * 2
+        trainer.updater.texts = [list(range(5, 30)), list(range(40, 44))] * 2
         config.ptx.coef = 1.0
     trainer.actors.scorer = letters
     models = [m for m in (trainer.actors.policy, trainer.actors.critic) if m is not None]
@@ -67,7 +67,7 @@ def test_preflight_passes_and_leaves_weights_gradients_and_random_numbers_alone(
     for model, old in zip(models, before, strict=True):
         assert all(torch.equal(old[key], value) for key, value in model.state_dict().items())
         assert all(p.grad is None for p in model.parameters())
-    assert all(not optimizer.state for optimizer in trainer.optimization.optimizers.values())
+    assert all(not optimizer.state for optimizer in trainer.updater.optimizers.values())
     now = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     assert torch.equal(states[0], now[0]) and states[1:] == now[1:]
 

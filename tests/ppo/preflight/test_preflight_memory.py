@@ -48,18 +48,18 @@ def test_weights_gradients_and_adam_states_are_counted_exactly(policy_dir, tmp_p
     trainer = make_trainer(config, tmp_path)
     estimate = estimate_memory(trainer, longest_micro_batch(trainer))
     rollout = trainer.collect()
-    trainer.estimate_advantages(rollout, trainer.shape_rewards(rollout)[1])
-    optimization = trainer.optimization
-    optimization.accumulate(rollout, torch.arange(8))
+    batch = trainer.estimate_advantages(rollout, *trainer.shape_rewards(rollout))
+    updater = trainer.updater
+    updater.accumulate(batch, torch.arange(8), 0, 0.0)
     assert set(estimate.models) == {"policy", "critic"} | (set() if lora else {"reference"})
     for name in ("policy", "critic"):
         model, memory = getattr(trainer.actors, name), estimate.models[name]
         storages = {p.untyped_storage().data_ptr(): p for p in model.parameters()}.values()
-        averages = (optimization.averages or {}).values() if name == "policy" else ()
+        averages = (updater.averages or {}).values() if name == "policy" else ()
         assert memory.weights == nbytes(storages) + nbytes(averages)
         assert memory.gradients == nbytes(p.grad for p in model.parameters() if p.grad is not None)
-        optimization.optimizers[name].step()
-        states = optimization.optimizers[name].state.values()
+        updater.optimizers[name].step()
+        states = updater.optimizers[name].state.values()
         moments = (t for state in states for key, t in state.items() if key != "step")
         assert memory.adam == nbytes(moments) > 0
     if not lora:
@@ -127,13 +127,11 @@ def test_activations_are_estimated_within_a_tenth(policy_dir, tmp_path, family, 
     model.set_attn_implementation(attention)
     disable_dropout(model)
     trainer.actors.policy = model
-    trainer.settings = dataclasses.replace(
-        trainer.settings, sampling=dataclasses.replace(trainer.settings.sampling, max_new_tokens=96)
-    )
+    trainer.sampling = dataclasses.replace(trainer.sampling, max_new_tokens=96)
     part = longest_micro_batch(trainer)
 
     def step():
-        logprobs, logits = policy_logprobs(model, part, trainer.settings.sampling)
+        logprobs, logits = policy_logprobs(model, part, trainer.sampling)
         with torch.no_grad():
             token_entropy(logits)
         logprobs.sum().backward()

@@ -5,6 +5,7 @@ Run: python -m pytest tests/ppo/preflight/test_preflight_samples.py
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -75,10 +76,9 @@ def test_a_budget_that_is_too_short_is_told_from_an_sft_stage_at_fault(tmp_path,
 
 
 def longest_rollout(trainer, finished):
-    """A rollout with the whole budget used, and these flags."""
+    """Responses that use the whole budget, with these flags."""
     part = longest_micro_batch(trainer).select(torch.zeros(len(finished), dtype=torch.long))
-    part.finished = torch.tensor(finished)
-    return part
+    return dataclasses.replace(part, finished=torch.tensor(finished))
 
 
 def test_the_budget_that_is_advised_lets_95_percent_of_those_that_end_end(policy_dir, tmp_path):
@@ -87,7 +87,7 @@ def test_the_budget_that_is_advised_lets_95_percent_of_those_that_end_end(policy
     lengths = [*range(1, 21), 30, 30]
     longer = Generation([[5] * n for n in lengths], [[0.0] * n for n in lengths], [True] * 22)
     longer.finished[-2:] = [False, False]  # 20 of 22 end, 19 of them within 19 tokens
-    sampling = trainer.settings.sampling
+    sampling = trainer.sampling
     finding = examine_stop_token(2, sampling, rollout, 0.5, lambda: (30, longer))
     assert "response_length to about 19, " in finding.remedy and "30 tokens, 91% do" in finding.text
     finding = examine_stop_token(2, sampling, rollout, 0.95, lambda: (30, longer))
