@@ -14,10 +14,10 @@ import copy
 import dataclasses
 import inspect
 import math
-import sys
 from collections.abc import Iterator
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, TypeVar
 
 from rlhf.config.errors import InputError
@@ -161,7 +161,7 @@ def sentences(config_class: type) -> dict[str, str]:
     below: dict[str, str] = {}
     for owner in reversed(config_class.__mro__):
         if dataclasses.is_dataclass(owner):
-            below |= _texts_below_fields(owner.__module__).get(owner.__name__, {})
+            below |= _texts_below_fields(inspect.getfile(owner)).get(owner.__name__, {})
     found = {}
     for field in dataclasses.fields(config_class):
         text = below.get(field.name, "")
@@ -185,9 +185,9 @@ def _names_choices(text: str, limits: Limits) -> bool:
 
 
 @cache
-def _texts_below_fields(module: str) -> dict[str, dict[str, str]]:
+def _texts_below_fields(file: str) -> dict[str, dict[str, str]]:
     """Class name -> field name -> the string literal below the field, read from the source."""
-    nodes = ast.walk(ast.parse(inspect.getsource(sys.modules[module])))
+    nodes = ast.walk(ast.parse(Path(file).read_text(encoding="utf-8")))
     return {
         owner.name: {
             field.target.id: " ".join(below.value.value.split())

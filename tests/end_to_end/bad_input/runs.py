@@ -44,7 +44,7 @@ CASES = [
     Case(
         "resuming a finished run with another setting",
         "rlhf.sft resume=true run_name=mine seed=2",
-        ("seed: 1 -> 2", "its own run_name"),
+        ("seed: 1 -> 2", "another run_name"),
     ),
     Case("chat without a path", "rlhf.chat", ("path is missing",)),
     Case("chat with an unknown option", "rlhf.chat pth=model", ("'pth'", "Did you mean path")),
