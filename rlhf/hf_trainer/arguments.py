@@ -43,38 +43,10 @@ def trainer_arguments(
     """
     check_trainer_values(factory, config.trainer, stage)
     _check_half_precision(config)
-    on_gpu = torch.cuda.is_available()
-    names = [f.name for f in dataclasses.fields(factory)]
-    # renamed in transformers 5.23; checkpointing is set on the model, by
-    # model.gradient_checkpointing
-    checkpointing = next(
-        n for n in ("activation_checkpointing", "gradient_checkpointing") if n in names
-    )
     values = {"eval_strategy": "steps"} | dict(config.trainer)
     load_best = _pop_load_best(values, stage)
-    args = build_arguments(
-        factory,
-        values,
-        {
-            "output_dir": str(config.stage_dir(stage) / UNSEALED),
-            "seed": config.seed,
-            "data_seed": config.seed,
-            "report_to": "none",
-            "disable_tqdm": True,
-            "use_cpu": not on_gpu,
-            "bf16": use_bfloat16(config.precision),
-            checkpointing: False,
-            "remove_unused_columns": False,
-            # it would replace a nan in the logged loss; under a loss scaler such steps are skipped
-            "logging_nan_inf_filter": bool(values.get("fp16")),
-            "ddp_find_unused_parameters": False,
-            "save_strategy": "steps",
-            "save_steps": config.checkpoint.every,
-            "save_total_limit": None,  # it would delete by name, whoever wrote it
-            "save_only_model": False,
-        }
-        | reserved,
-    )
+    decided = _decided_by_stage(factory, config, stage, bool(values.get("fp16")))
+    args = build_arguments(factory, values, decided | reserved)
     try_out(args)
     # not given above: it would want evaluations at every checkpoint, and we add a checkpoint to
     # every evaluation that is the best
@@ -83,6 +55,36 @@ def trainer_arguments(
         rows = args.train_batch_size * args.world_size
         args.gradient_accumulation_steps = accumulation_steps(config.batch_size, rows)
     return args
+
+
+def _decided_by_stage(
+    factory: Any, config: SFTStageConfig | RewardStageConfig, stage: str, has_loss_scaler: bool
+) -> dict[str, Any]:
+    """Arguments that a stage decides, and that `trainer:` may not hold."""
+    names = [f.name for f in dataclasses.fields(factory)]
+    # renamed in transformers 5.23; checkpointing is set on the model, by
+    # model.gradient_checkpointing
+    checkpointing = next(
+        n for n in ("activation_checkpointing", "gradient_checkpointing") if n in names
+    )
+    return {
+        "output_dir": str(config.stage_dir(stage) / UNSEALED),
+        "seed": config.seed,
+        "data_seed": config.seed,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": not torch.cuda.is_available(),
+        "bf16": use_bfloat16(config.precision),
+        checkpointing: False,
+        "remove_unused_columns": False,
+        # it would replace a nan in the logged loss; a loss scaler skips such steps
+        "logging_nan_inf_filter": has_loss_scaler,
+        "ddp_find_unused_parameters": False,
+        "save_strategy": "steps",
+        "save_steps": config.checkpoint.every,
+        "save_total_limit": None,  # it would delete by name, whoever wrote it
+        "save_only_model": False,
+    }
 
 
 def _check_half_precision(config: SFTStageConfig | RewardStageConfig) -> None:

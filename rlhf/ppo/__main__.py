@@ -20,7 +20,7 @@ def run(config: PPOStageConfig) -> int | None:
     except PreflightFailed:
         if config.preflight != "only":
             raise
-        raise SystemExit(1) from None  # the report, which names what failed, stands in the terminal
+        raise SystemExit(1) from None  # the findings are in the terminal
 
 
 if __name__ == "__main__":

@@ -1,4 +1,9 @@
-"""The outer loop of the PPO stage: updates, evaluations, checkpoints, interruption, `final/`."""
+"""The loop of the PPO stage: updates, evaluations, checkpoints, interruption, `final/`.
+
+`stage.py` comes before: it builds the trainer and starts this loop, which calls `PPOTrainer.step`
+once per update. `evaluation.py` measures, `watchdog.py` warns. Nothing comes after: the stage hands
+over `final/`.
+"""
 
 from __future__ import annotations
 

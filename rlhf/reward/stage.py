@@ -133,9 +133,8 @@ def _train(config: RewardStageConfig, run: StageRun) -> RewardResult:
         heldout=heldout,
         batches=plan,
     )
-    stopped_by = run_trainer(trainer, config, directory, "reward")
-    if stopped_by is not None:
-        return RewardResult(None, {}, stopped_by)
+    if (signal := run_trainer(trainer, config, directory, "reward")) is not None:
+        return RewardResult(None, {}, stopped_by=signal)
 
     # Measure and write.
     record = make_record("reward", config, parent, tokenizer, splits.prompts, splits.dropped)

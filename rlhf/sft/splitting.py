@@ -1,7 +1,7 @@
 """Splitting: a conversation longer than the model is trained on, cut into pieces at whole rounds.
 
     round      the user's turn (or turns) and the answer; a system message in between opens one
-    preamble   what stands before the first round; each piece repeats it
+    preamble   the turns before the first round; each piece repeats it
 
     preamble, rounds 1 2 3 4 5; 3 fits in no piece  ->  preamble 1 2 | preamble 4 5, one dropped
 
