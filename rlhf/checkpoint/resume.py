@@ -87,8 +87,9 @@ def _resume(config: StageConfig, directory: Path) -> Path | None:
     truncate_logs(directory, manifest_of(intact)["logs"] if intact else {})
     if intact:
         adjusted = [line for key, line in changed.items() if not is_harmless(key)]
-        row = {"after_step": step_of(intact), "changed": adjusted}
-        append_jsonl(directory / CHANGES, [row] if adjusted else [])
+        if adjusted:
+            row = {"after_step": step_of(intact), "changed": adjusted}
+            append_jsonl(directory / CHANGES, [row])
     write_whole(directory / CONFIG_FILE, config_text(config))
     say(f"resuming from {intact}" if intact else "no checkpoint to resume from: starting afresh")
     return intact

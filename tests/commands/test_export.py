@@ -259,14 +259,17 @@ def test_an_empty_directory_is_filled(base, tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["out=x"], "path is missing; write path=<directory> out=<new directory>"),
-        (["path=.", "out="], "out is missing; write path=<directory> out=<new directory>"),
+        (
+            ["out=x"],
+            "path is missing; add path=<checkpoint-N of an SFT or PPO run, or a model or PEFT "
+            "adapter (directory or Hub id)>",
+        ),
+        (["path=.", "out="], "out is missing; add out=<directory to write; new or empty>"),
         (["path=nowhere", "out=x"], "path=nowhere: no such directory"),
         (["paht=x"], "unknown option 'paht'. Did you mean path? (--help lists the options)"),
         (
             ["path=.", "out=x", "dtype=float61"],
-            "dtype must be one of auto, float32, bfloat16, float16, got float61. Did you mean "
-            "float16 or bfloat16 or float32?",
+            "dtype must be one of auto, float32, bfloat16, float16, got 'float61'",
         ),
     ],
 )
@@ -300,7 +303,7 @@ def test_a_checkpoint_whose_base_is_gone_says_where_to_go(policy_dir, tmp_path, 
     path = result.directory.parent / "checkpoint-2"
     message = refusal(capsys, f"path={path}", f"out={tmp_path / 'out'}")
     assert f"model.path={moved}: no such directory" in message
-    assert message.endswith("export from the folder where the run was started")
+    assert message.endswith("from the folder where the run was started: export from that folder")
 
 
 def test_a_checkpoint_of_the_reward_stage_is_refused(checkpoint, tmp_path, capsys):
@@ -308,4 +311,4 @@ def test_a_checkpoint_of_the_reward_stage_is_refused(checkpoint, tmp_path, capsy
     shutil.copytree(checkpoint, copy, ignore=shutil.ignore_patterns("manifest.json"))
     write_manifest(copy, {"run": {"id": "a", "stage": "reward"}})
     message = refusal(capsys, f"path={copy}", f"out={tmp_path / 'out'}")
-    assert message.startswith(f"path={copy} is a checkpoint of the reward stage; only those of")
+    assert message.startswith(f"path={copy} is a checkpoint of the reward stage; only sft")

@@ -236,7 +236,8 @@ def test_a_report_imports_no_function_that_a_models_config_names(dataset, world,
 
 @pytest.mark.parametrize("text, value", [("true", True), ("False", False)])
 def test_a_yes_or_no_option_is_read_as_such(text, value):
-    assert read_options(ExportOptions, [f"trust_remote_code={text}"]).trust_remote_code is value
+    given = ["path=a", "out=b", f"trust_remote_code={text}"]
+    assert read_options(ExportOptions, given).trust_remote_code is value
 
 
 def test_another_value_of_a_yes_or_no_option_is_refused():

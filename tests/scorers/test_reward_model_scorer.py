@@ -54,7 +54,7 @@ def test_scores_are_normalised_by_what_the_reward_stage_stored(helpful):
 
 
 def test_a_normalisation_that_does_not_exist_is_refused(helpful):
-    with pytest.raises(InputError, match="scorer.normalize must be one of .*, got shift"):
+    with pytest.raises(InputError, match="scorer.normalize must be one of .*, got 'shift'"):
         load_scorer(ScorerConfig(helpful, "shift"))
 
 
