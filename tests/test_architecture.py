@@ -89,3 +89,11 @@ def test_files_and_functions_are_short(path):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             num_lines = node.end_lineno - node.lineno + 1
             assert num_lines <= 50, f"{node.name} has {num_lines} lines"
+
+
+def test_test_files_are_short():
+    lengths = {
+        str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines())
+        for path in (ROOT / "tests").rglob("*.py")
+    }
+    assert {name: n for name, n in lengths.items() if n > 500} == {}

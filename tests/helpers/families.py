@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
-from helpers.tiny import tiny_tokenizer
+from helpers.tiny import FAMILIES, tiny_tokenizer
 from torch.testing import assert_close
 
 from rlhf.checkpoint import make_record, write_stage
@@ -91,3 +92,21 @@ def train_scores(model, num_steps=3):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+BLOCKS = {
+    "llama": "LlamaDecoderLayer",
+    "gpt_neox": "GPTNeoXLayer",
+    "gptj": "GPTJBlock",
+    "falcon_7b": "FalconDecoderLayer",
+    "falcon_40b": "FalconDecoderLayer",
+    "opt": "OPTDecoderLayer",
+    "gpt2": "GPT2Block",
+    "qwen3": "Qwen3DecoderLayer",
+    "mistral": "MistralDecoderLayer",
+    "mistral_window": "MistralDecoderLayer",
+    "gemma": "GemmaDecoderLayer",
+    "gemma2": "Gemma2DecoderLayer",
+    "gemma3": "Gemma3DecoderLayer",
+}

@@ -97,3 +97,12 @@ def weights(trainer: PPOTrainer) -> torch.Tensor:
     """All parameters of policy and critic in one vector."""
     models = (trainer.actors.policy, trainer.actors.critic)
     return torch.cat([p.detach().flatten() for model in models for p in model.parameters()])
+
+
+def move_policy(trainer, size=0.05):
+    """Take the policy away from the reference."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in trainer.actors.policy.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(size * noise)

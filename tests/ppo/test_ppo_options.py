@@ -13,7 +13,7 @@ import math
 import pytest
 import torch
 from helpers.tiny import tiny_model, tiny_tokenizer
-from helpers.tiny_ppo import make_config, make_trainer, weights, write_prompts
+from helpers.tiny_ppo import make_config, make_trainer, move_policy, weights, write_prompts
 from safetensors.torch import load_file
 
 from rlhf.config import InputError, PPOConfig
@@ -33,15 +33,6 @@ def step_once(config, folder, change=None):
     if change is not None:
         change(trainer)
     return trainer.step(), trainer
-
-
-def move_policy(trainer, size=0.05):
-    """Take the policy away from the reference."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in trainer.actors.policy.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.add_(size * noise)
 
 
 def test_every_option_is_off_or_as_in_instructgpt_by_default():
@@ -441,60 +432,3 @@ def test_final_holds_the_averaged_weights(policy_dir, tmp_path):
     start = load_file(policy_dir / "model.safetensors")
     moved = [sum(float((f[n] - start[n]).norm()) for n in start) for f in finals]
     assert 0 < moved[1] < 0.2 * moved[0]  # 16 steps of 0.008 each
-
-
-# --- Estimators -----------------------------------------------------------------------------------
-
-
-def test_several_responses_of_a_prompt_stand_together_and_differ(policy_dir, tmp_path):
-    trainer = make_trainer(make_config(policy_dir, tmp_path, samples_per_prompt=4), tmp_path)
-    rollout = trainer.collect()
-    prompts = [tuple(row) for row in rollout.prompt_ids.tolist()]
-    assert prompts[0] == prompts[1] == prompts[2] == prompts[3] != prompts[4]
-    assert len({tuple(row) for row in rollout.response_ids[:4].tolist()}) == 4
-
-
-@pytest.mark.parametrize("name", ["rloo", "grpo", "reinforce_pp"])
-def test_an_estimator_without_critic_gives_what_its_paper_says(policy_dir, tmp_path, name):
-    config = make_config(
-        policy_dir, tmp_path, advantage=name, samples_per_prompt=4, gamma=0.9, kl_coef=0.3
-    )
-    trainer = make_trainer(config, tmp_path)
-    move_policy(trainer)
-    assert trainer.actors.critic is None
-    rollout = trainer.collect()
-    kl, rewards = trainer.shape_rewards(rollout)
-    batch = trainer.estimate_advantages(rollout, kl, rewards)
-    mask = rollout.response_mask
-    scores = rollout.final_scores(config.ppo.missing_eos_penalty)
-    totals = [float(scores[b]) - 0.3 * float(kl[b][mask[b]].double().sum()) for b in range(8)]
-    expected = torch.zeros(mask.shape, dtype=torch.float64)
-    for b in range(8):
-        group = totals[b // 4 * 4 : b // 4 * 4 + 4]
-        length = int(mask[b].sum())
-        if name == "rloo":
-            expected[b, :length] = totals[b] - (sum(group) - totals[b]) / 3
-        elif name == "grpo":
-            mean = sum(group) / 4
-            std = (sum((x - mean) ** 2 for x in group) / 3) ** 0.5
-            expected[b, :length] = (totals[b] - mean) / (std + 1e-4)
-        else:
-            for t in range(length):
-                expected[b, t] = sum(
-                    0.9 ** (u - t) * float(rewards[b, u]) for u in range(t, length)
-                )
-    if name == "reinforce_pp":
-        valid = expected[mask]
-        expected = (expected - valid.mean()) / valid.std(unbiased=False) * mask
-    torch.testing.assert_close(batch.advantages.double(), expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("name", ["rloo", "grpo", "reinforce_pp"])
-def test_a_run_without_critic_trains_saves_and_needs_no_reward_model(policy_dir, tmp_path, name):
-    config = make_config(policy_dir, tmp_path, advantage=name, samples_per_prompt=2)
-    config.critic.init = "reward"  # the default; there is no critic to start
-    result = train_ppo(config)
-    assert result.directory is not None
-    rows = [json.loads(line) for line in (tmp_path / "runs/run/ppo/metrics.jsonl").open()]
-    assert not [row for row in rows if "value" in row or "critic_grad_norm" in row]
-    assert not list((tmp_path / "runs/run/ppo").glob("checkpoint-*/critic*"))

@@ -1,0 +1,14 @@
+"""Fixtures of several files of this folder."""
+
+import functools
+
+import pytest
+from helpers.families import TOKENIZER, save
+from helpers.tiny import tiny_model
+
+
+@pytest.fixture(scope="session")
+def saved_policy(tmp_path_factory):
+    """family -> ModelConfig of a saved policy; each is written once."""
+    folder = tmp_path_factory.mktemp("policies")
+    return functools.cache(lambda family: save(folder / family, tiny_model(family, TOKENIZER)))
