@@ -59,7 +59,7 @@ def finish(config) -> None:
     assert process.exitcode == 0, text_of(config)[-3000:]
 
 
-OTHER_LIMITS = (("sft", 0.5), ("reward", 1.2), ("ppo", 0.5))
+OTHER_LIMITS = [("sft", 0.5), ("sft", 1.2), ("reward", 0.5), ("reward", 1.2), ("ppo", 0.5)]
 
 
 def leftovers(config) -> list[str]:
@@ -69,7 +69,7 @@ def leftovers(config) -> list[str]:
 @pytest.mark.parametrize(
     "stage, share",
     [
-        *(("sft", 1.2), ("reward", 0.5), ("ppo", 1.2)),
+        ("ppo", 1.2),
         *(pytest.param(*other, marks=pytest.mark.slow) for other in OTHER_LIMITS),
     ],
 )
@@ -109,7 +109,14 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(disk)], capture_output=True)
 
 
-@pytest.mark.parametrize("stage, num_checkpoints", [("sft", 1.5), ("ppo", 1.5), ("sft", 0.4)])
+@pytest.mark.parametrize(
+    "stage, num_checkpoints",
+    [
+        ("sft", 0.4),
+        pytest.param("sft", 1.5, marks=pytest.mark.slow),
+        pytest.param("ppo", 1.5, marks=pytest.mark.slow),
+    ],
+)
 def test_full_disk_is_said_and_the_run_continues_when_there_is_space(
     stage,
     num_checkpoints,

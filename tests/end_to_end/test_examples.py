@@ -20,6 +20,7 @@ def test_library_use_runs_and_is_short(tmp_path):
     assert float(after) > float(before) + 0.15
 
 
+@pytest.mark.slow
 def test_alpaca_eval_example_runs(tmp_path):
     if not DATA.is_dir():
         pytest.skip(f"{DATA} is not there")

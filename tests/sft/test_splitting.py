@@ -115,7 +115,14 @@ def real_conversations(joined):
 # The longest of the 500 has 122 tokens (Pythia) or 136 (Llama): at 256 and 2048 they stay as they
 # are, and it takes joined ones for a cut.
 @pytest.mark.parametrize(
-    "joined, limit", [(1, 64), (1, 96), (1, 256), (1, 2048), (5, 256), (50, 2048)]
+    "joined, limit",
+    [
+        *((1, 64), (1, 256)),
+        *(
+            pytest.param(joined, limit, marks=pytest.mark.slow)
+            for joined, limit in [(1, 96), (1, 2048), (5, 256), (50, 2048)]
+        ),
+    ],
 )
 @pytest.mark.parametrize("tokenizer_name", ["pythia", "llama"])
 def test_nothing_of_real_conversations_is_lost_without_a_count(tokenizer_name, joined, limit):
