@@ -98,7 +98,7 @@ def test_a_source_tree_that_is_not_installed_has_a_manifest(monkeypatch):
     def no_metadata(name):
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr("rlhf.checkpoint.stage_directory.version", no_metadata)
+    monkeypatch.setattr("rlhf.checkpoint.record.version", no_metadata)
     versions = make_record("sft", SFTStageConfig(), None, tiny_tokenizer()).versions
     assert versions.pop("rlhf") == rlhf.__version__
     assert set(versions.values()) == {"not installed"}
