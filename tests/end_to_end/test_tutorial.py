@@ -1,4 +1,4 @@
-"""The tutorial runs top to bottom, on tiny sizes here and in full with `-m slow`.
+"""The tutorial runs top to bottom, on tiny sizes and in full, with `-m slow`.
 
 Run: python -m pytest tests/end_to_end/test_tutorial.py
 """
@@ -34,6 +34,7 @@ def test_the_tutorial_is_stored_without_outputs():
         assert not cell["outputs"] and cell["execution_count"] is None
 
 
+@pytest.mark.slow
 def test_the_tutorial_runs_on_tiny_sizes(tmp_path):
     printed = run_notebook(tmp_path, RLHF_TUTORIAL="tiny")
     assert "gold score:" in printed
