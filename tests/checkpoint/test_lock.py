@@ -191,7 +191,12 @@ def test_requeued_run_waits_for_the_one_before_and_continues_it(wholes, tmp_path
     config = new_run(plain, tmp_path, "run")
     first = start(config, ask=signal.SIGTERM)
     wait_for((directory_of(config) / ".lock").exists, first)
+    os.kill(first.pid, signal.SIGSTOP)  # it holds the lock until the second one has met it
     second = start(config)
+    try:
+        wait_for(lambda: "waiting for at most 60 seconds" in text_of(config), second)
+    finally:
+        os.kill(first.pid, signal.SIGCONT)
     for process in (first, second):
         process.join(120)
     assert (first.exitcode, second.exitcode) == (143, 0), text_of(config)[-3000:]

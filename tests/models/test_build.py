@@ -65,7 +65,7 @@ def test_a_model_whose_code_needs_numbers_waits_for_its_weights(tmp_path):
         "class Config(PretrainedConfig):\n    model_type = 'needy'\n\n\n"
         "class Model(PreTrainedModel):\n    config_class = Config\n\n"
         "    def __init__(self, config):\n        super().__init__(config)\n"
-        "        float(torch.linspace(0, 1, 3).sum())\n"
+        "        float(torch.ones(3).sum())\n"
     )
     try_settings(ModelConfig(path=str(tmp_path), trust_remote_code=True), WRONG)
     try_settings(ModelConfig(path=str(tmp_path)), WRONG)  # loading asks for trust_remote_code
