@@ -16,6 +16,7 @@ from rlhf.checkpoint import read_record
 from rlhf.config import InputError, PPOStageConfig, ScorerConfig, load_config
 from rlhf.console import quiet_libraries, say
 from rlhf.data import encode_prompt
+from rlhf.distributed import default_device
 from rlhf.functional import best_of_n, best_of_n_kl, bootstrap_interval
 from rlhf.metrics import read_jsonl
 from rlhf.models import load_policy
@@ -87,7 +88,7 @@ def sample_scores(
     """
     quiet_libraries()
     say(f"\nbest-of-n: {num_samples} samples of the SFT policy for each of {len(prompts)} prompts")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     ppo, code = config.ppo, config.model.trust_remote_code
     tokenizer = load_tokenizer(config.model)
     policy: Any = load_policy(config.model, tokenizer)

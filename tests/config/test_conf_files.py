@@ -99,7 +99,7 @@ KNOB_FILES = [
 
 
 def uncommented(text):
-    """Knobs with no comment above them or above the unbroken block of lines they stand in."""
+    """Knobs with no comment above them or above the unbroken block of lines around them."""
     covered, in_defaults, found = False, False, []
     for line in text.splitlines():
         if not line.strip():

@@ -62,7 +62,7 @@ def test_each_format_has_a_config_whose_example_rows_it_reads(tmp_path):
         assert rows and not dropped
 
 
-# What a row must have, beside what its documentation calls optional
+# What a row must have; the rest is optional in its documentation
 REQUIRED = {
     "messages": "messages",
     "prompt_completion": "prompt completion",

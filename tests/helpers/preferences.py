@@ -6,7 +6,7 @@ from helpers.rows import assistant, user, write
 
 from rlhf.data import load_rows
 
-# openbmb/UltraFeedback, shortened: the fields that are not read stand here as they do there.
+# openbmb/UltraFeedback, shortened: the fields that are not read are kept as in the original.
 ULTRAFEEDBACK = {
     "source": "sharegpt",
     "instruction": "Name a fruit.",

@@ -136,7 +136,7 @@ def test_activations_are_estimated_within_a_tenth(policy_dir, tmp_path, family, 
             token_entropy(logits)
         logprobs.sum().backward()
 
-    step()  # gradients stand from here on
+    step()  # gradients exist from here on
     assert len(part) == 4
     estimate = estimate_memory(trainer, part).models["policy"].activations
     actual = most_allocated(step)
