@@ -26,14 +26,7 @@ from rlhf.checkpoint.ownership import (
 )
 from rlhf.checkpoint.record import StageRecord, read_record
 from rlhf.checkpoint.resume import refuse_another_run
-from rlhf.config import (
-    CONFIG_FILE,
-    InputError,
-    StageConfig,
-    check,
-    config_text,
-    nothing_to_resume,
-)
+from rlhf.config import CONFIG_FILE, InputError, StageConfig, check, config_text, nothing_to_resume
 from rlhf.console import quiet_libraries, say
 
 

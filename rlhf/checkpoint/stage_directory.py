@@ -14,13 +14,7 @@ from typing import Any
 
 from rlhf.checkpoint.atomic import complete_or_nothing
 from rlhf.checkpoint.finite import NonFiniteError
-from rlhf.checkpoint.record import (
-    RECORD,
-    StageRecord,
-    cached_directory,
-    read_record,
-    write_record,
-)
+from rlhf.checkpoint.record import RECORD, StageRecord, cached_directory, read_record, write_record
 from rlhf.checkpoint.weight_hashes import hash_weights
 from rlhf.config import CONFIG_FILE, InputError, StageConfig, save_config
 

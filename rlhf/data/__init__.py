@@ -35,13 +35,7 @@ from rlhf.data.rows import (
     whole_characters,
 )
 from rlhf.data.segments import encode_prompt, encode_response, encode_row, encode_samples
-from rlhf.data.splits import (
-    Splits,
-    count_overlap,
-    load_splits,
-    split_by_prompt,
-    to_conversation,
-)
+from rlhf.data.splits import Splits, count_overlap, load_splits, split_by_prompt, to_conversation
 
 # Names that earlier versions had here.
 from rlhf.tokenizer import (

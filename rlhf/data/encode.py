@@ -19,13 +19,7 @@ from rlhf.console import warn
 from rlhf.data.dropped import Reason
 from rlhf.data.rows import Prompt, Row, prompt_of
 from rlhf.data.segments import encode_prompt, encode_response, encode_row, encode_samples
-from rlhf.tokenizer import (
-    RefusedConversation,
-    first_token_ids,
-    render_prompt,
-    token_ids,
-    with_eos,
-)
+from rlhf.tokenizer import RefusedConversation, first_token_ids, render_prompt, token_ids, with_eos
 
 NUM_HISTORIES = 50  # prompts whose earlier turns are compared with what servers see
 DROP = DatasetConfig.on_bad_row

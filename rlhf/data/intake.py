@@ -14,13 +14,7 @@ from typing import Any
 
 from rlhf.config import DatasetConfig, InputError, show
 from rlhf.data.dropped import REPAIRED, Reason
-from rlhf.data.formats import (
-    FORMATS,
-    ONE_RESPONSE_PER_ROW,
-    Format,
-    merge_by_prompt,
-    resolve_format,
-)
+from rlhf.data.formats import FORMATS, ONE_RESPONSE_PER_ROW, Format, merge_by_prompt, resolve_format
 from rlhf.data.read import in_one_line, read_rows
 from rlhf.data.rows import (
     TEXTS,

@@ -27,10 +27,7 @@ BEST_METRICS = {
 
 
 def trainer_arguments(
-    factory: Any,
-    config: SFTStageConfig | RewardStageConfig,
-    stage: str,
-    **reserved: Any,
+    factory: Any, config: SFTStageConfig | RewardStageConfig, stage: str, **reserved: Any
 ) -> Any:
     """Build the argument object of a Trainer from `trainer:`, with what the stage itself decides.
 

@@ -213,10 +213,7 @@ class Updater:
         minima = {"ratio_min": stats.pop("ratio_min")}
         maxima = {name: stats.pop(name) for name in ("ratio_max", "ratio_max_dev")}
         del stats["num_tokens"]
-        sums = {
-            "policy_loss": loss.detach(),
-            "entropy": entropy.detach().where(mask, 0.0).sum(),
-        }
+        sums = {"policy_loss": loss.detach(), "entropy": entropy.detach().where(mask, 0.0).sum()}
         return MinibatchStats(sums | stats, minima, maxima)
 
     def accumulate_ptx(self, batch: Experience, step: int, update: int) -> dict[str, float]:

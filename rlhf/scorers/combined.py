@@ -13,14 +13,7 @@ from torch import Tensor
 
 from rlhf.config import InputError, ScorerConfig, check_scorer_config, load_object
 from rlhf.functional import combine_scores, component_weights, counting
-from rlhf.scorers.call import (
-    BuiltInScorer,
-    Scorer,
-    Scores,
-    Tokens,
-    checked_scores,
-    score_responses,
-)
+from rlhf.scorers.call import BuiltInScorer, Scorer, Scores, Tokens, checked_scores, score_responses
 from rlhf.scorers.reward_model import RewardModelScorer
 
 

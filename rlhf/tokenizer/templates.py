@@ -22,9 +22,7 @@ _DECLARATION = re.compile(r"\{#.*?#\}|\{%[-+]?\s*set\s+stop_strings\s*=", re.DOT
 
 
 def chat_template_text(
-    name_or_path: str,
-    field: str = "model.chat_template",
-    own: Mapping[str, str] | None = None,
+    name_or_path: str, field: str = "model.chat_template", own: Mapping[str, str] | None = None
 ) -> str:
     """Return a chat template: a name in `conf/chat_template`, a .jinja file, or the text itself.
 

@@ -68,16 +68,10 @@ def leftovers(config) -> list[str]:
 
 @pytest.mark.parametrize(
     "stage, share",
-    [
-        ("ppo", 1.2),
-        *(pytest.param(*other, marks=pytest.mark.slow) for other in OTHER_LIMITS),
-    ],
+    [("ppo", 1.2), *(pytest.param(*other, marks=pytest.mark.slow) for other in OTHER_LIMITS)],
 )
 def test_limit_on_the_size_of_a_file_is_said_and_the_run_continues_without_it(
-    stage,
-    share,
-    wholes,
-    tmp_path,
+    stage, share, wholes, tmp_path
 ):
     """With a share of 1.2 the weights fit, and the state of the optimiser does not."""
     plain, directory, whole = wholes(stage)
@@ -118,11 +112,7 @@ def small_disk(tmp_path):
     ],
 )
 def test_full_disk_is_said_and_the_run_continues_when_there_is_space(
-    stage,
-    num_checkpoints,
-    small_disk,
-    wholes,
-    tmp_path,
+    stage, num_checkpoints, small_disk, wholes, tmp_path
 ):
     plain, directory, whole = wholes(stage)
     checkpoint = next(iter(directory.glob("checkpoint-*")))

@@ -10,10 +10,7 @@ import time
 import pytest
 from helpers.checkpoints import make_checkpoint
 
-from rlhf.checkpoint import (
-    GracefulStop,
-    complete_or_nothing,
-)
+from rlhf.checkpoint import GracefulStop, complete_or_nothing
 from rlhf.checkpoint.ownership import complete_checkpoints
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)

@@ -148,11 +148,7 @@ def test_directory_that_was_replaced_while_a_run_goes_on_gets_no_checkpoint(tmp_
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
 @pytest.mark.parametrize("values", [{}, {"resume": "auto"}, {"overwrite": True}, {"resume": True}])
 def test_second_start_beside_a_live_run_is_refused_and_changes_nothing(
-    stage,
-    values,
-    holder,
-    wholes,
-    tmp_path,
+    stage, values, holder, wholes, tmp_path
 ):
     plain, finished, _ = wholes(stage)
     config = new_run(plain, tmp_path, "run", **({"resume": False} | values))

@@ -12,16 +12,9 @@ import os
 import pytest
 from helpers.checkpoints import config_of, make_checkpoint, names, write
 
-from rlhf.checkpoint import (
-    checkpoint_to_resume,
-    prune_checkpoints,
-)
+from rlhf.checkpoint import checkpoint_to_resume, prune_checkpoints
 from rlhf.checkpoint.run_directory import finished_run, prepare_run_directory
-from rlhf.config import (
-    CheckpointConfig,
-    InputError,
-    TrackerConfig,
-)
+from rlhf.config import CheckpointConfig, InputError, TrackerConfig
 
 
 def test_new_run_directory_is_made(tmp_path):

@@ -21,11 +21,7 @@ from rlhf.checkpoint import (
     require_same_tokenizer,
     require_stage,
 )
-from rlhf.config import (
-    InputError,
-    SFTStageConfig,
-    load_config,
-)
+from rlhf.config import InputError, SFTStageConfig, load_config
 from rlhf.tokenizer import hash_tokenizer
 
 # --- Stage directory ------------------------------------------------------------------------------

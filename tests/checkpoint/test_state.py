@@ -16,10 +16,7 @@ from rlhf.checkpoint import (
     prune_checkpoints,
     save_training_state,
 )
-from rlhf.config import (
-    InputError,
-    SFTStageConfig,
-)
+from rlhf.config import InputError, SFTStageConfig
 
 
 def small_network(seed, hidden=5):
@@ -142,11 +139,7 @@ def test_state_names_the_best_checkpoint_that_is_kept(tmp_path):
         prune_checkpoints(tmp_path, 1)
         assert (
             names(tmp_path)
-            == {
-                1: ["checkpoint-1"],
-                2: ["checkpoint-1", "checkpoint-2"],
-                3: ["checkpoint-3"],
-            }[step]
+            == {1: ["checkpoint-1"], 2: ["checkpoint-1", "checkpoint-2"], 3: ["checkpoint-3"]}[step]
         )
 
 

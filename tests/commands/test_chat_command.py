@@ -14,15 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers.chat_models import (
-    EOS,
-    TOKENIZER,
-    answer_of,
-    chat_with,
-    random_policy,
-    scripted,
-    write,
-)
+from helpers.chat_models import EOS, TOKENIZER, answer_of, chat_with, random_policy, scripted, write
 from helpers.tiny import tiny_model
 
 import rlhf.chat
@@ -120,10 +112,7 @@ def test_control_characters_do_not_reach_the_terminal():
     [
         ([], "path is missing; add path=<stage directory, other model directory or Hub id>"),
         (["runs/x"], "cannot read 'runs/x'; write key=value, e.g. path=runs/x"),
-        (
-            ["path=x", "temprature=1"],
-            "unknown option 'temprature'. Did you mean temperature or ",
-        ),
+        (["path=x", "temprature=1"], "unknown option 'temprature'. Did you mean temperature or "),
         (["path=x", "seed=1.5"], "seed must be of type int, got '1.5'"),
         (["path=x", "temperature=warm"], "temperature must be of type float, got 'warm'"),
         (["path=x", "temperature=-1"], "temperature must be >= 0, got -1.0"),

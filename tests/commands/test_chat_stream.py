@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import pytest
 from helpers.rows import user
-from helpers.templates import (
-    marked,
-)
+from helpers.templates import marked
 from helpers.tiny import tiny_model
 
 from rlhf.chat import Chat, ChatOptions
-from rlhf.data import (
-    encode_response,
-)
+from rlhf.data import encode_response
 
 
 @pytest.mark.parametrize("marks", ["added", "text"])

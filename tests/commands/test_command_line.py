@@ -165,11 +165,7 @@ def test_help_of_a_knob_is_its_default_its_sentence_and_its_range(command):
         ("ppo", ["recipe=trusting"], "model.trust_remote_code=true comes from a file; only the"),
         ("ppo", ["recipe=wrong"], "In 'recipe/wrong': ppo.kl_coef: Value 'much' of type 'str'"),
         ("ppo", ["recipe=broken"], "not valid YAML: while parsing a flow sequence"),
-        (
-            "ppo",
-            ["recipe=vicuna"],
-            "recipe=vicuna has no ppo stage (it has sft); to start from",
-        ),
+        ("ppo", ["recipe=vicuna"], "recipe=vicuna has no ppo stage (it has sft); to start from"),
         ("ppo", ["recipe=gone"], "recipe=gone does not exist; choose one of alpaca, "),
         ("sft", ["dataset=gone"], "dataset=gone does not exist; choose one of alpaca, "),
         ("ppo", ["recipe=demo", "ppo.kl_coef=-1"], "ppo.kl_coef must be >= 0, got -1.0"),

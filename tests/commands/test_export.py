@@ -17,19 +17,11 @@ from helpers.tiny_sft import sft_config
 from peft import LoraConfig, PeftConfig, get_peft_model
 from safetensors.torch import load_file
 from torch.testing import assert_close
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf.checkpoint import hash_weights, make_record, read_record, write_stage
 from rlhf.checkpoint.atomic import write_manifest
-from rlhf.config import (
-    EvaluationConfig,
-    ModelConfig,
-    StageConfig,
-)
+from rlhf.config import EvaluationConfig, ModelConfig, StageConfig
 from rlhf.config import PeftConfig as LoraSettings
 from rlhf.export import ExportOptions, export
 from rlhf.models import init_reward_model, load_reward_model

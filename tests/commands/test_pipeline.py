@@ -127,10 +127,7 @@ def refusal(capfd, *arguments: str) -> str:
         (["ppo.ppo.kl_coef=-1"], "ppo.kl_coef must be >= 0, got -1.0"),
         (["ppo.ppo.num_updates=many"], "ppo.num_updates: Value 'many' of type 'str' could not"),
         (["sft.trainer.max_steps=3", "ppo.scorer=none"], "scorer=none does not exist; choose one"),
-        (
-            ["ppo.run_name=other"],
-            "belong to one run, got runs/demo (reward), runs/other",
-        ),
+        (["ppo.run_name=other"], "belong to one run, got runs/demo (reward), runs/other"),
         (["stages=[ppo,rewards]"], "stages must be some of sft, reward, ppo, got 'rewards'. Did"),
         (["stages=[]"], "stages is empty; leave it out to run all three"),
         (["stages=[ppo]"], "scorer.path: runs/demo/reward/final does not exist"),

@@ -8,9 +8,7 @@ import json
 import pytest
 from helpers.rows import assistant, user, write
 
-from rlhf.config import (
-    InputError,
-)
+from rlhf.config import InputError
 from rlhf.data import load_rows
 
 HI = [user("Hi"), assistant("Hello")]

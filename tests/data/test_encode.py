@@ -5,12 +5,7 @@ from __future__ import annotations
 import pytest
 from helpers.rows import CONVERSATIONS, user
 from helpers.tiny import tiny_tokenizer
-from helpers.tokenizers import (
-    TEMPLATE_EOS,
-    every,
-    get_tokenizer,
-    runs_of_labels,
-)
+from helpers.tokenizers import TEMPLATE_EOS, every, get_tokenizer, runs_of_labels
 
 from rlhf.config import InputError
 from rlhf.data import (

@@ -8,11 +8,7 @@ import pytest
 from helpers.rows import SHARED, assistant, user, write
 
 from rlhf.config import CONF_DIR, InputError
-from rlhf.data import (
-    FORMATS,
-    load_rows,
-    resolve_format,
-)
+from rlhf.data import FORMATS, load_rows, resolve_format
 
 
 def test_messages_keeps_other_columns_and_reads_sharegpt():

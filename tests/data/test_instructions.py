@@ -11,12 +11,7 @@ import pytest
 from helpers.rows import assistant, real_file, user, write
 
 from rlhf.config import InputError
-from rlhf.data import (
-    FORMATS,
-    DropRow,
-    check_row,
-    load_rows,
-)
+from rlhf.data import FORMATS, DropRow, check_row, load_rows
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 

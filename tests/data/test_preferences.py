@@ -96,12 +96,7 @@ from rlhf.tokenizer import chat_template_text
         (
             "ratings",
             RATINGS,
-            {
-                "prompt": "p",
-                "responses": ["a", "b", "c"],
-                "scores": [3, 5, 3],
-                "ranks": [1, 0, 1],
-            },
+            {"prompt": "p", "responses": ["a", "b", "c"], "scores": [3, 5, 3], "ranks": [1, 0, 1]},
         ),
     ],
 )
@@ -265,12 +260,7 @@ def test_chatllama_rows_of_one_prompt_become_one_ranking_and_zero_is_a_score(tmp
             "scores": [0.0, 4.5, 4.5],
             "ranks": [1, 0, 0],
         },
-        {
-            "prompt": "colour?",
-            "responses": ["Red.", "Loud."],
-            "scores": [5, 2],
-            "ranks": [0, 1],
-        },
+        {"prompt": "colour?", "responses": ["Red.", "Loud."], "scores": [5, 2], "ranks": [0, 1]},
     ]
     assert dropped == {"only one response": 1, "all ranks tied": 1}
 

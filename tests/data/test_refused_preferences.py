@@ -19,11 +19,7 @@ from helpers.preferences import (
 from helpers.rows import assistant
 
 from rlhf.config import InputError
-from rlhf.data import (
-    check_row,
-    describe_dropped,
-    load_rows,
-)
+from rlhf.data import check_row, describe_dropped, load_rows
 
 NAN, INF = float("nan"), float("inf")
 
@@ -131,11 +127,7 @@ def answers(*scores):
             {**ULTRAFEEDBACK_PAIR, "completions": None, "score_rejected": None},
             "field 'score_rejected': missing or null",
         ),
-        (
-            "ultrafeedback",
-            {**PAIR, "completions": None},
-            "field 'score_chosen': missing or null",
-        ),
+        ("ultrafeedback", {**PAIR, "completions": None}, "field 'score_chosen': missing or null"),
         ("stack_exchange", {"question": None}, "field 'question': missing or null"),
         ("stack_exchange", {"question": 3}, "field 'question': got 3"),
         ("stack_exchange", {"answers": None}, "field 'response_j': missing or null"),
@@ -166,11 +158,7 @@ def test_malformed_row_stops_with_file_row_and_field(tmp_path, format, change, m
         ("ranked", {"responses": ["a", " "]}, "empty response"),
         ("ranked", {"responses": ["a", "a"]}, "identical responses ranked differently"),
         ("ranked", {"prompt": ""}, "empty prompt"),
-        (
-            "ranked",
-            {"prompt": [assistant("x")]},
-            "conversation does not start with a user turn",
-        ),
+        ("ranked", {"prompt": [assistant("x")]}, "conversation does not start with a user turn"),
         ("ranked", {**SOFT, "probability": 0.5}, "all ranks tied"),
         ("ratings", {"ratings": [4, 4, 4]}, "all ranks tied"),
         ("pair", {"rejected": "a"}, "identical responses ranked differently"),

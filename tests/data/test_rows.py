@@ -13,13 +13,7 @@ from helpers.rows import assistant, user, write
 from helpers.tiny import tiny_model, tiny_tokenizer
 
 from rlhf.checkpoint import read_record
-from rlhf.config import (
-    DatasetConfig,
-    InputError,
-    ModelConfig,
-    RewardStageConfig,
-    SFTStageConfig,
-)
+from rlhf.config import DatasetConfig, InputError, ModelConfig, RewardStageConfig, SFTStageConfig
 from rlhf.data import describe_dropped, encode_row, encode_sft, first_cases, load_rows, load_splits
 from rlhf.reward import train_reward
 from rlhf.sft import train_sft
@@ -56,10 +50,7 @@ def text_part(text, kind="text"):
         ({"system": "Be brief.", **ROW}, [{"role": "system", "content": "Be brief."}, *HI]),
         ({"messages": [{"role": "User", "content": "Hi"}, HI[1]]}, HI),
         ({"messages": [user("Hi") | {"name": "Ann"}, HI[1] | {"reasoning_content": "?"}]}, HI),
-        (
-            {"messages": [HI[0], HI[1] | {"tool_calls": None, "function_call": None}]},
-            HI,
-        ),
+        ({"messages": [HI[0], HI[1] | {"tool_calls": None, "function_call": None}]}, HI),
         ({"messages": [HI[0], HI[1] | {"refusal": None, "tool_calls": [], "weight": 1}]}, HI),
     ]
     + [

@@ -11,12 +11,7 @@ import pytest
 from helpers.rows import CONVERSATIONS, assistant, user, write
 
 from rlhf.config import DatasetConfig, InputError
-from rlhf.data import (
-    describe_dropped,
-    load_rows,
-    load_splits,
-    prompt_of,
-)
+from rlhf.data import describe_dropped, load_rows, load_splits, prompt_of
 
 
 def test_every_file_type_loads_the_same_rows(tmp_path):

@@ -11,12 +11,7 @@ import pytest
 from helpers.rows import assistant, user, write
 
 from rlhf.config import DatasetConfig, InputError
-from rlhf.data import (
-    load_rows,
-    load_splits,
-    prompt_of,
-    split_by_prompt,
-)
+from rlhf.data import load_rows, load_splits, prompt_of, split_by_prompt
 
 
 def test_split_by_prompt_shares_no_prompt_and_ignores_order():

@@ -32,10 +32,7 @@ from helpers.runs import (
 )
 from helpers.stages import launch
 
-from rlhf.config import (
-    ScorerConfig,
-    save_config,
-)
+from rlhf.config import ScorerConfig, save_config
 from rlhf.metrics import TIMINGS, read_jsonl
 
 # --- SIGKILL --------------------------------------------------------------------------------------

@@ -110,11 +110,7 @@ def test_sampling_settings_of_a_model_change_nothing_in_sft(tmp_path):
             {"do_sample": False},
             "greedy decoding does not",
         ),
-        (
-            {"do_sample": True, "temperature": 0.0},
-            {"do_sample": False},
-            "greedy decoding does not",
-        ),
+        ({"do_sample": True, "temperature": 0.0}, {"do_sample": False}, "greedy decoding does not"),
         ({"early_stopping": True}, {}, "dropped early_stopping=True: transformers refuses"),
         ({"output_scores": True}, {}, "dropped output_scores=True: transformers refuses"),
         (

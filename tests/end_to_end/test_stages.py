@@ -17,11 +17,7 @@ import pytest
 import torch
 from helpers.stages import ROOT, WORLD, launch, ppo_config, reward_config, sft_config
 from safetensors.torch import load_file
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf.checkpoint import find_damage
 from rlhf.config import (

@@ -94,9 +94,7 @@ def test_killed_run_of_two_processes_ends_as_if_it_had_never_stopped(wholes, tmp
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
 def test_many_killed_runs_of_two_processes_end_as_if_they_had_never_stopped(
-    stage,
-    wholes,
-    tmp_path,
+    stage, wholes, tmp_path
 ):
     config, expected, seconds = of_two(wholes, stage, tmp_path)
     kill_and_continue(config, expected, seconds, tmp_path, 12, random.Random(4))
@@ -104,11 +102,7 @@ def test_many_killed_runs_of_two_processes_end_as_if_they_had_never_stopped(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["sft", "ppo"])
-def test_run_of_two_processes_that_is_asked_to_stop_saves_and_continues(
-    stage,
-    wholes,
-    tmp_path,
-):
+def test_run_of_two_processes_that_is_asked_to_stop_saves_and_continues(stage, wholes, tmp_path):
     plain, expected, _ = of_two(wholes, stage, tmp_path)
     config = new_run(plain, tmp_path, "run")
     status = 128 + signal.SIGHUP

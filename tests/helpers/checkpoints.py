@@ -6,15 +6,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import PretrainedConfig
 
-from rlhf.checkpoint import (
-    make_record,
-    write_stage,
-)
+from rlhf.checkpoint import make_record, write_stage
 from rlhf.checkpoint.ownership import seal
-from rlhf.config import (
-    SFTStageConfig,
-    save_config,
-)
+from rlhf.config import SFTStageConfig, save_config
 
 
 class Model:

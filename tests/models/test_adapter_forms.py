@@ -83,12 +83,7 @@ def test_weights_that_peft_does_not_store_are_not_missed(settings, model, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [
-        {"lora_bias": True},
-        {"alora_invocation_tokens": [40, 41]},
-    ],
-    ids=str,
+    "settings", [{"lora_bias": True}, {"alora_invocation_tokens": [40, 41]}], ids=str
 )
 def test_an_adapter_that_peft_cannot_merge_is_refused(settings, tmp_path):
     _, path = stored(

@@ -14,10 +14,7 @@ from rlhf.config import InputError, ModelConfig
 from rlhf.data import encode_response, encode_row
 from rlhf.models import init_reward_model, load_policy, load_reward_model, resize_embeddings
 from rlhf.sampling import sampling_for
-from rlhf.tokenizer import (
-    load_tokenizer,
-    response_text,
-)
+from rlhf.tokenizer import load_tokenizer, response_text
 
 VOCAB, EOS = 320, 2
 DOLLY_TOKENS = ["### End", "### Instruction:", "### Response:\n"]

@@ -238,10 +238,7 @@ def test_a_missing_directory_is_named(tmp_path, name):
     [
         ({}, "model.config has no model_type"),
         ({"model_type": "llamma"}, "model_type=llamma is not known. Did you mean llama"),
-        (
-            {"model_type": "llama", "hiden_size": 32},
-            "hiden_size is not a setting .* hidden_size",
-        ),
+        ({"model_type": "llama", "hiden_size": 32}, "hiden_size is not a setting .* hidden_size"),
         ({"model_type": "llama", "hidden_size": 30, "num_attention_heads": 4}, "model.config: "),
     ],
 )

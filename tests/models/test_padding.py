@@ -169,10 +169,7 @@ def test_attention_that_reads_positions_from_the_mask_gives_the_same_without(fam
             close(sampler[row, -len(sequence) :], alone, atol=1e-5)
 
 
-ENCODERS = {
-    "bert": {},
-    "roberta": {"pad_token_id": 1, "max_position_embeddings": 66},
-}
+ENCODERS = {"bert": {}, "roberta": {"pad_token_id": 1, "max_position_embeddings": 66}}
 
 
 def tiny_encoder(model_type, **values):

@@ -264,10 +264,7 @@ def test_an_encoder_is_no_critic(world):
     "base, message",
     [
         ("./nowhere", "base_model_name_or_path=./nowhere: no such directory"),
-        (
-            "nobody/nothing",
-            "base_model_name_or_path=nobody/nothing cannot be loaded",
-        ),
+        ("nobody/nothing", "base_model_name_or_path=nobody/nothing cannot be loaded"),
         (None, "does not name the adapter's base model"),
         ("adapter", "names an adapter as its own base, adapter"),
     ],
@@ -329,7 +326,7 @@ DAMAGES = {
         lambda folder: (folder / "config.json").write_bytes(b""),
     ],
     "generation_config.json": [
-        lambda folder: (folder / "generation_config.json").write_bytes(b"\xff"),
+        lambda folder: (folder / "generation_config.json").write_bytes(b"\xff")
     ],
 }
 

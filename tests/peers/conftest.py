@@ -23,11 +23,7 @@ def agree(request):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=atol)
         difference, scale = float((ours - theirs).abs().max()), float(theirs.abs().max())
         before = table.get(what, (0.0, 0.0, 0))
-        table[what] = (
-            max(before[0], difference),
-            max(before[1], scale),
-            before[2] + ours.numel(),
-        )
+        table[what] = (max(before[0], difference), max(before[1], scale), before[2] + ours.numel())
 
     return compare
 

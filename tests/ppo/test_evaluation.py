@@ -32,10 +32,7 @@ def finished(policy_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluation")
     config = make_config(policy_dir, folder, num_updates=6)
     config.evaluation = dataclasses.replace(
-        config.evaluation,
-        every=1,
-        num_prompts=6,
-        scorer=f"python:{__name__}.vowels",
+        config.evaluation, every=1, num_prompts=6, scorer=f"python:{__name__}.vowels"
     )
     config.checkpoint.every, config.checkpoint.keep_last = 2, 1
     return config, train_ppo(config)

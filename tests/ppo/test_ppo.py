@@ -13,10 +13,7 @@ from helpers.tiny_ppo import count_ascii, make_config, make_trainer, weights
 from safetensors.torch import load_file
 
 import rlhf.ppo.trainer as ppo_trainer
-from rlhf.config import (
-    InputError,
-    PeftConfig,
-)
+from rlhf.config import InputError, PeftConfig
 from rlhf.functional import token_logprobs
 from rlhf.models import response_logits
 from rlhf.ppo import PPOTrainer, train_ppo

@@ -51,12 +51,7 @@ class WordTokenizer:
 def make_rows(ranks, lengths):
     """Encoded rows of these ranks and lengths, and the canonical ones."""
     rows = [
-        {
-            "ranks": r,
-            "lengths": n,
-            "row": i,
-            "input_ids": [[0, 0, *range(size)] for size in n],
-        }
+        {"ranks": r, "lengths": n, "row": i, "input_ids": [[0, 0, *range(size)] for size in n]}
         for i, (r, n) in enumerate(zip(ranks, lengths, strict=True))
     ]
     return rows, [{"prompt": f"question {i}"} for i in range(len(rows))]

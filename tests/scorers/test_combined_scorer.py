@@ -25,11 +25,7 @@ from helpers.tiny_ppo import make_config, make_trainer
 from torch.testing import assert_close
 
 from rlhf.config import InputError, ScorerComponent, ScorerConfig
-from rlhf.scorers import (
-    CombinedScorer,
-    load_scorer,
-    score_responses,
-)
+from rlhf.scorers import CombinedScorer, load_scorer, score_responses
 
 
 def test_components_are_normalised_one_by_one_then_weighted(helpful, safe):

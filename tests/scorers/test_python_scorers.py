@@ -10,20 +10,11 @@ import inspect
 import numpy as np
 import pytest
 import torch
-from helpers.scorers import (
-    PROMPTS,
-    RESPONSES,
-    TOKENS,
-    halves,
-)
+from helpers.scorers import PROMPTS, RESPONSES, TOKENS, halves
 from torch.testing import assert_close
 
 from rlhf.config import InputError
-from rlhf.scorers import (
-    check_scores,
-    checked_scores,
-    score_responses,
-)
+from rlhf.scorers import check_scores, checked_scores, score_responses
 
 
 @pytest.mark.parametrize(

@@ -32,12 +32,7 @@ from rlhf.data import encode_prompt
 from rlhf.demo.world import build_tokenizer
 from rlhf.models import ScalarModel, add_lora, init_reward_model, merged
 from rlhf.ppo import train_ppo
-from rlhf.scorers import (
-    Tokens,
-    checked_scores,
-    load_scorer,
-    score_responses,
-)
+from rlhf.scorers import Tokens, checked_scores, load_scorer, score_responses
 from rlhf.tokenizer import chat_template_text, hash_rendering, load_tokenizer
 
 

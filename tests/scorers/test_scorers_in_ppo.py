@@ -13,14 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.scorers import (
-    MEAN,
-    STD,
-    num_words,
-    raw_scores,
-    rendered,
-    write_reward_model,
-)
+from helpers.scorers import MEAN, STD, num_words, raw_scores, rendered, write_reward_model
 from helpers.tiny_ppo import make_config, make_trainer
 from safetensors.torch import load_file
 from torch.multiprocessing import spawn
@@ -30,11 +23,7 @@ from rlhf.config import InputError, ModelConfig, ScorerComponent, ScorerConfig
 from rlhf.demo.world import build_tokenizer
 from rlhf.ppo import train_ppo
 from rlhf.ppo.rollout import component_scores
-from rlhf.scorers import (
-    CombinedScorer,
-    RewardModelScorer,
-    load_scorer,
-)
+from rlhf.scorers import CombinedScorer, RewardModelScorer, load_scorer
 from rlhf.tokenizer import load_tokenizer
 
 

@@ -6,18 +6,12 @@ import json
 import re
 
 import pytest
-from helpers.templates import (
-    DIALOGUE,
-    marked,
-)
+from helpers.templates import DIALOGUE, marked
 from helpers.tiny import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf.config import DatasetConfig, ModelConfig, SFTStageConfig
-from rlhf.data import (
-    encode_samples,
-    encode_sft,
-)
+from rlhf.data import encode_samples, encode_sft
 from rlhf.sampling import stop_token_ids
 from rlhf.sft import train_sft
 

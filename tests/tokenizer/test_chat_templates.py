@@ -16,13 +16,7 @@ from helpers.tokenizers import PLAIN_FILES, get_tokenizer, runs_of_labels
 from transformers import AutoTokenizer
 
 from rlhf.config import CONF_DIR, InputError, ModelConfig
-from rlhf.data import (
-    FORMATS,
-    encode_prompt,
-    encode_response,
-    encode_row,
-    load_rows,
-)
+from rlhf.data import FORMATS, encode_prompt, encode_response, encode_row, load_rows
 from rlhf.tokenizer import chat_template_text, declare_stop_strings, load_tokenizer, response_text
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -305,9 +299,7 @@ def test_plain_template_renders_as_documented():
 def test_generation_markers_cover_the_answer_and_its_eos(template):
     tokenizer = get_tokenizer("byte", template)
     encoded = tokenizer.apply_chat_template(
-        CONVERSATIONS["three turns"],
-        return_assistant_tokens_mask=True,
-        return_dict=True,
+        CONVERSATIONS["three turns"], return_assistant_tokens_mask=True, return_dict=True
     )
     labels = [
         token if on else -100

@@ -11,10 +11,7 @@ from rlhf.checkpoint import make_record, write_stage
 from rlhf.config import InputError, ModelConfig, StageConfig
 from rlhf.models import load_policy
 from rlhf.sampling import stop_token_ids
-from rlhf.tokenizer import (
-    forbidden_token_ids,
-    load_tokenizer,
-)
+from rlhf.tokenizer import forbidden_token_ids, load_tokenizer
 
 VOCAB, EOS = 320, 2
 DOLLY_TOKENS = ["### End", "### Instruction:", "### Response:\n"]

@@ -4,13 +4,7 @@ from __future__ import annotations
 
 import pytest
 from helpers.rows import assistant, user
-from helpers.templates import (
-    DIALOGUE,
-    MARKS,
-    OWN_TEMPLATES,
-    TEMPLATES,
-    marked,
-)
+from helpers.templates import DIALOGUE, MARKS, OWN_TEMPLATES, TEMPLATES, marked
 from helpers.tensors import exact
 from helpers.tiny import tiny_model, tiny_tokenizer
 from helpers.tokenizers import get_tokenizer, saved
@@ -19,10 +13,7 @@ from transformers import AutoTokenizer
 
 from rlhf.checkpoint import make_record, write_stage
 from rlhf.config import CONF_DIR, InputError, ModelConfig, ScorerConfig, StageConfig
-from rlhf.data import (
-    encode_prompt,
-    encode_response,
-)
+from rlhf.data import encode_prompt, encode_response
 from rlhf.models import init_reward_model, load_policy
 from rlhf.ppo.actors import Actors
 from rlhf.ppo.rollout import score_sampled

@@ -52,13 +52,7 @@ def main() -> None:
         for ids in make_prompts(options.size, num_updates * ppo.batch_size)
     ]
     with tempfile.TemporaryDirectory() as folder:
-        trainer = PPOTrainer(
-            config,
-            actors,
-            prompts,
-            make_accelerator("auto"),
-            Path(folder),
-        )
+        trainer = PPOTrainer(config, actors, prompts, make_accelerator("auto"), Path(folder))
         rows = [timed_step(trainer) for _ in range(num_updates)]
     check_finite(rows, actors.policy, actors.critic)
     phases = {name: median(rows, name) for name in ("rollout", "scoring", "optimise", "step")}

@@ -21,17 +21,8 @@ from accelerate.utils import broadcast_object_list
 from rlhf.config import InputError
 from rlhf.console import say
 from rlhf.ppo.preflight.findings import FAIL, Finding, bottom_line, lay_out
-from rlhf.ppo.preflight.longest_step import (
-    examine_longest_step,
-    longest_micro_batch,
-    measure_step,
-)
-from rlhf.ppo.preflight.memory import (
-    estimate_memory,
-    examine_memory,
-    free_bytes,
-    is_out_of_memory,
-)
+from rlhf.ppo.preflight.longest_step import examine_longest_step, longest_micro_batch, measure_step
+from rlhf.ppo.preflight.memory import estimate_memory, examine_memory, free_bytes, is_out_of_memory
 from rlhf.ppo.preflight.samples import NUM_SAMPLES, examine_policy, sample_policy
 from rlhf.ppo.preflight.scoring import examine_scoring
 from rlhf.ppo.trainer import PPOTrainer
@@ -45,9 +36,7 @@ class PreflightFailed(InputError):
 
 
 def run_preflight(
-    trainer: PPOTrainer,
-    heldout: Sequence[dict[str, Any]],
-    independent: Scorer | None = None,
+    trainer: PPOTrainer, heldout: Sequence[dict[str, Any]], independent: Scorer | None = None
 ) -> list[Finding]:
     """Examine everything, and print what was found.
 

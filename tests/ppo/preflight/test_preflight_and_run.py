@@ -16,13 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.preflight import (
-    constant,
-    heldout_prompts,
-    letters,
-    look,
-    noisy,
-)
+from helpers.preflight import constant, heldout_prompts, letters, look, noisy
 from helpers.tiny_ppo import make_config, make_trainer, write_prompts
 from safetensors.torch import load_file
 from torch.multiprocessing import spawn
@@ -137,10 +131,7 @@ def test_exit_status_says_whether_a_check_failed(policy_dir, tmp_path):
 
 
 def test_report_wraps_long_texts_and_sums_up():
-    found = [
-        Finding("memory", "ok", "fits"),
-        Finding("scorer", "WARN", "word " * 60, "do " * 60),
-    ]
+    found = [Finding("memory", "ok", "fits"), Finding("scorer", "WARN", "word " * 60, "do " * 60)]
     lines = lay_out(found).splitlines()
     assert max(map(len, lines)) <= 110 and lines[0] == "ok    memory        fits"
     assert lines[1].startswith("WARN  scorer        word") and lines[2].startswith(" " * 20 + "w")

@@ -12,11 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.preflight import (
-    letters,
-    look,
-    scored_by,
-)
+from helpers.preflight import letters, look, scored_by
 from helpers.tiny import tiny_model, tiny_tokenizer
 from helpers.tiny_ppo import make_config, make_trainer
 

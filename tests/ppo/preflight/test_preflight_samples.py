@@ -10,11 +10,7 @@ import json
 import math
 
 import torch
-from helpers.preflight import (
-    letters,
-    look,
-    scored_by,
-)
+from helpers.preflight import letters, look, scored_by
 from helpers.tiny import CORPUS, tiny_model, tiny_tokenizer
 from helpers.tiny_ppo import make_config, make_trainer, write_policy
 
