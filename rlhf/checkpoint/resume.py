@@ -198,6 +198,6 @@ def _learning_rates(config: StageConfig) -> dict[str, float]:
         rates["trainer.learning_rate"] = float(config.trainer.get("learning_rate", 5e-5))
     if isinstance(config, PPOStageConfig):
         rates["ppo.learning_rate"] = config.ppo.learning_rate
-        if config.ppo.advantage == "gae":
+        if config.ppo.has_critic:
             rates["critic.learning_rate"] = config.critic.learning_rate
     return {name: min(rate, 1e-2) for name, rate in rates.items()}

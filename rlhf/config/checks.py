@@ -245,21 +245,21 @@ def _scorer_rules(scorer: ScorerConfig) -> Iterator[str]:
 
 
 def _critic_rules(config: PPOStageConfig) -> Iterator[str]:
-    critic, advantage = config.critic, config.ppo.advantage
+    critic, ppo = config.critic, config.ppo
     if critic.init not in ("reward", "policy") and not Path(critic.init).is_dir():
         yield (
             "critic.init must be reward, policy, or the directory of a trained critic "
             f"(runs/<run_name>/ppo/critic), got {critic.init!r}"
         )
     first = config.scorer.components[0] if config.scorer.components else config.scorer
-    if str(first.path).startswith("python:") and critic.init == "reward" and advantage == "gae":
+    if str(first.path).startswith("python:") and critic.init == "reward" and ppo.has_critic:
         yield (
             "critic.init=reward needs a reward model, but scorer.path is a Python function: set "
             "critic.init=policy"
         )
-    if critic.warmup_updates and advantage != "gae":
+    if critic.warmup_updates and not ppo.has_critic:
         yield (
-            f"critic.warmup_updates={critic.warmup_updates}: ppo.advantage={advantage} has no "
+            f"critic.warmup_updates={critic.warmup_updates}: ppo.advantage={ppo.advantage} has no "
             "critic to warm up; set it to 0"
         )
 

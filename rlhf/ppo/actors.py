@@ -89,7 +89,7 @@ def load_checked_tokenizer(config: PPOStageConfig) -> tuple[Any, StageRecord | N
 def try_adapters(config: PPOStageConfig) -> None:
     """Try the adapters on policy and critic before any weights load."""
     try_settings(config.model, config.peft)
-    if config.ppo.advantage != "gae":
+    if not config.ppo.has_critic:
         return
     init, source, field = config.critic.init, config.model, "model.path"
     if init == "reward":
@@ -125,7 +125,7 @@ def load_actors(
     ppo = config.ppo
     for line in sample_as_trained(policy, ppo.temperature, ppo.top_p, ppo.top_k):
         say(line)
-    critic = _load_critic(config, tokenizer) if config.ppo.advantage == "gae" else None
+    critic = _load_critic(config, tokenizer) if config.ppo.has_critic else None
     if config.peft.enabled:
         # the policy with its adapters off is the reference
         rows = new_token_rows(tokenizer, config.model, config.peft)
@@ -200,7 +200,7 @@ def load_independent_scorer(config: PPOStageConfig, device: Any) -> Scorer | Non
 
 def needs_reward_model(config: PPOStageConfig) -> bool:
     """True if there is a critic that starts from the reward model."""
-    return config.ppo.advantage == "gae" and config.critic.init == "reward"
+    return config.ppo.has_critic and config.critic.init == "reward"
 
 
 def _first_scorer(config: PPOStageConfig) -> tuple[ScorerConfig, float]:

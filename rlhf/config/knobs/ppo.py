@@ -117,6 +117,10 @@ class PPOConfig:
     """Write every N-th rollout to rollouts/update-<N>.jsonl: prompts, responses, scores, and KL,
     rewards and advantages per token (null: none)."""
 
+    @property
+    def has_critic(self) -> bool:
+        return self.advantage == "gae"
+
 
 @documented
 @dataclass
