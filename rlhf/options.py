@@ -18,15 +18,7 @@ import types
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from rlhf.config import (
-    InputError,
-    check_finite,
-    hide,
-    nearest,
-    range_problems,
-    sentences,
-    yaml_scalar,
-)
+from rlhf.config import InputError, hide, nearest, sentences, value_problems, yaml_scalar
 
 Options = TypeVar("Options")
 
@@ -105,8 +97,7 @@ def check_options(options: Any) -> None:
     Raises:
         InputError: names every value that is not.
     """
-    check_finite(options)
-    if problems := list(range_problems(options)):
+    if problems := list(value_problems(options)):
         raise InputError("\n".join(problems))
 
 

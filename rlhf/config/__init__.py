@@ -9,7 +9,7 @@ from rlhf.config.checks import check, check_scorer_config
 from rlhf.config.conf_files import groups_of
 from rlhf.config.environment import as_written, hide, remember_references
 from rlhf.config.errors import InputError, MissingValues, nearest, show
-from rlhf.config.fields import check_finite, knob, range_problems, sentences, yaml_scalar
+from rlhf.config.fields import knob, sentences, value_problems, yaml_scalar
 from rlhf.config.knobs import (
     DTYPES,
     NORMALIZATIONS,

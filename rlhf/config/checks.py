@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from rlhf.config.errors import InputError, MissingValues, show
-from rlhf.config.fields import check_finite, range_problems
+from rlhf.config.fields import value_problems
 from rlhf.config.knobs import (
     ModelConfig,
     PPOConfig,
@@ -30,14 +30,13 @@ def check(config: StageConfig) -> None:
     """Check a stage's configuration, before anything expensive starts.
 
     Raises:
-        InputError: names every missing value at once, or every value out of range at once.
+        InputError: names every bad value at once, or every missing value if there is no bad one.
     """
-    check_finite(config)
-    missing = list(_missing(config))
+    bad_values = list(value_problems(config))
+    missing = list(_missing(config)) if not bad_values else []
     if missing:
         raise MissingValues("missing values:\n  " + "\n  ".join(missing))
-    problems = [*range_problems(config), *_rules(config)]
-    if problems:
+    if problems := [*bad_values, *_rules(config)]:
         raise InputError("\n".join(problems))
     if config.model.quantization is not None and find_spec("bitsandbytes") is None:
         raise InputError(
@@ -50,11 +49,9 @@ def check_scorer_config(scorer: ScorerConfig) -> None:
     """Check a scorer's configuration by itself; `check` does so for the PPO stage.
 
     Raises:
-        InputError: names every value out of range at once.
+        InputError: names every bad value at once.
     """
-    check_finite(scorer, "scorer.")
-    problems = [*range_problems(scorer, "scorer."), *_scorer_rules(scorer)]
-    if problems:
+    if problems := [*value_problems(scorer, "scorer"), *_scorer_rules(scorer)]:
         raise InputError("\n".join(problems))
 
 
@@ -86,10 +83,7 @@ def _missing(config: StageConfig) -> Iterator[str]:
             yield "scorer.path: a function, e.g. scorer.path=python:my_module.my_score"
         for i, component in enumerate(config.scorer.components):
             if not component.path:
-                yield (
-                    f"scorer.components[{i}].path: the final/ of a reward stage, or "
-                    "python:module.function"
-                )
+                yield f"scorer.components[{i}].path: final/ of a reward stage, or python:module.f"
 
 
 def _missing_in_sft(config: SFTStageConfig) -> Iterator[str]:
@@ -112,12 +106,7 @@ def _rules(config: StageConfig) -> Iterator[str]:
     if "/" in config.run_name or config.run_name in ("", ".", ".."):
         yield f"run_name must be one folder name, got {config.run_name!r}"
     yield from _model_rules(config)
-    yield from _quantization_rules(config)
-    if not isinstance(config, SFTStageConfig) and config.dataset.split_long:
-        yield (
-            "dataset.split_long=true splits conversations of SFT and has no effect in this stage; "
-            "set it to false"
-        )
+    yield from _token_rules(config.model)
     if isinstance(config, SFTStageConfig | RewardStageConfig):
         accumulated = config.trainer.get("gradient_accumulation_steps", 1)
         if config.batch_size is not None and accumulated != 1:
@@ -125,6 +114,8 @@ def _rules(config: StageConfig) -> Iterator[str]:
                 f"batch_size={config.batch_size} sets trainer.gradient_accumulation_steps, which "
                 f"is {accumulated}; leave that at 1, or set batch_size=null"
             )
+    if not isinstance(config, SFTStageConfig) and config.dataset.split_long:
+        yield "dataset.split_long=true splits conversations of SFT only; set it to false"
     if isinstance(config, RewardStageConfig):
         yield from _reward_rules(config)
     if isinstance(config, PPOStageConfig):
@@ -140,8 +131,7 @@ def _rules(config: StageConfig) -> Iterator[str]:
 
 
 def _model_rules(config: StageConfig) -> Iterator[str]:
-    model = config.model
-    yield from _token_rules(model)
+    model, is_sft = config.model, isinstance(config, SFTStageConfig)
     attention = model.attn_implementation
     if attention is not None and attention not in ATTENTION and "/" not in attention:
         yield (
@@ -158,14 +148,24 @@ def _model_rules(config: StageConfig) -> Iterator[str]:
             f"model.revision={model.revision} applies to Hub models, but model.path={model.path} "
             "is a local directory; set model.revision=null"
         )
-    if model.config and not (isinstance(config, SFTStageConfig) and model.path is None):
-        or_path = "set model.path=null, or " if isinstance(config, SFTStageConfig) else ""
+    if model.config and not (is_sft and model.path is None):
         yield (
             f"model.config={show(model.config)} builds a model with random weights, but model.path="
-            f"{model.path or 'null'} loads a trained one; {or_path}remove model.config (if a "
-            f"recipe sets it: {' '.join(f'~model.config.{key}' for key in model.config)})"
+            f"{model.path or 'null'} loads a trained one; "
+            f"{'set model.path=null, or ' if is_sft else ''}remove model.config (if a recipe sets "
+            f"it: {' '.join(f'~model.config.{key}' for key in model.config)})"
         )
-    if isinstance(config, PPOStageConfig) and model.dropout is not None:
+    if model.quantization is not None and not config.peft.enabled:
+        yield (
+            f"model.quantization={model.quantization}: quantised weights cannot be trained, only "
+            "adapters on them; set peft=lora, or model.quantization=null"
+        )
+    if model.quantization is not None and model.path is None and is_sft:
+        yield (
+            f"model.quantization={model.quantization} needs pretrained weights, but model.config "
+            "builds a model with random ones; set model.path, or model.quantization=null"
+        )
+    if model.dropout is not None and isinstance(config, PPOStageConfig):
         yield (
             f"model.dropout={model.dropout}: PPO uses no dropout, because its ratios compare two "
             "passes over the same tokens; set model.dropout=null, or set it in the SFT stage only"
@@ -184,21 +184,6 @@ def _token_rules(model: ModelConfig) -> Iterator[str]:
         )
 
 
-def _quantization_rules(config: StageConfig) -> Iterator[str]:
-    quantization = config.model.quantization
-    if quantization is not None and not config.peft.enabled:
-        yield (
-            f"model.quantization={quantization}: quantised weights cannot be trained, only "
-            "adapters on them; set peft=lora, or model.quantization=null"
-        )
-    if isinstance(config, SFTStageConfig):
-        if quantization is not None and config.model.path is None:
-            yield (
-                f"model.quantization={quantization} needs pretrained weights, but model.config "
-                "builds a model with random ones; set model.path, or model.quantization=null"
-            )
-
-
 def _reward_rules(config: RewardStageConfig) -> Iterator[str]:
     reward = config.reward
     if reward.loss == "plackett_luce" and reward.label_smoothing:
@@ -215,28 +200,22 @@ def _reward_rules(config: RewardStageConfig) -> Iterator[str]:
 
 def _scorer_rules(scorer: ScorerConfig) -> Iterator[str]:
     components, combine = scorer.components, scorer.combine
-    if components and scorer.path is not None:
-        yield (
-            f"scorer.path={scorer.path} and scorer.components exclude each other; make the former "
-            "one of the components"
-        )
-    if combine != "weighted_sum" and len(components) < 2:
-        yield (
-            f"scorer.combine={combine} combines several scorers, but scorer.components names "
-            f"{len(components)}; name at least two"
-        )
     weights = [component.weight for component in components]
+    gates = [component.gate for component in components]
+    names = [component.label for component in components]
+    if components and scorer.path is not None:
+        yield f"give scorer.path={scorer.path} or scorer.components, not both"
+    if combine != "weighted_sum" and len(components) < 2:
+        yield f"scorer.combine={combine} needs two scorer.components or more, got {len(components)}"
     if 0 in weights:
         yield f"scorer.components: no weight may be 0, got {weights}"
     if combine != "weighted_sum" and any(weight != 1 for weight in weights):
         yield f"scorer.combine={combine} ignores weights, got {weights}; leave them at 1"
-    gates = [component.gate for component in components]
     if components and None not in gates:
         yield (
             f"scorer.components: all of them have a gate, {gates}; the responses that pass every "
             "gate need a component without one"
         )
-    names = [component.label for component in components]
     if len(set(names)) != len(names) or not all(re.fullmatch(r"[\w.-]+", name) for name in names):
         yield (
             "scorer.components must have distinct names of letters, digits and _.-, got "
@@ -265,18 +244,16 @@ def _critic_rules(config: PPOStageConfig) -> Iterator[str]:
 
 
 def _rollout_rules(ppo: PPOConfig) -> Iterator[str]:
-    for divisor in ("num_mini_batches", "samples_per_prompt"):
-        number = getattr(ppo, divisor)
-        if number >= 1 and ppo.batch_size % number:
-            yield (
-                f"ppo.batch_size must be divisible by ppo.{divisor}, got {ppo.batch_size} and "
-                f"{number}"
-            )
+    size = ppo.batch_size
+    for name in ("num_mini_batches", "samples_per_prompt"):
+        number = getattr(ppo, name)
+        if number >= 1 and size % number:
+            yield f"ppo.batch_size must be divisible by ppo.{name}, got {size} and {number}"
     compares = ppo.advantage in ("rloo", "grpo")
     if compares and ppo.samples_per_prompt == 1:
         yield (
             f"ppo.advantage={ppo.advantage} compares the responses of one prompt, but "
-            f"ppo.samples_per_prompt={ppo.samples_per_prompt}; set it to 2 or more, e.g. 4"
+            "ppo.samples_per_prompt=1; set it to 2 or more, e.g. 4"
         )
     if not ppo.allow_off_policy_sampling and (ppo.top_p != 1.0 or ppo.top_k != 0):
         yield (
@@ -285,10 +262,7 @@ def _rollout_rules(ppo: PPOConfig) -> Iterator[str]:
             "ppo.allow_off_policy_sampling=true"
         )
     if ppo.scale_scores and ppo.whiten_scores:
-        yield (
-            "ppo.scale_scores and ppo.whiten_scores both set the scale of the scores; set one to "
-            "false"
-        )
+        yield "ppo.scale_scores and ppo.whiten_scores both scale the scores; set one to false"
     if ppo.mask_truncated and ppo.whiten_rewards and compares:
         yield (
             "ppo.mask_truncated=true and ppo.whiten_rewards=true give truncated responses no "
@@ -298,10 +272,9 @@ def _rollout_rules(ppo: PPOConfig) -> Iterator[str]:
 
 
 def _update_rules(ppo: PPOConfig) -> Iterator[str]:
-    if len(ppo.adam_betas) != 2 or not all(0 <= beta < 1 for beta in ppo.adam_betas):
-        yield (
-            f"ppo.adam_betas must be two numbers in [0, 1), e.g. [0.9, 0.95], got {ppo.adam_betas}"
-        )
+    betas = ppo.adam_betas
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        yield f"ppo.adam_betas must be two numbers in [0, 1), e.g. [0.9, 0.95], got {betas}"
     if ppo.target_kl is not None and ppo.num_ppo_epochs * ppo.num_mini_batches == 1:
         yield (
             f"ppo.target_kl={ppo.target_kl} has nothing to skip with one optimiser step per "
@@ -313,7 +286,4 @@ def _update_rules(ppo: PPOConfig) -> Iterator[str]:
             "ppo.kl_estimator=k3 (GRPO) or k2, or ppo.kl_in=reward"
         )
     if ppo.kl_target is not None and ppo.kl_coef == 0:
-        yield (
-            f"ppo.kl_target={ppo.kl_target} adapts ppo.kl_coef by multiplying it, but ppo.kl_coef "
-            "is 0; set ppo.kl_coef above 0"
-        )
+        yield f"ppo.kl_target={ppo.kl_target} multiplies ppo.kl_coef, which is 0; set it above 0"

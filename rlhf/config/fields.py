@@ -17,10 +17,7 @@ import math
 from collections.abc import Iterator
 from functools import cache
 from itertools import pairwise
-from pathlib import Path
-from typing import Any, TypeVar
-
-from rlhf.config.errors import InputError
+from typing import Any, TypeVar, dataclass_transform
 
 Class = TypeVar("Class", bound=type)
 
@@ -29,55 +26,43 @@ Class = TypeVar("Class", bound=type)
 class Limits:
     """The values that a knob accepts. None passes every range; it means that a knob is off."""
 
-    ge: float | None = None
-    gt: float | None = None
-    le: float | None = None
-    lt: float | None = None
+    ge: float = -math.inf
+    gt: float = -math.inf
+    le: float = math.inf
+    lt: float = math.inf
     choices: tuple[Any, ...] = ()
 
     def __str__(self) -> str:
         """What a value must satisfy, e.g. `must be >= 0`; empty without limits."""
         if self.choices:
             return f"must be one of {', '.join(map(yaml_scalar, self.choices))}"
-        low, high = self.ge if self.gt is None else self.gt, self.le if self.lt is None else self.lt
-        if low is not None and high is not None:
-            opening, closing = "[("[self.gt is not None], "])"[self.lt is not None]
+        low, high = max(self.ge, self.gt), min(self.le, self.lt)
+        if math.isfinite(low) and math.isfinite(high):
+            opening, closing = "[("[low == self.gt], "])"[high == self.lt]
             return f"must lie in {opening}{low}, {high}{closing}"
         signs = {">=": self.ge, ">": self.gt, "<=": self.le, "<": self.lt}
-        return next((f"must be {sign} {x}" for sign, x in signs.items() if x is not None), "")
+        return next((f"must be {sign} {x}" for sign, x in signs.items() if math.isfinite(x)), "")
 
     def allow(self, value: Any) -> bool:
         if self.choices:
             return value in self.choices
-        return value is None or (
-            (self.ge is None or value >= self.ge)
-            and (self.gt is None or value > self.gt)
-            and (self.le is None or value <= self.le)
-            and (self.lt is None or value < self.lt)
-        )
+        return value is None or (self.ge <= value <= self.le and self.gt < value < self.lt)
 
 
-def knob(
-    default: Any,
-    *,
-    ge: float | None = None,
-    gt: float | None = None,
-    le: float | None = None,
-    lt: float | None = None,
-    choices: tuple[Any, ...] = (),
-    infinite: bool = False,
-) -> Any:
+def knob(default: Any, *, infinite: bool = False, **limits: Any) -> Any:
     """Declare a knob.
 
     Args:
         default: its value when nothing is given; a list or dict is copied for every instance.
-        ge, gt, le, lt: the value must be >=, >, <=, < this.
-        choices: the values that exist; None is added where it is the default.
         infinite: accept inf and nan, which every other knob refuses.
+        limits: ge, gt, le, lt: the value must be >=, >, <=, < this; or choices: the values that
+            exist, and None where it is the default.
     """
-    if choices and default is None:
-        choices = (*choices, None)
-    metadata = {"limits": Limits(ge, gt, le, lt, choices), "infinite": infinite}
+    metadata: dict[str, Any] = {"infinite": infinite}
+    if limits:
+        metadata["limits"] = accepted = Limits(**limits)
+        if accepted.choices and default is None:
+            metadata["limits"] = Limits(choices=(*accepted.choices, None))
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -98,56 +83,24 @@ def group(config_class: type, free: bool = False, **values: Any) -> Any:
     return dataclasses.field(default_factory=make, metadata={"group": config_class})
 
 
-# --- Checks ---------------------------------------------------------------------------------------
-
-
-def check_finite(config: Any, prefix: str = "") -> None:
-    """Check that every number in a dataclass is finite, also those in its lists and mappings.
-
-    Args:
-        prefix: put before the names in messages, e.g. "scorer.".
-
-    Raises:
-        InputError: names every number that is not finite at once.
-    """
-    problems = [
-        f"{name} must be a finite number, got {value}"
-        for name, value in _numbers(config, prefix.removesuffix("."))
-        if not math.isfinite(value)
-    ]
-    if problems:
-        raise InputError("\n".join(problems))
-
-
-def _numbers(value: Any, name: str) -> Iterator[tuple[str, float]]:
-    """Every float in a value, however deep, with its dotted name."""
-    items: list[tuple[str, Any]] = []
-    if isinstance(value, float):
-        yield name, value
-    elif isinstance(value, list | tuple):
-        items = [(f"{name}[{i}]", item) for i, item in enumerate(value)]
-    elif isinstance(value, dict):
-        items = [(f"{name}.{key}", item) for key, item in value.items()]
+def value_problems(value: Any, name: str = "", limits: Limits | None = None) -> Iterator[str]:
+    """Yield a message for each number in a value that is not finite, however deep, and for each
+    knob that is out of its range."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield f"{name} must be a finite number, got {value}"
     elif dataclasses.is_dataclass(value):
-        fields = [f.name for f in dataclasses.fields(value) if not f.metadata.get("infinite")]
-        items = [(f"{name}.{key}".lstrip("."), getattr(value, key)) for key in fields]
-    for inner_name, inner in items:
-        yield from _numbers(inner, inner_name)
-
-
-def range_problems(config: Any, prefix: str = "") -> Iterator[str]:
-    """Yield a message for each knob of a dataclass, and of those in it, that is out of range."""
-    for field in dataclasses.fields(config):
-        name, value = prefix + field.name, getattr(config, field.name)
-        limits = field.metadata.get("limits", Limits())
-        if dataclasses.is_dataclass(value):
-            yield from range_problems(value, f"{name}.")
-        elif isinstance(value, list):
-            for i, item in enumerate(value):
-                if dataclasses.is_dataclass(item):
-                    yield from range_problems(item, f"{name}[{i}].")
-        elif not limits.allow(value):
-            yield f"{name} {limits}, got {value!r}"
+        for field in dataclasses.fields(value):
+            inner, limits = f"{name}.{field.name}".lstrip("."), field.metadata.get("limits")
+            if not field.metadata.get("infinite"):
+                yield from value_problems(getattr(value, field.name), inner, limits)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from value_problems(item, f"{name}.{key}")
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            yield from value_problems(item, f"{name}[{i}]")
+    elif limits is not None and not limits.allow(value):
+        yield f"{name} {limits}, got {value!r}"
 
 
 # --- Sentences ------------------------------------------------------------------------------------
@@ -161,46 +114,33 @@ def sentences(config_class: type) -> dict[str, str]:
     below: dict[str, str] = {}
     for owner in reversed(config_class.__mro__):
         if dataclasses.is_dataclass(owner):
-            below |= _texts_below_fields(inspect.getfile(owner)).get(owner.__name__, {})
+            below |= _texts_below_fields(owner)
     found = {}
     for field in dataclasses.fields(config_class):
-        text = below.get(field.name, "")
-        if not text and "group" in field.metadata:
-            text = summary(field.metadata["group"])
+        text = below.get(field.name) or summary(field.metadata["group"])
         limits = field.metadata.get("limits", Limits())
-        if str(limits) and not (limits.choices and _names_choices(text, limits)):
+        named = [choice in text for choice in limits.choices if isinstance(choice, str)]
+        if str(limits) and not (named and all(named)):
             text += f" M{str(limits)[1:]}."
         found[field.name] = text
     return found
 
 
-def summary(config_class: type) -> str:
-    """The docstring of a dataclass, in one line and without its knobs."""
-    doc = vars(config_class)["__doc__"]
-    return " ".join((doc.summary if isinstance(doc, _Help) else doc).split())
-
-
-def _names_choices(text: str, limits: Limits) -> bool:
-    return all(choice in text for choice in limits.choices if isinstance(choice, str))
-
-
 @cache
-def _texts_below_fields(file: str) -> dict[str, dict[str, str]]:
-    """Class name -> field name -> the string literal below the field, read from the source."""
-    nodes = ast.walk(ast.parse(Path(file).read_text(encoding="utf-8")))
-    return {
-        owner.name: {
-            field.target.id: " ".join(below.value.value.split())
-            for field, below in pairwise(owner.body)
-            if isinstance(field, ast.AnnAssign)
-            and isinstance(field.target, ast.Name)
-            and isinstance(below, ast.Expr)
-            and isinstance(below.value, ast.Constant)
-            and isinstance(below.value.value, str)
-        }
-        for owner in nodes
-        if isinstance(owner, ast.ClassDef)
-    }
+def _texts_below_fields(owner: type) -> dict[str, str]:
+    """Field name -> the string literal below the field, read from the source."""
+    (tree,) = ast.parse(inspect.getsource(owner)).body
+    texts = {}
+    for field, below in pairwise(tree.body):  # type: ignore[attr-defined]
+        match field, below:
+            case ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(text))):
+                texts[name] = " ".join(text.split())
+    return texts
+
+
+def summary(config_class: type) -> str:
+    """The docstring of a class of knobs, in one line and without its knobs."""
+    return " ".join(vars(config_class)["__doc__"].summary.split())
 
 
 class _Help:
@@ -214,11 +154,13 @@ class _Help:
         return "\n".join([self.summary, "", "Attributes:", *knobs])
 
 
-def documented(config_class: Class) -> Class:
-    """Make `help()` of a dataclass show the sentences and limits of its knobs."""
+@dataclass_transform()
+def knobs(config_class: Class) -> Class:
+    """Make a dataclass of knobs; its `help()` shows their sentences and limits."""
     help_text = _Help(inspect.cleandoc(config_class.__doc__ or ""))
-    config_class.__doc__ = help_text  # type: ignore[assignment]
-    return config_class
+    made: Any = dataclasses.dataclass(config_class)
+    made.__doc__ = help_text
+    return made
 
 
 def yaml_scalar(value: Any) -> str:

@@ -102,7 +102,7 @@ BAD_VALUES = [
     (
         "ppo",
         {"ppo.scale_scores": True, "ppo.whiten_scores": True},
-        "ppo.scale_scores and ppo.whiten_scores both set the scale of the scores; set one to false",
+        "ppo.scale_scores and ppo.whiten_scores both scale the scores; set one to false",
     ),
     (
         "ppo",
@@ -126,7 +126,7 @@ BAD_VALUES = [
         "ppo.target_kl=0.1 has nothing to skip with one optimiser step per update",
     ),
     ("ppo", {"ppo.kl_in": "loss"}, "has an expected gradient of 0; use ppo.kl_estimator=k3"),
-    ("ppo", {"ppo.kl_target": 6.0, "ppo.kl_coef": 0.0}, "by multiplying it, but ppo.kl_coef is 0"),
+    ("ppo", {"ppo.kl_target": 6.0, "ppo.kl_coef": 0.0}, "multiplies ppo.kl_coef, which is 0; set"),
     (
         "ppo",
         {"evaluation.select": "independent_score"},
@@ -142,15 +142,11 @@ BAD_VALUES = [
         several({"path": "a", "normalize": "zero"}),
         "scorer.components[0].normalize must be one of demo_mean_zero, standardise, none, null",
     ),
-    (
-        "ppo",
-        several({"path": "a"}, path="b"),
-        "scorer.path=b and scorer.components exclude each other; make the former one of the",
-    ),
+    ("ppo", several({"path": "a"}, path="b"), "give scorer.path=b or scorer.components, not both"),
     (
         "ppo",
         several({"path": "a"}, combine="min"),
-        "scorer.combine=min combines several scorers, but scorer.components names 1; name at least",
+        "scorer.combine=min needs two scorer.components or more, got 1",
     ),
     (
         "ppo",
@@ -202,7 +198,7 @@ MISSING_VALUES = [
     ("reward", {"normalization.completions": "demonstrations"}, "normalization.path: file or Hub"),
     ("ppo", {"ptx.coef": 1.0}, "ptx.path: file or Hub name of the text"),
     ("ppo", {"scorer.path": "python:"}, "scorer.path: a function, e.g. scorer.path=python:my_"),
-    ("ppo", several({"path": "a"}, {}), "missing values:\n  scorer.components[1].path: the final/"),
+    ("ppo", several({"path": "a"}, {}), "missing values:\n  scorer.components[1].path: final/ of"),
 ]
 
 

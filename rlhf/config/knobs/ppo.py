@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from rlhf.config.fields import documented, group, knob
+from rlhf.config.fields import group, knob, knobs
 from rlhf.config.knobs.scorers import ScorerConfig
 from rlhf.config.knobs.shared import CheckpointConfig, StageConfig
 
 
-@documented
-@dataclass
+@knobs
 class PPOConfig:
     """The algorithm; names are those of TRL's last PPOConfig where one existed."""
 
@@ -122,8 +119,7 @@ class PPOConfig:
         return self.advantage == "gae"
 
 
-@documented
-@dataclass
+@knobs
 class PtxConfig:
     """PPO-ptx: the loss on this text is added at every optimiser step."""
 
@@ -141,8 +137,7 @@ class PtxConfig:
     """Length at which a text is cut, tokens."""
 
 
-@documented
-@dataclass
+@knobs
 class CriticConfig:
     """The value model."""
 
@@ -156,8 +151,7 @@ class CriticConfig:
     """Number of first updates that train only the critic."""
 
 
-@documented
-@dataclass
+@knobs
 class EvaluationConfig:
     """Held-out evaluation during and after PPO, and which update becomes final/."""
 
@@ -175,8 +169,7 @@ class EvaluationConfig:
     """Weight of the KL in score_minus_kl, score units per nat (null: ppo.kl_coef)."""
 
 
-@documented
-@dataclass
+@knobs
 class WatchdogConfig:
     """Thresholds of the warnings in watchdog.jsonl (null: off); each warning names its remedy."""
 
@@ -208,8 +201,7 @@ class WatchdogConfig:
     per token."""
 
 
-@documented
-@dataclass
+@knobs
 class PPOStageConfig(StageConfig):
     """PPO against the reward model, starting from this run's SFT and reward stages (python -m
     rlhf.ppo)."""

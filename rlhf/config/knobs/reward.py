@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-from rlhf.config.fields import documented, group, knob
+from rlhf.config.fields import group, knob, knobs
 from rlhf.config.knobs.shared import StageConfig, TrainerDefaults
 
 
-@documented
-@dataclass
+@knobs
 class RewardConfig:
     """The ranking loss, its batches, and what is stored with the reward model."""
 
@@ -39,8 +37,7 @@ class RewardConfig:
     """Most prompts whose completions `normalization` scores."""
 
 
-@documented
-@dataclass
+@knobs
 class NormalizationConfig:
     """The completions whose scores get mean 0 in PPO (scorer.normalize); the mean and standard
     deviation of their scores are stored with the weights."""
@@ -59,8 +56,7 @@ class NormalizationConfig:
     """samples: longest answer, tokens; at most half of the model's context."""
 
 
-@documented
-@dataclass
+@knobs
 class RewardTrainerDefaults(TrainerDefaults):
     """Arguments of transformers.TrainingArguments; any other of them may be set here too."""
 
@@ -82,8 +78,7 @@ class RewardTrainerDefaults(TrainerDefaults):
     which is kept until there is a better one."""
 
 
-@documented
-@dataclass
+@knobs
 class RewardStageConfig(StageConfig):
     """Reward model from ranked responses, starting from this run's SFT stage (python -m
     rlhf.reward)."""

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf.config.fields import documented, knob
+from rlhf.config.fields import knob, knobs
 
 NORMALIZATIONS = ("demo_mean_zero", "standardise", "none")
 COMBINATIONS = ("weighted_sum", "mean", "min", "mean_minus_std")
 
 
-@documented
-@dataclass
+@knobs
 class ScorerComponent:
     """One of several scorers."""
 
@@ -40,8 +38,7 @@ class ScorerComponent:
         return parts[-1] if parts else path
 
 
-@documented
-@dataclass
+@knobs
 class ScorerConfig:
     """What scores a response: `path`, or several `components`."""
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-from rlhf.config.fields import documented, group, knob
+from rlhf.config.fields import group, knob, knobs
 from rlhf.config.knobs.shared import StageConfig, TrainerDefaults
 
 
-@documented
-@dataclass
+@knobs
 class MixConfig:
     """Plain text to train on in addition to the rows, with loss on every token (Falcon-Instruct:
     5 % of RefinedWeb)."""
@@ -27,8 +25,7 @@ class MixConfig:
     whole set, not for each batch, because the Trainer shuffles. No such text is held out."""
 
 
-@documented
-@dataclass
+@knobs
 class SFTTrainerDefaults(TrainerDefaults):
     """Arguments of trl.SFTConfig; any other of its arguments may be set here too."""
 
@@ -45,8 +42,7 @@ class SFTTrainerDefaults(TrainerDefaults):
     checkpoint, which is kept until there is a better one."""
 
 
-@documented
-@dataclass
+@knobs
 class SFTStageConfig(StageConfig):
     """Supervised fine-tuning on demonstrations (python -m rlhf.sft)."""
 

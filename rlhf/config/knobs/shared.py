@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.config.fields import documented, group, knob
+from rlhf.config.fields import group, knob, knobs
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 YEAR = 365 * 24 * 3600  # seconds
 
 
-@documented
-@dataclass
+@knobs
 class ModelConfig:
     """Which model to start from, and how it is loaded."""
 
@@ -61,8 +59,7 @@ class ModelConfig:
     """Run code that comes with a Hub model."""
 
 
-@documented
-@dataclass
+@knobs
 class DatasetConfig:
     """Which rows to read, and in which format they are."""
 
@@ -100,8 +97,7 @@ class DatasetConfig:
     counted. Held-out rows are chosen before the split."""
 
 
-@documented
-@dataclass
+@knobs
 class PeftConfig:
     """LoRA adapters (Hu et al. 2021, arXiv 2106.09685); final/ holds the merged model."""
 
@@ -120,8 +116,7 @@ class PeftConfig:
     tokens is the EOS token, a stop string or part of the chat template."""
 
 
-@documented
-@dataclass
+@knobs
 class TrackerConfig:
     """Where metrics go in addition to metrics.jsonl."""
 
@@ -135,8 +130,7 @@ class TrackerConfig:
     """online, offline or disabled (null: what WANDB_MODE says, else online)."""
 
 
-@documented
-@dataclass
+@knobs
 class CheckpointConfig:
     """When a stage writes a checkpoint that it can resume from."""
 
@@ -150,7 +144,7 @@ class CheckpointConfig:
     directory. At most a year."""
 
 
-@dataclass
+@knobs
 class StageConfig:
     """What the three stages have in common."""
 
@@ -181,8 +175,7 @@ class StageConfig:
         return Path(self.runs_dir) / self.run_name / stage
 
 
-@documented
-@dataclass
+@knobs
 class TrainerDefaults:
     """Our defaults of the mapping `trainer:`, which accepts every other argument too."""
 
