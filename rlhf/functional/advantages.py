@@ -1,11 +1,91 @@
-"""From scores to rewards per token, and from those to advantages."""
+"""From scores to rewards per token, and from those to advantages, in this order.
+
+`tokens.py` comes before: log-probs and KL. `ppo_losses.py` comes after.
+"""
 
 from __future__ import annotations
+
+import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rlhf.functional.masks import check_masked, check_shapes, zero_masked
+from rlhf.functional.tokens import check_masked, check_shapes, whiten, zero_masked
+
+
+def final_scores(
+    scores: Tensor,
+    finished: Tensor,
+    missing_eos_penalty: float | None,
+    dense_totals: Tensor | None = None,
+    whiten_over: Tensor | None = None,
+) -> Tensor:
+    """Whiten the scores where asked, then give unfinished responses the penalty instead of theirs.
+
+    Rewards that a scorer gave at the tokens stay: an unfinished response has their sum plus the
+    penalty. With penalty -1:  scores 2 5,  dense totals 0.5 0,  finished 0 1  ->  -0.5 5
+
+    Args:
+        scores: (B,) of the scorer, the sum of its rewards per token included.
+        finished: (B,) bool, True where a stop token or stop string ended the response.
+        missing_eos_penalty: None leaves the scores of unfinished responses.
+        dense_totals: (B,) sum of each response's rewards per token; None: no such rewards.
+        whiten_over: (B,) bool, the responses whose scores get mean 0 and variance 1, all others 0;
+            None: no whitening. It comes before the penalty, which is then on the new scale.
+
+    Returns: (B,) float32.
+    Source: N implementation details (ICLR blog track 2024) and arXiv 2403.17031: the penalty
+        replaces the score. Llama 2 (2307.09288): whitening of logit(R), with R the sigmoid of the
+        reward model's output; that output is our score.
+    """
+    check_shapes(tuple(scores.shape), finished=finished)
+    if whiten_over is not None:
+        scores = whiten(scores, whiten_over)
+    if missing_eos_penalty is None:
+        return scores
+    totals = torch.zeros_like(scores) if dense_totals is None else dense_totals
+    return torch.where(finished, scores, missing_eos_penalty + totals)
+
+
+class Moments(NamedTuple):
+    """Running mean and variance of all numbers seen so far, as plain floats: JSON keeps them."""
+
+    count: float = 0.0  # type: ignore[assignment]  # hides the method of tuple
+    mean: float = 0.0
+    m2: float = 0.0  # sum of squared deviations from the mean
+
+    @property
+    def std(self) -> float:
+        """Biased standard deviation (divides by `count`); 0 before anything was seen."""
+        return math.sqrt(self.m2 / max(self.count, 1.0))
+
+
+def update_moments(moments: Moments, x: Tensor) -> Moments:
+    """Add the elements of `x` to running moments, e.g. the scores of a rollout to scale the next.
+
+    Args:
+        moments: those so far; `Moments()` at the start.
+        x: any shape, possibly empty; all elements count.
+
+    Returns: the moments of both together, computed in float64. Batches in turn give the same as all
+        elements at once. A nan stays in the moments for good.
+    Source: Chan, Golub, LeVeque 1979, "Updating Formulae and a Pairwise Algorithm for Computing
+        Sample Variances": the parallel form of Welford's update.
+    """
+    x = x.detach().cpu().double()
+    if not x.numel():
+        return moments
+    batch_mean = x.mean()
+    delta = batch_mean.item() - moments.mean
+    count = moments.count + x.numel()
+    return Moments(
+        count=count,
+        mean=moments.mean + delta * x.numel() / count,
+        m2=moments.m2
+        + (x - batch_mean).square().sum().item()
+        + delta**2 * moments.count * x.numel() / count,
+    )
 
 
 def shape_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:

@@ -1,11 +1,9 @@
-"""One score per response: from the scores of several scorers, and for responses without an end."""
+"""One score per response from the scores of several scorers."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-from rlhf.functional.masks import check_shapes, whiten
 
 
 def counting(raw: Tensor, gates: Tensor) -> Tensor:
@@ -68,37 +66,3 @@ def combine_scores(scores: Tensor, weights: Tensor, combine: str, std_coef: floa
     if combine != "mean_minus_std":
         return total
     return total - std_coef * (weights * (scores - total).square()).sum(dim=0).sqrt()
-
-
-def final_scores(
-    scores: Tensor,
-    finished: Tensor,
-    missing_eos_penalty: float | None,
-    dense_totals: Tensor | None = None,
-    whiten_over: Tensor | None = None,
-) -> Tensor:
-    """Whiten the scores where asked, then give unfinished responses the penalty instead of theirs.
-
-    Rewards that a scorer gave at the tokens stay: an unfinished response has their sum plus the
-    penalty. With penalty -1:  scores 2 5,  dense totals 0.5 0,  finished 0 1  ->  -0.5 5
-
-    Args:
-        scores: (B,) of the scorer, the sum of its rewards per token included.
-        finished: (B,) bool, True where a stop token or stop string ended the response.
-        missing_eos_penalty: None leaves the scores of unfinished responses.
-        dense_totals: (B,) sum of each response's rewards per token; None: no such rewards.
-        whiten_over: (B,) bool, the responses whose scores get mean 0 and variance 1, all others 0;
-            None: no whitening. It comes before the penalty, which is then on the new scale.
-
-    Returns: (B,) float32.
-    Source: N implementation details (ICLR blog track 2024) and arXiv 2403.17031: the penalty
-        replaces the score. Llama 2 (2307.09288): whitening of logit(R), with R the sigmoid of the
-        reward model's output; that output is our score.
-    """
-    check_shapes(tuple(scores.shape), finished=finished)
-    if whiten_over is not None:
-        scores = whiten(scores, whiten_over)
-    if missing_eos_penalty is None:
-        return scores
-    totals = torch.zeros_like(scores) if dense_totals is None else dense_totals
-    return torch.where(finished, scores, missing_eos_penalty + totals)

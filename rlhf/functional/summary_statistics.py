@@ -1,7 +1,5 @@
 """Statistics that reports show: best-of-n, bootstrap intervals, win rates, and the order and
 calibration of a reward model's scores.
-
-Left out: numbers that a run acts on (`rlhf.functional.diagnostics`).
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf.functional.masks import check_shapes
+from rlhf.functional.tokens import check_shapes
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """Statistics of an update: from micro-batches and processes to minibatches, and to the update.
 
-The formulas are in `rlhf.functional.losses`, the meanings of the names in `rlhf.metrics`.
+The formulas are in `rlhf.functional.ppo_losses`, the meanings of the names in `rlhf.metrics`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tests of rlhf.functional.diagnostics against hand-computed numbers and enumeration.
+"""Tests of explained variance and running moments against hand-computed numbers and enumeration.
 
 Run: pytest tests/functional/test_diagnostics.py
 """

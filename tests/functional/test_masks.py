@@ -1,4 +1,4 @@
-"""Tests of rlhf.functional.masks, and of what every masked function has in common.
+"""Tests of masked sums, means and whitening, and of what every masked function has in common.
 
 Run: pytest tests/functional/test_masks.py
 """

@@ -110,7 +110,7 @@ def outcomes(tmp_path_factory):
     preload = ["torch._dynamo", "torch.distributions", "sympy", "hypothesis", "pytest"]
     context.set_forkserver_preload(preload)
     with context.Pool(2, maxtasksperchild=1) as pool:
-        runs = {"control": ("masks", "", "")}
+        runs = {"control": ("tokens", "", "")}
         runs |= {mutant.name: (mutant.module, mutant.old, mutant.new) for mutant in MUTANTS}
         yield {
             name: pool.apply_async(run_tests, (tmp_path_factory.mktemp("mutant"), *run))

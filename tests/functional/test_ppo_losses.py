@@ -1,6 +1,6 @@
-"""Tests of rlhf.functional.losses against hand-computed numbers and closed forms.
+"""Tests of rlhf.functional.ppo_losses against hand-computed numbers and closed forms.
 
-Run: pytest tests/functional/test_losses.py
+Run: pytest tests/functional/test_ppo_losses.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Tests of rlhf.functional.ranking against explicit loops and closed forms.
+"""Tests of rlhf.functional.reward_loss against explicit loops and closed forms.
 
-Run: pytest tests/functional/test_ranking.py
+Run: pytest tests/functional/test_reward_loss.py
 """
 
 from __future__ import annotations

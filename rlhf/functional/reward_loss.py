@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from rlhf.functional.losses import Stats
-from rlhf.functional.masks import check_shapes, zero_masked
+from rlhf.functional.ppo_losses import Stats
+from rlhf.functional.tokens import check_shapes, zero_masked
 
 
 def ranking_loss(
