@@ -1,4 +1,9 @@
-"""Which settings may change when a run is resumed."""
+"""Which settings may change when a run is resumed, and which should after a non-finite number.
+
+A run that meets a non-finite number writes `stopped.json`. While its newest checkpoint is older
+than the stop, `resume=true` accepts new values of `ADJUSTABLE` settings. `changes.jsonl` lists what
+changed; later checkpoints and `rlhf.json` repeat it.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +11,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rlhf.checkpoint.nonfinite_stop import stopped_after
-from rlhf.checkpoint.ownership import manifest_of, step_of
-from rlhf.config import CONFIG_FILE, InputError, StageConfig, config_text
-from rlhf.console import num_processes
+import torch
+
+from rlhf.checkpoint.ownership import STOPPED, complete_checkpoints, manifest_of, step_of
+from rlhf.config import CONFIG_FILE, InputError, PPOStageConfig, StageConfig, config_text
+from rlhf.console import is_main_process, num_processes
+from rlhf.hub import one_line
 
 # Settings, or groups of them, that may change on resume because they do not affect the result.
 HARMLESS = (
@@ -34,19 +41,11 @@ def is_harmless(key: str) -> bool:
     return (key in HARMLESS or key.startswith(groups)) and key not in NOT_HARMLESS
 
 
-def refuse_changes_since_finish(config: StageConfig, final: Path) -> None:
-    """Refuse a configuration other than the one in `final/`, except for harmless settings.
-
-    Raises:
-        InputError: lists the differences.
-    """
-    lines = _changed_settings(config, final)
-    lines.pop(TYPED, None)  # a finished run loads no model
-    _refuse([line for key, line in lines.items() if not is_harmless(key)], final)
-
-
-def refuse_changes(config: StageConfig, checkpoint: Path) -> dict[str, str]:
+def refuse_changes(config: StageConfig, directory: Path) -> dict[str, str]:
     """Refuse a configuration with which a run would not end as if it had never stopped.
+
+    Args:
+        directory: the checkpoint where the run continues, or the `final/` of a finished run.
 
     Returns:
         The accepted changes: setting -> "setting: old -> new". They are harmless, or in
@@ -55,26 +54,28 @@ def refuse_changes(config: StageConfig, checkpoint: Path) -> dict[str, str]:
     Raises:
         InputError: lists the other changes.
     """
-    lines = _changed_settings(config, checkpoint)
-    stopped = stopped_after(checkpoint.parent, step_of(checkpoint)) is not None
-    allowed = ADJUSTABLE if stopped else ()
+    lines = _changed_settings(config, directory)
+    extra: list[str] = []
+    allowed: tuple[str, ...] = ()
+    if directory.name == "final":
+        lines.pop(TYPED, None)  # a finished run loads no model
+    else:
+        if stopped_after(directory.parent, step_of(directory)) is not None:
+            allowed = ADJUSTABLE
+        processes = manifest_of(directory)["processes"]
+        if processes != num_processes():
+            extra = [f"number of processes: {processes} -> {num_processes()}"]
     refused = [line for key, line in lines.items() if not is_harmless(key) and key not in allowed]
-    processes = manifest_of(checkpoint)["processes"]
-    if processes != num_processes():
-        refused.append(f"number of processes: {processes} -> {num_processes()}")
-    _refuse(refused, checkpoint, allowed)
-    return lines
-
-
-def _refuse(lines: list[str], directory: Path, allowed: tuple[str, ...] = ()) -> None:
-    if lines:
+    if refused or extra:
         also = f" (only {', '.join(allowed)} may change after the stop)" if allowed else ""
         raise InputError(
-            f"{directory} was written with a different configuration:\n  "
-            + "\n  ".join(lines)
+            "\n  ".join(
+                [f"{directory} was written with a different configuration:", *refused, *extra]
+            )
             + "\nA resumed run must end as if it had never stopped: set these back to their old "
             f"values{also}, or start a new run with another run_name"
         )
+    return lines
 
 
 def _changed_settings(config: StageConfig, directory: Path) -> dict[str, str]:
@@ -91,19 +92,14 @@ def _changed_settings(config: StageConfig, directory: Path) -> dict[str, str]:
 
 
 def read_settings(directory: Path) -> dict[str, Any]:
-    """Read the settings in a directory's `config.yaml`, by dotted key.
-
-    Raises:
-        InputError: the file is damaged.
-    """
+    """Read the settings in a directory's `config.yaml`, by dotted key."""
     from yaml import YAMLError
 
     file = directory / CONFIG_FILE
     try:
         return _flat(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, LookupError, TypeError, YAMLError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{file} is damaged ({type(error).__name__}: {reason})") from error
+        raise InputError(f"{file} is damaged ({one_line(error)})") from error
 
 
 def _flat(text: str) -> dict[str, Any]:
@@ -125,3 +121,73 @@ def _flat(text: str) -> dict[str, Any]:
 
 def _show(values: dict[str, Any], key: str) -> str:
     return json.dumps(values[key]) if key in values else "(not set)"
+
+
+# --- After a non-finite number --------------------------------------------------------------------
+
+
+def write_stop(directory: Path, step: int, problem: str) -> None:
+    """Note in a stage directory that optimiser step or update `step` met a non-finite number."""
+    content = {"reason": "non_finite", "step": step, "problem": problem}
+    (directory / STOPPED).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def stopped_after(directory: Path, step: int) -> int | None:
+    """Return the step at which the run met a non-finite number; None if it met none, or if `step`,
+    from which it continues, is later."""
+    file = directory / STOPPED
+    if not file.is_file():
+        return None
+    try:
+        stop = int(json.loads(file.read_text(encoding="utf-8"))["step"])
+    except (ValueError, LookupError, TypeError) as error:
+        fix = "delete it, and give the run its old settings"
+        raise InputError(f"{file} is damaged ({one_line(error)}); {fix}") from error
+    return stop if step < stop else None
+
+
+def explain_stop(
+    config: StageConfig,
+    directory: Path,
+    error: InputError,
+    step: int,
+    spoilt: bool,
+    dtype: torch.dtype,
+) -> InputError:
+    """Note that a non-finite number ends the run, and add to the error how to continue.
+
+    Args:
+        step: optimiser step or update that was not finished.
+        spoilt: True if the weights after the previous step led to the number: it would come again.
+        dtype: of the weights.
+    """
+    if is_main_process():
+        write_stop(directory, step, str(error))
+    checkpoints = complete_checkpoints(directory)
+    usable = [path for path in checkpoints if step_of(path) < step - spoilt]
+    if usable:
+        newer = ", ".join(str(path) for path in checkpoints if path not in usable)
+        delete = f"delete {newer}, whose weights led to it, then " if newer else ""
+        runs_dir = "" if config.runs_dir == StageConfig.runs_dir else f" runs_dir={config.runs_dir}"
+        command = f"python -m rlhf.{directory.name} resume=true run_name={config.run_name}"
+        way = f"To go on from {usable[-1]}: {delete}{command}{runs_dir}"
+    else:
+        way = "No checkpoint is from before: start again with the same command, overwrite=true and"
+    lower = [f"{name}={rate / 10:g}" for name, rate in _learning_rates(config).items()]
+    remedy = "model.dtype=float32" if dtype == torch.float16 else " ".join(lower)
+    has_gpu, precision = torch.cuda.is_available(), config.precision
+    mixed = precision == "bfloat16" or (precision == "auto" and has_gpu)
+    also = "; precision=float32 may help too" if mixed else ""
+    return InputError(f"{error}. {way} {remedy}{also}")
+
+
+def _learning_rates(config: StageConfig) -> dict[str, float]:
+    """Return the learning rates of a stage, cut to at most 0.01."""
+    if isinstance(config, PPOStageConfig):
+        rates = {"ppo.learning_rate": config.ppo.learning_rate}
+        if config.ppo.has_critic:
+            rates["critic.learning_rate"] = config.critic.learning_rate
+    else:
+        trainer = getattr(config, "trainer", {})
+        rates = {"trainer.learning_rate": float(trainer.get("learning_rate", 5e-5))}
+    return {name: min(rate, 1e-2) for name, rate in rates.items()}

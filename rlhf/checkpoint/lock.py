@@ -9,21 +9,21 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 
-from rlhf.checkpoint.atomic import UNSEALED
-from rlhf.checkpoint.disk import disk_errors
+from rlhf.checkpoint.disk import UNSEALED, disk_errors
 from rlhf.config import InputError, StageConfig
 from rlhf.console import is_main_process, num_processes, say, warn
 
@@ -33,6 +33,7 @@ NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 # Nobody can write there: the first file that is written fails and gives the reason.
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
+Result = TypeVar("Result")
 _held: dict[int, Path] = {}  # open file of each lock of this process -> its name
 
 
@@ -51,27 +52,27 @@ os.register_at_fork(after_in_child=_close_in_child)
 def one_writer(config: StageConfig, stage: str) -> Iterator[None]:
     """Keep other runs out of a stage's directory during the block.
 
-    The main process takes the lock and tells the others whether it succeeded. `resume=auto` waits
-    for as long as the previous run may need to save. In the block, a failure to write to the
-    directory becomes an InputError.
+    `resume=auto` waits for as long as the previous run may need to save. In the block, a failure to
+    write to the directory becomes an InputError.
 
     Raises:
         InputError: another process holds the lock.
     """
     directory, then = config.stage_dir(stage), "continue with resume=auto"
+    wait = config.checkpoint.grace_seconds if config.resume == "auto" else 0.0
+    if num_processes() > 1:  # create their group, with the timeout that the Trainer would give it
+        seconds = getattr(config, "trainer", {}).get("ddp_timeout")
+        limit: dict[str, Any] = {} if seconds is None else {"timeout": timedelta(seconds=seconds)}
+        PartialState(cpu=not torch.cuda.is_available(), **limit)
     with ExitStack() as stack:
-        refusal = None
-        # without a directory there is nothing to resume: the stage refuses that itself
-        if is_main_process() and (config.resume is not True or directory.is_dir()):
-            wait = config.checkpoint.grace_seconds if config.resume == "auto" else 0.0
-            try:
+
+        def lock() -> None:
+            # without a directory there is nothing to resume: the stage refuses that itself
+            if config.resume is not True or directory.is_dir():
                 with disk_errors(directory, then):
                     stack.enter_context(_locked_directory(directory, wait))
-            except InputError as error:
-                refusal = error
-        refusal = _tell_all(refusal, config)
-        if refusal is not None:
-            raise refusal
+
+        on_main_process(lock)
         with disk_errors(directory, then):
             yield
 
@@ -87,25 +88,24 @@ def _locked_directory(directory: Path, wait_seconds: float) -> Iterator[None]:
             finally:
                 shutil.rmtree(directory / UNSEALED, ignore_errors=True)
     finally:
-        for path in missing:  # a run that did not begin leaves no empty directory
-            try:
+        with suppress(OSError):  # a run that did not begin leaves no empty directory
+            for path in missing:
                 path.rmdir()
-            except OSError:
-                break
 
 
-def _tell_all(refusal: InputError | None, config: StageConfig) -> InputError | None:
-    """Send the main process's result to all processes."""
-    if num_processes() == 1:
-        return refusal
-    from accelerate import PartialState
-    from accelerate.utils import broadcast_object_list
-
-    # this creates the process group, with the timeout that the Trainer would give it
-    seconds = getattr(config, "trainer", {}).get("ddp_timeout")
-    limit: dict[str, Any] = {} if seconds is None else {"timeout": timedelta(seconds=seconds)}
-    PartialState(cpu=not torch.cuda.is_available(), **limit)
-    return broadcast_object_list([refusal])[0]
+def on_main_process(task: Callable[[], Result]) -> Result:
+    """Do a task on the main process; give its result, or its InputError, to all processes."""
+    outcome: list[Any] = [None]
+    if is_main_process():
+        try:
+            outcome = [task()]
+        except InputError as error:  # raised on all processes, or the others would wait for ever
+            outcome = [error]
+    if num_processes() > 1:
+        broadcast_object_list(outcome)
+    if isinstance(outcome[0], InputError):
+        raise outcome[0]
+    return outcome[0]
 
 
 def require_held(directory: Path) -> None:
@@ -161,7 +161,7 @@ def _acquire(file: Path, what: str, fix: str, wait_seconds: float) -> int | None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = _read_holder(descriptor)
+            holder = os.pread(descriptor, 1000, 0).decode(errors="replace") or "another process"
             os.close(descriptor)
         except OSError as error:
             os.close(descriptor)
@@ -175,7 +175,10 @@ def _acquire(file: Path, what: str, fix: str, wait_seconds: float) -> int | None
         else:
             if _is_current(descriptor, file):
                 _held[descriptor] = file
-                _write_holder(descriptor)
+                with suppress(OSError):  # a full disk or another user's file; only for messages
+                    os.ftruncate(descriptor, 0)
+                    name = f"process {os.getpid()} on {socket.gethostname()}"
+                    os.pwrite(descriptor, name.encode(), 0)
                 return descriptor
             os.close(descriptor)  # its holder deleted it in the meantime: try the new file
             continue
@@ -208,20 +211,3 @@ def _is_current(descriptor: int, file: Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), os.stat(file, follow_symlinks=False))
     except OSError:
         return False
-
-
-def _write_holder(descriptor: int) -> None:
-    text = json.dumps({"host": socket.gethostname(), "pid": os.getpid()})
-    try:
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, text.encode(), 0)
-    except OSError:  # a full disk or another user's file; only the message would use this
-        pass
-
-
-def _read_holder(descriptor: int) -> str:
-    try:
-        holder = json.loads(os.pread(descriptor, 1000, 0))
-        return f"process {holder['pid']} on {holder['host']}"
-    except (OSError, ValueError, LookupError, TypeError):
-        return "another process"

@@ -12,21 +12,34 @@ import os
 import re
 import secrets
 import shutil
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from rlhf.checkpoint.atomic import read_manifest, write_manifest, write_whole
+from rlhf.checkpoint.disk import (
+    MANIFEST,
+    UNSEALED,
+    files_of,
+    hidden_names,
+    read_manifest,
+    remove_directory,
+    write_manifest,
+    write_whole,
+)
 from rlhf.checkpoint.lock import require_held
-from rlhf.checkpoint.nonfinite_stop import CHANGES, STOPPED
+from rlhf.checkpoint.record import CHANGES, RECORD, read_record
 from rlhf.config import CONFIG_FILE, InputError
 from rlhf.console import num_processes
 from rlhf.metrics import read_jsonl
 
 IDENTITY = "run.json"  # {"id": ..., "stage": ...}
 CHECKPOINT = re.compile("checkpoint-(0|[1-9][0-9]*)")
+DAMAGED = ".damaged"  # ends the name of a damaged checkpoint that was set aside
 RESULTS = ("final", "critic")
+STOPPED = "stopped.json"  # the note of a run that stopped at a non-finite number
 LOGS = ("metrics.jsonl", "timings.jsonl", "samples.jsonl", "watchdog.jsonl", CHANGES)
 FILES = (IDENTITY, CONFIG_FILE, STOPPED, *LOGS)  # what a stage writes into its directory
+ROLLOUT = re.compile("update-[0-9]{6,}[.]jsonl")  # in `rollouts/`
 
 # --- Identity -------------------------------------------------------------------------------------
 
@@ -64,6 +77,28 @@ def step_of(checkpoint: Path | None) -> int:
     return int(checkpoint.name.split("-")[-1]) if checkpoint else 0
 
 
+def numbered(directory: Path) -> list[Path]:
+    """Return everything that has a checkpoint's name, oldest first."""
+    paths = [path for path in directory.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name)]
+    return sorted(paths, key=step_of)
+
+
+def is_own(path: Path, directory: Path) -> bool:
+    """True if the run in a stage directory wrote this checkpoint."""
+    if path.is_symlink() or not path.is_dir():
+        return False
+    run, manifest, copy = read_identity(directory), read_manifest(path), read_identity(path)
+    if manifest is None:
+        return copy is not None and run in (None, copy)
+    # without run.json, the checkpoint says whose directory this is
+    return run is None or manifest.get("run") == run
+
+
+def is_empty(path: Path) -> bool:
+    """True for an empty directory that is no link."""
+    return path.is_dir() and not path.is_symlink() and not any(path.iterdir())
+
+
 def own_checkpoints(directory: Path) -> list[Path]:
     """Return the run's checkpoints, oldest first, damaged ones included."""
     return [path for path in numbered(directory) if is_own(path, directory)]
@@ -86,6 +121,15 @@ def others_checkpoints(directory: Path) -> list[Path]:
     return [path for path in others if not is_empty(path)]
 
 
+def damaged_checkpoints(directory: Path) -> list[Path]:
+    """Return the run's checkpoints that were set aside as damaged."""
+    return [
+        path
+        for path in directory.glob(f"checkpoint-*{DAMAGED}")
+        if CHECKPOINT.fullmatch(path.name.removesuffix(DAMAGED)) and is_own(path, directory)
+    ]
+
+
 def manifest_of(checkpoint: Path) -> dict[str, Any]:
     """Read the manifest of a complete checkpoint, as `seal` wrote it."""
     manifest = read_manifest(checkpoint)
@@ -102,7 +146,7 @@ def seal(checkpoint: Path, directory: Path, best: int | None = None) -> None:
     """
     require_held(directory)
     run = read_identity(directory)
-    logs = sorted(name for name in LOGS if (directory / name).is_file())
+    logs = [directory / name for name in sorted(LOGS) if (directory / name).is_file()]
     if run is not None:
         shutil.copyfile(directory / IDENTITY, checkpoint / IDENTITY)
     facts = {
@@ -110,7 +154,7 @@ def seal(checkpoint: Path, directory: Path, best: int | None = None) -> None:
         "processes": num_processes(),
         "best": best,
         "changes": read_jsonl(directory / CHANGES),
-        "logs": {name: (directory / name).stat().st_size for name in logs},
+        "logs": {log.name: log.stat().st_size for log in logs},
     }
     write_manifest(checkpoint, facts)
 
@@ -121,22 +165,23 @@ def publish(written: Path, checkpoint: Path, best: int | None = None) -> None:
     Raises:
         InputError: something that the run did not write has that name.
     """
-    refuse_taken(checkpoint)
+    refuse_taken_steps(checkpoint.parent, [step_of(checkpoint)])
     seal(written, checkpoint.parent, best)
     os.replace(written, checkpoint)
 
 
-def refuse_taken(checkpoint: Path) -> None:
-    """Refuse a new checkpoint whose name belongs to something that the run did not write.
+def refuse_taken_steps(directory: Path, steps: Collection[int]) -> None:
+    """Refuse new checkpoints whose names belong to something that the run did not write.
 
     Raises:
-        InputError: names it.
+        InputError: names the first.
     """
-    if checkpoint in others_checkpoints(checkpoint.parent):
-        raise InputError(
-            f"{checkpoint} is in the way: this run did not write it, and needs the name for a "
-            "checkpoint. Move it, then continue with resume=auto"
-        )
+    for path in others_checkpoints(directory):
+        if step_of(path) in steps:
+            raise InputError(
+                f"{path} is in the way: this run did not write it, and needs the name for a "
+                "checkpoint. Move it, then continue with resume=auto"
+            )
 
 
 def refuse_blocked_names(directory: Path) -> None:
@@ -152,39 +197,116 @@ def refuse_blocked_names(directory: Path) -> None:
     if not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(f"{existing} cannot be written to; make it writable, or change runs_dir")
     for name in FILES + RESULTS:
-        path = directory / name
-        is_right = path.is_dir() if name in RESULTS else path.is_file()
-        if os.path.lexists(path) and (path.is_symlink() or not is_right):
-            kinds = {path.is_file(): "a file", path.is_dir(): "a directory"}
-            what = "a link" if path.is_symlink() else kinds.get(True, "something else")
-            wanted = "a directory" if name in RESULTS else "a file"
+        path, wanted = directory / name, "a directory" if name in RESULTS else "a file"
+        kinds = {"a link": path.is_symlink, "a file": path.is_file, "a directory": path.is_dir}
+        what = next((kind for kind, is_kind in kinds.items() if is_kind()), "something else")
+        if os.path.lexists(path) and what != wanted:
             raise InputError(f"{path} is {what}, but the stage writes {wanted} there; move it")
 
 
-def refuse_taken_steps(directory: Path, steps: range) -> None:
-    """Call `refuse_taken` for all planned checkpoints."""
-    for path in others_checkpoints(directory):
-        if step_of(path) in steps:
-            refuse_taken(path)
+# --- Deleting and renaming ------------------------------------------------------------------------
 
 
-def numbered(directory: Path) -> list[Path]:
-    """Return everything that has a checkpoint's name, oldest first."""
-    paths = [path for path in directory.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name)]
-    return sorted(paths, key=step_of)
+def prune_checkpoints(directory: Path, keep_last: int) -> None:
+    """Delete the run's checkpoints, except the newest `keep_last` and the best ones they name.
+
+    A damaged one that was set aside is deleted once the run has passed its step. A checkpoint that
+    holds files of the user is kept.
+    """
+    kept = complete_checkpoints(directory)[-keep_last:]
+    if not kept:
+        return
+    newest = step_of(kept[-1])
+    steps = {step_of(c) for c in kept} | {manifest_of(c)["best"] for c in kept}
+    older = [c for c in own_checkpoints(directory) if step_of(c) < newest]
+    passed = [c for c in older if step_of(c) not in steps]
+    passed += [d for d in damaged_checkpoints(directory) if step_of(d.with_suffix("")) <= newest]
+    for path in passed:
+        if not _files_of_others(path, manifest_of(kept[-1])["files"]):
+            remove_directory(path)
 
 
-def is_own(path: Path, directory: Path) -> bool:
-    """True if the run in a stage directory wrote this checkpoint."""
-    if path.is_symlink() or not path.is_dir():
-        return False
-    run, manifest, copy = read_identity(directory), read_manifest(path), read_identity(path)
-    if manifest is None:
-        return copy is not None and run in (None, copy)
-    # without run.json, the checkpoint says whose directory this is
-    return run is None or manifest.get("run") == run
+def remove_unfinished(directory: Path) -> None:
+    """Delete what a killed run left half-written or half-deleted."""
+    for path in directory.glob(".*"):
+        name = path.name.removeprefix(".").removesuffix(".tmp").removesuffix(".old")
+        is_known = CHECKPOINT.fullmatch(name.removesuffix(DAMAGED)) or name in RESULTS
+        if path.name == UNSEALED or (is_known and path in hidden_names(directory / name)):
+            shutil.rmtree(path)
 
 
-def is_empty(path: Path) -> bool:
-    """True for an empty directory that is no link."""
-    return path.is_dir() and not path.is_symlink() and not any(path.iterdir())
+def clear(directory: Path) -> None:
+    """Delete what the run in a stage directory wrote, and nothing else; see `refuse_to_clear`."""
+    refuse_to_clear(directory)
+    results = [directory / name for name in RESULTS if (directory / name).is_dir()]
+    empty = [path for path in numbered(directory) if is_empty(path)]
+    written = own_checkpoints(directory) + damaged_checkpoints(directory)
+    for path in [*written, *empty, *results]:
+        remove_directory(path)
+    rollouts = [f for f in (directory / "rollouts").glob("*") if ROLLOUT.fullmatch(f.name)]
+    for file in [*rollouts, *(directory / name for name in FILES)]:
+        file.unlink(missing_ok=True)
+    if is_empty(directory / "rollouts"):
+        (directory / "rollouts").rmdir()
+
+
+def refuse_to_clear(directory: Path) -> None:
+    """Refuse to delete what the run wrote if files of the user are in between.
+
+    Raises:
+        InputError: names them, and anything whose name a new run needs.
+    """
+    others = others_checkpoints(directory)
+    for path in own_checkpoints(directory) + damaged_checkpoints(directory):
+        others += _files_of_others(path, [])
+    for name in RESULTS:
+        others += _others_in_result(directory / name)
+    if others:
+        listed = "\n  ".join(map(str, others))
+        raise InputError(
+            f"overwrite=true deletes what the run in {directory} wrote, but it did not write "
+            f"these; move or delete them:\n  {listed}"
+        )
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Rename a damaged checkpoint and return its new name.
+
+    Raises:
+        InputError: something that the run did not write has the new name.
+    """
+    aside = checkpoint.with_name(checkpoint.name + DAMAGED)
+    if aside in damaged_checkpoints(checkpoint.parent):
+        remove_directory(aside)
+    elif os.path.lexists(aside):
+        raise InputError(f"{checkpoint} is damaged, and {aside} is in the way; move one of them")
+    os.replace(checkpoint, aside)
+    return aside
+
+
+def _others_in_result(result: Path) -> list[Path]:
+    """Return what no stage wrote in `final/` or `critic/`, or in place of that directory."""
+    if not (result / RECORD).is_file():
+        return [result] if os.path.lexists(result) and not is_empty(result) else []
+    try:
+        record = read_record(result)
+    except InputError:  # damaged
+        record = None
+    if record is None or not record.files:
+        return []
+    # python -m rlhf.reward.report adds these later
+    known = {*record.files, "report.json", "report.md", "report.png"}
+    return [file for file in files_of(result) if file.relative_to(result).as_posix() not in known]
+
+
+def _files_of_others(checkpoint: Path, names: Iterable[str]) -> list[Path]:
+    """Return the files in a checkpoint that its run did not write.
+
+    Args:
+        names: the files that the run writes, used if the checkpoint's own manifest is damaged.
+    """
+    manifest = read_manifest(checkpoint)
+    known = {MANIFEST, IDENTITY, *(names if manifest is None else manifest["files"])}
+    if manifest is None and not known - {MANIFEST, IDENTITY}:
+        return []
+    return [f for f in files_of(checkpoint) if f.relative_to(checkpoint).as_posix() not in known]

@@ -1,14 +1,17 @@
-"""`rlhf.json`: what a stage records about its result.
+"""`rlhf.json`: what a stage records about its result, with the SHA-256 of its weights.
 
-The comparison with earlier stages is in `earlier_stages.py`.
+`stage_directory.py` compares the record with the files and with other stages.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,15 +19,16 @@ from typing import Any
 from huggingface_hub import snapshot_download
 
 import rlhf
-from rlhf.checkpoint.atomic import files_of
-from rlhf.checkpoint.nonfinite_stop import CHANGES
-from rlhf.checkpoint.weight_hashes import hash_weights
+from rlhf.checkpoint.disk import files_of
 from rlhf.config import InputError, StageConfig, as_written
+from rlhf.console import is_main_process
 from rlhf.hub import is_hub_id
 from rlhf.metrics import read_jsonl
 from rlhf.tokenizer import hash_template, hash_tokenizer
 
 RECORD = "rlhf.json"
+CHANGES = "changes.jsonl"  # rows of `after_step` and `changed`, e.g. ["precision: ... -> ..."]
+ANNOUNCED_BYTES = 1_000_000_000  # reading more than this takes seconds, so a line says so
 PACKAGES = ("rlhf", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
 
@@ -36,19 +40,15 @@ class StageRecord:
         stage: "sft", "reward" or "ppo"; "critic" for the critic of a PPO run.
         parent: directory or Hub id that training started from (None: from scratch).
         parent_weights: SHA-256 of the parent's safetensors files (None for a Hub id).
-        weights: SHA-256 of the directory's own safetensors files; None accepts any weights.
         tokenizer: hash of vocabulary and special tokens.
         template: hash of the chat template.
         prompts: how training prompts reached the model, "conversation", "text" or "mixed".
         dropped: number of rows that were left out of the data, by reason.
         score_mean: mean of the reward model's scores of `normalization.completions` (raw units); a
             critic's values are (raw - score_mean) / score_std.
-        score_std: their standard deviation.
-        dtype: of the weights, e.g. "float32".
-        attn_implementation: of the model that was trained, e.g. "sdpa".
+        weights: SHA-256 of the directory's own safetensors files; None accepts any weights.
         metrics: final figures of the stage.
-        changes: settings that changed on resume after a non-finite number, oldest first:
-            `after_step`, `changed`.
+        changes: the rows of `CHANGES`.
         files: names of all files in the directory, this one included.
     """
 
@@ -104,28 +104,21 @@ def make_record(
 
 
 def write_record(directory: Path, record: StageRecord, model: Any) -> None:
-    """Write `rlhf.json` into a directory whose other files are all written.
+    """Write `rlhf.json` into a directory whose other files, such as `model`, are all written.
 
-    Args:
-        record: this function fills in `weights`, `dtype`, `attn_implementation` and `files`.
-        model: the model whose weights are in the directory.
+    This fills in the record's `weights`, `dtype`, `attn_implementation` and `files`.
     """
     record.weights = hash_weights(directory)
     record.dtype = str(model.dtype).removeprefix("torch.")
     record.attn_implementation = model.config._attn_implementation
     names = {file.relative_to(directory).as_posix() for file in files_of(directory)}
     record.files = sorted(names | {RECORD})
-    values = as_written(dataclasses.asdict(record))
-    text = json.dumps(values, indent=2, allow_nan=False)
+    text = json.dumps(as_written(dataclasses.asdict(record)), indent=2, allow_nan=False)
     (directory / RECORD).write_text(text, encoding="utf-8")
 
 
 def read_record(directory: str | Path, revision: str | None = None) -> StageRecord | None:
-    """Read `rlhf.json`; None for a directory or Hub id that no stage wrote.
-
-    Args:
-        revision: of a Hub id.
-    """
+    """Read `rlhf.json`; None for a directory or Hub id that no stage wrote."""
     file = cached_directory(directory, revision) / RECORD
     if not file.is_file():
         return None
@@ -157,3 +150,26 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return rlhf.__version__ if package == "rlhf" else "not installed"
+
+
+def hash_weights(directory: Path) -> str:
+    """SHA-256 over a directory's safetensors files; unchanged files are read once per process."""
+    files = sorted(directory.resolve().glob("*.safetensors"))
+    states = [(file, file.stat()) for file in files]
+    facts = [(f, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for f, s in states]
+    return _hash_files(tuple(facts))
+
+
+@cache
+def _hash_files(facts: tuple[tuple[Path, int, int, int, int], ...]) -> str:
+    """SHA-256 over the content of files; the facts about a file change whenever it changes."""
+    size = sum(num_bytes for _, _, num_bytes, *_ in facts)
+    if size > ANNOUNCED_BYTES and is_main_process():
+        where = facts[0][0].parent
+        # to stderr, because stdout may hold a model's answers
+        print(f"reading {size / 1e9:.1f} GB in {where} for their SHA-256", file=sys.stderr)
+    digest = hashlib.sha256()
+    for file, *_ in facts:
+        with file.open("rb") as stream:
+            hashlib.file_digest(stream, lambda: digest)
+    return digest.hexdigest()

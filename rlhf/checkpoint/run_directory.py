@@ -1,11 +1,12 @@
-"""One execution of a stage in its run directory: how every stage begins and ends (`open_run`).
+"""One execution of a stage in its run directory: how it begins, continues and ends (`open_run`).
 
-What a stage loads, trains and writes in between is in its own `stage.py`; `resume.py` finds the
-checkpoint that a stopped run continues from.
+What a stage loads, trains and writes in between is in its own `stage.py`. A checkpoint's manifest
+holds the sizes that the `*.jsonl` logs had, so a resumed run drops exactly what was written later.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -13,21 +14,29 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from rlhf.checkpoint.atomic import find_damage, write_whole
-from rlhf.checkpoint.cleanup import clear, refuse_to_clear, remove_unfinished
-from rlhf.checkpoint.config_changes import refuse_changes, refuse_changes_since_finish
-from rlhf.checkpoint.lock import one_writer
+from rlhf.checkpoint.config_changes import is_harmless, refuse_changes
+from rlhf.checkpoint.disk import find_damage, read_manifest, write_whole
+from rlhf.checkpoint.lock import on_main_process, one_writer
 from rlhf.checkpoint.ownership import (
     IDENTITY,
+    LOGS,
+    clear,
     latest_checkpoint,
+    manifest_of,
+    others_checkpoints,
+    own_checkpoints,
+    read_identity,
     refuse_blocked_names,
+    refuse_to_clear,
+    remove_unfinished,
+    set_aside,
     step_of,
     write_identity,
 )
-from rlhf.checkpoint.record import StageRecord, read_record
-from rlhf.checkpoint.resume import refuse_another_run
+from rlhf.checkpoint.record import CHANGES, StageRecord, read_record
 from rlhf.config import CONFIG_FILE, InputError, StageConfig, check, config_text, nothing_to_resume
-from rlhf.console import quiet_libraries, say
+from rlhf.console import quiet_libraries, say, warn
+from rlhf.metrics import append_jsonl
 
 
 @dataclass
@@ -125,7 +134,7 @@ def finished_run(config: StageConfig, stage: str) -> StageRecord | None:
     final = config.stage_dir(stage) / "final"
     record = read_record(final) if config.resume and not config.overwrite else None
     if record is not None:
-        refuse_changes_since_finish(config, final)
+        refuse_changes(config, final)
         say(f"{final.parent} is finished: nothing to do")
     return record
 
@@ -159,3 +168,103 @@ def _is_used(directory: Path) -> bool:
     return directory.is_dir() and any(
         path.name not in beginning and not path.name.startswith(".") for path in directory.iterdir()
     )
+
+
+# --- Where a stopped run continues ----------------------------------------------------------------
+
+
+def checkpoint_to_resume(config: StageConfig, directory: Path) -> Path | None:
+    """Return the newest intact checkpoint if the run is to be resumed, and say which it is.
+
+    Damaged checkpoints are named and set aside; the logs are cut back to the checkpoint.
+
+    Raises:
+        InputError: the checkpoint belongs to another run, `refuse_changes` refuses the
+            configuration, or resume=true finds no intact checkpoint.
+    """
+    return on_main_process(lambda: _resume(config, directory)) if config.resume else None
+
+
+def _resume(config: StageConfig, directory: Path) -> Path | None:
+    intact, damaged = find_intact(directory)
+    refuse_another_run(directory, step_of(intact))
+    if intact is None and config.resume is True:
+        problems = "".join(f"\n  {path}: {problem}" for path, problem in damaged.items())
+        raise InputError(
+            f"resume=true: no checkpoint is intact, so there is nothing to continue:{problems}\n"
+            "resume=auto sets these aside and starts the run again"
+        )
+    changed = refuse_changes(config, intact) if intact else {}
+    for key, line in changed.items():
+        effect = "without effect on what is trained" if is_harmless(key) else "after the stop"
+        say(f"changed, {effect}: {line}")
+    for checkpoint, problem in damaged.items():
+        aside = set_aside(checkpoint)
+        instead = f"{intact} is used instead" if intact else "no earlier one is intact"
+        warn(f"{checkpoint} is damaged: {problem}; {instead} (the damaged one is now {aside.name})")
+    for path in others_checkpoints(directory):
+        if step_of(path) > step_of(intact):
+            warn(f"{path} is not a checkpoint of this run: it is left unchanged")
+    truncate_logs(directory, manifest_of(intact)["logs"] if intact else {})
+    adjusted = [line for key, line in changed.items() if not is_harmless(key)]
+    if adjusted:
+        row = {"after_step": step_of(intact), "changed": adjusted}
+        append_jsonl(directory / CHANGES, [row])
+    write_whole(directory / CONFIG_FILE, config_text(config))
+    say(f"resuming from {intact}" if intact else "no checkpoint to resume from: starting afresh")
+    return intact
+
+
+def find_intact(directory: Path) -> tuple[Path | None, dict[Path, str]]:
+    """Find the newest intact checkpoint of the run in a stage directory; change nothing.
+
+    Returns:
+        That checkpoint, and for each newer, damaged one what is wrong with it, newest first.
+    """
+    damaged: dict[Path, str] = {}
+    for checkpoint in reversed(own_checkpoints(directory)):
+        problem = find_damage(checkpoint) or _damage_of_best(checkpoint)
+        if problem is None:
+            return checkpoint, damaged
+        damaged[checkpoint] = problem
+    return None, damaged
+
+
+def _damage_of_best(checkpoint: Path) -> str | None:
+    """Describe damage in the best checkpoint that an intact one names: `final/` may need it."""
+    best = manifest_of(checkpoint)["best"]
+    if best is None or best == step_of(checkpoint):
+        return None
+    other = checkpoint.with_name(f"checkpoint-{best}")
+    problem = find_damage(other)
+    return problem and f"its best checkpoint, {other.name}, is damaged: {problem}"
+
+
+def truncate_logs(directory: Path, sizes: dict[str, int]) -> None:
+    """Drop what was written to the logs after a checkpoint.
+
+    Args:
+        sizes: of the logs at the checkpoint, in bytes; a log without a size is emptied.
+    """
+    for name in LOGS:
+        file, size = directory / name, sizes.get(name, 0)
+        found = file.stat().st_size if file.is_file() else 0
+        if found < size:
+            warn(f"{file} is shorter than when the checkpoint was written: rows are missing in it")
+        elif found > size:
+            os.truncate(file, size)
+
+
+def refuse_another_run(directory: Path, step: int) -> None:
+    """Refuse a complete checkpoint of another run that is newer than `step`."""
+    ours = read_identity(directory)
+    for path in reversed(others_checkpoints(directory)):
+        manifest = None if path.is_symlink() else read_manifest(path)
+        if ours is None or manifest is None or step_of(path) <= step:
+            continue
+        theirs = manifest.get("run")
+        whose = f"{theirs['stage']} {theirs['id']}" if theirs else "unknown"
+        raise InputError(
+            f"{path} belongs to another run ({whose}) than its directory ({ours['stage']} "
+            f"{ours['id']}, by {IDENTITY}); move it back to where it came from, or delete it"
+        )

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from rlhf.checkpoint.atomic import complete_or_nothing
+from rlhf.checkpoint.disk import complete_or_nothing
 from rlhf.checkpoint.finite import find_non_finite
-from rlhf.checkpoint.ownership import refuse_taken, seal
+from rlhf.checkpoint.ownership import refuse_taken_steps, seal, step_of
 from rlhf.config import CONFIG_FILE, InputError, StageConfig, save_config
 
 
@@ -41,7 +41,7 @@ def save_training_state(
     Raises:
         InputError: something that the run did not write has the name of `directory`.
     """
-    refuse_taken(directory)
+    refuse_taken_steps(directory.parent, [step_of(directory)])
     with complete_or_nothing(directory) as temporary:
         for name, module in modules.items():
             save_file(_tensors(module), temporary / f"{name}.safetensors")

@@ -8,7 +8,7 @@ import os
 from helpers.checkpoints import make_checkpoint, names
 
 from rlhf.checkpoint import find_damage, read_manifest
-from rlhf.checkpoint.atomic import write_manifest
+from rlhf.checkpoint.disk import write_manifest
 from rlhf.checkpoint.ownership import complete_checkpoints, latest_checkpoint
 
 

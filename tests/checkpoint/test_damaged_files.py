@@ -6,8 +6,7 @@ Run: python -m pytest tests/checkpoint/test_damaged_files.py
 import pytest
 
 from rlhf.checkpoint import read_record
-from rlhf.checkpoint.config_changes import read_settings
-from rlhf.checkpoint.nonfinite_stop import STOPPED, stopped_after
+from rlhf.checkpoint.config_changes import STOPPED, read_settings, stopped_after
 from rlhf.config import InputError, SFTStageConfig, load_config
 from rlhf.reward.report.__main__ import ReportOptions, stage_config
 

@@ -35,7 +35,7 @@ from rlhf.checkpoint import (
     read_record,
     save_training_state,
 )
-from rlhf.checkpoint.nonfinite_stop import write_stop
+from rlhf.checkpoint.config_changes import write_stop
 from rlhf.checkpoint.ownership import complete_checkpoints, seal
 from rlhf.checkpoint.run_directory import refuse_used_directory
 from rlhf.config import (

@@ -22,7 +22,6 @@ from rlhf.checkpoint import (
     read_record,
     require_stage,
     warn_about_sft_model,
-    weight_hashes,
     write_stage,
 )
 from rlhf.config import (
@@ -169,7 +168,7 @@ def test_an_exported_directory_has_the_hash_of_its_own_weights():
 
 
 def test_a_large_directory_is_read_once_and_said_so(capfd, monkeypatch):
-    monkeypatch.setattr(weight_hashes, "ANNOUNCED_BYTES", 1000)
+    monkeypatch.setattr("rlhf.checkpoint.record.ANNOUNCED_BYTES", 1000)
     for _ in range(2):
         require_stage("other", ("sft",), "model.path")
     output, errors = capfd.readouterr()

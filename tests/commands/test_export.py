@@ -20,7 +20,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf.checkpoint import hash_weights, make_record, read_record, write_stage
-from rlhf.checkpoint.atomic import write_manifest
+from rlhf.checkpoint.disk import write_manifest
 from rlhf.config import EvaluationConfig, ModelConfig, StageConfig
 from rlhf.config import PeftConfig as LoraSettings
 from rlhf.export import ExportOptions, export

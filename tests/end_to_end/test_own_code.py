@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import dynamic_module_utils
 
 from rlhf.chat import ChatOptions, talk
-from rlhf.checkpoint.atomic import write_manifest
+from rlhf.checkpoint.disk import write_manifest
 from rlhf.config import InputError, ModelConfig, PPOStageConfig, save_config
 from rlhf.export import ExportOptions, export
 from rlhf.models import init_reward_model, load_policy, load_reward_model

@@ -23,7 +23,7 @@ from test_stored_forms import adapted, classifier, policy, write
 from transformers import MambaConfig, MambaForCausalLM
 
 from rlhf.checkpoint import read_manifest
-from rlhf.checkpoint.atomic import write_manifest
+from rlhf.checkpoint.disk import write_manifest
 from rlhf.config import InputError, ModelConfig, PeftConfig
 from rlhf.export import ExportOptions, export
 from rlhf.models import init_reward_model, load_policy, load_reward_model
