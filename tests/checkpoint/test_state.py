@@ -72,13 +72,13 @@ def test_frozen_parameters_are_neither_written_nor_overwritten(tmp_path):
 
     network, optimizer = small_network(seed=0)
     save_training_state(
-        tmp_path / "c", {"policy": network}, {"policy": optimizer}, {}, SFTStageConfig()
+        tmp_path / "checkpoint-1", {"policy": network}, {"policy": optimizer}, {}, SFTStageConfig()
     )
-    saved = load_file(tmp_path / "c" / "policy.safetensors")
+    saved = load_file(tmp_path / "checkpoint-1" / "policy.safetensors")
     assert sorted(saved) == ["0.bias", "0.weight", "2.bias", "2.weight"]
     other, fresh = small_network(seed=1)
     before = other[1].weight.clone()
-    load_training_state(tmp_path / "c", {"policy": other}, {"policy": fresh})
+    load_training_state(tmp_path / "checkpoint-1", {"policy": other}, {"policy": fresh})
     assert torch.equal(other[1].weight, before)
     assert torch.equal(other[0].weight, network[0].weight)
 
@@ -86,24 +86,24 @@ def test_frozen_parameters_are_neither_written_nor_overwritten(tmp_path):
 def test_state_of_another_model_is_refused(tmp_path):
     network, optimizer = small_network(seed=0)
     save_training_state(
-        tmp_path / "c", {"policy": network}, {"policy": optimizer}, {}, SFTStageConfig()
+        tmp_path / "checkpoint-1", {"policy": network}, {"policy": optimizer}, {}, SFTStageConfig()
     )
     larger, fresh = small_network(seed=0, hidden=6)
     with pytest.raises(InputError, match="the policy weights there belong to another model"):
-        load_training_state(tmp_path / "c", {"policy": larger}, {"policy": fresh})
+        load_training_state(tmp_path / "checkpoint-1", {"policy": larger}, {"policy": fresh})
     unfrozen, fresh = small_network(seed=0)
     unfrozen.requires_grad_(True)
     with pytest.raises(InputError, match="the policy weights there belong to another model"):
-        load_training_state(tmp_path / "c", {"policy": unfrozen}, {"policy": fresh})
+        load_training_state(tmp_path / "checkpoint-1", {"policy": unfrozen}, {"policy": fresh})
 
 
 def test_dict_of_tensors_is_saved_and_loaded_in_place(tmp_path):
     averages = {"a.weight": torch.randn(2, 3), "b": torch.randn(4)}
     expected = {name: tensor.clone() for name, tensor in averages.items()}
-    save_training_state(tmp_path / "c", {"averages": averages}, {}, {}, SFTStageConfig())
+    save_training_state(tmp_path / "checkpoint-1", {"averages": averages}, {}, {}, SFTStageConfig())
     for tensor in averages.values():
         tensor.zero_()
-    load_modules(tmp_path / "c", {"averages": averages})
+    load_modules(tmp_path / "checkpoint-1", {"averages": averages})
     assert all(torch.equal(averages[name], expected[name]) for name in expected)
 
 
@@ -111,12 +111,14 @@ def test_modules_are_loaded_alone_and_by_name(tmp_path):
     network, optimizer = small_network(seed=0)
     critic, _ = small_network(seed=1)
     modules = {"policy": network, "critic": critic}
-    save_training_state(tmp_path / "c", modules, {"policy": optimizer}, {}, SFTStageConfig())
+    save_training_state(
+        tmp_path / "checkpoint-1", modules, {"policy": optimizer}, {}, SFTStageConfig()
+    )
     fresh, _ = small_network(seed=2)
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
-    load_modules(tmp_path / "c", {"critic": fresh})
+    load_modules(tmp_path / "checkpoint-1", {"critic": fresh})
     assert torch.equal(torch.rand(3), expected)
     assert torch.equal(fresh[0].weight, critic[0].weight)
 
@@ -127,9 +129,9 @@ def test_global_random_numbers_continue_where_they_were(tmp_path):
         return [random.random(), np.random.rand(), float(torch.rand(())), *normal]
 
     draw()  # an odd number of normal ones: one more is in store
-    save_training_state(tmp_path / "c", {}, {}, {}, SFTStageConfig())
+    save_training_state(tmp_path / "checkpoint-1", {}, {}, {}, SFTStageConfig())
     expected = [draw() for _ in range(3)]
-    load_training_state(tmp_path / "c", {}, {})
+    load_training_state(tmp_path / "checkpoint-1", {}, {})
     assert [draw() for _ in range(3)] == expected
 
 
@@ -147,7 +149,13 @@ def test_training_state_holds_nothing_pickled(tmp_path):
     network, optimizer = small_network(seed=0)
     train(network, optimizer, range(2))
     save_training_state(
-        *(tmp_path / "c", {"policy": network}, {"policy": optimizer}, {}, SFTStageConfig())
+        *(
+            tmp_path / "checkpoint-1",
+            {"policy": network},
+            {"policy": optimizer},
+            {},
+            SFTStageConfig(),
+        )
     )
-    suffixes = {path.suffix for path in (tmp_path / "c").iterdir()}
+    suffixes = {path.suffix for path in (tmp_path / "checkpoint-1").iterdir()}
     assert suffixes == {".safetensors", ".json", ".yaml"}

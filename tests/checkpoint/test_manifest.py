@@ -1,6 +1,6 @@
 """Checkpoints are complete only with an intact manifest, which finds any damage.
 
-Run: python -m pytest tests/checkpoint/test_atomic.py
+Run: python -m pytest tests/checkpoint/test_manifest.py
 """
 
 import os
