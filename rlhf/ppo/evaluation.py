@@ -18,9 +18,9 @@ from torch import Tensor
 from rlhf.config import PPOStageConfig
 from rlhf.distributed import on_every_process
 from rlhf.functional import bootstrap_interval, wins
-from rlhf.ppo.rollout import Responses, Rollout, collect, component_scores, cut_metric
+from rlhf.ppo.rollout import Responses, collect, component_scores, cut_metric, score_sampled
 from rlhf.ppo.trainer import PPOTrainer
-from rlhf.scorers import Scorer, Scores, Tokens, score_responses
+from rlhf.scorers import Scorer
 from rlhf.tokenizer import response_text
 
 EVALUATION_KEY = 1 << 31  # names the random numbers; no update has this number
@@ -73,7 +73,14 @@ class Evaluator:
         }
         scorers, cut = [actors.scorer], rollout.cut.cpu()
         if self.independent is not None:
-            score = partial(self._judge, self.independent, rollout, responses)
+            score = partial(
+                score_sampled,
+                actors,
+                self.prompts,
+                response_ids(rollout),
+                self.independent,
+                "evaluation.scorer",
+            )
             scores = on_every_process(score, trainer.accelerator)
             figures["independent_score"] = scores.total
             scorers.append(self.independent)
@@ -90,20 +97,6 @@ class Evaluator:
             for row, prompt in enumerate(self.prompts)
         ]
         return _with_bounds(figures) | cut_metric("eval_", cut, actors, *scorers), samples
-
-    def _judge(self, independent: Scorer, rollout: Rollout, responses: list[str]) -> Scores:
-        """Scores of all answers by the independent scorer."""
-        return score_responses(
-            independent,
-            [p["prompt"] for p in self.prompts],
-            responses,
-            "evaluation.scorer",
-            Tokens(
-                [p["input_ids"] for p in self.prompts],
-                response_ids(rollout),
-                self.trainer.actors.tokenizer_hash,
-            ),
-        )
 
 
 def _with_bounds(figures: dict[str, Tensor]) -> dict[str, float]:

@@ -212,6 +212,7 @@ def collect(
     ppo: PPOConfig,
     accelerator: Accelerator,
     minibatches: Sequence[Tensor] | None = None,
+    with_scores: bool = True,
     with_values: bool = True,
 ) -> Rollout:
     """Sample a response to each prompt and evaluate it; every process returns the whole batch.
@@ -222,10 +223,13 @@ def collect(
         key: names the random numbers, e.g. (seed, update).
         minibatches: rows of each minibatch of the first epoch. The models read the rollout in the
             same batches as training will, so that the first ratio is exactly 1.
+        with_scores: call the scorer; False leaves the scores at 0.
         with_values: also read `values`, where there is a critic.
     """
     with accelerator.autocast():
-        responses, scores = sample_and_score(actors, prompts, key, sampling, ppo, accelerator)
+        responses, scores = sample_and_score(
+            actors, prompts, key, sampling, ppo, accelerator, with_scores
+        )
         batches = minibatches or [torch.arange(len(responses), device=accelerator.device)]
 
         def read(function: Callable[[Responses], Tensor]) -> Tensor:
@@ -255,6 +259,7 @@ def sample_and_score(
     sampling: Sampling,
     ppo: PPOConfig,
     accelerator: Accelerator,
+    with_scores: bool = True,
 ) -> tuple[Responses, dict[str, Tensor]]:
     """Sample and score this process's share of the prompts; return those of all processes.
 
@@ -267,8 +272,9 @@ def sample_and_score(
     ids, device = [prompt["input_ids"] for prompt in mine], accelerator.device
     noise = uniform_noise(key, rows, sampling.max_new_tokens)
     sampled = generate(actors.policy, ids, sampling, noise, ppo.rollout_batch_size)
-    score = partial(score_sampled, actors, mine, sampled.ids)
-    scores = on_every_process(score, accelerator)
+    scores = Scores(torch.zeros(num_rows))
+    if with_scores:
+        scores = on_every_process(partial(score_sampled, actors, mine, sampled.ids), accelerator)
     responses = Responses.padded(ids, sampled, actors.tokenizer.pad_token_id, device)
     if accelerator.num_processes > 1:
 
@@ -311,14 +317,24 @@ def _score_fields(scores: Scores, width: int, device: torch.device) -> dict[str,
 
 
 def score_sampled(
-    actors: Actors, prompts: Sequence[dict[str, Any]], responses: list[list[int]]
+    actors: Actors,
+    prompts: Sequence[dict[str, Any]],
+    responses: list[list[int]],
+    scorer: Scorer | None = None,
+    field: str = "the scorer",
 ) -> Scores:
-    """Score sampled responses, on the CPU; without the penalty for a missing EOS."""
+    """Score sampled responses, on the CPU; without the penalty for a missing EOS.
+
+    Args:
+        scorer: instead of the scorer that PPO trains on.
+        field: name of the scorer in messages.
+    """
     tokens = Tokens([p["input_ids"] for p in prompts], responses, actors.tokenizer_hash)
     asked = [p["prompt"] for p in prompts]
     pairs = zip(responses, asked, strict=True)
     texts = [response_text(ids, actors.tokenizer, prompt) for ids, prompt in pairs]
-    return score_responses(actors.scorer, asked, texts, "the scorer", tokens)
+    used = actors.scorer if scorer is None else scorer
+    return score_responses(used, asked, texts, field, tokens)
 
 
 def read_tokens(

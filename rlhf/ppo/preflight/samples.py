@@ -49,14 +49,14 @@ def sample_policy(trainer: PPOTrainer, prompts: Sequence[dict[str, Any]]) -> Sam
     order = torch.arange(len(padded), device=accelerator.device)
     minibatches = [part for part in order.tensor_split([first]) if len(part)]
     rollout = collect(
-        # the main process calls the scorer later
-        replace(trainer.actors, scorer=lambda prompts, responses: [0.0] * len(responses)),
+        trainer.actors,
         padded,
         (config.seed, PREFLIGHT_KEY),
         trainer.sampling,
         config.ppo,
         accelerator,
         minibatches,
+        with_scores=False,  # the main process calls the scorer later
         with_values=False,
     )
     ratio_off = first_ratio_deviation(trainer, rollout, minibatches[0])

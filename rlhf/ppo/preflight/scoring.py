@@ -13,8 +13,9 @@ from rlhf.functional import best_of_n, best_of_n_kl, bootstrap_interval, final_s
 from rlhf.models import use_bfloat16
 from rlhf.ppo.preflight.findings import FAIL, OK, WARN, Finding
 from rlhf.ppo.preflight.samples import NUM_SAMPLES, Samples
+from rlhf.ppo.rollout import score_sampled
 from rlhf.ppo.trainer import PPOTrainer
-from rlhf.scorers import Scorer, Scores, Tokens, score_responses
+from rlhf.scorers import Scorer, Scores
 
 LENGTH_DRIVEN = 0.8  # correlation of score and length beyond which the score is the length
 
@@ -59,11 +60,9 @@ def _score(
     trainer: PPOTrainer, samples: Samples, rows: Sequence[int], scorer: Scorer, field: str
 ) -> Scores:
     """Score some of the samples, without a penalty for a missing EOS."""
-    prompts = [samples.prompts[row] for row in rows]
-    texts, ids = [samples.texts[row] for row in rows], [samples.ids[row] for row in rows]
-    tokens = Tokens([p["input_ids"] for p in prompts], ids, trainer.actors.tokenizer_hash)
+    prompts, ids = [samples.prompts[row] for row in rows], [samples.ids[row] for row in rows]
     with trainer.accelerator.autocast():  # as in `collect`
-        return score_responses(scorer, [p["prompt"] for p in prompts], texts, field, tokens)
+        return score_sampled(trainer.actors, prompts, ids, scorer, field)
 
 
 def examine_scorer(
