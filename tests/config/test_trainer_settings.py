@@ -70,7 +70,7 @@ def test_every_unusable_argument_is_refused():
         ({"learning_rate": -1.0}, "trainer.learning_rate must be >= 0, got -1.0"),
         ({"weight_decay": -1.0}, "trainer.weight_decay must be >= 0, got -1.0"),
         ({"max_grad_norm": -1.0}, "trainer.max_grad_norm must be >= 0, got -1.0"),
-        ({"adam_beta1": 2.0}, "trainer.adam_beta1 must be < 1, got 2.0"),
+        ({"adam_beta1": 2.0}, r"trainer.adam_beta1 must lie in \[0, 1\), got 2.0"),
         ({"logging_steps": -1}, "trainer.logging_steps must be > 0, got -1"),
         ({"logging_steps": 0}, "trainer.logging_steps must be > 0, got 0"),
         ({"eval_steps": 0}, "trainer.eval_steps must be > 0, got 0"),
