@@ -73,14 +73,8 @@ class Evaluator:
         }
         scorers, cut = [actors.scorer], rollout.cut.cpu()
         if self.independent is not None:
-            score = partial(
-                score_sampled,
-                actors,
-                self.prompts,
-                response_ids(rollout),
-                self.independent,
-                "evaluation.scorer",
-            )
+            sampled = actors, self.prompts, response_ids(rollout)
+            score = partial(score_sampled, *sampled, self.independent, "evaluation.scorer")
             scores = on_every_process(score, trainer.accelerator)
             figures["independent_score"] = scores.total
             scorers.append(self.independent)
