@@ -323,16 +323,13 @@ def score_sampled(
     scorer: Scorer | None = None,
     field: str = "the scorer",
 ) -> Scores:
-    """Score sampled responses, on the CPU; without the penalty for a missing EOS.
+    """Score sampled responses, on the CPU, without the penalty for a missing EOS.
 
-    Args:
-        scorer: instead of the scorer that PPO trains on.
-        field: name of the scorer in messages.
+    A given `scorer` replaces the one that PPO trains on; messages call it `field`.
     """
     tokens = Tokens([p["input_ids"] for p in prompts], responses, actors.tokenizer_hash)
-    asked = [p["prompt"] for p in prompts]
-    pairs = zip(responses, asked, strict=True)
-    texts = [response_text(ids, actors.tokenizer, prompt) for ids, prompt in pairs]
+    asked, pairs = [p["prompt"] for p in prompts], zip(responses, prompts, strict=True)
+    texts = [response_text(ids, actors.tokenizer, p["prompt"]) for ids, p in pairs]
     used = actors.scorer if scorer is None else scorer
     return score_responses(used, asked, texts, field, tokens)
 
