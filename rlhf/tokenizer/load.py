@@ -58,8 +58,7 @@ def read_tokenizer(config: ModelConfig, field: str = "model.path") -> Any:
     """Load a tokenizer unchanged, as it is stored."""
     from transformers import AutoTokenizer
 
-    from rlhf.hub.snapshot import call_loader
-    from rlhf.hub.source import tokenizer_directory
+    from rlhf.hub import call_loader, tokenizer_directory
 
     source = config.tokenizer or config.path
     assert source is not None

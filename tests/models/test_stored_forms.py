@@ -38,7 +38,7 @@ from rlhf.chat import ChatOptions, talk
 from rlhf.checkpoint import require_stage
 from rlhf.config import CriticConfig, InputError, ModelConfig, ScorerConfig
 from rlhf.export import ExportOptions, export
-from rlhf.hub.source import find_source
+from rlhf.hub import find_source
 from rlhf.models import (
     add_lora,
     init_reward_model,

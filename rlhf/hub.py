@@ -1,0 +1,360 @@
+"""A path or a Hub id: the files that it holds, checked before any weight is read.
+
+A Hub id becomes the directory of its snapshot in the Hub's cache, so files from the Hub and from
+this disk are read alike. Names and headers of files are enough to refuse pickles, missing and
+damaged files, and adapters without a base. Pickled files are never downloaded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
+from transformers import dynamic_module_utils
+
+from rlhf.config import InputError
+
+ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+TOKENIZER = ("tokenizer*", "tekken*", "*vocab*", "merges*", "*.model", "*.tiktoken", "*.spm")
+# What a loader reads besides weights: a file with another name cannot be why it failed.
+JSON_FILES = (
+    "config.json generation_config.json adapter_config.json model.safetensors.index.json "
+    "tokenizer_config.json tokenizer.json special_tokens_map.json added_tokens.json vocab.json"
+).split()
+DOWNLOADED = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+# Other formats of the same weights, and subfolders, which hold files of other programs.
+NOT_DOWNLOADED = ["consolidated*", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors"]
+NUM_SHOWN = 3
+
+
+# --- Directories and files ----------------------------------------------------------------------
+
+
+def is_hub_id(path: str | Path) -> bool:
+    """True if this can only be a model on the Hub: no path on this disk, and at most one slash."""
+    name = str(path)
+    is_name = name.count("/") <= 1 and not name.startswith((".", "/", "~", "python:"))
+    return bool(name) and is_name and not Path(name).exists()
+
+
+def local_directory(
+    path: Any, field: str, revision: str | None = None, code: bool = False, weights: bool = True
+) -> Path:
+    """Return the directory of a path or a Hub id; download a Hub id that is not in the cache.
+
+    Args:
+        field: name of the setting that gave the path, for messages.
+        code, weights: also download Python files, weights.
+
+    Raises:
+        InputError: it is neither a directory nor a Hub model that can be reached.
+    """
+    directory, label = Path(str(path)), f"{field}={path}"
+    if directory.is_dir():
+        return directory
+    if directory.is_file():
+        raise InputError(f"{label} is a file; give the directory that holds it: {directory.parent}")
+    if not is_hub_id(path):
+        raise InputError(f"{label}: no such directory")
+    wanted = DOWNLOADED + (["*.safetensors"] if weights else []) + (["*.py"] if code else [])
+    try:
+        snapshot = snapshot_download(
+            str(path), revision=revision, allow_patterns=wanted, ignore_patterns=NOT_DOWNLOADED
+        )
+    except Exception as error:  # a network can raise anything
+        raise InputError(
+            f"{label} cannot be loaded: it is neither a directory here nor a Hub model that can be "
+            f"reached ({one_line(error)})"
+        ) from error
+    return Path(snapshot)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object; {} if there is no such file.
+
+    Raises:
+        InputError: it is not UTF-8, not JSON, or not an object.
+    """
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file} is damaged (not UTF-8, byte {error.start})") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file} is damaged (not JSON: {error})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{file} is damaged (not a JSON object, but a {type(content).__name__})")
+    return content
+
+
+def tensor_names(file: Path) -> list[str]:
+    """Return the names of the tensors in a safetensors file.
+
+    Raises:
+        InputError: it is empty, cut short, or not a safetensors file.
+    """
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return list(tensors.keys())
+    except (SafetensorError, OSError) as error:
+        size = f", {file.stat().st_size:,} bytes" if file.is_file() else ""
+        raise InputError(
+            f"{file} is damaged or incomplete ({error}{size}); copy or download it again"
+        ) from error
+
+
+def weight_files(directory: Path, config: dict[str, Any]) -> list[Path]:
+    """Return the files that transformers would load; [] if no file has a known name.
+
+    Raises:
+        InputError: the index of the files cannot be read.
+    """
+    named = config.get("transformers_weights")
+    names = [str(named)] if named else [n for n in (WEIGHTS, INDEX) if (directory / n).is_file()]
+    if not names or not names[0].endswith(".index.json"):
+        return [directory / name for name in names[:1]]
+    shards = read_json(directory / names[0]).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise InputError(f"{directory / names[0]} is damaged (no weight_map); download it again")
+    return [directory / name for name in sorted(set(map(str, shards.values())))]
+
+
+# --- What a path holds --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a path or Hub id holds.
+
+    Attributes:
+        label: the setting and its value, for messages: "model.path=runs/x".
+        directory: of the whole model, below any adapters.
+        adapters: directories of the adapters on it, in the order of merging.
+        is_classifier: True for a sequence classifier, such as a reward model; False for a language
+            model.
+    """
+
+    label: str
+    path: str
+    directory: Path
+    adapters: tuple[Path, ...]
+    is_classifier: bool
+
+
+def find_source(path: Any, field: str, revision: str | None = None, code: bool = False) -> Source:
+    """Find out what a path or Hub id holds, and check its files; see `local_directory`.
+
+    Raises:
+        InputError: there is nothing to load, only pickled weights, a damaged or missing file, or an
+            adapter whose base cannot be found or is quantised.
+    """
+    label = f"{field}={path}"
+    *adapters, directory = _chain(path, field, revision, code)
+    tasks = [_check_adapter(adapter, label).get("task_type") for adapter in adapters]
+    _check_model(directory, label if not adapters else f"{label} (an adapter on {directory})")
+    config = read_json(directory / "config.json")
+    if adapters and config.get("quantization_config"):
+        raise InputError(
+            f"{label}: its base {directory} is stored quantised, and an adapter cannot be merged "
+            f"into that; in {adapters[0] / ADAPTER}, set base_model_name_or_path to the base that "
+            "is not quantised"
+        )
+    names = map(str, config.get("architectures") or [])
+    is_classifier = any(name.endswith("ForSequenceClassification") for name in names)
+    is_classifier = is_classifier or "SEQ_CLS" in tasks
+    return Source(label, str(path), directory, tuple(reversed(adapters)), is_classifier)
+
+
+def tokenizer_directory(path: Any, field: str, revision: str | None, code: bool) -> Path:
+    """Return the directory that holds the tokenizer; an adapter without one uses its base's."""
+    for directory in _chain(path, field, revision, code, weights=False):
+        if any(True for pattern in TOKENIZER for _ in directory.glob(pattern)):
+            return directory
+    raise InputError(
+        f"{field}={path} has no tokenizer (tokenizer.json and tokenizer_config.json); save one "
+        "there with tokenizer.save_pretrained"
+    )
+
+
+def config_directory(path: Any, field: str, revision: str | None, code: bool) -> Path:
+    """Return the directory of the whole model below any adapters, without downloading weights."""
+    return _chain(path, field, revision, code, weights=False)[-1]
+
+
+def _chain(
+    path: Any, field: str, revision: str | None, code: bool, weights: bool = True
+) -> list[Path]:
+    """Return the directories of an adapter, of its base, and so on; the whole model comes last."""
+    chain = [local_directory(path, field, revision, code, weights)]
+    while (chain[-1] / ADAPTER).is_file():
+        file = chain[-1] / ADAPTER
+        settings = read_json(file)
+        base = settings.get("base_model_name_or_path")
+        fix = "set its base_model_name_or_path to the path or Hub id of"
+        if not base:
+            raise InputError(
+                f"{field}={path}: {file} does not name the adapter's base model; {fix} that model"
+            )
+        where = f"{field}={path} is an adapter; correct {file}: base_model_name_or_path"
+        directory = local_directory(base, where, settings.get("revision"), code, weights)
+        if directory.resolve() in [known.resolve() for known in chain]:
+            raise InputError(
+                f"{field}={path}: {file} names an adapter as its own base, {base}; {fix} the model"
+            )
+        chain.append(directory)
+    return chain
+
+
+def _check_adapter(directory: Path, label: str) -> dict[str, Any]:
+    """Check the files of an adapter, and return its configuration."""
+    if (directory / WEIGHTS).is_file() or (directory / INDEX).is_file():
+        raise InputError(
+            f"{label}: {directory} holds both an adapter and a whole model; move one of them to "
+            "another directory"
+        )
+    if not (directory / ADAPTER_WEIGHTS).is_file():
+        _refuse_pickles(directory, label)
+        raise InputError(
+            f"{label}: {directory} has {ADAPTER} but no {ADAPTER_WEIGHTS}; copy or download it"
+        )
+    tensor_names(directory / ADAPTER_WEIGHTS)
+    return read_json(directory / ADAPTER)
+
+
+def _check_model(directory: Path, label: str) -> None:
+    config = read_json(directory / "config.json")
+    read_json(directory / "generation_config.json")  # transformers ignores a damaged one
+    files = weight_files(directory, config)
+    if not files:
+        _refuse_pickles(directory, label)
+        raise InputError(f"{label} has no weights: it holds neither {WEIGHTS} nor {INDEX}")
+    if not config:
+        raise InputError(f"{label} is not a model directory (no config.json)")
+    for file in files:
+        if file.suffix != ".safetensors":
+            raise InputError(
+                f"{label}: {file} is not a safetensors file; convert the weights with "
+                "save_pretrained, which writes safetensors"
+            )
+        if not file.is_file():
+            raise InputError(f"{label} is incomplete: {file} is missing; copy or download it")
+        tensor_names(file)
+
+
+def _refuse_pickles(directory: Path, label: str) -> None:
+    suffixes, no_weights = (".bin", ".pt", ".pth", ".ckpt", ".pkl"), "training_args.bin"
+    names = [file.name for file in directory.iterdir()]
+    pickled = sorted(n for n in names if n.endswith(suffixes) and n != no_weights)
+    if pickled:
+        raise InputError(
+            f"{label} has pickled weights ({', '.join(pickled[:NUM_SHOWN])}), and loading a pickle "
+            "can run code; convert them with save_pretrained, which writes safetensors"
+        )
+
+
+# --- Loading it ---------------------------------------------------------------------------------
+
+
+def call_loader(
+    load: Callable[..., Any], directory: Path, label: str, trust_remote_code: bool, **kwargs: Any
+) -> Any:
+    """Call a `from_pretrained` function on a directory.
+
+    Args:
+        label: name of the directory in messages, e.g. "model.path=runs/x".
+        trust_remote_code: whether Python files of the directory may run.
+
+    Raises:
+        InputError: it cannot be loaded. The message names a damaged file, or the override for a
+            model that needs its own code.
+    """
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # raise an error instead of asking on stdin
+    try:
+        return load(str(directory), trust_remote_code=trust_remote_code, **kwargs)
+    except InputError:
+        raise
+    except Exception as error:
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            raise _needs_code(label) from error
+        damage = _find_damage(directory)
+        if damage is not None:
+            raise InputError(f"{label} cannot be loaded: {damage}") from error
+        # raised for bad values in these files, or for a library that is not installed
+        expected = (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError)
+        if not isinstance(error, (*expected, StrictDataclassError)):
+            raise
+        raise InputError(f"{label} cannot be loaded ({one_line(error)})") from error
+
+
+def _needs_code(label: str) -> InputError:
+    is_stage = label.startswith(("model.", "scorer.", "critic.", "evaluation."))
+    override = "model.trust_remote_code=true" if is_stage else "trust_remote_code=true"
+    return InputError(
+        f"{label} needs Python code of its own, which was not run: it could do all that you can. "
+        f"If you have read it and trust it, add {override} to this command and to each later one "
+        "(also with resume=true and in the next stages): a run's config.yaml never switches it on"
+    )
+
+
+def _find_damage(directory: Path) -> str | None:
+    """Say which JSON or safetensors file of a directory cannot be read, and why; None: all can."""
+    try:
+        for name in JSON_FILES:
+            read_json(directory / name)
+        for file in sorted(directory.glob("*.safetensors")):
+            tensor_names(file)
+    except InputError as error:
+        return str(error)
+    tokenizer = directory / "tokenizer.json"
+    try:
+        if tokenizer.is_file():
+            Tokenizer.from_file(str(tokenizer))
+    except Exception as error:  # the library raises no narrower one
+        return f"{tokenizer} is damaged ({error})"
+    return None
+
+
+def one_line(error: Exception) -> str:
+    """Describe an exception in one line: its type, and at most 400 characters of its text."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+
+
+@dataclass
+class Misfits:
+    """Where the weights in files and the parameters of a model differ; false if nowhere.
+
+    Attributes:
+        missing: parameters without weights.
+        unexpected: weights without a parameter.
+        shapes: name, shape in the file and shape in the model.
+    """
+
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    shapes: Sequence[tuple[str, Sequence[int], Sequence[int]]] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.unexpected or self.shapes)
+
+    def __str__(self) -> str:
+        shapes = [f"{n} (stored {tuple(a)}, expected {tuple(b)})" for n, a, b in self.shapes]
+        kinds = {
+            "there are no weights for ": self.missing,
+            "the model has no place for ": self.unexpected,
+            "other shapes: ": shapes,
+        }
+        return "; ".join(kind + _some(names) for kind, names in kinds.items() if names)
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NUM_SHOWN} more" if len(names) > NUM_SHOWN else ""
+    return ", ".join(sorted(names)[:NUM_SHOWN]) + more
