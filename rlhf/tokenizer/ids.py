@@ -1,11 +1,16 @@
-"""Token ids of a text: at the start of a sequence, after other text, with EOS."""
+"""Token ids: of a text, those that a policy never emits, and hashes of all that decides them."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhf.config import InputError
+
+if TYPE_CHECKING:  # commands import this room before they need torch
+    from torch import Tensor
 
 NUM_CONTEXT_CHARACTERS = 64  # of the text before; no token is longer
 
@@ -60,6 +65,58 @@ def with_eos(ids: list[int], tokenizer: Any) -> list[int]:
 
 
 def require_eos(tokenizer: Any) -> None:
-    """Refuse a tokenizer without EOS."""
     if tokenizer.eos_token_id is None:
         raise InputError("the tokenizer has no EOS token, so a response could never end; set one")
+
+
+def num_tokens(tokenizer: Any) -> int:
+    """Rows that an embedding table needs: the largest id + 1. Ids may have gaps."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def forbidden_token_ids(tokenizer: Any, num_logits: int) -> Tensor:
+    """Ids that a policy never emits: the pad token and the padded rows of the embedding table.
+
+    Their logits become -inf both in sampling and in every log-prob.
+
+    Args:
+        num_logits: width of the language-model head.
+    """
+    import torch
+
+    ids = set(range(num_tokens(tokenizer), num_logits))
+    if tokenizer.pad_token_id != tokenizer.eos_token_id:
+        ids.add(tokenizer.pad_token_id)
+    return torch.tensor(sorted(ids), dtype=torch.long)
+
+
+# --- Are two tokenizers the same? ---------------------------------------------------------------
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def hash_tokenizer(tokenizer: Any) -> str:
+    """Hash vocabulary and special tokens."""
+    special = sorted((key, str(value)) for key, value in tokenizer.special_tokens_map.items())
+    return _hash(json.dumps([sorted(tokenizer.get_vocab().items()), special]))
+
+
+def hash_template(tokenizer: Any) -> str:
+    """Hash the chat template; a tokenizer without one hashes like an empty template."""
+    return _hash(tokenizer.chat_template or "")
+
+
+def hash_rendering(tokenizer: Any) -> str:
+    """Hash everything that turns a conversation into token ids: vocabulary, special tokens, the
+    rules that split text, the chat template.
+
+    A reward model may read a policy's token ids only if both hashes match.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = {} if backend is None else json.loads(backend.to_str())
+    for state in ("padding", "truncation"):  # of the latest call
+        rules.pop(state, None)
+    facts = [hash_tokenizer(tokenizer), tokenizer.chat_template, rules]
+    return _hash(json.dumps(facts, sort_keys=True))

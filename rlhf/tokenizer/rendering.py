@@ -19,8 +19,8 @@ from functools import lru_cache
 from typing import Any
 
 from rlhf.config import InputError, show
+from rlhf.tokenizer.chat_templates import stop_strings, template_of
 from rlhf.tokenizer.ids import require_eos
-from rlhf.tokenizer.templates import stop_strings, template_of
 
 Message = dict[str, str]  # {"role": ..., "content": ...}
 PROBE = "xyzzy"  # an answer that no template writes by itself

@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rlhf.tokenizer.chat_templates import stop_strings
 from rlhf.tokenizer.rendering import answer_frame
-from rlhf.tokenizer.templates import stop_strings
 
 
 class StopStrings:
-    """Tells when a response that grows token by token reaches a stop string.
-
-    Attributes:
-        strings: the stop strings that the tokenizer's chat template declares.
-    """
+    """Tells when a response that grows token by token reaches a stop string (`strings`)."""
 
     def __init__(self, tokenizer: Any):
         self.strings, self._tokenizer = stop_strings(tokenizer), tokenizer
@@ -67,19 +63,13 @@ def response_text(ids: Sequence[int], tokenizer: Any, prompt: Any = None) -> str
     frame = answer_frame(tokenizer)
     if frame.end_token and ids and ids[-1] == tokenizer.convert_tokens_to_ids(frame.end_token):
         ids = ids[:-1]  # decoding would keep an end token that is not special
-    text = before_stop(_decode(ids, tokenizer), stop_strings(tokenizer))
+    text, stops = _decode(ids, tokenizer), stop_strings(tokenizer)
+    if stops:
+        found = [at for at in map(text.find, stops) if at >= 0]
+        text = text[: min(found, default=len(text))].rstrip()
     if isinstance(prompt, str):
         return text
     return text.removeprefix(frame.lead).removesuffix(frame.tail)
-
-
-def before_stop(text: str, stops: Sequence[str]) -> str:
-    """Cut a text at the first stop string and strip whitespace at its end; without stop strings it
-    does not change."""
-    if not stops:
-        return text
-    found = [at for at in map(text.find, stops) if at >= 0]
-    return text[: min(found, default=len(text))].rstrip()
 
 
 def _decode(ids: Sequence[int], tokenizer: Any) -> str:
