@@ -1,7 +1,7 @@
 """From files, Hub data sets or Python functions to token ids, for the three stages.
 
     source -> rows -> format -> canonical rows -> split by prompt -> token ids and labels -> batches
-    read              formats   intake            splits             segments, encode        collate
+    read              formats   canonical         splits             segments, encode        encode
 
 `rows` says what a canonical row is, `dropped` counts the rows that are left out.
 
@@ -12,18 +12,19 @@ K = 2). PPO: `prompt`; PPO-ptx: `text`, or an SFT row. Other columns keep their 
 Left out: packing (TRL does it), streaming, images, tool calls.
 """
 
-from rlhf.data.collate import RankedCollator, pad
+from rlhf.data.canonical import load_rows
 from rlhf.data.dropped import describe_dropped, first_cases
 from rlhf.data.encode import (
+    RankedCollator,
     encode_prompts,
     encode_ranked,
     encode_sft,
     encode_text,
     encode_texts,
     not_refused,
+    pad,
 )
 from rlhf.data.formats import FORMATS, resolve_format
-from rlhf.data.intake import load_rows
 from rlhf.data.rows import (
     DropRow,
     Row,

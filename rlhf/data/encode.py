@@ -1,8 +1,10 @@
-"""The rows of a stage to token ids; rows that are too long or refused are dropped and counted.
+"""The rows of a stage to token ids, and ranked rows to batches.
 
-In all functions `on_bad_row` is that of `not_refused`, and InputError is raised if no row is left.
+Rows that are too long or refused are dropped and counted. `on_bad_row` is that of `load_rows`. All
+`encode_` functions return the encoded rows and the number of dropped ones by reason, and raise
+InputError if no row is left. `segments` makes the token ids of one row.
 
-Left out: how one row becomes token ids (`segments`), and batches (`collate`).
+Left out: the batches of SFT, which TRL makes, and those of PPO, which its rollout makes with `pad`.
 """
 
 from __future__ import annotations
@@ -10,20 +12,23 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from rlhf.config import DatasetConfig, InputError
 from rlhf.console import warn
-from rlhf.data.dropped import Reason
+from rlhf.data.dropped import BadRows, Reason
 from rlhf.data.rows import Prompt, Row, prompt_of
 from rlhf.data.segments import encode_prompt, encode_response, encode_row, encode_samples
 from rlhf.tokenizer import RefusedConversation, first_token_ids, render_prompt, token_ids, with_eos
 
+if TYPE_CHECKING:  # the data room is imported before torch is needed
+    import torch
+
 NUM_HISTORIES = 50  # prompts whose earlier turns are compared with what servers see
 DROP = DatasetConfig.on_bad_row
-REFUSED = "refused by the chat template"
 
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
@@ -32,34 +37,22 @@ _Out = TypeVar("_Out")
 def not_refused(
     rows: Sequence[_In], encode: Callable[[_In], _Out], on_bad_row: str, dropped: Counter[str]
 ) -> Iterator[tuple[int, _Out]]:
-    """Encode rows, leaving out those that the chat template refuses.
+    """Encode rows; yield the index and the encoded form of each.
 
-    Args:
-        on_bad_row: "drop" counts them while they are fewer than half; "stop" refuses the first.
-        dropped: the counts are added to it.
-
-    Yields:
-        Index of the row, and its encoded form.
+    Rows that the chat template refuses are left out and counted in `dropped`; see `BadRows`.
 
     Raises:
-        RefusedConversation: see `on_bad_row`.
+        RefusedConversation: too many rows are refused.
     """
-    first, count = None, 0
+    refused = BadRows(on_bad_row, dropped)
     for index, row in enumerate(rows):
         try:
             encoded = encode(row)
         except RefusedConversation as error:
-            if on_bad_row == "stop":
-                fix = "; dataset.on_bad_row=drop drops such rows"
-                raise RefusedConversation(f"{error}{fix}") from error
-            dropped[Reason(REFUSED, str(error))] += 1
-            first, count = first or error, count + 1
+            refused.add(error, Reason("refused by the chat template", str(error)))
             continue
         yield index, encoded
-    if first is not None and 2 * count >= len(rows):
-        rule = "dataset.on_bad_row=drop drops them only while they are fewer than half"
-        share = f"{count} of {len(rows)} rows are refused"
-        raise RefusedConversation(f"{first} ({share}; {rule})") from first
+    refused.require_fewer_than_half(len(rows), "refused")
 
 
 def encode_sft(
@@ -69,11 +62,9 @@ def encode_sft(
     train_on_prompt: bool = False,
     on_bad_row: str = DROP,
 ) -> tuple[list[dict[str, list[int]]], Counter[str]]:
-    """Encode SFT rows; those longer than `max_length` tokens are dropped, never truncated.
+    """Encode SFT rows to {"input_ids", "labels"}; `encode_samples` may make several of a row.
 
-    Returns:
-        {"input_ids", "labels"} per sequence (`encode_samples` may make several of a row), and the
-        number of dropped ones by reason.
+    Those longer than `max_length` tokens are dropped, never truncated.
     """
     encoded, longest, dropped, rows = [], 0, Counter[str](), list(rows)
     _warn_about_history([prompt_of(row) for row in rows], tokenizer)
@@ -94,12 +85,7 @@ def encode_texts(
 ) -> tuple[list[list[int]], Counter[str]]:
     """Encode the rows of PPO-ptx: `text` with BOS and EOS, or a whole SFT row.
 
-    Args:
-        max_length: longer texts are cut, tokens.
-
-    Returns:
-        Token ids per kept row, at least two each (one token has nothing to predict); and the number
-        of dropped rows by reason.
+    Rows longer than `max_length` tokens are cut; one token alone is dropped: it predicts nothing.
     """
     encoded, dropped = [], Counter[str]()
     for _, ids in not_refused(rows, partial(encode_text, tokenizer=tokenizer), on_bad_row, dropped):
@@ -112,7 +98,7 @@ def encode_texts(
 
 
 def encode_text(row: Row, tokenizer: Any) -> list[int]:
-    """Token ids of one row of PPO-ptx, see `encode_texts`."""
+    """Token ids of one row of PPO-ptx."""
     if "text" in row:
         return with_eos(first_token_ids(row["text"], tokenizer), tokenizer)
     return encode_row(row, tokenizer)[0]
@@ -133,7 +119,12 @@ def encode_ranked(
     """
     encoded, longest, dropped = [], 0, Counter[str]()
     too_long = _too_long("dataset.max_length", max_length)
-    encode = partial(_prompt_and_responses, tokenizer=tokenizer)
+
+    def encode(row: Row) -> tuple[list[int], list[list[int]]]:
+        prompt = row["prompt"]
+        answers = [encode_response(prompt, text, tokenizer) for text in row["responses"]]
+        return encode_prompt(prompt, tokenizer), answers
+
     for index, (prompt_ids, answers) in not_refused(rows, encode, on_bad_row, dropped):
         row, sequences = rows[index], [prompt_ids + ids for ids in answers]
         longest = max(longest, *map(len, sequences))
@@ -158,23 +149,12 @@ def encode_ranked(
     return encoded, dropped
 
 
-def _prompt_and_responses(row: Row, tokenizer: Any) -> tuple[list[int], list[list[int]]]:
-    prompt = row["prompt"]
-    responses = [encode_response(prompt, text, tokenizer) for text in row["responses"]]
-    return encode_prompt(prompt, tokenizer), responses
-
-
 def encode_prompts(
     rows: Iterable[Row], tokenizer: Any, max_prompt_length: int | None, on_bad_row: str = DROP
 ) -> tuple[list[dict[str, Any]], Counter[str]]:
-    """Encode the prompts of canonical rows for PPO; prompts that are too long or have no token are
-    dropped.
+    """Encode the prompts of canonical rows for PPO to {"prompt": canonical prompt, "input_ids"}.
 
-    Args:
-        max_prompt_length: tokens; None for no limit.
-
-    Returns:
-        {"prompt": canonical prompt, "input_ids"} per kept row, and the dropped rows by reason.
+    Prompts of more than `max_prompt_length` tokens and those without a token are dropped.
     """
     encoded, longest, dropped = [], 0, Counter[str]()
     prompts = [prompt_of(row) for row in rows]
@@ -193,7 +173,7 @@ def encode_prompts(
 
 
 def _warn_about_history(prompts: Iterable[Prompt], tokenizer: Any) -> None:
-    """Warn where a token reaches from one turn into the next: a server, which tokenises the whole
+    """Warn if a token reaches from one turn into the next: a server, which tokenises the whole
     rendered prompt, then gives earlier turns other token ids than we do."""
     later = (p for p in prompts if isinstance(p, list) and "assistant" in {m["role"] for m in p})
     for prompt in islice(later, NUM_HISTORIES):
@@ -222,3 +202,57 @@ def _require_some(encoded: list[Any], name: str, limit: int | None, longest: int
         raise InputError(
             f"{name}={limit} leaves no row; raise it: the longest has {longest} tokens"
         )
+
+
+# --- Batches ------------------------------------------------------------------------------------
+
+
+def pad(
+    rows: Sequence[Sequence[Any]],
+    value: Any,
+    side: Literal["left", "right"] = "right",
+    device: Any = None,
+) -> torch.Tensor:
+    """Make rows of different lengths one tensor (number of rows, length of the longest).
+
+    pad([[1, 2], [3]], 0) -> [[1, 2], [3, 0]]        side="left" -> [[1, 2], [0, 3]]
+    """
+    import torch
+
+    width = max(map(len, rows))
+    padding = [[value] * (width - len(row)) for row in rows]
+    pairs = zip(rows, padding, strict=True)
+    filled = [[*row, *rest] if side == "right" else [*rest, *row] for row, rest in pairs]
+    return torch.tensor(filled, device=device)
+
+
+@dataclass
+class RankedCollator:
+    """Collate encoded ranked rows; a batch has all responses of its prompts, in order.
+
+    Returns:
+        input_ids (N, L) right-padded, attention_mask (N, L) from lengths (so that pad may equal
+        EOS), ranks (N,), groups (N,): index of the prompt in the batch. All int64. (N,) float32:
+        scores of the data (0 where the row has none), margin of the response's pair (0), and the
+        probability that the response is preferred (1).
+    """
+
+    pad_token_id: int
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        import torch
+
+        names = ("ranks", "groups", "scores", "margin", "probability")
+        columns: dict[str, list[Any]] = {name: [] for name in names}
+        for group, row in enumerate(rows):
+            num, probability = len(row["ranks"]), row.get("probability")
+            columns["ranks"] += row["ranks"]
+            columns["groups"] += [group] * num
+            columns["scores"] += row.get("scores") or [0.0] * num
+            columns["margin"] += [float(row.get("margin") or 0.0)] * num
+            pair = [1.0] * num if probability is None else [probability, 1.0 - probability]
+            columns["probability"] += pair
+        sequences = [ids for row in rows for ids in row["input_ids"]]
+        masks = [[1] * len(ids) for ids in sequences]
+        batch = {"input_ids": pad(sequences, self.pad_token_id), "attention_mask": pad(masks, 0)}
+        return batch | {name: torch.tensor(values) for name, values in columns.items()}

@@ -3,8 +3,8 @@
 A canonical row of the reward stage has `prompt`, `responses` (K >= 2 texts) and `ranks` (K whole
 numbers, 0 = best, ties share one). Optional columns:
     scores       K finite numbers that do not contradict the ranks
-    margin       K = 2: a number >= 0, by which the better score should lead (Llama 2)
-    probability  K = 2: a number in [0, 1], that responses[0] is preferred (a soft label)
+    margin       K = 2: a number >= 0 by which the better score should lead (Llama 2)
+    probability  K = 2: the probability that responses[0] is preferred (a soft label)
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TOOL_ROLES = {"tool", "function", "ipython", "observation", "tool_call", "tool_r
 TOOL_ROLES |= {"function_call", "function_response"}
 _OTHER_ROLES = {"developer": "system", "human": "user", "prompter": "user"}
 _OTHER_ROLES |= dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model"), "assistant")
-_HALF_PAIR = re.compile("[\ud800-\udfff]")
+PER_RESPONSE = "expected a list, one entry per response"
 _FLOAT32_MAX = 3.4028234663852886e38  # scores and margins are trained on in float32
 
 
@@ -53,9 +53,14 @@ def bad_field(name: str, what: str, fix: str) -> BadRow:
     return BadRow(f"field {name!r}: {what}; {fix}", f"malformed field {pattern!r}")
 
 
+def unexpected(name: str, value: Any, expected: str) -> BadRow:
+    """Return the error of a field whose value has a wrong type or lies out of range."""
+    return bad_field(name, f"got {show(value)}", expected)
+
+
 def as_text(value: Any, name: str) -> str:
     if not isinstance(value, str):
-        raise bad_field(name, f"got {show(value)}", "expected text")
+        raise unexpected(name, value, "expected text")
     return value
 
 
@@ -69,21 +74,26 @@ def as_number(value: Any, name: str, fix: str) -> float:
 
 def as_list(value: Any) -> Any:
     """Read a text that holds a JSON list (CSV has no lists); other values stay the same."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            parsed = json.loads(value)
-        except (ValueError, RecursionError):
-            return value
-        return parsed if isinstance(parsed, list) else value
-    return value
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
 
 
 def as_numbers(value: Any, name: str) -> list[float]:
     value = as_list(value)
     if not isinstance(value, list):
-        raise bad_field(name, f"got {show(value)}", "expected a list, one entry per response")
+        raise unexpected(name, value, PER_RESPONSE)
     fix = "give each response a number, or leave it out"
     return [as_number(number, f"{name}[{i}]", fix) for i, number in enumerate(value)]
+
+
+def as_records(value: Any, name: str, expected: str) -> list[Row]:
+    if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
+        raise unexpected(name, value, expected)
+    return value
 
 
 def whole_characters(text: str) -> str:
@@ -91,14 +101,15 @@ def whole_characters(text: str) -> str:
 
     Text that was cut at a number of UTF-16 units holds such a half, and no tokenizer takes it.
     """
-    if text.isascii() or not _HALF_PAIR.search(text):
-        return text
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return (
+        text
+        if text.isascii()
+        else text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    )
 
 
 def repaired(value: Any, name: str, changed: list[str]) -> Any:
-    """Apply `whole_characters` to every text in the value of a field; add the names of the texts
-    that change to `changed`."""
+    """Apply `whole_characters` to every text in a value; add the names of those that change."""
     if isinstance(value, str):
         text = whole_characters(value)
         if text != value:
@@ -118,7 +129,7 @@ def as_turns(value: Any, name: str) -> list[Any]:
     """Read the turns of a conversation, which may be a JSON list in a text."""
     turns = as_list(value)
     if not isinstance(turns, list) or not turns:
-        raise bad_field(name, f"got {show(value)}", "expected a list of {role, content}")
+        raise unexpected(name, value, "expected a list of {role, content}")
     return turns
 
 
@@ -138,7 +149,7 @@ def as_messages(value: Any, name: str) -> list[Message]:
 
 def _as_message(turn: Any, where: str) -> Message:
     if not isinstance(turn, dict):
-        raise bad_field(where, f"got {show(turn)}", "expected {role, content}")
+        raise unexpected(where, turn, "expected {role, content}")
     role, content = turn.get("role"), turn.get("content")
     if role is None and turn.get("from") is not None:
         role, content = turn["from"], turn.get("value")
@@ -152,23 +163,19 @@ def _as_message(turn: Any, where: str) -> Message:
     role = _OTHER_ROLES.get(role, role)
     if role not in ROLES:
         fix = f"known roles are {', '.join(ROLES)}.{nearest(role, ROLES)}"
-        raise bad_field(f"{where}.role", f"got {show(role)}", fix)
+        raise unexpected(f"{where}.role", role, fix)
     return {"role": role, "content": as_content(content, f"{where}.content")}
 
 
 def as_content(value: Any, name: str) -> str:
-    """Return the text of a message, which may be a list of text parts.
-
-    Raises:
-        DropRow: a part is not text.
-    """
+    """Return the text of a message, which may be a list of text parts."""
     if not isinstance(value, list):
         return as_text(value, name)
     texts = []
     for i, part in enumerate(value):
         part = {"text": part} if isinstance(part, str) else part
         if not isinstance(part, dict):
-            raise bad_field(f"{name}[{i}]", f"got {show(part)}", "expected {type: text, text}")
+            raise unexpected(f"{name}[{i}]", part, "expected {type: text, text}")
         if part.get("type") not in (None, "text", "input_text", "output_text"):
             raise DropRow(f"parts of type {show(part['type'])}")
         texts.append(as_text(part.get("text"), f"{name}[{i}].text"))
@@ -189,10 +196,10 @@ def as_prompt(value: Any, name: str) -> Prompt:
 # --- Columns ------------------------------------------------------------------------------------
 
 
-def with_extras(canonical: Row, row: Row, used: Iterable[str]) -> Row:
+def with_extras(canonical: Row, row: Row, used: Iterable[str] = ()) -> Row:
     """Add the columns of the source that the format did not use."""
     extras = {k: v for k, v in row.items() if k not in (*_COLUMNS, *used)}
-    return {**extras, **canonical}
+    return extras | canonical
 
 
 def ranks_of(scores: list[float]) -> list[int]:
@@ -205,7 +212,7 @@ def ranks_of_probability(value: Any) -> list[int]:
     fix = "expected a number from 0 to 1"
     probability = as_number(value, "probability", fix)
     if not 0 <= probability <= 1:
-        raise bad_field("probability", f"got {probability}", fix)
+        raise unexpected("probability", probability, fix)
     return ranks_of([probability, 1 - probability])
 
 
@@ -277,16 +284,13 @@ def _check_ranked(row: Row) -> None:
     responses, ranks = row["responses"], row["ranks"]
     for name in ("responses", "ranks"):
         if not isinstance(row[name], list):
-            fix = "expected a list, one entry per response"
-            raise bad_field(name, f"got {show(row[name])}", fix)
+            raise unexpected(name, row[name], PER_RESPONSE)
     for i, response in enumerate(responses):
         as_text(response, f"responses[{i}]")
     whole = [isinstance(rank, int) and not isinstance(rank, bool) for rank in ranks]
     if not all(whole) or any(abs(rank) >= 2**31 for rank in ranks):
-        raise bad_field("ranks", f"got {show(ranks)}", "expected whole numbers, 0 = best")
-    if len(responses) != len(ranks):
-        what = f"{len(ranks)} for {len(responses)} responses"
-        raise bad_field("ranks", what, "give one rank or score per response")
+        raise unexpected("ranks", ranks, "expected whole numbers, 0 = best")
+    _require_as_many(ranks, responses, "ranks", "rank or score")
     if len(responses) < 2:
         raise DropRow("only one response" if responses else "no response")
     _check_strength(row)
@@ -300,14 +304,18 @@ def _check_ranked(row: Row) -> None:
         raise DropRow("all ranks tied")
 
 
+def _require_as_many(values: list[Any], responses: list[str], name: str, one: str) -> None:
+    if len(values) != len(responses):
+        what = f"{len(values)} for {len(responses)} responses"
+        raise bad_field(name, what, f"give one {one} per response")
+
+
 def _check_strength(row: Row) -> None:
     """Check the optional columns: `scores`, `margin`, `probability`."""
     ranks = row["ranks"]
     if "scores" in row:
         scores = as_numbers(row["scores"], "scores")
-        if len(scores) != len(ranks):
-            what = f"{len(scores)} for {len(ranks)} responses"
-            raise bad_field("scores", what, "give one score per response")
+        _require_as_many(scores, row["responses"], "scores", "score")
         pairs = list(zip(ranks, scores, strict=True))
         if any(rank < other and score < lower for rank, score in pairs for other, lower in pairs):
             fix = "rank 0 and the highest score are the best"
@@ -315,8 +323,9 @@ def _check_strength(row: Row) -> None:
     for name in ("margin", "probability"):
         if name in row and len(ranks) != 2:
             raise bad_field(name, f"given for {len(ranks)} responses", "only a pair can have one")
-    if "margin" in row and as_number(row["margin"], "margin", "expected a number >= 0") < 0:
-        raise bad_field("margin", f"got {row['margin']}", "expected a number >= 0")
+    at_least_0 = "expected a number >= 0"
+    if "margin" in row and as_number(row["margin"], "margin", at_least_0) < 0:
+        raise unexpected("margin", row["margin"], at_least_0)
     if "probability" in row:
         expected = ranks_of_probability(row["probability"])
         if ranks_of([-rank for rank in ranks]) != expected:

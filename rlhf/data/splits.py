@@ -7,8 +7,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from rlhf.config import DatasetConfig, InputError
+from rlhf.data.canonical import load_rows
 from rlhf.data.dropped import describe_dropped, first_cases
-from rlhf.data.intake import load_rows
 from rlhf.data.rows import Row, prompt_key, prompt_of
 
 

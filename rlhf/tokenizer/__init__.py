@@ -2,7 +2,7 @@
 
 `special_tokens` loads it, `ids` makes token ids of a text, `chat_templates` finds its template and
 the stop strings declared there, `rendering` makes text of conversations and finds where answers
-begin and end, `stop_strings` ends sampled responses and makes text of them.
+begin and end, `responses` ends sampled responses and makes text of them.
 """
 
 from rlhf.tokenizer.chat_templates import chat_template_text, declare_stop_strings, stop_strings
@@ -27,5 +27,5 @@ from rlhf.tokenizer.rendering import (
     render_prompt,
     render_turn,
 )
+from rlhf.tokenizer.responses import StopStrings, end_token_ids, response_text
 from rlhf.tokenizer.special_tokens import load_tokenizer, read_tokenizer
-from rlhf.tokenizer.stop_strings import StopStrings, end_token_ids, response_text

@@ -102,9 +102,12 @@ def test_a_row_without_a_field_stops_with_file_row_and_field(format, tmp_path):
 
 def test_a_tree_of_something_else_stops(tmp_path):
     root = {"role": "prompter", "text": "Hi", "replies": []}
-    for bad in ("Hi", {**root, "replies": "Yo"}, {**root, "replies": ["Yo"]}):
+    trees = [("prompt", "Hi"), ("replies", root | {"replies": "Yo"})]
+    trees += [("replies", root | {"replies": ["Yo"]}), ("role", root | {"role": "bot"})]
+    for field, bad in trees:
         path = write(tmp_path / "rows.jsonl", [{"prompt": root}, {"prompt": bad}])
-        with pytest.raises(InputError, match="row 2, field 'prompt': got .*; expected {text, role"):
+        message = f"row 2, field '{field}': got .*; expected {{text, role"
+        with pytest.raises(InputError, match=message):
             load_rows(path, "oasst", "train", "reward")
 
 

@@ -306,5 +306,5 @@ def test_a_tree_becomes_one_ranking_per_turn_with_ranked_answers(tmp_path):
     assert dropped == {"no turn with two ranked answers": 1}
     for wrong in (message("human", "Hi"), message("prompter", 3)):
         path = write(tmp_path / "wrong.jsonl", [{"prompt": wrong}])
-        with pytest.raises(InputError, match="wrong.jsonl, row 1, field '(prompt|text)': got"):
+        with pytest.raises(InputError, match="wrong.jsonl, row 1, field '(role|text)': got"):
             load_rows(path, "oasst", "train", "reward")

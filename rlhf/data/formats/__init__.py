@@ -5,9 +5,8 @@ It may return a list of rows. It raises `DropRow` for a row that is well formed 
 KeyError, TypeError or InputError for a malformed one. Fields that are null in the source are absent
 from `row`.
 
-`plain` has the formats without a data set's name, `preferences` those of ranked responses,
-`instructions` those of named instruction and conversation sets. `rlhf.data.rows` says what a
-canonical row holds.
+`preferences` has the formats of ranked responses, `instructions` all others. `rlhf.data.rows` says
+what a canonical row holds.
 """
 
 from __future__ import annotations
@@ -15,16 +14,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from rlhf.config import InputError, load_object, nearest
-from rlhf.data.formats import instructions, plain, preferences
+from rlhf.data.formats import instructions, preferences
 from rlhf.data.formats.preferences import merge_by_prompt
 from rlhf.data.rows import Row
 
 Format = Callable[[Row], Row | list[Row]]
 
 FORMATS: dict[str, Format] = {
-    "messages": plain.format_messages,
-    "prompt_completion": plain.format_prompt_completion,
-    "text": plain.format_text,
+    "messages": instructions.format_messages,
+    "prompt_completion": instructions.format_prompt_completion,
+    "text": instructions.format_text,
     "alpaca": instructions.format_alpaca,
     "hh": preferences.format_hh,
     "ranked": preferences.format_ranked,

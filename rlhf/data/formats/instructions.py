@@ -1,4 +1,4 @@
-"""Formats of named instruction and conversation sets: one row to one canonical SFT row.
+"""Formats of demonstrations and prompts: messages, plain text, instruction and conversation sets.
 
 A conversation set is cleaned only as far as its rows would otherwise be unusable: each format says
 what it cuts, and a row that stays unusable is dropped and counted. Left out: language filters, word
@@ -10,44 +10,98 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from rlhf.config import nearest, show
+from rlhf.config import nearest
 from rlhf.data.rows import (
     TOOL_ROLES,
     DropRow,
     Row,
     as_content,
     as_list,
+    as_messages,
     as_prompt,
+    as_records,
     as_text,
+    as_turns,
     bad_field,
+    unexpected,
     with_extras,
 )
 from rlhf.tokenizer import Message
 
-# conf/chat_template/alpaca.jinja, alpaca_nl.jinja and dolly.jinja look for it
-_INPUT_MARKER = "\n\n### Input:\n"
-_CONTEXT_MARKER = "\n\nInput:\n"
-_SPEAKERS = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
+_SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant"}
+_SPEAKERS |= {"assistant": "assistant", "system": "system"}
 _OTHER_BOTS = ("bing", "bard")  # speakers in the published dumps other than ChatGPT
+
+
+# --- Formats without a data set's name ----------------------------------------------------------
+
+
+def format_messages(row: Row) -> Row:
+    """`messages` of {role, content}; or ShareGPT's `conversations` of {from, value}.
+
+    An answer of weight 0 carries no loss. A text in `system` is the system message, as in
+    Anthropic's API, where the conversation has none.
+    """
+    name = "conversations" if "messages" not in row and "conversations" in row else "messages"
+    messages = as_messages(row[name], name)
+    canonical = _weighted(messages, as_turns(row[name], name), name)
+    system = row.get("system")
+    if not isinstance(system, str) or not system.strip() or messages[0]["role"] == "system":
+        return with_extras(canonical, row, [name])
+    first = "messages" if "messages" in canonical else "prompt"
+    canonical[first] = [{"role": "system", "content": system}, *canonical[first]]
+    return with_extras(canonical, row, [name, "system"])
+
+
+def _weighted(messages: list[Message], turns: list[Any], name: str) -> Row:
+    """Leave loss on the answers whose weight is not 0, as OpenAI's fine-tuning does.
+
+    A canonical row can express that only for the last answer, as its completion.
+    """
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    weights = {i: turns[i].get("weight") for i in answers}
+    for i, weight in weights.items():
+        if weight not in (None, 0, 1):
+            raise unexpected(f"{name}[{i}].weight", weight, "expected 0 or 1")
+    if 0 not in weights.values():
+        return {"messages": messages}
+    if weights[answers[-1]] == 0 or any(weights[i] != 0 for i in answers[:-1]):
+        trained = [i for i in answers if weights[i] != 0]
+        if not trained:
+            raise DropRow("every answer has weight 0")
+        fix = "only the answers before the last one may have weight 0, and then all of them"
+        raise bad_field(f"{name}[{trained[0]}].weight", "got 1, and another answer has 0", fix)
+    last = answers[-1]
+    return {"prompt": messages[:last], "completion": messages[last : last + 1]}
+
+
+def format_prompt_completion(row: Row) -> Row:
+    """`prompt` and `completion`, both text or both conversations; PPO needs the prompt alone."""
+    canonical: Row = {"prompt": as_prompt(row["prompt"], "prompt")}
+    if "completion" in row:
+        canonical["completion"] = as_prompt(row["completion"], "completion")
+    return with_extras(canonical, row)
+
+
+def format_text(row: Row) -> Row:
+    """`text`, without prompt and response, for PPO-ptx."""
+    return with_extras({"text": as_text(row["text"], "text")}, row)
 
 
 # --- Instructions -------------------------------------------------------------------------------
 
 
+def _instruction(row: Row, name: str, marker: str) -> list[Message]:
+    """`instruction` and, where it is not empty, the field `name` after `marker`: a user message.
+
+    The templates alpaca, alpaca_nl and dolly of conf/chat_template look for the marker.
+    """
+    content, extra = as_text(row["instruction"], "instruction"), as_text(row.get(name, ""), name)
+    return [{"role": "user", "content": content + marker + extra if extra.strip() else content}]
+
+
 def alpaca_prompt(row: Row) -> list[Message]:
-    """`instruction` and `input` (may be empty) as one user message."""
-    content = as_text(row["instruction"], "instruction")
-    extra = as_text(row.get("input", ""), "input")
-    if extra.strip():
-        content += _INPUT_MARKER + extra
-    return [{"role": "user", "content": content}]
+    return _instruction(row, "input", "\n\n### Input:\n")
 
 
 def format_alpaca(row: Row) -> Row:
@@ -64,16 +118,16 @@ def format_alpaca(row: Row) -> Row:
 def format_self_instruct(row: Row) -> Row:
     """Self-Instruct's tasks: `instruction` and one entry {input, output} in `instances`."""
     instances = row["instances"]
-    if not isinstance(instances, list) or not all(isinstance(one, dict) for one in instances):
-        raise bad_field("instances", f"got {show(instances)}", "expected [{input, output}]")
+    as_records(instances, "instances", "expected [{input, output}]")
     if len(instances) != 1:
         what = f"has {len(instances)} instances"
         raise bad_field("instances", what, "write one row per instance, each with the instruction")
-    given = {k: v for k, v in instances[0].items() if v is not None}
-    if "output" not in given:
+    [given] = instances
+    if given.get("output") is None:
         raise bad_field("instances[0].output", "missing or null", "expected text")
     rest = {name: value for name, value in row.items() if name != "instances"}
-    return format_alpaca({**rest, "input": given.get("input", ""), "output": given["output"]})
+    extra = "" if given.get("input") is None else given["input"]
+    return format_alpaca({**rest, "input": extra, "output": given["output"]})
 
 
 def format_dolly15k(row: Row) -> Row:
@@ -82,22 +136,15 @@ def format_dolly15k(row: Row) -> Row:
     A context follows the instruction under "Input:", as in Dolly 2.0's own prompt (Alpaca's is
     "### Input:"). References such as [42], left over from Wikipedia, stay.
     """
-    content = as_text(row["instruction"], "instruction")
-    context = as_text(row.get("context", ""), "context")
-    if context.strip():
-        content += _CONTEXT_MARKER + context
     answer = {"role": "assistant", "content": as_text(row["response"], "response")}
-    canonical = {"messages": [{"role": "user", "content": content}, answer]}
+    canonical = {"messages": [*_instruction(row, "context", "\n\nInput:\n"), answer]}
     return with_extras(canonical, row, ["instruction", "context", "response"])
 
 
 def format_chatllama_actor(row: Row) -> Row:
     """ChatLLaMA's actor file: `user_input` and `completion`, joined unchanged."""
-    canonical = {
-        "prompt": as_prompt(row["user_input"], "user_input"),
-        "completion": as_prompt(row["completion"], "completion"),
-    }
-    return with_extras(canonical, row, ["user_input", "completion"])
+    canonical = format_chatllama_rlhf(row)
+    return canonical | {"completion": as_prompt(row["completion"], "completion")}
 
 
 def format_chatllama_rlhf(row: Row) -> Row:
@@ -154,7 +201,7 @@ def _cleaned(turns: list[Message]) -> list[Message]:
 
 def _sharegpt_turn(turn: Any, name: str) -> Message:
     if not isinstance(turn, dict):
-        raise bad_field(name, f"got {show(turn)}", "expected {from, value}")
+        raise unexpected(name, turn, "expected {from, value}")
     speaker = str(turn.get("from")).lower()
     if speaker in TOOL_ROLES:
         raise DropRow("tool calls")
@@ -162,7 +209,7 @@ def _sharegpt_turn(turn: Any, name: str) -> Message:
         raise DropRow("a speaker other than human, gpt and system")
     if speaker not in _SPEAKERS:
         fix = f"known speakers are {', '.join(_SPEAKERS)}.{nearest(speaker, _SPEAKERS)}"
-        raise bad_field(f"{name}.from", f"got {turn.get('from')!r}", fix)
+        raise unexpected(f"{name}.from", turn.get("from"), fix)
     return {"role": _SPEAKERS[speaker], "content": as_content(turn.get("value"), f"{name}.value")}
 
 
@@ -176,9 +223,15 @@ def format_sharegpt(row: Row) -> Row:
     name = "items" if "items" in row and "conversations" not in row else "conversations"
     given = as_list(row[name])
     if not isinstance(given, list):
-        raise bad_field(name, f"got {show(given)}", "expected a list of {from, value}")
+        raise unexpected(name, given, "expected a list of {from, value}")
     turns = [_sharegpt_turn(turn, f"{name}[{i}]") for i, turn in enumerate(given)]
     return with_extras({"messages": _cleaned(turns)}, row, [name])
+
+
+def as_tagged(parts: list[str], roles: dict[str, str]) -> list[Message]:
+    """Read the turns of a text that `re.split` cut at the tags of the speakers."""
+    turns = zip(parts[1::2], parts[2::2], strict=True)
+    return [{"role": roles[tag], "content": text.strip()} for tag, text in turns]
 
 
 def format_baize(row: Row) -> Row:
@@ -190,10 +243,6 @@ def format_baize(row: Row) -> Row:
     parts = re.split(r"\[\|(Human|AI)\|\]", as_text(row["input"], "input"))
     if len(parts) < 3:
         fix = "expected text with [|Human|] and [|AI|] before the turns"
-        raise bad_field("input", f"got {show(row['input'])}", fix)
-    roles = {"Human": "user", "AI": "assistant"}
-    turns = [
-        {"role": roles[tag], "content": text.strip()}
-        for tag, text in zip(parts[1::2], parts[2::2], strict=True)
-    ]
+        raise unexpected("input", row["input"], fix)
+    turns = as_tagged(parts, {"Human": "user", "AI": "assistant"})
     return with_extras({"messages": _cleaned(turns)}, row, ["input"])

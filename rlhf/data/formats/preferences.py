@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from rlhf.config import show
-from rlhf.data.formats.instructions import alpaca_prompt, tldr_prompt
+from rlhf.data.formats.instructions import alpaca_prompt, as_tagged, tldr_prompt
 from rlhf.data.rows import (
     DropRow,
     Prompt,
@@ -15,11 +14,13 @@ from rlhf.data.rows import (
     as_number,
     as_numbers,
     as_prompt,
+    as_records,
     as_text,
     bad_field,
     prompt_key,
     ranks_of,
     ranks_of_probability,
+    unexpected,
     with_extras,
 )
 from rlhf.tokenizer import Message
@@ -36,9 +37,7 @@ def _scored(row: Row, name: str, text: str, scores: list[str]) -> Row:
 
     All are scored by the same field: the first of `scores` that any of them has.
     """
-    items = row[name]
-    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-        raise bad_field(name, f"got {show(items)}", f"expected a list of {{{text}, {scores[0]}}}")
+    items = as_records(row[name], name, f"expected a list of {{{text}, {scores[0]}}}")
     known = [score for score in scores if any(item.get(score) is not None for item in items)]
     score, fix = (known or scores)[0], "score every one (0 is a score), or leave it out"
     rows = list(enumerate(items))
@@ -50,17 +49,16 @@ def _scored(row: Row, name: str, text: str, scores: list[str]) -> Row:
 def _hh_turns(text: Any, name: str) -> list[Message]:
     parts = re.split(r"\n\n(Human|Assistant):", as_text(text, name))
     if len(parts) < 3 or parts[0].strip():
-        raise bad_field(name, f"got {show(text)}", r"expected text that starts with '\n\nHuman:'")
-    roles = {"Human": "user", "Assistant": "assistant"}
-    turns = zip(parts[1::2], parts[2::2], strict=True)
-    return [{"role": roles[role], "content": content.strip()} for role, content in turns]
+        raise unexpected(name, text, r"expected text that starts with '\n\nHuman:'")
+    turns = as_tagged(parts, {"Human": "user", "Assistant": "assistant"})
+    if turns[-1]["role"] != "assistant":
+        raise DropRow("last turn not the assistant's")
+    return turns
 
 
 def format_hh(row: Row) -> Row:
     """Anthropic's HH pairs: `chosen` and `rejected` are whole dialogues that share a prompt."""
     chosen, rejected = (_hh_turns(row[name], name) for name in ("chosen", "rejected"))
-    if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
-        raise DropRow("last turn not the assistant's")
     if chosen[:-1] != rejected[:-1]:
         raise DropRow("prompts differ")
     responses = [chosen[-1]["content"], rejected[-1]["content"]]
@@ -71,8 +69,6 @@ def format_hh(row: Row) -> Row:
 def format_hh_chosen(row: Row) -> Row:
     """The preferred dialogue of an HH pair as a demonstration: loss on its last answer only."""
     turns = _hh_turns(row["chosen"], "chosen")
-    if turns[-1]["role"] != "assistant":
-        raise DropRow("last turn not the assistant's")
     canonical = {"prompt": turns[:-1], "completion": turns[-1:]}
     return with_extras(canonical, row, ["chosen", "rejected"])
 
@@ -90,9 +86,12 @@ def format_ranked(row: Row) -> Row:
         ranks = ranks_of_probability(row["probability"])
     else:
         raise bad_field("ranks", "missing or null, and so is 'scores'", "give one of the two")
-    prompt = as_prompt(row["prompt"], "prompt")
-    responses = as_list(row["responses"])
-    return with_extras({"prompt": prompt, "responses": responses, "ranks": ranks}, row, [])
+    return _ranking(row, ranks)
+
+
+def _ranking(row: Row, ranks: list[int]) -> Row:
+    prompt, responses = as_prompt(row["prompt"], "prompt"), as_list(row["responses"])
+    return with_extras({"prompt": prompt, "responses": responses, "ranks": ranks}, row)
 
 
 def format_ratings(row: Row) -> Row:
@@ -104,18 +103,13 @@ def format_ratings(row: Row) -> Row:
     if "scale" in row:
         scale = as_numbers(row["scale"], "scale")
         if len(scale) != 2 or scale[0] >= scale[1]:
-            raise bad_field("scale", f"got {show(scale)}", "expected [lowest, highest] rating")
+            raise unexpected("scale", scale, "expected [lowest, highest] rating")
         for i, rating in enumerate(ratings):
             if not scale[0] <= rating <= scale[1]:
                 fix = f"'scale' is {scale[0]} to {scale[1]}; correct one of them"
-                raise bad_field(f"ratings[{i}]", f"got {rating}", fix)
-    canonical = {
-        "prompt": as_prompt(row["prompt"], "prompt"),
-        "responses": as_list(row["responses"]),
-        "ranks": ranks_of(ratings),
-        "scores": ratings,
-    }
-    return with_extras(canonical, row, ["ratings", "scale"])
+                raise unexpected(f"ratings[{i}]", rating, fix)
+    rest = {name: value for name, value in row.items() if name not in ("ratings", "scale")}
+    return _ranking(rest | {"scores": ratings}, ranks_of(ratings))
 
 
 def format_pair(row: Row) -> Row:
@@ -163,7 +157,7 @@ def format_alpaca_farm(row: Row) -> Row:
     fix = "expected 1 or 2, the better output; between them a soft label; or 0, a tie"
     preference = as_number(row["preference"], "preference", fix)
     if preference != 0 and not 1 <= preference <= 2:
-        raise bad_field("preference", f"got {show(preference)}", fix)
+        raise unexpected("preference", preference, fix)
     probability = 2 - preference if preference else 0.5
     names = ["output_1", "output_2"]
     canonical: Row = {
@@ -214,14 +208,14 @@ def format_summarize_from_feedback(row: Row) -> Row:
     of the validation split) are dropped. Other columns are left out: the published copies repeat
     every text, with its token ids.
     """
-    info, summaries = row["info"], row["summaries"]
+    info = row["info"]
     if not isinstance(info, dict):
-        raise bad_field("info", f"got {show(info)}", "expected {subreddit, title, post}")
-    is_list = isinstance(summaries, list) and all(isinstance(one, dict) for one in summaries)
-    if not is_list or len(summaries) != 2:
-        raise bad_field("summaries", f"got {show(summaries)}", "expected two of {text}")
+        raise unexpected("info", info, "expected {subreddit, title, post}")
+    summaries = as_records(row["summaries"], "summaries", "expected two of {text}")
+    if len(summaries) != 2:
+        raise unexpected("summaries", summaries, "expected two of {text}")
     if row["choice"] not in (0, 1):
-        raise bad_field("choice", f"got {show(row['choice'])}", "expected 0 or 1, the better one")
+        raise unexpected("choice", row["choice"], "expected 0 or 1, the better one")
     if not info.get("subreddit"):
         raise DropRow("no subreddit")
     texts = [as_text(summary.get("text"), "summaries.text") for summary in summaries]
@@ -242,7 +236,6 @@ def format_chatllama_reward(row: Row) -> Row:
         "prompt": as_prompt(row["user_input"], "user_input"),
         "responses": [as_text(row["completion"], "completion")],
         "scores": [as_number(row.get("score"), "score", fix)],
-        "ranks": [0],
     }
     return with_extras(canonical, row, ["user_input", "completion", "score"])
 
@@ -254,10 +247,10 @@ def merge_by_prompt(rows: list[Row]) -> list[Row]:
     """
     merged: dict[str, Row] = {}
     for row in rows:
-        into = merged.setdefault(prompt_key(row), {**row, "responses": [], "scores": []})
+        into = merged.setdefault(prompt_key(row), row | {"responses": [], "scores": []})
         into["responses"] += row["responses"]
         into["scores"] += row["scores"]
-    return [{**row, "ranks": ranks_of(row["scores"])} for row in merged.values()]
+    return [row | {"ranks": ranks_of(row["scores"])} for row in merged.values()]
 
 
 def _ranked_siblings(node: Row, before: list[Message]) -> list[Row]:
@@ -265,12 +258,10 @@ def _ranked_siblings(node: Row, before: list[Message]) -> list[Row]:
     roles = {"prompter": "user", "assistant": "assistant"}
     fix = "expected {text, role: prompter or assistant, replies: a list of the same}"
     if not isinstance(node, dict):
-        raise bad_field("prompt", f"got {show(node)}", fix)
-    role, replies = node.get("role"), node.get("replies") or []
-    if role not in roles or not isinstance(replies, list):
-        raise bad_field("prompt", f"got role {role!r} and replies {show(replies)}", fix)
-    if not all(isinstance(reply, dict) for reply in replies):
-        raise bad_field("prompt", f"got replies {show(replies)}", fix)
+        raise unexpected("prompt", node, fix)
+    role, replies = node.get("role"), as_records(node.get("replies") or [], "replies", fix)
+    if role not in roles:
+        raise unexpected("role", role, fix)
     path = [*before, {"role": roles[role], "content": as_text(node.get("text"), "text")}]
     ranked = [reply for reply in replies if reply.get("rank") is not None]
     rows: list[Row] = []

@@ -1,19 +1,14 @@
-"""A source to canonical rows: the format is applied, each row is checked, bad ones are counted.
-
-Left out: reading the source (`read`), the formats, what a canonical row must hold (`rows`).
-"""
+"""A source to canonical rows: the format is applied, each row is checked, bad ones are counted."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
 from rlhf.config import DatasetConfig, InputError, show
-from rlhf.data.dropped import REPAIRED, Reason
+from rlhf.data.dropped import REPAIRED, BadRows, Reason
 from rlhf.data.formats import FORMATS, ONE_RESPONSE_PER_ROW, Format, merge_by_prompt, resolve_format
 from rlhf.data.read import in_one_line, read_rows
 from rlhf.data.rows import (
@@ -61,23 +56,24 @@ def load_rows(
     if from_python or format not in FORMATS:
         apply = partial(_with_plain_turns, apply)
     merges = format in ONE_RESPONSE_PER_ROW and not from_python
-    section = field.partition(".")[0]
-    intake = _Intake(apply, format, stage, on_bad_row, section, checks=not merges)
-    intake.take_all(read_rows(path, split, stage, field))
-    if intake.num_read == 0:
+    setting = f"{field.partition('.')[0]}.format"
+    rows = _Canonical(apply, format, stage, on_bad_row, setting, checks=not merges)
+    rows.take_all(read_rows(path, split, stage, field))
+    if rows.num_read == 0:
         raise InputError(f"{field}={path!r} has no rows; expected at least one")
-    rows, dropped = intake.rows, intake.dropped
+    kept, dropped = rows.kept, rows.dropped
     if merges:
-        intake = _Intake(dict, format, stage, on_bad_row, section)
-        merged = merge_by_prompt(rows)
-        intake.take_all((f"{path}, prompt {show(row['prompt'])}", row) for row in merged)
-        rows, dropped = intake.rows, dropped + intake.dropped
+        rows = _Canonical(dict, format, stage, on_bad_row, setting)
+        merged = merge_by_prompt(kept)
+        rows.take_all((f"{path}, prompt {show(row['prompt'])}", row) for row in merged)
+        kept, dropped = rows.kept, dropped + rows.dropped
     if stage == "reward":
-        num_responses = sum(len(row["responses"]) for row in rows)
-        rows = [without_repeats(row) for row in rows]
-        if num_repeats := num_responses - sum(len(row["responses"]) for row in rows):
+        num_responses = sum(len(row["responses"]) for row in kept)
+        kept = [without_repeats(row) for row in kept]
+        num_repeats = num_responses - sum(len(row["responses"]) for row in kept)
+        if num_repeats:
             dropped["single responses that repeat another"] = num_repeats
-    return rows, dropped
+    return kept, dropped
 
 
 def _with_plain_turns(apply: Format, raw: Row) -> list[Row]:
@@ -93,28 +89,36 @@ def _as_list(rows: Row | list[Row]) -> list[Row]:
     return rows if isinstance(rows, list) else [rows]
 
 
-@dataclass
-class _Intake:
-    """Takes the usable rows of a source and counts the others.
+def _without_nulls(raw: Row) -> Row:
+    """Leave out the fields that Arrow and CSV fill with None: they are missing."""
+    return {name: value for name, value in raw.items() if value is not None}
 
-    Attributes:
-        section: section of the configuration that has the `format` of the source.
+
+class _Canonical:
+    """The usable rows of a source, and counts of the others.
+
+    Args:
+        setting: the setting that names the format of the source.
         checks: False where a row is only a part of a canonical row.
     """
 
-    apply: Format
-    format: str
-    stage: str
-    on_bad_row: str
-    section: str
-    checks: bool = True
-    rows: list[Row] = field(default_factory=list)
-    dropped: Counter[str] = field(default_factory=Counter)
-    num_read: int = 0
-    num_bad: int = 0
-    first_bad: tuple[BadRow, str, Any] | None = None  # with its message and the raw row
+    def __init__(
+        self,
+        apply: Format,
+        format: str,
+        stage: str,
+        on_bad_row: str,
+        setting: str,
+        checks: bool = True,
+    ):
+        self.apply, self.format, self.stage = apply, format, stage
+        self.setting, self.checks = setting, checks
+        self.kept: list[Row] = []
+        self.dropped = Counter[str]()
+        self.bad = BadRows(on_bad_row, self.dropped)
+        self.num_read = 0
 
-    def take_all(self, source: Iterator[tuple[str, Any]]) -> None:
+    def take_all(self, source: Iterable[tuple[str, Any]]) -> None:
         """Take raw rows, each with its place; refuse the source if half of them are malformed."""
         for where, raw in source:
             self.num_read += 1
@@ -122,38 +126,29 @@ class _Intake:
                 self._take(where, raw)
             except DropRow as reason:
                 self._drop(where, reason)
-            except BadRow as error:
-                self._refuse(where, raw, error)
-        if self.first_bad is not None and 2 * self.num_bad >= self.num_read:
-            first, text, raw = self.first_bad
-            columns = raw.values() if isinstance(raw, dict) and self.num_read == 1 else ()
-            if any(isinstance(value, (list, dict)) and value for value in columns):
-                text += " If the file holds a single object, write one object per row."
-            share = f"{self.num_bad} of {self.num_read} rows are malformed"
-            rule = "dataset.on_bad_row=drop drops them only while they are fewer than half"
-            raise InputError(f"{text} ({share}; {rule})") from first
+            except Exception as error:  # a format of the user's own may raise anything
+                self._refuse(where, raw, _as_bad_row(error, self.format, raw))
+        hint = ""
+        if self.num_read == 1 and isinstance(raw, dict):
+            if any(isinstance(value, (list, dict)) and value for value in raw.values()):
+                hint = " If the file holds a single object, write one object per row."
+        self.bad.require_fewer_than_half(self.num_read, "malformed", hint)
 
     def _take(self, where: str, raw: Any) -> None:
         if isinstance(raw, BadRow):
             raise raw
         if not isinstance(raw, dict):
-            what = f"got {show(raw)}; expected an object with named fields"
-            raise BadRow(what, "not an object")
-        raw = _without_nulls(raw)
-        with _as_bad_row(self.format, raw):
-            rows = _as_list(self.apply(raw))
-        for row in rows:
+            raise BadRow(f"got {show(raw)}; expected an object with named fields", "not an object")
+        for row in _as_list(self.apply(_without_nulls(raw))):
             changed: list[str] = []
+            row = row | {name: repaired(row[name], name, changed) for name in TEXTS if name in row}
             try:
-                with _as_bad_row(self.format, raw):
-                    texts = {n: repaired(row[n], n, changed) for n in TEXTS if n in row}
-                    row = row | texts
-                    if self.checks:
-                        check_row(row, self.stage)
+                if self.checks:
+                    check_row(row, self.stage)
             except DropRow as reason:  # the other rows of a list stay
                 self._drop(where, reason)
                 continue
-            self.rows.append(row)
+            self.kept.append(row)
             for name in changed:
                 case = f"{where}, field {name!r}: half of a character"
                 self.dropped[Reason(REPAIRED, case)] += 1
@@ -162,21 +157,16 @@ class _Intake:
         self.dropped[Reason(str(reason), f"{where}: {reason}")] += 1
 
     def _refuse(self, where: str, raw: Any, error: BadRow) -> None:
-        text = f"{where}{', ' if str(error).startswith('field') else ': '}{error}"
-        if self.first_bad is None:
-            self.first_bad = error, text + self._other_formats(error, raw), raw
-        if self.on_bad_row == "stop":
-            text = f"{self.first_bad[1]}; dataset.on_bad_row=drop drops such rows"
-            raise InputError(text) from error
-        self.num_bad += 1
-        self.dropped[Reason(error.reason, text)] += 1
+        case = f"{where}{', ' if str(error).startswith('field') else ': '}{error}"
+        hint = self._other_formats(error, raw) if self.bad.first is None else ""
+        self.bad.add(InputError(case + hint), Reason(error.reason, case))
 
     def _other_formats(self, error: BadRow, raw: Any) -> str:
         """Name the formats that read a row in which a field is missing."""
         if not isinstance(raw, dict) or "missing or null" not in str(error):
             return ""
         others = [name for name in FORMATS if _reads(name, raw, self.stage)]
-        fits = " or ".join(f"{self.section}.format={name}" for name in others)
+        fits = " or ".join(f"{self.setting}={name}" for name in others)
         return f"{'' if str(error).endswith('?') else ';'} {fits} reads it" if others else ""
 
 
@@ -189,25 +179,16 @@ def _reads(format: str, raw: Row, stage: str) -> bool:
     return True
 
 
-def _without_nulls(raw: Row) -> Row:
-    """Leave out the fields that Arrow and CSV fill with None: they are missing."""
-    return {name: value for name, value in raw.items() if value is not None}
-
-
-@contextmanager
-def _as_bad_row(format: str, raw: Row) -> Iterator[None]:
+def _as_bad_row(error: Exception, format: str, raw: Any) -> BadRow:
     """Turn any error of a format or a check into a `BadRow` that says what to do."""
-    try:
-        yield
-    except (DropRow, BadRow):
-        raise
-    except KeyError as error:
-        given = ", ".join(map(str, raw)) or "no fields"
+    if isinstance(error, BadRow):
+        return error
+    if isinstance(error, KeyError):
+        given = ", ".join(map(str, _without_nulls(raw))) or "no fields"
         what = f"field {error}: missing or null; the row has {given}; "
         what += f"is {format!r} the right format?"
-        raise BadRow(what, f"without field {error}") from error
-    except InputError as error:
-        raise BadRow(str(error), f"refused by format {format!r}") from error
-    except Exception as error:  # a format of the user's own may raise anything
-        what = f"format {format!r} cannot read it: {in_one_line(error)}"
-        raise BadRow(what, f"unreadable to format {format!r}") from error
+        return BadRow(what, f"without field {error}")
+    if isinstance(error, InputError):
+        return BadRow(str(error), f"refused by format {format!r}")
+    what = f"format {format!r} cannot read it: {in_one_line(error)}"
+    return BadRow(what, f"unreadable to format {format!r}")
