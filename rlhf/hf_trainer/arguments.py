@@ -39,14 +39,18 @@ def trainer_arguments(
         InputError: a value that the stage cannot use, or that does not work.
     """
     check_trainer_values(factory, config.trainer, stage)
-    _check_half_precision(config)
+    if config.trainer.get("fp16") and use_bfloat16(config.precision):
+        raise InputError(
+            f"trainer.fp16=true and precision={config.precision} (bfloat16 here) exclude each "
+            "other; set precision=float32, or trainer.fp16=false"
+        )
     values = {"eval_strategy": "steps"} | dict(config.trainer)
     load_best = _pop_load_best(values, stage)
     decided = _decided_by_stage(factory, config, stage, bool(values.get("fp16")))
     args = build_arguments(factory, values, decided | reserved)
     try_out(args)
-    # not given above: it would want evaluations at every checkpoint, and we add a checkpoint to
-    # every evaluation that is the best
+    # set after the fact: as an argument it would want evaluations at every checkpoint, and we add a
+    # checkpoint to every evaluation that is the best
     args.load_best_model_at_end = load_best
     if config.batch_size is not None:
         rows = args.train_batch_size * args.world_size
@@ -58,12 +62,8 @@ def _decided_by_stage(
     factory: Any, config: SFTStageConfig | RewardStageConfig, stage: str, has_loss_scaler: bool
 ) -> dict[str, Any]:
     """Arguments that a stage decides, and that `trainer:` may not hold."""
-    names = [f.name for f in dataclasses.fields(factory)]
-    # renamed in transformers 5.23; checkpointing is set on the model, by
-    # model.gradient_checkpointing
-    checkpointing = next(
-        n for n in ("activation_checkpointing", "gradient_checkpointing") if n in names
-    )
+    # Checkpointing is set on the model; transformers 5.23 renames the argument.
+    is_renamed = "activation_checkpointing" in {f.name for f in dataclasses.fields(factory)}
     return {
         "output_dir": str(config.stage_dir(stage) / UNSEALED),
         "seed": config.seed,
@@ -72,7 +72,7 @@ def _decided_by_stage(
         "disable_tqdm": True,
         "use_cpu": not torch.cuda.is_available(),
         "bf16": use_bfloat16(config.precision),
-        checkpointing: False,
+        "activation_checkpointing" if is_renamed else "gradient_checkpointing": False,
         "remove_unused_columns": False,
         # it would replace a nan in the logged loss; a loss scaler skips such steps
         "logging_nan_inf_filter": has_loss_scaler,
@@ -82,14 +82,6 @@ def _decided_by_stage(
         "save_total_limit": None,  # it would delete by name, whoever wrote it
         "save_only_model": False,
     }
-
-
-def _check_half_precision(config: SFTStageConfig | RewardStageConfig) -> None:
-    if config.trainer.get("fp16") and use_bfloat16(config.precision):
-        raise InputError(
-            f"trainer.fp16=true and precision={config.precision} (bfloat16 here) exclude each "
-            "other; set precision=float32, or trainer.fp16=false"
-        )
 
 
 def accumulation_steps(batch_size: int, rows: int) -> int:
@@ -113,8 +105,8 @@ def accumulation_steps(batch_size: int, rows: int) -> int:
 
 
 def _pop_load_best(values: dict[str, Any], stage: str) -> bool:
-    """Take load_best_model_at_end out of `trainer:`; name the metric that it, or a schedule that
-    follows one, reads, and check what they need."""
+    """Take load_best_model_at_end out of `trainer:`. It needs evaluations and the name of a metric,
+    and so do the schedules that follow a metric."""
     load_best = bool(values.pop("load_best_model_at_end", False))
     schedule = values.get("lr_scheduler_type")
     if not load_best and schedule not in ("reduce_lr_on_plateau", "greedy"):
@@ -151,8 +143,8 @@ def as_in_training(
         yield
 
 
-def check_max_length(config: SFTStageConfig | RewardStageConfig, model: Any) -> None:
-    """Refuse rows longer than the model's context before any are encoded."""
+def require_context(config: SFTStageConfig | RewardStageConfig, model: Any) -> None:
+    """Refuse a `dataset.max_length` beyond the model's context."""
     if config.dataset.max_length > context_length(model):
         raise InputError(
             f"dataset.max_length={config.dataset.max_length} exceeds the model's context of "

@@ -160,9 +160,9 @@ def _range_problem(name: str, value: Any) -> str | None:
     """Name the range or the choices of a value; None where it is one of them."""
     if name == "max_steps" and value < 1 and value != -1:
         return "must be >= 1, or -1 for trainer.num_train_epochs"
-    limits = next((limits for names, limits in LIMITS.items() if name in names.split()), Limits())
-    if isinstance(value, str) and not limits.choices:  # pad_to_multiple_of takes text too
-        return None
+    limits = next((limits for names, limits in LIMITS.items() if name in names.split()), None)
+    if limits is None or (isinstance(value, str) and not limits.choices):
+        return None  # pad_to_multiple_of takes text too
     return None if limits.allow(value) else str(limits)
 
 

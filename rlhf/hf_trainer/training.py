@@ -1,24 +1,69 @@
-"""Training with the transformers Trainer: start or resume, stop cleanly, end with an evaluation."""
+"""Training with the transformers Trainer: start or resume, stop cleanly, end with an evaluation.
+
+Two callbacks add to its loop:
+
+event           what the Trainer does next          what we do, and why now
+on_train_begin  trains; it has loaded a checkpoint  restore the sums and the learning rate
+on_step_end     logs, evaluates, saves or stops as  evaluate at the end of an epoch, because
+                `control` asks, in this order       on_epoch_end comes after the checkpoint;
+                                                    save and stop after a signal
+on_epoch_end    logs, evaluates, saves again        take back an evaluation that is done already
+on_log          compares an evaluation with the     write metrics, stop at a number that is not
+                best, then saves                    finite, ask for a checkpoint of the best
+on_save         goes on with the next step          add what the Trainer leaves out, and give its
+                                                    hidden folder the checkpoint's name
+on_train_end    loads the best checkpoint           close the progress bar
+
+The last step has no checkpoint: `final/` follows it.
+"""
 
 from __future__ import annotations
 
+import json
+import math
 import pickle
+import time
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
-from transformers import PrinterCallback, ProgressCallback, Trainer
+import torch
+from accelerate import PartialState
+from transformers import (
+    IntervalStrategy,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
 
-from rlhf.checkpoint import GracefulStop, NonFiniteError, checkpoint_to_resume, explain_stop, run_id
-from rlhf.config import InputError, RewardStageConfig, SFTStageConfig
-from rlhf.console import say
-from rlhf.hf_trainer.callbacks import CheckpointCallback, MetricsCallback, StopCallback, best_step
-from rlhf.hf_trainer.finite_trainer import find_non_finite_state
-from rlhf.metrics import MetricsWriter
+from rlhf.checkpoint import (
+    GracefulStop,
+    NonFiniteError,
+    checkpoint_to_resume,
+    explain_stop,
+    prune_checkpoints,
+    publish,
+    refuse_taken_steps,
+    run_id,
+)
+from rlhf.config import InputError, RewardStageConfig, SFTStageConfig, save_config
+from rlhf.console import is_main_process, progress_bar, say
+from rlhf.hf_trainer.finite_trainer import find_non_finite_state, set_learning_rate
+from rlhf.metrics import METRICS, MetricsWriter
+
+SHOWN = ("loss", "accuracy", "eval_loss", "eval_accuracy")
+# Sums since the last log, of transformers', TRL's and our Trainer, and TRL's count of tokens. None
+# of them is in a checkpoint; without it the first log after a resume would differ.
+SUMS = ("_tr_loss", "_globalstep_last_logged", "_metrics", "_total_train_tokens", "_sums")
 
 
 def run_trainer(
     trainer: Trainer, config: SFTStageConfig | RewardStageConfig, directory: Path, stage: str
 ) -> int | None:
-    """Train (or continue) with our callback.
+    """Train or continue.
 
     Returns:
         None when training came to its end; the number of the signal that stopped it after a
@@ -30,15 +75,15 @@ def run_trainer(
     checkpoint = checkpoint_to_resume(config, directory)
     writer = MetricsWriter(directory, config, stage, run_id(directory))
     with GracefulStop(config.checkpoint.grace_seconds, directory) as stop:
-        metrics, stopping = MetricsCallback(writer), StopCallback(stop)
-        checkpoints = CheckpointCallback(trainer, config, directory, checkpoint)
+        metrics = MetricsCallback(writer)
+        checkpoints = CheckpointCallback(trainer, config, directory, checkpoint, stop)
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
-        for callback in (metrics, checkpoints, stopping):
-            trainer.add_callback(callback)
+        trainer.add_callback(metrics)
+        trainer.add_callback(checkpoints)
         try:
             _train(trainer, checkpoint)
-            if not stopping.interrupted and trainer.state.global_step not in _evaluated(trainer):
+            if not checkpoints.interrupted and trainer.state.global_step not in _evaluated(trainer):
                 trainer.evaluate()
             problem = find_non_finite_state(trainer)
             if problem is not None:
@@ -51,8 +96,11 @@ def run_trainer(
             raise explain_stop(config, directory, error, step, True, dtype) from error
         finally:
             writer.close()
-    if not stopping.interrupted:
-        _say_best(trainer)
+    if not checkpoints.interrupted:
+        best, name = best_step(trainer.args, trainer.state), trainer.args.metric_for_best_model
+        if best is not None:
+            value = f"{trainer.state.best_metric:.4g}"
+            say(f"taking step {best} of {trainer.state.global_step}, with the best {name}: {value}")
         return None
     say(
         f"stopped after step {trainer.state.global_step}; continue with resume=true "
@@ -92,11 +140,153 @@ def _evaluated(trainer: Trainer) -> list[float]:
     return [row["step"] for row in history if "eval_loss" in row or "eval_accuracy" in row]
 
 
-def _say_best(trainer: Trainer) -> None:
-    state, best = trainer.state, best_step(trainer.args, trainer.state)
-    if best is not None:
-        name = trainer.args.metric_for_best_model
-        say(
-            f"taking step {best} of {state.global_step}, with the best {name}: "
-            f"{state.best_metric:.4g}"
-        )
+class MetricsCallback(TrainerCallback):
+    """Writes metrics, shows a progress bar, and stops at a number that is not finite."""
+
+    def __init__(self, writer: MetricsWriter):
+        self.writer = writer
+        self._began = time.perf_counter()
+        self._bar: Any = None
+        self._shown: dict[str, str] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._bar = progress_bar(state.max_steps, state.global_step, "step")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._bar.update(1)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        values = {name: value for name, value in (logs or {}).items() if name in METRICS}
+        # The Trainer's last log has averages over the steps since the one before, without a loss.
+        if not values.keys() - {"epoch"} or "train_runtime" in logs:
+            return
+        bad = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
+        if bad and not args.fp16:  # its loss scaler skips such steps
+            raise NonFiniteError(f"{bad[0]} after step {state.global_step}")
+        seconds = time.perf_counter() - self._began
+        self.writer.write(state.global_step, values | {"seconds": seconds})
+        self._shown |= {name: f"{value:.4g}" for name, value in values.items() if name in SHOWN}
+        if self._bar is not None:
+            self._bar.set_postfix(self._shown, refresh=False)
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self.close_bar()
+
+    def close_bar(self) -> None:
+        """End the line of the progress bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+class CheckpointCallback(TrainerCallback):
+    """Decides when to evaluate, save and stop, and completes the checkpoints of the Trainer.
+
+    Attributes:
+        directory: of the stage.
+        checkpoint: where training continues from; None at the start of a run.
+        interrupted: a signal stopped the training before its last step.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        config: SFTStageConfig | RewardStageConfig,
+        directory: Path,
+        checkpoint: Path | None,
+        stop: GracefulStop,
+    ):
+        self.trainer, self.config, self.stop = trainer, config, stop
+        self.directory, self.checkpoint = directory, checkpoint
+        self.interrupted = False
+        self._evaluated = -1  # last step of an epoch that was evaluated at that step
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        every = self.config.checkpoint.every
+        state.save_steps = every  # the checkpoint may hold another one
+        if args.load_best_model_at_end and state.best_global_step:
+            best = self.directory / f"checkpoint-{state.best_global_step}"
+            state.best_model_checkpoint = str(best)  # the run may have been moved since
+        planned = range(every * (state.global_step // every + 1), state.max_steps, every)
+        refuse_taken_steps(self.directory, planned)
+        if self.checkpoint is not None:
+            load_sums(self.trainer, self.checkpoint)
+            problem = find_non_finite_state(self.trainer)
+            if problem is not None:
+                raise InputError(
+                    f"{self.checkpoint}: {problem}; delete it, and resume=true continues from the "
+                    "checkpoint before it"
+                )
+            set_learning_rate(self.trainer)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        epoch = state.epoch or 0.0
+        if args.eval_strategy == IntervalStrategy.EPOCH and epoch == int(epoch) >= args.eval_delay:
+            control.should_evaluate = True
+            self._evaluated = state.global_step
+        is_asked = self.stop.requested()  # every process asks, at every step
+        if state.global_step >= state.max_steps:
+            control.should_save = False
+        elif is_asked:
+            self.interrupted = True
+            control.should_save = control.should_training_stop = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # The reward stage's Trainer does not take back what the last step asked for.
+        if args.eval_strategy != IntervalStrategy.EPOCH or state.global_step == self._evaluated:
+            control.should_evaluate = False
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Have the Trainer save an evaluation that is better than all before it.
+
+        At the end it loads the best checkpoint that it saved. After the last step, the weights are
+        there already, and without a best checkpoint they stay.
+        """
+        name, before = str(args.metric_for_best_model), state.best_metric
+        if not args.load_best_model_at_end or name not in (logs or {}):
+            return
+        sign = 1 if args.greater_is_better else -1
+        if before is not None and not sign * logs[name] > sign * before:
+            return
+        if state.global_step < state.max_steps:
+            control.should_save = True
+        else:
+            state.best_model_checkpoint = None
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        written = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        best = best_step(args, state)
+        save_sums(self.trainer, written)
+        PartialState().wait_for_everyone()  # every process has written its part
+        if is_main_process():
+            save_config(self.config, written / "config.yaml")
+            publish(written, self.directory / written.name, best)
+            prune_checkpoints(self.directory, self.config.checkpoint.keep_last)
+        if best is not None:
+            state.best_model_checkpoint = str(self.directory / f"checkpoint-{best}")
+        PartialState().wait_for_everyone()  # the checkpoint has its name
+
+
+def best_step(args: TrainingArguments, state: TrainerState) -> int | None:
+    """Step of the best evaluation so far where training is to end with it; else None."""
+    return state.best_global_step if args.load_best_model_at_end else None
+
+
+def save_sums(trainer: Trainer, checkpoint: Path) -> None:
+    """Write what a Trainer has summed up since its last log, on each process its own."""
+    sums = {name: getattr(trainer, name) for name in SUMS if hasattr(trainer, name)}
+    _sums_file(checkpoint).write_text(json.dumps(sums, default=torch.Tensor.tolist))
+
+
+def load_sums(trainer: Trainer, checkpoint: Path) -> None:
+    """Restore what `save_sums` wrote."""
+    for name, value in json.loads(_sums_file(checkpoint).read_text()).items():
+        own = getattr(trainer, name)
+        if isinstance(own, torch.Tensor):
+            value = torch.tensor(value, dtype=own.dtype, device=own.device)
+        elif isinstance(own, dict):  # of dicts that make a list for a new name
+            value = {mode: defaultdict(list, lists) for mode, lists in value.items()}
+        setattr(trainer, name, value)
+
+
+def _sums_file(checkpoint: Path) -> Path:
+    return checkpoint / f"sums_{PartialState().process_index}.json"

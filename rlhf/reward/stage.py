@@ -34,8 +34,8 @@ from rlhf.console import say
 from rlhf.data import RankedCollator, Splits, encode_ranked, load_splits
 from rlhf.hf_trainer import (
     as_in_training,
-    check_max_length,
     is_sharded,
+    require_context,
     run_trainer,
     trainer_arguments,
 )
@@ -107,7 +107,7 @@ def _train(config: RewardStageConfig, run: StageRun) -> RewardResult:
 
     # Refuse what only the loaded model and rows show.
     require_writable(model, tokenizer, config)
-    check_max_length(config, model)
+    require_context(config, model)
     _check_promises(config, args, parent, model, tokenizer)
     train, heldout = _encode(splits, tokenizer, config.dataset)
     plan = plan_batches(train, config.reward, args.world_size)

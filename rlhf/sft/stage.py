@@ -34,9 +34,9 @@ from rlhf.hf_trainer import (
     FiniteTrainer,
     as_in_training,
     best_step,
-    check_max_length,
     describe_batches,
     is_sharded,
+    require_context,
     run_trainer,
     trainer_arguments,
 )
@@ -116,7 +116,7 @@ def _train(config: SFTStageConfig, run: StageRun) -> SFTResult:
     model = load_policy(config.model, tokenizer)
     lines = mend_sampling_settings(model)
     require_writable(model, tokenizer, config)
-    check_max_length(config, model)
+    require_context(config, model)
     _check_promises(config, args, model, tokenizer)
 
     # Make token ids and labels, and put adapters on the model.

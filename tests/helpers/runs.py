@@ -203,14 +203,14 @@ def hang(step: int) -> None:
     """Have the Trainer hang before a step, and say so."""
     from rlhf.hf_trainer import training
 
-    class Hanging(training.StopCallback):
+    class Hanging(training.CheckpointCallback):
         def on_step_begin(self, args, state, control, **_):
             if state.global_step >= step:
                 print("hanging", flush=True)
             while state.global_step >= step:
                 time.sleep(0.1)
 
-    training.StopCallback = Hanging
+    training.CheckpointCallback = Hanging
 
 
 def train(config):
