@@ -38,12 +38,15 @@ from rlhf.config.paths import CONF_DIR, default_paths, with_default_paths
 from rlhf.config.saved_config import (
     CONFIG_FILE,
     config_file_of_run,
+    config_keys,
     config_text,
+    explain,
     load_config,
     nothing_to_resume,
     plain_values,
     read_run_config,
+    read_yaml,
     save_config,
+    schema,
 )
-from rlhf.config.schema import config_keys, explain, schema
 from rlhf.config.stage_help import stage_help

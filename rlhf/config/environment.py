@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 _REFERENCE = re.compile(r"\$\{oc\.env:\s*([A-Za-z_]\w*)")
@@ -27,8 +27,10 @@ def remember_references(written: Any, resolved: Any) -> None:
     """
     _written.clear()
     _values.clear()
-    values = dict(_leaves(resolved))
-    for key, text in _leaves(written):
+    values: dict[str, Any] = {}
+    change_leaves(resolved, lambda value, key: values.setdefault(key, value))
+
+    def remember(text: Any, key: str) -> None:
         names = _REFERENCE.findall(text) if isinstance(text, str) else []
         if names:
             _written[key] = text, values[key]
@@ -36,22 +38,18 @@ def remember_references(written: Any, resolved: Any) -> None:
             if len(os.environ.get(name, "")) >= SHORTEST:
                 _values[os.environ[name]] = f"${{oc.env:{name}}}"
 
+    change_leaves(written, remember)
+
 
 def as_written(values: Any) -> Any:
     """Put the references back in a configuration, given as nested dicts and lists."""
 
-    def replaced(value: Any, key: str) -> Any:
-        if isinstance(value, dict):
-            return {
-                name: replaced(v, f"{key}.{name}" if key else name) for name, v in value.items()
-            }
-        if isinstance(value, list):
-            return [replaced(v, f"{key}.{i}") for i, v in enumerate(value)]
+    def reference(value: Any, key: str) -> Any:
         if key in _written and _written[key][1] == value:
             return _written[key][0]
         return hide(value) if isinstance(value, str) else value
 
-    return replaced(values, "")
+    return change_leaves(values, reference)
 
 
 def hide(text: str) -> str:
@@ -61,13 +59,11 @@ def hide(text: str) -> str:
     return text
 
 
-def _leaves(values: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    items: Any = ()
+def change_leaves(values: Any, change: Callable[[Any, str], Any], key: str = "") -> Any:
+    """Copy nested dicts and lists, with `change(value, dotted key)` for each value in them."""
+    start = f"{key}." if key else ""
     if isinstance(values, dict):
-        items = values.items()
-    elif isinstance(values, list):
-        items = enumerate(values)
-    else:
-        yield key, values
-    for name, value in items:
-        yield from _leaves(value, f"{key}.{name}" if key else str(name))
+        return {k: change_leaves(value, change, f"{start}{k}") for k, value in values.items()}
+    if isinstance(values, list):
+        return [change_leaves(value, change, f"{start}{i}") for i, value in enumerate(values)]
+    return change(values, key)

@@ -1,4 +1,4 @@
-"""Configurations in files: writing one, and reading that of a run.
+"""Configurations and their files: the schema of a stage, writing `config.yaml` and reading it.
 
 A stage writes `config.yaml` into its directory before it trains, so that `resume=true
 run_name=mine` is enough to continue a run. Runs of earlier versions have it only in their
@@ -7,14 +7,23 @@ checkpoints.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rlhf.config.environment import as_written
+from omegaconf import OmegaConf
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    OmegaConfBaseException,
+    ValidationError,
+)
+from yaml import YAMLError
+
+from rlhf.config.environment import as_written, change_leaves
 from rlhf.config.errors import InputError, nearest
 from rlhf.config.knobs import StageConfig
-from rlhf.config.schema import explain, schema
 
 Config = TypeVar("Config", bound=StageConfig)
 
@@ -22,23 +31,73 @@ CONFIG_FILE = "config.yaml"
 NUM_SHOWN = 10  # names of runs in a message
 
 
+def schema(config_class: type) -> Any:
+    """Turn a stage's dataclass into the OmegaConf node that everything is merged into."""
+    node = OmegaConf.structured(config_class)
+    # any key of these mappings may be set without "+"
+    for mapping in [node.model.config, *([node.trainer] if "trainer" in node else [])]:
+        OmegaConf.set_struct(mapping, False)
+    return node
+
+
+def config_keys(config_class: type, prefix: str = "") -> list[str]:
+    """All dotted keys of a stage's dataclass."""
+    keys = []
+    for field in dataclasses.fields(config_class):
+        keys.append(prefix + field.name)
+        if "group" in field.metadata:
+            keys += config_keys(field.metadata["group"], f"{prefix}{field.name}.")
+    return keys
+
+
+def explain(error: BaseException, config_class: type) -> str:
+    """Say what is wrong with a key or value, in one line, with the nearest valid key."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ConfigAttributeError | ConfigKeyError):
+            key, owner = str(cause.full_key or cause.key or ""), cause.object_type
+            if isinstance(owner, type) and dataclasses.is_dataclass(owner) and "." not in key:
+                config_class = owner  # inside a list, where the key has no prefix
+            hint = nearest(key, config_keys(config_class))
+            return f"unknown key {key!r}.{hint} (--help lists the keys)"
+        if isinstance(cause, ValidationError):
+            reason = str(cause).splitlines()[0]
+            return f"{cause.full_key}: {reason}" if cause.full_key else reason
+        cause = cause.__cause__ or cause.__context__
+    return str(error)
+
+
+# --- Writing and reading --------------------------------------------------------------------------
+
+
 def plain_values(config: StageConfig) -> dict[str, Any]:
     """Return a configuration as nested dicts, with references for values from the environment."""
-    from omegaconf import OmegaConf
-
     return as_written(OmegaConf.to_container(OmegaConf.structured(config)))
 
 
 def config_text(config: StageConfig) -> str:
     """Return the configuration as YAML, with `${oc.env:X}` for what comes from the environment."""
-    from omegaconf import OmegaConf
-
     return OmegaConf.to_yaml(OmegaConf.create(plain_values(config)))
 
 
 def save_config(config: StageConfig, path: Path) -> None:
     """Write the configuration as YAML."""
     path.write_text(config_text(config), encoding="utf-8")
+
+
+def read_yaml(file: str | Path, remedy: str = "") -> Any:
+    """Read a YAML file as nested dicts and lists, with its references unresolved.
+
+    Args:
+        remedy: added to the message.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    try:
+        return OmegaConf.to_container(OmegaConf.load(file))
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+        raise _damaged(file, error, remedy) from error
 
 
 def load_config(config_class: type[Config], path: str | Path) -> Config:
@@ -49,30 +108,23 @@ def load_config(config_class: type[Config], path: str | Path) -> Config:
     Raises:
         InputError: the file cannot be read, or holds a key that the stage does not have.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
 
+    def escaped(value: Any, key: str) -> Any:
+        return value.replace("${", "\\${") if isinstance(value, str) else value
+
+    stored = change_leaves(read_yaml(path), escaped)
     try:
-        stored = OmegaConf.to_container(OmegaConf.load(path))
-        merged = OmegaConf.merge(schema(config_class), _escaped(stored))
-        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+        return OmegaConf.to_object(OmegaConf.merge(schema(config_class), stored))  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise InputError(f"{path}: {explain(error, config_class)}") from error
-    except (OSError, UnicodeDecodeError, YAMLError) as error:
-        raise InputError(f"{path} is damaged ({' '.join(str(error).split())[:200]})") from error
 
 
-def _escaped(values: Any) -> Any:
-    """Escape the references in a file's values, so that OmegaConf does not resolve them."""
-    if isinstance(values, dict):
-        return {name: _escaped(value) for name, value in values.items()}
-    if isinstance(values, list):
-        return [_escaped(value) for value in values]
-    return values.replace("${", "\\${") if isinstance(values, str) else values
+def _damaged(file: str | Path, error: Exception, remedy: str) -> InputError:
+    reason = " ".join(str(error).split())[:200]
+    return InputError(f"{file} is damaged ({type(error).__name__}: {reason}){remedy}")
 
 
-# --- The configuration of a run ------------------------------------------------------------------
+# --- The configuration of a run -------------------------------------------------------------------
 
 
 def config_file_of_run(directory: Path) -> Path | None:
@@ -86,12 +138,8 @@ def config_file_of_run(directory: Path) -> Path | None:
         if (match := re.fullmatch("checkpoint-(0|[1-9][0-9]*)", path.name))
         and (path / "manifest.json").is_file()
     }
-    holders = [
-        directory,
-        *(steps[step] for step in sorted(steps, reverse=True)),
-        directory / "final",
-    ]
-    files = (holder / CONFIG_FILE for holder in holders)
+    newest_first = [steps[step] for step in sorted(steps, reverse=True)]
+    files = (holder / CONFIG_FILE for holder in (directory, *newest_first, directory / "final"))
     return next((file for file in files if file.is_file()), None)
 
 
@@ -107,19 +155,20 @@ def read_run_config(file: Path, config: StageConfig) -> dict[str, Any]:
     Raises:
         InputError: the file is damaged.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
+    remedy = "; delete it and give the whole configuration on the command line"
+    values = read_yaml(file, remedy)
     try:
-        values: Any = OmegaConf.to_container(OmegaConf.load(file))
         was = f"{Path(values['runs_dir']) / values['run_name']}/"
         values["model"].pop("trust_remote_code", None)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise _damaged(file, error) from error
-    except (YAMLError, OmegaConfBaseException) as error:
-        raise _damaged(file, error) from error
-    return _moved(values, was, f"{Path(config.runs_dir) / config.run_name}/")
+    except (LookupError, TypeError, AttributeError) as error:
+        raise _damaged(file, error, remedy) from error
+    now = f"{Path(config.runs_dir) / config.run_name}/"
+
+    def moved(value: Any, key: str) -> Any:
+        is_inside = isinstance(value, str) and value.startswith(was)
+        return now + value.removeprefix(was) if is_inside else value
+
+    return change_leaves(values, moved)
 
 
 def nothing_to_resume(config: StageConfig, stage: str) -> InputError:
@@ -142,21 +191,3 @@ def nothing_to_resume(config: StageConfig, stage: str) -> InputError:
         f"resume=true: there is no run_name={config.run_name} in {config.runs_dir}.{hint} To begin "
         f"a new run, {fix}"
     )
-
-
-def _damaged(file: Path, error: Exception) -> InputError:
-    reason = " ".join(str(error).split())
-    return InputError(
-        f"{file} is damaged ({type(error).__name__}: {reason}); delete it and give the "
-        "whole configuration on the command line"
-    )
-
-
-def _moved(value: Any, was: str, now: str) -> Any:
-    if isinstance(value, dict):
-        return {key: _moved(inner, was, now) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_moved(inner, was, now) for inner in value]
-    if isinstance(value, str) and value.startswith(was):
-        return now + value.removeprefix(was)
-    return value

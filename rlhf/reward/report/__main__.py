@@ -17,6 +17,7 @@ from rlhf.config import (
     RewardStageConfig,
     ScorerConfig,
     explain,
+    read_yaml,
     refuse_named_code,
     schema,
 )
@@ -95,16 +96,12 @@ def stage_config(options: ReportOptions) -> RewardStageConfig:
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
 
     for override in options.overrides:
         if not override.startswith("dataset.") or "=" not in override:
             raise InputError(f"got {override!r}; expected an option (see --help) or dataset.<key>=")
     file = Path(options.path) / CONFIG_FILE
-    try:
-        stored: Any = OmegaConf.load(file) if file.is_file() else {}
-    except (ValueError, YAMLError) as error:
-        raise InputError(f"{file} is damaged ({' '.join(str(error).split())[:200]})") from error
+    stored = read_yaml(file) if file.is_file() else {}
     try:
         overrides = OmegaConf.from_dotlist(options.overrides)
         merged = OmegaConf.merge(schema(RewardStageConfig), stored, overrides)
