@@ -12,8 +12,7 @@ class PPOConfig:
     """The algorithm; names are those of TRL's last PPOConfig where one existed."""
 
     num_updates: int = knob(200, ge=1)
-    """Number of updates; each samples batch_size responses and makes num_ppo_epochs x
-    num_mini_batches optimiser steps."""
+    """Number of updates: a rollout, then num_ppo_epochs x num_mini_batches optimiser steps."""
     batch_size: int = knob(64, ge=1)
     """Responses per rollout over all processes."""
     samples_per_prompt: int = knob(1, ge=1)
@@ -23,37 +22,29 @@ class PPOConfig:
     num_mini_batches: int = knob(1, ge=1)
     """Optimiser steps per pass; must divide batch_size."""
     micro_batch_size: int = knob(8, ge=1)
-    """Sequences per training forward and backward pass and process; changes memory and speed, not
-    the result."""
+    """Sequences per training forward pass and process; changes memory and speed, not the result."""
     rollout_batch_size: int = knob(64, ge=1)
     """Sequences that are decoded together, per process."""
     max_prompt_length: int | None = knob(None, ge=1)
-    """Longest prompt, tokens; longer ones are dropped and counted (null: the model's context minus
-    response_length)."""
+    """Longest prompt, tokens; others are dropped and counted (null: context - response_length)."""
     response_length: int = knob(128, ge=1)
     """Longest response, tokens, EOS included."""
     temperature: float = knob(1.0, gt=0)
     """Divides the logits, in sampling and in every log-prob."""
     top_p: float = knob(1.0, gt=0, le=1)
-    """Sample from the most probable tokens that together reach this probability (1.0: from all);
-    below 1.0, needs allow_off_policy_sampling."""
+    """Sample from the most probable tokens that together reach this probability (1.0: from all)."""
     top_k: int = knob(0, ge=0)
-    """Sample from this many most probable tokens (0: from all); above 0, needs
-    allow_off_policy_sampling."""
+    """Sample from this many most probable tokens (0: from all)."""
     allow_off_policy_sampling: bool = False
-    """Permit top_p and top_k, which sample from a different distribution than the one PPO
-    scores."""
+    """Permit top_p and top_k: they sample from a different distribution than the one PPO scores."""
     missing_eos_penalty: float | None = -1.0
-    """Score of a response without EOS, after normalisation (null: the scorer's own); rewards per
-    token are kept."""
+    """Score without EOS, after normalisation (null: the scorer's own); token rewards are kept."""
     mask_truncated: bool = False
-    """Leave responses without EOS out of every loss and all whitening; a minibatch that holds no
-    others makes no step."""
+    """Leave responses without EOS out of losses and whitening; a minibatch of these has no step."""
     scale_scores: bool = False
     """Divide scores by their running standard deviation."""
     whiten_scores: bool = False
-    """Give the scores of each rollout mean 0 and variance 1 (Llama 2), before
-    missing_eos_penalty."""
+    """Give the scores of a rollout mean 0 and variance 1 (Llama 2), before missing_eos_penalty."""
     clip_scores: float | None = knob(None, gt=0)
     """Then clip scores to +- this value, score units (null: off)."""
     kl_coef: float = knob(0.05, ge=0)
@@ -69,15 +60,13 @@ class PPOConfig:
     whiten_rewards: bool = False
     """Scale rewards to unit variance and keep their mean."""
     advantage: str = knob("gae", choices=("gae", "rloo", "grpo", "reinforce_pp"))
-    """Advantage estimator: gae (with a critic), or without one rloo, grpo or reinforce_pp; rloo and
-    grpo need samples_per_prompt >= 2."""
+    """Estimator: gae (with a critic), rloo or grpo (samples_per_prompt >= 2), or reinforce_pp."""
     gamma: float = knob(1.0, ge=0, le=1)
     """Discount per token."""
     lam: float = knob(0.95, ge=0, le=1)
     """Lambda of GAE."""
     whiten_advantages: bool | None = None
-    """Whiten advantages over all tokens of the rollout (null: as in the estimator's paper; yes for
-    gae and reinforce_pp)."""
+    """Whiten advantages over the rollout's tokens (null: as published, gae and reinforce_pp do)."""
     cliprange: float = knob(0.2, gt=0)
     """Clip range of the probability ratio."""
     dual_clip: float | None = knob(None, gt=1)
@@ -89,8 +78,7 @@ class PPOConfig:
     entropy_coef: float = knob(0.0, ge=0)
     """Bonus per nat of entropy."""
     target_kl: float | None = knob(None, gt=0)
-    """Skip the rest of an update's epochs once the mean KL(old || new) passes this value, nats per
-    token (null: off)."""
+    """End an update once the mean KL(old || new) is above this, nats per token (null: off)."""
     learning_rate: float = knob(3e-6, ge=0)
     """Peak learning rate of the policy."""
     lr_schedule: str = knob("linear", choices=("linear", "constant"))
@@ -108,11 +96,10 @@ class PPOConfig:
     max_grad_norm: float = knob(1.0, gt=0)
     """Clip the gradient norms of policy and critic to this value, each by itself."""
     ema_decay: float | None = knob(None, gt=0, lt=1)
-    """Decay per optimiser step of an average of the policy's weights, which is evaluated and saved
-    in their place (InstructGPT: 0.992; null: off)."""
+    """Decay per optimiser step of averaged policy weights, which are evaluated and saved in place
+    of the last ones (InstructGPT: 0.992; null: off)."""
     save_rollouts: int | None = knob(None, ge=1)
-    """Write every N-th rollout to rollouts/update-<N>.jsonl: prompts, responses, scores, and KL,
-    rewards and advantages per token (null: none)."""
+    """Write every N-th rollout with its KL, rewards and advantages to rollouts/ (null: none)."""
 
     @property
     def has_critic(self) -> bool:
@@ -142,9 +129,8 @@ class CriticConfig:
     """The value model."""
 
     init: str = "reward"
-    """reward: start from the reward model, the first of scorer.components; policy: from the policy
-    with a new head; or the directory of a trained critic, runs/<run_name>/ppo/critic, which every
-    run writes."""
+    """reward: start from the reward model (the first of scorer.components); policy: from the policy
+    with a new head; or a trained critic: runs/<run_name>/ppo/critic, which every run writes."""
     learning_rate: float = knob(3e-6, ge=0)
     """Peak learning rate of the critic."""
     warmup_updates: int = knob(0, ge=0)
@@ -160,11 +146,10 @@ class EvaluationConfig:
     num_prompts: int = knob(64, ge=0)
     """Held-out prompts (0: no evaluation and no held-out prompts; final/ is the last update)."""
     scorer: str | None = None
-    """A second scorer that PPO does not train on: python:module.function, or a reward model, whose
-    raw scores are used (null: none)."""
+    """A scorer PPO does not train on: python:module.function or a reward model (raw scores)."""
     select: str = knob("score_minus_kl", choices=("score_minus_kl", "independent_score", "last"))
-    """Which evaluated update becomes final/: score_minus_kl (score - select_kl_coef x KL),
-    independent_score (of evaluation.scorer), or last."""
+    """Which update becomes final/: score_minus_kl (score - select_kl_coef x KL), independent_score
+    (of evaluation.scorer), or last."""
     select_kl_coef: float | None = knob(None, ge=0)
     """Weight of the KL in score_minus_kl, score units per nat (null: ppo.kl_coef)."""
 
@@ -190,25 +175,21 @@ class WatchdogConfig:
     eos_rate: float | None = knob(0.5, ge=0, le=1)
     """Warn if the share of responses that end with a stop token is below this."""
     length_drift: float | None = knob(2.0, gt=1)
-    """Warn if the mean response length has grown or shrunk by more than this factor since the first
-    update."""
+    """Warn if the mean response length differs from the first update's by more than this factor."""
     score_std: float | None = knob(1e-4, gt=0)
     """Warn if the standard deviation of a rollout's scores is below this, score units."""
     grad_norm: float | None = knob(100.0, gt=0)
     """Warn if the gradient norm of policy or critic before clipping is above this."""
     sampler_gap: float | None = knob(0.5, gt=0)
-    """Warn if |log-prob in sampling - log-prob in the training forward pass| is above this, nats
-    per token."""
+    """Warn if log-probs of sampling and training differ by more than this, nats per token."""
 
 
 @knobs
 class PPOStageConfig(StageConfig):
-    """PPO against the reward model, starting from this run's SFT and reward stages (python -m
-    rlhf.ppo)."""
+    """PPO against the reward model, from this run's SFT and reward stages (python -m rlhf.ppo)."""
 
     preflight: bool | str = knob(True, choices=(True, False, "only"))
-    """Examine memory, ratio, tokenizer, scorer and best-of-n before training; only: print the
-    result and exit."""
+    """Examine memory, ratio, tokenizer, scorer and best-of-n before training; only: then exit."""
     ppo: PPOConfig = group(PPOConfig)
     ptx: PtxConfig = group(PtxConfig)
     scorer: ScorerConfig = group(ScorerConfig)

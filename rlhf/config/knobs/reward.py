@@ -16,23 +16,17 @@ class RewardConfig:
     """pairwise: all pairs of a prompt's responses, weighted 1/C(K,2) (InstructGPT eq. 1);
     plackett_luce: likelihood of the whole ranking."""
     margin: float | None = knob(None, ge=0)
-    """Logits by which the better response's score should lead (null: 0). A row's own `margin` and
-    the term of margin_scale are added to it."""
+    """Logits by which the better score should lead; a row's own `margin` is added (null: 0)."""
     margin_scale: float = knob(0.0, ge=0)
-    """In rows with `scores`, adds margin_scale x (score of the better - score of the worse) to the
-    margin."""
+    """Adds this x (better - worse of the row's field `scores`) to the margin."""
     label_smoothing: float = knob(0.0, ge=0, lt=0.5)
-    """Probability that a label is wrong, also for soft labels (rows with `probability`). Pairwise
-    loss only."""
+    """Probability that a label is wrong, also a soft one (field `probability`); pairwise only."""
     center_coef: float = knob(0.0, ge=0)
-    """Weight of (better + worse)^2, averaged over pairs, which keeps scores around 0, e.g. 0.01
-    (Eisenstein et al. 2023)."""
+    """Weight of (better + worse)^2, keeps scores around 0, e.g. 0.01 (Eisenstein et al. 2023)."""
     tokens_per_batch: int | None = knob(None, ge=1)
-    """Most tokens with padding (responses x the longest) per process and forward pass; batches hold
-    whole prompts of similar length and replace trainer.per_device_*_batch_size (null: off). It must
-    hold the largest prompt: K x its longest response. The loss of a step is the mean over its
-    prompts, so prompts weigh the same within a step, but a step of short ones holds more of them;
-    more accumulation evens that out."""
+    """Most tokens with padding per process and forward pass, in batches of whole prompts of similar
+    length; replaces trainer.per_device_*_batch_size (null: off). The largest prompt must fit: K x
+    its longest response. A step of short prompts holds more; accumulation evens that out."""
     num_normalization_prompts: int = knob(256, ge=1)
     """Most prompts whose completions `normalization` scores."""
 
@@ -43,9 +37,9 @@ class NormalizationConfig:
     deviation of their scores are stored with the weights."""
 
     completions: str = knob("samples", choices=("samples", "demonstrations", "ranked"))
-    """samples: answers of the SFT policy to training prompts that end with a stop token, so that a
-    typical answer starts PPO at 0; demonstrations: the answers that SFT trained on (Stiennon et al.
-    2020, InstructGPT); ranked: the ranked responses."""
+    """samples: finished answers of the SFT policy to training prompts, so that a typical answer
+    starts PPO at 0; demonstrations: the answers that SFT trained on (Stiennon et al. 2020,
+    InstructGPT); ranked: the ranked responses."""
     path: str | None = None
     """demonstrations: rows of the SFT stage, read like dataset.path."""
     split: str = "train"
@@ -66,27 +60,22 @@ class RewardTrainerDefaults(TrainerDefaults):
     """Peak learning rate."""
     per_device_train_batch_size: int = 4
     """Prompts per process and forward pass; each brings all its responses."""
-    per_device_eval_batch_size: int = 8
-    """Prompts per process and forward pass in evaluations."""
     logging_steps: float = 10
     """Optimiser steps between two entries of metrics.jsonl."""
     eval_steps: float = 200
     """Optimiser steps between two evaluations."""
     load_best_model_at_end: bool = False
-    """Write the evaluation with the best trainer.metric_for_best_model (eval_accuracy or
-    eval_margin) to final/, not the last step. Each new best evaluation then writes a checkpoint,
-    which is kept until there is a better one."""
+    """Write the step with the best trainer.metric_for_best_model (eval_accuracy or eval_margin) to
+    final/, not the last; each new best evaluation then writes a checkpoint."""
 
 
 @knobs
 class RewardStageConfig(StageConfig):
-    """Reward model from ranked responses, starting from this run's SFT stage (python -m
-    rlhf.reward)."""
+    """Reward model from ranked responses and this run's SFT stage (python -m rlhf.reward)."""
 
     reward: RewardConfig = group(RewardConfig)
     normalization: NormalizationConfig = group(NormalizationConfig)
     batch_size: int | None = knob(None, ge=1)
     """Prompts per optimiser step over all processes; sets trainer.gradient_accumulation_steps to
-    batch_size / (trainer.per_device_train_batch_size x processes), which must be a whole number
-    (null: leave that setting alone)."""
+    batch_size / (trainer.per_device_train_batch_size x processes), a whole number (null: off)."""
     trainer: dict[str, Any] = group(RewardTrainerDefaults, free=True)

@@ -23,8 +23,8 @@ class ScorerComponent:
     name: str | None = None
     """Name in metrics (null: made from path)."""
     gate: float | None = knob(None, gt=0, lt=1)
-    """The component counts alone where sigmoid(its raw score) is below this, and elsewhere not at
-    all (Llama 2: safety, 0.15; null: no gate)."""
+    """Where sigmoid(its raw score) is below this, the component counts alone, elsewhere not at all
+    (Llama 2: safety, 0.15; null: no gate)."""
 
     @property
     def label(self) -> str:
@@ -43,20 +43,17 @@ class ScorerConfig:
     """What scores a response: `path`, or several `components`."""
 
     path: str | None = None
-    """final/ of a reward stage, or python:module.function (null: this run's reward model, unless
-    there are components)."""
+    """final/ of a reward stage, or python:module.function (null: this run's, or components)."""
     normalize: str = knob("demo_mean_zero", choices=NORMALIZATIONS)
-    """demo_mean_zero: subtract the mean score of the completions that the reward stage's
-    normalization.completions named; standardise: also divide by their standard deviation; none.
-    Reward models only."""
+    """demo_mean_zero: subtract the mean score of the reward stage's normalization.completions;
+    standardise: also divide by their standard deviation; none. Reward models only."""
     batch_size: int = knob(32, ge=1)
     """Sequences that are scored together; reward models only."""
     components: list[ScorerComponent] = knob([])
-    """Several scorers in place of path: [{path: ..., weight: 1.0, normalize: null, name: null,
-    gate: null}, ...]."""
+    """Several scorers in place of path: [{path: a, weight: 0.5}, {path: b, gate: 0.15}, ...]."""
     combine: str = knob("weighted_sum", choices=COMBINATIONS)
-    """How components become one score: weighted_sum, or without weights, for an ensemble, mean, min
-    or mean_minus_std (mean - std_coef x standard deviation)."""
+    """How components become one score: weighted_sum, or without weights mean, min or mean_minus_std
+    (mean - std_coef x standard deviation)."""
     std_coef: float = knob(1.0, ge=0)
     """Factor of the standard deviation in mean_minus_std."""
 

@@ -10,8 +10,7 @@ from rlhf.config.knobs.shared import StageConfig, TrainerDefaults
 
 @knobs
 class MixConfig:
-    """Plain text to train on in addition to the rows, with loss on every token (Falcon-Instruct:
-    5 % of RefinedWeb)."""
+    """Plain text to train on too, with loss on every token (Falcon-Instruct: 5 % RefinedWeb)."""
 
     path: str | None = None
     """File, directory, Hub name or python:module.function (null: no such text)."""
@@ -20,9 +19,8 @@ class MixConfig:
     format: str = "text"
     """Format of the text's rows, as in dataset.format."""
     fraction: float = knob(0.0, ge=0, le=0.9)
-    """Share of this text in all training tokens. As many texts as needed are taken in an order that
-    the seed decides, and cut into pieces of dataset.max_length tokens. The share holds for the
-    whole set, not for each batch, because the Trainer shuffles. No such text is held out."""
+    """Share of this text in all training tokens, in the whole set, not in each batch. The seed
+    orders the texts, which are cut into pieces of dataset.max_length tokens; none are held out."""
 
 
 @knobs
@@ -30,16 +28,15 @@ class SFTTrainerDefaults(TrainerDefaults):
     """Arguments of trl.SFTConfig; any other of its arguments may be set here too."""
 
     packing: bool = False
-    """Put several rows into one sequence of dataset.max_length tokens; rows do not see each other,
-    which is measured before training."""
+    """Put rows, which must not see each other (measured), together up to dataset.max_length."""
     logging_steps: float = 10
     """Optimiser steps between two entries of metrics.jsonl."""
     eval_steps: float = 200
     """Optimiser steps between two evaluations."""
     load_best_model_at_end: bool = False
-    """Write the evaluation with the best trainer.metric_for_best_model (eval_loss or
-    eval_mean_token_accuracy) to final/, not the last step. Each new best evaluation then writes a
-    checkpoint, which is kept until there is a better one."""
+    """Write the step with the best eval_loss or eval_mean_token_accuracy
+    (trainer.metric_for_best_model) to final/, not the last; each new best one writes a
+    checkpoint."""
 
 
 @knobs
@@ -47,16 +44,14 @@ class SFTStageConfig(StageConfig):
     """Supervised fine-tuning on demonstrations (python -m rlhf.sft)."""
 
     train_on_prompt: bool = False
-    """Also put loss on the prompt and on user turns (false: only on assistant turns and their
-    EOS)."""
+    """Also put loss on prompts and user turns (false: only on assistant turns and their EOS)."""
     batch_size: int | None = knob(None, ge=1)
-    """Rows (with packing: sequences) per optimiser step over all processes; sets
-    trainer.gradient_accumulation_steps to batch_size / (trainer.per_device_train_batch_size x
-    processes), which must be a whole number (null: leave that setting alone)."""
+    """Rows (with packing: sequences) per optimiser step; trainer.gradient_accumulation_steps
+    becomes batch_size / (trainer.per_device_train_batch_size x processes), a whole number (null:
+    off)."""
     mix: MixConfig = group(MixConfig)
     num_samples: int = knob(32, ge=0)
-    """Held-out prompts that are answered after training; the answers are shown and counted for
-    eos_rate."""
+    """Held-out prompts that are answered after training; shown, and counted for eos_rate."""
     response_length: int = knob(128, ge=1)
     """Longest sampled answer, tokens."""
     temperature: float = knob(1.0, gt=0)

@@ -20,18 +20,15 @@ class ModelConfig:
     revision: str | None = None
     """Branch, tag or commit of a Hub model."""
     config: dict[str, Any] = knob({}, infinite=True)
-    """Without a path: build a model with random weights from these values, e.g.
-    {model_type: llama, hidden_size: 256}."""
+    """Without a path: values of a new model with random weights, e.g. {model_type: llama}."""
     tokenizer: str | None = None
     """Hub id, directory or python:module.function (null: same as path)."""
     chat_template: str | None = None
-    """A template that the tokenizer names, a name from conf/chat_template, a .jinja file, or the
-    template's text (null: the tokenizer's own, the one named "default" if it has several; plain
-    if it has none)."""
+    """A name that the tokenizer or conf/chat_template has, a .jinja file, or the template's text
+    (null: the tokenizer's own, by default the one named "default"; plain if it has none)."""
     stop_strings: list[str] | None = None
-    """Text that ends an answer in addition to EOS, e.g. ["### End"]; it is saved with the template
-    in the tokenizer (null: what the template declares; []: none). On the command line, write a
-    real line break, not \\n."""
+    """Texts that end an answer in addition to EOS, e.g. ["### End"], saved with the template (null:
+    what the template declares; []: none). On the command line, write a real line break, not \\n."""
     special_tokens: list[str] = knob([])
     """Tokens to add to the tokenizer, each as one id, e.g. ["### End"]."""
     eos_token: str | None = None
@@ -40,8 +37,7 @@ class ModelConfig:
     pad_token: str | None = None
     """Replaces the tokenizer's pad token; must be one id (null: the tokenizer's own)."""
     shrink_embeddings: bool = False
-    """Cut an embedding table that has more rows than the tokenizer has ids, such as Pythia's
-    (false: the table only grows)."""
+    """Cut embedding rows beyond the tokenizer's ids, e.g. Pythia's (false: tables only grow)."""
     dtype: str = knob("float32", choices=DTYPES)
     """Type of the weights in memory; auto: as stored. Training needs float32."""
     attn_implementation: str | None = None
@@ -54,7 +50,7 @@ class ModelConfig:
     depend on the other rows of a batch."""
     dropout: float | None = knob(None, ge=0, lt=1)
     """Rate of every dropout layer in SFT and reward training; final/ keeps the rates of the model's
-    config. PPO uses no dropout (null: the config's own rates)."""
+    config, and PPO uses no dropout (null: the config's own rates)."""
     trust_remote_code: bool = False
     """Run code that comes with a Hub model."""
 
@@ -64,8 +60,7 @@ class DatasetConfig:
     """Which rows to read, and in which format they are."""
 
     path: str | None = None
-    """File (.json, .jsonl, .csv, .parquet, each also as .gz), directory, Hub name, or
-    python:module.function."""
+    """File (json, jsonl, csv, parquet, also .gz), directory, Hub name or python:module.function."""
     split: str = "train"
     """Split of a Hub name."""
     eval_path: str | None = None
@@ -76,8 +71,7 @@ class DatasetConfig:
     """Name of a format, or your own function my_module.my_format(row) -> canonical row.
     dataset=<format> (alpaca, ranked, ...) sets this knob only."""
     as_conversation: bool = False
-    """Make a text prompt a user turn and a text completion the answer; the chat template then
-    renders them."""
+    """Make a text prompt a user turn and a text completion the answer, for the chat template."""
     eval_fraction: float = knob(0.05, ge=0, le=0.9)
     """Share of the prompts that is held out when eval_path is null; the seed decides which."""
     max_rows: int | None = knob(None, ge=1)
@@ -85,16 +79,14 @@ class DatasetConfig:
     max_eval_rows: int | None = knob(None, ge=1)
     """Number of held-out rows to keep (null: all)."""
     max_length: int = knob(1024, ge=2)
-    """Longest row, tokens; longer rows are dropped and counted (sft: prompt + answer, reward:
-    prompt + response)."""
+    """Longest row with its prompt, tokens; longer rows are dropped and counted."""
     on_bad_row: str = knob("drop", choices=("drop", "stop"))
-    """What to do with a malformed row (not JSON, a field missing or of the wrong type) or one that
-    the chat template refuses. drop: count it, show the first of each kind, and stop if half of the
-    rows or more are malformed, as with the wrong format. stop: stop at the first."""
+    """At a row that is malformed (not JSON, a field missing or of the wrong type) or that the chat
+    template refuses: drop it (count it, show the first of each kind, and stop if half of the rows
+    or more are malformed), or stop."""
     split_long: bool = False
     """sft: split a conversation that is too long between rounds; each piece repeats the system
-    message and the template's preamble. Only a round that does not fit by itself is dropped and
-    counted. Held-out rows are chosen before the split."""
+    message and the template's preamble. Held-out rows are chosen before."""
 
 
 @knobs
@@ -139,9 +131,8 @@ class CheckpointConfig:
     keep_last: int = knob(2, ge=1)
     """Number of checkpoints to keep; the best one is kept in addition."""
     grace_seconds: float = knob(60.0, gt=0, le=YEAR)
-    """Seconds that a stage may take to finish its step and save after SIGTERM, SIGHUP or Ctrl-C;
-    then it exits without saving. resume=auto waits as long for a run that still writes to the
-    directory. At most a year."""
+    """Seconds to finish the step and save after SIGTERM, SIGHUP or Ctrl-C; then the stage exits
+    without saving. resume=auto waits as long for a run that still writes to the directory."""
 
 
 @knobs
@@ -149,21 +140,18 @@ class StageConfig:
     """What the three stages have in common."""
 
     run_name: str = "run"
-    """Name of the run: a stage reads the earlier stages in runs_dir/run_name/ and writes its own
-    folder there."""
+    """Name of the run; each stage has its own folder in runs_dir/run_name/."""
     runs_dir: str = "runs"
     """Directory that holds all runs."""
     seed: int = 1
     """Seed of the data split, of initialisation, of the order of rows and of sampling."""
     resume: bool | str = knob(False, choices=(True, False, "auto"))
-    """true: continue run_name from its newest intact checkpoint with the configuration in its
-    config.yaml, and compare the command line with that; auto: continue the run if it exists,
-    else start it."""
+    """true: continue the run from its newest intact checkpoint, with its config.yaml and what the
+    command line changes; auto: the same if the run exists, else start it."""
     overwrite: bool = False
     """Delete what this stage wrote for run_name and start afresh."""
     precision: str = knob("auto", choices=("auto", "float32", "bfloat16"))
-    """Precision of forward passes: float32, bfloat16 (autocast over float32 weights), or auto
-    (bfloat16 on a GPU that supports it)."""
+    """Forward passes in float32 or bfloat16 (autocast); auto: bfloat16 on a GPU that has it."""
     model: ModelConfig = group(ModelConfig)
     dataset: DatasetConfig = group(DatasetConfig)
     peft: PeftConfig = group(PeftConfig)
@@ -190,6 +178,6 @@ class TrainerDefaults:
     per_device_train_batch_size: int = 8
     """Rows per process and forward pass."""
     per_device_eval_batch_size: int = 8
-    """Rows per process and forward pass in evaluations."""
+    """Rows (reward: prompts) per process and forward pass in evaluations."""
     gradient_accumulation_steps: int = 1
     """Forward passes per optimiser step."""
