@@ -6,7 +6,6 @@ mapping `trainer:` may hold is decided by the libraries that receive it (see `bu
 """
 
 from rlhf.config.checks import check, check_scorer_config
-from rlhf.config.conf_files import groups_of
 from rlhf.config.environment import as_written, hide, remember_references
 from rlhf.config.errors import InputError, MissingValues, nearest, show
 from rlhf.config.fields import knob, sentences, value_problems, yaml_scalar
@@ -32,6 +31,7 @@ from rlhf.config.knobs import (
     StageConfig,
     TrackerConfig,
     WatchdogConfig,
+    groups_of,
 )
 from rlhf.config.objects import build_arguments, load_object, refuse_named_code
 from rlhf.config.paths import CONF_DIR, default_paths, with_default_paths

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import textwrap
-from collections.abc import Iterator
 
-from rlhf.config.conf_files import groups_of
 from rlhf.config.fields import sentences, summary, yaml_scalar
-from rlhf.config.knobs import STAGES
+from rlhf.config.knobs import STAGES, groups_of
 from rlhf.config.paths import CONF_DIR
 
 EXAMPLES = {
-    "sft": """
+    "sft": """\
   python -m rlhf.sft model.path=EleutherAI/pythia-410m dataset=alpaca dataset.path=train.jsonl
 """,
-    "reward": """
+    "reward": """\
   python -m rlhf.reward dataset=ranked dataset.path=ranked.jsonl run_name=mine
   python -m rlhf.score path=runs/mine/reward/final data=answers.jsonl
                           writes the rows with their scores: answers.scored.jsonl
 """,
-    "ppo": """
+    "ppo": """\
   python -m rlhf.ppo dataset=alpaca dataset.path=prompts.jsonl run_name=mine
 """,
 }
@@ -32,7 +30,6 @@ FIRST_KNOBS = {
     "ppo": """run_name resume dataset.path ppo.num_updates ppo.batch_size ppo.response_length
         ppo.kl_coef ppo.learning_rate scorer.path evaluation.every""",
 }
-WIDTH = 100
 
 
 def stage_help(stage: str) -> str:
@@ -41,40 +38,34 @@ def stage_help(stage: str) -> str:
         summary(STAGES[stage]),
         "",
         f"  python -m rlhf.{stage:<8}  the embedded demo (as recipe=demo), minutes on a laptop",
-        EXAMPLES[stage].lstrip("\n"),
+        EXAMPLES[stage],
         "Groups, chosen as group=choice:",
     ]
     for group in [*groups_of(STAGES[stage]), "recipe"]:
         choices = sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
-        lines += _entry(group, ", ".join(choices))
-    lines += [
-        "",
-        "The knobs that people change first, set as key=value (here with their defaults):",
-    ]
+        lines.append(_entry(group, ", ".join(choices)))
+    lines.append(
+        "\nThe knobs that people change first, set as key=value (here with their defaults):"
+    )
     for key in FIRST_KNOBS[stage].split():
         default, text = _default_and_text(stage, key)
-        lines += [f"  {key}={default}", *_entry("", text)]
-    lines += [
-        "",
-        f"All knobs with their meaning: {stage}.yaml and the groups' folders in",
-        f"{CONF_DIR}.",
-        "--cfg job prints the whole configuration; -m runs a sweep (seed=1,2,3); --hydra-help says",
-        "more.",
-    ]
-    return "\n".join(lines)
-
-
-def _entry(name: str, text: str) -> Iterator[str]:
-    """A name, and the text that belongs to it to the right of the name."""
-    return iter(
-        textwrap.wrap(text, WIDTH, initial_indent=f"  {name:<10}", subsequent_indent=" " * 12)
+        lines += [f"  {key}={default}", _entry("", text)]
+    return "\n".join(lines) + (
+        f"\n\nAll knobs with their meaning: {stage}.yaml and the groups' folders in\n{CONF_DIR}.\n"
+        "--cfg job prints the whole configuration; -m runs a sweep (seed=1,2,3); --hydra-help says\n"
+        "more."
     )
+
+
+def _entry(name: str, text: str) -> str:
+    """A name, and the text that belongs to it to the right of the name."""
+    return textwrap.fill(text, 100, initial_indent=f"  {name:<10}", subsequent_indent=" " * 12)
 
 
 def _default_and_text(stage: str, key: str) -> tuple[str, str]:
     owner: type = STAGES[stage]
-    *groups, name = key.split(".")
     value = owner()
+    *groups, name = key.split(".")
     for group in groups:
         field = next(f for f in dataclasses.fields(owner) if f.name == group)
         owner, value = field.metadata["group"], getattr(value, group)

@@ -11,7 +11,7 @@ import pytest
 from helpers.configs import compose_stage
 
 from rlhf.config import CONF_DIR, STAGES, PPOConfig, PPOStageConfig
-from rlhf.config.conf_files import conf_files
+from rlhf.config.__main__ import conf_files
 from rlhf.config.fields import sentences
 
 

@@ -1,5 +1,7 @@
 """The dataclasses of the three stages: every knob with its default, range and meaning."""
 
+import dataclasses
+
 from rlhf.config.knobs.ppo import (
     CriticConfig,
     EvaluationConfig,
@@ -26,3 +28,17 @@ STAGES: dict[str, type[StageConfig]] = {
     "reward": RewardStageConfig,
     "ppo": PPOStageConfig,
 }
+# Groups that are chosen as `group=choice` -> the choice that is the default.
+GROUPS = {
+    "model": "default",
+    "dataset": "none",
+    "scorer": "reward_model",
+    "peft": "none",
+    "tracker": "none",
+}
+
+
+def groups_of(config_class: type[StageConfig]) -> list[str]:
+    """The groups of a stage that are chosen as `group=choice`."""
+    names = {field.name for field in dataclasses.fields(config_class)}
+    return [name for name in GROUPS if name in names]
