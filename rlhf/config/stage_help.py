@@ -44,9 +44,7 @@ def stage_help(stage: str) -> str:
     for group in [*groups_of(STAGES[stage]), "recipe"]:
         choices = sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
         lines.append(_entry(group, ", ".join(choices)))
-    lines.append(
-        "\nThe knobs that people change first, set as key=value (here with their defaults):"
-    )
+    lines.append("\nThe knobs that people change first, as key=value (here with their defaults):")
     for key in FIRST_KNOBS[stage].split():
         default, text = _default_and_text(stage, key)
         lines += [f"  {key}={default}", _entry("", text)]
