@@ -48,11 +48,12 @@ def stage_help(stage: str) -> str:
     for key in FIRST_KNOBS[stage].split():
         default, text = _default_and_text(stage, key)
         lines += [f"  {key}={default}", _entry("", text)]
-    return "\n".join(lines) + (
-        f"\n\nAll knobs with their meaning: {stage}.yaml and the groups' folders in\n{CONF_DIR}.\n"
-        "--cfg job prints the whole configuration; -m runs a sweep (seed=1,2,3); --hydra-help says\n"
-        "more."
-    )
+    lines += [
+        f"\nAll knobs with their meaning: {stage}.yaml and the groups' folders in\n{CONF_DIR}.",
+        "--cfg job prints the whole configuration; -m runs a sweep (seed=1,2,3); --hydra-help says",
+        "more.",
+    ]
+    return "\n".join(lines)
 
 
 def _entry(name: str, text: str) -> str:
