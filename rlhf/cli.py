@@ -7,7 +7,6 @@ Left out: the `key=value` options of all other commands (`rlhf.options`).
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 import re
 import sys
@@ -33,6 +32,7 @@ from rlhf.config import (
     schema,
     stage_help,
 )
+from rlhf.console import is_main_process, quiet_bitsandbytes
 
 Run = Callable[[Any], int | None]  # of a stage; returns the signal that interrupted it, if one did
 
@@ -62,8 +62,6 @@ def hydra_main(stage: str, run: Run, prepare: Callable[[Any], None] = lambda _: 
 
     Args:
         stage: key of `STAGES`; also the name of the YAML file.
-        run: called with the resolved dataclass; returns the number of the signal that interrupted
-            it, if one did.
         prepare: may complete the dataclass before it is checked.
     """
     given = sys.argv[1:]
@@ -80,11 +78,17 @@ def hydra_main(stage: str, run: Run, prepare: Callable[[Any], None] = lambda _: 
     config_class = STAGES[stage]
     ConfigStore.instance().store(name=f"{stage}_schema", node=schema(config_class))
     sys.argv[1:] = hydra_arguments(given)
-    has_work = any(o.startswith(WORK) for o in given + sys.argv)
+
+    has_work = any(override.startswith(WORK) for override in given + sys.argv)
 
     @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=stage)
     def task(node: Any) -> None:
-        _run(run, _checked_config(node, stage, prepare, "" if has_work else DEMO_HINT))
+        try:
+            config = _composed(node, stage, prepare)
+        except InputError as error:
+            is_new = isinstance(error, MissingValues) and not has_work
+            _exit(f"{error}{DEMO_HINT if is_new else ''}")
+        _run(run, config)
 
     try:
         task()
@@ -96,43 +100,41 @@ def hydra_main(stage: str, run: Run, prepare: Callable[[Any], None] = lambda _: 
         _exit("interrupted; nothing that was saved is lost. Continue with resume=true", status=130)
 
 
-def _checked_config(
-    node: Any, stage: str, prepare: Callable[[Any], None], hint: str
-) -> StageConfig:
-    """Turn what Hydra composed into the stage's configuration, or exit with what is wrong with it.
-
-    Args:
-        hint: added to a message about missing values.
-    """
+def _composed(node: Any, stage: str, prepare: Callable[[Any], None]) -> StageConfig:
+    """Turn what Hydra composed into the stage's configuration, and check it."""
     from omegaconf.errors import OmegaConfBaseException
 
     try:
         config = _as_dataclass(node, STAGES[stage])
-        _name_sweep_run(config)
+        name_sweep_run(config)
         if config.resume and not config.overwrite:
             config = _continued(config, stage)
-        _require_typed_trust(config)
-        prepare(config)
-        check(config)
-        return config
-    except MissingValues as error:
-        _exit(f"{error}{hint}")
-    except InputError as error:
-        _exit(str(error))
     except OmegaConfBaseException as error:
-        _exit(explain(error, STAGES[stage]))
+        raise InputError(explain(error, STAGES[stage])) from error
+    _require_typed_trust(config)
+    prepare(config)
+    check(config)
+    return config
 
 
 def _run(run: Run, config: StageConfig) -> None:
     """Run a stage and exit with its status; an error on any process is printed with its rank."""
+    rank = os.environ.get("RANK", "0")
+    quiet_bitsandbytes()
     try:
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs when PEFT is imported
         stopped_by = run(config)
     except InputError as error:
-        _exit_stage(str(error))
+        message = str(error)
+        # Most errors occur on all processes. The first process prints and exits, and the launcher
+        # then ends the others before they print.
+        if not is_main_process():
+            time.sleep(REPEAT_SECONDS)
+            message = f"rank {rank}: {message.removeprefix(f'rank {rank}: ')}"
+        print(f"error: {hide(message)}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from error
     except Exception:
-        if _rank() != 0:
-            print(f"error on rank {_rank()}:", file=sys.stderr)  # the traceback follows
+        if not is_main_process():
+            print(f"error on rank {rank}:", file=sys.stderr)  # the traceback follows
         raise
     if stopped_by is not None:
         raise SystemExit(128 + stopped_by)
@@ -219,15 +221,11 @@ def runs_demo(arguments: list[str]) -> bool:
 
 def _split_options(arguments: list[str]) -> tuple[list[str], list[str]]:
     """Options with their values, and overrides."""
-    options, overrides = [], []
-    remaining = iter(arguments)
-    for argument in remaining:
-        if argument.startswith("-"):
-            options.append(argument)
-            if argument in VALUED:
-                options += [value for value in [next(remaining, None)] if value is not None]
-        else:
-            overrides.append(argument)
+    options: list[str] = []
+    overrides: list[str] = []
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        is_option = argument.startswith("-") or before in VALUED
+        (options if is_option else overrides).append(argument)
     return options, overrides
 
 
@@ -239,71 +237,46 @@ def _explain_hydra(error: Exception, config_class: type) -> str:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         if group == "recipe/parts":  # conf/recipe/parts/<recipe>_<stage>.yaml
             recipe, _, stage = name.rpartition("_")
-            has = [o.removeprefix(f"{recipe}_") for o in error.options if o.startswith(recipe)]
-            has = [stage for stage in has if stage in STAGES]
+            has = ", ".join(sorted(s for s in STAGES if f"{recipe}_{s}" in error.options))
             return (
-                f"recipe={recipe} has no {stage} stage (it has {', '.join(sorted(has))}); to start "
-                f"from its result, use run_name={recipe} without a recipe"
+                f"recipe={recipe} has no {stage} stage (it has {has}); to start from its result, "
+                f"use run_name={recipe} without a recipe"
             )
         return f"{group}={name} does not exist; choose one of {', '.join(error.options)}"
     if isinstance(error, OverrideParseException):
         lines = [line for line in error.message.splitlines() if "override_grammar" not in line]
-        reason = lines[-1]
-        return (
-            f"cannot read {error.override!r} ({reason}); write key=value, and quote a value with "
-            "special characters twice: 'key=\"a (b)\"'"
-        )
+        fix = "write key=value, and quote a value with special characters twice: 'key=\"a (b)\"'"
+        return f"cannot read {error.override!r} ({lines[-1]}); {fix}"
     file = re.match("In '(.+?)': ", str(error))  # the YAML file with the error, if any
     prefix = file.group() if file else ""
     return prefix + explain(error, config_class).removeprefix(prefix)
 
 
-def _name_sweep_run(config: StageConfig) -> None:
+def name_sweep_run(config: StageConfig) -> None:
     """Give each job of a sweep (`-m`) its own run name, unless the sweep names the runs itself.
 
     A job whose run has no earlier stages starts from those of the run that the sweep names.
     """
     from hydra.core.hydra_config import HydraConfig
 
-    named = dataclasses.replace(config)
-
-    job = HydraConfig.get().job
+    job, theirs = HydraConfig.get(), default_paths(config)
     # these say how a job starts, not what it is
     unnamed = ("recipe=demo", "resume=", "overwrite=")
-    swept = [o for o in HydraConfig.get().overrides.task if not o.startswith(unnamed)]
-    if str(HydraConfig.get().mode).endswith("MULTIRUN") and not any(
-        o.startswith("run_name=") for o in swept
-    ):
-        config.run_name = (
-            "-".join([config.run_name, *(o.replace("/", "_") for o in swept)])
-            if swept
-            else f"run-{job.num}"
-        )
-        theirs = default_paths(named)
-        for key, own in default_paths(config).items():
-            if not own.is_dir() and theirs[key].is_dir():
-                getattr(config, key.removesuffix(".path")).path = str(theirs[key])
+    swept = [o for o in job.overrides.task if not o.startswith(unnamed)]
+    is_named = any(o.startswith("run_name=") for o in swept)
+    if is_named or not str(job.mode).endswith("MULTIRUN"):
+        return
+    if swept:
+        config.run_name = "-".join([config.run_name, *(o.replace("/", "_") for o in swept)])
+    else:
+        config.run_name = f"run-{job.job.num}"
+    for key, own in default_paths(config).items():
+        if not own.is_dir() and theirs[key].is_dir():
+            getattr(config, key.removesuffix(".path")).path = str(theirs[key])
 
 
 def _exit(message: str, status: int = 2) -> NoReturn:
-    """Print an error of the command line once: all processes meet the same one."""
-    if _rank() == 0:
+    """Print an error of the command line once, because all processes meet the same one."""
+    if is_main_process():
         print(f"error: {hide(message)}", file=sys.stderr)
     raise SystemExit(status)
-
-
-def _exit_stage(message: str) -> NoReturn:
-    """Print the error that ended a stage on this process.
-
-    Most errors occur on all processes. The first process prints and exits, and the launcher then
-    ends the others before they print. If the error is not the first process's, it is printed here.
-    """
-    if _rank() != 0:
-        time.sleep(REPEAT_SECONDS)
-        message = f"rank {_rank()}: {message.removeprefix(f'rank {_rank()}: ')}"
-    print(f"error: {hide(message)}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))

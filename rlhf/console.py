@@ -76,9 +76,13 @@ def quiet_libraries() -> None:
     import datasets
     import transformers
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at each 8-bit product
+    quiet_bitsandbytes()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\b")
-
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+
+
+def quiet_bitsandbytes() -> None:
+    """Silence a library that logs as soon as PEFT is imported, and at each 8-bit product."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -11,7 +11,6 @@ Left out: the command line of the stages, which Hydra reads (`rlhf.cli`).
 from __future__ import annotations
 
 import dataclasses
-import logging
 import sys
 import textwrap
 import types
@@ -19,6 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from rlhf.config import InputError, hide, nearest, sentences, value_problems, yaml_scalar
+from rlhf.console import quiet_bitsandbytes
 
 Options = TypeVar("Options")
 
@@ -46,7 +46,7 @@ def run_command(
     if {"-h", "--help"} & set(arguments):
         print(help_text(usage, options))
         return 0
-    _quiet_imports()
+    quiet_bitsandbytes()
     try:
         return run(read_options(options, arguments)) or 0
     except InputError as error:
@@ -148,8 +148,3 @@ def _default(field: dataclasses.Field[Any]) -> str:
 def _is_required(field: dataclasses.Field[Any]) -> bool:
     missing = dataclasses.MISSING
     return field.default is missing and field.default_factory is missing
-
-
-def _quiet_imports() -> None:
-    """Silence bitsandbytes, which otherwise logs as soon as PEFT is imported."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

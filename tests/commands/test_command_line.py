@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from rlhf.cli import _name_sweep_run, hydra_arguments, hydra_main, runs_demo
+from rlhf.cli import hydra_arguments, hydra_main, name_sweep_run, runs_demo
 from rlhf.config import PPOStageConfig, RewardStageConfig, SFTStageConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -285,14 +285,14 @@ def test_hydra_gets_options_first_the_demo_without_work_and_no_null_recipe(given
 
 @pytest.fixture
 def sweep(monkeypatch):
-    """Make `_name_sweep_run` believe in a job of a sweep; returns the configuration it leaves."""
+    """Make `name_sweep_run` believe in a job of a sweep; returns the configuration it leaves."""
 
     def job(config, *overrides, mode="RunMode.MULTIRUN", num=0):
         state = SimpleNamespace(
             job=SimpleNamespace(num=num), overrides=SimpleNamespace(task=overrides), mode=mode
         )
         monkeypatch.setattr("hydra.core.hydra_config.HydraConfig.get", lambda: state)
-        _name_sweep_run(config)
+        name_sweep_run(config)
         return config
 
     return job
