@@ -2,11 +2,11 @@
 
 `from_pretrained`, `transformers serve` and other readers of Hugging Face directories cannot load
 adapters of ours or the checkpoints of a run; they load what this command writes. Tokenizer, chat
-template, rlhf.json and config.yaml are copied too.
+template, rlhf.json and config.yaml are copied too. If a run averages its weights (ppo.ema_decay),
+the averages are written.
 
-The model of a checkpoint is built in the same way as its run built it, from the paths in its
-config.yaml. If the run averages its weights (ppo.ema_decay), the averages are written.
-Left out: checkpoints of the reward stage, which lack the mean and scale of the scores.
+The model of a checkpoint is built from the paths in its config.yaml. Left out: checkpoints of the
+reward stage, which lack the mean and scale of the scores.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from rlhf.config import (
     load_config,
     refuse_named_code,
 )
+from rlhf.console import quiet_libraries, say
 from rlhf.options import check_options, run_command
 
 ITS_MODEL = "its model.path"  # in messages: the setting of the checkpoint's run
@@ -56,7 +57,12 @@ def export(options: ExportOptions) -> None:
     Raises:
         InputError: bad options, a path that cannot be exported, or `out` has files already.
     """
-    _check(options)
+    check_options(options)
+    path, out = Path(options.path), Path(options.out)
+    if not path.is_dir() and "/" not in options.path:
+        raise InputError(f"path={path}: no such directory")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"out={out} exists and is not empty; choose another")
     from rlhf.checkpoint import (
         RECORD,
         complete_or_nothing,
@@ -64,12 +70,11 @@ def export(options: ExportOptions) -> None:
         require_stage,
         write_record,
     )
-    from rlhf.console import quiet_libraries, say
     from rlhf.hub import local_directory
     from rlhf.models import mend_sampling_settings
 
     quiet_libraries()
-    path, out = local_directory(options.path, "path", weights=False), Path(options.out)
+    path = local_directory(options.path, "path", weights=False)
     code = options.trust_remote_code
     if (path / CONFIG_FILE).is_file() and not (path / RECORD).is_file():
         model, tokenizer, record = load_checkpoint(path, code)
@@ -80,8 +85,7 @@ def export(options: ExportOptions) -> None:
         say(line)
     if options.dtype != "auto":
         _cast(model, options.dtype)
-    problem = find_non_finite(model.state_dict().items())
-    if problem is not None:
+    if problem := find_non_finite(model.state_dict().items()):
         raise InputError(
             f"path={path} cannot be exported with dtype={options.dtype}: {problem}; take another "
             "checkpoint, or dtype=bfloat16 or float32 if dtype=float16 cannot hold its weights"
@@ -96,24 +100,14 @@ def export(options: ExportOptions) -> None:
     _say_result(model, out)
 
 
-def _check(options: ExportOptions) -> None:
-    check_options(options)
-    if not Path(options.path).is_dir() and "/" not in options.path:
-        raise InputError(f"path={options.path}: no such directory")
-    out = Path(options.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"out={out} exists and is not empty; choose another")
-
-
 # --- What is exported ---------------------------------------------------------------------------
 
 
 def load_checkpoint(path: Path, trust_remote_code: bool = False) -> tuple[Any, Any, Any]:
     """Build the policy that a checkpoint of an SFT or PPO run holds.
 
-    Args:
-        trust_remote_code: whether Python files of the model, and a function that makes the
-            tokenizer, may run; the value in config.yaml is ignored.
+    Only `trust_remote_code` decides whether Python files of the model, and a function that makes
+    the tokenizer, may run; the value in config.yaml is ignored.
 
     Returns:
         Plain model, tokenizer, and a `StageRecord` for it.
@@ -125,8 +119,7 @@ def load_checkpoint(path: Path, trust_remote_code: bool = False) -> tuple[Any, A
     from rlhf.checkpoint import find_damage, make_record, read_manifest, read_record, step_of
     from rlhf.tokenizer import load_tokenizer
 
-    damage = find_damage(path)
-    if damage is not None:
+    if damage := find_damage(path):
         raise InputError(f"path={path} is damaged or incomplete: {damage}; take another checkpoint")
     stage = ((read_manifest(path) or {}).get("run") or {}).get("stage")
     if stage not in ("sft", "ppo"):
@@ -147,8 +140,8 @@ def load_checkpoint(path: Path, trust_remote_code: bool = False) -> tuple[Any, A
             "was started: export from that folder"
         ) from error
     sources = (path.parent / "final", Path(str(config.model.path)))
-    known = [r.prompts for r in map(read_record, sources) if r is not None]
-    prompts = known[0] if known else None
+    known = [record.prompts for record in map(read_record, sources) if record is not None]
+    prompts = next(iter(known), None)
     record = make_record(stage, config, config.model.path, tokenizer, prompts)
     record.metrics = {"update" if stage == "ppo" else "step": step_of(path)}
     return model, tokenizer, record
@@ -189,14 +182,7 @@ def _policy_of(path: Path, stage: str, config: StageConfig, tokenizer: Any) -> A
 
 
 def load_directory(path: str, trust_remote_code: bool = False) -> tuple[Any, Any]:
-    """Load a policy or reward model with its adapters merged, and its unchanged tokenizer.
-
-    Args:
-        trust_remote_code: whether Python files of the model may run.
-
-    Raises:
-        InputError: the model cannot be loaded.
-    """
+    """Load a policy or reward model with its adapters merged, and its unchanged tokenizer."""
     from rlhf.hub import find_source
     from rlhf.models import load_policy, load_reward_model
     from rlhf.tokenizer import read_tokenizer
@@ -221,7 +207,6 @@ def _cast(model: Any, dtype: str) -> None:
 
 
 def _say_result(model: Any, out: Path) -> None:
-    from rlhf.console import say
     from rlhf.models import parameter_count
 
     size = sum(file.stat().st_size for file in out.glob("*.safetensors")) / 1e6

@@ -9,9 +9,9 @@ An override that starts with a stage goes to that stage: `sft.trainer.learning_r
 key of that stage: `ppo.ppo.kl_coef=0.1` and `ppo.kl_coef=0.1` both set `ppo.kl_coef` of PPO.
 
 Every other override goes to all stages that have its key: `seed=2` goes to all three,
-`evaluation.every=5` to PPO. There is one exception: settings of the model that SFT stores with its
-result, such as `model.path` or `model.tokenizer`, go to SFT alone. The reward model and PPO start
-from the result of SFT. To set them for a later stage, name it: `reward.model.path=gpt2`.
+`evaluation.every=5` to PPO. One exception: settings of the model that SFT stores with its result,
+such as `model.path`, go to SFT alone, because the later stages start from that result. To set them
+for a later stage, name it: `reward.model.path=gpt2`.
 
 Left out: several processes per stage (`accelerate launch -m rlhf.<stage>` starts those).
 """
@@ -28,6 +28,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ class PipelineOptions:
 
 @dataclass
 class Step:
-    """One stage of the pipeline: its arguments, what they compose to, and if it is finished."""
+    """One stage of the pipeline: its arguments, the configuration they compose, its state."""
 
     stage: str
     arguments: list[str]
@@ -72,7 +73,6 @@ class Step:
 
     @property
     def final(self) -> Path:
-        """Directory of the result."""
         return self.config.stage_dir(self.stage) / "final"
 
 
@@ -90,10 +90,8 @@ def run(options: PipelineOptions) -> int:
         began = time.perf_counter()
         if status := run_stage(step.stage, step.arguments):
             ended = "was stopped" if status > 128 else f"failed with status {status}"
-            print(
-                f"the {step.stage} stage {ended}; the same command continues the pipeline",
-                file=sys.stderr,
-            )
+            text = f"the {step.stage} stage {ended}; the same command continues the pipeline"
+            print(text, file=sys.stderr)
             return status
         seconds[step.stage] = time.perf_counter() - began
     say(result_table(steps, seconds))
@@ -122,14 +120,17 @@ def plan(options: PipelineOptions) -> list[Step]:
     for override in options.overrides:
         if not any(route([override], picked).values()):
             say(f"{override} is not used: it is for none of {', '.join(picked)}")
-    steps = []
-    for stage in picked:
-        mine = arguments[stage]
+    steps: list[Step] = []
+    for stage, mine in arguments.items():
         if not any(a.startswith(("resume=", "overwrite=")) for a in mine):
             mine.append("resume=auto")
-        config = compose(stage, mine, picked[: picked.index(stage)])
-        final = config.stage_dir(stage) / "final"
-        steps.append(Step(stage, mine, config, final.is_dir() and _is_finished(config, stage)))
+        config = compose(stage, mine, [step.stage for step in steps])
+        is_finished = False
+        if (config.stage_dir(stage) / "final").is_dir():
+            from rlhf.checkpoint import finished_run  # imports torch
+
+            is_finished = finished_run(config, stage) is not None
+        steps.append(Step(stage, mine, config, is_finished))
     check_together(steps, options.overrides)
     return steps
 
@@ -137,8 +138,7 @@ def plan(options: PipelineOptions) -> list[Step]:
 def route(overrides: list[str], picked: Collection[str]) -> dict[str, list[str]]:
     """Give each override to its stages, without the name of a stage in front.
 
-    Args:
-        picked: stages to run; an override that only other stages have goes nowhere.
+    An override that only other stages than the `picked` ones have goes nowhere.
 
     Raises:
         InputError: no stage has the key.
@@ -149,20 +149,16 @@ def route(overrides: list[str], picked: Collection[str]) -> dict[str, list[str]]
         stages, argument = owners(override, keys)
         if is_stored(argument) and len(stages) > 1 and "sft" in picked:
             stages = ["sft"]
-        for stage in stages:
-            if stage in arguments:
-                arguments[stage].append(argument)
+        for stage in arguments.keys() & set(stages):
+            arguments[stage].append(argument)
     return arguments
 
 
 def owners(override: str, keys: Mapping[str, Collection[str]]) -> tuple[list[str], str]:
     """The stages that an override goes to, and the override as they read it.
 
-    Args:
-        keys: the configuration keys of each stage.
-
     Raises:
-        InputError: no stage has the key.
+        InputError: no stage has the key; `keys` are those of each stage.
     """
     if override.startswith("--config-dir="):
         return list(keys), override
@@ -198,8 +194,7 @@ def _has(keys: Collection[str], key: str) -> bool:
 def compose(stage: str, arguments: list[str], earlier: Collection[str]) -> StageConfig:
     """Compose and check the configuration of a stage as its command does.
 
-    Args:
-        earlier: stages of this pipeline that will have finished before this one.
+    The `earlier` stages of this pipeline count as finished.
 
     Raises:
         SystemExit: the configuration is wrong; the message is printed.
@@ -221,13 +216,6 @@ def compose(stage: str, arguments: list[str], earlier: Collection[str]) -> Stage
     finally:
         sys.argv = before
     return composed[0]
-
-
-def _is_finished(config: StageConfig, stage: str) -> bool:
-    """Whether the stage has finished, which is said; with other settings is an error."""
-    from rlhf.checkpoint import finished_run
-
-    return finished_run(config, stage) is not None
 
 
 def check_together(steps: list[Step], overrides: list[str]) -> None:
@@ -262,8 +250,7 @@ def check_together(steps: list[Step], overrides: list[str]) -> None:
 
 
 def run_stage(stage: str, arguments: list[str]) -> int:
-    """Run `python -m rlhf.<stage>` with arguments; return its exit status (128 + signal where one
-    ended it)."""
+    """Run `python -m rlhf.<stage>`; return its exit status, 128 + signal if one ended it."""
     print(f"\n=== python -m rlhf.{stage} {shlex.join(arguments)}", flush=True)
     asked: list[int] = []
     process: subprocess.Popen[bytes] | None = None
@@ -273,7 +260,7 @@ def run_stage(stage: str, arguments: list[str]) -> int:
         if process is not None:
             process.terminate()
 
-    # The terminal sends Ctrl-C to the stage too. We pass these two on; the stage then saves.
+    # We pass these two on; the stage then saves.
     numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
     previous = {number: signal.signal(number, ask) for number in numbers}
     command = [sys.executable, "-m", f"rlhf.{stage}", *arguments]
@@ -281,15 +268,13 @@ def run_stage(stage: str, arguments: list[str]) -> int:
         process = subprocess.Popen(command, preexec_fn=_ends_with(os.getpid()))
         if asked:
             process.terminate()
-        while True:
-            try:
-                status = process.wait()
-                break
-            except KeyboardInterrupt:
-                continue
+        while process.returncode is None:
+            with suppress(KeyboardInterrupt):  # the terminal sends Ctrl-C to the stage too
+                process.wait()
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+    status = process.returncode
     if status == 0 and asked:  # the stage had ended, but the next one must not start
         return 128 + asked[0]
     return status if status >= 0 else 128 - status
@@ -297,9 +282,7 @@ def run_stage(stage: str, arguments: list[str]) -> int:
 
 def _ends_with(parent: int) -> Callable[[], None] | None:
     """Return what a stage calls as it begins, so that it is asked to stop when `parent` is killed.
-
-    Only Linux has this; elsewhere the stage runs to its end.
-    """
+    Only Linux has this; elsewhere the stage runs to its end."""
     if sys.platform != "linux":
         return None
     libc, set_death_signal = ctypes.CDLL(None), 1  # PR_SET_PDEATHSIG

@@ -19,10 +19,12 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from rlhf.config import DTYPES, NORMALIZATIONS, InputError, ScorerConfig, knob, show
+from rlhf.console import progress_bar, quiet_libraries, say, table
 from rlhf.data import DropRow, as_messages, as_prompt, as_text
 from rlhf.options import check_options, run_command
 
@@ -53,29 +55,22 @@ class ScoreOptions:
 
 @dataclass
 class ScoredRow:
-    """A row of the file, and what is to be scored in it: one response, or a list of them."""
+    """A row of the file, and the responses in it that are scored."""
 
     line: int
     content: dict[str, Any]
     prompt: Any
     responses: list[str]
-    is_list: bool
-
-    def with_scores(self, scores: list[float]) -> dict[str, Any]:
-        """The row as it is written."""
-        return self.content | ({"scores": scores} if self.is_list else {"score": scores[0]})
 
 
 def main(arguments: list[str]) -> int:
     """Run the command; return its exit status."""
-    usage, again = str(__doc__), "interrupted; the same command continues"
-    return run_command(usage, ScoreOptions, run, arguments, again)
+    again = "interrupted; the same command continues"
+    return run_command(str(__doc__), ScoreOptions, run, arguments, again)
 
 
 def run(options: ScoreOptions) -> None:
-    """Score the file and print a summary.
-
-    Rows are checked before any is scored.
+    """Score the file and print a summary; all rows are examined before any is scored.
 
     Raises:
         InputError: a value is not allowed, the output exists already, another process writes it, a
@@ -85,7 +80,6 @@ def run(options: ScoreOptions) -> None:
     import torch
 
     from rlhf.checkpoint import disk_errors, locked
-    from rlhf.console import quiet_libraries, say, table
 
     quiet_libraries()
     source = Path(options.data)
@@ -103,16 +97,15 @@ def run(options: ScoreOptions) -> None:
 
 def _score_file(options: ScoreOptions, source: Path, out: Path) -> list[float]:
     """Score the rows of `source` into `out`, which is locked; return every score in order."""
-
     from rlhf.checkpoint import hash_weights
-    from rlhf.console import say
     from rlhf.distributed import default_device
     from rlhf.scorers import RewardModelScorer
 
     if os.path.lexists(out):
         raise InputError(f"out={out} exists already; delete it, or give another out=<file>")
     rows, digest = read_rows(source)
-    partial, directory = out.with_name(out.name + ".partial"), Path(options.path)
+    partial, identity = (out.with_name(f"{out.name}.partial{end}") for end in ("", ".json"))
+    directory = Path(options.path)
     made_from = {
         "rows": len(rows),
         "sha256 of the rows": digest,
@@ -122,18 +115,18 @@ def _score_file(options: ScoreOptions, source: Path, out: Path) -> list[float]:
         "batch_size": options.batch_size,
         "dtype": options.dtype,
     }
-    done = _scores_so_far(partial, made_from)
-    device = default_device()
+    done = _scores_so_far(partial, identity, made_from)
     config = ScorerConfig(options.path, options.normalize, options.batch_size)
-    scorer = RewardModelScorer(config, device, options.dtype, "path", options.trust_remote_code)
-    _check_encoding(rows, scorer, source)
+    code = options.trust_remote_code
+    scorer = RewardModelScorer(config, default_device(), options.dtype, "path", code)
+    _require_fitting(rows, scorer, source)
     if not partial.exists():
-        _identity(partial).write_text(json.dumps(made_from, indent=2) + "\n", encoding="utf-8")
+        identity.write_text(json.dumps(made_from, indent=2) + "\n", encoding="utf-8")
     if done:
         say(f"continuing {partial} after {len(done)} of {len(rows)} rows")
     scores = _append_scores(partial, rows, scorer, done, CHUNK * options.batch_size)
     os.replace(partial, out)
-    _identity(partial).unlink()
+    identity.unlink()
     return scores
 
 
@@ -141,22 +134,27 @@ def _append_scores(
     partial: Path, rows: list[ScoredRow], scorer: Any, done: list[list[float]], chunk_size: int
 ) -> list[float]:
     """Score the rows after the `done` ones and append them to the file; return all scores."""
-    from rlhf.console import progress_bar
+    from rlhf.scorers import checked_scores
 
-    scores = [score for row_scores in done for score in row_scores]
+    scores = list(chain.from_iterable(done))
     bar = progress_bar(sum(len(row.responses) for row in rows), len(scores), "response")
     with partial.open("a", encoding="utf-8") as stream:
         for chunk in _chunks(rows, chunk_size):
             if chunk.stop <= len(done):
                 continue
             # the whole chunk is scored again, so that a stopped run ends with the same numbers
-            found = _score(scorer, rows[chunk.start : chunk.stop])
-            for i in range(max(chunk.start, len(done)), chunk.stop):
-                row_scores = found[i - chunk.start]
-                written = rows[i].with_scores(row_scores)
-                stream.write(json.dumps(written, ensure_ascii=False) + "\n")
-                scores += row_scores
-                bar.update(len(row_scores))
+            part = rows[chunk.start : chunk.stop]
+            prompts = [row.prompt for row in part for _ in row.responses]
+            responses = [response for row in part for response in row.responses]
+            found = iter(checked_scores(scorer, prompts, responses, "the reward model").tolist())
+            for i, row in enumerate(part, chunk.start):
+                row_scores = list(islice(found, len(row.responses)))
+                if i >= len(done):
+                    is_list = row.content.get("responses") is not None
+                    new = {"scores": row_scores} if is_list else {"score": row_scores[0]}
+                    stream.write(json.dumps(row.content | new, ensure_ascii=False) + "\n")
+                    scores += row_scores
+                    bar.update(len(row_scores))
             stream.flush()
         os.fsync(stream.fileno())
     bar.close()
@@ -182,23 +180,26 @@ def read_rows(source: Path) -> tuple[list[ScoredRow], str]:
         if line.strip():
             try:
                 rows.append(_read_row(number, line))
-            except json.JSONDecodeError as error:
-                what = f"not valid JSON ({error.msg}, column {error.colno})"
-                problems.append(f"line {number}: {what}; expected one object per line")
-            except (UnicodeDecodeError, UnicodeEncodeError) as error:
-                problems.append(f"line {number}: not Unicode text ({error.reason})")
-            except RecursionError:
-                problems.append(f"line {number}: lists or objects are nested too deeply")
-            except InputError as error:
-                problems.append(f"line {number}: {error}")
-            except DropRow as reason:
-                problems.append(f"line {number}: {reason}, which a reward model cannot read")
-            except ValueError as error:  # an integer with more digits than Python reads
-                problems.append(f"line {number}: {error}")
+            except (ValueError, RecursionError, DropRow) as error:
+                problems.append(f"line {number}: {_reason(error)}")
     _refuse(problems, source)
     if not rows:
         raise InputError(f"data={source} has no rows")
     return rows, hashlib.sha256(data).hexdigest()
+
+
+def _reason(error: Exception) -> str:
+    """Say why a row cannot be read."""
+    if isinstance(error, json.JSONDecodeError):
+        place = f"{error.msg}, column {error.colno}"
+        return f"not valid JSON ({place}); expected one object per line"
+    if isinstance(error, UnicodeError):
+        return f"not Unicode text ({getattr(error, 'reason', error)})"
+    if isinstance(error, RecursionError):
+        return "lists or objects are nested too deeply"
+    if isinstance(error, DropRow):
+        return f"{error}, which a reward model cannot read"
+    return str(error)  # an InputError, or an integer with more digits than Python reads
 
 
 def _read_row(number: int, line: bytes) -> ScoredRow:
@@ -214,30 +215,29 @@ def _read_row(number: int, line: bytes) -> ScoredRow:
             "expected `prompt` and `response`, `prompt` and `responses`, or `messages`; the row "
             f"has {', '.join(sorted(given)) or 'no fields'}"
         )
+    prompt: Any
     if "messages" in given:
-        messages = as_messages(row["messages"], "messages")
-        if messages[-1]["role"] != "assistant":
+        *prompt, last = as_messages(row["messages"], "messages")
+        if last["role"] != "assistant":
             raise InputError("the last of `messages` must be the assistant's")
-        _check_start(messages[:-1])
-        return ScoredRow(number, row, messages[:-1], [messages[-1]["content"]], is_list=False)
-    prompt = as_prompt(row["prompt"], "prompt")
-    if isinstance(prompt, list):
-        _check_start(prompt)
-    if "response" in given:
-        return ScoredRow(number, row, prompt, [as_text(row["response"], "response")], is_list=False)
-    if not isinstance(row["responses"], list) or not row["responses"]:
-        raise InputError(f"field 'responses': got {show(row['responses'])}; expected some texts")
-    responses = [as_text(r, f"responses[{i}]") for i, r in enumerate(row["responses"])]
-    return ScoredRow(number, row, prompt, responses, is_list=True)
-
-
-def _check_start(prompt: list[dict[str, str]]) -> None:
-    if [m["role"] for m in prompt if m["role"] != "system"][:1] != ["user"]:
+        responses = [last["content"]]
+    else:
+        prompt = as_prompt(row["prompt"], "prompt")
+        given_responses = row.get("responses")
+        if "response" in given:
+            responses = [as_text(row["response"], "response")]
+        elif isinstance(given_responses, list) and given_responses:
+            responses = [as_text(r, f"responses[{i}]") for i, r in enumerate(given_responses)]
+        else:
+            raise InputError(f"field 'responses': got {show(given_responses)}; expected some texts")
+    turns = prompt if isinstance(prompt, list) else [{"role": "user"}]
+    if [turn["role"] for turn in turns if turn["role"] != "system"][:1] != ["user"]:
         raise InputError("the conversation before the response does not start with a user turn")
+    return ScoredRow(number, row, prompt, responses)
 
 
-def _check_encoding(rows: list[ScoredRow], scorer: Any, source: Path) -> None:
-    """Check that every row fits the reward model's chat template and its context."""
+def _require_fitting(rows: list[ScoredRow], scorer: Any, source: Path) -> None:
+    """Require that every row fits the reward model's chat template and its context."""
     problems = []
     for row in rows:
         try:
@@ -260,30 +260,22 @@ def _refuse(problems: list[str], source: Path) -> None:
         raise InputError(f"data={source}, nothing was scored:\n  {listed}")
 
 
-def _identity(partial: Path) -> Path:
-    return partial.with_name(partial.name + ".json")
-
-
-def _scores_so_far(partial: Path, made_from: dict[str, Any]) -> list[list[float]]:
+def _scores_so_far(partial: Path, identity: Path, made_from: dict[str, Any]) -> list[list[float]]:
     """Scores of the rows that a stopped command wrote; an incomplete last line is removed."""
     if not partial.exists():
         return []
     fix = f"delete {partial} to start afresh"
     try:
-        before = json.loads(_identity(partial).read_text(encoding="utf-8"))
+        before = json.loads(identity.read_text(encoding="utf-8"))
         data = partial.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
         written = [json.loads(line) for line in whole.split(b"\n")[:-1]]
         scores = [row["scores"] if "scores" in row else [row["score"]] for row in written]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise InputError(f"{partial} cannot be continued ({error}); {fix}") from error
-    changed = [
-        f"{name}: {before.get(name)} -> {value}"
-        for name, value in made_from.items()
-        if before.get(name) != value
-    ]
+    changed = {name: value for name, value in made_from.items() if before.get(name) != value}
     if changed:
-        listed = "\n  ".join(changed)
+        listed = "\n  ".join(f"{name}: {before.get(name)} -> {changed[name]}" for name in changed)
         raise InputError(f"{partial} was begun with other values; {fix}:\n  {listed}")
     os.truncate(partial, len(whole))
     return scores
@@ -297,15 +289,6 @@ def _chunks(rows: list[ScoredRow], size: int) -> Iterator[range]:
         if count >= size or i == len(rows) - 1:
             yield range(start, i + 1)
             start, count = i + 1, 0
-
-
-def _score(scorer: Any, rows: list[ScoredRow]) -> list[list[float]]:
-    from rlhf.scorers import checked_scores
-
-    prompts = [row.prompt for row in rows for _ in row.responses]
-    responses = [response for row in rows for response in row.responses]
-    scores = iter(checked_scores(scorer, prompts, responses, "the reward model").tolist())
-    return [[next(scores) for _ in row.responses] for row in rows]
 
 
 if __name__ == "__main__":
