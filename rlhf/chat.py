@@ -1,11 +1,11 @@
 """Talk to a policy in the terminal: python -m rlhf.chat path=runs/demo/sft/final
 
-Answers are sampled by the same loop as in PPO, and printed as they come.
+Answers are sampled by the same loop as in PPO, and printed as they come. Questions can be piped in,
+one per line: answers go to stdout, remarks to stderr. When the context is full, the oldest rounds
+are left out.
 
 /reset forgets the conversation, /undo forgets its last round, /exit or Ctrl-D leaves. Ctrl-C stops
-an answer; the part that was printed stays in the conversation. When the context is full, the oldest
-rounds are left out. Questions can be piped in, one per line: answers go to stdout, remarks to
-stderr.
+an answer; the part that was printed stays in the conversation.
 
 A model continues each line as text if it has no chat template or was trained on text prompts.
 """
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config import InputError, ModelConfig, knob, nearest
+from rlhf.console import quiet_libraries
 from rlhf.data import whole_characters
 from rlhf.options import check_options, run_command
 
@@ -77,11 +78,7 @@ class Chat:
     """
 
     def __init__(self, options: ChatOptions, field: str = "path"):
-        """Load the model that `field` of the options names.
-
-        Raises:
-            InputError: the path does not hold a policy that can be loaded.
-        """
+        """Load the model that `field` of the options names."""
         from rlhf.compatibility import require_cache
         from rlhf.sampling import sampling_for
 
@@ -90,37 +87,35 @@ class Chat:
         where, fix = f"{field}={self.path}", "take a model of another family"
         require_cache(self.model, self.tokenizer, where, fix, num_rows=1)
         self.why_text = None
-        if options.chat_template is None and not has_template:
-            self.why_text = "it has no chat template"
-        elif options.chat_template is None and self.record and self.record.prompts == "text":
-            self.why_text = "it was trained on text prompts"
+        if options.chat_template is None:
+            if not has_template:
+                self.why_text = "it has no chat template"
+            elif self.record and self.record.prompts == "text":
+                self.why_text = "it was trained on text prompts"
         if self.why_text and options.system is not None:
             raise InputError(
                 f"{where} takes no system message: {self.why_text}; leave system out, or add "
                 "chat_template=plain or chat_template=alpaca"
             )
-        self.temperature, top_p, top_k = self._sampling_settings()
+        # the options, else the generation config, else plain sampling
+        configured = self.model.generation_config
+        greedy = configured.do_sample is False
+        settings: dict[str, Any] = {"temperature": 0.0 if greedy else 1.0, "top_p": 1.0, "top_k": 0}
+        for source in [options] if greedy else [configured, options]:
+            given = {name: getattr(source, name, None) for name in settings}
+            settings |= {name: value for name, value in given.items() if value is not None}
+        self.temperature = settings["temperature"]
         self.sampling = sampling_for(
             self.model,
             self.tokenizer,
             options.max_new_tokens,
             self.temperature or 1.0,  # for greedy answers the divisor of the logits is irrelevant
-            top_p,
-            top_k,
+            settings["top_p"],
+            int(settings["top_k"]),
         )
         self.rounds: list[tuple[str, str]] = []
         self.cut_off = False
         self._said_full = False
-
-    def _sampling_settings(self) -> tuple[float, float, int]:
-        """temperature, top_p, top_k: from the options, else the generation config, else plain."""
-        configured = self.model.generation_config
-        greedy = configured.do_sample is False
-        settings = {"temperature": 0.0 if greedy else 1.0, "top_p": 1.0, "top_k": 0}
-        for source in [self.options] if greedy else [configured, self.options]:
-            given = {name: getattr(source, name, None) for name in settings}
-            settings |= {name: value for name, value in given.items() if value is not None}
-        return settings["temperature"], settings["top_p"], int(settings["top_k"])
 
     def describe(self) -> str:
         """Say what was loaded, how it samples, and which generation settings are not applied."""
@@ -147,10 +142,8 @@ class Chat:
     def ask(self, question: str, number: int) -> Iterator[str]:
         """Sample an answer, yield its text as it comes, and remember the round.
 
-        If the generator is closed or Ctrl-C is pressed, the round keeps the text so far.
-
-        Args:
-            number: selects the random numbers, together with the seed.
+        If the generator is closed or Ctrl-C is pressed, the round keeps the text so far. `number`
+        and the seed select the random numbers.
         """
         from rlhf.sampling import stream, uniform_noise
 
@@ -233,11 +226,12 @@ class Chat:
 
         if self.why_text:
             return encode_prompt(question, self.tokenizer)
-        said = [("user", question)]
-        for asked, answered in reversed(rounds):
-            said[:0] = [("user", asked), ("assistant", answered)]
+        said = []
         if self.options.system is not None:
-            said.insert(0, ("system", whole_characters(self.options.system)))
+            said = [("system", whole_characters(self.options.system))]
+        for asked, answered in rounds:
+            said += [("user", asked), ("assistant", answered)]
+        said.append(("user", question))
         return encode_prompt([{"role": r, "content": c} for r, c in said], self.tokenizer)
 
     def undo(self) -> None:
@@ -254,7 +248,6 @@ def _load(options: ChatOptions, path: str, field: str) -> tuple[Any, Any, Any, b
     import torch
 
     from rlhf.checkpoint import require_stage
-    from rlhf.console import quiet_libraries
     from rlhf.distributed import default_device
     from rlhf.models import load_policy
     from rlhf.tokenizer import load_tokenizer, read_tokenizer
@@ -272,12 +265,8 @@ def _load(options: ChatOptions, path: str, field: str) -> tuple[Any, Any, Any, b
             f"python -m rlhf.export path={path} out=<directory>"
         )
     record = require_stage(path, ("sft", "ppo"), field)
-    config = ModelConfig(
-        path=path,
-        dtype="auto",
-        chat_template=options.chat_template,
-        trust_remote_code=options.trust_remote_code,
-    )
+    template, code = options.chat_template, options.trust_remote_code
+    config = ModelConfig(path=path, dtype="auto", chat_template=template, trust_remote_code=code)
     tokenizer = load_tokenizer(config, field)
     model: Any = load_policy(config, tokenizer, field)
     # `load_tokenizer` adds a template where there is none; only stages save such a template
@@ -298,9 +287,8 @@ def talk(options: ChatOptions) -> None:
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # bytes that are not UTF-8 become U+FFFD
     if interactive:
-        with suppress(ImportError):  # not on every system
-            import readline  # noqa: F401  editing and history of the typed line
-
+        with suppress(ImportError):  # not on every system; for editing and history of the line
+            import readline  # noqa: F401
         note(f"{' '.join(COMMANDS)}; Ctrl-C stops an answer, Ctrl-D leaves")
     for number, line in enumerate(_lines(interactive)):
         command = line.strip()

@@ -171,12 +171,6 @@ def _continued(config: StageConfig, stage: str) -> StageConfig:
 
     Hydra composes again, with the run's configuration in place of the defaults. Groups and recipes
     on the command line change only the keys that they set.
-
-    Args:
-        config: the command line's configuration, without that of the run.
-
-    Raises:
-        InputError: resume=true, and there is no such run.
     """
     from hydra import compose
     from hydra.core.config_store import ConfigStore

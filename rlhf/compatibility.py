@@ -47,9 +47,6 @@ def require_packing(
         longest: tokens of the longest sequence in training; if it exceeds the context, so does the
             sequence that is tried here.
         fix: what to do instead.
-
-    Raises:
-        InputError: they do, or the model cannot read them.
     """
     rows = _rows(model, tokenizer)[1:]
     last, context = sum(map(len, rows)), context_length(model)
@@ -82,9 +79,6 @@ def require_cache(model: Any, tokenizer: Any, where: str, fix: str, num_rows: in
     Args:
         where: setting and value of the model, e.g. "model.path=some/model".
         fix: what to do instead.
-
-    Raises:
-        InputError: its log-probs are not those of the model without a cache.
     """
     prompts = _rows(model, tokenizer)[:num_rows]
 
@@ -110,9 +104,6 @@ def require_cache(model: Any, tokenizer: Any, where: str, fix: str, num_rows: in
 def require_padding(model: Any, tokenizer: Any, where: str, fix: str) -> None:
     """Refuse a causal LM, `ScalarModel` or `TextModel` whose numbers change with padding on the
     right.
-
-    Raises:
-        InputError: it does.
     """
     rows = _rows(model, tokenizer)
     width = max(map(len, rows))

@@ -52,11 +52,7 @@ class ExportOptions:
 
 
 def export(options: ExportOptions) -> None:
-    """Write the directory and say how to use it.
-
-    Raises:
-        InputError: bad options, a path that cannot be exported, or `out` has files already.
-    """
+    """Write the directory and say how to use it."""
     check_options(options)
     path, out = Path(options.path), Path(options.out)
     if not path.is_dir() and "/" not in options.path:

@@ -115,12 +115,7 @@ class MetricsWriter:
     """
 
     def __init__(self, directory: Path, config: StageConfig, stage: str, run_id: str | None = None):
-        """Start or continue the tracker's run.
-
-        Args:
-            directory: the stage directory.
-            run_id: id of the run, by which the tracker recognises a resumed one.
-        """
+        """Start or continue the tracker's run."""
         self._directory = directory
         self._run: Any = None
         if is_main_process() and config.tracker.name == "wandb":

@@ -92,11 +92,7 @@ def read_options(options: type[Options], arguments: Sequence[str]) -> Options:
 
 
 def check_options(options: Any) -> None:
-    """Check that the values of a dataclass are finite and in range.
-
-    Raises:
-        InputError: names every value that is not.
-    """
+    """Check that the values of a dataclass are finite and in range."""
     if problems := list(value_problems(options)):
         raise InputError("\n".join(problems))
 

@@ -77,11 +77,7 @@ class Step:
 
 
 def run(options: PipelineOptions) -> int:
-    """Run the stages; return the exit status of the first that failed, or 0.
-
-    Raises:
-        InputError: the stages or overrides are wrong.
-    """
+    """Run the stages; return the exit status of the first that failed, or 0."""
     steps = plan(options)
     seconds: dict[str, float] = {}
     for step in steps:
@@ -139,9 +135,6 @@ def route(overrides: list[str], picked: Collection[str]) -> dict[str, list[str]]
     """Give each override to its stages, without the name of a stage in front.
 
     An override that only other stages than the `picked` ones have goes nowhere.
-
-    Raises:
-        InputError: no stage has the key.
     """
     keys = {stage: {"recipe", *config_keys(STAGES[stage])} for stage in STAGES}
     arguments: dict[str, list[str]] = {stage: [] for stage in picked}
@@ -155,11 +148,7 @@ def route(overrides: list[str], picked: Collection[str]) -> dict[str, list[str]]
 
 
 def owners(override: str, keys: Mapping[str, Collection[str]]) -> tuple[list[str], str]:
-    """The stages that an override goes to, and the override as they read it.
-
-    Raises:
-        InputError: no stage has the key; `keys` are those of each stage.
-    """
+    """The stages that an override goes to, and the override as they read it."""
     if override.startswith("--config-dir="):
         return list(keys), override
     match = re.fullmatch(r"([+~]*)([\w.]+)((@|=).*)?", override, re.DOTALL)
@@ -219,11 +208,7 @@ def compose(stage: str, arguments: list[str], earlier: Collection[str]) -> Stage
 
 
 def check_together(steps: list[Step], overrides: list[str]) -> None:
-    """Check that the stages are of one run, and that each one's start is known and will not change.
-
-    Raises:
-        InputError: they do not fit together.
-    """
+    """Check that all stages belong to one run, and that what each starts from will not change."""
     runs = {str(step.final.parents[1]): step.stage for step in steps}
     if len(runs) > 1:
         named = ", ".join(f"{run} ({stage})" for run, stage in runs.items())

@@ -162,11 +162,7 @@ def _append_scores(
 
 
 def read_rows(source: Path) -> tuple[list[ScoredRow], str]:
-    """Read and check the rows of a file; return them and the SHA-256 of the file.
-
-    Raises:
-        InputError: the file does not exist or has no rows, or rows are bad (with their lines).
-    """
+    """Read and check the rows of a file; return them and the SHA-256 of the file."""
     if not source.is_file():
         raise InputError(f"data={source} is not a file; give the rows as a .jsonl file")
     try:

@@ -50,9 +50,6 @@ def refuse_changes(config: StageConfig, directory: Path) -> dict[str, str]:
     Returns:
         The accepted changes: setting -> "setting: old -> new". They are harmless, or in
         `ADJUSTABLE` if the run stopped at a non-finite number after the checkpoint.
-
-    Raises:
-        InputError: lists the other changes.
     """
     lines = _changed_settings(config, directory)
     extra: list[str] = []

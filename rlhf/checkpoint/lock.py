@@ -54,9 +54,6 @@ def one_writer(config: StageConfig, stage: str) -> Iterator[None]:
 
     `resume=auto` waits for as long as the previous run may need to save. In the block, a failure to
     write to the directory becomes an InputError.
-
-    Raises:
-        InputError: another process holds the lock.
     """
     directory, then = config.stage_dir(stage), "continue with resume=auto"
     wait = config.checkpoint.grace_seconds if config.resume == "auto" else 0.0
@@ -109,11 +106,7 @@ def on_main_process(task: Callable[[], Result]) -> Result:
 
 
 def require_held(directory: Path) -> None:
-    """Require that a directory is still the one that this process has locked.
-
-    Raises:
-        InputError: it was deleted, moved, or created again by somebody else.
-    """
+    """Require that a directory is still the one that this process has locked."""
     for descriptor, file in _held.items():
         if file == directory / LOCK and not _is_current(descriptor, file):
             raise InputError(

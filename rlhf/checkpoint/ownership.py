@@ -160,22 +160,14 @@ def seal(checkpoint: Path, directory: Path, best: int | None = None) -> None:
 
 
 def publish(written: Path, checkpoint: Path, best: int | None = None) -> None:
-    """Seal a checkpoint that was written elsewhere on the same disk, then move it to its name.
-
-    Raises:
-        InputError: something that the run did not write has that name.
-    """
+    """Seal a checkpoint that was written elsewhere on the same disk, then move it to its name."""
     refuse_taken_steps(checkpoint.parent, [step_of(checkpoint)])
     seal(written, checkpoint.parent, best)
     os.replace(written, checkpoint)
 
 
 def refuse_taken_steps(directory: Path, steps: Collection[int]) -> None:
-    """Refuse new checkpoints whose names belong to something that the run did not write.
-
-    Raises:
-        InputError: names the first.
-    """
+    """Refuse new checkpoints whose names belong to something that the run did not write."""
     for path in others_checkpoints(directory):
         if step_of(path) in steps:
             raise InputError(
@@ -185,11 +177,7 @@ def refuse_taken_steps(directory: Path, steps: Collection[int]) -> None:
 
 
 def refuse_blocked_names(directory: Path) -> None:
-    """Refuse a directory in which a stage could not write its files.
-
-    Raises:
-        InputError: it is not writable, or something has the name of a file that the stage writes.
-    """
+    """Refuse a directory in which a stage could not write its files."""
     existing = next(path for path in (directory, *directory.parents) if os.path.lexists(path))
     if not existing.is_dir():
         what = "a broken link" if existing.is_symlink() else "a file"
@@ -251,11 +239,7 @@ def clear(directory: Path) -> None:
 
 
 def refuse_to_clear(directory: Path) -> None:
-    """Refuse to delete what the run wrote if files of the user are in between.
-
-    Raises:
-        InputError: names them, and anything whose name a new run needs.
-    """
+    """Refuse to delete what the run wrote if files of the user are in between."""
     others = others_checkpoints(directory)
     for path in own_checkpoints(directory) + damaged_checkpoints(directory):
         others += _files_of_others(path, [])
@@ -270,11 +254,7 @@ def refuse_to_clear(directory: Path) -> None:
 
 
 def set_aside(checkpoint: Path) -> Path:
-    """Rename a damaged checkpoint and return its new name.
-
-    Raises:
-        InputError: something that the run did not write has the new name.
-    """
+    """Rename a damaged checkpoint and return its new name."""
     aside = checkpoint.with_name(checkpoint.name + DAMAGED)
     if aside in damaged_checkpoints(checkpoint.parent):
         remove_directory(aside)

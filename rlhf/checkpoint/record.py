@@ -16,13 +16,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-
 import rlhf
 from rlhf.checkpoint.disk import files_of
 from rlhf.config import InputError, StageConfig, as_written
 from rlhf.console import is_main_process
-from rlhf.hub import is_hub_id
+from rlhf.hub import local_directory
 from rlhf.metrics import read_jsonl
 from rlhf.tokenizer import hash_template, hash_tokenizer
 
@@ -119,7 +117,7 @@ def write_record(directory: Path, record: StageRecord, model: Any) -> None:
 
 def read_record(directory: str | Path, revision: str | None = None) -> StageRecord | None:
     """Read `rlhf.json`; None for a directory or Hub id that no stage wrote."""
-    file = cached_directory(directory, revision) / RECORD
+    file = local_copy(directory, revision) / RECORD
     if not file.is_file():
         return None
     try:
@@ -128,24 +126,16 @@ def read_record(directory: str | Path, revision: str | None = None) -> StageReco
         raise InputError(f"{file} is damaged ({error}); run the stage again") from error
 
 
-def cached_directory(path: str | Path, revision: str | None, *patterns: str) -> Path:
-    """Return where a Hub id is in the Hub's cache; any other path is returned unchanged.
-
-    Args:
-        patterns: files to download next to the record, e.g. "*.safetensors".
-    """
-    if not is_hub_id(path):
-        return Path(path)
+def local_copy(path: str | Path, revision: str | None, weights: bool = False) -> Path:
+    """Return where a Hub id is in the Hub's cache; any other path is returned unchanged."""
     try:
-        # the Hub warns if no pattern matches a file: config.json is always there
-        names = [RECORD, "config.json", *patterns]
-        return Path(snapshot_download(str(path), revision=revision, allow_patterns=names))
-    except Exception:  # any network error: loading the model fails next and explains it
+        return local_directory(path, "path", revision, weights=weights)
+    except InputError:  # loading the model fails next and explains it
         return Path(path)
 
 
 def _version(package: str) -> str:
-    """Version of a package; a source tree that is not installed has no metadata."""
+    """Return the version of a package; a source tree that is not installed has no metadata."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -90,20 +90,17 @@ def open_run(config: StageConfig, stage: str, writes: bool = True) -> Iterator[S
 
 
 def refuse_used_directory(config: StageConfig, stage: str) -> None:
-    """Refuse a directory that holds a run, unless told to resume or to overwrite; change nothing.
-
-    Raises:
-        InputError: the directory is in use, there is nothing to resume, the newest checkpoint is
-            one that `checkpoint_to_resume` will refuse, or something of the user is in the way.
-    """
+    """Refuse a directory that holds a run, unless the run may be resumed or overwritten."""
     directory = config.stage_dir(stage)
     is_finished = (directory / "final").is_dir()
     if config.resume and config.overwrite:
-        raise InputError(
-            f"resume={str(config.resume).lower()} and overwrite=true contradict each other; give "
-            "one of them"
-        )
-    if _is_used(directory) and not (config.resume or config.overwrite):
+        resume = f"resume={str(config.resume).lower()}"
+        raise InputError(f"{resume} and overwrite=true contradict each other; give one of them")
+    # the lock and other hidden files, and what a run writes before it trains, may be there
+    beginning = (IDENTITY, CONFIG_FILE)
+    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+    is_used = any(name not in beginning and not name.startswith(".") for name in names)
+    if is_used and not (config.resume or config.overwrite):
         raise InputError(
             f"{directory} already holds {'a finished' if is_finished else 'an unfinished'} run; "
             "use another run_name, resume=true to continue it, or overwrite=true to delete it"
@@ -114,9 +111,7 @@ def refuse_used_directory(config: StageConfig, stage: str) -> None:
     if not config.resume:
         return
     if is_finished:
-        raise InputError(
-            f"{directory} is finished: there is nothing to resume; use another run_name"
-        )
+        raise InputError(f"{directory} is finished: nothing to resume; use another run_name")
     newest = latest_checkpoint(directory)
     refuse_another_run(directory, step_of(newest))
     if config.resume is True and newest is None:
@@ -126,11 +121,7 @@ def refuse_used_directory(config: StageConfig, stage: str) -> None:
 
 
 def finished_run(config: StageConfig, stage: str) -> StageRecord | None:
-    """If the run to resume is finished, say so and return its record.
-
-    Raises:
-        InputError: it ran with a different configuration.
-    """
+    """If the run to resume is finished, say so and return its record."""
     final = config.stage_dir(stage) / "final"
     record = read_record(final) if config.resume and not config.overwrite else None
     if record is not None:
@@ -161,15 +152,6 @@ def prepare_run_directory(config: StageConfig, stage: str) -> Path:
     return directory
 
 
-def _is_used(directory: Path) -> bool:
-    """True unless the directory holds only hidden files, such as the lock, and what a run writes
-    before it trains."""
-    beginning = (IDENTITY, CONFIG_FILE)
-    return directory.is_dir() and any(
-        path.name not in beginning and not path.name.startswith(".") for path in directory.iterdir()
-    )
-
-
 # --- Where a stopped run continues ----------------------------------------------------------------
 
 
@@ -177,10 +159,6 @@ def checkpoint_to_resume(config: StageConfig, directory: Path) -> Path | None:
     """Return the newest intact checkpoint if the run is to be resumed, and say which it is.
 
     Damaged checkpoints are named and set aside; the logs are cut back to the checkpoint.
-
-    Raises:
-        InputError: the checkpoint belongs to another run, `refuse_changes` refuses the
-            configuration, or resume=true finds no intact checkpoint.
     """
     return on_main_process(lambda: _resume(config, directory)) if config.resume else None
 

@@ -17,8 +17,8 @@ from rlhf.checkpoint.finite import NonFiniteError
 from rlhf.checkpoint.record import (
     RECORD,
     StageRecord,
-    cached_directory,
     hash_weights,
+    local_copy,
     read_record,
     write_record,
 )
@@ -136,13 +136,10 @@ def require_same_weights(
     Args:
         record: None, or a record without a hash from an earlier version, accepts any weights.
         field: configuration key that gave the path.
-
-    Raises:
-        InputError: they are other weights.
     """
     if record is None or record.weights is None:
         return
-    directory = cached_directory(path, revision, "*.safetensors")
+    directory = local_copy(path, revision, weights=True)
     if not any(directory.glob("*.safetensors")):
         return  # loading the model fails next and explains it
     weights = hash_weights(directory)
@@ -223,15 +220,7 @@ def warn_about_template(record: StageRecord | None, tokenizer: Any, path: str | 
 def require_same_tokenizer(
     tokenizer: Any, record: StageRecord | None, ours: str, theirs: str
 ) -> None:
-    """Require that two stages share vocabulary, special tokens and chat template.
-
-    Args:
-        ours: description of where `tokenizer` comes from, for the message.
-        theirs: description of where `record` comes from.
-
-    Raises:
-        InputError: names both sides and what differs.
-    """
+    """Require that two stages share vocabulary, special tokens and chat template."""
     if record is None:
         return
     if record.tokenizer != hash_tokenizer(tokenizer):

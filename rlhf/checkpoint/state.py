@@ -29,17 +29,11 @@ def save_training_state(
 
     Args:
         directory: `<stage directory>/checkpoint-<step>`.
-        modules: name -> module (only its trainable parameters are written), or name -> dict of
-            tensors.
-        optimizers: name -> optimiser.
+        modules: name -> module (only its trainable parameters are written) or dict of tensors.
         state: JSON values, e.g. the number of finished updates. `state["best"]["update"]`, if
             present, names the best checkpoint so far, which is kept together with this one.
-        config: the resolved configuration, written too.
         random_numbers: `random_state` at the moment that is saved; None for now. A user's scorer
             may draw from these generators.
-
-    Raises:
-        InputError: something that the run did not write has the name of `directory`.
     """
     refuse_taken_steps(directory.parent, [step_of(directory)])
     with complete_or_nothing(directory) as temporary:
@@ -64,11 +58,7 @@ def save_training_state(
 def load_training_state(
     directory: Path, modules: dict[str, Any], optimizers: dict[str, Any]
 ) -> dict[str, Any]:
-    """Load what `save_training_state` wrote, in place, and return the JSON values.
-
-    Raises:
-        InputError: the checkpoint belongs to another model, or a tensor in it is not finite.
-    """
+    """Load what `save_training_state` wrote, in place, and return the JSON values."""
     load_modules(directory, modules)
     for name, optimizer in optimizers.items():
         content = optimizer.state_dict()
@@ -78,15 +68,12 @@ def load_training_state(
             index, _, entry = key.partition(".")
             content["state"].setdefault(int(index), {})[entry] = value
         optimizer.load_state_dict(content)
-    _restore_random_state(_read_json(directory / "random.json"))
-    return _read_json(directory / "state.json")
+    _restore_random_state(json.loads((directory / "random.json").read_text(encoding="utf-8")))
+    return json.loads((directory / "state.json").read_text(encoding="utf-8"))
 
 
 def load_modules(directory: Path, modules: dict[str, Any]) -> None:
     """Load only the named modules of a checkpoint, in place.
-
-    Args:
-        modules: some or all of those that `save_training_state` wrote.
 
     Raises:
         InputError: the checkpoint belongs to another model, or a tensor in it is not finite.
@@ -94,10 +81,8 @@ def load_modules(directory: Path, modules: dict[str, Any]) -> None:
     for name, module in modules.items():
         saved, own = _read_finite(directory / f"{name}.safetensors"), _tensors(module)
         if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in own.items()}:
-            raise InputError(
-                f"{directory}: the {name} weights there belong to another model or adapter "
-                "configuration"
-            )
+            what = "belong to another model or adapter configuration"
+            raise InputError(f"{directory}: the {name} weights there {what}")
         with torch.no_grad():
             for key, value in own.items():
                 value.copy_(saved[key])
@@ -106,12 +91,9 @@ def load_modules(directory: Path, modules: dict[str, Any]) -> None:
 def _read_finite(file: Path) -> dict[str, torch.Tensor]:
     """Read a safetensors file; an older version may have written non-finite numbers."""
     tensors = load_file(file)
-    problem = find_non_finite(tensors.items())
-    if problem is not None:
-        raise InputError(
-            f"{file}: {problem}; delete {file.parent}, and resume=true continues from the "
-            "previous checkpoint"
-        )
+    if problem := find_non_finite(tensors.items()):
+        fix = f"delete {file.parent}, and resume=true continues from the previous checkpoint"
+        raise InputError(f"{file}: {problem}; {fix}")
     return tensors
 
 
@@ -141,7 +123,3 @@ def _restore_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
     if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([torch.tensor(s, dtype=torch.uint8) for s in state["cuda"]])
-
-
-def _read_json(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8"))

@@ -53,7 +53,7 @@ def test_resume_keeps_an_unfinished_run_and_refuses_a_finished_one(resume, tmp_p
     prepare_run_directory(config, "sft")
     assert checkpoint.is_dir()
     (tmp_path / "mine" / "sft" / "final").mkdir()
-    with pytest.raises(InputError, match="is finished: there is nothing to resume; use another"):
+    with pytest.raises(InputError, match="is finished: nothing to resume; use another"):
         prepare_run_directory(config, "sft")
 
 
