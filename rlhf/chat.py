@@ -79,7 +79,7 @@ class Chat:
 
     def __init__(self, options: ChatOptions, field: str = "path"):
         """Load the model that `field` of the options names."""
-        from rlhf.compatibility import require_cache
+        from rlhf.equivalence import require_cache
         from rlhf.sampling import sampling_for
 
         self.options, self.path = options, str(getattr(options, field))

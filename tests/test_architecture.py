@@ -25,7 +25,7 @@ FLOORS = [
     {"data", "checkpoint"},
     {"models"},
     {"distributed", "sampling"},
-    {"compatibility"},
+    {"equivalence"},
     {"scorers"},
     {"hf_trainer", "score"},
     {"sft", "reward", "ppo"},

@@ -23,9 +23,9 @@ from rlhf.checkpoint import (
     require_stage,
     warn_about_sft_model,
 )
-from rlhf.compatibility import require_cache, require_padding
 from rlhf.config import InputError, ModelConfig, PPOStageConfig, ScorerConfig
 from rlhf.console import say, warn
+from rlhf.equivalence import require_cache, require_padding
 from rlhf.models import (
     ScalarModel,
     add_lora,

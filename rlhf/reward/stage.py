@@ -28,10 +28,10 @@ from rlhf.checkpoint import (
     warn_about_prompts,
     write_stage,
 )
-from rlhf.compatibility import require_padding
 from rlhf.config import DatasetConfig, RewardStageConfig, with_default_paths
 from rlhf.console import say
 from rlhf.data import RankedCollator, Splits, encode_ranked, load_splits
+from rlhf.equivalence import require_padding
 from rlhf.hf_trainer import (
     as_in_training,
     is_sharded,

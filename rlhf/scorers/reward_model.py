@@ -14,9 +14,9 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from rlhf.checkpoint import require_stage
-from rlhf.compatibility import require_padding
 from rlhf.config import InputError, ModelConfig, ScorerConfig
 from rlhf.data import encode_prompt, encode_response, pad
+from rlhf.equivalence import require_padding
 from rlhf.hub import is_hub_id
 from rlhf.models import (
     ScalarModel,

@@ -26,10 +26,10 @@ from rlhf.checkpoint import (
     warn_about_template,
     write_stage,
 )
-from rlhf.compatibility import require_cache, require_packing, require_padding
 from rlhf.config import SFTStageConfig
 from rlhf.console import say, warn
 from rlhf.data import Splits, load_splits
+from rlhf.equivalence import require_cache, require_packing, require_padding
 from rlhf.hf_trainer import (
     FiniteTrainer,
     as_in_training,

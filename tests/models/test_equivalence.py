@@ -1,7 +1,7 @@
 """What holds for some model families only is measured on the model when a stage starts: packing,
 the sampler's cache, padding, targets of adapters.
 
-Run: pytest tests/models/test_compatibility.py
+Run: pytest tests/models/test_equivalence.py
 """
 
 import json
@@ -18,7 +18,6 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 import rlhf.sft.stage
 from rlhf.chat import Chat, ChatOptions
-from rlhf.compatibility import require_cache, require_packing, require_padding, tolerance
 from rlhf.config import (
     DatasetConfig,
     InputError,
@@ -28,6 +27,7 @@ from rlhf.config import (
     ScorerConfig,
     SFTStageConfig,
 )
+from rlhf.equivalence import require_cache, require_packing, require_padding, tolerance
 from rlhf.metrics import read_jsonl
 from rlhf.models import ScalarModel, add_lora, init_reward_model
 from rlhf.ppo import train_ppo

@@ -1,9 +1,10 @@
-"""Whether a model can be packed, padded and sampled with a cache, measured when a stage starts.
+"""Do packing, padding and the cache leave a model's numbers as they are? Measured on the model
+itself when a stage starts.
 
-In some families, packed rows see each other, padding changes the numbers, or the cache gives other
-numbers than the model. Each function reads a few short rows in one of these ways and each row
-alone, and refuses the model in one line if the results differ. A list of families is not enough:
-attention implementations, versions and models with their own code differ.
+In some families, packed rows see each other, padding changes the numbers, or the cache gives
+different numbers. Each function reads a few short rows in one of these ways and each row alone, and
+refuses the model if the results differ. A list of families is not enough: attention
+implementations, versions and models with their own code differ.
 
 Left out: sharded models, whose layers work only inside their wrapper.
 """
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 
 from rlhf.config import InputError
@@ -38,7 +40,7 @@ FLAT = 20.0  # temperature at which nearly every token is sampled: contexts that
 def require_packing(
     model: Any, tokenizer: Any, collator: Any, where: str, longest: int, fix: str
 ) -> None:
-    """Refuse a model in which packed rows see each other.
+    """Refuse a model in which packed rows see each other, or that cannot read them.
 
     Args:
         collator: of the Trainer; it makes a batch of rows with `input_ids`, `labels` and, where
@@ -46,16 +48,15 @@ def require_packing(
         where: the setting that packs them, e.g. "trainer.packing=true".
         longest: tokens of the longest sequence in training; if it exceeds the context, so does the
             sequence that is tried here.
-        fix: what to do instead.
     """
     rows = _rows(model, tokenizer)[1:]
     last, context = sum(map(len, rows)), context_length(model)
-    long = longest > context and collator.padding_free
-    fillers = [rows[0]] * (context // len(rows[0]) if long else 0)
+    is_long = longest > context and collator.padding_free
+    fillers = [rows[0]] * (context // len(rows[0]) if is_long else 0)
     examples = [_packed([row]) for row in fillers] + [_packed(rows)]
 
     def measure() -> float:
-        inputs = _on_device(collator(examples), model)
+        inputs = send_to_device(collator(examples), _device(model))
         del inputs["labels"]
         kept = inputs["input_ids"].shape[1] - sum(map(len, fillers))  # padding at the end included
         only = {"logits_to_keep": kept} if accepts(model, "logits_to_keep") else {}
@@ -73,12 +74,10 @@ def _packed(rows: Sequence[list[int]]) -> dict[str, list[int]]:
 
 
 def require_cache(model: Any, tokenizer: Any, where: str, fix: str, num_rows: int = 3) -> None:
-    """Refuse a model whose cache changes what is sampled: the prompts have different lengths, and
-    the first ends early and is dropped from the cache.
+    """Refuse a model whose log-probs with the cache are not those without it.
 
-    Args:
-        where: setting and value of the model, e.g. "model.path=some/model".
-        fix: what to do instead.
+    The prompts have different lengths, and the first ends early and is dropped from the cache.
+    `where` is the setting of the model, e.g. "model.path=some/model".
     """
     prompts = _rows(model, tokenizer)[:num_rows]
 
@@ -102,9 +101,7 @@ def require_cache(model: Any, tokenizer: Any, where: str, fix: str, num_rows: in
 
 
 def require_padding(model: Any, tokenizer: Any, where: str, fix: str) -> None:
-    """Refuse a causal LM, `ScalarModel` or `TextModel` whose numbers change with padding on the
-    right.
-    """
+    """Refuse a causal LM, `ScalarModel` or `TextModel` whose numbers change with right padding."""
     rows = _rows(model, tokenizer)
     width = max(map(len, rows))
 
@@ -175,9 +172,8 @@ def tolerance(model: Any) -> float:
 
 @contextmanager
 def _left_as_it_was(model: Any) -> Iterator[None]:
-    """Without dropout and gradients; modes, random numbers and 8-bit layers are as before
-    afterwards."""
-    device = next(model.parameters()).device
+    """Without dropout and gradients; restore modes, random numbers and 8-bit layers at the end."""
+    device = _device(model)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.no_grad(), eval_mode(model):
         yield
@@ -228,9 +224,8 @@ def _rms(numbers: Tensor) -> float:
 
 
 def _tensor(model: Any, values: Any) -> Tensor:
-    return torch.tensor(values, device=next(model.parameters()).device)
+    return torch.tensor(values, device=_device(model))
 
 
-def _on_device(inputs: dict[str, Any], model: Any) -> dict[str, Any]:
-    device = next(model.parameters()).device
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+def _device(model: Any) -> torch.device:
+    return next(model.parameters()).device
