@@ -36,16 +36,9 @@ from rlhf.console import is_main_process, quiet_bitsandbytes
 
 Run = Callable[[Any], int | None]  # of a stage; returns the signal that interrupted it, if one did
 
-# Hydra's options that take a value as the next argument
-VALUED = {
-    *("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp"),
-    *("--cfg", "-c", "--package", "-p"),
-}
-# Hydra's options that only print something, and how
-PRINTING = {
-    *("--hydra-help", "--info", "-i", "--version"),
-    *("--cfg", "-c", "--package", "-p", "--resolve"),
-}
+# Hydra's options that take a value as the next argument, and those that only print something
+VALUED = set("--config-dir -cd --config-name -cn --config-path -cp --cfg -c --package -p".split())
+PRINTING = set("--hydra-help --info -i --version --cfg -c --package -p --resolve".split())
 WORK = ("recipe=", "dataset=", "dataset.path=")  # with one of these, a user has data in mind
 REPEAT_SECONDS = 3.0  # between the first process's error and that of another
 DEMO_HINT = "\n(recipe=demo runs the embedded demo, which needs none of them)"
@@ -58,11 +51,7 @@ def hydra_main(stage: str, run: Run, prepare: Callable[[Any], None] = lambda _: 
     show what it would run. With `resume=`, the command line changes the configuration that the run
     was started with. An `InputError` or an error of Hydra becomes one message and exit status 2;
     any other exception keeps its traceback. A run that a signal interrupted ends with status
-    128 + signal, as in a shell: 130 after Ctrl-C, 143 after SIGTERM.
-
-    Args:
-        stage: key of `STAGES`; also the name of the YAML file.
-        prepare: may complete the dataclass before it is checked.
+    128 + signal, as in a shell. `prepare` may complete the configuration before it is checked.
     """
     given = sys.argv[1:]
     if {"-h", "--help"} & set(given):

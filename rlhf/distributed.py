@@ -27,9 +27,6 @@ def make_accelerator(precision: str) -> Accelerator:
     accelerate keeps one state per process and refuses a different precision or device. The models
     of earlier stages no longer need it, so it is reset; the process group is kept.
 
-    Args:
-        precision: "float32", "bfloat16", or "auto" (bfloat16 on a GPU that has it).
-
     Raises:
         InputError: one of several processes was on a different device before.
     """

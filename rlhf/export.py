@@ -59,40 +59,38 @@ def export(options: ExportOptions) -> None:
         raise InputError(f"path={path}: no such directory")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"out={out} exists and is not empty; choose another")
-    from rlhf.checkpoint import (
-        RECORD,
-        complete_or_nothing,
-        find_non_finite,
-        require_stage,
-        write_record,
-    )
+    import torch
+
+    from rlhf import checkpoint
     from rlhf.hub import local_directory
-    from rlhf.models import mend_sampling_settings
+    from rlhf.models import HEAD, mend_sampling_settings
 
     quiet_libraries()
     path = local_directory(options.path, "path", weights=False)
     code = options.trust_remote_code
-    if (path / CONFIG_FILE).is_file() and not (path / RECORD).is_file():
+    if (path / CONFIG_FILE).is_file() and not (path / checkpoint.RECORD).is_file():
         model, tokenizer, record = load_checkpoint(path, code)
     else:
-        record = require_stage(path, tuple(STAGES), "path")
+        record = checkpoint.require_stage(path, tuple(STAGES), "path")
         model, tokenizer = load_directory(options.path, code)
     for line in mend_sampling_settings(model):
         say(line)
     if options.dtype != "auto":
-        _cast(model, options.dtype)
-    if problem := find_non_finite(model.state_dict().items()):
+        for name, parameter in model.named_parameters():
+            if not name.startswith(f"{HEAD}."):  # a reward model's head stays in float32
+                parameter.data = parameter.data.to(getattr(torch, options.dtype))
+    if problem := checkpoint.find_non_finite(model.state_dict().items()):
         raise InputError(
             f"path={path} cannot be exported with dtype={options.dtype}: {problem}; take another "
             "checkpoint, or dtype=bfloat16 or float32 if dtype=float16 cannot hold its weights"
         )
-    with complete_or_nothing(out) as temporary:
+    with checkpoint.complete_or_nothing(out) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         if (path / CONFIG_FILE).is_file():
             shutil.copyfile(path / CONFIG_FILE, temporary / CONFIG_FILE)
         if record is not None:
-            write_record(temporary, record, model)
+            checkpoint.write_record(temporary, record, model)
     _say_result(model, out)
 
 
@@ -148,33 +146,25 @@ def _policy_of(path: Path, stage: str, config: StageConfig, tokenizer: Any) -> A
     import torch
     from safetensors.torch import load_file
 
+    from rlhf import models
     from rlhf.checkpoint import load_modules
-    from rlhf.models import (
-        add_lora,
-        load_adapter,
-        load_policy,
-        merged,
-        new_token_rows,
-        sample_as_trained,
-        unwrap_peft,
-    )
 
     if stage == "sft" and not config.peft.enabled:  # the transformers Trainer saves the whole model
         own = dataclasses.replace(config.model, path=str(path), revision=None)
-        return load_policy(own, tokenizer, "path")
+        return models.load_policy(own, tokenizer, "path")
     torch.manual_seed(config.seed)  # a model from model.config has random weights
-    model: Any = load_policy(config.model, tokenizer, ITS_MODEL)
+    model: Any = models.load_policy(config.model, tokenizer, ITS_MODEL)
     if config.peft.enabled:
-        rows = new_token_rows(tokenizer, config.model, config.peft)
-        model = add_lora(model, config.peft, "CAUSAL_LM", config.seed, rows)
+        rows = models.new_token_rows(tokenizer, config.model, config.peft)
+        model = models.add_lora(model, config.peft, "CAUSAL_LM", config.seed, rows)
     if stage == "sft":
-        load_adapter(model, load_file(path / "adapter_model.safetensors"), f"path={path}")
+        models.load_adapter(model, load_file(path / "adapter_model.safetensors"), f"path={path}")
     else:
         averaged = (path / "averages.safetensors").is_file()
         load_modules(path, {"averages" if averaged else "policy": model})
         ppo = cast(PPOStageConfig, config).ppo
-        sample_as_trained(unwrap_peft(model), ppo.temperature, ppo.top_p, ppo.top_k)
-    return merged(model)
+        models.sample_as_trained(models.unwrap_peft(model), ppo.temperature, ppo.top_p, ppo.top_k)
+    return models.merged(model)
 
 
 def load_directory(path: str, trust_remote_code: bool = False) -> tuple[Any, Any]:
@@ -189,17 +179,6 @@ def load_directory(path: str, trust_remote_code: bool = False) -> tuple[Any, Any
     if is_classifier:
         return load_reward_model(config, "path", encoders=True), tokenizer
     return load_policy(config, tokenizer, "path"), tokenizer
-
-
-def _cast(model: Any, dtype: str) -> None:
-    """Round every weight in place, except the head of a reward model."""
-    import torch
-
-    from rlhf.models import HEAD
-
-    for name, parameter in model.named_parameters():
-        if not name.startswith(f"{HEAD}."):
-            parameter.data = parameter.data.to(getattr(torch, dtype))
 
 
 def _say_result(model: Any, out: Path) -> None:

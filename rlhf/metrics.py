@@ -28,20 +28,14 @@ METRICS: dict[str, str] = {
     "mean_token_accuracy": "share of labelled tokens that are the arg max",
     "entropy": "mean entropy of the policy's next-token distribution, nats per token",
     "num_tokens": "tokens seen by training so far",
-    "eval_loss": "loss on held-out rows, in the unit of `loss`",
-    "eval_mean_token_accuracy": "mean_token_accuracy on held-out rows",
-    "eval_entropy": "entropy on held-out rows, nats per token",
-    "eval_num_tokens": "as num_tokens, reported at an evaluation",
     "eos_rate": "share of sampled responses that end with a stop token",
     # reward
     "accuracy": "share of non-tied pairs ranked right (a tied score counts one half)",
     "margin": "mean score of the better response minus that of the worse",
-    "eval_accuracy": "accuracy on held-out prompts",
     "eval_longer_wins_accuracy": "accuracy of the rule `the longer response wins` on the same "
     "pairs",
     "eval_length_matched_accuracy": "accuracy on pairs whose shorter response has at least 0.8 of "
     "the longer's tokens",
-    "eval_margin": "margin on held-out prompts",
     "eval_num_pairs": "number of non-tied held-out pairs",
     "eval_num_length_matched_pairs": "number of those with similar lengths",
     # ppo, of the rollout (before its optimiser steps)
@@ -89,20 +83,17 @@ METRICS: dict[str, str] = {
     "collect_seconds": "sampling, log-probs, values and scores, seconds",
     "optimize_seconds": "optimiser steps, seconds",
     # ppo, held-out prompts
-    "eval_score": "score on held-out prompts",
     "eval_score/": "eval_score/<component>: that component's mean score on held-out prompts",
-    "eval_kl": "kl on held-out prompts, nats per sequence",
-    "eval_response_length": "response_length on held-out prompts, tokens",
-    "eval_eos_rate": "eos_rate on held-out prompts",
     "eval_independent_score": "mean score by evaluation.scorer, which PPO does not train on",
-    "eval_cut_rate": "cut_rate on held-out prompts, by the scorer or by evaluation.scorer",
     "eval_win_rate": "share of held-out prompts whose answer beats the one before training, by "
     "evaluation.scorer or else the training scorer (a tie counts one half)",
 }
-_BOUNDED = "score kl response_length eos_rate independent_score win_rate".split()
+_HELD_OUT = """loss mean_token_accuracy entropy num_tokens accuracy margin score kl response_length
+    eos_rate cut_rate""".split()
+METRICS |= {f"eval_{name}": f"{name} on held-out rows or prompts" for name in _HELD_OUT}
 METRICS |= {
     f"eval_{name}_{side}": f"{side} end of the 95 % bootstrap interval of eval_{name}"
-    for name in _BOUNDED
+    for name in "score kl response_length eos_rate independent_score win_rate".split()
     for side in ("low", "high")
 }
 
@@ -127,18 +118,17 @@ class MetricsWriter:
         Raises:
             KeyError: neither the name nor its part up to the slash is in `METRICS`.
         """
-        unknown = [name for name in values if not METRICS.keys() & {name, _family(name)}]
+        # score/helpful belongs to score/
+        known = [n for n in values if METRICS.keys() & {n, n.partition("/")[0] + "/"}]
+        unknown = [name for name in values if name not in known]
         if unknown:
             raise KeyError(f"metrics without an entry in METRICS: {unknown}")
         if not is_main_process():
             return
         row = {name: _json_value(value) for name, value in values.items() if name != "step"}
-        for file, names in (
-            ("metrics.jsonl", row.keys() - TIMINGS),
-            ("timings.jsonl", row.keys() & TIMINGS),
-        ):
-            if names:
-                kept = {name: value for name, value in row.items() if name in names}
+        for file, is_timing in (("metrics.jsonl", False), ("timings.jsonl", True)):
+            kept = {name: value for name, value in row.items() if (name in TIMINGS) == is_timing}
+            if kept:
                 append_jsonl(self._directory / file, [{"step": step} | kept])
         if self._run is not None:
             self._run.log({"step": step} | row)
@@ -152,21 +142,13 @@ class MetricsWriter:
             import wandb
 
             columns: list[Any] = list(samples[0])
-            data = [
-                [str(sample[c]) if c == "prompt" else sample[c] for c in columns]
-                for sample in samples
-            ]
+            data = [[str(s[c]) if c == "prompt" else s[c] for c in columns] for s in samples]
             self._run.log({"step": step, "samples": wandb.Table(columns=columns, data=data)})
 
     def close(self) -> None:
         """Finish the tracker's run."""
         if self._run is not None:
             self._run.finish()
-
-
-def _family(name: str) -> str:
-    """score/helpful -> score/"""
-    return name.partition("/")[0] + "/"
 
 
 def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -196,9 +178,8 @@ def _start_wandb(directory: Path, config: StageConfig, stage: str, run_id: str |
     try:
         import wandb
     except ImportError as error:
-        raise InputError(
-            "tracker=wandb needs the wandb package: pip install 'rlhf[wandb]'"
-        ) from error
+        fix = "pip install 'rlhf[wandb]'"
+        raise InputError(f"tracker=wandb needs the wandb package: {fix}") from error
     run = wandb.init(
         project=config.tracker.project,
         entity=config.tracker.entity,

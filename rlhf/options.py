@@ -36,12 +36,7 @@ def run_command(
     """Run a command with `key=value` arguments; return its exit status.
 
     The status is what `run` returns (None counts as 0), 2 after an `InputError`, which is printed
-    in one line, and 130 after Ctrl-C.
-
-    Args:
-        usage: what `--help` prints above the options.
-        options: dataclass of the options.
-        when_interrupted: message after Ctrl-C.
+    in one line, and 130 after Ctrl-C. `--help` prints `usage` above the options.
     """
     if {"-h", "--help"} & set(arguments):
         print(help_text(usage, options))
@@ -62,8 +57,7 @@ def read_options(options: type[Options], arguments: Sequence[str]) -> Options:
     """Fill a dataclass from `key=value` arguments.
 
     Raises:
-        InputError: an unknown name (the message names the nearest), a missing value, or a value of
-            another type or out of range.
+        InputError: an unknown name, a missing value, or a value of a wrong type or out of range.
     """
     known = {name: kind for name, kind in get_type_hints(options).items() if name != OVERRIDES}
     values: dict[str, Any] = {}

@@ -119,11 +119,8 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
 
 
 def find_damage(directory: Path, names: Iterable[str] | None = None) -> str | None:
-    """Describe the first file that differs from the manifest; None if the directory is intact.
-
-    Args:
-        names: the files to compare; None for all.
-    """
+    """Describe the first file, of all or of `names`, that differs from the manifest; None if the
+    directory is intact."""
     manifest = read_manifest(directory)
     if manifest is None:
         found = (directory / MANIFEST).is_file()
@@ -168,14 +165,9 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def disk_errors(directory: Path, then: str) -> Iterator[None]:
-    """Turn a failure to write into a directory into an InputError.
+    """Turn a failure to write into a directory, such as a full disk, into an InputError.
 
-    Args:
-        directory: where the block writes.
-        then: what to do after the remedy, e.g. "continue with resume=true".
-
-    Raises:
-        InputError: the disk is full, read-only, out of reach, or a limit is reached.
+    `then` says what to do after the remedy, e.g. "continue with resume=true".
     """
     try:
         yield

@@ -126,9 +126,8 @@ def locked(file: Path, what: str, fix: str, wait_seconds: float = 0.0) -> Iterat
 
     Args:
         file: the lock file; it is created and deleted here.
-        what: name of what is locked, for the message if another process holds the lock.
-        fix: what to do in that case.
-        wait_seconds: how long to wait for that process.
+        what: name of what is locked, for messages.
+        fix: what to do if another process holds the lock after `wait_seconds`.
 
     Raises:
         InputError: another process holds it.

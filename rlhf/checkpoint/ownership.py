@@ -138,11 +138,9 @@ def manifest_of(checkpoint: Path) -> dict[str, Any]:
 
 
 def seal(checkpoint: Path, directory: Path, best: int | None = None) -> None:
-    """Write the manifest of a checkpoint, which makes it complete.
+    """Write the manifest of a checkpoint of the run in a stage directory; it is complete then.
 
-    Args:
-        directory: stage directory of the run.
-        best: step of the best checkpoint so far, which is kept together with this one.
+    `best` is the step of the best checkpoint so far, which is kept together with this one.
     """
     require_held(directory)
     run = read_identity(directory)
@@ -282,8 +280,7 @@ def _others_in_result(result: Path) -> list[Path]:
 def _files_of_others(checkpoint: Path, names: Iterable[str]) -> list[Path]:
     """Return the files in a checkpoint that its run did not write.
 
-    Args:
-        names: the files that the run writes, used if the checkpoint's own manifest is damaged.
+    `names` replaces the list in the checkpoint's manifest if that is damaged.
     """
     manifest = read_manifest(checkpoint)
     known = {MANIFEST, IDENTITY, *(names if manifest is None else manifest["files"])}

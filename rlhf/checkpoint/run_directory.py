@@ -71,10 +71,6 @@ def open_run(config: StageConfig, stage: str, writes: bool = True) -> Iterator[S
 
     Args:
         writes: False for a run that writes nothing; its directory is neither examined nor locked.
-
-    Raises:
-        InputError: the configuration is bad, another process writes to the directory, or
-            `refuse_used_directory` refuses it.
     """
     check(config)
     run = StageRun(config, stage, config.stage_dir(stage))
@@ -219,11 +215,7 @@ def _damage_of_best(checkpoint: Path) -> str | None:
 
 
 def truncate_logs(directory: Path, sizes: dict[str, int]) -> None:
-    """Drop what was written to the logs after a checkpoint.
-
-    Args:
-        sizes: of the logs at the checkpoint, in bytes; a log without a size is emptied.
-    """
+    """Cut the logs back to their sizes at a checkpoint, in bytes; empty those without a size."""
     for name in LOGS:
         file, size = directory / name, sizes.get(name, 0)
         found = file.stat().st_size if file.is_file() else 0

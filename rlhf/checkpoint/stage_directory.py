@@ -133,9 +133,7 @@ def require_same_weights(
 ) -> None:
     """Require that a directory or Hub id still holds the weights that its stage wrote.
 
-    Args:
-        record: None, or a record without a hash from an earlier version, accepts any weights.
-        field: configuration key that gave the path.
+    No record, or one without a hash from an earlier version, accepts any weights.
     """
     if record is None or record.weights is None:
         return
@@ -178,11 +176,8 @@ def warn_about_sft_model(reward_model: str, policy: str) -> None:
 
 
 def _sft_model(policy: str) -> tuple[str, str | None]:
-    """Follow a policy through its PPO runs to the model that the first one started from.
-
-    Returns:
-        Name of that model, and hash of its weights (None for a Hub id).
-    """
+    """Follow a policy through its PPO runs to the model that the first one started from; return its
+    name and the hash of its weights (None for a Hub id)."""
     path = policy
     weights = hash_weights(Path(path)) if Path(path).is_dir() else None
     seen: set[str] = set()
