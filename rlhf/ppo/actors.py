@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,15 +60,6 @@ class Actors:
     scorer: Scorer
     tokenizer: Any
     tokenizer_hash: str
-
-    @contextmanager
-    def reference_model(self) -> Iterator[Any]:
-        """The reference; with adapters, the policy while they are off."""
-        if self.reference is not None:
-            yield self.reference
-            return
-        with self.policy.disable_adapter():
-            yield self.policy
 
 
 def load_checked_tokenizer(config: PPOStageConfig) -> tuple[Any, StageRecord | None]:

@@ -1,20 +1,15 @@
-"""Which prompts a PPO run takes, and in which order.
+"""Which prompts a PPO run takes: those that leave room for a response.
 
-It takes those that leave room for a response, in the context of the policy and of every reward
-model that scores it. The others are dropped and counted before training. The order is a function of
-seed and update, so that a resumed run needs no saved data position.
+The response must fit into the context of the policy and of every reward model that scores it. The
+other prompts are dropped and counted before training. Their order is in `rollout.py`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
-
-import numpy as np
-import torch
-from torch import Tensor
 
 from rlhf.config import InputError, PPOStageConfig
 from rlhf.data import Splits, describe_dropped, encode_prompts, not_refused
@@ -136,18 +131,3 @@ def _length(prompt: dict[str, Any], model: RewardModelScorer, rendering: str) ->
     if model.tokenizer_hash == rendering:
         return len(prompt["input_ids"])
     return model.prompt_length(prompt["prompt"])
-
-
-def stream_rows(numbers: Sequence[int], num_rows: int, key: Sequence[int]) -> list[int]:
-    """Rows with these numbers in an endless stream, shuffled anew in every pass."""
-    passes = {number // num_rows for number in numbers}
-    orders = {p: np.random.default_rng([*key, p]).permutation(num_rows) for p in passes}
-    return [int(orders[number // num_rows][number % num_rows]) for number in numbers]
-
-
-def minibatches(
-    num_rows: int, num_minibatches: int, key: Sequence[int], device: torch.device
-) -> list[Tensor]:
-    """Rows of each minibatch of an epoch, in an order that the key names: (seed, update, epoch)."""
-    order = torch.from_numpy(np.random.default_rng([*key]).permutation(num_rows))
-    return list(order.to(device).chunk(num_minibatches))

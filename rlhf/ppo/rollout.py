@@ -9,14 +9,16 @@ statistics are global by construction, and a minibatch is the same for any numbe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Self
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from rlhf.config import PPOConfig
 from rlhf.data import pad
@@ -99,10 +101,6 @@ class Responses:
     def __len__(self) -> int:
         return len(self.response_ids)
 
-    def map(self, function: Callable[[str, Tensor], Tensor]) -> Self:
-        """Apply `function(name, tensor)` to every field."""
-        return replace(self, **{name: function(name, value) for name, value in vars(self).items()})
-
     def select(self, rows: Tensor) -> Self:
         """Take some rows, and cut the padding that they do not need."""
         prompt_width = int(self.prompt_mask[rows].sum(dim=1).max())
@@ -115,7 +113,7 @@ class Responses:
                 return tensor[rows][:, -prompt_width:]
             return tensor[rows][:, :response_width]
 
-        return self.map(take)
+        return replace(self, **{name: take(name, value) for name, value in vars(self).items()})
 
     def micro_batches(self, size: int) -> Iterator[tuple[Tensor, Self]]:
         """Yield (rows, part) with `size` rows each, the longest first: rows of a part have similar
@@ -236,7 +234,10 @@ def collect(
             return read_tokens(responses, batches, function, ppo.micro_batch_size, accelerator)
 
         logprobs = read(lambda part: policy_logprobs(actors.policy, part, sampling)[0])
-        with actors.reference_model() as reference:
+        # without a reference, it is the policy with its adapters off
+        alone = actors.reference is not None
+        with nullcontext() if alone else actors.policy.disable_adapter():
+            reference = actors.reference if alone else actors.policy
             ref_logprobs = read(lambda part: policy_logprobs(reference, part, sampling)[0])
         values = torch.zeros_like(logprobs)
         if with_values and actors.critic is not None:
@@ -269,51 +270,29 @@ def sample_and_score(
     num_rows = len(prompts) // accelerator.num_processes
     rows = range(num_rows * accelerator.process_index, num_rows * (accelerator.process_index + 1))
     mine = [prompts[row] for row in rows]
-    ids, device = [prompt["input_ids"] for prompt in mine], accelerator.device
     noise = uniform_noise(key, rows, sampling.max_new_tokens)
+    ids = [prompt["input_ids"] for prompt in mine]
     sampled = generate(actors.policy, ids, sampling, noise, ppo.rollout_batch_size)
     scores = Scores(torch.zeros(num_rows))
     if with_scores:
         scores = on_every_process(partial(score_sampled, actors, mine, sampled.ids), accelerator)
-    responses = Responses.padded(ids, sampled, actors.tokenizer.pad_token_id, device)
-    if accelerator.num_processes > 1:
-
-        def everywhere(name: str, tensor: Tensor) -> Tensor:
-            if tensor.dim() == 2:
-                # only the processes that pad get an int64 for a bool back
-                tensor = accelerator.pad_across_processes(
-                    tensor, dim=1, pad_first=name.startswith("prompt")
-                ).to(tensor.dtype)
-            return accelerator.gather(tensor)
-
-        responses = responses.map(everywhere)
-    fields = _score_fields(scores, responses.response_ids.shape[1], device)
-    if accelerator.num_processes > 1:
-        fields = {
-            # no components: there is nothing to exchange
-            name: accelerator.gather(field) if field.numel() else field.new_zeros(len(responses), 0)
-            for name, field in fields.items()
-        }
-    return responses, fields
-
-
-def _score_fields(scores: Scores, width: int, device: torch.device) -> dict[str, Tensor]:
-    """The fields of `Rollout` that come from a scorer, `width` tokens wide."""
-    num_rows = len(scores.total)
-    dense = torch.zeros(num_rows, width)
-    if scores.dense is not None:
-        dense = pad_sequence(scores.dense, batch_first=True)
-        dense = torch.nn.functional.pad(dense, (0, width - dense.shape[1]))
-    components, cut = [*scores.components.values()], scores.cut
-    fields = {
-        "scores": scores.total,
-        "dense_rewards": dense,
-        "component_scores": torch.stack(components, 1)
-        if components
-        else dense.new_zeros(num_rows, 0),
-        "cut": torch.zeros(num_rows, dtype=torch.bool) if cut is None else cut,
+    fields: dict[str, list[Any]] = {
+        "scores": scores.total.tolist(),
+        "dense_rewards": [row.tolist() for row in scores.dense or torch.zeros(num_rows, 0)],
+        "component_scores": [
+            [float(x[i]) for x in scores.components.values()] for i in range(num_rows)
+        ],
+        "cut": [False] * num_rows if scores.cut is None else scores.cut.tolist(),
     }
-    return {name: field.to(device) for name, field in fields.items()}
+    # every process pads the rows of all of them: the batch is the same everywhere
+    sampled = Generation(**{name: gather_object(rows) for name, rows in vars(sampled).items()})
+    fields = {name: gather_object(rows) for name, rows in fields.items()}
+    all_ids, pad_id = [prompt["input_ids"] for prompt in prompts], actors.tokenizer.pad_token_id
+    responses = Responses.padded(all_ids, sampled, pad_id, accelerator.device)
+    width = responses.response_ids.shape[1]
+    fields["dense_rewards"] = [row + [0.0] * (width - len(row)) for row in fields["dense_rewards"]]
+    scored = {name: torch.tensor(rows, device=accelerator.device) for name, rows in fields.items()}
+    return responses, scored
 
 
 def score_sampled(
@@ -398,3 +377,20 @@ def component_scores(rollout: Rollout, scorer: Scorer) -> dict[str, Tensor]:
     """Scores by component, each (B,), under their names as metrics: `score/<component>`."""
     columns = rollout.component_scores.unbind(dim=1)
     return {f"score/{n}": c for n, c in zip(component_names(scorer), columns, strict=True)}
+
+
+# --- The order of prompts and minibatches -------------------------------------------------------
+# It is a function of seed and update, so that a resumed run needs no saved data position.
+
+
+def stream_rows(numbers: Sequence[int], num_rows: int, key: Sequence[int]) -> list[int]:
+    """Rows with these numbers in an endless stream, shuffled anew in every pass."""
+    passes = {number // num_rows for number in numbers}
+    orders = {p: np.random.default_rng([*key, p]).permutation(num_rows) for p in passes}
+    return [int(orders[number // num_rows][number % num_rows]) for number in numbers]
+
+
+def minibatches(ppo: PPOConfig, key: Sequence[int], device: torch.device) -> list[Tensor]:
+    """Rows of each minibatch of an epoch, in an order that the key names: (seed, update, epoch)."""
+    order = torch.from_numpy(np.random.default_rng([*key]).permutation(ppo.batch_size))
+    return list(order.to(device).chunk(ppo.num_mini_batches))

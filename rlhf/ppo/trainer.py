@@ -4,8 +4,8 @@
 they hold the first and the last part of an update. `loop.py` calls `step` until the run ends. The
 formulas are in `rlhf.functional`.
 
-To add an advantage estimator, write a function like `gae` below and name it in `ESTIMATORS` and in
-the choices of `PPOConfig.advantage`.
+To add an advantage estimator, add a row to `ESTIMATORS` below and its name to the choices of
+`PPOConfig.advantage`.
 
 Decisions and sources: Z = Ziegler et al. 2019 (arXiv 1909.08593), S = Stiennon et al. 2020
 (2009.01325), IG = InstructGPT (2203.02155), N = "The N implementation details of RLHF with PPO"
@@ -23,25 +23,37 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor
 
-from rlhf import functional
 from rlhf.config import InputError, PPOConfig, PPOStageConfig
 from rlhf.functional import (
     Moments,
     adaptive_kl_coef,
     explained_variance,
+    gae,
+    grpo,
     kl_estimate,
     masked_mean,
+    reinforce_pp,
+    rloo,
     shape_rewards,
     update_moments,
     whiten,
 )
 from rlhf.ppo.actors import Actors
-from rlhf.ppo.prompts import minibatches, stream_rows
-from rlhf.ppo.rollout import Experience, Rollout, collect, component_scores, cut_metric
+from rlhf.ppo.rollout import (
+    Experience,
+    Rollout,
+    collect,
+    component_scores,
+    cut_metric,
+    minibatches,
+    stream_rows,
+)
 from rlhf.ppo.saved_rollouts import write_rollout
 from rlhf.ppo.update import Updater
 from rlhf.sampling import sampling_for
 from rlhf.scorers import CombinedScorer, Scorer
+
+Estimator = Callable[[Rollout, Tensor, PPOConfig], tuple[Tensor, Tensor]]
 
 
 class PPOTrainer:
@@ -95,15 +107,12 @@ class PPOTrainer:
         rollout = self.collect()
         kl, rewards = self.shape_rewards(rollout)
         batch = self.estimate_advantages(rollout, kl, rewards)
-        self.save_rollout(batch)
         stats = self.updater.run(batch, self.update, self.kl_coef)
-        return self.finish(batch, stats)
+        return self.report(batch, stats)
 
     def collect(self) -> Rollout:
-        """Sample `samples_per_prompt` responses to each of this update's prompts and evaluate
-        them."""
+        """Sample `samples_per_prompt` responses to each of this update's prompts and score them."""
         ppo, key = self.config.ppo, (self.config.seed, self.update)
-        device = self.accelerator.device
         rollout = collect(
             self.actors,
             self.prompts_of_update(),
@@ -111,7 +120,7 @@ class PPOTrainer:
             self.sampling,
             ppo,
             self.accelerator,
-            minibatches(ppo.batch_size, ppo.num_mini_batches, (*key, 0), device),
+            minibatches(ppo, (*key, 0), self.accelerator.device),
         )
         self.require_finite(rollout, "logprobs", "ref_logprobs", "values", "scores")
         self.collected_at = time.perf_counter()
@@ -165,7 +174,11 @@ class PPOTrainer:
         return kl, rewards
 
     def estimate_advantages(self, rollout: Rollout, kl: Tensor, rewards: Tensor) -> Experience:
-        """Add advantages, whitened over all tokens of the rollout (N), and returns."""
+        """Add advantages, whitened over all tokens of the rollout (N), and returns.
+
+        The result is saved here where `ppo.save_rollouts` asks for it: before the update, which may
+        fail.
+        """
         ppo = self.config.ppo
         raw, returns = ESTIMATORS[ppo.advantage](rollout, rewards, ppo)
         whitens = ppo.whiten_advantages
@@ -181,20 +194,25 @@ class PPOTrainer:
             returns=returns,
         )
         self.require_finite(batch, "advantages", "returns")
+        self.save_rollout(batch)
         return batch
 
-    def finish(self, batch: Experience, stats: dict[str, float]) -> dict[str, float]:
-        """Count the update, adapt the KL coefficient, and return the metrics."""
+    def report(self, batch: Experience, stats: dict[str, float]) -> dict[str, float]:
+        """Return the metrics, move `kl_coef` towards `ppo.kl_target` (Z), and count the update."""
+        ppo = self.config.ppo
         scores = self.reported_scores(batch)
         metrics = (
-            advantage_metrics(batch, self.actors.critic is not None)
+            advantage_metrics(batch, ppo.has_critic)
             | stats
             | component_metrics(batch, self.actors.scorer)
             | cut_metric("", batch.cut, self.actors, self.actors.scorer)
             | rollout_metrics(batch, scores)
             | {"kl_coef": self.kl_coef}
         )
-        self.adapt_kl_coef(metrics["kl"])
+        if ppo.kl_target is not None:
+            self.kl_coef = adaptive_kl_coef(
+                self.kl_coef, metrics["kl"], ppo.kl_target, ppo.kl_horizon, ppo.batch_size
+            )
         self.update += 1
         return metrics
 
@@ -209,19 +227,9 @@ class PPOTrainer:
         every, number = self.config.ppo.save_rollouts, self.update + 1
         if every is None or number % every or not self.accelerator.is_main_process:
             return
-        prompts, scores = (
-            [row["prompt"] for row in self.prompts_of_update()],
-            self.reported_scores(batch),
-        )
+        prompts = [row["prompt"] for row in self.prompts_of_update()]
+        scores = self.reported_scores(batch)
         write_rollout(self.directory, number, prompts, batch, scores, self.actors.tokenizer)
-
-    def adapt_kl_coef(self, kl: float) -> None:
-        """Move `kl_coef` towards `ppo.kl_target`, once per rollout with that rollout's KL (Z)."""
-        ppo = self.config.ppo
-        if ppo.kl_target is not None:
-            self.kl_coef = adaptive_kl_coef(
-                self.kl_coef, kl, ppo.kl_target, ppo.kl_horizon, ppo.batch_size
-            )
 
     def state(self) -> dict[str, Any]:
         """What resuming needs besides weights and optimisers, as JSON values."""
@@ -240,47 +248,38 @@ class PPOTrainer:
 # --- Advantage estimators -----------------------------------------------------------------------
 
 
-def gae(rollout: Rollout, rewards: Tensor, ppo: PPOConfig) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation with the critic's values (arXiv 1506.02438)."""
-    return functional.gae(rewards, rollout.values, rollout.response_mask, ppo.gamma, ppo.lam)
-
-
-def rloo(rollout: Rollout, rewards: Tensor, ppo: PPOConfig) -> tuple[Tensor, Tensor]:
-    """Leave-one-out over the responses of a prompt (arXiv 2402.14740); one number per response."""
-    return _per_response(functional.rloo, rollout, rewards, ppo)
-
-
-def grpo(rollout: Rollout, rewards: Tensor, ppo: PPOConfig) -> tuple[Tensor, Tensor]:
-    """Standardised over the responses of a prompt (arXiv 2402.03300); one number per response.
+def per_response(formula: Callable[[Tensor], Tensor]) -> Estimator:
+    """Make an estimator that gives every token of a response the same advantage.
 
     The loss stays the mean over the tokens of the minibatch, not first over each response.
+
+    Args:
+        formula: (P, K) summed rewards of K responses to each of P prompts -> (P, K) advantages.
     """
-    return _per_response(functional.grpo, rollout, rewards, ppo)
+
+    def estimate(rollout: Rollout, rewards: Tensor, ppo: PPOConfig) -> tuple[Tensor, Tensor]:
+        totals = rewards.sum(dim=1)  # (B,); rewards are 0 at masked positions
+        advantages = formula(totals.view(-1, ppo.samples_per_prompt)).view(-1, 1)  # (B, 1)
+        mask = rollout.response_mask
+        return advantages.where(mask, 0.0), totals[:, None].where(mask, 0.0)
+
+    return estimate
 
 
-def reinforce_pp(rollout: Rollout, rewards: Tensor, ppo: PPOConfig) -> tuple[Tensor, Tensor]:
-    """Reward to go, to be whitened over the rollout (REINFORCE++, arXiv 2501.03262)."""
-    returns = functional.reinforce_pp(rewards, rollout.response_mask, ppo.gamma)
+def reward_to_go(rollout: Rollout, rewards: Tensor, ppo: PPOConfig) -> tuple[Tensor, Tensor]:
+    """REINFORCE++: its advantages before whitening are also its returns."""
+    returns = reinforce_pp(rewards, rollout.response_mask, ppo.gamma)
     return returns, returns
 
 
-def _per_response(
-    formula: Callable[[Tensor], Tensor], rollout: Rollout, rewards: Tensor, ppo: PPOConfig
-) -> tuple[Tensor, Tensor]:
-    """Apply a formula to the summed rewards, (P, K), and give every token its response's result."""
-    totals = rewards.sum(dim=1)  # (B,); rewards are 0 at masked positions
-    per_response = formula(totals.view(-1, ppo.samples_per_prompt)).view(-1, 1)  # (B, 1)
-    mask = rollout.response_mask
-    return per_response.where(mask, 0.0), totals[:, None].where(mask, 0.0)
-
-
-Estimator = Callable[[Rollout, Tensor, PPOConfig], tuple[Tensor, Tensor]]
 # name -> (rollout, rewards (B, T), settings) -> advantages, returns (B, T), 0 where masked
 ESTIMATORS: dict[str, Estimator] = {
-    "gae": gae,
-    "rloo": rloo,
-    "grpo": grpo,
-    "reinforce_pp": reinforce_pp,
+    "gae": lambda rollout, rewards, ppo: gae(
+        rewards, rollout.values, rollout.response_mask, ppo.gamma, ppo.lam
+    ),
+    "rloo": per_response(rloo),
+    "grpo": per_response(grpo),
+    "reinforce_pp": reward_to_go,
 }
 # Whitened over the rollout, unless `ppo.whiten_advantages` says otherwise.
 WHITENED = ("gae", "reinforce_pp")

@@ -13,8 +13,9 @@ Sources: N = "The N implementation details of RLHF with PPO" (ICLR blog track 20
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from rlhf.checkpoint import NonFiniteError
 from rlhf.config import PPOConfig, PPOStageConfig
 from rlhf.data import pad
 from rlhf.functional import (
+    Stats,
     kl_estimate,
     learning_rate_factor,
     masked_sum,
@@ -37,12 +39,25 @@ from rlhf.functional import (
 )
 from rlhf.models import forward_inputs
 from rlhf.ppo.actors import Actors
-from rlhf.ppo.minibatch_stats import OVER_STEPS, MinibatchStats, over_steps
-from rlhf.ppo.prompts import minibatches, stream_rows
-from rlhf.ppo.rollout import Experience, Rollout, critic_values, policy_logprobs, share_of
+from rlhf.ppo.rollout import (
+    Experience,
+    Rollout,
+    critic_values,
+    minibatches,
+    policy_logprobs,
+    share_of,
+    stream_rows,
+)
 from rlhf.sampling import Sampling
 
 PTX_STREAM = 1  # keeps the order of the ptx texts apart from that of the prompts
+LOSSES = ("value_loss", "policy_loss")  # already divided by the number of tokens
+# these statistics of the parts of a minibatch combine as extremes, all others as sums
+EXTREMES: dict[str, Callable[..., Tensor]] = {
+    "ratio_max": torch.max,
+    "ratio_min": torch.min,
+    "ratio_max_dev": torch.max,
+}
 
 
 class Updater:
@@ -66,22 +81,21 @@ class Updater:
         directory: Path,
         texts: Sequence[Sequence[int]] = (),
     ):
-        """Prepare models and optimisers.
-
-        Args:
-            directory: a batch with a number that is not finite is saved here.
-        """
+        """Args: see `PPOTrainer`."""
         self.config, self.sampling, self.texts = config, sampling, texts
         self.accelerator, self.directory = accelerator, directory
         self.num_steps = 0
         self.rates = {"policy": config.ppo.learning_rate}
         if actors.critic is not None:
             self.rates["critic"] = config.critic.learning_rate
-        self.trainable = {name: trainable(getattr(actors, name)) for name in self.rates}
-        self.optimizers = {
-            name: make_optimizer(self.trainable[name].values(), rate, config.ppo)
-            for name, rate in self.rates.items()
-        }
+        self.trainable: dict[str, dict[str, torch.nn.Parameter]] = {}
+        self.optimizers: dict[str, torch.optim.AdamW] = {}
+        for model, rate in self.rates.items():
+            named = getattr(actors, model).named_parameters()
+            self.trainable[model] = {name: p for name, p in named if p.requires_grad}
+            self.optimizers[model] = make_optimizer(
+                self.trainable[model].values(), rate, config.ppo
+            )
         self.averages: dict[str, Tensor] | None = None
         if config.ppo.ema_decay is not None:
             self.averages = {n: p.detach().clone() for n, p in self.trainable["policy"].items()}
@@ -102,7 +116,11 @@ class Updater:
         ppo, metrics = self.config.ppo, self._set_learning_rates(update)
         steps: list[dict[str, float]] = []
         skipped = abandoned_epochs = 0
-        for number, rows in enumerate(self._minibatches(len(batch), update)):
+        epochs = [
+            minibatches(ppo, (self.config.seed, update, epoch), self.accelerator.device)
+            for epoch in range(ppo.num_ppo_epochs)
+        ]
+        for number, rows in enumerate(chain(*epochs)):
             if not batch.loss_mask[rows].any():
                 skipped += 1
                 continue
@@ -110,7 +128,7 @@ class Updater:
             if ppo.target_kl is not None and stats.get("approx_kl", 0.0) > ppo.target_kl:
                 abandoned_epochs = ppo.num_ppo_epochs - number // ppo.num_mini_batches
                 # the minibatch that went too far belongs to the record
-                steps.append({n: stats[n] for n in (*OVER_STEPS, "approx_kl", "clip_fraction")})
+                steps.append({n: stats[n] for n in (*EXTREMES, "approx_kl", "clip_fraction")})
                 self._zero_grad()
                 break
             minibatch = batch.select(rows)
@@ -123,13 +141,6 @@ class Updater:
         metrics |= {"optimizer_steps": self.num_steps, "abandoned_epochs": abandoned_epochs}
         self.num_steps = 0
         return metrics
-
-    def _minibatches(self, num_rows: int, update: int) -> Iterator[Tensor]:
-        """Rows of each minibatch of an update, epoch after epoch."""
-        ppo, device = self.config.ppo, self.accelerator.device
-        for epoch in range(ppo.num_ppo_epochs):
-            key = (self.config.seed, update, epoch)
-            yield from minibatches(num_rows, ppo.num_mini_batches, key, device)
 
     def trains_policy(self, update: int) -> bool:
         """False while the critic warms up and the policy waits."""
@@ -154,21 +165,21 @@ class Updater:
         num_tokens = float(batch.loss_mask[rows].sum())
         denominator = num_tokens / self.accelerator.num_processes  # distributed wrappers average
         parts = [part for _, part in share.micro_batches(self.config.ppo.micro_batch_size)]
-        stats = MinibatchStats()
+        stats: Stats = {}
         for number, part in enumerate(parts):
             last = number == len(parts) - 1
             if self.critic is not None:
                 with self._syncing(self.critic, last):
-                    stats += self.critic_backward(part, denominator)
+                    stats = add_stats(stats, self.critic_backward(part, denominator))
             if self.trains_policy(update):
                 # with ptx the last of its micro-batches synchronises the processes
                 with self._syncing(self.policy, last and not self.texts):
-                    stats += self.policy_backward(part, denominator, kl_coef)
-        values = stats.reduce(self.accelerator, num_tokens)
+                    stats = add_stats(stats, self.policy_backward(part, denominator, kl_coef))
+        values = reduce_stats(stats, self.accelerator, num_tokens)
         self.require_finite(values, share, update)
         return values
 
-    def critic_backward(self, part: Experience, denominator: float) -> MinibatchStats:
+    def critic_backward(self, part: Experience, denominator: float) -> Stats:
         """Accumulate the gradient of the value loss of one micro-batch."""
         ppo = self.config.ppo
         loss, stats = value_loss(
@@ -181,11 +192,9 @@ class Updater:
         )
         self.accelerator.backward(ppo.vf_coef * loss)
         clipped = stats["value_clip_fraction"]
-        return MinibatchStats({"value_loss": loss.detach(), "value_clip_fraction": clipped})
+        return {"value_loss": loss.detach(), "value_clip_fraction": clipped}
 
-    def policy_backward(
-        self, part: Experience, denominator: float, kl_coef: float
-    ) -> MinibatchStats:
+    def policy_backward(self, part: Experience, denominator: float, kl_coef: float) -> Stats:
         """Accumulate the gradient of the clipped surrogate of one micro-batch, with entropy bonus
         and KL penalty where asked."""
         ppo, mask = self.config.ppo, part.loss_mask
@@ -210,11 +219,9 @@ class Updater:
             kl = kl_estimate(difference, torch.zeros_like(difference), ppo.kl_estimator)
             total = total + kl_coef * masked_sum(kl, mask, denominator)
         self.accelerator.backward(total)
-        minima = {"ratio_min": stats.pop("ratio_min")}
-        maxima = {name: stats.pop(name) for name in ("ratio_max", "ratio_max_dev")}
         del stats["num_tokens"]
-        sums = {"policy_loss": loss.detach(), "entropy": entropy.detach().where(mask, 0.0).sum()}
-        return MinibatchStats(sums | stats, minima, maxima)
+        total_entropy = entropy.detach().where(mask, 0.0).sum()
+        return {"policy_loss": loss.detach(), "entropy": total_entropy, **stats}
 
     def accumulate_ptx(self, batch: Experience, step: int, update: int) -> dict[str, float]:
         """Accumulate the gradient of `ptx.coef` x the mean loss per token over this step's texts.
@@ -293,17 +300,17 @@ class Updater:
         if self.averages is None:
             yield
             return
-        parameters = self.trainable["policy"]
-        kept = {name: p.detach().clone() for name, p in parameters.items()}
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(self.averages[name])
+        kept = {name: p.detach().clone() for name, p in self.trainable["policy"].items()}
         try:
+            self._set_policy(self.averages)
             yield
         finally:
-            with torch.no_grad():
-                for name, parameter in parameters.items():
-                    parameter.copy_(kept[name])
+            self._set_policy(kept)
+
+    @torch.no_grad()
+    def _set_policy(self, weights: dict[str, Tensor]) -> None:
+        for name, parameter in self.trainable["policy"].items():
+            parameter.copy_(weights[name])
 
     def _zero_grad(self) -> None:
         for optimizer in self.optimizers.values():
@@ -359,6 +366,39 @@ def text_loss(model: Any, texts: Sequence[Sequence[int]], denominator: float) ->
     return masked_sum(-token_logprobs(logits, ids[:, 1:]), mask[:, 1:], denominator)
 
 
-def trainable(model: Any) -> dict[str, torch.nn.Parameter]:
-    """The parameters of a model that train, by name."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+# --- Statistics ---------------------------------------------------------------------------------
+
+
+def add_stats(one: Stats, two: Stats) -> Stats:
+    """Statistics of two parts of a minibatch together."""
+    both = {
+        name: EXTREMES.get(name, torch.add)(one[name], two[name]) for name in two if name in one
+    }
+    return one | two | both
+
+
+def reduce_stats(stats: Stats, accelerator: Accelerator, num_tokens: float) -> dict[str, float]:
+    """Means over the tokens, and extremes, of the minibatch on all processes."""
+    mine = torch.stack([x.float() for x in stats.values()])
+    everywhere = accelerator.gather(mine[None]).cpu()  # (processes, statistics)
+    values = {}
+    for name, column in zip(stats, everywhere.unbind(1), strict=True):
+        if name in EXTREMES:
+            values[name] = float(EXTREMES[name](column))
+        elif name in LOSSES:  # every process divided them by its share of the tokens
+            values[name] = float(column.sum()) / accelerator.num_processes
+        else:
+            values[name] = float(column.sum()) / num_tokens
+    return values
+
+
+def over_steps(steps: list[dict[str, float]]) -> dict[str, float]:
+    """Metrics of an update from the statistics of its steps: means, and extremes of the ratio."""
+    names = dict.fromkeys(name for stats in steps for name in stats)
+    columns = {name: [stats[name] for stats in steps if name in stats] for name in names}
+    result = {name: sum(values) / len(values) for name, values in columns.items()}
+    if "ratio_max_dev" in result:
+        result |= {"ratio_max": max(columns["ratio_max"]), "ratio_min": min(columns["ratio_min"])}
+        del result["ratio_max_dev"]
+        result["first_ratio_deviation"] = columns["ratio_max_dev"][0]
+    return result

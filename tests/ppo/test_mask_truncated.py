@@ -15,7 +15,7 @@ from helpers.tiny_ppo import make_config, make_trainer, weights, write_policy
 from rlhf.config import InputError, check
 from rlhf.metrics import METRICS, read_jsonl
 from rlhf.ppo import train_ppo
-from rlhf.ppo.prompts import minibatches
+from rlhf.ppo.rollout import minibatches
 from rlhf.ppo.trainer import advantage_metrics
 
 LOSSES = {
@@ -78,7 +78,7 @@ def test_losses_are_means_over_the_tokens_of_finished_responses(policy_dir, tmp_
 def test_a_minibatch_of_cut_responses_makes_no_step_and_is_counted(policy_dir, tmp_path):
     trainer = make_trainer(make_config(policy_dir, tmp_path, mask_truncated=True), tmp_path)
     rollout = trainer.collect()
-    first = minibatches(len(rollout), 2, (trainer.config.seed, 0, 0), torch.device("cpu"))[0]
+    first = minibatches(trainer.config.ppo, (trainer.config.seed, 0, 0), torch.device("cpu"))[0]
     rollout.finished[first] = False
     rollout.loss_mask[first] = False
     assert rollout.finished.any()

@@ -17,7 +17,7 @@ from rlhf.config import InputError, PeftConfig
 from rlhf.functional import token_logprobs
 from rlhf.models import response_logits
 from rlhf.ppo import PPOTrainer, train_ppo
-from rlhf.ppo.prompts import stream_rows
+from rlhf.ppo.rollout import stream_rows
 
 
 def test_first_minibatch_has_ratio_one_and_kl_zero_although_dropout_is_configured(

@@ -123,9 +123,9 @@ def _forward_and_backward(trainer: PPOTrainer, part: Responses) -> bool:
             if model is not None:
                 stack.enter_context(accelerator.no_sync(model))
         if updater.critic is not None:
-            losses.append(updater.critic_backward(batch, denominator).sums["value_loss"])
+            losses.append(updater.critic_backward(batch, denominator)["value_loss"])
         policy = updater.policy_backward(batch, denominator, trainer.kl_coef)
-        losses.append(policy.sums["policy_loss"])
+        losses.append(policy["policy_loss"])
         if updater.texts:
             texts = sorted(updater.texts, key=len)[-trainer.config.ppo.micro_batch_size :]
             loss = text_loss(updater.policy, texts, denominator)
