@@ -1,9 +1,6 @@
-"""Sampling responses from a policy: `generate`, with its settings and its random numbers.
+"""Sampling responses from a policy: `generate`, with its settings and its random numbers."""
 
-`loop` is the engine: a decode loop on the cache of transformers that drops finished rows.
-"""
-
-from rlhf.sampling.loop import (
+from rlhf.sampling.decode import (
     Generation,
     Sampling,
     context_length,

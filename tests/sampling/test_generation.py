@@ -1,4 +1,4 @@
-"""Tests of rlhf.sampling.loop: against transformers' generate, a loop without a cache, and by hand.
+"""Tests of rlhf.sampling.decode: against transformers, a loop without a cache, and by hand.
 
 Run: pytest tests/sampling/test_generation.py
 """
@@ -21,7 +21,7 @@ from rlhf.functional import final_scores
 from rlhf.models import disable_dropout
 from rlhf.ppo.actors import Actors
 from rlhf.ppo.rollout import Responses, policy_logprobs, score_sampled
-from rlhf.sampling.loop import (
+from rlhf.sampling.decode import (
     Sampling,
     _choose,
     _restrict,

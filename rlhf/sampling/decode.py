@@ -1,6 +1,6 @@
-"""Sampling: prompt ids in; response ids, log-probs and a `finished` flag out.
+"""The decode loop: prompt ids in; response ids, log-probs and a `finished` flag out.
 
-The engine is our own decode loop on the transformers cache; it drops rows as soon as they finish.
+It is our own loop on the cache of transformers, and drops rows as soon as they finish.
 Sampling is inverse-CDF with one uniform number per token, drawn from a generator that is keyed by
 (seed, update, row): a response does not depend on the batch it was sampled in, on the number of
 processes, or on what was sampled before.
@@ -129,16 +129,18 @@ def generate(
         batch_size: sequences decoded together.
     """
     count = len(prompt_ids)
-    result = Generation(ids=[[]] * count, logprobs=[[]] * count, finished=[False] * count)
+    result = Generation([[] for _ in prompt_ids], [[] for _ in prompt_ids], [False] * count)
     order = sorted(range(count), key=lambda i: len(prompt_ids[i]))  # similar lengths: less padding
     with eval_mode(model):
         for start in range(0, count, batch_size):
             rows = order[start : start + batch_size]
             draws = None if noise is None else noise[rows]
-            part = _decode(model, [prompt_ids[i] for i in rows], sampling, draws)
-            for k, i in enumerate(rows):
-                result.ids[i], result.logprobs[i] = part.ids[k], part.logprobs[k]
-                result.finished[i] = part.finished[k]
+            for step in _steps(model, [prompt_ids[i] for i in rows], sampling, draws):
+                columns = [column.tolist() for column in step]
+                for active, token, logprob, done in zip(*columns, strict=True):
+                    result.ids[rows[active]].append(token)
+                    result.logprobs[rows[active]].append(logprob)
+                    result.finished[rows[active]] = done
     return result
 
 
@@ -146,44 +148,17 @@ def generate(
 def stream(
     model: Any, prompt_ids: Sequence[int], sampling: Sampling, noise: Tensor | None
 ) -> Iterator[int]:
-    """Sample one response and yield each token as soon as it is chosen, those that end it included.
-
-    The tokens are those of `generate`.
-
-    Args:
-        prompt_ids: token ids of one prompt, not empty.
-        noise: (1, max_new_tokens) from `uniform_noise`; None takes the most likely token.
-    """
+    """As `generate` for one prompt, but yield each token as soon as it is chosen."""
     with eval_mode(model):
         for _, token, _, _ in _steps(model, [prompt_ids], sampling, noise):
             yield int(token)
 
 
-def _decode(
-    model: Any, prompts: list[Sequence[int]], sampling: Sampling, noise: Tensor | None
-) -> Generation:
-    device, count, budget = next(model.parameters()).device, len(prompts), sampling.max_new_tokens
-    out_ids = torch.zeros(count, budget, dtype=torch.long, device=device)
-    out_logprobs = torch.zeros(count, budget, device=device)
-    lengths = torch.full((count,), budget, device=device)
-    finished = torch.zeros(count, dtype=torch.bool, device=device)
-    for t, (active, token, logprob, done) in enumerate(_steps(model, prompts, sampling, noise)):
-        out_ids[active, t], out_logprobs[active, t] = token, logprob
-        finished[active] = done
-        lengths[active[done]] = t + 1
-    ends = lengths.tolist()
-    return Generation(
-        ids=[row[:end] for row, end in zip(out_ids.tolist(), ends, strict=True)],
-        logprobs=[row[:end] for row, end in zip(out_logprobs.tolist(), ends, strict=True)],
-        finished=finished.tolist(),
-    )
-
-
 def _steps(
     model: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, noise: Tensor | None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """The decode loop. At each step, yield the rows that are still active, and for each row its
-    next token, the token's log-prob, and whether the token ends the row."""
+    """At each step, yield the rows that are still active, and for each of them its next token, the
+    token's log-prob, and whether the token ends the row."""
     device = next(model.parameters()).device
     tokens = pad(prompts, 0, side="left", device=device)
     mask = pad([[True] * len(prompt) for prompt in prompts], False, side="left", device=device)
@@ -203,7 +178,10 @@ def _steps(
         token, logprob = _choose(output.logits[:, -1].float(), sampling, forbidden, draws)
         done = torch.isin(token, stop_ids)
         if sampling.stop_strings is not None:
-            done |= _at_stop_string(sampling.stop_strings, responses, active, token)
+            for row, next_token in zip(active.tolist(), token.tolist(), strict=True):
+                responses[row].append(next_token)
+            ended = [sampling.stop_strings.end(responses[row]) for row in active.tolist()]
+            done |= torch.tensor(ended, device=device)
         yield active, token, logprob, done
         if done.any():
             keep = (~done).nonzero().squeeze(1)
@@ -213,18 +191,6 @@ def _steps(
             active, mask, token = active[keep], mask[keep], token[keep]
         tokens = token[:, None]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-
-
-def _at_stop_string(
-    stop_strings: StopStrings, responses: list[list[int]], active: Tensor, token: Tensor
-) -> Tensor:
-    """Add the next token of each active row to its response; return which rows have reached a stop
-    string, bool with the shape of `active`."""
-    ended = []
-    for row, next_token in zip(active.tolist(), token.tolist(), strict=True):
-        responses[row].append(next_token)
-        ended.append(stop_strings.end(responses[row]))
-    return torch.tensor(ended, device=active.device)
 
 
 def _choose(
