@@ -2,9 +2,8 @@
 
 `rollout.py` and the advantages of `trainer.py` come before; `loop.py` comes after.
 
-The accumulation loop is ours: a minibatch's loss is a sum over its tokens divided by their number,
-so that neither micro-batches nor processes change it, and every process makes the same number of
-collective calls. No step is made with a number that is not finite.
+The loss of a minibatch is a sum over its tokens divided by their number. So neither micro-batches
+nor processes change it. No step is made with a number that is not finite.
 
 Sources: N = "The N implementation details of RLHF with PPO" (ICLR blog track 2024), N+ = arXiv
 2403.17031, IG = InstructGPT (2203.02155).
@@ -51,6 +50,7 @@ from rlhf.ppo.rollout import (
 from rlhf.sampling import Sampling
 
 PTX_STREAM = 1  # keeps the order of the ptx texts apart from that of the prompts
+PREFIX = {"policy": "", "critic": "critic_"}  # of a model's metrics
 LOSSES = ("value_loss", "policy_loss")  # already divided by the number of tokens
 # these statistics of the parts of a minibatch combine as extremes, all others as sums
 EXTREMES: dict[str, Callable[..., Tensor]] = {
@@ -64,10 +64,9 @@ class Updater:
     """Policy and critic with their optimisers; `run` makes the steps of one update.
 
     Attributes:
-        optimizers: `policy` and, with a critic, `critic`: AdamW, by default with eps 1e-5 and
-            without weight decay (N, N+).
+        optimizers: of `policy` and, with a critic, of `critic`.
         num_steps: optimiser steps made in an unfinished update; 0 between updates.
-        averages: exponential moving averages of the policy's trainable weights, None when off.
+        averages: exponential moving averages of the policy's trainable weights; None if off.
         policy, critic: as the processes share them; the critic is None for estimators without one.
         texts: token ids of the PPO-ptx texts.
     """
@@ -103,15 +102,15 @@ class Updater:
         self.critic = None if actors.critic is None else accelerator.prepare_model(actors.critic)
 
     def run(self, batch: Experience, update: int, kl_coef: float) -> dict[str, float]:
-        """Make epochs x minibatches optimiser steps: fewer when `target_kl` is passed, and none in
-        a minibatch without a token that counts.
+        """Make epochs x minibatches optimiser steps: fewer if `target_kl` is passed, and none for a
+        minibatch without a token that counts.
 
         Args:
             update: number of finished updates.
-            kl_coef: weight of the KL penalty if it is in the loss.
+            kl_coef: weight of the KL penalty, used if it is in the loss.
 
         Returns:
-            Metrics, means over the steps made.
+            Metrics, means over the steps.
         """
         ppo, metrics = self.config.ppo, self._set_learning_rates(update)
         steps: list[dict[str, float]] = []
@@ -149,17 +148,10 @@ class Updater:
     def accumulate(
         self, batch: Experience, rows: Tensor, update: int, kl_coef: float
     ) -> dict[str, float]:
-        """Accumulate the gradients of one minibatch over micro-batches and processes.
-
-        Args:
-            rows: of the minibatch.
-            update, kl_coef: see `run`.
+        """Accumulate the gradients of the minibatch `rows` over micro-batches and processes.
 
         Returns:
-            Statistics of the whole minibatch.
-
-        Raises:
-            NonFiniteError: one of them is not finite.
+            Statistics of the whole minibatch, all finite.
         """
         share = batch.select(share_of(rows, self.accelerator))
         num_tokens = float(batch.loss_mask[rows].sum())
@@ -195,8 +187,8 @@ class Updater:
         return {"value_loss": loss.detach(), "value_clip_fraction": clipped}
 
     def policy_backward(self, part: Experience, denominator: float, kl_coef: float) -> Stats:
-        """Accumulate the gradient of the clipped surrogate of one micro-batch, with entropy bonus
-        and KL penalty where asked."""
+        """Accumulate the gradient of the clipped surrogate of one micro-batch, with the entropy
+        bonus and the KL penalty if they are in the loss."""
         ppo, mask = self.config.ppo, part.loss_mask
         logprobs, logits = policy_logprobs(self.policy, part, self.sampling)
         loss, stats = policy_loss(
@@ -231,7 +223,6 @@ class Updater:
         the step's texts (every token but the first) for ptx.
 
         Args:
-            batch: saved if the loss is not finite.
             step: number of the step in this update.
         """
         ptx, ppo = self.config.ptx, self.config.ppo
@@ -257,11 +248,7 @@ class Updater:
         return stats
 
     def require_finite(self, values: dict[str, float], batch: Rollout, update: int) -> None:
-        """Stop the run if a value is not finite, with the batch that made it saved.
-
-        Raises:
-            NonFiniteError: names the values, the update and the file.
-        """
+        """Stop the run if a value is not finite, and save the batch that made it."""
         bad = {name: value for name, value in values.items() if not math.isfinite(value)}
         if not bad:
             return
@@ -275,17 +262,15 @@ class Updater:
 
     def _step(self, minibatch: Experience, update: int) -> dict[str, float]:
         """Clip and step both models; the policy waits while the critic warms up."""
-        names = {"critic": "critic_grad_norm"} if self.critic is not None else {}
-        if self.trains_policy(update):
-            names["policy"] = "grad_norm"
+        trains = {"critic": self.critic is not None, "policy": self.trains_policy(update)}
+        models = [model for model in trains if trains[model]]
         norms = {}
-        for model, metric in names.items():
-            norm = self.accelerator.clip_grad_norm_(
-                list(self.trainable[model].values()), self.config.ppo.max_grad_norm
-            )
-            norms[metric] = float(norm)
+        for model in models:
+            parameters, limit = list(self.trainable[model].values()), self.config.ppo.max_grad_norm
+            norm = self.accelerator.clip_grad_norm_(parameters, limit)
+            norms[f"{PREFIX[model]}grad_norm"] = float(norm)
         self.require_finite(norms, minibatch, update)
-        for model in names:
+        for model in models:
             self.optimizers[model].step()
         if self.averages is not None and self.trains_policy(update):
             weight = 1.0 - (self.config.ppo.ema_decay or 0.0)
@@ -317,7 +302,7 @@ class Updater:
             optimizer.zero_grad(set_to_none=True)
 
     def _syncing(self, model: Any, syncs: bool) -> AbstractContextManager[Any]:
-        """A block whose backward pass exchanges the gradients of the processes, or does not."""
+        """The context of a backward pass that exchanges the gradients of the processes, or not."""
         return nullcontext() if syncs else self.accelerator.no_sync(model)
 
     def _set_learning_rates(self, update: int) -> dict[str, float]:
@@ -325,18 +310,19 @@ class Updater:
         factor = learning_rate_factor(
             update, ppo.num_updates, ppo.lr_schedule, ppo.lr_warmup_updates, ppo.lr_warmup_start
         )
-        for name, rate in self.rates.items():
-            for group in self.optimizers[name].param_groups:
+        rates = {}
+        for model, rate in self.rates.items():
+            rates[f"{PREFIX[model]}learning_rate"] = rate * factor
+            for group in self.optimizers[model].param_groups:
                 group["lr"] = rate * factor
-        names = {"policy": "learning_rate", "critic": "critic_learning_rate"}
-        return {names[name]: rate * factor for name, rate in self.rates.items()}
+        return rates
 
 
 def make_optimizer(parameters: Iterable[Tensor], rate: float, ppo: PPOConfig) -> torch.optim.AdamW:
     """Make the optimiser of a model.
 
     Weight decay applies to matrices only: weights of linear layers (the scalar head's and LoRA's
-    too) and embeddings. Biases and norms, which have one dimension, have none, as in transformers.
+    too) and embeddings. Biases and norms have one dimension and no decay, as in transformers.
 
     Source: eps 1e-5, no decay: N, N+. Betas 0.9, 0.95: IG; with decay 0.1: Llama 2 (2307.09288).
     """
@@ -350,15 +336,8 @@ def make_optimizer(parameters: Iterable[Tensor], rate: float, ppo: PPOConfig) ->
 
 
 def text_loss(model: Any, texts: Sequence[Sequence[int]], denominator: float) -> Tensor:
-    """Sum of -log p over the tokens of some texts, except the first of each, over `denominator`.
-
-    Args:
-        model: a causal LM, possibly wrapped.
-        texts: token ids, at least two each.
-
-    Returns:
-        0-d float32, nats.
-    """
+    """Sum of -log p, nats, over the tokens of some texts except the first of each, divided by
+    `denominator`."""
     device = next(model.parameters()).device
     ids = pad(texts, 0, device=device)
     mask = pad([[True] * len(text) for text in texts], False, device=device)
