@@ -33,8 +33,7 @@ from rlhf.ppo import train_ppo
 from rlhf.reward import train_reward
 from rlhf.reward.report.__main__ import main
 from rlhf.reward.report.measures import agreement, heldout_metrics, measure, shorten
-from rlhf.reward.report.page import page_files, terminal_text
-from rlhf.reward.report.picture import PICTURE
+from rlhf.reward.report.page import PICTURE, page_files, terminal_text
 from rlhf.reward.report.verdict import judge, make_report
 from rlhf.sft import train_sft
 

@@ -7,8 +7,8 @@ rows, or to see how far two seeds agree:
 
     python -m rlhf.reward.report path=runs/mine/reward/final compare=[runs/two/reward/final]
 
-`measures` has the numbers, `verdict` the rules of the warnings, `page` and `picture` what people
-read. Left out: bootstrap over training runs, human agreement.
+`measures` has the numbers, `verdict` the rules of the warnings, `page` what people read. Left out:
+bootstrap over training runs, human agreement.
 
 `report.json`. Scores are raw, before any normalisation, and in logits: sigmoid(difference of two)
 is a probability. Lengths are tokens of the response, EOS included. A pair is two responses to one

@@ -24,9 +24,6 @@ from rlhf.config import (
 from rlhf.options import run_command
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from rlhf.reward.report.measures import Row
     from rlhf.scorers import RewardModelScorer
 
 
@@ -60,6 +57,8 @@ def run(options: ReportOptions) -> None:
     from rlhf.checkpoint import require_stage
     from rlhf.console import quiet_libraries, say
     from rlhf.data import encode_ranked, load_splits
+    from rlhf.reward.batches import score_rows
+    from rlhf.reward.report.measures import agreement, heldout_metrics
     from rlhf.reward.report.page import page_files, show_report
     from rlhf.reward.report.verdict import heldout_name, make_report
 
@@ -69,18 +68,20 @@ def run(options: ReportOptions) -> None:
         raise InputError(f"out={out} is not a directory; give out=<existing directory>")
     require_stage(options.path, ("reward",), "path")
     config = stage_config(options)
-    splits = load_splits(config.dataset, "reward", config.seed)
+    data, name = config.dataset, heldout_name(config.dataset)
+    sizes = config.trainer["per_device_eval_batch_size"], config.reward.tokens_per_batch
+    splits = load_splits(data, "reward", config.seed)
     scorer = _load(options.path, options.trust_remote_code)
-    rows, too_long = encode_ranked(
-        splits.eval, scorer.tokenizer, config.dataset.max_length, config.dataset.on_bad_row
-    )
-    data = heldout_name(config.dataset)
-    say(f"{len(rows)} held-out prompts of {data}; {splits.describe(too_long)}")
-    scores = _score(scorer, rows, config)
-    report = make_report(scores, rows, splits.eval, scorer.tokenizer, data)
-    if options.compare:
-        others = [_load(path, options.trust_remote_code) for path in options.compare]
-        report["agreement"] = [_compare(scorer, scores, other, rows, config) for other in others]
+    rows, too_long = encode_ranked(splits.eval, scorer.tokenizer, data.max_length, data.on_bad_row)
+    say(f"{len(rows)} held-out prompts of {name}; {splits.describe(too_long)}")
+    scores = score_rows(scorer.model, rows, *sizes)
+    report = make_report(scores, rows, splits.eval, scorer.tokenizer, name)
+    for path in options.compare:
+        other = _load(path, options.trust_remote_code)
+        _require_same_tokenizer(other, scorer)
+        theirs = score_rows(other.model, rows, *sizes)
+        accuracy = {"model": path, "accuracy": heldout_metrics(theirs, rows)["eval_accuracy"]}
+        report.setdefault("agreement", []).append(accuracy | agreement(scores, theirs))
     files = page_files(report, scores, rows)
     for file, content in files.items():
         (out / file).write_bytes(content)
@@ -126,13 +127,11 @@ def stage_config(options: ReportOptions) -> RewardStageConfig:
 
 
 def _load(path: str, trust_remote_code: bool) -> RewardModelScorer:
-
     from rlhf.distributed import default_device
     from rlhf.scorers import RewardModelScorer
 
-    device = default_device()
     config = ScorerConfig(path, normalize="none")
-    scorer = RewardModelScorer(config, device, "float32", "path", trust_remote_code)
+    scorer = RewardModelScorer(config, default_device(), "float32", "path", trust_remote_code)
     if scorer.scores_texts:
         raise InputError(
             f"{path} scores a whole text, but the report needs a linear head at the last token; "
@@ -141,34 +140,12 @@ def _load(path: str, trust_remote_code: bool) -> RewardModelScorer:
     return scorer
 
 
-def _score(scorer: RewardModelScorer, rows: list[Row], config: RewardStageConfig) -> list[Tensor]:
-    import torch
-
-    from rlhf.reward.batches import score_rows
-
-    prompts_per_batch = config.trainer["per_device_eval_batch_size"]
-    with torch.no_grad():
-        return score_rows(scorer.model, rows, prompts_per_batch, config.reward.tokens_per_batch)
-
-
-def _compare(
-    scorer: RewardModelScorer,
-    scores: list[Tensor],
-    other: RewardModelScorer,
-    rows: list[Row],
-    config: RewardStageConfig,
-) -> dict[str, Any]:
-    """Accuracy of another reward model on the same rows, and how far the two agree."""
-    from rlhf.reward.report.measures import agreement, heldout_metrics
-
+def _require_same_tokenizer(other: RewardModelScorer, scorer: RewardModelScorer) -> None:
     if other.tokenizer_hash != scorer.tokenizer_hash:
         raise InputError(
-            f"compare={other.path} has another tokenizer or chat template than path={scorer.path}; "
-            "compare reward models that started from the same SFT stage"
+            f"compare={other.path} has a different tokenizer or chat template than path="
+            f"{scorer.path}; compare reward models that started from the same SFT stage"
         )
-    theirs = _score(other, rows, config)
-    accuracy = heldout_metrics(theirs, rows)["eval_accuracy"]
-    return {"model": other.path, "accuracy": accuracy} | agreement(scores, theirs)
 
 
 if __name__ == "__main__":

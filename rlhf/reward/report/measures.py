@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rlhf.functional import bootstrap_interval, calibration, correlation, kendall_tau, wins
+from rlhf.functional import bootstrap_interval, calibration, correlation, kendall_tau
 
 LENGTH_MATCH = 0.8
 NUM_SUBSETS, NUM_MISTAKES, NUM_CHARACTERS = 10, 5, 400
@@ -20,26 +19,16 @@ Row = dict[str, Any]  # an encoded ranked row
 Report = dict[str, Any]  # the keys of `report.json`
 
 
-@dataclass
-class Pairs:
-    """All pairs of responses to one prompt whose ranks differ; every tensor is (N,).
+class Pairs(NamedTuple):
+    """All pairs of responses to one prompt whose ranks differ; every tensor is (N,)."""
 
-    Attributes:
-        row: index of the prompt.
-        better, worse: index of the response within its row.
-        gap: score of the better response minus that of the worse, float64.
-        rank_gap: rank of the worse minus that of the better, > 0.
-        length_gap: tokens of the better response minus those of the worse.
-        similar: the shorter one has at least `LENGTH_MATCH` of the longer's tokens.
-    """
-
-    row: Tensor
-    better: Tensor
-    worse: Tensor
-    gap: Tensor
-    rank_gap: Tensor
-    length_gap: Tensor
-    similar: Tensor
+    row: Tensor  # index of the prompt
+    better: Tensor  # index of the better response within its row
+    worse: Tensor  # index of the worse response within its row
+    gap: Tensor  # score of the better response minus that of the worse, float64
+    rank_gap: Tensor  # rank of the worse minus that of the better, > 0
+    length_gap: Tensor  # tokens of the better response minus those of the worse
+    similar: Tensor  # the shorter one has at least `LENGTH_MATCH` of the longer's tokens
 
 
 def ranked_pairs(scores: list[Tensor], rows: list[Row]) -> Pairs:
@@ -49,32 +38,29 @@ def ranked_pairs(scores: list[Tensor], rows: list[Row]) -> Pairs:
         scores: one (K,) tensor per prompt.
         rows: encoded rows with `ranks` (0 = best) and `lengths` (tokens), K each.
     """
-    columns: list[list[Tensor]] = []
+    found = []
     for index, (row_scores, row) in enumerate(zip(scores, rows, strict=True)):
         score, ranks = row_scores.detach().cpu().double(), torch.tensor(row["ranks"])
         lengths = torch.tensor(row["lengths"])
         better, worse = (ranks[:, None] < ranks).nonzero(as_tuple=True)  # (num_pairs,) each
         shorter = torch.minimum(lengths[better], lengths[worse])
-        columns.append(
-            [
-                torch.full_like(better, index),
-                better,
-                worse,
-                score[better] - score[worse],
-                ranks[worse] - ranks[better],
-                lengths[better] - lengths[worse],
-                shorter >= LENGTH_MATCH * torch.maximum(lengths[better], lengths[worse]),
-            ]
+        longer = torch.maximum(lengths[better], lengths[worse])
+        found.append(
+            Pairs(
+                row=torch.full_like(better, index),
+                better=better,
+                worse=worse,
+                gap=score[better] - score[worse],
+                rank_gap=ranks[worse] - ranks[better],
+                length_gap=lengths[better] - lengths[worse],
+                similar=shorter >= LENGTH_MATCH * longer,
+            )
         )
-    return Pairs(*(torch.cat(column) for column in zip(*columns, strict=True)))
-
-
-# --- During training ------------------------------------------------------------------------------
+    return Pairs(*(torch.cat(column) for column in zip(*found, strict=True)))
 
 
 def heldout_metrics(scores: list[Tensor], rows: list[Row]) -> dict[str, float]:
-    """Measure accuracy over all pairs for an evaluation during training; arguments as of
-    `ranked_pairs`.
+    """Measure accuracy over all pairs for an evaluation during training.
 
     Returns:
         Values by their names in `metrics.METRICS`; without pairs of similar length, no accuracy of
@@ -96,13 +82,13 @@ def heldout_metrics(scores: list[Tensor], rows: list[Row]) -> dict[str, float]:
 
 def _right(gap: Tensor) -> Tensor:
     """1 where the better response is ahead, 0.5 where it is level, else 0; (N,) float64."""
-    return wins(gap, torch.zeros_like(gap)).double()
+    return (1 + gap.sign()).double() / 2
 
 
 # --- The report -----------------------------------------------------------------------------------
 
 
-def measure(scores: list[Tensor], rows: list[Row], subsets: list[str | None]) -> dict[str, Any]:
+def measure(scores: list[Tensor], rows: list[Row], subsets: list[str | None]) -> Report:
     """Measure everything of `report.json` that follows from scores and ranks.
 
     Args:
@@ -127,37 +113,37 @@ def measure(scores: list[Tensor], rows: list[Row], subsets: list[str | None]) ->
         },
         "length": _length_correlation(scores, rows),
         "order": _order(scores, rows),
-        "scores": _score_distribution(scores, rows),
+        "scores": {
+            name: {"mean": float(values.mean()), "std": float(values.std(unbiased=False))}
+            | {f"q{100 * q:02.0f}": float(values.quantile(q)) for q in QUANTILES}
+            for name, values in responses_by_rank(scores, rows).items()
+        },
     }
 
 
 def _slices(pairs: Pairs, subsets: list[str | None]) -> dict[str, dict[str, Any]]:
-    """Accuracy by kind of pair."""
+    """Accuracy by kind of pair: group -> name -> numbers."""
     size = pairs.gap.abs()
     quarter = torch.bucketize(size, size.quantile(torch.tensor([0.25, 0.5, 0.75]).double()))
     longer = pairs.length_gap > 0
-    chosen: dict[str, dict[str, Tensor]] = {
-        "all": {"all": torch.ones_like(pairs.similar)},
-        "length": {
-            "similar": pairs.similar,
-            "better longer": ~pairs.similar & longer,
-            "better shorter": ~pairs.similar & ~longer,
-        },
-        "ranks apart": {
-            "1": pairs.rank_gap == 1,
-            "2": pairs.rank_gap == 2,
-            "3+": pairs.rank_gap >= 3,
-        },
-        "score gap": {f"quarter {i + 1}": quarter == i for i in range(4)},
+    subset_of = [subsets[row] for row in pairs.row.tolist()]
+    largest = Counter(name for name in subset_of if name).most_common(NUM_SUBSETS)
+    masks = {
+        ("all", "all"): torch.ones_like(pairs.similar),
+        ("length", "similar"): pairs.similar,
+        ("length", "better longer"): ~pairs.similar & longer,
+        ("length", "better shorter"): ~pairs.similar & ~longer,
+        ("ranks apart", "1"): pairs.rank_gap == 1,
+        ("ranks apart", "2"): pairs.rank_gap == 2,
+        ("ranks apart", "3+"): pairs.rank_gap >= 3,
+        **{("score gap", f"quarter {i + 1}"): quarter == i for i in range(4)},
+        **{("subset", n): torch.tensor([name == n for name in subset_of]) for n, _ in largest},
     }
-    names = [subsets[row] for row in pairs.row.tolist()]
-    most = [n for n, _ in Counter(name for name in names if name).most_common(NUM_SUBSETS)]
-    chosen["subset"] = {n: torch.tensor([name == n for name in names]) for n in most if n}
-    return {
-        group: {name: _slice(pairs, mask) for name, mask in masks.items() if mask.any()}
-        for group, masks in chosen.items()
-        if masks
-    }
+    slices: dict[str, dict[str, Any]] = {}
+    for (group, name), mask in masks.items():
+        if mask.any():
+            slices.setdefault(group, {})[name] = _slice(pairs, mask)
+    return slices
 
 
 def _slice(pairs: Pairs, mask: Tensor) -> dict[str, float]:
@@ -173,50 +159,34 @@ def _slice(pairs: Pairs, mask: Tensor) -> dict[str, float]:
 def _length_correlation(scores: list[Tensor], rows: list[Row]) -> dict[str, float | None]:
     lengths = [torch.tensor(row["lengths"]) for row in rows]
     values: dict[str, float | None] = {}
-    num_prompts = 0
     for kind in ("pearson", "spearman"):
         values[kind] = _number(correlation(torch.cat(scores), torch.cat(lengths), kind))
         within = [correlation(s, n, kind) for s, n in zip(scores, lengths, strict=True)]
         within = [value for value in within if not math.isnan(value)]
-        num_prompts = len(within)
-        values[f"within_prompt_{kind}"] = _mean(within)
-    return values | {"num_prompts": num_prompts}
+        values[f"within_prompt_{kind}"] = sum(within) / len(within) if within else None
+    return values | {"num_prompts": len(within)}
 
 
-def _order(scores: list[Tensor], rows: list[Row]) -> dict[str, float | None]:
+def _order(scores: list[Tensor], rows: list[Row]) -> dict[str, float]:
     """Measure how well the scores reproduce each prompt's ranking."""
-    top1, chance, taus = [], [], []
+    order = {"top1": 0.0, "top1_chance": 0.0, "kendall_tau": 0.0}
     for score, row in zip(scores, rows, strict=True):
         ranks = torch.tensor(row["ranks"])
         best, highest = ranks == ranks.min(), score == score.max()
-        top1.append(float((best & highest).sum() / highest.sum()))
-        chance.append(float(best.double().mean()))
-        tau = kendall_tau(score, -ranks)
-        taus.append(0.0 if math.isnan(tau) else tau)  # equal scores order nothing
-    return {"top1": _mean(top1), "top1_chance": _mean(chance), "kendall_tau": _mean(taus)}
-
-
-def _score_distribution(scores: list[Tensor], rows: list[Row]) -> dict[str, dict[str, float]]:
-    return {
-        name: {"mean": float(values.mean()), "std": float(values.std(unbiased=False))}
-        | {f"q{100 * q:02.0f}": float(values.quantile(q)) for q in QUANTILES}
-        for name, values in responses_by_rank(scores, rows).items()
-    }
+        order["top1"] += float((best & highest).sum() / highest.sum())
+        order["top1_chance"] += float(best.double().mean())
+        order["kendall_tau"] += _number(kendall_tau(score, -ranks)) or 0.0  # equal scores: 0
+    return {name: total / len(rows) for name, total in order.items()}
 
 
 def responses_by_rank(scores: list[Tensor], rows: list[Row]) -> dict[str, Tensor]:
     """Collect the scores of all responses, and of each prompt's best and worst (with ties)."""
-    best, worst = [], []
+    groups: dict[str, list[Tensor]] = {"all": scores, "best": [], "worst": []}
     for score, row in zip(scores, rows, strict=True):
         ranks = torch.tensor(row["ranks"])
-        best.append(score[ranks == ranks.min()])
-        worst.append(score[ranks == ranks.max()])
-    groups = {"all": scores, "best": best, "worst": worst}
+        groups["best"].append(score[ranks == ranks.min()])
+        groups["worst"].append(score[ranks == ranks.max()])
     return {name: torch.cat(parts).double().cpu() for name, parts in groups.items()}
-
-
-def _mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
 
 
 def _number(value: float) -> float | None:
@@ -236,33 +206,30 @@ def find_mistakes(
         prompts: canonical prompt of each row.
         tokenizer: that encoded the rows.
     """
+
+    def response(index: int, k: int) -> dict[str, Any]:
+        row, length = rows[index], rows[index]["lengths"][k]
+        text = tokenizer.decode(row["input_ids"][k][-length:], skip_special_tokens=True)
+        found = {"score": float(scores[index][k]), "rank": row["ranks"][k], "length": length}
+        return found | {"response": shorten(text)}
+
     pairs = ranked_pairs(scores, rows)
-    found: dict[int, dict[str, Any]] = {}
+    mistakes: dict[int, dict[str, Any]] = {}
     for i in pairs.gap.argsort(stable=True).tolist():
-        index = int(pairs.row[i])
-        if pairs.gap[i] >= 0 or len(found) == NUM_MISTAKES:
+        if pairs.gap[i] >= 0 or len(mistakes) == NUM_MISTAKES:
             break
-        if index in found:
-            continue
-        row, sides = rows[index], {"better": int(pairs.better[i]), "worse": int(pairs.worse[i])}
-        found[index] = {"prompt": shorten(prompt_text(prompts[index]))} | {
-            side: {
-                "score": float(scores[index][k]),
-                "rank": row["ranks"][k],
-                "length": row["lengths"][k],
-                "response": shorten(
-                    tokenizer.decode(
-                        row["input_ids"][k][-row["lengths"][k] :], skip_special_tokens=True
-                    )
-                ),
+        index = int(pairs.row[i])
+        if index not in mistakes:
+            mistakes[index] = {
+                "prompt": shorten(_prompt_text(prompts[index])),
+                "better": response(index, int(pairs.better[i])),
+                "worse": response(index, int(pairs.worse[i])),
             }
-            for side, k in sides.items()
-        }
-    return list(found.values())
+    return list(mistakes.values())
 
 
-def prompt_text(prompt: Any) -> str:
-    """Write a prompt as text; the turns of a conversation with their roles."""
+def _prompt_text(prompt: Any) -> str:
+    """A prompt as text; the turns of a conversation with their roles."""
     if isinstance(prompt, str):
         return prompt
     if len(prompt) == 1:
@@ -290,18 +257,16 @@ def agreement(scores: list[Tensor], others: list[Tensor]) -> dict[str, float | N
         scores, others: one (K,) tensor per prompt each.
 
     Returns:
-        `pearson`: of the scores around the mean of their prompt, None where one has no variance.
-        `ordered_alike`: share of pairs of responses to one prompt that both order alike; a tie in
-        either counts half. `num_pairs`.
+        As in `report.json`; a tie in either model counts half, and `pearson` is None where one of
+        them has no variance.
     """
-    first, second = around_prompt_means(scores), around_prompt_means(others)
-    alike: list[Tensor] = []
+    alike = []
     for a, b in zip(scores, others, strict=True):
         i, j = torch.triu_indices(len(a), len(a), offset=1)
-        alike.append((1 + torch.sign(a[i] - a[j]) * torch.sign(b[i] - b[j])).double() / 2)
+        alike.append(_right((a[i] - a[j]).sign() * (b[i] - b[j]).sign()))
     shares = torch.cat(alike)
     return {
-        "pearson": _number(correlation(first, second)),
+        "pearson": _number(correlation(around_prompt_means(scores), around_prompt_means(others))),
         "ordered_alike": float(shares.mean()),
         "num_pairs": len(shares),
     }

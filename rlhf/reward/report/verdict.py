@@ -1,13 +1,4 @@
-"""The verdict of a report: a summary of one line, and warnings. PPO prints both unchanged.
-
-The warnings say that a reward model is
-- near chance (or worse): the 95 % interval of its accuracy reaches down to 0.5;
-- not shown to know more than length: the interval of its accuracy on pairs of similar length
-  reaches down to 0.5, or there are no such pairs and "the longer response wins" is not below the
-  interval of all pairs;
-- length-driven: the mean correlation (Spearman) of score and length within prompts is beyond
-  +-`LENGTH_DRIVEN`.
-"""
+"""The verdict of a report: a summary of one line, and warnings. PPO prints both unchanged."""
 
 from __future__ import annotations
 
@@ -17,9 +8,9 @@ from torch import Tensor
 
 from rlhf.config import DatasetConfig, InputError
 from rlhf.console import interval_text
-from rlhf.reward.report.measures import Row, find_mistakes, measure
+from rlhf.reward.report.measures import Report, Row, find_mistakes, measure
 
-LENGTH_DRIVEN = 0.6
+LENGTH_DRIVEN = 0.6  # correlation (Spearman) of score and length within prompts
 
 
 def heldout_name(data: DatasetConfig) -> str:
@@ -29,7 +20,7 @@ def heldout_name(data: DatasetConfig) -> str:
 
 def make_report(
     scores: list[Tensor], rows: list[Row], canonical: list[Row], tokenizer: Any, data: str
-) -> dict[str, Any]:
+) -> Report:
     """Make the report of a reward model; its keys are documented in `rlhf.reward.report`.
 
     Args:
@@ -50,13 +41,13 @@ def make_report(
         )
     origin = [canonical[row["row"]] for row in rows]
     subsets = [str(row["subset"]) if row.get("subset") is not None else None for row in origin]
-    report = {"data": data, "summary": "", "warnings": []} | measure(scores, rows, subsets)
-    report["mistakes"] = find_mistakes(scores, rows, [row["prompt"] for row in origin], tokenizer)
-    report["summary"], report["warnings"] = summarise(report), judge(report)
-    return report
+    numbers = measure(scores, rows, subsets)
+    mistakes = find_mistakes(scores, rows, [row["prompt"] for row in origin], tokenizer)
+    verdict = {"data": data, "summary": summarise(numbers), "warnings": judge(numbers)}
+    return verdict | numbers | {"mistakes": mistakes}
 
 
-def summarise(report: dict[str, Any]) -> str:
+def summarise(report: Report) -> str:
     """Put the main numbers into one line."""
     all_pairs, similar = report["slices"]["all"]["all"], report["slices"]["length"].get("similar")
     parts = [
@@ -73,8 +64,12 @@ def summarise(report: dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def judge(report: dict[str, Any]) -> list[str]:
-    """List the warnings, with remedies; see the top of this file."""
+def judge(report: Report) -> list[str]:
+    """List the warnings, with remedies.
+
+    An accuracy is near chance if its 95 % interval reaches down to 0.5. Without pairs of similar
+    length, the rule "the longer response wins" must be below the interval of all pairs.
+    """
     all_pairs, similar = report["slices"]["all"]["all"], report["slices"]["length"].get("similar")
     found, num = f"accuracy {_interval(all_pairs)}", report["num_prompts"]
     warnings = []
@@ -91,9 +86,9 @@ def judge(report: dict[str, Any]) -> list[str]:
         )
     elif similar and similar["accuracy_low"] <= 0.5:
         warnings.append(
-            "the reward model is not shown to know more than length: on held-out pairs of "
-            f"similar length its accuracy is {_interval(similar)}. Add comparisons of similar "
-            "length, or more and cleaner ones; or hold out more prompts to see"
+            "the reward model is not shown to know more than length: on held-out pairs of similar "
+            f"length its accuracy is {_interval(similar)}. Add comparisons of similar length, or "
+            "more and cleaner ones; or hold out more prompts to see"
         )
     elif not similar and all_pairs["accuracy_low"] <= all_pairs["longer_wins"]:
         warnings.append(
@@ -103,11 +98,11 @@ def judge(report: dict[str, Any]) -> list[str]:
         )
     within = report["length"]["within_prompt_spearman"]
     if within is not None and abs(within) > LENGTH_DRIVEN:
+        more, less = ("longer", "shorter") if within > 0 else ("shorter", "longer")
         warnings.append(
             f"the reward model's scores follow length: correlation {within:+.2f} within prompts. "
-            f"PPO against it will mostly write {'longer' if within > 0 else 'shorter'}: add "
-            f"comparisons whose better response is the {'shorter' if within > 0 else 'longer'} one "
-            "or as long, and watch response_length and the KL"
+            f"PPO against it will mostly write {more}: add comparisons whose better response is "
+            f"the {less} one or as long, and watch response_length and the KL"
         )
     return warnings
 
