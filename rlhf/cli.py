@@ -67,7 +67,6 @@ def hydra_main(stage: str, run: Run, prepare: Callable[[Any], None] = lambda _: 
     config_class = STAGES[stage]
     ConfigStore.instance().store(name=f"{stage}_schema", node=schema(config_class))
     sys.argv[1:] = hydra_arguments(given)
-
     has_work = any(override.startswith(WORK) for override in given + sys.argv)
 
     @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=stage)

@@ -50,15 +50,13 @@ def on_every_process(task: Callable[[], Result], accelerator: Accelerator) -> Re
     Raises:
         InputError: that of the first process that failed, with its number.
     """
+    if accelerator.num_processes == 1:
+        return task()
     error: InputError | None = None
     try:
         result = task()
     except InputError as caught:
         error = caught
-    if accelerator.num_processes == 1:
-        if error is not None:
-            raise error
-        return result
     messages = gather_object([None if error is None else str(error)])
     for rank, message in enumerate(messages):
         if message is not None:

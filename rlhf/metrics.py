@@ -32,32 +32,26 @@ METRICS: dict[str, str] = {
     # reward
     "accuracy": "share of non-tied pairs ranked right (a tied score counts one half)",
     "margin": "mean score of the better response minus that of the worse",
-    "eval_longer_wins_accuracy": "accuracy of the rule `the longer response wins` on the same "
-    "pairs",
-    "eval_length_matched_accuracy": "accuracy on pairs whose shorter response has at least 0.8 of "
-    "the longer's tokens",
+    "eval_longer_wins_accuracy": "accuracy of `the longer response wins` on the same pairs",
+    "eval_length_matched_accuracy": "accuracy on pairs of similar lengths, in tokens (ratio >= 0.8)",
     "eval_num_pairs": "number of non-tied held-out pairs",
     "eval_num_length_matched_pairs": "number of those with similar lengths",
     # ppo, of the rollout (before its optimiser steps)
     "score": "mean score of a response, after normalisation and the penalty for a missing EOS "
     "(under ppo.whiten_scores before both the whitening and the penalty)",
-    "score/": "score/<component>: mean score by one of scorer.components, without its weight and "
-    "the penalty",
+    "score/": "score/<component>: its mean score, without its weight and the penalty",
     "gated_rate": "share of responses that a component with a gate scored alone",
-    "cut_rate": "share of responses of which a reward model with another tokenizer read only the "
-    "beginning, as its context is too short for them",
+    "cut_rate": "share of responses that a reward model with another tokenizer had to cut",
     "score_std": "standard deviation of the scores over the rollout",
     "finished_score": "mean score of the responses that end with a stop token",
     "reward": "mean over sequences of score minus KL penalty",
-    "kl": "mean over sequences of KL(policy || reference), k1 estimate summed over tokens, nats "
-    "per sequence",
+    "kl": "mean KL(policy || reference), k1 estimate summed over tokens, nats per sequence",
     "kl_k3": "the same by the k3 estimate, never negative, nats per sequence",
     "kl_std": "standard deviation of the k1 estimate over sequences, nats per sequence",
     "kl_coef": "coefficient of the KL penalty",
     "response_length": "mean number of response tokens, EOS included",
     "response_length_max": "longest response, tokens",
-    "sampler_gap": "largest |log-prob of the sampler - log-prob of the training forward|, nats per "
-    "token",
+    "sampler_gap": "largest |log-prob of the sampler - of the training forward|, nats per token",
     "value": "mean predicted value over response tokens",
     "return": "mean return over response tokens",
     "explained_variance": "1 - Var(return - value) / Var(return), over response tokens",

@@ -156,7 +156,6 @@ def explain_stop(
     Args:
         step: optimiser step or update that was not finished.
         spoilt: True if the weights after the previous step led to the number: it would come again.
-        dtype: of the weights.
     """
     if is_main_process():
         write_stop(directory, step, str(error))

@@ -19,21 +19,18 @@ REPEAT_SECONDS = 5.0  # an exception raised while Python destroys an object is l
 
 
 class GracefulStop:
-    """Turns SIGTERM, SIGHUP or the first Ctrl-C into a flag, so that a loop can save.
+    """Turns SIGTERM, SIGHUP or the first Ctrl-C into a flag, `signal`, so that a loop can save.
 
     A second Ctrl-C interrupts at once. SIGHUP stays ignored if it was before, as under nohup.
 
     Use it as a context manager, and read `requested()` at the end of each step, on every rank. If
     the block has not ended `grace_seconds` after the signal, SystemExit ends it. That cuts off a
     save that is going on, which then leaves no checkpoint.
-
-    Attributes:
-        signal: number of the signal that asked to stop; None until there is one.
     """
 
     def __init__(self, grace_seconds: float, directory: Path):
         """Take the seconds that the step and the save may take, and the stage directory."""
-        self.signal: int | None = None
+        self.signal: int | None = None  # that asked to stop
         self._grace_seconds, self._directory = grace_seconds, directory
         self._previous: dict[int, Any] = {}
 
