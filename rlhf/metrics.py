@@ -33,7 +33,7 @@ METRICS: dict[str, str] = {
     "accuracy": "share of non-tied pairs ranked right (a tied score counts one half)",
     "margin": "mean score of the better response minus that of the worse",
     "eval_longer_wins_accuracy": "accuracy of `the longer response wins` on the same pairs",
-    "eval_length_matched_accuracy": "accuracy on pairs of similar lengths, in tokens (ratio >= 0.8)",
+    "eval_length_matched_accuracy": "accuracy on pairs of similar lengths in tokens (ratio >= 0.8)",
     "eval_num_pairs": "number of non-tied held-out pairs",
     "eval_num_length_matched_pairs": "number of those with similar lengths",
     # ppo, of the rollout (before its optimiser steps)
