@@ -24,6 +24,7 @@ from rlhf.checkpoint.record import (
 )
 from rlhf.config import CONFIG_FILE, InputError, StageConfig, save_config
 from rlhf.console import warn
+from rlhf.hub import one_line
 from rlhf.tokenizer import hash_template, hash_tokenizer
 
 # --- Writing --------------------------------------------------------------------------------------
@@ -79,10 +80,9 @@ def require_writable(model: Any, tokenizer: Any, config: StageConfig) -> None:
             try:
                 part.save_pretrained(folder)
             except Exception as error:  # a model's or tokenizer's own code may raise anything
-                reason = " ".join(str(error).split())[:300]
                 raise InputError(
                     f"model.path={config.model.path}: {name} could not be written into final/ "
-                    f"after training ({type(error).__name__}: {reason}); correct it there"
+                    f"after training ({one_line(error)}); correct it there"
                 ) from error
         save_config(config, Path(folder) / CONFIG_FILE)
 

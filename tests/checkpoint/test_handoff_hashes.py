@@ -117,11 +117,15 @@ def score(path):
 
 
 def start_critic(path):
-    from rlhf.ppo.actors import _load_saved_critic
+    from rlhf.distributed import make_accelerator
+    from rlhf.ppo.actors import load_actors
 
     config = ppo_config()
     config.critic.init = path
-    _load_saved_critic(config, load_tokenizer(config.model))
+    tokenizer = load_tokenizer(config.model)
+    load_actors(
+        config, tokenizer, lambda prompts, _: [0.0] * len(prompts), make_accelerator("auto")
+    )
 
 
 READERS = {
