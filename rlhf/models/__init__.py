@@ -7,15 +7,15 @@ Weights come from safetensors only; pickled weights are refused. Rows are right-
 model trains or scores; only the sampler pads on the left.
 
 `load` gives each role its model: `build` makes one from a configuration, `weights` and
-`adapter_files` read one from files. `adapters` puts LoRA on a model, `merge` takes it off again.
+`adapter_files` read one from files. `adapters` puts LoRA on a model and takes it off again.
 `forward` holds the forward passes.
 
 Left out: sharded models.
 """
 
 from rlhf.models.adapter_files import load_adapter
-from rlhf.models.adapters import add_lora, new_token_rows
-from rlhf.models.build import check_model_config, try_settings
+from rlhf.models.adapters import add_lora, merged, new_token_rows
+from rlhf.models.build import try_settings
 from rlhf.models.dropout import disable_dropout
 from rlhf.models.embeddings import resize_embeddings
 from rlhf.models.forward import (
@@ -43,7 +43,6 @@ from rlhf.models.load import (
     parameter_count,
     use_bfloat16,
 )
-from rlhf.models.merge import merged
 from rlhf.models.quantization import is_quantized, undo_first_pass
 from rlhf.models.sampling_settings import (
     mend_sampling_settings,

@@ -1,16 +1,17 @@
-"""LoRA adapters on a model, and rows of the embedding tables that are trained next to them.
-
-`merge` makes a plain model again. Adapters that somebody else trained are in `adapter_files`.
+"""LoRA adapters on a model, rows of the embedding tables that are trained next to them, and the
+plain model again: `merged`. Adapters that somebody else trained are in `adapter_files`.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils import TrainableTokensWrapper
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from rlhf.config import InputError, ModelConfig, PeftConfig
 from rlhf.hub import one_line
 from rlhf.models.forward import HEAD
+from rlhf.models.quantization import dequantized_weight, is_quantized
 from rlhf.tokenizer import stop_strings
 
 
@@ -46,51 +48,61 @@ def add_lora(
     model: PreTrainedModel,
     config: PeftConfig,
     task_type: str,
-    seed: int,
+    seed: int | None = None,
     token_rows: Sequence[int] = (),
 ) -> Any:
     """Wrap a model with LoRA adapters; the scalar head of a classifier is trained in full.
 
     Args:
         task_type: "CAUSAL_LM" or "SEQ_CLS".
+        seed: of the adapters' weights; None where they do not matter.
         token_rows: rows of the input and output embedding tables that are trained too.
 
     Raises:
         InputError: a name in `peft.target_modules` fits no linear layer of the model.
     """
-    torch.manual_seed(seed)
-    adapted = with_lora(model, config, task_type, token_rows)
-    for module in adapted.modules():
-        if isinstance(module, TrainableTokensWrapper):
-            module.__class__ = _TableRows
-            module.token_adapter.__class__ = _Rows
-    return adapted
-
-
-def with_lora(
-    model: PreTrainedModel, config: PeftConfig, task_type: str, token_rows: Sequence[int] = ()
-) -> Any:
-    """As `add_lora`, but without a seed and with PEFT's own layers for token rows."""
-    _check_targets(model, config.target_modules)
+    if seed is not None:
+        torch.manual_seed(seed)
+    layers = _linear_layers(model)
+    names = ", ".join(dict.fromkeys(layer.rpartition(".")[2] for layer in layers))
+    targets, is_classifier = config.target_modules, task_type == "SEQ_CLS"
+    unknown = [t for t in targets or [] if not any(f".{x}".endswith(f".{t}") for x in layers)]
+    if unknown:
+        raise InputError(
+            f"peft.target_modules={targets}: {type(model).__name__} has no linear layer named "
+            f"{', '.join(unknown)}; it has {names} (null: all of them)"
+        )
     lora = LoraConfig(
         r=config.r,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
-        target_modules=list(config.target_modules) if config.target_modules else "all-linear",
-        exclude_modules=[HEAD] if task_type == "SEQ_CLS" else None,
-        modules_to_save=[HEAD] if task_type == "SEQ_CLS" else None,
+        target_modules=list(targets) if targets else "all-linear",
+        exclude_modules=[HEAD] if is_classifier else None,
+        modules_to_save=[HEAD] if is_classifier else None,
         trainable_token_indices=_tables(model, token_rows) or None,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         task_type=task_type,
     )
     try:
-        return get_peft_model(model, lora)
+        adapted = get_peft_model(model, lora)
     except ValueError as error:  # no linear layers, or layers that PEFT cannot adapt
         raise InputError(
-            f"peft.target_modules={config.target_modules or 'null'}: PEFT cannot put adapters on "
+            f"peft.target_modules={targets or 'null'}: PEFT cannot put adapters on "
             f"{type(model).__name__} ({one_line(error)}); name some of its linear layers "
-            f"({', '.join(_linear_names(model)) or 'it has none'}), or train in full"
+            f"({names or 'it has none'}), or train in full"
         ) from error
+    _keep_attributes_of_tables(adapted)
+    return adapted
+
+
+def _linear_layers(model: PreTrainedModel) -> list[str]:
+    """Return the full names of the linear layers, without the heads."""
+    heads = (model.get_output_embeddings(), getattr(model, HEAD, None))
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and all(module is not head for head in heads)
+    ]
 
 
 def _tables(model: PreTrainedModel, rows: Sequence[int]) -> dict[str, list[int]]:
@@ -100,6 +112,13 @@ def _tables(model: PreTrainedModel, rows: Sequence[int]) -> dict[str, list[int]]
         tables.pop()
     names = {id(module): name for name, module in model.named_modules()}
     return {names[id(table)]: list(rows) for table in tables if table is not None and rows}
+
+
+def _keep_attributes_of_tables(adapted: Any) -> None:
+    for module in adapted.modules():
+        if isinstance(module, TrainableTokensWrapper):
+            module.__class__ = _TableRows
+            module.token_adapter.__class__ = _Rows
 
 
 class _TableRows(TrainableTokensWrapper):
@@ -128,26 +147,67 @@ class _Rows(TrainableTokensLayer):
         return F.linear(x, self.get_merged_weights(active_adapters), table.bias)
 
 
-def _check_targets(model: PreTrainedModel, targets: list[str] | None) -> None:
-    linear = _linear_layers(model)
-    unknown = [t for t in targets or [] if not any(f".{name}".endswith(f".{t}") for name in linear)]
-    if unknown:
-        raise InputError(
-            f"peft.target_modules={targets}: {type(model).__name__} has no linear layer named "
-            f"{', '.join(unknown)}; it has {', '.join(_linear_names(model))} (null: all of them)"
-        )
+# --- The plain model again ---------------------------------------------------------------------
 
 
-def _linear_layers(model: PreTrainedModel) -> list[str]:
-    """Return the full names of the linear layers, without the heads."""
-    heads = (model.get_output_embeddings(), getattr(model, HEAD, None))
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and all(module is not head for head in heads)
-    ]
+def merged(model: Any) -> PreTrainedModel:
+    """Return the plain model. If it has adapters, merge them into copies of the weights in main
+    memory, after dequantising what bitsandbytes has quantised."""
+    if not isinstance(model, PeftModel):
+        return model
+    base = cast(Any, model.get_base_model())
+    config = copy.deepcopy(base.config)
+    config.__dict__.pop("quantization_config", None)
+    plain = type(base)(config)
+    if any(key.startswith(f"{HEAD}.") and key.endswith(".bias") for key in base.state_dict()):
+        plain.score = nn.Linear(plain.score.in_features, 1)  # the families' heads have no bias
+    state = _merged_state(base, model.active_adapter, plain)
+    plain.load_state_dict(state)
+    plain.generation_config = getattr(base, "generation_config", None)
+    for name, parameter in plain.named_parameters():
+        # Each in its own dtype: `plain.to` would round a float32 head and the rotary frequencies.
+        parameter.data = parameter.data.to(state[name].dtype)
+    return plain
 
 
-def _linear_names(model: PreTrainedModel) -> list[str]:
-    """Return the last part of each linear layer's name, once: what `peft.target_modules` takes."""
-    return list(dict.fromkeys(name.rpartition(".")[2] for name in _linear_layers(model)))
+def _merged_state(base: Any, adapter: str, plain: nn.Module) -> dict[str, Tensor]:
+    """Return the plain model's weights on the CPU, with the adapter's share added."""
+    names = plain.state_dict().keys()  # leaves out adapters, and the scales of quantised weights
+    state = {}
+    for key, value in base.state_dict().items():
+        name = key.replace(f".modules_to_save.{adapter}", "")
+        name = name.replace(".token_adapter", "").replace(".base_layer", "")
+        if name in names and ".original_module" not in key:
+            state[name] = value.detach().cpu()
+    for name, module in base.named_modules():
+        if isinstance(module, TrainableTokensLayer):
+            weight = module.get_merged_weights([adapter]).detach().cpu()
+            state[f"{name.removesuffix('.token_adapter')}.weight"] = weight
+        elif isinstance(module, LoraLayer) and not is_quantized(module.get_base_layer()):
+            # PEFT wraps a layer of experts once for each weight: experts, experts.base_layer
+            key = f"{name.replace('.base_layer', '')}.{getattr(module, 'parameter_name', 'weight')}"
+            state[key] = (state[key] + _share(module, adapter)).to(state[key].dtype)
+    return state | _dequantized_state(base, adapter, plain)
+
+
+def _dequantized_state(base: Any, adapter: str, plain: nn.Module) -> dict[str, Tensor]:
+    """Return the weights of the quantised layers in floating point, with the adapter's share."""
+    state = {}
+    for name, module in base.named_modules():
+        layer: Any = module.get_base_layer() if isinstance(module, LoraLayer) else module
+        if not is_quantized(layer) or name.endswith(".base_layer"):
+            continue
+        weight = dequantized_weight(layer).cpu()
+        if layer is not module:
+            weight = weight + _share(module, adapter)
+        if isinstance(plain.get_submodule(name), Conv1D):
+            weight = weight.T.contiguous()  # GPT-2 stores its weights transposed
+        state[f"{name}.weight"] = weight.to(base.dtype)
+        if layer.bias is not None:  # bitsandbytes casts it to its compute dtype
+            state[f"{name}.bias"] = layer.bias.detach().cpu().to(base.dtype)
+    return state
+
+
+def _share(layer: Any, adapter: str) -> Tensor:
+    """Return what the adapter adds to the weight of a layer, on the CPU."""
+    return layer.get_delta_weight(adapter).detach().cpu()

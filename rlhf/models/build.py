@@ -22,35 +22,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from rlhf.config import InputError, ModelConfig, PeftConfig, nearest
 from rlhf.hub import call_loader, config_directory
-from rlhf.models.adapters import with_lora
+from rlhf.models.adapters import add_lora
 from rlhf.models.dropout import set_dropout
 from rlhf.tokenizer import num_tokens
-
-
-def check_model_config(config: ModelConfig) -> None:
-    """Check the names in `model.config` before data is read.
-
-    Raises:
-        InputError: no model type, an unknown one, or a name that this type does not have.
-    """
-    if config.path is not None:
-        return
-    values = dict(config.config)
-    model_type = values.pop("model_type", None)
-    if model_type is None:
-        raise InputError("model.config has no model_type, e.g. model.config.model_type=llama")
-    try:
-        own = AutoConfig.for_model(model_type)
-    except (ValueError, KeyError) as error:
-        hint = nearest(str(model_type), CONFIG_MAPPING_NAMES)
-        raise InputError(f"model.config.model_type={model_type} is not known.{hint}") from error
-    known = {*own.to_dict(), *own.attribute_map}
-    for name in values:
-        if name not in known:
-            raise InputError(
-                f"model.config.{name} is not a setting of model_type={model_type}."
-                f"{nearest(name, known)}"
-            )
 
 
 def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -59,7 +33,7 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
     Raises:
         InputError: a name or value in `model.config` is not valid.
     """
-    check_model_config(config)
+    _require_known_settings(config)
     values = dict(config.config)
     model_type = values.pop("model_type")
     values.setdefault("vocab_size", num_tokens(tokenizer))
@@ -82,15 +56,18 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
 def try_settings(
     config: ModelConfig, peft: PeftConfig, task_type: str = "CAUSAL_LM", field: str = "model.path"
 ) -> None:
-    """Try `model.dropout` and the adapters of `peft` on the skeleton of a model.
+    """Try `model.config`, `model.dropout` and the adapters of `peft` on the skeleton of a model.
 
     Args:
         task_type: "CAUSAL_LM" or "SEQ_CLS".
         field: configuration key of `config.path`.
 
     Raises:
-        InputError: the model has no dropout, or no layers with the names in `peft.target_modules`.
+        InputError: `model.config` has an unknown name, or the model has no dropout or no layers
+            with the names in `peft.target_modules`.
     """
+    if config.path is None:
+        _require_known_settings(config)
     if config.dropout is None and not peft.enabled:
         return
     model = _skeleton(config, task_type, field)
@@ -99,7 +76,27 @@ def try_settings(
     if config.dropout is not None:
         set_dropout(model, config.dropout)
     if peft.enabled:
-        with_lora(model, peft, task_type)
+        add_lora(model, peft, task_type)
+
+
+def _require_known_settings(config: ModelConfig) -> None:
+    """Refuse a name in `model.config` that its model type does not have."""
+    values = dict(config.config)
+    model_type = values.pop("model_type", None)
+    if model_type is None:
+        raise InputError("model.config has no model_type, e.g. model.config.model_type=llama")
+    try:
+        own = AutoConfig.for_model(model_type)
+    except (ValueError, KeyError) as error:
+        hint = nearest(str(model_type), CONFIG_MAPPING_NAMES)
+        raise InputError(f"model.config.model_type={model_type} is not known.{hint}") from error
+    known = {*own.to_dict(), *own.attribute_map}
+    for name in values:
+        if name not in known:
+            raise InputError(
+                f"model.config.{name} is not a setting of model_type={model_type}."
+                f"{nearest(name, known)}"
+            )
 
 
 def _skeleton(config: ModelConfig, task_type: str, field: str) -> PreTrainedModel | None:
@@ -117,7 +114,5 @@ def _skeleton(config: ModelConfig, task_type: str, field: str) -> PreTrainedMode
             factory, settings.num_labels = AutoModelForSequenceClassification, 1
         with torch.device("meta"):
             return factory.from_config(settings, trust_remote_code=code)
-    except (
-        Exception
-    ):  # whatever a model's own code raises without numbers; loading repeats the rest
+    except Exception:  # a model's own code can raise anything without numbers
         return None

@@ -1,7 +1,7 @@
 """The models of each role, ready to use: policy, reference, reward model, critic.
 
-A model comes from files (`weights`) or from a configuration (`build`); here it gets the tokenizer's
-rows and ids, its weights are checked, and training settings are applied.
+A model comes from files (`weights`) or from a configuration (`build`). Here it gets the tokenizer's
+rows and ids and the settings of training, and its weights are checked.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rlhf.models.build import build_model
 from rlhf.models.dropout import disable_dropout, set_dropout
 from rlhf.models.embeddings import resize_embeddings
 from rlhf.models.forward import HEAD, has_linear_head
-from rlhf.models.quantization import check_quantized
+from rlhf.models.quantization import require_quantized
 from rlhf.models.weights import linear_head, load_backbone, load_classifier, load_language_model
 from rlhf.tokenizer import end_token_ids, num_tokens
 
@@ -45,8 +45,7 @@ def load_policy(
         model = build_model(config, tokenizer)
     else:
         model = load_language_model(_find(config, field), config)
-    resize_embeddings(model, num_tokens(tokenizer), config.shrink_embeddings)
-    _set_special_tokens(model, tokenizer, keep_own=config.eos_token is None)
+    _fit_tokenizer(model, tokenizer, config)
     return _prepare(model, config, field)
 
 
@@ -56,8 +55,7 @@ def load_reference(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> P
     TRL's SFTTrainer patches `forward` on the instance; a deepcopy of it keeps calling the original
     model and so follows the policy.
     """
-    reference = load_policy(config, tokenizer)
-    return freeze(reference)
+    return freeze(load_policy(config, tokenizer))
 
 
 def init_reward_model(
@@ -72,8 +70,7 @@ def init_reward_model(
         InputError: as `load_policy`, or the family has no classifier with a linear head.
     """
     model = load_backbone(_find(config, "model.path"), config)
-    resize_embeddings(model, num_tokens(tokenizer), config.shrink_embeddings)
-    _set_special_tokens(model, tokenizer, keep_own=config.eos_token is None)
+    _fit_tokenizer(model, tokenizer, config)
     head = getattr(model, HEAD)
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn((1, head.in_features), generator=generator)
@@ -94,7 +91,7 @@ def load_reward_model(
             DeBERTa).
 
     Raises:
-        InputError: the head has no weights (it never gets fresh ones) or several labels; other
+        InputError: the head has no weights (it never gets fresh ones), or several labels; other
             weights are missing or left over; or the model has no linear head.
     """
     model = load_classifier(_find(config, field), config)
@@ -117,7 +114,7 @@ def freeze(model: Any) -> Any:
 def _prepare(model: PreTrainedModel, config: ModelConfig, field: str) -> PreTrainedModel:
     """Check the weights, and apply the settings of training, in place."""
     _check_finite(model, config, field)
-    check_quantized(model, config)
+    require_quantized(model, config)
     if config.dropout is not None:
         set_dropout(model, config.dropout)
     if config.gradient_checkpointing:
@@ -171,19 +168,22 @@ def _find(config: ModelConfig, field: str) -> Source:
     return source
 
 
-def _set_special_tokens(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, keep_own: bool
+def _fit_tokenizer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ModelConfig
 ) -> None:
-    """Give a model the ids of its tokenizer; if `keep_own`, a list of several EOS ids stays.
+    """Give a model one row for each id of the tokenizer, and its special ids, in place.
 
-    The generation config, which servers use, also gets the other tokens that end an answer.
+    A list of several EOS ids stays, unless `model.eos_token` names one. The generation config,
+    which servers use, also gets the other tokens that end an answer.
     """
+    resize_embeddings(model, num_tokens(tokenizer), config.shrink_embeddings)
     holders = [model.config, getattr(model, "generation_config", None)]
     for holder in (h for h in holders if h is not None):
         holder.pad_token_id = tokenizer.pad_token_id
         holder.bos_token_id = tokenizer.bos_token_id
         eos, stop = tokenizer.eos_token_id, holder.eos_token_id
-        own = stop if isinstance(stop, list) and (keep_own or eos in stop) else []
+        keeps_own = isinstance(stop, list) and (config.eos_token is None or eos in stop)
+        own = stop if keeps_own else []
         others = set() if holder is model.config else end_token_ids(tokenizer) - {eos}
         ids = [i for i in (eos, *sorted(others)) if i not in own] + own
         holder.eos_token_id = ids if own or others else eos

@@ -1,4 +1,4 @@
-"""Linear layers in 8 or 4 bits, by bitsandbytes; embeddings and heads are not quantised.
+"""Linear layers in 8 or 4 bits, by bitsandbytes; embeddings and heads keep their precision.
 
 8bit is LLM.int8 (Dettmers et al. 2022, arXiv 2208.07339); 4bit is nf4 with double quantisation
 (Dettmers et al. 2023, arXiv 2305.14314). Left out: models whose files are already quantised.
@@ -30,25 +30,19 @@ def quantization_arguments(config: ModelConfig) -> dict[str, Any]:
     dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
     _check_device(config.quantization, device, dtype)
     has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    how = (
-        BitsAndBytesConfig(load_in_8bit=True)
-        if config.quantization == "8bit"
-        else BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16 if has_bfloat16 else torch.float32,
-        )
+    how = BitsAndBytesConfig(
+        load_in_8bit=config.quantization == "8bit",
+        load_in_4bit=config.quantization == "4bit",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if has_bfloat16 else torch.float32,
     )
     return {"quantization_config": how, "device_map": {"": device}}
 
 
-def check_quantized(model: nn.Module, config: ModelConfig) -> None:
-    """Check that layers were quantised, and keep bitsandbytes from changing them later, in place.
-
-    Raises:
-        InputError: transformers found no layer to quantise.
-    """
+def require_quantized(model: nn.Module, config: ModelConfig) -> None:
+    """Refuse a model without a quantised layer, if `model.quantization` asks for them; keep
+    bitsandbytes from changing the layers later, in place."""
     if config.quantization is None:
         return
     quantized: list[Any] = [module for module in model.modules() if is_quantized(module)]
@@ -74,12 +68,11 @@ def is_quantized(module: Any) -> bool:
 def undo_first_pass(model: nn.Module) -> None:
     """Move the scales of 8-bit layers back to where they were before the first forward pass, in
     place: the weights of a checkpoint can only be loaded there."""
-    for module in model.modules():
-        layer: Any = module
-        state = getattr(layer, "state", None) if is_quantized(layer) else None  # 8 bits only
-        if state is not None and state.SCB is not None:
-            layer.weight.CB, layer.weight.SCB = state.CB, state.SCB
-            state.CB = state.SCB = None
+    layers: list[Any] = [m for m in model.modules() if is_quantized(m) and hasattr(m, "state")]
+    for layer in layers:  # of 8 bits
+        if layer.state.SCB is not None:
+            layer.weight.CB, layer.weight.SCB = layer.state.CB, layer.state.SCB
+            layer.state.CB = layer.state.SCB = None
 
 
 def dequantized_weight(layer: Any) -> Tensor:

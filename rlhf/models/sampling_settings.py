@@ -1,5 +1,4 @@
-"""Sampling settings in a model's generation config: training ignores them, `final/` keeps the valid
-ones.
+"""Sampling settings of a model: training ignores them, `final/` keeps the valid ones.
 
 transformers loads settings that it later refuses to save (Vicuna and Llama 2 give a temperature
 without do_sample=true), so a stage corrects them when it starts.
@@ -16,9 +15,9 @@ SAMPLING = "temperature top_k top_p min_p top_h typical_p epsilon_cutoff eta_cut
 # Some settings are valid only together with these, so these are tried first.
 ENABLING = ("do_sample", "num_beams", "return_dict_in_generate", "use_cache")
 # Settings that change neither the distribution of tokens nor the choice from it.
-NEUTRAL = {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "use_cache"}
-NEUTRAL |= {"max_length", "max_new_tokens", "return_dict_in_generate", "cache_implementation"}
-NEUTRAL |= {"output_attentions", "output_hidden_states", "output_scores", "output_logits"}
+NEUTRAL = """bos_token_id eos_token_id pad_token_id transformers_version use_cache max_length
+max_new_tokens return_dict_in_generate cache_implementation output_attentions output_hidden_states
+output_scores output_logits""".split()
 
 
 def sampling_settings(model: Any) -> dict[str, Any]:
@@ -36,9 +35,8 @@ def sampling_settings(model: Any) -> dict[str, Any]:
 def mend_sampling_settings(model: Any) -> list[str]:
     """Make the generation config of a model valid, so that it can be saved, in place.
 
-    Sampling settings without `do_sample` imply `do_sample=true`. With `do_sample=false` or a
-    temperature of 0, which means the same, they are dropped. Settings that transformers refuses are
-    dropped too.
+    Sampling settings without `do_sample` imply `do_sample=true`. They are dropped if decoding is
+    greedy, by `do_sample=false` or a temperature of 0.
 
     Returns:
         Lines that say what was changed and what is kept; [] if the model has no settings.
@@ -46,7 +44,7 @@ def mend_sampling_settings(model: Any) -> list[str]:
     settings, lines = getattr(model, "generation_config", None), []
     if settings is None:  # a reward model
         return []
-    own = {name: v for name, v in sampling_settings(model).items() if name in SAMPLING}
+    own = {k: v for k, v in sampling_settings(model).items() if k in SAMPLING}
     if settings.temperature is not None and settings.temperature <= 0:
         settings.do_sample = False
     if own and settings.do_sample is False:
@@ -65,16 +63,13 @@ def mend_sampling_settings(model: Any) -> list[str]:
 def sample_as_trained(model: Any, temperature: float, top_p: float, top_k: int) -> list[str]:
     """Replace the sampling settings of a generation config by those of PPO, in place.
 
-    Args:
-        top_k: 0 is off; without a value, transformers would use 50.
-
     Returns:
         A line that says which settings of the model are replaced; [] if it has none.
     """
     own, settings = sampling_settings(model), model.generation_config
     _reset(settings, own)
     settings.do_sample, settings.temperature = True, temperature
-    settings.top_p, settings.top_k = top_p, top_k
+    settings.top_p, settings.top_k = top_p, top_k  # without a top_k, transformers would use 50
     lines = _drop_refused(settings)
     ours = f"do_sample=True, temperature={temperature}, top_p={top_p}, top_k={top_k}"
     if own:
@@ -85,7 +80,7 @@ def sample_as_trained(model: Any, temperature: float, top_p: float, top_k: int) 
 def _drop_refused(settings: Any) -> list[str]:
     """Reset the settings that transformers refuses to save; add one at a time to find them."""
     trial, refused = type(settings)(), {}
-    given = {k: v for k, v in vars(settings).items() if not k.startswith("_") and v is not None}
+    given = {k: v for k, v in vars(settings).items() if k[0] != "_" and v is not None}
     for name in sorted(given, key=lambda name: name not in ENABLING):
         before = copy.copy(trial)
         setattr(trial, name, given[name])

@@ -43,7 +43,6 @@ from rlhf.hf_trainer import (
 from rlhf.metrics import append_jsonl, read_jsonl
 from rlhf.models import (
     add_lora,
-    check_model_config,
     load_policy,
     mend_sampling_settings,
     merged,
@@ -101,7 +100,6 @@ def _train(config: SFTStageConfig, run: StageRun) -> SFTResult:
     # Refuse bad settings and paths before anything loads.
     length, parent = config.dataset.max_length, config.model.path
     args = trainer_arguments(SFTConfig, config, "sft", max_length=length, eval_packing=False)
-    check_model_config(config.model)
     record = None
     if parent is not None:
         record = require_stage(parent, ("sft", "ppo"), "model.path", config.model.revision)
