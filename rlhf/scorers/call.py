@@ -1,7 +1,7 @@
 """Calling a scorer and checking what it returns.
 
-Left out: reward models (`rlhf.scorers.reward_model`) and several scorers as one
-(`rlhf.scorers.combined`), which score through `BuiltInScorer`.
+`BuiltInScorer` is the base of reward models (`reward_model`) and of several scorers as one
+(`combined`); any other scorer is a Python function.
 """
 
 from __future__ import annotations
@@ -61,13 +61,11 @@ class Scores:
 class BuiltInScorer:
     """A scorer of this package: it can be given token ids, and returns `Scores`."""
 
-    def score_responses(
-        self,
-        prompts: Sequence[Any],
-        responses: Sequence[str],
-        field: str,
-        tokens: Tokens | None = None,
-    ) -> Scores:
+    def __call__(self, prompts: Sequence[Any], responses: Sequence[str]) -> Tensor:
+        """Score complete responses given as text, (B,) float32 on the CPU."""
+        return checked_scores(self, prompts, responses, "the scorer")
+
+    def score(self, prompts: Any, responses: Any, field: str, tokens: Tokens | None) -> Scores:
         """See `score_responses`."""
         raise NotImplementedError
 
@@ -99,13 +97,11 @@ def score_responses(
     """Call a scorer and check what comes back.
 
     A reward model scores the token ids if it renders conversations as their tokenizer does. If not,
-    it scores the text as a complete response, by its own tokenizer and template. A Python function
-    with a parameter `response_ids` gets the ids of the responses, and may return a list of rewards
-    for each response, one per token. A response that is too long for the context of a reward model
-    is cut, and marked in `cut`.
+    it scores the text as a complete response, by its own tokenizer and template. A response that is
+    too long for its context is cut, and marked in `cut`. A Python function with a parameter
+    `response_ids` gets the ids, and may return a list of rewards for each response, one per token.
 
     Args:
-        prompts, responses: B each.
         field: name of the scorer in messages.
         tokens: the token ids, if the responses were sampled.
 
@@ -115,27 +111,8 @@ def score_responses(
             turned into a score of 0.
     """
     if isinstance(scorer, BuiltInScorer):
-        return scorer.score_responses(prompts, responses, field, tokens)
-    return _call_function(scorer, prompts, responses, field, tokens)
-
-
-def _call_function(
-    scorer: Scorer,
-    prompts: Sequence[Any],
-    responses: Sequence[str],
-    field: str,
-    tokens: Tokens | None,
-) -> Scores:
-    """Call a Python scorer."""
-    arguments: dict[str, Any] = {}
-    parameter = _parameters(scorer).get("response_ids")
-    if parameter is not None and tokens is not None:
-        arguments["response_ids"] = [list(ids) for ids in tokens.responses]
-    elif parameter is not None and parameter.default is parameter.empty:
-        raise InputError(
-            f"{field} needs response_ids, but these responses are text; give the parameter a "
-            "default, or score them where they are sampled"
-        )
+        return scorer.score(prompts, responses, field, tokens)
+    arguments = _token_arguments(scorer, field, tokens)
     try:
         result = scorer(prompts, responses, **arguments)
         rows = [torch.as_tensor(row, dtype=torch.float32).detach().cpu() for row in result]
@@ -144,25 +121,36 @@ def _call_function(
             f"{field} failed on a batch of {len(responses)} responses: "
             f"{type(error).__name__}: {error}"
         ) from error
-    lists = [row for row in rows if row.dim()]
-    if not lists:
+    dense = [row for row in rows if row.dim()]
+    if not dense:
         scores = torch.stack(rows) if rows else torch.zeros(0)
         return Scores(check_scores(scores, responses, field))
     if not arguments:
         raise InputError(
             f"{field} must return one score per response: expected shape ({len(responses)},), got "
-            f"{(len(rows), *lists[0].shape)}; rewards per token need the parameter response_ids, "
+            f"{(len(rows), *dense[0].shape)}; rewards per token need the parameter response_ids, "
             "and responses that were sampled"
         )
     _check_dense(rows, arguments["response_ids"], responses, field)
     return Scores(torch.stack([row.sum() for row in rows]), rows)
 
 
-def _parameters(scorer: Scorer) -> dict[str, inspect.Parameter]:
+def _token_arguments(scorer: Scorer, field: str, tokens: Tokens | None) -> dict[str, Any]:
+    """Return the token ids for a Python function that has a parameter for them."""
     try:
-        return dict(inspect.signature(scorer).parameters)
-    except ValueError:  # of a built-in function: Python does not know
+        parameter = inspect.signature(scorer).parameters.get("response_ids")
+    except ValueError:  # Python does not know the parameters of a built-in function
         return {}
+    if parameter is None:
+        return {}
+    if tokens is not None:
+        return {"response_ids": [list(ids) for ids in tokens.responses]}
+    if parameter.default is parameter.empty:
+        raise InputError(
+            f"{field} needs response_ids, but these responses are text; give the parameter a "
+            "default, or score them where they are sampled"
+        )
+    return {}
 
 
 def check_scores(scores: Tensor, responses: Sequence[Any], field: str) -> Tensor:

@@ -1,6 +1,5 @@
-"""Several scorers as one, and loading what `scorer:` names.
-
-Left out: the formulas (`rlhf.functional.scores`), and components that are combined themselves.
+"""Several scorers as one, and loading what `scorer:` names; the formulas are in
+`rlhf.functional.scores`.
 """
 
 from __future__ import annotations
@@ -13,16 +12,12 @@ from torch import Tensor
 
 from rlhf.config import InputError, ScorerConfig, check_scorer_config, load_object
 from rlhf.functional import combine_scores, component_weights, counting
-from rlhf.scorers.call import BuiltInScorer, Scorer, Scores, Tokens, checked_scores, score_responses
+from rlhf.scorers.call import BuiltInScorer, Scorer, Scores, Tokens, score_responses
 from rlhf.scorers.reward_model import RewardModelScorer
 
 
 class CombinedScorer(BuiltInScorer):
-    """Several scorers as one.
-
-    Attributes:
-        parts: name -> scorer.
-    """
+    """Several scorers as one."""
 
     def __init__(
         self,
@@ -42,34 +37,20 @@ class CombinedScorer(BuiltInScorer):
         self.weights = torch.tensor(weights)
         self.gates = torch.tensor([gate or 0.0 for gate in gates or [None] * len(parts)])
 
-    def __call__(self, prompts: Sequence[Any], responses: Sequence[str]) -> Tensor:
-        """Score responses given as text, (B,) float32 on the CPU."""
-        return checked_scores(self, prompts, responses, "the scorer")
-
-    def score_responses(
-        self,
-        prompts: Sequence[Any],
-        responses: Sequence[str],
-        field: str,
-        tokens: Tokens | None = None,
-    ) -> Scores:
-        """Score by each part, and combine."""
-        scores = {
-            name: score_responses(part, prompts, responses, f"{field}'s {name}", tokens)
-            for name, part in self.parts.items()
-        }
-        return self.join(scores)
-
-    def join(self, scores: dict[str, Scores]) -> Scores:
-        """Combine the scores of the parts.
+    def score(self, prompts: Any, responses: Any, field: str, tokens: Tokens | None) -> Scores:
+        """Score by each part, and combine.
 
         Raises:
             InputError: rewards per token, and a combination that is not linear.
         """
-        totals = torch.stack([part.total for part in scores.values()])  # (K, B)
+        scores = {
+            name: score_responses(part, prompts, responses, f"{field}'s {name}", tokens)
+            for name, part in self.parts.items()
+        }
+        components = {name: part.total for name, part in scores.items()}
+        totals = torch.stack(list(components.values()))  # (K, B)
         weights = component_weights(self.counting(totals), self.weights, self.combine)  # (K, B)
         total = combine_scores(totals, weights, self.combine, self.std_coef)
-        components = {name: part.total for name, part in scores.items()}
         cuts = [part.cut for part in scores.values() if part.cut is not None]
         cut = torch.stack(cuts).any(dim=0) if cuts else None
         return Scores(total, self._join_dense(scores, weights), components, cut)
@@ -96,14 +77,11 @@ class CombinedScorer(BuiltInScorer):
         Args:
             totals: (K, B) scores of the components.
         """
-        pairs = zip(self.parts.values(), totals, strict=True)
-        raw = [
-            total * part.model.std + part.model.mean
-            if isinstance(part, RewardModelScorer)
-            else total
-            for part, total in pairs
-        ]
-        return counting(torch.stack(raw), self.gates)
+        raw = totals.clone()
+        for row, part in zip(raw, self.parts.values(), strict=True):
+            if isinstance(part, RewardModelScorer):
+                row.mul_(part.model.std).add_(part.model.mean)
+        return counting(raw, self.gates)
 
     def gated(self, totals: Tensor) -> Tensor | None:
         """Tell which responses a component with a gate scored alone, (B,) bool; None without gates.
@@ -147,16 +125,10 @@ def load_scorer(
     """
     check_scorer_config(config)
     if config.components:
-        parts = {
-            part.label: load_scorer(
-                config.of_component(part),
-                device,
-                dtype,
-                f"scorer.components[{i}].path",
-                trust_remote_code,
-            )
-            for i, part in enumerate(config.components)
-        }
+        parts = {}
+        for i, part in enumerate(config.components):
+            own, field = config.of_component(part), f"scorer.components[{i}].path"
+            parts[part.label] = load_scorer(own, device, dtype, field, trust_remote_code)
         weights = [part.weight for part in config.components]
         gates = [part.gate for part in config.components]
         return CombinedScorer(parts, weights, config.combine, config.std_coef, gates)

@@ -5,7 +5,7 @@ Left out: training them (`rlhf.reward`), and several of them as one (`rlhf.score
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,33 +89,38 @@ class RewardModelScorer(BuiltInScorer):
         fix = "take a reward model of another family"
         require_padding(self.model, self.tokenizer, f"{field}={config.path}", fix)
 
-    def __call__(self, prompts: Sequence[Any], responses: Sequence[str]) -> Tensor:
-        """Score complete responses given as text, (B,) float32 on the CPU."""
-        pairs = list(zip(prompts, responses, strict=True))
-        ids = [self.encode(prompt, response) for prompt, response in pairs]
-        if not self.scores_texts:
-            return self.score_ids(ids)
-        self._require_room(ids)
-        return self.score_texts(prompts, responses)[0]
-
-    def score_responses(
-        self,
-        prompts: Sequence[Any],
-        responses: Sequence[str],
-        field: str,
-        tokens: Tokens | None = None,
-    ) -> Scores:
+    def score(self, prompts: Any, responses: Any, field: str, tokens: Tokens | None) -> Scores:
         """Score token ids where this model renders conversations as their tokenizer does, else the
-        text of complete responses."""
+        text of complete responses. The end of a response is cut where it exceeds the context.
+
+        Raises:
+            InputError: a prompt leaves no room for a response.
+        """
+        pairs = list(zip(prompts, responses, strict=True))
         if self.scores_texts:
-            scores, cut = self.score_texts(prompts, responses)
-            return Scores(check_scores(scores, responses, field), cut=cut)
-        if tokens is not None and tokens.rendering == self.tokenizer_hash:
-            pairs = list(zip(tokens.prompts, tokens.responses, strict=True))
+            prompt_lengths = [self.prompt_length(prompt) for prompt in prompts]
+            lengths = [len(self.encode(*pair)) for pair in pairs]
         else:
-            pairs = [self.encode_pair(*pair) for pair in zip(prompts, responses, strict=True)]
-        sequences, cut = self.cut(pairs)
-        return Scores(check_scores(self.score_ids(sequences), responses, field), cut=cut)
+            if tokens is not None and tokens.rendering == self.tokenizer_hash:
+                encoded: list[Any] = list(zip(tokens.prompts, tokens.responses, strict=True))
+            else:
+                encoded = [self.encode_pair(*pair) for pair in pairs]
+            prompt_lengths = [len(prompt) for prompt, _ in encoded]
+            lengths = [len(prompt) + len(response) for prompt, response in encoded]
+        longest = max(prompt_lengths, default=0)
+        if longest >= self.max_length:
+            raise InputError(
+                f"a prompt has {longest} tokens, which leaves no room for a response in the "
+                f"context of {self.max_length} tokens of the reward model {self.path}; drop it, or "
+                "use a reward model with a longer context"
+            )
+        if self.scores_texts:
+            scores = self._score_texts([self._texts(*pair) for pair in pairs])
+        else:
+            sequences = [[*prompt, *response][: self.max_length] for prompt, response in encoded]
+            scores = score_sequences(self.model, sequences, self.batch_size)
+        cut = torch.tensor([length > self.max_length for length in lengths])
+        return Scores(check_scores(scores, responses, field), cut=cut)
 
     def encode(self, prompt: Any, response: str) -> list[int]:
         """Token ids of a prompt (text or messages) and a complete response, as in training."""
@@ -136,58 +141,11 @@ class RewardModelScorer(BuiltInScorer):
         except RefusedConversation:
             return prompt_ids, encode_response(prompt, "", self.tokenizer)
 
-    def cut(
-        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
-    ) -> tuple[list[list[int]], Tensor]:
-        """Join prompts and responses; the end of a response is cut where it exceeds the context.
-
-        Args:
-            pairs: B prompts with their response, token ids.
-
-        Returns:
-            The B sequences, and (B,) bool, True where a response is cut.
-
-        Raises:
-            InputError: a prompt leaves no room for a response.
-        """
-        self._require_room_after(max((len(prompt) for prompt, _ in pairs), default=0))
-        sequences = [[*prompt, *response] for prompt, response in pairs]
-        cut = torch.tensor([len(ids) > self.max_length for ids in sequences])
-        return [ids[: self.max_length] for ids in sequences], cut
-
-    @torch.no_grad()
-    def score_ids(self, sequences: Sequence[Sequence[int]]) -> Tensor:
-        """Score token sequences (prompt + response) of the reward model's own tokenizer, (B,)
-        float32 on the CPU.
-
-        Raises:
-            InputError: a sequence is longer than the model's context.
-        """
-        self._require_room(sequences)
-        return score_sequences(self.model, sequences, self.batch_size)
-
     def prompt_length(self, prompt: Any) -> int:
         """Tokens of a prompt with the template around it, without those of a response."""
         if self.scores_texts:
             return len(self.encode(prompt, ""))
         return len(encode_prompt(prompt, self.tokenizer))
-
-    def _require_room_after(self, longest: int) -> None:
-        if longest >= self.max_length:
-            raise InputError(
-                f"a prompt has {longest} tokens, which leaves no room for a response in the "
-                f"context of {self.max_length} tokens of the reward model {self.path}; drop it, or "
-                "use a reward model with a longer context"
-            )
-
-    def _require_room(self, sequences: Sequence[Sequence[int]]) -> None:
-        longest = max(map(len, sequences), default=0)
-        if longest > self.max_length:
-            raise InputError(
-                f"a prompt with its response has {longest} tokens, but the context of the reward "
-                f"model {self.path} is {self.max_length}; shorten it (PPO: ppo.max_prompt_length, "
-                "ppo.response_length)"
-            )
 
     def _texts(self, prompt: Any, response: str) -> tuple[str, ...]:
         """Return the input of the model's own tokenizer: a pair of texts, or one rendered text."""
@@ -203,27 +161,10 @@ class RewardModelScorer(BuiltInScorer):
         return "\n\n".join(message["content"] for message in prompt), response
 
     @torch.no_grad()
-    def score_texts(
-        self, prompts: Sequence[Any], responses: Sequence[str]
-    ) -> tuple[Tensor, Tensor]:
-        """Score texts by the model's own forward pass, if `scores_texts`; the end of a response is
-        cut where it exceeds the context.
-
-        Returns:
-            (B,) scores, float32 on the CPU, and (B,) bool, True where a response is cut.
-
-        Raises:
-            InputError: a prompt leaves no room for a response.
-        """
-        self._require_room_after(max(map(self.prompt_length, prompts), default=0))
-        pairs = list(zip(prompts, responses, strict=True))
-        cut = torch.tensor([len(self.encode(*pair)) > self.max_length for pair in pairs])
-        rows = [self._texts(*pair) for pair in pairs]
-        device = next(self.model.parameters()).device
-        scores = torch.zeros(len(rows))
-        order = sorted(range(len(rows)), key=lambda i: sum(map(len, rows[i])))
-        for start in range(0, len(order), self.batch_size):
-            chosen = order[start : start + self.batch_size]
+    def _score_texts(self, rows: Sequence[Sequence[str]]) -> Tensor:
+        """Score texts by the model's own forward pass, (B,) float32 on the CPU."""
+        device, scores = next(self.model.parameters()).device, torch.zeros(len(rows))
+        for chosen in _batches([sum(map(len, row)) for row in rows], self.batch_size):
             columns = [list(texts) for texts in zip(*(rows[i] for i in chosen), strict=True)]
             inputs = self.tokenizer(
                 *columns,
@@ -234,7 +175,7 @@ class RewardModelScorer(BuiltInScorer):
                 return_tensors="pt",
             ).to(device)
             scores[chosen] = self.model(inputs).cpu()
-        return scores, cut
+        return scores
 
 
 def _num_reserved_positions(model: Any) -> int:
@@ -254,15 +195,19 @@ def score_sequences(model: Any, sequences: Sequence[Sequence[int]], batch_size: 
     Returns:
         (len(sequences),) float32 on the CPU, in the order given.
     """
-    device = next(model.parameters()).device
-    scores = torch.zeros(len(sequences))
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
+    device, scores = next(model.parameters()).device, torch.zeros(len(sequences))
+    for rows in _batches([len(sequence) for sequence in sequences], batch_size):
         ids = pad([sequences[i] for i in rows], 0, device=device)
         mask = pad([[True] * len(sequences[i]) for i in rows], False, device=device)
         scores[rows] = sequence_scores(model, ids, mask).cpu()
     return scores
+
+
+def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Yield the numbers of rows in batches of similar length, the shortest first."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
 
 
 def score_statistics(

@@ -27,7 +27,7 @@ from rlhf.config import EvaluationConfig, InputError, ScorerComponent, ScorerCon
 from rlhf.distributed import on_every_process
 from rlhf.metrics import read_jsonl
 from rlhf.ppo import train_ppo
-from rlhf.scorers import checked_scores, load_scorer, score_responses
+from rlhf.scorers import checked_scores, load_scorer, score_responses, score_sequences
 
 CONTEXT = 52
 
@@ -207,7 +207,7 @@ def test_long_response_is_cut_at_its_end_and_marked(judge):
     assert (
         scores.total[1]
         == scores.total[2]
-        == scorer.score_ids([scorer.encode(prompts[1], responses[1])[:CONTEXT]])
+        == score_sequences(scorer.model, [scorer.encode(prompts[1], responses[1])[:CONTEXT]], 1)
     )
     with pytest.raises(
         InputError, match="2 of 3 responses, with their prompts, exceed the context"

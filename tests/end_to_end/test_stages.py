@@ -32,7 +32,7 @@ from rlhf.data import encode_prompt, encode_response
 from rlhf.metrics import read_jsonl
 from rlhf.ppo import train_ppo
 from rlhf.reward import train_reward
-from rlhf.scorers import RewardModelScorer, load_scorer
+from rlhf.scorers import RewardModelScorer, load_scorer, score_sequences
 from rlhf.sft import train_sft
 
 
@@ -83,7 +83,7 @@ def test_reward_scores_are_the_same_by_text_by_ids_and_by_transformers_itself(ru
     plain = AutoModelForSequenceClassification.from_pretrained(path).eval()
     with torch.no_grad():
         expected = torch.cat([plain(torch.tensor([row])).logits[:, 0] for row in ids])
-    for scores in (scorer([prompt] * 2, responses), scorer.score_ids(ids)):
+    for scores in (scorer([prompt] * 2, responses), score_sequences(scorer.model, ids, 2)):
         torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
     record = json.loads((Path(path) / "rlhf.json").read_text())
     standardised = load_scorer(ScorerConfig(path=path, normalize="standardise"))

@@ -48,7 +48,7 @@ from rlhf.models import (
     response_logits,
     sequence_scores,
 )
-from rlhf.scorers import RewardModelScorer
+from rlhf.scorers import RewardModelScorer, score_sequences
 from rlhf.tokenizer import forbidden_token_ids, load_tokenizer, num_tokens
 
 both_families = pytest.mark.parametrize("family", ["llama", "gpt_neox"])
@@ -125,7 +125,7 @@ def test_saved_reward_model_loads_with_identical_scores(family, tmp_path, saved_
         ("standardise", (raw - 0.5) / 2.0),
     ):
         scorer = RewardModelScorer(ScorerConfig(path=config.path, normalize=normalize))
-        close(scorer.score_ids(SEQUENCES), expected)
+        close(score_sequences(scorer.model, SEQUENCES, 2), expected)
 
 
 @both_families

@@ -49,7 +49,7 @@ from rlhf.models import (
     parameter_count,
 )
 from rlhf.ppo import train_ppo
-from rlhf.scorers import RewardModelScorer
+from rlhf.scorers import RewardModelScorer, score_responses
 from rlhf.tokenizer import load_tokenizer
 
 PROMPTS, RESPONSES = ["Name a fruit.", "Fruit?"], ["An apple.", "A car is no fruit at all."]
@@ -289,13 +289,15 @@ def test_an_encoder_scores_a_prompt_and_response_as_its_tokenizer_pairs_them(kin
     assert truth[0] != truth[1]
     as_messages = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
     exact(scorer(as_messages, RESPONSES), scorer(PROMPTS, RESPONSES))
-    scores, cut = scorer.score_texts(["Fruit?"] * 2, ["y" * 80, "An apple."])
-    assert cut.tolist() == [True, False] and scores.isfinite().all()
-    close(scores[1:], scorer(["Fruit?"], ["An apple."]))
+    scores = score_responses(scorer, ["Fruit?"] * 2, ["y" * 80, "An apple."], "x")
+    assert scores.cut.tolist() == [True, False]
+    close(scores.total[1:], scorer(["Fruit?"], ["An apple."]))
     with pytest.raises(InputError, match="a prompt has .* tokens, which leaves no room"):
-        scorer.score_texts(["x" * 80], ["y"])
-    with pytest.raises(InputError, match=r"has 8\d tokens, but the context .* is 6\d"):
         scorer(["x" * 80], ["y"])
+    with pytest.raises(
+        InputError, match="1 of 1 responses, with their prompts, exceed the context"
+    ):
+        scorer(["Fruit?"], ["y" * 80])
     assert scorer.max_length == (63 if kind == "roberta" else 64)
 
 

@@ -103,8 +103,10 @@ def test_a_reward_model_saved_with_lora_scores_as_it_did_in_memory(helpful, tmp_
 def test_a_conversation_beyond_the_context_of_the_reward_model_is_an_error(helpful):
     scorer = load_scorer(ScorerConfig(helpful))
     assert scorer.max_length == 128
-    with pytest.raises(InputError, match="has 129 tokens, but the context of the reward model "):
-        scorer.score_ids([[5], [5] * 129])
+    with pytest.raises(
+        InputError, match="1 of 2 responses, with their prompts, exceed the context"
+    ):
+        scorer(["Fruit?"] * 2, ["An apple.", "y" * 129])
 
 
 def test_prompts_beyond_the_context_of_the_reward_model_are_dropped_before_training(
