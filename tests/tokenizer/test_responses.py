@@ -18,7 +18,7 @@ from rlhf.models import init_reward_model, load_policy
 from rlhf.ppo.actors import Actors
 from rlhf.ppo.rollout import score_sampled
 from rlhf.sampling import sampling_for
-from rlhf.scorers import RewardModelScorer
+from rlhf.scorers import RewardModelScorer, score_sequences
 from rlhf.tokenizer import (
     chat_template_text,
     declare_stop_strings,
@@ -204,6 +204,6 @@ def test_reward_model_scores_sampled_ids_and_their_text_alike(tmp_path, template
     texts = [response_text(ids, ours) for ids in sampled]
     rendered = [encode_prompt(p, ours) + ids for p, ids in zip(prompts, sampled, strict=True)]
     assert [scorer.encode(p, t) for p, t in zip(prompts, texts, strict=True)] == rendered
-    exact(scorer(prompts, texts), scorer.score_ids(rendered))
+    exact(scorer(prompts, texts), score_sequences(scorer.model, rendered, 2))
     has_eos = sampled[0][-1] == ours.eos_token_id
     assert has_eos == (template in ("llama2", "plain"))
