@@ -54,5 +54,6 @@ from rlhf.checkpoint.state import (
     load_modules,
     load_training_state,
     random_state,
+    restore_random_state,
     save_training_state,
 )

@@ -68,7 +68,7 @@ def load_training_state(
             index, _, entry = key.partition(".")
             content["state"].setdefault(int(index), {})[entry] = value
         optimizer.load_state_dict(content)
-    _restore_random_state(json.loads((directory / "random.json").read_text(encoding="utf-8")))
+    restore_random_state(json.loads((directory / "random.json").read_text(encoding="utf-8")))
     return json.loads((directory / "state.json").read_text(encoding="utf-8"))
 
 
@@ -116,7 +116,8 @@ def random_state() -> dict[str, Any]:
     }
 
 
-def _restore_random_state(state: dict[str, Any]) -> None:
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Put back what `random_state` returned."""
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     np.random.set_state(state["numpy"])

@@ -8,23 +8,28 @@ are restored: a run trains the same with the preflight and without.
 from __future__ import annotations
 
 import os
-import random
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 
+from rlhf.checkpoint import random_state, restore_random_state
 from rlhf.config import InputError
 from rlhf.console import say
 from rlhf.ppo.preflight.findings import FAIL, Finding, bottom_line, lay_out
-from rlhf.ppo.preflight.longest_step import examine_longest_step, longest_micro_batch, measure_step
-from rlhf.ppo.preflight.memory import estimate_memory, examine_memory, free_bytes, is_out_of_memory
-from rlhf.ppo.preflight.samples import NUM_SAMPLES, examine_policy, sample_policy
-from rlhf.ppo.preflight.scoring import examine_scoring
+from rlhf.ppo.preflight.memory import (
+    estimate_memory,
+    examine_longest_step,
+    examine_memory,
+    free_bytes,
+    is_out_of_memory,
+    longest_micro_batch,
+    measure_step,
+)
+from rlhf.ppo.preflight.samples import NUM_SAMPLES, examine_policy, examine_scoring, sample_policy
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.scorers import Scorer
 
@@ -38,23 +43,23 @@ class PreflightFailed(InputError):
 def run_preflight(
     trainer: PPOTrainer, heldout: Sequence[dict[str, Any]], independent: Scorer | None = None
 ) -> list[Finding]:
-    """Examine everything, and print what was found.
+    """Examine everything, and print the findings; every process returns those of the main process.
 
     Args:
         trainer: before its first step.
         heldout: encoded prompts; if empty, training prompts are used.
         independent: the scorer of `evaluation.scorer`.
 
-    Returns:
-        The findings, the same on every process.
-
     Raises:
         PreflightFailed: names what failed and the remedies, on every process.
     """
     began = time.perf_counter()
     prompts = list(heldout or trainer.prompts)[:NUM_PROMPTS]
-    with _random_state_kept(trainer.accelerator.device):
+    before = random_state()  # a scorer may draw from any generator
+    try:
         findings = [_examine_all(trainer, prompts, independent)]
+    finally:
+        restore_random_state(before)
     broadcast_object_list(findings)  # those of the main process
     kind = "held-out" if heldout else "training"
     say(f"preflight: {NUM_SAMPLES} responses to each of {len(prompts)} {kind} prompts")
@@ -77,16 +82,26 @@ def _examine_all(
     config, accelerator = trainer.config, trainer.accelerator
     findings: list[Finding] = []
     samples = None
-    fix = "set model.gradient_checkpointing=true or peft=lora"
-    with _out_of_memory_found(findings, "memory", fix, accelerator.num_processes):
+
+    @contextmanager
+    def out_of_memory_found(name: str, fix: str) -> Iterator[None]:
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            # with several processes it must end the job: the others wait for this one
+            if not is_out_of_memory(error) or accelerator.num_processes > 1:
+                raise
+            findings.append(Finding(name, FAIL, "out of memory", fix))
+
+    with out_of_memory_found("memory", "set model.gradient_checkpointing=true or peft=lora"):
         findings += _examine_device(trainer, independent)
     fix = f"set ppo.rollout_batch_size={max(1, config.ppo.rollout_batch_size // 2)}"
-    with _out_of_memory_found(findings, "sampling", fix, accelerator.num_processes):
+    with out_of_memory_found("sampling", fix):
         samples = sample_policy(trainer, prompts)
         if accelerator.is_main_process:
             findings += examine_policy(trainer, samples)
     fix = f"set scorer.batch_size={max(1, config.scorer.batch_size // 2)}"
-    with _out_of_memory_found(findings, "scorer", fix, accelerator.num_processes):
+    with out_of_memory_found("scorer", fix):
         if samples is not None and accelerator.is_main_process:
             findings += examine_scoring(trainer, samples, independent)
     return findings
@@ -106,30 +121,3 @@ def _examine_device(trainer: PPOTrainer, independent: Scorer | None) -> list[Fin
         step = measure_step(trainer, part)
         findings.append(examine_longest_step(step, estimate, free, part, config))
     return findings
-
-
-@contextmanager
-def _random_state_kept(device: torch.device) -> Iterator[None]:
-    """Restore every global random generator afterwards: a scorer may draw from any."""
-    python, arrays = random.getstate(), np.random.get_state()
-    devices = [device] if device.type == "cuda" else []
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(arrays)
-
-
-@contextmanager
-def _out_of_memory_found(
-    findings: list[Finding], name: str, fix: str, num_processes: int
-) -> Iterator[None]:
-    """Turn running out of memory into a finding."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        # with several processes it must end the job: the others wait for this one
-        if not is_out_of_memory(error) or num_processes > 1:
-            raise
-        findings.append(Finding(name, FAIL, "out of memory", fix))

@@ -1,16 +1,18 @@
-"""Memory of a PPO run: what it will need, and what there is.
+"""Memory of a PPO run: an estimate, what there is, and one step at the longest length, measured.
 
-Weights, gradients and Adam states are counted, so they are exact. Activations are measured: what
-autograd keeps of one and of two rows at the longest length, extended to a micro-batch. Left out, so
-that the estimate is a little low: temporaries inside operations, what gradient checkpointing
-recomputes, a Python scorer's own memory, and what the libraries take. `longest_step` measures a
-step with all of that.
+In the estimate, weights, gradients and Adam states are counted, so they are exact. Activations are
+measured: what autograd keeps of one and of two rows, extended to a micro-batch. Left out, so that
+the estimate is a little low: temporaries inside operations, what gradient checkpointing recomputes,
+a Python scorer's own memory, and what the libraries take. The measured step has all of that.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,10 @@ from rlhf.config import PPOStageConfig
 from rlhf.console import table
 from rlhf.models import eval_mode, prefill_inputs, unwrap_peft
 from rlhf.ppo.preflight.findings import FAIL, OK, WARN, Finding
-from rlhf.ppo.rollout import Responses, critic_values, policy_logprobs
+from rlhf.ppo.rollout import Experience, Responses, critic_values, policy_logprobs
 from rlhf.ppo.trainer import PPOTrainer
+from rlhf.ppo.update import text_loss
+from rlhf.sampling import Generation
 from rlhf.scorers import Scorer, reward_models
 
 FULL = 0.85  # share of the memory beyond which a run is at risk
@@ -34,25 +38,20 @@ SAMPLER_BYTES = 2 * 4 + 3 * 8
 
 @dataclass
 class ModelMemory:
-    """Bytes of one model on this process; activations are of one micro-batch."""
+    """Bytes of one model on this process."""
 
     weights: int
     gradients: int = 0
     adam: int = 0
-    activations: int = 0
+    activations: int = 0  # of one micro-batch
 
 
 @dataclass
 class MemoryEstimate:
-    """Bytes that a run needs on this process.
+    """Bytes that a run needs on this process."""
 
-    Attributes:
-        models: policy, reference, critic and reward models (together), if the run has them.
-        sampling: key-value cache and logits of one batch of the rollout, at full length.
-    """
-
-    models: dict[str, ModelMemory]
-    sampling: int
+    models: dict[str, ModelMemory]  # those of policy, reference, critic, and all reward models
+    sampling: int  # key-value cache and logits of one batch of the rollout, at full length
 
     def sum(self, *names: str) -> int:
         """Sum some columns over the models."""
@@ -219,30 +218,24 @@ def activation_bytes(read: Callable[[Responses], int], model: Any, part: Respons
         read: a forward pass; returns the further bytes that its backward pass takes.
         part: rows of equal length, of which two are read.
     """
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
     def kept(num_rows: int) -> int:
+        saved: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                saved[storage.data_ptr()] = storage.nbytes()  # views of one storage count once
+            return tensor
+
         rows = part.select(torch.arange(num_rows, device=part.response_ids.device))
-        return saved_bytes(lambda: read(rows), model.parameters())
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            further = read(rows)
+        return sum(saved.values()) + further
 
     one = kept(1)
     return one if len(part) == 1 else one + (len(part) - 1) * (kept(2) - one)
-
-
-def saved_bytes(read: Callable[[], int], parameters: Iterable[Tensor]) -> int:
-    """Bytes of the tensors that autograd saves during `read`, without parameters, plus what it
-    returns."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
-    saved: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage.nbytes()  # views of one storage count once
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        further = read()
-    return sum(saved.values()) + further
 
 
 @torch.no_grad()
@@ -283,3 +276,125 @@ def is_out_of_memory(error: BaseException) -> bool:
     # the CPU allocator raises a plain RuntimeError
     kinds = (torch.OutOfMemoryError, MemoryError)
     return isinstance(error, kinds) or "DefaultCPUAllocator" in str(error)
+
+
+# --- The longest step -----------------------------------------------------------------------------
+
+
+@dataclass
+class Step:
+    """What one forward and backward pass of policy and critic took, the most of any process."""
+
+    seconds: float
+    rise: int | None  # bytes above what was in use before; None where the system does not tell
+    problem: str  # "out of memory", "not finite", or empty
+
+
+def examine_longest_step(
+    step: Step, estimate: MemoryEstimate, free: int, part: Responses, config: PPOStageConfig
+) -> Finding:
+    """Judge one step at the longest length; Adam's states will come on top.
+
+    Args:
+        free: bytes that this process could still get before the step.
+    """
+    name = "longest step"
+    shape = f"{len(part)} x ({part.prompt_ids.shape[1]} + {part.response_ids.shape[1]}) tokens"
+    text = f"{shape}: {step.seconds:.2f} s"
+    if step.problem == "out of memory":
+        return Finding(name, FAIL, f"{text}, out of memory", remedy(estimate, config))
+    if step.problem:
+        fix = "use precision=float32 and model.dtype=float32"
+        return Finding(name, FAIL, f"{text}, and a loss that is {step.problem}", fix)
+    if step.rise is None:
+        return Finding(name, OK, text)
+    needed = step.rise + estimate.sum("adam")
+    text += f", {size_text(step.rise)}; with Adam states {size_text(needed)} of {size_text(free)}"
+    status = judge_share(needed / max(free, 1))
+    return Finding(name, status, text, remedy(estimate, config, status))
+
+
+def longest_micro_batch(trainer: PPOTrainer) -> Responses:
+    """Build the largest micro-batch that training can meet on a process: the longest prompt, and
+    responses that use the whole budget."""
+    ppo, sampling = trainer.config.ppo, trainer.sampling
+    device, processes = trainer.accelerator.device, trainer.accelerator.num_processes
+    num_rows = min(ppo.micro_batch_size, ppo.batch_size // ppo.num_mini_batches // processes)
+    prompt = max((p["input_ids"] for p in trainer.prompts), key=len)
+    forbidden = set(sampling.forbidden.tolist())
+    token = next(i for i in itertools.count() if i not in forbidden)
+    length = sampling.max_new_tokens
+    sampled = Generation(
+        [[token] * length] * num_rows, [[0.0] * length] * num_rows, [False] * num_rows
+    )
+    return Responses.padded([prompt] * num_rows, sampled, token, device)
+
+
+def measure_step(trainer: PPOTrainer, part: Responses) -> Step:
+    """Make one forward and backward pass of policy and critic; weights stay, gradients are dropped.
+
+    Only the result is exchanged between processes: one that runs out of memory leaves no other
+    waiting.
+    """
+    accelerator, device = trainer.accelerator, trainer.accelerator.device
+    before = _reset_peak(device)
+    began, problem = time.perf_counter(), 0
+    try:
+        problem = 0 if _forward_and_backward(trainer, part) else 1
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        problem = 2
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    peak = _peak(device)
+    rise = -1 if before is None or peak is None else max(0, peak - before)
+    seconds = time.perf_counter() - began
+    for optimizer in trainer.updater.optimizers.values():
+        optimizer.zero_grad(set_to_none=True)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    mine = torch.tensor([[seconds, rise, problem]], dtype=torch.float64, device=device)
+    seconds, rise, problem = accelerator.gather(mine).max(dim=0).values.tolist()
+    problems = ("", "not finite", "out of memory")
+    return Step(seconds, None if rise < 0 else int(rise), problems[int(problem)])
+
+
+def _forward_and_backward(trainer: PPOTrainer, part: Responses) -> bool:
+    """Do what one micro-batch of an update does; False if a loss is not finite."""
+    updater, accelerator = trainer.updater, trainer.accelerator
+    with torch.no_grad():
+        logprobs, _ = policy_logprobs(trainer.actors.policy, part, trainer.sampling)
+    batch = Experience.of_equal_advantages(part, logprobs)  # ratios of 1, as in training
+    denominator = float(batch.loss_mask.sum())
+    losses = []
+    with ExitStack() as stack:
+        for model in (updater.policy, updater.critic):
+            if model is not None:
+                stack.enter_context(accelerator.no_sync(model))
+        if updater.critic is not None:
+            losses.append(updater.critic_backward(batch, denominator)["value_loss"])
+        policy = updater.policy_backward(batch, denominator, trainer.kl_coef)
+        losses.append(policy["policy_loss"])
+        if updater.texts:
+            texts = sorted(updater.texts, key=len)[-trainer.config.ppo.micro_batch_size :]
+            loss = text_loss(updater.policy, texts, denominator)
+            accelerator.backward(trainer.config.ptx.coef * loss)
+            losses.append(loss.detach())
+    return all(bool(loss.isfinite()) for loss in losses)
+
+
+def _reset_peak(device: torch.device) -> int | None:
+    """Start measuring the highest use; return the use now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    with suppress(OSError):  # refused in some containers: the peak is then that since the start
+        Path("/proc/self/clear_refs").write_text("5")
+    return read_kilobytes("/proc/self/status", "VmRSS")
+
+
+def _peak(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return read_kilobytes("/proc/self/status", "VmHWM")

@@ -1,5 +1,8 @@
-"""Responses of the policy before training: does training read what was sampled, does text survive
-the tokenizer, do responses end?"""
+"""Responses of the policy before training, and the scorer on them.
+
+Does training read what was sampled, does text survive the tokenizer, do responses end? Is the score
+a function of the response alone, and worth following?
+"""
 
 from __future__ import annotations
 
@@ -12,32 +15,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf.config import InputError
+from rlhf.console import interval_text, table
+from rlhf.functional import best_of_n, best_of_n_kl, bootstrap_interval, final_scores
+from rlhf.models import use_bfloat16
 from rlhf.ppo.evaluation import response_ids, response_texts
 from rlhf.ppo.preflight.findings import FAIL, OK, WARN, Finding
-from rlhf.ppo.rollout import Rollout, collect, policy_logprobs, share_of
+from rlhf.ppo.rollout import Rollout, collect, policy_logprobs, score_sampled, share_of
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.sampling import Generation, Sampling, context_length, generate, uniform_noise
+from rlhf.scorers import Scorer, Scores
 
 PREFLIGHT_KEY = (1 << 31) + 1  # names the random numbers; no update and no evaluation has this key
 NUM_SAMPLES = 16  # to each prompt
+LENGTH_DRIVEN = 0.8  # correlation of score and length beyond which the score is the length
 
 
 @dataclass
 class Samples:
-    """`NUM_SAMPLES` responses to each prompt, one prompt after the other.
+    """`NUM_SAMPLES` responses to each prompt, one prompt after the other."""
 
-    Attributes:
-        prompts: encoded prompts, one per response.
-        rollout: their responses, without scores.
-        ids, texts: the responses as token ids and as text.
-        ratio_off: largest |ratio - 1| of the first minibatch, see `first_ratio_deviation`.
-    """
-
-    prompts: list[dict[str, Any]]
-    rollout: Rollout
-    ids: list[list[int]]
-    texts: list[str]
-    ratio_off: float
+    prompts: list[dict[str, Any]]  # encoded, one per response
+    rollout: Rollout  # without scores
+    ids: list[list[int]]  # of the responses
+    ratio_off: float  # see `first_ratio_deviation`
 
 
 def sample_policy(trainer: PPOTrainer, prompts: Sequence[dict[str, Any]]) -> Samples:
@@ -61,8 +62,7 @@ def sample_policy(trainer: PPOTrainer, prompts: Sequence[dict[str, Any]]) -> Sam
     )
     ratio_off = first_ratio_deviation(trainer, rollout, minibatches[0])
     rollout = rollout.select(order[: len(rows)])
-    texts = response_texts(rollout, trainer.actors.tokenizer, rows)
-    return Samples(rows, rollout, response_ids(rollout), texts, ratio_off)
+    return Samples(rows, rollout, response_ids(rollout), ratio_off)
 
 
 def first_ratio_deviation(trainer: PPOTrainer, rollout: Rollout, minibatch: Tensor) -> float:
@@ -82,6 +82,7 @@ def examine_policy(trainer: PPOTrainer, samples: Samples) -> list[Finding]:
     """Examine ratio, tokenizer and stop token, on the main process."""
     tokenizer, watchdog = trainer.actors.tokenizer, trainer.config.watchdog
     sampling, prompts = trainer.sampling, samples.prompts[::NUM_SAMPLES]
+    texts = response_texts(samples.rollout, tokenizer, samples.prompts)
 
     def sample_longer() -> tuple[int, Generation]:
         """Four responses to each prompt, with four times the budget or what the context has."""
@@ -96,7 +97,7 @@ def examine_policy(trainer: PPOTrainer, samples: Samples) -> list[Finding]:
 
     return [
         examine_first_ratio(samples.ratio_off, samples.rollout, watchdog.first_ratio),
-        examine_tokenizer(tokenizer, [p["prompt"] for p in prompts], samples.texts),
+        examine_tokenizer(tokenizer, [p["prompt"] for p in prompts], texts),
         examine_stop_token(
             tokenizer.eos_token_id, sampling, samples.rollout, watchdog.eos_rate, sample_longer
         ),
@@ -106,9 +107,7 @@ def examine_policy(trainer: PPOTrainer, samples: Samples) -> list[Finding]:
 def examine_first_ratio(ratio_off: float, rollout: Rollout, limit: float | None) -> Finding:
     """Examine whether rollout and training read the same policy, and whether it is the reference.
 
-    Args:
-        ratio_off: largest |ratio - 1| of the first minibatch.
-        limit: largest deviation allowed, also of the ratio to the reference; None: any.
+    Neither `ratio_off` nor the ratio to the reference may differ from 1 by more than `limit`.
     """
     difference = rollout.logprobs - rollout.ref_logprobs  # 0 at masked positions
     reference_off = float(torch.expm1(difference).abs().max())
@@ -119,13 +118,9 @@ def examine_first_ratio(ratio_off: float, rollout: Rollout, limit: float | None)
     # this way round, so that nan fails too
     if limit is None or (ratio_off <= limit and reference_off <= limit):
         return Finding("first ratio", OK, text)
-    return Finding(
-        "first ratio",
-        FAIL,
-        f"{text}: two readings of the same policy differ",
-        "switch dropout off in a model of your own code; use precision=float32, or another "
-        "model.attn_implementation",
-    )
+    text += ": two readings of the same policy differ"
+    fix = "switch dropout off in a model of your own code; use precision=float32, or another "
+    return Finding("first ratio", FAIL, text, fix + "model.attn_implementation")
 
 
 def examine_tokenizer(tokenizer: Any, prompts: Sequence[Any], responses: Sequence[str]) -> Finding:
@@ -172,9 +167,8 @@ def examine_stop_token(
     least_share: float | None,
     sample_longer: Callable[[], tuple[int, Generation]],
 ) -> Finding:
-    """Examine whether responses can end, and do.
-
-    If too few end, a larger budget tells a budget that is too small from an SFT stage at fault.
+    """Examine whether responses can end, and do. If too few end, a larger budget tells whether the
+    budget is too small or the SFT stage at fault.
 
     Args:
         eos: id of the tokenizer's EOS.
@@ -183,13 +177,9 @@ def examine_stop_token(
     """
     name = "stop token"
     if eos in sampling.forbidden.tolist():
-        return Finding(
-            name,
-            FAIL,
-            f"EOS (id {eos}) is one of the ids that are never sampled: padding, or ids that the "
-            "tokenizer does not count",
-            "set the eos_token of model.tokenizer to the token that SFT responses end with",
-        )
+        text = f"EOS (id {eos}) is never sampled: it is padding, or beyond the tokenizer's ids"
+        fix = "set the eos_token of model.tokenizer to the token that SFT responses end with"
+        return Finding(name, FAIL, text, fix)
     share = float(rollout.finished.float().mean())
     text = (
         f"{share:.0%} of the responses end, mean length {float(rollout.lengths.float().mean()):.1f}"
@@ -206,3 +196,151 @@ def examine_stop_token(
     else:
         fix = "the SFT stage is at fault: train it longer, on responses that all end with EOS"
     return Finding(name, WARN, f"{text}; given {budget} tokens, {share:.0%} do", fix)
+
+
+# --- The scorer -----------------------------------------------------------------------------------
+
+
+def examine_scoring(
+    trainer: PPOTrainer, samples: Samples, independent: Scorer | None
+) -> list[Finding]:
+    """Examine the scorer on the samples, on the main process."""
+    watchdog, ppo = trainer.config.watchdog, trainer.config.ppo
+    finished, lengths = samples.rollout.finished.cpu(), samples.rollout.lengths.cpu()
+    rows, least_std = range(len(samples.ids)), watchdog.score_std or 0.0
+    tolerance = 1e-2 if use_bfloat16(trainer.config.precision) else 1e-4
+
+    def score(rows: Sequence[int], *scorer: Any) -> Scores:
+        """Score some of the samples, without a penalty for a missing EOS."""
+        prompts, ids = [samples.prompts[row] for row in rows], [samples.ids[row] for row in rows]
+        with trainer.accelerator.autocast():  # as in `collect`
+            return score_sampled(trainer.actors, prompts, ids, *scorer)
+
+    try:
+        scores = score(rows)
+        finding = examine_scorer(
+            lambda rows: score(rows).total, scores.total, lengths, least_std, tolerance
+        )
+    except InputError as error:
+        return [Finding("scorer", FAIL, str(error), "correct the scorer, or its input")]
+    if finding.status == FAIL:
+        return [finding]
+    findings = [finding, examine_length(scores.total, lengths)]
+    penalty = ppo.missing_eos_penalty
+    whitened = torch.ones_like(finished) if ppo.whiten_scores else None
+    total = final_scores(scores.total, finished, penalty, scores.dense_total, whitened)
+    if penalty is not None:
+        findings.append(examine_penalty(total[finished], penalty))
+    judged = None
+    try:
+        if independent is not None:
+            judged = score(rows, independent, "evaluation.scorer").total.view(-1, NUM_SAMPLES)
+    except InputError as error:
+        fix = "correct it, or set evaluation.scorer=null"
+        return [*findings, Finding("best of n", FAIL, str(error), fix)]
+    return [*findings, examine_best_of_n(total.view(-1, NUM_SAMPLES), judged, least_std)]
+
+
+def examine_scorer(
+    score: Callable[[Sequence[int]], Tensor],
+    scores: Tensor,
+    lengths: Tensor,
+    least_std: float,
+    tolerance: float,
+) -> Finding:
+    """Examine whether scores differ between responses, and depend on nothing but the response.
+
+    Args:
+        score: row numbers -> (len(rows),) scores.
+        scores: (N,) of all rows.
+        lengths: (N,) tokens. The shortest responses are scored alone, and in a batch with the
+            longest, which pads them most.
+        least_std: standard deviation that counts as constant.
+        tolerance: difference that counts as rounding; differences are in standard deviations.
+    """
+    name, std = "scorer", float(scores.std(unbiased=False))
+    text = f"mean score {float(scores.mean()):.3g}, standard deviation {std:.3g}"
+    if std <= least_std:
+        fix = "correct the scorer; if no response deserves more yet, train the SFT stage further"
+        return Finding(name, FAIL, f"{text}: a constant, there is nothing to learn", fix)
+    order = lengths.argsort(stable=True).tolist()
+    short, rows = order[:4], order[:4] + order[-4:]
+    together = score(rows)
+    noise = float((score(rows) - together).abs().max()) / std
+    if noise > tolerance:
+        text += f"; the same batch, scored twice, differs by {noise:.1g}"
+        fix = "make the scorer deterministic, or raise ppo.batch_size: noise slows PPO down"
+        return Finding(name, WARN, text, fix)
+    alone = torch.cat([score([row]) for row in short])
+    leak = float((alone - together[: len(short)]).abs().max()) / std
+    text += f"; alone or in a batch it differs by {leak:.1g}"
+    if leak <= tolerance:
+        return Finding(name, OK, text)
+    text += ": a score depends on the other responses of its batch"
+    fix = "check the padding and attention mask of the scorer; scorer.batch_size=1 avoids it"
+    return Finding(name, FAIL if leak > 0.1 else WARN, text, fix)
+
+
+def examine_length(scores: Tensor, lengths: Tensor) -> Finding:
+    """Examine whether scores are only the length of the response."""
+    if len(lengths.unique()) == 1:
+        return Finding("length", OK, "every response has the same length")
+    correlation = float(torch.corrcoef(torch.stack([scores.double(), lengths.double()]))[0, 1])
+    text = f"correlation of score and response length {correlation:.2f}"
+    if abs(correlation) <= LENGTH_DRIVEN:
+        return Finding("length", OK, text)
+    text += f": PPO would learn to write {'more' if correlation > 0 else 'less'}"
+    fix = "see the reward stage's length-matched accuracy, and add comparisons of equal length"
+    return Finding("length", WARN, text, fix)
+
+
+def examine_penalty(finished_scores: Tensor, penalty: float) -> Finding:
+    """Examine whether it pays to end a response."""
+    name = "missing EOS"
+    if not len(finished_scores):
+        return Finding(name, OK, "no response ends: see `stop token`")
+    mean = float(finished_scores.mean())
+    text = f"responses that end score {mean:.3g}, those that do not {penalty:g}"
+    if mean > penalty:
+        return Finding(name, OK, text)
+    fix = "lower ppo.missing_eos_penalty, or set scorer.normalize=standardise"
+    return Finding(name, WARN, f"{text}: not ending pays", fix)
+
+
+def examine_best_of_n(scores: Tensor, judged: Tensor | None, least_std: float) -> Finding:
+    """Examine what the scorer's best of n responses is worth: PPO can hope for about as much.
+
+    Args:
+        scores: (P, N) of the scorer, N responses to each prompt, N >= 4.
+        judged: (P, N) of the independent scorer.
+        least_std: mean standard deviation within a prompt that leaves nothing to choose from.
+    """
+    name, most = "best of n", scores.shape[1]
+    counts = (1, 4, most)
+    rows = [("scorer", *(_with_interval(best_of_n(scores, n)) for n in counts))]
+    if judged is not None:
+        values = (_with_interval(best_of_n(scores, n, judged)) for n in counts)
+        rows.append(("evaluation.scorer", *values))
+    details = table(rows, ("best of", *map(str, counts)))
+    std = float(scores.std(dim=1, unbiased=False).mean())
+    if std <= least_std:
+        text = (
+            f"the responses to one prompt score alike (standard deviation {std:.2g}): nothing to "
+            "choose from"
+        )
+        fix = "raise ppo.temperature, or train the SFT stage on more varied responses"
+        return Finding(name, WARN, text, fix, details)
+    hope = f"PPO can hope for about the best of {most} ({best_of_n_kl(most):.1f} nats of KL)"
+    if judged is None:
+        return Finding(name, OK, f"{hope}, by the scorer that it trains on", "", details)
+    gain = best_of_n(scores, most, judged) - best_of_n(scores, 1, judged)
+    worth = f"{_with_interval(gain, sign='+')} by evaluation.scorer"
+    if bootstrap_interval(gain)[0] > 0:
+        return Finding(name, OK, f"{hope}: {worth}", "", details)
+    text = f"the best of {most} by the scorer is not clearly better than one response: {worth}"
+    fix = "the reward model is at fault and PPO cannot help: give it more or cleaner comparisons"
+    return Finding(name, WARN, text, fix, details)
+
+
+def _with_interval(values: Tensor, sign: str = "") -> str:
+    return interval_text(float(values.mean()), *bootstrap_interval(values), sign=sign)

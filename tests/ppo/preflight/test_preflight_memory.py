@@ -20,13 +20,15 @@ from rlhf.config import PeftConfig, ScorerConfig
 from rlhf.functional import token_entropy
 from rlhf.models import disable_dropout, init_reward_model
 from rlhf.ppo.preflight import examine
-from rlhf.ppo.preflight.longest_step import examine_longest_step, longest_micro_batch, measure_step
 from rlhf.ppo.preflight.memory import (
     MemoryEstimate,
     ModelMemory,
     cache_bytes_per_token,
     estimate_memory,
+    examine_longest_step,
     examine_memory,
+    longest_micro_batch,
+    measure_step,
     model_memory,
 )
 from rlhf.ppo.rollout import policy_logprobs

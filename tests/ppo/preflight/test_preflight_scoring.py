@@ -23,7 +23,7 @@ from helpers.preflight import (
     very_low,
 )
 
-from rlhf.ppo.preflight.scoring import examine_best_of_n, examine_scorer
+from rlhf.ppo.preflight.samples import examine_best_of_n, examine_scorer
 
 SCORERS = [
     (constant, "scorer", "FAIL", "a constant, there is nothing to learn"),
