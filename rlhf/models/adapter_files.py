@@ -1,10 +1,8 @@
-"""Adapters in a directory, of any kind that PEFT can merge: merged when the model is loaded.
-
-`load_adapter` gives a live adapter its weights; a resumed run uses it too.
-"""
+"""Adapters in a directory, of any kind that PEFT can merge: merged when the model is loaded."""
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,11 +19,10 @@ PREFIX = "base_model.model."  # starts every name in adapter_model.safetensors
 
 
 def merge_stored_adapter(model: PreTrainedModel, directory: Path, label: str) -> PreTrainedModel:
-    """Merge an adapter into a model, in place; a layer that the adapter holds whole, such as a
-    head, replaces the model's own.
+    """Merge the adapter in a directory into a model, in place; a layer that the adapter holds
+    whole, such as a head, replaces the model's own.
 
     Args:
-        directory: holds adapter_config.json and adapter_model.safetensors.
         label: name of the adapter in messages.
 
     Raises:
@@ -59,10 +56,7 @@ def merge_stored_adapter(model: PreTrainedModel, directory: Path, label: str) ->
 
 
 def load_adapter(wrapper: Any, tensors: dict[str, Tensor], label: str) -> None:
-    """Give the adapter of a PEFT model its weights, in place.
-
-    Args:
-        tensors: as in adapter_model.safetensors.
+    """Give the adapter of a PEFT model its weights, as in adapter_model.safetensors, in place.
 
     Raises:
         InputError: names or shapes differ from those of this adapter on this model.
@@ -102,13 +96,13 @@ def _fit_tables(model: PreTrainedModel, tensors: dict[str, Tensor], settings: An
     tables if the adapter changes only one of them."""
     tables = [model.get_input_embeddings(), model.get_output_embeddings()]
     names = {module: name for name, module in model.named_modules()}
-    num_rows, is_changed = _largest_trained_row(settings) + 1, False
-    for table in tables:
-        prefix = f"{PREFIX}{names.get(table)}."
-        for name, tensor in tensors.items():
-            part = name.removeprefix(prefix)
-            if part == name:
-                continue
+    trained = getattr(settings, "trainable_token_indices", None) or []
+    lists = trained.values() if isinstance(trained, dict) else [trained]
+    num_rows = max((index + 1 for rows in lists for index in rows), default=0)
+    is_changed = False
+    for table, (name, tensor) in itertools.product(tables, tensors.items()):
+        part = name.removeprefix(f"{PREFIX}{names.get(table)}.")
+        if part != name:
             is_changed |= "trainable_tokens" not in part  # PEFT trains these rows in both tables
             if part in ("weight", "base_layer.weight", "lora_B.weight"):
                 num_rows = max(num_rows, tensor.shape[0])
@@ -120,13 +114,6 @@ def _fit_tables(model: PreTrainedModel, tensors: dict[str, Tensor], settings: An
         model.resize_token_embeddings(num_rows, mean_resizing=False)
     if is_changed and not getattr(settings, "ensure_weight_tying", False):
         _untie(model)
-
-
-def _largest_trained_row(settings: Any) -> int:
-    """Return the largest id of PEFT's trainable token rows; -1 if there are none."""
-    indices = getattr(settings, "trainable_token_indices", None) or []
-    lists = indices.values() if isinstance(indices, dict) else [indices]
-    return max((index for rows in lists for index in rows), default=-1)
 
 
 def _untie(model: Any) -> None:

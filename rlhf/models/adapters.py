@@ -107,11 +107,11 @@ def _linear_layers(model: PreTrainedModel) -> list[str]:
 
 def _tables(model: PreTrainedModel, rows: Sequence[int]) -> dict[str, list[int]]:
     """Map the name of each embedding table to its trained rows; PEFT adds a tied head itself."""
-    tables = [model.get_input_embeddings(), model.get_output_embeddings()]
-    if tables[1] is not None and model.config.tie_word_embeddings:
-        tables.pop()
-    names = {id(module): name for name, module in model.named_modules()}
-    return {names[id(table)]: list(rows) for table in tables if table is not None and rows}
+    tables = [model.get_input_embeddings()]
+    if not model.config.tie_word_embeddings:
+        tables.append(model.get_output_embeddings())
+    names = {module: name for name, module in model.named_modules()}
+    return {names[table]: list(rows) for table in tables if table is not None and rows}
 
 
 def _keep_attributes_of_tables(adapted: Any) -> None:
@@ -171,7 +171,7 @@ def merged(model: Any) -> PreTrainedModel:
 
 
 def _merged_state(base: Any, adapter: str, plain: nn.Module) -> dict[str, Tensor]:
-    """Return the plain model's weights on the CPU, with the adapter's share added."""
+    """Return the plain model's weights on the CPU, with what the adapter adds."""
     names = plain.state_dict().keys()  # leaves out adapters, and the scales of quantised weights
     state = {}
     for key, value in base.state_dict().items():
@@ -186,12 +186,13 @@ def _merged_state(base: Any, adapter: str, plain: nn.Module) -> dict[str, Tensor
         elif isinstance(module, LoraLayer) and not is_quantized(module.get_base_layer()):
             # PEFT wraps a layer of experts once for each weight: experts, experts.base_layer
             key = f"{name.replace('.base_layer', '')}.{getattr(module, 'parameter_name', 'weight')}"
-            state[key] = (state[key] + _share(module, adapter)).to(state[key].dtype)
+            added = cast(Any, module).get_delta_weight(adapter).detach().cpu()
+            state[key] = (state[key] + added).to(state[key].dtype)
     return state | _dequantized_state(base, adapter, plain)
 
 
 def _dequantized_state(base: Any, adapter: str, plain: nn.Module) -> dict[str, Tensor]:
-    """Return the weights of the quantised layers in floating point, with the adapter's share."""
+    """Return the weights of the quantised layers in floating point, with what the adapter adds."""
     state = {}
     for name, module in base.named_modules():
         layer: Any = module.get_base_layer() if isinstance(module, LoraLayer) else module
@@ -199,15 +200,10 @@ def _dequantized_state(base: Any, adapter: str, plain: nn.Module) -> dict[str, T
             continue
         weight = dequantized_weight(layer).cpu()
         if layer is not module:
-            weight = weight + _share(module, adapter)
+            weight = weight + cast(Any, module).get_delta_weight(adapter).detach().cpu()
         if isinstance(plain.get_submodule(name), Conv1D):
             weight = weight.T.contiguous()  # GPT-2 stores its weights transposed
         state[f"{name}.weight"] = weight.to(base.dtype)
         if layer.bias is not None:  # bitsandbytes casts it to its compute dtype
             state[f"{name}.bias"] = layer.bias.detach().cpu().to(base.dtype)
     return state
-
-
-def _share(layer: Any, adapter: str) -> Tensor:
-    """Return what the adapter adds to the weight of a layer, on the CPU."""
-    return layer.get_delta_weight(adapter).detach().cpu()

@@ -1,8 +1,7 @@
 """Models built from a configuration: a new one with random weights, and a skeleton without weights.
 
-The skeleton shows whether settings fit a model before its weights load; only its configuration file
-is read. Some models cannot be built this way, for example if their own code needs real numbers;
-their settings are tried once their weights have been loaded.
+The skeleton shows whether settings fit a model before its weights load. Some models have none, for
+example if their own code needs real numbers; their settings are tried on the loaded model.
 """
 
 from __future__ import annotations
@@ -28,20 +27,15 @@ from rlhf.tokenizer import num_tokens
 
 
 def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Build a causal language model from `model.config`, with random weights.
-
-    Raises:
-        InputError: a name or value in `model.config` is not valid.
-    """
+    """Build a causal language model from `model.config`, with random weights."""
     _require_known_settings(config)
     values = dict(config.config)
     model_type = values.pop("model_type")
     values.setdefault("vocab_size", num_tokens(tokenizer))
-    special = {
-        name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")
-    }
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        values[name] = getattr(tokenizer, name)
     try:
-        model_config = AutoConfig.for_model(model_type, **values, **special)
+        model_config = AutoConfig.for_model(model_type, **values)
         dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
         return AutoModelForCausalLM.from_config(
             model_config,

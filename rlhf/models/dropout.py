@@ -15,14 +15,8 @@ _RATE = re.compile(r"(\w+_)?(dropout|pdrop)")  # attention_dropout, dropout, res
 
 
 def set_dropout(model: nn.Module, rate: float) -> None:
-    """Give every dropout of a model this rate, in place; the config that is saved keeps its rate.
-
-    Args:
-        rate: share of the activations that are zeroed in training mode, in [0, 1).
-
-    Raises:
-        InputError: the model has no dropout.
-    """
+    """Give every dropout of a model this rate, in [0, 1), in place; the config that is saved keeps
+    its own. Refuse a model without dropout."""
     if not _set_rates(model, rate):
         raise InputError(
             f"model.dropout={rate} would do nothing: {type(model).__name__} has no dropout; set "

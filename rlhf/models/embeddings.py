@@ -39,7 +39,7 @@ def resize_embeddings(model: PreTrainedModel, num_rows: int, shrink: bool = Fals
 
 
 def _require_own_tokens(model: PreTrainedModel, num_rows: int) -> None:
-    """Check that the tokenizer covers the ids that the model's configuration names."""
+    """Refuse a tokenizer without the ids that the model's configuration names."""
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         ids = getattr(model.config, name, None)
         lost = [i for i in (ids if isinstance(ids, list) else [ids]) if (i or 0) >= num_rows]

@@ -32,14 +32,13 @@ def load_policy(
     """Load or build a causal language model whose embedding table covers the tokenizer.
 
     Args:
-        config: `path` is a Hub id or a directory. Adapters are merged into their base, and the
-            whole model can be trained. Without a path, the model is built from `config.config`
-            with random weights.
+        config: `path` is a Hub id or a directory; adapters are merged into their base. Without a
+            path, the model is built from `config.config` with random weights.
         field: configuration key of `path`, for messages.
 
     Raises:
-        InputError: `path` holds no language model in safetensors files, or `model.config` is not
-            valid; or the model cannot be quantised or has no dropout although that was asked for.
+        InputError: `path` holds no language model in safetensors files, or a setting of the model
+            is not valid.
     """
     if config.path is None:
         model = build_model(config, tokenizer)
@@ -64,10 +63,7 @@ def init_reward_model(
     """Put a fresh scalar head on the backbone of a policy.
 
     Head weights are drawn from N(0, 1/sqrt(d + 1)) with d the hidden size (Stiennon et al. 2020,
-    appendix B.1), kept in float32.
-
-    Raises:
-        InputError: as `load_policy`, or the family has no classifier with a linear head.
+    appendix B.1), in float32.
     """
     model = load_backbone(_find(config, "model.path"), config)
     _fit_tokenizer(model, tokenizer, config)
@@ -87,12 +83,11 @@ def load_reward_model(
         config: `path` is a Hub id or a directory of a sequence classifier with one label, or of an
             adapter that turns its base into one.
         field: configuration key of `path`, for messages.
-        encoders: also accept a model with another head, which scores a text as a whole (BERT,
-            DeBERTa).
+        encoders: also accept a model that scores a text as a whole, without a linear head (BERT).
 
     Raises:
-        InputError: the head has no weights (it never gets fresh ones), or several labels; other
-            weights are missing or left over; or the model has no linear head.
+        InputError: the head has no weights (it never gets fresh ones), or several labels; or other
+            weights are missing or left over.
     """
     model = load_classifier(_find(config, field), config)
     if not encoders and not has_linear_head(model):
@@ -141,13 +136,13 @@ def _check_finite(model: PreTrainedModel, config: ModelConfig, field: str) -> No
 
 def parameter_count(model: nn.Module) -> tuple[int, int]:
     """Return (all parameters, trainable parameters)."""
-
-    def size(parameter: nn.Parameter) -> int:
+    total = trainable = 0
+    for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)  # 4 bits: a byte holds two parameters
-        return parameter.numel() if state is None else math.prod(state.shape)
-
-    sizes = [(size(parameter), parameter.requires_grad) for parameter in model.parameters()]
-    return sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
+        size = parameter.numel() if state is None else math.prod(state.shape)
+        total += size
+        trainable += size * parameter.requires_grad
+    return total, trainable
 
 
 def use_bfloat16(precision: str) -> bool:

@@ -34,19 +34,10 @@ from rlhf.models.quantization import quantization_arguments
 
 # Masks, positions and frequencies: older libraries saved them, models compute them.
 BUFFER = re.compile(r"\.(inv_freq|masked_bias|position_ids)$|\.(attn|attention)\.bias$")
-OTHERS = (
-    "give the final/ directory of a reward stage, or write a Python scorer that calls the model: "
-    "scorer=python scorer.path=python:my_scorer.score critic.init=policy (example: "
-    "conf/scorer/python.yaml)"
-)
 
 
 def load_language_model(source: Source, config: ModelConfig) -> PreTrainedModel:
-    """Load a causal language model, its adapters merged.
-
-    Raises:
-        InputError: it is a classifier, or weights are missing or left over.
-    """
+    """Load a causal language model with its adapters merged; refuse a classifier."""
     if source.is_classifier:
         raise InputError(
             f"{source.label} is a sequence classifier, such as a reward model, but must be a "
@@ -60,8 +51,7 @@ def load_backbone(source: Source, config: ModelConfig) -> PreTrainedModel:
     """Load a causal language model as a classifier with one label; its head has no weights yet.
 
     Raises:
-        InputError: it is a classifier already, weights are missing or left over, or the family has
-            no classifier with a linear head.
+        InputError: it is a classifier already, or the family has no classifier with a linear head.
     """
     _require_classifier(source)
     if source.adapters:
@@ -81,19 +71,14 @@ def load_backbone(source: Source, config: ModelConfig) -> PreTrainedModel:
 
 def load_classifier(source: Source, config: ModelConfig) -> PreTrainedModel:
     """Load a sequence classifier with one label and merge its adapters; a linear head named `score`
-    is float32 and may have a bias.
-
-    Raises:
-        InputError: the head has no weights or several labels; others are missing or left over.
-    """
+    is float32 and may have a bias."""
     model, misfits = _read(AutoModelForSequenceClassification, source, config, num_labels=1)
     if source.adapters:  # on a language model: its head is not part of a classifier
         misfits.unexpected = _of_backbone(misfits.unexpected, model)
     if has_linear_head(model):
         bias = f"{HEAD}.bias"
         misfits.unexpected = [name for name in misfits.unexpected if name != bias]
-        has_bias = bias in _stored_whole(source)
-        _set_head(model, _stored_head(source), has_bias)
+        _set_head(model, source, has_bias=bias in _stored_whole(source))
     return _with_adapters(model, source, misfits)
 
 
@@ -144,7 +129,10 @@ def _require_fit(model: Any, source: Source, misfits: Misfits) -> None:
     is_classifier = type(model).__name__.endswith("ForSequenceClassification")
     if is_classifier and any(not n.startswith(f"{model.base_model_prefix}.") for n in names):
         raise InputError(
-            f"{source.label}: {misfits}: it is not a reward model with one label; {OTHERS}"
+            f"{source.label}: {misfits}: it is not a reward model with one label; give the final/ "
+            "directory of a reward stage, or write a Python scorer that calls the model: "
+            "scorer=python scorer.path=python:my_scorer.score critic.init=policy (example: "
+            "conf/scorer/python.yaml)"
         )
     raise InputError(
         f"{source.label} does not fit {type(model).__name__}: {misfits}; take another copy, or "
@@ -161,8 +149,8 @@ def _of_backbone(names: list[str], model: Any) -> list[str]:
 
 
 def _with_adapters(model: Any, source: Source, misfits: Misfits) -> PreTrainedModel:
-    """Merge the adapters of a source; a weight that an adapter holds whole, such as a head, may be
-    missing in the model's files."""
+    """Merge the adapters of a source; the model's files may lack a weight that an adapter holds
+    whole, such as a head."""
     whole = _stored_whole(source)
     misfits.missing = [name for name in misfits.missing if name not in whole]
     _require_fit(model, source, misfits)
@@ -208,21 +196,15 @@ def _with_scalar_head(policy: Any, source: Source, settings: ModelConfig) -> Pre
     return model
 
 
-def _stored_head(source: Source) -> dict[str, Tensor]:
-    """Read the weight and the bias of the head from the files of the whole model."""
-    found = {}
+def _set_head(model: Any, source: Source, has_bias: bool) -> None:
+    """Give a classifier the head in its files again, in place: in float32, because a load in half
+    precision has rounded it, and with a bias, because the families' classes have none."""
+    head, stored = getattr(model, HEAD), {}
     for file in weight_files(source.directory, read_json(source.directory / "config.json")):
         with safe_open(file, framework="pt") as tensors:
             for part in ("weight", "bias"):
                 if f"{HEAD}.{part}" in tensors.keys():
-                    found[part] = tensors.get_tensor(f"{HEAD}.{part}")
-    return found
-
-
-def _set_head(model: Any, stored: dict[str, Tensor], has_bias: bool) -> None:
-    """Give a classifier its head again, in place: in float32, because a load in half precision has
-    rounded it, and with the bias of the files, because the families' classes have none."""
-    head = getattr(model, HEAD)
+                    stored[part] = tensors.get_tensor(f"{HEAD}.{part}")
     weight = stored.get("weight", head.weight.detach())
     if weight.shape != head.weight.shape:  # several labels: `_require_fit` refuses them
         return
