@@ -1,10 +1,9 @@
-"""THE model-loading layer: policy, reference, reward model, critic, and their forward passes.
+"""Policy, reference, reward model and critic, and their forward passes, for the three stages.
 
-One layer serves the three stages. A Hub id, a local directory or a stage directory goes in.
 Policies are `AutoModelForCausalLM`. Reward models and critics are
 `AutoModelForSequenceClassification` with one label, read at every position by `ScalarModel`.
-Weights come from safetensors only; pickled weights are refused. Rows are right-padded wherever a
-model trains or scores; only the sampler pads on the left.
+Weights come from safetensors only. Rows are right-padded wherever a model trains or scores; only
+the sampler pads on the left.
 
 `load` gives each role its model: `build` makes one from a configuration, `weights` and
 `adapter_files` read one from files. `adapters` puts LoRA on a model and takes it off again.

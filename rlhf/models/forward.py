@@ -23,15 +23,9 @@ def has_linear_head(model: Any) -> bool:
 
 
 def position_ids_from_mask(mask: Tensor) -> Tensor:
-    """Number the valid tokens of each row from 0, with padding on either side.
+    """Number the valid tokens of each row from 0, (B, L), with padding on either side.
 
     mask 0 0 1 1 1 0 -> positions 0 0 0 1 2 2
-
-    Args:
-        mask: (B, L) bool, True where valid.
-
-    Returns:
-        (B, L) int64.
     """
     return (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
 
@@ -45,8 +39,7 @@ def forward_inputs(model: Any, input_ids: Tensor, mask: Tensor) -> dict[str, Ten
     default, mostly 0, 1, 2, ...
 
     Args:
-        input_ids: (B, L) int64.
-        mask: (B, L) bool.
+        input_ids, mask: (B, L) int64 and bool.
 
     Raises:
         ValueError: a row starts with padding.
@@ -58,8 +51,8 @@ def forward_inputs(model: Any, input_ids: Tensor, mask: Tensor) -> dict[str, Ten
 
 
 def prefill_inputs(model: Any, input_ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Build the inputs of a sampler's forward pass, with left-padded rows: ids, mask, and positions
-    if the family takes them. Not for gradients, see `forward_inputs`."""
+    """Build the inputs of a sampler's forward pass, with left-padded rows; not for gradients, see
+    `forward_inputs`."""
     inputs = {"input_ids": input_ids, "attention_mask": mask.long()}
     if accepts(model, "position_ids"):
         inputs["position_ids"] = position_ids_from_mask(mask)
@@ -68,10 +61,8 @@ def prefill_inputs(model: Any, input_ids: Tensor, mask: Tensor) -> dict[str, Ten
 
 @torch.no_grad()
 def is_causal(model: Any) -> bool:
-    """True if the output at a token does not depend on later tokens.
-
-    It is measured once for each model: two rows with the same start must give the same there.
-    """
+    """True if the output at a token does not depend on later tokens; measured once for each model:
+    two rows with the same start must give the same there."""
     inner = unwrap_peft(getattr(model, "module", model))
     if not hasattr(inner, "_rlhf_is_causal"):
         embeddings = inner.get_input_embeddings()
@@ -109,8 +100,7 @@ def response_logits(
 
     Args:
         model: a causal LM, possibly wrapped by PEFT or by a distributed wrapper.
-        sequence_ids: (B, L) int64, right-padded.
-        mask: (B, L) bool.
+        sequence_ids, mask: (B, L) int64, right-padded, and bool.
         positions: (B, T) int64, T < L; the position of the token before each response token.
         forbidden: ids whose logits become -inf.
 
@@ -127,9 +117,9 @@ def response_logits(
         logits = model(**inputs, use_cache=False).logits
     finally:
         hook.remove()
-    return (
-        logits.index_fill(-1, forbidden.to(logits.device), -math.inf) if len(forbidden) else logits
-    )
+    if not len(forbidden):
+        return logits
+    return logits.index_fill(-1, forbidden.to(logits.device), -math.inf)
 
 
 @contextmanager
@@ -180,12 +170,7 @@ class TextModel(nn.Module):
         self.model, self.mean, self.std = model, mean, std
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Return one score per text, (B,) float32.
-
-        Args:
-            inputs: what the model's tokenizer returns; inputs that the model does not take are
-                left out.
-        """
+        """Return one score per text, (B,) float32, from what the model's tokenizer returns."""
         taken = {name: value for name, value in inputs.items() if accepts(self.model, name)}
         if getattr(self.model.config, "type_vocab_size", None) in (0, 1):
             taken.pop("token_type_ids", None)
@@ -194,15 +179,11 @@ class TextModel(nn.Module):
 
 
 def sequence_scores(model: nn.Module, sequence_ids: Tensor, mask: Tensor) -> Tensor:
-    """Score each sequence at its last valid token.
+    """Score right-padded sequences at their last valid token, (B,) float32.
 
     Args:
         model: a `ScalarModel`, possibly wrapped.
-        sequence_ids: (B, L) int64, right-padded.
-        mask: (B, L) bool.
-
-    Returns:
-        (B,) float32.
+        sequence_ids, mask: (B, L) int64 and bool.
     """
     values = model(sequence_ids, mask)
     last = (mask.long() * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(dim=-1)

@@ -8,11 +8,10 @@ the data; responses are text. The same objects serve PPO, evaluation and library
 
 - A trained reward model, normalised as `scorer.normalize` says.
 - A Python function. One with a parameter `response_ids` is given the B lists of token ids (stop
-  token included) and may return a list of rewards for each, one per token: PPO gives them at their
-  tokens, and their sum is the score.
+  token included) and may return a list of rewards for each, one per token; their sum is the score.
 - Several of these (`scorer.components`): a weighted sum, or an ensemble's mean, min, or mean minus
   its standard deviation. A component with a `gate` counts alone where its score is bad enough
-  (Llama 2's safety model). Each component's mean score is a metric of its own.
+  (Llama 2's safety model).
 
 A scorer that fails, or returns anything but finite numbers, stops the run with the cause. Left out:
 remote scorers, and components that are combined themselves.

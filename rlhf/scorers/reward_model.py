@@ -59,14 +59,12 @@ class RewardModelScorer(BuiltInScorer):
         """Load the model, its tokenizer and its score statistics.
 
         Args:
-            config: `path` is the `final/` of a reward stage, or any one-label sequence classifier;
-                for `normalize` see `score_statistics`.
-            field: configuration key, for messages.
+            config: `path` is the `final/` of a reward stage, or any one-label sequence classifier.
+            field: configuration key of `path`, for messages.
             trust_remote_code: whether Python files of the model may run.
 
         Raises:
-            InputError: not a reward model, or a normalisation is asked for and no statistics are
-                stored.
+            InputError: not a reward model, or without the statistics that `normalize` needs.
         """
         assert config.path is not None
         record = require_stage(config.path, ("reward",), field)
@@ -76,10 +74,9 @@ class RewardModelScorer(BuiltInScorer):
         self.scores_texts = not has_linear_head(model)
         scalar: Any = TextModel if self.scores_texts else ScalarModel
         self.model = freeze(scalar(model, mean, std)).to(device)
-        self.tokenizer_hash: str | None = None
         self.max_length = context_length(model)
         if self.scores_texts:
-            self.tokenizer = read_tokenizer(source, field)
+            self.tokenizer, self.tokenizer_hash = read_tokenizer(source, field), None
             self.tokenizer.truncation_side = "right"
             self.max_length -= _num_reserved_positions(model)
         else:
@@ -130,11 +127,8 @@ class RewardModelScorer(BuiltInScorer):
         return prompt_ids + response_ids
 
     def encode_pair(self, prompt: Any, response: str) -> tuple[list[int], list[int]]:
-        """As `encode`, prompt and response apart.
-
-        If the chat template leaves out the whole response, for example one of thoughts alone, the
-        model reads an empty answer.
-        """
+        """As `encode`, prompt and response apart. If the chat template leaves out the whole
+        response, for example one of thoughts alone, the model reads an empty answer."""
         prompt_ids = encode_prompt(prompt, self.tokenizer)
         try:
             return prompt_ids, encode_response(prompt, response, self.tokenizer)
@@ -190,11 +184,8 @@ def _num_reserved_positions(model: Any) -> int:
 
 @torch.no_grad()
 def score_sequences(model: Any, sequences: Sequence[Sequence[int]], batch_size: int) -> Tensor:
-    """Score token sequences with a `ScalarModel` in batches of similar length.
-
-    Returns:
-        (len(sequences),) float32 on the CPU, in the order given.
-    """
+    """Score token sequences with a `ScalarModel` in batches of similar length, (B,) float32 on the
+    CPU, in the order given."""
     device, scores = next(model.parameters()).device, torch.zeros(len(sequences))
     for rows in _batches([len(sequence) for sequence in sequences], batch_size):
         ids = pad([sequences[i] for i in rows], 0, device=device)

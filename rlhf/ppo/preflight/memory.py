@@ -99,13 +99,14 @@ def examine_memory(estimate: MemoryEstimate, room: int, config: PPOStageConfig) 
         f"about {size_text(estimate.total)} of {size_text(room)} ({share:.0%}), of which sampling "
         f"may take {size_text(estimate.sampling)}"
     )
-    status = judge_share(share)
-    return Finding("memory", status, text, remedy(estimate, config, status), details)
+    status, fix = _judge(share, estimate, config)
+    return Finding("memory", status, text, fix, details)
 
 
-def judge_share(share: float) -> str:
-    """Turn a share of the memory into the status of a finding."""
-    return FAIL if share > 1 else WARN if share > FULL else OK
+def _judge(share: float, estimate: MemoryEstimate, config: PPOStageConfig) -> tuple[str, str]:
+    """Turn a share of the memory into the status and the remedy of a finding."""
+    status = FAIL if share > 1 else WARN if share > FULL else OK
+    return status, "" if status == OK else remedy(estimate, config)
 
 
 def _unit(num_bytes: float) -> tuple[str, int]:
@@ -118,10 +119,8 @@ def size_text(num_bytes: float) -> str:
     return f"{num_bytes / divisor:.1f} {unit}"
 
 
-def remedy(estimate: MemoryEstimate, config: PPOStageConfig, status: str = FAIL) -> str:
-    """Name the settings that shrink the largest part that a setting can shrink; empty when ok."""
-    if status == OK:
-        return ""
+def remedy(estimate: MemoryEstimate, config: PPOStageConfig) -> str:
+    """Name the settings that shrink the largest part that a setting can shrink."""
     ppo, model, lora = config.ppo, config.model, config.peft.enabled
     half = {name: getattr(ppo, name) // 2 for name in ("micro_batch_size", "rollout_batch_size")}
     settings = {
@@ -309,25 +308,23 @@ def examine_longest_step(
     if step.rise is None:
         return Finding(name, OK, text)
     needed = step.rise + estimate.sum("adam")
+    status, fix = _judge(needed / max(free, 1), estimate, config)
     text += f", {size_text(step.rise)}; with Adam states {size_text(needed)} of {size_text(free)}"
-    status = judge_share(needed / max(free, 1))
-    return Finding(name, status, text, remedy(estimate, config, status))
+    return Finding(name, status, text, fix)
 
 
 def longest_micro_batch(trainer: PPOTrainer) -> Responses:
     """Build the largest micro-batch that training can meet on a process: the longest prompt, and
     responses that use the whole budget."""
     ppo, sampling = trainer.config.ppo, trainer.sampling
-    device, processes = trainer.accelerator.device, trainer.accelerator.num_processes
-    num_rows = min(ppo.micro_batch_size, ppo.batch_size // ppo.num_mini_batches // processes)
+    per_minibatch = ppo.batch_size // ppo.num_mini_batches // trainer.accelerator.num_processes
+    num_rows = min(ppo.micro_batch_size, per_minibatch)
     prompt = max((p["input_ids"] for p in trainer.prompts), key=len)
     forbidden = set(sampling.forbidden.tolist())
     token = next(i for i in itertools.count() if i not in forbidden)
-    length = sampling.max_new_tokens
-    sampled = Generation(
-        [[token] * length] * num_rows, [[0.0] * length] * num_rows, [False] * num_rows
-    )
-    return Responses.padded([prompt] * num_rows, sampled, token, device)
+    ids, logprobs = [token] * sampling.max_new_tokens, [0.0] * sampling.max_new_tokens
+    sampled = Generation([ids] * num_rows, [logprobs] * num_rows, [False] * num_rows)
+    return Responses.padded([prompt] * num_rows, sampled, token, trainer.accelerator.device)
 
 
 def measure_step(trainer: PPOTrainer, part: Responses) -> Step:
@@ -336,7 +333,7 @@ def measure_step(trainer: PPOTrainer, part: Responses) -> Step:
     Only the result is exchanged between processes: one that runs out of memory leaves no other
     waiting.
     """
-    accelerator, device = trainer.accelerator, trainer.accelerator.device
+    device, problems = trainer.accelerator.device, ("", "not finite", "out of memory")
     before = _reset_peak(device)
     began, problem = time.perf_counter(), 0
     try:
@@ -345,8 +342,6 @@ def measure_step(trainer: PPOTrainer, part: Responses) -> Step:
         if not is_out_of_memory(error):
             raise
         problem = 2
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
     peak = _peak(device)
     rise = -1 if before is None or peak is None else max(0, peak - before)
     seconds = time.perf_counter() - began
@@ -355,8 +350,7 @@ def measure_step(trainer: PPOTrainer, part: Responses) -> Step:
     if device.type == "cuda":
         torch.cuda.empty_cache()
     mine = torch.tensor([[seconds, rise, problem]], dtype=torch.float64, device=device)
-    seconds, rise, problem = accelerator.gather(mine).max(dim=0).values.tolist()
-    problems = ("", "not finite", "out of memory")
+    seconds, rise, problem = trainer.accelerator.gather(mine).max(dim=0).values.tolist()
     return Step(seconds, None if rise < 0 else int(rise), problems[int(problem)])
 
 
@@ -369,10 +363,9 @@ def _forward_and_backward(trainer: PPOTrainer, part: Responses) -> bool:
     denominator = float(batch.loss_mask.sum())
     losses = []
     with ExitStack() as stack:
-        for model in (updater.policy, updater.critic):
-            if model is not None:
-                stack.enter_context(accelerator.no_sync(model))
+        stack.enter_context(accelerator.no_sync(updater.policy))
         if updater.critic is not None:
+            stack.enter_context(accelerator.no_sync(updater.critic))
             losses.append(updater.critic_backward(batch, denominator)["value_loss"])
         policy = updater.policy_backward(batch, denominator, trainer.kl_coef)
         losses.append(policy["policy_loss"])
@@ -396,5 +389,6 @@ def _reset_peak(device: torch.device) -> int | None:
 
 def _peak(device: torch.device) -> int | None:
     if device.type == "cuda":
+        torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device)
     return read_kilobytes("/proc/self/status", "VmHWM")
