@@ -63,11 +63,7 @@ SUMS = ("_tr_loss", "_globalstep_last_logged", "_metrics", "_total_train_tokens"
 def run_trainer(
     trainer: Trainer, config: SFTStageConfig | RewardStageConfig, directory: Path, stage: str
 ) -> int | None:
-    """Train or continue.
-
-    Returns:
-        None when training came to its end; the number of the signal that stopped it after a
-        checkpoint was saved.
+    """Train or continue; return the number of the signal that stopped the training, or None.
 
     Raises:
         InputError: a number is not finite, or the checkpoint does not fit the run.
@@ -110,11 +106,7 @@ def run_trainer(
 
 
 def _train(trainer: Trainer, checkpoint: Path | None) -> None:
-    """Have a Trainer train, from a checkpoint where there is one.
-
-    Raises:
-        InputError: the checkpoint holds pickled weights, or states that are no tensors.
-    """
+    """Train, from a checkpoint where there is one; refuse one that holds pickles."""
     if checkpoint is None:
         trainer.train()
         return
@@ -179,13 +171,7 @@ class MetricsCallback(TrainerCallback):
 
 
 class CheckpointCallback(TrainerCallback):
-    """Decides when to evaluate, save and stop, and completes the checkpoints of the Trainer.
-
-    Attributes:
-        directory: of the stage.
-        checkpoint: where training continues from; None at the start of a run.
-        interrupted: a signal stopped the training before its last step.
-    """
+    """Decides when to evaluate, save and stop, and completes the checkpoints of the Trainer."""
 
     def __init__(
         self,
@@ -196,8 +182,9 @@ class CheckpointCallback(TrainerCallback):
         stop: GracefulStop,
     ):
         self.trainer, self.config, self.stop = trainer, config, stop
-        self.directory, self.checkpoint = directory, checkpoint
-        self.interrupted = False
+        self.directory = directory  # of the stage
+        self.checkpoint = checkpoint  # where training continues from; None at the start of a run
+        self.interrupted = False  # by a signal, before the last step
         self._evaluated = -1  # last step of an epoch that was evaluated at that step
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -5,14 +5,13 @@ Policies are `AutoModelForCausalLM`. Reward models and critics are
 Weights come from safetensors only. Rows are right-padded wherever a model trains or scores; only
 the sampler pads on the left.
 
-`load` gives each role its model: `build` makes one from a configuration, `weights` and
-`adapter_files` read one from files. `adapters` puts LoRA on a model and takes it off again.
+`load` gives each role its model: `build` makes one from a configuration, `weights` reads one from
+files. `adapters` puts LoRA on a model and takes it off again.
 `forward` holds the forward passes.
 
 Left out: sharded models.
 """
 
-from rlhf.models.adapter_files import load_adapter
 from rlhf.models.adapters import add_lora, merged, new_token_rows
 from rlhf.models.build import try_settings
 from rlhf.models.dropout import disable_dropout
@@ -48,6 +47,7 @@ from rlhf.models.sampling_settings import (
     sample_as_trained,
     sampling_settings,
 )
+from rlhf.models.weights import load_adapter
 
 # Names that earlier versions had here.
 from rlhf.tokenizer import (

@@ -1,5 +1,5 @@
 """LoRA adapters on a model, rows of the embedding tables that are trained next to them, and the
-plain model again: `merged`. Adapters that somebody else trained are in `adapter_files`.
+plain model again: `merged`. `weights` merges adapters from files.
 """
 
 from __future__ import annotations

@@ -12,20 +12,13 @@ OK, WARN, FAIL = "ok", "WARN", "FAIL"
 
 @dataclass
 class Finding:
-    """What one examination found.
-
-    Attributes:
-        status: "ok", "WARN" or "FAIL".
-        text: the result, with its number.
-        remedy: what to do about it; empty when ok.
-        details: lines to print below, unchanged.
-    """
+    """What one examination found."""
 
     name: str
-    status: str
-    text: str
-    remedy: str = ""
-    details: str = ""
+    status: str  # "ok", "WARN" or "FAIL"
+    text: str  # the result, with its number
+    remedy: str = ""  # what to do about it; empty when ok
+    details: str = ""  # lines to print below, unchanged
 
 
 def lay_out(findings: Sequence[Finding]) -> str:

@@ -21,7 +21,14 @@ from rlhf.functional import best_of_n, best_of_n_kl, bootstrap_interval, final_s
 from rlhf.models import use_bfloat16
 from rlhf.ppo.evaluation import response_ids, response_texts
 from rlhf.ppo.preflight.findings import FAIL, OK, WARN, Finding
-from rlhf.ppo.rollout import Rollout, collect, policy_logprobs, score_sampled, share_of
+from rlhf.ppo.rollout import (
+    Responses,
+    Rollout,
+    collect,
+    policy_logprobs,
+    read_tokens,
+    score_sampled,
+)
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.sampling import Generation, Sampling, context_length, generate, uniform_noise
 from rlhf.scorers import Scorer, Scores
@@ -38,7 +45,7 @@ class Samples:
     prompts: list[dict[str, Any]]  # encoded, one per response
     rollout: Rollout  # without scores
     ids: list[list[int]]  # of the responses
-    ratio_off: float  # see `first_ratio_deviation`
+    ratio_off: float  # largest |ratio - 1| of the first minibatch
 
 
 def sample_policy(trainer: PPOTrainer, prompts: Sequence[dict[str, Any]]) -> Samples:
@@ -60,22 +67,18 @@ def sample_policy(trainer: PPOTrainer, prompts: Sequence[dict[str, Any]]) -> Sam
         with_scores=False,  # the main process calls the scorer later
         with_values=False,
     )
-    ratio_off = first_ratio_deviation(trainer, rollout, minibatches[0])
-    rollout = rollout.select(order[: len(rows)])
-    return Samples(rows, rollout, response_ids(rollout), ratio_off)
 
+    def read(part: Responses) -> Tensor:
+        return policy_logprobs(trainer.actors.policy, part, trainer.sampling)[0].detach()
 
-def first_ratio_deviation(trainer: PPOTrainer, rollout: Rollout, minibatch: Tensor) -> float:
-    """Read the first minibatch as training does: largest |ratio - 1| on any process."""
-    policy, accelerator = trainer.actors.policy, trainer.accelerator
-    largest = torch.zeros((), device=accelerator.device)
-    mine = rollout.select(share_of(minibatch, accelerator))
     with accelerator.autocast():  # with gradients, as in training
-        for _, part in mine.micro_batches(trainer.config.ppo.micro_batch_size):
-            logprobs, _ = policy_logprobs(policy, part, trainer.sampling)
-            log_ratio = (logprobs.detach() - part.logprobs)[part.response_mask]
-            largest = torch.maximum(largest, torch.expm1(log_ratio).abs().max())
-    return float(accelerator.gather(largest[None]).max())
+        again = read_tokens(
+            rollout, minibatches[:1], read, config.ppo.micro_batch_size, accelerator
+        )
+    log_ratio = (again - rollout.logprobs)[:first]
+    rollout = rollout.select(order[: len(rows)])
+    ratio_off = float(torch.expm1(log_ratio).abs().max())
+    return Samples(rows, rollout, response_ids(rollout), ratio_off)
 
 
 def examine_policy(trainer: PPOTrainer, samples: Samples) -> list[Finding]:
