@@ -1,7 +1,4 @@
-"""The arguments of a transformers Trainer: from `trainer:`, and what the stage itself decides.
-
-`settings` says which keys of `trainer:` a stage takes, and tries their values.
-"""
+"""The arguments of a transformers Trainer: from `trainer:`, and what the stage itself decides."""
 
 from __future__ import annotations
 
@@ -36,7 +33,7 @@ def trainer_arguments(
         reserved: further values of the stage.
 
     Raises:
-        InputError: a value that the stage cannot use, or that does not work.
+        InputError: the stage cannot use a value.
     """
     check_trainer_values(factory, config.trainer, stage)
     if config.trainer.get("fp16") and use_bfloat16(config.precision):
@@ -85,14 +82,8 @@ def _decided_by_stage(
 
 
 def accumulation_steps(batch_size: int, rows: int) -> int:
-    """Forward passes of an optimiser step that make `batch_size`.
-
-    Args:
-        rows: of one forward pass, over all processes.
-
-    Raises:
-        InputError: `batch_size` is no multiple of `rows`.
-    """
+    """Forward passes of an optimiser step, of so many rows over all processes, that make
+    `batch_size`; refuse a batch size that is no multiple of the rows."""
     steps, rest = divmod(batch_size, rows)
     if rest:
         nearest = [str(rows * number) for number in (steps, steps + 1) if number]

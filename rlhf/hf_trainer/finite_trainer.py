@@ -1,7 +1,4 @@
-"""A transformers Trainer that does not train on, save or continue from numbers that are not finite.
-
-A run that stopped for such a number can go on with a lower learning rate: `set_learning_rate`.
-"""
+"""A transformers Trainer that trains on, saves and continues from finite numbers alone."""
 
 from __future__ import annotations
 
@@ -78,7 +75,7 @@ def find_non_finite_state(trainer: Trainer) -> str | None:
 
 def set_learning_rate(trainer: Trainer) -> None:
     """Use the learning rate and warm-up of the configuration. The Trainer restored those of the
-    checkpoint, which differ if the run goes on with a lower rate."""
+    checkpoint, which differ if a run that met such a number goes on with a lower rate."""
     schedule: Any = trainer.lr_scheduler
     if not isinstance(schedule, LambdaLR) or trainer.is_deepspeed_enabled:
         return

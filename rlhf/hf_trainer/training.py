@@ -261,19 +261,17 @@ def best_step(args: TrainingArguments, state: TrainerState) -> int | None:
 def save_sums(trainer: Trainer, checkpoint: Path) -> None:
     """Write what a Trainer has summed up since its last log, on each process its own."""
     sums = {name: getattr(trainer, name) for name in SUMS if hasattr(trainer, name)}
-    _sums_file(checkpoint).write_text(json.dumps(sums, default=torch.Tensor.tolist))
+    file = checkpoint / f"sums_{PartialState().process_index}.json"
+    file.write_text(json.dumps(sums, default=torch.Tensor.tolist))
 
 
 def load_sums(trainer: Trainer, checkpoint: Path) -> None:
     """Restore what `save_sums` wrote."""
-    for name, value in json.loads(_sums_file(checkpoint).read_text()).items():
+    file = checkpoint / f"sums_{PartialState().process_index}.json"
+    for name, value in json.loads(file.read_text()).items():
         own = getattr(trainer, name)
         if isinstance(own, torch.Tensor):
             value = torch.tensor(value, dtype=own.dtype, device=own.device)
         elif isinstance(own, dict):  # of dicts that make a list for a new name
             value = {mode: defaultdict(list, lists) for mode, lists in value.items()}
         setattr(trainer, name, value)
-
-
-def _sums_file(checkpoint: Path) -> Path:
-    return checkpoint / f"sums_{PartialState().process_index}.json"

@@ -31,8 +31,7 @@ def new_token_rows(
     """Return the ids of `model.special_tokens` whose rows are trained next to the adapters.
 
     With `peft.train_new_tokens=auto`, all of them are trained if one is the EOS, a stop string or a
-    part of the chat template; otherwise none. All new rows are equal at first, so a model that does
-    not train them cannot tell one new token from another.
+    part of the chat template. New rows are equal until they are trained.
     """
     texts = [text for text in model.special_tokens if text != tokenizer.pad_token]
     if config.train_new_tokens == "auto":

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlhf.config import InputError
 
@@ -30,8 +31,6 @@ def disable_dropout(model: nn.Module) -> None:
     The model is put in eval mode. Checkpointed layers keep `training=True`, but not their children:
     transformers only checkpoints layers in training mode.
     """
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
     _set_rates(model, 0.0)
     model.eval()
     for module in model.modules():

@@ -14,20 +14,21 @@ def resize_embeddings(model: PreTrainedModel, num_rows: int, shrink: bool = Fals
     """Give the embedding tables `num_rows` rows, in place. New rows are the mean of the old rows,
     which do not change.
 
-    A table that is already larger (Pythia pads its own) keeps its size: its surplus ids are never
-    sampled.
-
-    Args:
-        shrink: cut a larger table.
-
-    Raises:
-        InputError: this would cut off a row of the model's own special tokens.
+    A table that is already larger (Pythia pads its own) keeps its size, as its surplus ids are
+    never sampled, unless `shrink` cuts it. Rows of the model's own special tokens cannot be cut.
     """
     old = cast(Any, model.get_input_embeddings()).weight.shape[0]
     if old == num_rows or (old > num_rows and not shrink):
         return
-    if shrink:
-        _require_own_tokens(model, num_rows)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        ids = getattr(model.config, name, None)
+        lost = [i for i in (ids if isinstance(ids, list) else [ids]) if (i or 0) >= num_rows]
+        if lost and shrink:
+            raise InputError(
+                f"model.shrink_embeddings=true leaves {num_rows} rows, one for each id of the "
+                f"tokenizer, but the model's own {name} is {lost[0]}: the tokenizer belongs to "
+                "another model; correct model.tokenizer, or set model.shrink_embeddings=false"
+            )
     model.resize_token_embeddings(num_rows, mean_resizing=False)
     if old > num_rows:
         return
@@ -36,16 +37,3 @@ def resize_embeddings(model: PreTrainedModel, num_rows: int, shrink: bool = Fals
             for table in (module.weight, getattr(module, "bias", None)):  # GPT-J's head has one
                 if table is not None:
                     table[old:] = table[:old].mean(dim=0)
-
-
-def _require_own_tokens(model: PreTrainedModel, num_rows: int) -> None:
-    """Refuse a tokenizer without the ids that the model's configuration names."""
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        ids = getattr(model.config, name, None)
-        lost = [i for i in (ids if isinstance(ids, list) else [ids]) if (i or 0) >= num_rows]
-        if lost:
-            raise InputError(
-                f"model.shrink_embeddings=true leaves {num_rows} rows, one for each id of the "
-                f"tokenizer, but the model's own {name} is {lost[0]}: the tokenizer belongs to "
-                "another model; correct model.tokenizer, or set model.shrink_embeddings=false"
-            )

@@ -49,10 +49,9 @@ def load_policy(
 
 
 def load_reference(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Load a frozen copy of the starting policy, from disk: never a deepcopy of a trained model.
+    """Load a frozen copy of the starting policy, from disk.
 
-    TRL's SFTTrainer patches `forward` on the instance; a deepcopy of it keeps calling the original
-    model and so follows the policy.
+    A deepcopy of a trained model would follow it: TRL patches `forward` on the instance.
     """
     return freeze(load_policy(config, tokenizer))
 
@@ -108,7 +107,7 @@ def freeze(model: Any) -> Any:
 
 def _prepare(model: PreTrainedModel, config: ModelConfig, field: str) -> PreTrainedModel:
     """Check the weights, and apply the settings of training, in place."""
-    _check_finite(model, config, field)
+    _require_finite(model, config, field)
     require_quantized(model, config)
     if config.dropout is not None:
         set_dropout(model, config.dropout)
@@ -118,7 +117,7 @@ def _prepare(model: PreTrainedModel, config: ModelConfig, field: str) -> PreTrai
     return model
 
 
-def _check_finite(model: PreTrainedModel, config: ModelConfig, field: str) -> None:
+def _require_finite(model: PreTrainedModel, config: ModelConfig, field: str) -> None:
     problem = find_non_finite(model.state_dict().items())
     if problem is None:
         return

@@ -28,7 +28,7 @@ def quantization_arguments(config: ModelConfig) -> dict[str, Any]:
 
     device = PartialState().device
     dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
-    _check_device(config.quantization, device, dtype)
+    require_support(config.quantization, device, dtype)
     has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     how = BitsAndBytesConfig(
         load_in_8bit=config.quantization == "8bit",
@@ -89,9 +89,9 @@ def dequantized_weight(layer: Any) -> Tensor:
     return functional.int8_vectorwise_dequant(weight.data, scales)
 
 
-def _check_device(quantization: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Run a small layer forward and backward, with inputs large enough to take LLM.int8's outlier
-    path."""
+def require_support(quantization: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse a device on which a small layer cannot run forward and backward. Its inputs are large
+    enough to take LLM.int8's outlier path."""
     try:
         import bitsandbytes as bnb
 

@@ -12,7 +12,7 @@ from typing import Any
 
 # Settings that have an effect only if do_sample is true.
 SAMPLING = "temperature top_k top_p min_p top_h typical_p epsilon_cutoff eta_cutoff".split()
-# Some settings are valid only together with these, so these are tried first.
+# Other settings are valid only together with these.
 ENABLING = ("do_sample", "num_beams", "return_dict_in_generate", "use_cache")
 # Settings that change neither the distribution of tokens nor the choice from it.
 NEUTRAL = """bos_token_id eos_token_id pad_token_id transformers_version use_cache max_length

@@ -59,7 +59,15 @@ def load_backbone(source: Source, config: ModelConfig) -> PreTrainedModel:
     Raises:
         InputError: it is a classifier already, or the family has no classifier with a linear head.
     """
-    _require_classifier(source)
+    settings = read_json(source.directory / "config.json")
+    family = settings.get("model_type")
+    if family not in CLASSIFIERS and not settings.get("auto_map"):
+        raise InputError(
+            f"{source.label}: transformers has no sequence classifier for model_type={family}, but "
+            "reward models and critics are built on one; take a model of another family, or in PPO "
+            "your own scorer (scorer=python) and an estimator without a critic, e.g. "
+            "ppo.advantage=rloo ppo.samples_per_prompt=4"
+        )
     if source.adapters:
         return _with_scalar_head(load_language_model(source, config), source, config)
     model, misfits = _read(AutoModelForSequenceClassification, source, config, num_labels=1)
@@ -86,19 +94,6 @@ def load_classifier(source: Source, config: ModelConfig) -> PreTrainedModel:
         misfits.unexpected = [name for name in misfits.unexpected if name != bias]
         _set_head(model, source, has_bias=bias in _stored_whole(source))
     return _with_adapters(model, source, misfits)
-
-
-def _require_classifier(source: Source) -> None:
-    """Refuse a family for which transformers has no sequence classifier."""
-    settings = read_json(source.directory / "config.json")
-    family = settings.get("model_type")
-    if family not in CLASSIFIERS and not settings.get("auto_map"):
-        raise InputError(
-            f"{source.label}: transformers has no sequence classifier for model_type={family}, but "
-            "reward models and critics are built on one; take a model of another family, or in PPO "
-            "your own scorer (scorer=python) and an estimator without a critic, e.g. "
-            "ppo.advantage=rloo ppo.samples_per_prompt=4"
-        )
 
 
 # --- The whole model ----------------------------------------------------------------------------

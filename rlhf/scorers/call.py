@@ -20,17 +20,11 @@ Scorer = Callable[..., Any]
 
 
 class Tokens(NamedTuple):
-    """Token ids as a policy saw and sampled them, B lists each.
-
-    Attributes:
-        prompts: token ids of the prompts.
-        responses: token ids of the responses, stop token included.
-        rendering: `hash_rendering` of the policy's tokenizer.
-    """
+    """Token ids as a policy saw and sampled them, B lists each."""
 
     prompts: Sequence[Sequence[int]]
-    responses: Sequence[Sequence[int]]
-    rendering: str
+    responses: Sequence[Sequence[int]]  # stop token included
+    rendering: str  # `hash_rendering` of the policy's tokenizer
 
 
 @dataclass
@@ -38,16 +32,13 @@ class Scores:
     """Scores of B responses; float32 on the CPU, every number finite.
 
     Attributes:
-        total: (B,) scores, rewards per token included.
-        dense: the rewards per token, (num_tokens,) for each response; None where there are none.
-        components: name -> (B,) total of each component of a `CombinedScorer`.
         cut: (B,) bool, True where a reward model read only the beginning of a response, because
             prompt and response are longer than its context; None without a reward model.
     """
 
-    total: Tensor
-    dense: list[Tensor] | None = None
-    components: dict[str, Tensor] = field(default_factory=dict)
+    total: Tensor  # (B,), rewards per token included
+    dense: list[Tensor] | None = None  # rewards per token, (num_tokens,) for each response
+    components: dict[str, Tensor] = field(default_factory=dict)  # totals, by component
     cut: Tensor | None = None
 
     @property
@@ -173,7 +164,7 @@ def check_scores(scores: Tensor, responses: Sequence[Any], field: str) -> Tensor
 def _check_dense(
     rows: list[Tensor], ids: Sequence[Sequence[int]], responses: Sequence[str], field: str
 ) -> None:
-    """Check that rewards per token are one finite number for each token."""
+    """Check that there is one finite reward for each token."""
     if len(rows) != len(ids):
         raise InputError(f"{field} must return {len(ids)} lists of rewards, got {len(rows)}")
     for row, tokens, response in zip(rows, ids, responses, strict=True):

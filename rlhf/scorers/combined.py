@@ -72,11 +72,7 @@ class CombinedScorer(BuiltInScorer):
         ]
 
     def counting(self, totals: Tensor) -> Tensor:
-        """Tell which components count for which response, (K, B) bool.
-
-        Args:
-            totals: (K, B) scores of the components.
-        """
+        """Tell which components count for which response, (K, B) bool, from their (K, B) scores."""
         raw = totals.clone()
         for row, part in zip(raw, self.parts.values(), strict=True):
             if isinstance(part, RewardModelScorer):
@@ -84,11 +80,8 @@ class CombinedScorer(BuiltInScorer):
         return counting(raw, self.gates)
 
     def gated(self, totals: Tensor) -> Tensor | None:
-        """Tell which responses a component with a gate scored alone, (B,) bool; None without gates.
-
-        Args:
-            totals: (K, B) scores of the components.
-        """
+        """Tell which responses a component with a gate scored alone, (B,) bool, from the (K, B)
+        scores of the components; None without gates."""
         has_gate = self.gates > 0
         return self.counting(totals)[has_gate].any(dim=0) if has_gate.any() else None
 
@@ -117,11 +110,8 @@ def load_scorer(
         config: `path` is the `final/` of a reward stage, a Hub id, or `python:module.function`;
             `components` names several.
         dtype: of the weights of reward models.
-        field: configuration key, for messages.
+        field: configuration key of `path`, for messages.
         trust_remote_code: whether Python files of reward models may run.
-
-    Raises:
-        InputError: a value out of range, or something that cannot be loaded.
     """
     check_scorer_config(config)
     if config.components:

@@ -62,7 +62,7 @@ from rlhf.models import (  # noqa: E402
     resize_embeddings,
     sequence_scores,
 )
-from rlhf.models.quantization import _check_device, dequantized_weight, is_quantized  # noqa: E402
+from rlhf.models.quantization import dequantized_weight, is_quantized, require_support  # noqa: E402
 from rlhf.ppo import train_ppo  # noqa: E402
 from rlhf.reward import train_reward  # noqa: E402
 from rlhf.sft import train_sft  # noqa: E402
@@ -345,14 +345,14 @@ def test_an_adapter_directory_is_refused_with_the_way_to_merge_it(saved, tmp_pat
 @both_widths
 def test_a_device_without_bitsandbytes_is_refused_with_its_reason(quantization):
     with pytest.raises(InputError, match=f"model.quantization={quantization}: .* on meta .*Error"):
-        _check_device(quantization, torch.device("meta"), torch.float32)
+        require_support(quantization, torch.device("meta"), torch.float32)
 
 
 def test_8bit_on_a_cpu_refuses_float16_which_it_overwrites():
     for dtype in (torch.float32, torch.bfloat16):
-        _check_device("8bit", torch.device("cpu"), dtype)
+        require_support("8bit", torch.device("cpu"), dtype)
     with pytest.raises(InputError, match="torch.float16 .* on cpu .*inplace.*another model.dtype"):
-        _check_device("8bit", torch.device("cpu"), torch.float16)
+        require_support("8bit", torch.device("cpu"), torch.float16)
 
 
 def test_without_bitsandbytes_the_extra_is_named(saved, folder, monkeypatch):

@@ -1,8 +1,8 @@
 """The preflight in order: memory, the longest step, the policy's samples, the scorer.
 
-Every examination uses the models, data, scorer and device of the run itself, and names the setting
-that helps. A FAIL stops the run; a WARN does not. Weights, gradients, optimisers and random numbers
-are restored: a run trains the same with the preflight and without.
+Every examination uses the models, data, scorer and device of the run itself. A FAIL stops the run;
+a WARN does not. Weights, gradients, optimisers and random numbers are as before afterwards: a run
+trains the same with the preflight and without.
 """
 
 from __future__ import annotations

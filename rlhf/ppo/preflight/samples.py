@@ -32,6 +32,7 @@ from rlhf.ppo.rollout import (
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.sampling import Generation, Sampling, context_length, generate, uniform_noise
 from rlhf.scorers import Scorer, Scores
+from rlhf.tokenizer import render_prompt
 
 PREFLIGHT_KEY = (1 << 31) + 1  # names the random numbers; no update and no evaluation has this key
 NUM_SAMPLES = 16  # to each prompt
@@ -132,12 +133,7 @@ def examine_tokenizer(tokenizer: Any, prompts: Sequence[Any], responses: Sequenc
     if any(not isinstance(p, str) for p in prompts) and not tokenizer.chat_template:
         text = "the prompts are conversations, but the tokenizer has no chat template"
         return Finding(name, FAIL, text, "set model.chat_template")
-    rendered = [
-        p
-        if isinstance(p, str)
-        else tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True)
-        for p in prompts
-    ]
+    rendered = [p if isinstance(p, str) else render_prompt(p, tokenizer) for p in prompts]
     texts = [*rendered, *responses]
     back = [
         tokenizer.decode(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
