@@ -98,10 +98,8 @@ LIMITS = {
     "packing_strategy": Limits(choices=("bfd", "bfd_split", "wrapped")),
     "train_sampling_strategy": Limits(choices=("random", "sequential", "group_by_length")),
 }
-# These need the layers of the model itself,
-NOT_TRIED = ("galore_", "apollo_")
-# and these change weights before the gradients have been checked.
-EARLY = ("lomo", "adalomo")
+NOT_TRIED = ("galore_", "apollo_")  # they need the layers of the model itself
+EARLY = ("lomo", "adalomo")  # they change weights before the gradients have been checked
 
 
 def check_trainer_values(factory: Any, values: Mapping[str, Any], stage: str) -> None:

@@ -50,15 +50,13 @@ def add_lora(
     seed: int | None = None,
     token_rows: Sequence[int] = (),
 ) -> Any:
-    """Wrap a model with LoRA adapters; the scalar head of a classifier is trained in full.
+    """Wrap a model with LoRA adapters; the scalar head of a classifier is trained in full. Refuse
+    names in `peft.target_modules` that fit no linear layer.
 
     Args:
         task_type: "CAUSAL_LM" or "SEQ_CLS".
         seed: of the adapters' weights; None where they do not matter.
         token_rows: rows of the input and output embedding tables that are trained too.
-
-    Raises:
-        InputError: a name in `peft.target_modules` fits no linear layer of the model.
     """
     if seed is not None:
         torch.manual_seed(seed)
@@ -90,7 +88,10 @@ def add_lora(
             f"{type(model).__name__} ({one_line(error)}); name some of its linear layers "
             f"({names or 'it has none'}), or train in full"
         ) from error
-    _keep_attributes_of_tables(adapted)
+    for module in adapted.modules():
+        if isinstance(module, TrainableTokensWrapper):
+            module.__class__ = _TableRows
+            module.token_adapter.__class__ = _Rows
     return adapted
 
 
@@ -111,13 +112,6 @@ def _tables(model: PreTrainedModel, rows: Sequence[int]) -> dict[str, list[int]]
         tables.append(model.get_output_embeddings())
     names = {module: name for name, module in model.named_modules()}
     return {names[table]: list(rows) for table in tables if table is not None and rows}
-
-
-def _keep_attributes_of_tables(adapted: Any) -> None:
-    for module in adapted.modules():
-        if isinstance(module, TrainableTokensWrapper):
-            module.__class__ = _TableRows
-            module.token_adapter.__class__ = _Rows
 
 
 class _TableRows(TrainableTokensWrapper):

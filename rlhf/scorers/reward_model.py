@@ -206,15 +206,12 @@ def score_statistics(
 ) -> tuple[float, float]:
     """Return (mean, std) to normalise with: score = (raw - mean) / std.
 
+    `demo_mean_zero` subtracts the mean score of the completions that the reward stage chose (see
+    `rlhf.reward.completions`), `standardise` also divides by their standard deviation.
+
     Args:
-        config: `normalize` is "demo_mean_zero" (subtract the mean score of the completions that
-            the reward stage chose, see `rlhf.reward.completions`), "standardise" (also divide by
-            their standard deviation) or "none".
         record: `StageRecord` of the reward model, None where no stage wrote it.
         field: configuration key of `path`, for messages.
-
-    Raises:
-        InputError: no statistics are stored.
     """
     if config.normalize == "none":
         return 0.0, 1.0

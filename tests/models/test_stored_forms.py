@@ -16,23 +16,14 @@ import shutil
 import huggingface_hub
 import pytest
 import torch
-from helpers.families import (
-    EOS,
-    LORA,
-    SEQUENCES,
-    TOKENIZER,
-    close,
-    exact,
-    logits_of,
-    save,
-    scores_of,
-)
+from helpers.families import LORA, SEQUENCES, TOKENIZER, close, exact, logits_of, save, scores_of
+from helpers.stored import adapted, classifier, policy, write
 from helpers.tiny import FAMILIES, tiny_model, tiny_tokenizer
 from helpers.tiny_ppo import make_config, write_policy
-from peft import IA3Config, LoraConfig, get_peft_model
+from peft import IA3Config
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 
 from rlhf.chat import ChatOptions, talk
 from rlhf.checkpoint import require_stage
@@ -67,41 +58,6 @@ def hub_cache(tmp_path, monkeypatch):
 def base(tmp_path_factory):
     """A tiny Llama with its tokenizer."""
     return write(tmp_path_factory.mktemp("base"), tiny_model("llama", TOKENIZER))
-
-
-def write(directory, model, base=None):
-    """Save a model, or an adapter on what lies in `base`, with the tokenizer."""
-    if base is not None:
-        model.peft_config["default"].base_model_name_or_path = str(base)
-    model.save_pretrained(directory)
-    if base is None:
-        TOKENIZER.save_pretrained(directory)
-    return directory
-
-
-def adapted(model, kind=LoraConfig, **settings):
-    """An adapter whose effect is large: every number of it is random."""
-    settings = {"target_modules": ["q_proj", "v_proj"]} | settings
-    model = get_peft_model(model, kind(**settings)).eval()
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    return model
-
-
-def classifier(kind="llama", num_labels=1, **values):
-    torch.manual_seed(1)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 4, "max_position_embeddings": 64, "vocab_size": len(TOKENIZER)}
-    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": EOS, "num_labels": num_labels}
-    config = AutoConfig.for_model(kind, **sizes | ids | values)
-    return AutoModelForSequenceClassification.from_config(config).eval()
-
-
-def policy(path, **values):
-    return load_policy(ModelConfig(path=str(path), **values), TOKENIZER)
 
 
 def as_hub_id(directory, cache, name="someone/model"):

@@ -16,10 +16,10 @@ import huggingface_hub
 import pytest
 import torch
 from helpers.families import TOKENIZER
+from helpers.stored import adapted, classifier, policy, write
 from helpers.tiny import tiny_model
 from helpers.tiny_sft import sft_config
 from safetensors.torch import load_file, save_file
-from test_stored_forms import adapted, classifier, policy, write
 from transformers import MambaConfig, MambaForCausalLM
 
 from rlhf.checkpoint import read_manifest
