@@ -134,7 +134,7 @@ def _append_scores(
     partial: Path, rows: list[ScoredRow], scorer: Any, done: list[list[float]], chunk_size: int
 ) -> list[float]:
     """Score the rows after the `done` ones and append them to the file; return all scores."""
-    from rlhf.scorers import checked_scores
+    from rlhf.scorers import uncut_scores
 
     scores = list(chain.from_iterable(done))
     bar = progress_bar(sum(len(row.responses) for row in rows), len(scores), "response")
@@ -146,7 +146,7 @@ def _append_scores(
             part = rows[chunk.start : chunk.stop]
             prompts = [row.prompt for row in part for _ in row.responses]
             responses = [response for row in part for response in row.responses]
-            found = iter(checked_scores(scorer, prompts, responses, "the reward model").tolist())
+            found = iter(uncut_scores(scorer, prompts, responses, "the reward model").tolist())
             for i, row in enumerate(part, chunk.start):
                 row_scores = list(islice(found, len(row.responses)))
                 if i >= len(done):

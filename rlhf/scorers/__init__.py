@@ -17,6 +17,6 @@ A scorer that fails, or returns anything but finite numbers, stops the run with 
 remote scorers, and components that are combined themselves.
 """
 
-from rlhf.scorers.call import Scorer, Scores, Tokens, check_scores, checked_scores, score_responses
+from rlhf.scorers.call import Scorer, Scores, Tokens, score_responses, uncut_scores
 from rlhf.scorers.combined import CombinedScorer, component_names, load_scorer, reward_models
 from rlhf.scorers.reward_model import RewardModelScorer, score_sequences, score_statistics

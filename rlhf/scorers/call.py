@@ -54,21 +54,18 @@ class BuiltInScorer:
 
     def __call__(self, prompts: Sequence[Any], responses: Sequence[str]) -> Tensor:
         """Score complete responses given as text, (B,) float32 on the CPU."""
-        return checked_scores(self, prompts, responses, "the scorer")
+        return uncut_scores(self, prompts, responses, "the scorer")
 
     def score(self, prompts: Any, responses: Any, field: str, tokens: Tokens | None) -> Scores:
         """See `score_responses`."""
         raise NotImplementedError
 
 
-def checked_scores(
+def uncut_scores(
     scorer: Scorer, prompts: Sequence[Any], responses: Sequence[str], field: str
 ) -> Tensor:
-    """Score responses given as text, (B,) float32 on the CPU; see `score_responses`.
-
-    Raises:
-        InputError: also where a prompt with its response is longer than a reward model's context.
-    """
+    """As `score_responses`, for responses given as text, (B,) float32 on the CPU; also refuse those
+    that are longer, with their prompts, than a reward model's context."""
     scores = score_responses(scorer, prompts, responses, field)
     if scores.cut is not None and scores.cut.any():
         raise InputError(
@@ -115,14 +112,14 @@ def score_responses(
     dense = [row for row in rows if row.dim()]
     if not dense:
         scores = torch.stack(rows) if rows else torch.zeros(0)
-        return Scores(check_scores(scores, responses, field))
+        return Scores(require_valid_scores(scores, responses, field))
     if not arguments:
         raise InputError(
             f"{field} must return one score per response: expected shape ({len(responses)},), got "
             f"{(len(rows), *dense[0].shape)}; rewards per token need the parameter response_ids, "
             "and responses that were sampled"
         )
-    _check_dense(rows, arguments["response_ids"], responses, field)
+    _require_valid_rewards(rows, arguments["response_ids"], responses, field)
     return Scores(torch.stack([row.sum() for row in rows]), rows)
 
 
@@ -144,8 +141,8 @@ def _token_arguments(scorer: Scorer, field: str, tokens: Tokens | None) -> dict[
     return {}
 
 
-def check_scores(scores: Tensor, responses: Sequence[Any], field: str) -> Tensor:
-    """Check shape and finiteness of scores; see `score_responses`."""
+def require_valid_scores(scores: Tensor, responses: Sequence[Any], field: str) -> Tensor:
+    """Refuse scores that are not one finite number for each response."""
     if scores.shape != (len(responses),):
         raise InputError(
             f"{field} must return one score per response: expected shape ({len(responses)},), got "
@@ -161,10 +158,10 @@ def check_scores(scores: Tensor, responses: Sequence[Any], field: str) -> Tensor
     return scores
 
 
-def _check_dense(
+def _require_valid_rewards(
     rows: list[Tensor], ids: Sequence[Sequence[int]], responses: Sequence[str], field: str
 ) -> None:
-    """Check that there is one finite reward for each token."""
+    """Refuse rewards that are not one finite number for each token."""
     if len(rows) != len(ids):
         raise InputError(f"{field} must return {len(ids)} lists of rewards, got {len(rows)}")
     for row, tokens, response in zip(rows, ids, responses, strict=True):

@@ -27,7 +27,7 @@ from rlhf.models import (
     sequence_scores,
 )
 from rlhf.sampling import context_length
-from rlhf.scorers.call import BuiltInScorer, Scores, Tokens, check_scores
+from rlhf.scorers.call import BuiltInScorer, Scores, Tokens, require_valid_scores
 from rlhf.tokenizer import RefusedConversation, hash_rendering, load_tokenizer, read_tokenizer
 
 
@@ -117,7 +117,7 @@ class RewardModelScorer(BuiltInScorer):
             sequences = [[*prompt, *response][: self.max_length] for prompt, response in encoded]
             scores = score_sequences(self.model, sequences, self.batch_size)
         cut = torch.tensor([length > self.max_length for length in lengths])
-        return Scores(check_scores(scores, responses, field), cut=cut)
+        return Scores(require_valid_scores(scores, responses, field), cut=cut)
 
     def encode(self, prompt: Any, response: str) -> list[int]:
         """Token ids of a prompt (text or messages) and a complete response, as in training."""

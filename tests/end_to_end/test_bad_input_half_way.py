@@ -27,7 +27,7 @@ from rlhf.config import EvaluationConfig, InputError, ScorerComponent, ScorerCon
 from rlhf.distributed import on_every_process
 from rlhf.metrics import read_jsonl
 from rlhf.ppo import train_ppo
-from rlhf.scorers import checked_scores, load_scorer, score_responses, score_sequences
+from rlhf.scorers import load_scorer, score_responses, score_sequences, uncut_scores
 
 CONTEXT = 52
 
@@ -212,7 +212,7 @@ def test_long_response_is_cut_at_its_end_and_marked(judge):
     with pytest.raises(
         InputError, match="2 of 3 responses, with their prompts, exceed the context"
     ):
-        checked_scores(scorer, prompts, responses, "x")
+        uncut_scores(scorer, prompts, responses, "x")
     with pytest.raises(InputError, match="a prompt has 52 tokens, which leaves no room"):
         score_responses(scorer, ["b" * 52], ["c"], "x")
 

@@ -14,7 +14,8 @@ from helpers.scorers import PROMPTS, RESPONSES, TOKENS, halves
 from torch.testing import assert_close
 
 from rlhf.config import InputError
-from rlhf.scorers import check_scores, checked_scores, score_responses
+from rlhf.scorers import score_responses, uncut_scores
+from rlhf.scorers.call import require_valid_scores
 
 
 @pytest.mark.parametrize(
@@ -30,7 +31,7 @@ from rlhf.scorers import check_scores, checked_scores, score_responses
     ids=["list", "tuple", "array", "tensor", "mixed", "iterator"],
 )
 def test_any_numbers_are_scores(result):
-    scores = checked_scores(lambda p, r: result, PROMPTS, RESPONSES, "x")
+    scores = uncut_scores(lambda p, r: result, PROMPTS, RESPONSES, "x")
     assert scores.dtype == torch.float32 and not scores.requires_grad
     assert scores.tolist() == [1.5, -2.0, 0.0]
 
@@ -60,18 +61,18 @@ def failing(prompts, responses):
 )
 def test_anything_but_a_finite_number_per_response_stops_with_the_cause(result, message):
     with pytest.raises(InputError, match=f"^x .*{message}"):
-        checked_scores(lambda p, r: result, PROMPTS, RESPONSES, "x")
+        uncut_scores(lambda p, r: result, PROMPTS, RESPONSES, "x")
 
 
 def test_a_scorer_that_raises_stops_the_run_with_the_cause():
     with pytest.raises(InputError, match="x failed on .*: ConnectionError: no route to host") as e:
-        checked_scores(failing, PROMPTS, RESPONSES, "x")
+        uncut_scores(failing, PROMPTS, RESPONSES, "x")
     assert isinstance(e.value.__cause__, ConnectionError)
 
 
 def test_scores_of_the_right_shape_pass_unchanged():
     scores = torch.tensor([1.0, 2.0])
-    assert check_scores(scores, ["a", "b"], "x") is scores
+    assert require_valid_scores(scores, ["a", "b"], "x") is scores
 
 
 # --- Rewards per token ----------------------------------------------------------------------------
@@ -99,13 +100,13 @@ def test_a_scorer_that_is_given_ids_may_return_scores():
 
     scores = score_responses(lengths, PROMPTS, RESPONSES, "x", TOKENS)
     assert scores.dense is None and scores.total.tolist() == [3.0, 1.0, 2.0]
-    assert checked_scores(lengths, PROMPTS, RESPONSES, "x").tolist() == [0.0] * 3
+    assert uncut_scores(lengths, PROMPTS, RESPONSES, "x").tolist() == [0.0] * 3
 
 
 def test_a_scorer_may_have_a_signature_that_python_does_not_know():
     with pytest.raises(ValueError):
         inspect.signature(map)
-    assert checked_scores(map, float, ["1.5", "2"], "x").tolist() == [1.5, 2.0]
+    assert uncut_scores(map, float, ["1.5", "2"], "x").tolist() == [1.5, 2.0]
 
 
 @pytest.mark.parametrize(
@@ -127,4 +128,4 @@ def test_rewards_per_token_that_do_not_fit_the_tokens_stop_the_run(result, messa
 
 def test_a_scorer_of_tokens_cannot_score_text():
     with pytest.raises(InputError, match="x needs response_ids, but these responses are text"):
-        checked_scores(halves, PROMPTS, RESPONSES, "x")
+        uncut_scores(halves, PROMPTS, RESPONSES, "x")

@@ -32,7 +32,7 @@ from rlhf.data import encode_prompt
 from rlhf.demo.world import build_tokenizer
 from rlhf.models import ScalarModel, add_lora, init_reward_model, merged
 from rlhf.ppo import train_ppo
-from rlhf.scorers import Tokens, checked_scores, load_scorer, score_responses
+from rlhf.scorers import Tokens, load_scorer, score_responses, uncut_scores
 from rlhf.tokenizer import chat_template_text, hash_rendering, load_tokenizer
 
 
@@ -129,7 +129,7 @@ def test_a_reward_model_that_gives_nan_stops_the_run(helpful):
     with torch.no_grad():
         scorer.model.model.score.weight.fill_(float("nan"))
     with pytest.raises(InputError, match="x returned nan for 3 of 3 responses"):
-        checked_scores(scorer, PROMPTS, RESPONSES, "x")
+        uncut_scores(scorer, PROMPTS, RESPONSES, "x")
 
 
 # --- Rendering ------------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ def test_a_template_that_refuses_the_conversation_is_the_cause_that_is_named(tmp
     path = write_reward_model(tmp_path, build_tokenizer(), seed=3)
     prompt = [{"role": "system", "content": "be brief"}, *PROMPTS[0]]
     with pytest.raises(InputError, match="the chat template refuses .*system, user"):
-        checked_scores(load_scorer(ScorerConfig(path)), [prompt], ["dog ."], "the scorer")
+        uncut_scores(load_scorer(ScorerConfig(path)), [prompt], ["dog ."], "the scorer")
 
 
 def test_ppo_scores_ids_under_the_same_rendering_and_says_when_it_cannot(

@@ -96,7 +96,7 @@ def examine_memory(estimate: MemoryEstimate, room: int, config: PPOStageConfig) 
     ]
     details = table(rows, (unit, "weights", "gradients", "Adam", "activations"))
     text = (
-        f"about {size_text(estimate.total)} of {size_text(room)} ({share:.0%}), of which sampling "
+        f"about {size_text(estimate.total)} of {size_text(room)} ({share:.0%}); sampling alone "
         f"may take {size_text(estimate.sampling)}"
     )
     status, fix = _judge(share, estimate, config)
@@ -215,7 +215,7 @@ def activation_bytes(read: Callable[[Responses], int], model: Any, part: Respons
 
     Args:
         read: a forward pass; returns the further bytes that its backward pass takes.
-        part: rows of equal length, of which two are read.
+        part: rows of equal length; two of them are read.
     """
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
