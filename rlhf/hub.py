@@ -32,6 +32,7 @@ JSON_FILES = (
 DOWNLOADED = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
 # Other formats of the same weights, and subfolders, which hold files of other programs.
 NOT_DOWNLOADED = ["consolidated*", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors"]
+CONVERT = "convert the weights with save_pretrained, which writes safetensors"
 NUM_SHOWN = 3
 
 
@@ -53,9 +54,6 @@ def local_directory(
     Args:
         field: name of the setting that gave the path, for messages.
         code, weights: also download Python files, weights.
-
-    Raises:
-        InputError: it is neither a directory nor a Hub model that can be reached.
     """
     directory, label = Path(str(path)), f"{field}={path}"
     if directory.is_dir():
@@ -78,11 +76,7 @@ def local_directory(
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object; {} if there is no such file.
-
-    Raises:
-        InputError: it is not UTF-8, not JSON, or not an object.
-    """
+    """Read a JSON object; {} if there is no such file."""
     if not file.is_file():
         return {}
     try:
@@ -97,27 +91,18 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def tensor_names(file: Path) -> list[str]:
-    """Return the names of the tensors in a safetensors file.
-
-    Raises:
-        InputError: it is empty, cut short, or not a safetensors file.
-    """
+    """Return the names of the tensors in a safetensors file; refuse one that is cut short."""
     try:
         with safe_open(file, framework="pt") as tensors:
             return list(tensors.keys())
     except (SafetensorError, OSError) as error:
         size = f", {file.stat().st_size:,} bytes" if file.is_file() else ""
-        raise InputError(
-            f"{file} is damaged or incomplete ({error}{size}); copy or download it again"
-        ) from error
+        what = f"damaged or incomplete ({error}{size})"
+        raise InputError(f"{file} is {what}; copy or download it again") from error
 
 
 def weight_files(directory: Path, config: dict[str, Any]) -> list[Path]:
-    """Return the files that transformers would load; [] if no file has a known name.
-
-    Raises:
-        InputError: the index of the files cannot be read.
-    """
+    """Return the files that transformers would load; [] if no file has a known name."""
     named = config.get("transformers_weights")
     names = [str(named)] if named else [n for n in (WEIGHTS, INDEX) if (directory / n).is_file()]
     if not names or not names[0].endswith(".index.json"):
@@ -151,7 +136,7 @@ class Source:
 
 
 def find_source(path: Any, field: str, revision: str | None = None, code: bool = False) -> Source:
-    """Find out what a path or Hub id holds, and check its files; see `local_directory`.
+    """Find out what a path or Hub id holds, and examine its files; see `local_directory`.
 
     Raises:
         InputError: there is nothing to load, only pickled weights, a damaged or missing file, or an
@@ -159,8 +144,8 @@ def find_source(path: Any, field: str, revision: str | None = None, code: bool =
     """
     label = f"{field}={path}"
     *adapters, directory = _chain(path, field, revision, code)
-    tasks = [_check_adapter(adapter, label).get("task_type") for adapter in adapters]
-    _check_model(directory, label if not adapters else f"{label} (an adapter on {directory})")
+    tasks = [_adapter_settings(adapter, label).get("task_type") for adapter in adapters]
+    _require_model(directory, label if not adapters else f"{label} (an adapter on {directory})")
     config = read_json(directory / "config.json")
     if adapters and config.get("quantization_config"):
         raise InputError(
@@ -214,23 +199,20 @@ def _chain(
     return chain
 
 
-def _check_adapter(directory: Path, label: str) -> dict[str, Any]:
-    """Check the files of an adapter, and return its configuration."""
+def _adapter_settings(directory: Path, label: str) -> dict[str, Any]:
+    """Return the configuration of an adapter, once its files are known to be good."""
     if (directory / WEIGHTS).is_file() or (directory / INDEX).is_file():
-        raise InputError(
-            f"{label}: {directory} holds both an adapter and a whole model; move one of them to "
-            "another directory"
-        )
+        what = f"{directory} holds both an adapter and a whole model"
+        raise InputError(f"{label}: {what}; move one of them to another directory")
     if not (directory / ADAPTER_WEIGHTS).is_file():
         _refuse_pickles(directory, label)
-        raise InputError(
-            f"{label}: {directory} has {ADAPTER} but no {ADAPTER_WEIGHTS}; copy or download it"
-        )
+        what = f"{directory} has {ADAPTER} but no {ADAPTER_WEIGHTS}"
+        raise InputError(f"{label}: {what}; copy or download it")
     tensor_names(directory / ADAPTER_WEIGHTS)
     return read_json(directory / ADAPTER)
 
 
-def _check_model(directory: Path, label: str) -> None:
+def _require_model(directory: Path, label: str) -> None:
     config = read_json(directory / "config.json")
     read_json(directory / "generation_config.json")  # transformers ignores a damaged one
     files = weight_files(directory, config)
@@ -241,10 +223,7 @@ def _check_model(directory: Path, label: str) -> None:
         raise InputError(f"{label} is not a model directory (no config.json)")
     for file in files:
         if file.suffix != ".safetensors":
-            raise InputError(
-                f"{label}: {file} is not a safetensors file; convert the weights with "
-                "save_pretrained, which writes safetensors"
-            )
+            raise InputError(f"{label}: {file} is not a safetensors file; {CONVERT}")
         if not file.is_file():
             raise InputError(f"{label} is incomplete: {file} is missing; copy or download it")
         tensor_names(file)
@@ -255,10 +234,8 @@ def _refuse_pickles(directory: Path, label: str) -> None:
     names = [file.name for file in directory.iterdir()]
     pickled = sorted(n for n in names if n.endswith(suffixes) and n != no_weights)
     if pickled:
-        raise InputError(
-            f"{label} has pickled weights ({', '.join(pickled[:NUM_SHOWN])}), and loading a pickle "
-            "can run code; convert them with save_pretrained, which writes safetensors"
-        )
+        what = f"has pickled weights ({', '.join(pickled[:NUM_SHOWN])})"
+        raise InputError(f"{label} {what}, and loading a pickle can run code; {CONVERT}")
 
 
 # --- Loading it ---------------------------------------------------------------------------------
@@ -306,12 +283,13 @@ def _needs_code(label: str) -> InputError:
 
 
 def _find_damage(directory: Path) -> str | None:
-    """Say which JSON or safetensors file of a directory cannot be read, and why; None: all can."""
+    """Say which JSON file of a directory cannot be read, and why; None: all can.
+
+    `find_source` has examined the weights.
+    """
     try:
         for name in JSON_FILES:
             read_json(directory / name)
-        for file in sorted(directory.glob("*.safetensors")):
-            tensor_names(file)
     except InputError as error:
         return str(error)
     tokenizer = directory / "tokenizer.json"

@@ -1,7 +1,7 @@
 """From files, Hub data sets or Python functions to token ids, for the three stages.
 
-    source -> rows -> format -> canonical rows -> split by prompt -> token ids and labels -> batches
-    read              formats   canonical         splits             segments, encode        encode
+    source -> rows -> format -> canonical rows, split by prompt -> token ids and labels -> batches
+    read              formats   sources                            segments, encode        encode
 
 `rows` says what a canonical row is, `dropped` counts the rows that are left out.
 
@@ -12,7 +12,6 @@ K = 2). PPO: `prompt`; PPO-ptx: `text`, or an SFT row. Other columns keep their 
 Left out: packing (TRL does it), streaming, images, tool calls.
 """
 
-from rlhf.data.canonical import load_rows
 from rlhf.data.dropped import describe_dropped, first_cases
 from rlhf.data.encode import (
     RankedCollator,
@@ -36,7 +35,7 @@ from rlhf.data.rows import (
     whole_characters,
 )
 from rlhf.data.segments import encode_prompt, encode_response, encode_row, encode_samples
-from rlhf.data.splits import Splits, count_overlap, load_splits, split_by_prompt, to_conversation
+from rlhf.data.sources import Splits, count_overlap, load_rows, load_splits, to_conversation
 
 # Names that earlier versions had here.
 from rlhf.tokenizer import (

@@ -40,9 +40,6 @@ def not_refused(
     """Encode rows; yield the index and the encoded form of each.
 
     Rows that the chat template refuses are left out and counted in `dropped`; see `BadRows`.
-
-    Raises:
-        RefusedConversation: too many rows are refused.
     """
     refused = BadRows(on_bad_row, dropped)
     for index, row in enumerate(rows):
@@ -109,13 +106,13 @@ def encode_ranked(
 ) -> tuple[list[dict[str, Any]], Counter[str]]:
     """Encode ranked rows; a response that with its prompt exceeds `max_length` tokens is dropped.
 
-    A row is kept while it has at least two responses that are not tied.
+    A row is kept while it has at least two responses that are not tied. Single responses that are
+    dropped have a reason of their own.
 
     Returns:
         Per kept row {"input_ids": K lists of prompt + response, "ranks": K ints, "lengths": K
         response lengths in tokens with their end, "row": index in `rows`, "scores": K floats,
-        "margin", "probability": a float each, these three None where the row has none}; and the
-        number of dropped rows by reason, with single responses under a reason of their own.
+        "margin", "probability": a float each, these three None where the row has none}.
     """
     encoded, longest, dropped = [], 0, Counter[str]()
     too_long = _too_long("dataset.max_length", max_length)
@@ -199,9 +196,8 @@ def _too_long(name: str, limit: int) -> str:
 
 def _require_some(encoded: list[Any], name: str, limit: int | None, longest: int) -> None:
     if not encoded:
-        raise InputError(
-            f"{name}={limit} leaves no row; raise it: the longest has {longest} tokens"
-        )
+        what = f"the longest has {longest} tokens"
+        raise InputError(f"{name}={limit} leaves no row; raise it: {what}")
 
 
 # --- Batches ------------------------------------------------------------------------------------

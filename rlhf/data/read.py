@@ -1,10 +1,10 @@
 """A source to raw rows, each with its place: files, Hub data sets, Python functions.
 
-A row that cannot be read, such as a line that is not JSON, becomes a `BadRow` in its place, and
-reading goes on. The whole source is refused where nothing says where the next row begins: a broken
-array, an open quote in CSV, a damaged Parquet file.
+A row that cannot be read, such as a line that is not JSON, becomes a `BadRow`, and reading goes on.
+The whole source is refused where nothing says where the next row begins: a broken array, an open
+quote in CSV, a damaged Parquet file.
 
-JSON and CSV are read here and not by `datasets`: it turns texts that look like dates into dates,
+JSON and CSV are read here and not by `datasets`, which turns texts that look like dates into dates
 and fails on a file over 10 MB whose later rows have other fields or types (5.2.0).
 
 Left out: encodings other than UTF-8, compression other than gzip, separators other than the comma.
@@ -17,7 +17,6 @@ import csv
 import gzip
 import io
 import json
-import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -34,13 +33,9 @@ Rows = Iterator[tuple[str, Any]]  # (source and number of the row from 1, the ro
 
 
 def read_rows(path: str, split: str, stage: str, field: str) -> Rows:
-    """Read the rows of a source; see `load_rows` for the arguments.
-
-    Raises:
-        InputError: there is no such source, or it cannot be read as a whole.
-    """
+    """Read the rows of a source; see `load_rows` for the arguments."""
     if path.startswith("python:"):
-        return _from_python(path, split, stage, field)
+        return _numbered(path, _call(path, split, stage, field))
     file = Path(path).expanduser()
     kind = Path(path.removesuffix(".gz")).suffix.lower()
     if file.is_file():
@@ -49,14 +44,14 @@ def read_rows(path: str, split: str, stage: str, field: str) -> Rows:
         if kind in (".json", ".jsonl"):
             return _read_json(path, _read_text(file))
         if kind == ".csv":
-            return _read_csv(path, _decoded(path, _read_text(file)))
+            return _read_csv(path, _decode(path, _read_text(file)))
         expected = f"{', '.join(SUFFIXES)} (each also with .gz)"
         raise InputError(f"{field}={path!r}: unknown suffix {file.suffix!r}; expected {expected}")
     if not file.is_dir() and (kind in SUFFIXES or path.startswith((".", "/", "~"))):
         raise InputError(
             f"{field}={path!r} is neither a file nor a directory (looked for {file.absolute()})"
         )
-    return _numbered(path, _load_dataset(str(file) if file.is_dir() else path, field, path, split))
+    return _numbered(path, _load_dataset(file, field, path, split))
 
 
 # --- Bytes and text -----------------------------------------------------------------------------
@@ -82,14 +77,15 @@ def _read_text(file: Path) -> bytes:
     return data.removeprefix(codecs.BOM_UTF8)
 
 
-def _decoded(path: str, data: bytes) -> str:
+def _decode(path: str, data: bytes) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        what = f"line {line}: {_wrong_bytes(error)}"
         fix = f"convert it, e.g. iconv -f ISO-8859-1 -t UTF-8 {path}"
-        raise InputError(f"{path}: not a UTF-8 text file: {what}; {fix}") from error
+        raise InputError(
+            f"{path}: not a UTF-8 text file: line {line}: {_wrong_bytes(error)}; {fix}"
+        ) from error
 
 
 def _wrong_bytes(error: UnicodeDecodeError) -> str:
@@ -108,7 +104,7 @@ def _parse(text: str, start: int = 0) -> tuple[Any, int]:
 
     Raises:
         json.JSONDecodeError: there is no JSON value.
-        BadRow: the value is nested deeper than Python reads, so its end is unknown.
+        BadRow: the value is nested too deeply for Python, so its end is unknown.
     """
     repeated: list[str] = []
 
@@ -135,27 +131,18 @@ def _integer(digits: str) -> Any:
         return float(digits)
 
 
-_SPACE = re.compile(r"[ \t\n\r]*")
-
-
-def _skip_space(text: str, at: int) -> int:
-    match = _SPACE.match(text, at)
-    assert match is not None
-    return match.end()
-
-
 def _read_json(path: str, data: bytes) -> Rows:
     start = data.lstrip()[:1]
     if start == b"[":
-        yield from _read_array(path, _decoded(path, data))
+        yield from _read_array(path, _decode(path, data))
         return
     number = 0
     for line_number, line in enumerate(data.split(b"\n"), start=1):
         if not line.strip():
             continue
         number += 1
-        where = f"{path}, row {number}"
-        where += f" (line {line_number})" if line_number != number else ""
+        line_part = "" if line_number == number else f" (line {line_number})"
+        where = f"{path}, row {number}{line_part}"
         value = _parse_line(line)
         if number == 1 and isinstance(value, BadRow) and start == b"{":
             whole = _parse_line(data)
@@ -183,21 +170,27 @@ def _parse_line(line: bytes) -> Any:
 
 
 def _read_array(path: str, text: str) -> Rows:
-    number, at = 0, text.index("[") + 1
+    def skip_space(at: int) -> int:
+        while at < len(text) and text[at] in " \t\n\r":
+            at += 1
+        return at
+
+    number, at = 0, skip_space(text.index("[") + 1)
     try:
-        while not text.startswith("]", at := _skip_space(text, at)):
+        while not text.startswith("]", at):
             if number:
                 if not text.startswith(",", at):
                     raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
-                at = _skip_space(text, at + 1)
+                at = skip_space(at + 1)
             number += 1
-            value, at = _parse(text, at)
+            value, end = _parse(text, at)
+            at = skip_space(end)
             yield f"{path}, row {number}", value
-        if (at := _skip_space(text, at + 1)) < len(text):
-            raise json.JSONDecodeError("Extra data", text, at)
+        end = skip_space(at + 1)
+        if end < len(text):
+            raise json.JSONDecodeError("Extra data", text, end)
     except json.JSONDecodeError as error:
-        what = f"{error}, in row {number}"
-        raise InputError(f"{path}: not a valid JSON array: {what}") from error
+        raise InputError(f"{path}: not a valid JSON array: {error}, in row {number}") from error
     except BadRow as error:
         raise InputError(f"{path}, row {number}: {error}") from error
 
@@ -212,8 +205,7 @@ def _read_csv(path: str, text: str) -> Rows:
         reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
         for name, count in Counter(reader.fieldnames or []).items():
             if count > 1:
-                fix = "rename one of the two"
-                raise InputError(f"{path}: the column {name!r} is given twice; {fix}")
+                raise InputError(f"{path}: the column {name!r} is given twice; rename one of them")
         for number, row in enumerate(reader, start=1):
             value: Any = row | {n: _number(row[n]) for n in CSV_NUMBERS if row.get(n)}
             if None in row:
@@ -246,25 +238,25 @@ def _parquet(path: str, data: bytes) -> Iterable[Row]:
         raise InputError(f"{path}: not a readable Parquet file: {what}") from error
 
 
-def _load_dataset(name: str, field: str, path: str, split: str) -> Iterable[Any]:
+def _load_dataset(file: Path, field: str, path: str, split: str) -> Iterable[Any]:
     import datasets
 
     try:
-        return datasets.load_dataset(name, split=split)
+        return datasets.load_dataset(str(file) if file.is_dir() else path, split=split)
     except Exception as error:  # the Hub, Arrow or a builder may raise anything
-        here = "" if Path(path).expanduser().exists() else "neither a file nor a directory here; "
+        here = "" if file.exists() else "neither a file nor a directory here; "
         cause = error.__cause__ or error
         raise InputError(f"{field}={path!r}: {here}`datasets` cannot load it: {cause}") from error
 
 
-def _from_python(path: str, split: str, stage: str, field: str) -> Rows:
+def _call(path: str, split: str, stage: str, field: str) -> Iterable[Any]:
+    function = load_object(path, field)
     try:
-        source = load_object(path, field)(stage, split)
+        return function(stage, split)
     except InputError:
         raise
     except Exception as error:
         raise InputError(f"{field}={path!r}: the function fails: {in_one_line(error)}") from error
-    yield from _numbered(path, source)
 
 
 def _numbered(path: str, source: Iterable[Any]) -> Rows:

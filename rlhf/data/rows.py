@@ -36,11 +36,7 @@ class DropRow(Exception):
 
 
 class BadRow(InputError):
-    """A malformed row.
-
-    Attributes:
-        reason: the fault in a few words, the same for all rows that have it.
-    """
+    """A malformed row; `reason` is its fault in a few words, the same for all rows that have it."""
 
     def __init__(self, message: str, reason: str):
         super().__init__(message)
@@ -48,13 +44,11 @@ class BadRow(InputError):
 
 
 def bad_field(name: str, what: str, fix: str) -> BadRow:
-    """Return the error of a field: what it holds, and the fix."""
     pattern = re.sub(r"\[\d+\]", "[]", name)  # messages[3].content -> messages[].content
     return BadRow(f"field {name!r}: {what}; {fix}", f"malformed field {pattern!r}")
 
 
 def unexpected(name: str, value: Any, expected: str) -> BadRow:
-    """Return the error of a field whose value has a wrong type or lies out of range."""
     return bad_field(name, f"got {show(value)}", expected)
 
 
@@ -137,11 +131,8 @@ def as_messages(value: Any, name: str) -> list[Message]:
     """Convert a conversation of a chat API or ShareGPT to turns of {role, content}.
 
     ShareGPT's `from` and `value` become `role` and `content`, `developer` becomes system, the
-    parts of a content are joined, other keys are left out.
-
-    Raises:
-        DropRow: the conversation calls tools, or has parts other than text.
-        BadRow: it is malformed.
+    parts of a content are joined, other keys are left out. A conversation that calls tools, or has
+    parts other than text, is dropped.
     """
     turns = as_turns(value, name)
     return [_as_message(turn, f"{name}[{i}]") for i, turn in enumerate(turns)]
@@ -224,8 +215,8 @@ def prompt_of(row: Row) -> Prompt:
     if "messages" not in row:
         return row["prompt"]
     messages = row["messages"]
-    last = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    return messages[: last[-1]] if last else messages
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    return messages[: answers[-1]] if answers else messages
 
 
 def prompt_key(row: Row) -> str:
@@ -270,12 +261,11 @@ def _check_sft(row: Row) -> None:
     if name == "completion" and isinstance(trained, str) != isinstance(row["prompt"], str):
         what = "is text and 'prompt' is a conversation, or the reverse"
         raise bad_field(name, what, "make both text or both conversations")
+    answers: list[Any] = [trained]
     if isinstance(trained, list):
         answers = [m["content"] for m in trained if m["role"] == "assistant"]
-        if not answers:
-            raise bad_field(name, "has no assistant turn", "SFT trains on the assistant's turns")
-    else:
-        answers = [trained]
+    if not answers:
+        raise bad_field(name, "has no assistant turn", "SFT trains on the assistant's turns")
     if not all(answer.strip() for answer in answers):
         raise DropRow("empty response")
 
@@ -296,9 +286,7 @@ def _check_ranked(row: Row) -> None:
     _check_strength(row)
     if not all(response.strip() for response in responses):
         raise DropRow("empty response")
-    rank_of: dict[str, int] = {}
-    pairs = zip(responses, ranks, strict=True)
-    if any(rank_of.setdefault(response, rank) != rank for response, rank in pairs):
+    if len(set(zip(responses, ranks, strict=True))) > len(set(responses)):
         raise DropRow("identical responses ranked differently")
     if len(set(ranks)) == 1:
         raise DropRow("all ranks tied")
@@ -327,8 +315,7 @@ def _check_strength(row: Row) -> None:
     if "margin" in row and as_number(row["margin"], "margin", at_least_0) < 0:
         raise unexpected("margin", row["margin"], at_least_0)
     if "probability" in row:
-        expected = ranks_of_probability(row["probability"])
-        if ranks_of([-rank for rank in ranks]) != expected:
+        if ranks_of([-rank for rank in ranks]) != ranks_of_probability(row["probability"]):
             what = f"{row['probability']} contradicts the ranks {ranks}"
             fix = "it is the probability that the first response is preferred"
             raise bad_field("probability", what, fix)

@@ -7,7 +7,6 @@ reaches from one segment into the next. So PPO samples from the very ids that SF
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from rlhf.data.rows import Prompt, Row
@@ -25,12 +24,8 @@ from rlhf.tokenizer import (
 IGNORED = -100  # label of a token without loss, as in torch.nn.functional.cross_entropy
 
 
-@dataclass
-class Segment:
-    """A stretch of a rendered conversation; `is_response`: an answer with loss, with its end."""
-
-    text: str
-    is_response: bool
+# A part of a rendered conversation; True if it is an answer with loss, with its end.
+Segment = tuple[str, bool]
 
 
 def segments(messages: list[Message], tokenizer: Any, num_given: int = 0) -> list[list[Segment]]:
@@ -59,28 +54,28 @@ def segments(messages: list[Message], tokenizer: Any, num_given: int = 0) -> lis
         if len(extended) == 1 and num_turns > num_given:
             lists.append(current)
         num_turns += 1
-        current = [*extended, Segment(response, num_turns > num_given)]
+        current = [*extended, (response, num_turns > num_given)]
     return [*lists, current]
 
 
 def _extend(done: list[Segment], prompt: str, tokenizer: Any) -> list[Segment]:
     """The segments so far and the rest of the prompt; the whole prompt alone where the chat
     template now renders these segments differently."""
-    text = "".join(segment.text for segment in done)
+    text = "".join(part for part, _ in done)
     if done and not prompt.startswith(text):
-        *head, last = done  # some templates write EOS after the last turn only
-        done = [*head, Segment(last.text.removesuffix(tokenizer.eos_token), last.is_response)]
+        *head, (last, is_response) = done  # some templates write EOS after the last turn only
+        done = [*head, (last.removesuffix(tokenizer.eos_token), is_response)]
         text = text.removesuffix(tokenizer.eos_token)
     if prompt.startswith(text):
-        return [*done, Segment(prompt[len(text) :], False)]
-    return [Segment(prompt, False)]
+        return [*done, (prompt[len(text) :], False)]
+    return [(prompt, False)]
 
 
 def _ids_of(segments: list[Segment], tokenizer: Any) -> list[list[int]]:
     pieces, before = [], ""
-    for segment in segments:
-        pieces.append(next_token_ids(before, segment.text, tokenizer))
-        before += segment.text
+    for text, _ in segments:
+        pieces.append(next_token_ids(before, text, tokenizer))
+        before += text
     return pieces
 
 
@@ -135,22 +130,19 @@ def encode_samples(
         input_ids and labels of equal length, labels -100 where there is no loss. The labels are
         not shifted.
     """
-    if isinstance(row.get("completion"), str) and "messages" not in row:
-        prompt = row["prompt"]
-        ids = [
-            first_token_ids(prompt, tokenizer),
-            encode_response(prompt, row["completion"], tokenizer),
-        ]
+    has_messages = "messages" in row
+    given: Any = [] if has_messages else row["prompt"]
+    trained = row["messages" if has_messages else "completion"]
+    if isinstance(trained, str):
+        ids = [first_token_ids(given, tokenizer), encode_response(given, trained, tokenizer)]
         return [_labelled(ids, [False, True], train_on_prompt)]
-    given: list[Message] = [] if "messages" in row else row["prompt"]
-    trained: list[Message] = row["messages"] if "messages" in row else row["completion"]
     num_given = sum(message["role"] == "assistant" for message in given)
     samples = []
     for parts in segments([*given, *trained], tokenizer, num_given):
         pieces = _ids_of(parts, tokenizer)
         if parts:
-            pieces[-1] = _with_end(pieces[-1], parts[-1].text, tokenizer)
-        samples.append(_labelled(pieces, [part.is_response for part in parts], train_on_prompt))
+            pieces[-1] = _with_end(pieces[-1], parts[-1][0], tokenizer)
+        samples.append(_labelled(pieces, [loss for _, loss in parts], train_on_prompt))
     return samples
 
 

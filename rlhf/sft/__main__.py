@@ -7,12 +7,8 @@ from rlhf.config import SFTStageConfig
 
 
 def run(config: SFTStageConfig) -> int | None:
-    """Import the stage only once the configuration is known to be good.
-
-    Returns:
-        Number of the signal that interrupted training, if one did.
-    """
-    from rlhf.sft.stage import train_sft
+    """Return the number of the signal that interrupted training, if one did."""
+    from rlhf.sft.stage import train_sft  # only once the configuration is known to be good
 
     return train_sft(config).stopped_by
 

@@ -6,14 +6,14 @@ some sampled answers to held-out prompts, and the share of these answers that en
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -26,9 +26,9 @@ from rlhf.checkpoint import (
     warn_about_template,
     write_stage,
 )
-from rlhf.config import SFTStageConfig
-from rlhf.console import say, warn
-from rlhf.data import Splits, load_splits
+from rlhf.config import ModelConfig, SFTStageConfig
+from rlhf.console import say, table, warn
+from rlhf.data import Row, Splits, encode_prompt, load_splits, prompt_of
 from rlhf.equivalence import require_cache, require_packing, require_padding
 from rlhf.hf_trainer import (
     FiniteTrainer,
@@ -51,9 +51,17 @@ from rlhf.models import (
     try_settings,
     without_padding_mask,
 )
-from rlhf.sft.answer_end import load_sft_tokenizer
-from rlhf.sft.samples import sample_responses, show_result
+from rlhf.sampling import context_length, generate, sampling_for, uniform_noise
 from rlhf.sft.training_rows import encode_splits
+from rlhf.tokenizer import (
+    RefusedConversation,
+    answer_frame,
+    load_tokenizer,
+    response_text,
+    stop_strings,
+)
+
+NUM_SHOWN = 3  # samples
 
 
 @dataclass
@@ -61,11 +69,10 @@ class SFTResult:
     """What `train_sft` returns.
 
     Attributes:
-        directory: the stage directory, ready for the next stages; None when training was
-            interrupted.
+        directory: the stage directory, ready for the next stages; None after an interruption.
         metrics: `eval_loss`, `eval_mean_token_accuracy`, `eos_rate`, ...
         samples: prompt, response and finished flag of sampled held-out prompts.
-        stopped_by: number of the signal that interrupted training; None when it was not.
+        stopped_by: number of the signal that interrupted training, if one did.
     """
 
     directory: Path | None
@@ -79,10 +86,7 @@ class FiniteSFTTrainer(FiniteTrainer, SFTTrainer):
 
 
 def train_sft(config: SFTStageConfig) -> SFTResult:
-    """Fine-tune a causal language model on demonstrations.
-
-    Args:
-        config: see `conf/sft.yaml` for every knob.
+    """Fine-tune a causal language model on demonstrations; see `conf/sft.yaml` for every knob.
 
     Raises:
         InputError: bad configuration or data, or another process writes to the stage's directory;
@@ -96,7 +100,6 @@ def train_sft(config: SFTStageConfig) -> SFTResult:
 
 
 def _train(config: SFTStageConfig, run: StageRun) -> SFTResult:
-    """As `train_sft`, for a run that is not finished."""
     # Refuse bad settings and paths before anything loads.
     length, parent = config.dataset.max_length, config.model.path
     args = trainer_arguments(SFTConfig, config, "sft", max_length=length, eval_packing=False)
@@ -109,19 +112,18 @@ def _train(config: SFTStageConfig, run: StageRun) -> SFTResult:
     splits = load_splits(config.dataset, "sft", config.seed)
     tokenizer = load_sft_tokenizer(config.model, splits.prompts)
     warn_about_template(record, tokenizer, parent)
-    _warn_about_new_tokens(config, tokenizer)
+    token_rows = _trained_token_rows(config, tokenizer)
     torch.manual_seed(config.seed)
     model = load_policy(config.model, tokenizer)
     lines = mend_sampling_settings(model)
     require_writable(model, tokenizer, config)
     require_context(config, model)
-    _check_promises(config, args, model, tokenizer)
+    require_promises(config, args, model, tokenizer)
 
     # Make token ids and labels, and put adapters on the model.
     splits, train, heldout, what = encode_splits(splits, tokenizer, config)
     if config.peft.enabled:
-        rows = new_token_rows(tokenizer, config.model, config.peft)
-        model = add_lora(model, config.peft, "CAUSAL_LM", config.seed, rows)
+        model = add_lora(model, config.peft, "CAUSAL_LM", config.seed, token_rows)
 
     # Train.
     directory = run.begin()
@@ -136,6 +138,36 @@ def _train(config: SFTStageConfig, run: StageRun) -> SFTResult:
     if stopped_by is not None:
         return SFTResult(None, {}, [], stopped_by)
     return _finish(trainer, tokenizer, splits, config, directory)
+
+
+def load_sft_tokenizer(config: ModelConfig, prompts: str) -> Any:
+    """Load the tokenizer; if its chat template ends every answer with one token, this token becomes
+    EOS, so that servers stop there.
+
+    Args:
+        prompts: "text" or "conversation"; answers to text end with the model's own EOS.
+    """
+    tokenizer = load_tokenizer(config)
+    frame, eos = answer_frame(tokenizer), tokenizer.eos_token
+    if prompts == "text" or frame.end_token == eos or stop_strings(tokenizer):
+        return tokenizer
+    mark = frame.tail.strip()
+    if frame.end_token is None and mark:
+        warn(
+            f"the chat template ends every answer with {mark!r}, which is not a single token; "
+            f"EOS ({eos}) follows after the last answer of a row. To make it the EOS, set "
+            f"model.special_tokens=[{mark!r}] model.eos_token={mark!r}"
+        )
+    elif frame.end_token is not None and config.eos_token is not None:
+        warn(
+            f"model.eos_token={eos!r}, but the chat template ends every answer with "
+            f"{frame.end_token!r}, and the model learns to end with that; set model.eos_token=null"
+        )
+    elif frame.end_token is not None:
+        why = "because the chat template ends every answer with it"
+        say(f"sft: EOS is {frame.end_token} instead of {eos}, {why}")
+        return load_tokenizer(replace(config, eos_token=frame.end_token))
+    return tokenizer
 
 
 def _make_trainer(
@@ -155,7 +187,7 @@ def _make_trainer(
     return trainer
 
 
-def _check_promises(config: SFTStageConfig, args: SFTConfig, model: Any, tokenizer: Any) -> None:
+def require_promises(config: SFTStageConfig, args: SFTConfig, model: Any, tokenizer: Any) -> None:
     """Measure on the model that padding, packing and sampling work, on the device of training."""
     if is_sharded(args):
         return
@@ -163,13 +195,13 @@ def _check_promises(config: SFTStageConfig, args: SFTConfig, model: Any, tokeniz
     with as_in_training(model, config, args):
         require_padding(model, tokenizer, family, "take a model of another family")
         if args.packing or args.padding_free:
-            _check_packing(config, args, model, tokenizer)
+            _require_packing(config, args, model, tokenizer)
         if config.num_samples:
             fix = "set num_samples=0, or take a model of another family"
             require_cache(model, tokenizer, f"num_samples={config.num_samples}", fix)
 
 
-def _check_packing(config: SFTStageConfig, args: SFTConfig, model: Any, tokenizer: Any) -> None:
+def _require_packing(config: SFTStageConfig, args: SFTConfig, model: Any, tokenizer: Any) -> None:
     """Measure that rows in one sequence do not see each other, with the collator of TRL."""
     wrapped = args.packing and args.packing_strategy == "wrapped"
     multiple: Any = args.pad_to_multiple_of
@@ -184,8 +216,8 @@ def _check_packing(config: SFTStageConfig, args: SFTConfig, model: Any, tokenize
     require_packing(model, tokenizer, collator, f"{field}=true", longest, fix)
 
 
-def _warn_about_new_tokens(config: SFTStageConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Warn if adapters do not train the rows of new tokens."""
+def _trained_token_rows(config: SFTStageConfig, tokenizer: Any) -> list[int]:
+    """Return the rows of new tokens that adapters train; warn if there are none."""
     rows = new_token_rows(tokenizer, config.model, config.peft)
     if config.peft.enabled and config.model.special_tokens and not rows:
         warn(
@@ -193,14 +225,11 @@ def _warn_about_new_tokens(config: SFTStageConfig, tokenizer: PreTrainedTokenize
             "model.special_tokens keep the mean of the old rows, so that the model cannot tell "
             "them apart; set peft.train_new_tokens=true"
         )
+    return rows
 
 
 def _finish(
-    trainer: SFTTrainer,
-    tokenizer: PreTrainedTokenizerBase,
-    splits: Splits,
-    config: SFTStageConfig,
-    directory: Path,
+    trainer: SFTTrainer, tokenizer: Any, splits: Splits, config: SFTStageConfig, directory: Path
 ) -> SFTResult:
     """Answer some held-out prompts, write `final/`, and show the result."""
     policy = trainer.accelerator.unwrap_model(trainer.model)
@@ -215,8 +244,39 @@ def _finish(
         origin = config.model.path, tokenizer, splits.prompts
         record = make_record("sft", config, *origin, splits.dropped, metrics)
         write_stage(directory / "final", merged(policy), tokenizer, config, record)
-    show_result(directory, metrics, samples)
+    _show_result(directory, metrics, samples)
     return SFTResult(directory / "final", metrics, samples)
+
+
+def sample_responses(
+    model: Any, tokenizer: Any, rows: list[Row], config: SFTStageConfig
+) -> list[dict[str, Any]]:
+    """Sample one response to the prompt of each row; see the keys of the result below.
+
+    Prompts that leave no room for a response and prompts that the template refuses are left out.
+    """
+    room = context_length(model) - config.response_length
+    prompts, ids = [], []
+    for prompt in map(prompt_of, rows):
+        with suppress(RefusedConversation):
+            prompt_ids = encode_prompt(prompt, tokenizer)
+            if 0 < len(prompt_ids) <= room:
+                prompts.append(prompt)
+                ids.append(prompt_ids)
+    sampling = sampling_for(
+        model, tokenizer, config.response_length, config.temperature, config.top_p
+    )
+    noise = uniform_noise((config.seed,), range(len(ids)), config.response_length)
+    sampled = generate(model, ids, sampling, noise)
+    return [
+        {
+            "prompt": prompt,
+            "response": response_text(response, tokenizer, prompt),
+            "finished": finished,
+            "response_length": len(response),
+        }
+        for prompt, response, finished in zip(prompts, sampled.ids, sampled.finished, strict=True)
+    ]
 
 
 def _last_evaluation(trainer: SFTTrainer) -> dict[str, float]:
@@ -225,3 +285,17 @@ def _last_evaluation(trainer: SFTTrainer) -> dict[str, float]:
     step = best_step(trainer.args, trainer.state) or trainer.state.global_step
     rows = [row for row in trainer.state.log_history if row["step"] == step and "eval_loss" in row]
     return {name: rows[-1][name] for name in names if name in rows[-1]}
+
+
+def _show_result(directory: Path, metrics: dict[str, float], samples: list[dict[str, Any]]) -> None:
+    for sample in samples[:NUM_SHOWN]:
+        prompt = sample["prompt"]
+        text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        say(f"\n> {' '.join(text.split())[:300]}\n{sample['response'].strip()}")
+        if not sample["finished"]:
+            say("[no stop token within response_length]")
+    say("\n" + table(list(metrics.items()), ("held-out", "value")))
+    if metrics.get("eos_rate", 1.0) < 0.5:
+        fix = "train longer, or raise response_length"
+        say(f"fewer than half of the answers end with a stop token: {fix}")
+    say(f"\nsaved {directory / 'final'}")

@@ -1,8 +1,7 @@
 """All knowledge about a tokenizer. Importing this room does not import torch.
 
 `special_tokens` loads it, `ids` makes token ids of a text, `chat_templates` finds its template and
-the stop strings declared there, `rendering` makes text of conversations and finds where answers
-begin and end, `responses` ends sampled responses and makes text of them.
+the stop strings declared there, `rendering` makes text of conversations and of sampled responses.
 """
 
 from rlhf.tokenizer.chat_templates import chat_template_text, declare_stop_strings, stop_strings
@@ -22,10 +21,12 @@ from rlhf.tokenizer.rendering import (
     Message,
     RefusedConversation,
     RewrittenPrompt,
+    StopStrings,
     answer_frame,
+    end_token_ids,
     has_end,
     render_prompt,
     render_turn,
+    response_text,
 )
-from rlhf.tokenizer.responses import StopStrings, end_token_ids, response_text
 from rlhf.tokenizer.special_tokens import load_tokenizer, read_tokenizer

@@ -24,12 +24,8 @@ _DECLARATION = re.compile(r"\{#.*?#\}|\{%[-+]?\s*set\s+stop_strings\s*=", re.DOT
 def chat_template_text(
     name_or_path: str, field: str = "model.chat_template", own: Mapping[str, str] | None = None
 ) -> str:
-    """Return a chat template: a name in `conf/chat_template`, a .jinja file, or the text itself.
-
-    Args:
-        field: configuration key, for messages.
-        own: named templates that the tokenizer brings; they come first.
-    """
+    """Return a chat template: one of the tokenizer's `own` by its name, one of
+    `conf/chat_template`, a .jinja file, or the text itself."""
     if own and name_or_path in own:
         return own[name_or_path]
     if "{%" in name_or_path:
@@ -52,11 +48,7 @@ def template_of(tokenizer: Any) -> str | None:
 
 
 def stop_strings(tokenizer: Any) -> tuple[str, ...]:
-    """Read the stop strings that the tokenizer's chat template declares; most declare none.
-
-    Raises:
-        InputError: the declaration is not a list of string literals.
-    """
+    """Read the stop strings that the tokenizer's chat template declares; most declare none."""
     template = template_of(tokenizer)
     return _declared(template)[0] if template is not None else ()
 

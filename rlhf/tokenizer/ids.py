@@ -47,7 +47,7 @@ def next_token_ids(start: str, text: str, tokenizer: Any) -> list[int]:
 def _first_token_differs(tokenizer: Any) -> bool:
     """True where a text has other ids at the start of a sequence than after another text.
 
-    SentencePiece writes a space before it; Phi-3's tokens take whitespace after them (`rstrip`).
+    Phi-3's tokens take the whitespace after them (`rstrip`).
     """
     if any(token.rstrip for token in tokenizer.added_tokens_decoder.values()):
         return True
@@ -77,10 +77,7 @@ def num_tokens(tokenizer: Any) -> int:
 def forbidden_token_ids(tokenizer: Any, num_logits: int) -> Tensor:
     """Ids that a policy never emits: the pad token and the padded rows of the embedding table.
 
-    Their logits become -inf both in sampling and in every log-prob.
-
-    Args:
-        num_logits: width of the language-model head.
+    Their logits (`num_logits` of the head) become -inf both in sampling and in every log-prob.
     """
     import torch
 
@@ -109,8 +106,7 @@ def hash_template(tokenizer: Any) -> str:
 
 
 def hash_rendering(tokenizer: Any) -> str:
-    """Hash everything that turns a conversation into token ids: vocabulary, special tokens, the
-    rules that split text, the chat template.
+    """Hash everything that turns a conversation into token ids, with the rules that split text.
 
     A reward model may read a policy's token ids only if both hashes match.
     """

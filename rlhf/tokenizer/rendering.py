@@ -1,4 +1,4 @@
-"""Rendering: conversations to text, and where an answer begins and ends in that text.
+"""Rendering: conversations to text, sampled responses to text, and where an answer ends.
 
 We measure once, on a conversation of our own, what a chat template writes around an answer:
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -86,20 +86,20 @@ def _measure(tokenizer: Any, template: str, eos: str | None, num_tokens: int) ->
     end_token = _end_token(shared, eos, tokenizer.get_added_vocab())
     end = end_token or eos
     tail = after[: after.find(end)] if end and end in after else after
-    special = tokenizer.all_special_tokens
-    return Frame(header, _without(last[start:at], special), _without(tail, special), end_token)
+    lead = last[start:at]
+    for token in tokenizer.all_special_tokens:
+        lead, tail = lead.replace(token, ""), tail.replace(token, "")
+    return Frame(header, lead, tail, end_token)
 
 
 def _header(bare: str, whole: str) -> str:
-    """Return the text before `PROBE`; spaces at its end belong to the answer, because tokens begin
-    with them."""
+    """Return the text before `PROBE`, without the spaces at its end: tokens begin with them."""
     header = whole[len(bare) : whole.rfind(PROBE)].rstrip(" ") if whole.startswith(bare) else ""
     return header if header.strip() else ""
 
 
 def _end_token(text: str, eos: str | None, tokens: Iterable[str]) -> str | None:
-    """Find the token that ends an answer in the text after it: EOS, else the added token with which
-    the text begins."""
+    """Find the token that ends an answer: EOS, else the added token that begins the text."""
     if eos and eos in text:
         return eos
     text = text.lstrip()
@@ -107,22 +107,11 @@ def _end_token(text: str, eos: str | None, tokens: Iterable[str]) -> str | None:
     return max(found, key=len, default=None)
 
 
-def _without(text: str, tokens: Iterable[str]) -> str:
-    for token in tokens:
-        text = text.replace(token, "")
-    return text
-
-
 # --- A conversation -----------------------------------------------------------------------------
 
 
 def render(messages: list[Message], tokenizer: Any, generation_prompt: bool) -> str:
-    """Render a conversation with the tokenizer's chat template.
-
-    Raises:
-        InputError: there is no template, or no EOS.
-        RefusedConversation: the template fails on these messages.
-    """
+    """Render a conversation with the tokenizer's chat template."""
     from jinja2 import TemplateError
 
     if template_of(tokenizer) is None:
@@ -163,13 +152,12 @@ def render_turn(context: list[Message], answer: Message, tokenizer: Any) -> tupl
         the template writes one.
 
     Raises:
-        RefusedConversation: the template leaves the answer out, or renders the context differently
-            when the answer follows.
+        RefusedConversation: the template leaves the answer out.
+        RewrittenPrompt: it renders the context differently when the answer follows.
     """
     if not context:
-        raise RefusedConversation(
-            "a conversation starts with the assistant; it must start with the user"
-        )
+        what = "a conversation starts with the assistant"
+        raise RefusedConversation(f"{what}; it must start with the user")
     before = render_prompt(context, tokenizer)
     whole = render([*context, answer], tokenizer, generation_prompt=False)
     _require_answer(whole.removeprefix(before), answer, tokenizer)
@@ -220,3 +208,67 @@ def _require_answer(text: str, answer: Message, tokenizer: Any) -> None:
 
 def _in_one_line(tokenizer: Any) -> str:
     return show(str(template_of(tokenizer)).strip().replace("\n", " "))
+
+
+# --- A sampled response -------------------------------------------------------------------------
+
+
+class StopStrings:
+    """Tells when a response that grows token by token reaches a stop string (`strings`)."""
+
+    def __init__(self, tokenizer: Any):
+        self.strings, self._tokenizer = stop_strings(tokenizer), tokenizer
+        self._can_end: dict[int, bool] = {}
+
+    def end(self, ids: Sequence[int]) -> bool:
+        """True where the last token of a response (`ids`, not empty) completes a stop string."""
+        last = ids[-1]
+        if last not in self._can_end:
+            self._can_end[last] = self._token_can_end(last)
+        if not self._can_end[last]:  # most tokens: the response is not decoded
+            return False
+        text = _decode(ids, self._tokenizer)
+        return any(stop in text for stop in self.strings)
+
+    def _token_can_end(self, token: int) -> bool:
+        text = _decode([token], self._tokenizer)
+        if "\ufffd" in text:  # a part of a character, which this token may complete
+            return True
+        # SentencePiece leaves out the space before a token that is decoded alone
+        return any(_overlap(stop, start + text) for stop in self.strings for start in ("", " "))
+
+
+def _overlap(stop: str, text: str) -> bool:
+    """True where `text` contains the stop string, or begins with the end of it."""
+    return stop in text or any(stop.endswith(text[:n]) for n in range(1, len(text) + 1))
+
+
+def end_token_ids(tokenizer: Any) -> set[int]:
+    """Ids that end an answer: EOS, the token that the chat template writes after each answer, and
+    stop strings that are special tokens, because decoding leaves those out."""
+    tokens = {tokenizer.eos_token, answer_frame(tokenizer).end_token} - {None}
+    tokens |= {stop for stop in stop_strings(tokenizer) if stop in tokenizer.all_special_tokens}
+    return set(tokenizer.convert_tokens_to_ids(sorted(tokens)))
+
+
+def response_text(ids: Sequence[int], tokenizer: Any, prompt: Any = None) -> str:
+    """Decode a sampled response to the content of an assistant message.
+
+    Special tokens, the text that the chat template writes around an answer (none after a `prompt`
+    that is text), and everything from the first stop string on are left out.
+    """
+    frame = answer_frame(tokenizer)
+    if frame.end_token and ids and ids[-1] == tokenizer.convert_tokens_to_ids(frame.end_token):
+        ids = ids[:-1]  # decoding would keep an end token that is not special
+    text, stops = _decode(ids, tokenizer), stop_strings(tokenizer)
+    if stops:
+        found = [at for at in map(text.find, stops) if at >= 0]
+        text = text[: min(found, default=len(text))].rstrip()
+    if isinstance(prompt, str):
+        return text
+    return text.removeprefix(frame.lead).removesuffix(frame.tail)
+
+
+def _decode(ids: Sequence[int], tokenizer: Any) -> str:
+    # without clean-up, which would remove spaces of the response
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -23,7 +23,7 @@ from rlhf.data import (
     not_refused,
 )
 from rlhf.scorers import load_scorer
-from rlhf.sft.mixing import mix_texts
+from rlhf.sft.training_rows import mix_texts
 from rlhf.tokenizer import answer_frame, response_text
 
 # as Gemma's and Mistral's: no system message, and the roles alternate

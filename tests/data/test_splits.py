@@ -11,7 +11,8 @@ import pytest
 from helpers.rows import assistant, user, write
 
 from rlhf.config import DatasetConfig, InputError
-from rlhf.data import load_rows, load_splits, prompt_of, split_by_prompt
+from rlhf.data import load_rows, load_splits, prompt_of
+from rlhf.data.sources import split_by_prompt
 
 
 def test_split_by_prompt_shares_no_prompt_and_ignores_order():
@@ -30,7 +31,7 @@ def test_split_by_prompt_shares_no_prompt_and_ignores_order():
 
 def test_split_is_the_same_in_another_process():
     program = (
-        "from rlhf.data import split_by_prompt\n"
+        "from rlhf.data.sources import split_by_prompt\n"
         "rows = [{'prompt': str(i)} for i in range(40)]\n"
         "print([r['prompt'] for r in split_by_prompt(rows, 0.3, 5)[1]])\n"
         "import sys\n"

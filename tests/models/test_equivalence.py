@@ -297,7 +297,7 @@ def test_training_is_the_same_with_and_without_measuring(tmp_path, monkeypatch):
     rows = []
     for name in ("measured", "not"):
         if name == "not":
-            monkeypatch.setattr(rlhf.sft.stage, "_check_promises", lambda *_: None)
+            monkeypatch.setattr(rlhf.sft.stage, "require_promises", lambda *_: None)
             monkeypatch.setattr("rlhf.ppo.stage.check_promises", lambda *_: None)
         (tmp_path / name).mkdir()
         config = sft_config(tmp_path / name, "llama", packing=True)

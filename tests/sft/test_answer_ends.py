@@ -83,7 +83,7 @@ def test_sft_on_text_keeps_the_eos_that_the_model_knows(tmp_path, capsys):
 def test_sft_warns_of_an_end_that_is_not_eos_with_the_remedy(
     tmp_path, capsys, marks, model, warning
 ):
-    from rlhf.sft.answer_end import load_sft_tokenizer
+    from rlhf.sft.stage import load_sft_tokenizer
 
     config = sft_config(tmp_path, "chatml", marks, **model)
     tokenizer = load_sft_tokenizer(config.model, "conversation")

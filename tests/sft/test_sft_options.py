@@ -40,8 +40,8 @@ from rlhf.hf_trainer.arguments import accumulation_steps, trainer_arguments
 from rlhf.metrics import read_jsonl
 from rlhf.reward import train_reward
 from rlhf.sft import train_sft
-from rlhf.sft.mixing import interleaved, mix_texts
-from rlhf.sft.samples import sample_responses
+from rlhf.sft.stage import sample_responses
+from rlhf.sft.training_rows import interleaved, mix_texts
 
 # --- Plain text in the mix ------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ Run: python -m pytest tests/sft/test_splitting.py
 """
 
 import json
+from collections import Counter
 
 import pytest
 from helpers.rows import SHARED, assistant, user, write
@@ -11,7 +12,7 @@ from helpers.tokenizers import get_tokenizer, runs_of_labels
 
 from rlhf.config import DatasetConfig, InputError
 from rlhf.data import encode_row, load_rows, load_splits
-from rlhf.sft.splitting import SplitCounts, rounds_of, split_conversations, split_rows
+from rlhf.sft.training_rows import describe_splitting, rounds_of, split_conversations, split_rows
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 
@@ -55,7 +56,7 @@ def test_a_piece_holds_as_many_rounds_as_fit_and_the_system_message(template):
     one, two, _, four, five = rounds
     limit = length([SYSTEM, *one, *two], tokenizer)
     row = {"messages": [SYSTEM, *sum(rounds, []), user("and?")], "id": 7}
-    counts = SplitCounts()
+    counts = Counter()
     pieces = split_rows([row], tokenizer, limit, counts)
     assert [piece["messages"] for piece in pieces] == [
         [SYSTEM, *one, *two],
@@ -63,8 +64,8 @@ def test_a_piece_holds_as_many_rounds_as_fit_and_the_system_message(template):
         [SYSTEM, *five],
     ]
     assert all(piece["id"] == 7 for piece in pieces)
-    assert counts == SplitCounts(conversations=1, pieces=3)
-    shorter = split_rows([row], tokenizer, limit - 1, SplitCounts())
+    assert counts == Counter(conversations=1, pieces=3)
+    shorter = split_rows([row], tokenizer, limit - 1, Counter())
     assert [piece["messages"] for piece in shorter] == [[SYSTEM, *pair] for pair in rounds]
 
 
@@ -72,14 +73,14 @@ def test_a_round_that_does_not_fit_is_dropped_and_parts_its_neighbours():
     tokenizer = get_tokenizer("byte")
     first, long, last = turns(1), turns(2, "z" * 200), turns(3)
     limit = length([*first, *last], tokenizer)
-    counts = SplitCounts()
+    counts = Counter()
     rows = split_rows([{"messages": [*first, *long, *last]}], tokenizer, limit, counts)
     assert [row["messages"] for row in rows] == [first, last]
-    assert counts == SplitCounts(conversations=1, pieces=2, dropped_rounds=1)
-    counts = SplitCounts()
+    assert counts == Counter(conversations=1, pieces=2, dropped_rounds=1)
+    counts = Counter()
     assert split_rows([{"messages": [*long, *long]}], tokenizer, limit, counts) == []
-    assert counts == SplitCounts(conversations=1, dropped_rounds=2, lost=1)
-    assert counts.describe(limit) == (
+    assert counts == Counter(conversations=1, dropped_rounds=2, lost=1)
+    assert describe_splitting(counts, limit) == (
         f"split 1 conversations longer than dataset.max_length={limit} tokens into 0 pieces; "
         "dropped 2 single rounds longer than that, and so the whole of 1 conversations"
     )
@@ -92,9 +93,9 @@ def test_what_fits_and_what_is_no_conversation_row_passes_through():
         {"prompt": "a", "completion": "z" * 200},
         {"prompt": [*turns(1), *turns(2), user("c")], "completion": [assistant("z" * 200)]},
     ]
-    counts = SplitCounts()
+    counts = Counter()
     assert split_rows(rows, tokenizer, length(turns(1), tokenizer), counts) == rows
-    assert counts == SplitCounts()
+    assert counts == Counter()
 
 
 # --- Real conversations ---------------------------------------------------------------------------
@@ -128,11 +129,11 @@ def real_conversations(joined):
 def test_nothing_of_real_conversations_is_lost_without_a_count(tokenizer_name, joined, limit):
     tokenizer = get_tokenizer(tokenizer_name, "vicuna_v1")
     rows = real_conversations(joined)[: 3 if joined == 50 else None]
-    counts = SplitCounts()
+    counts = Counter()
     pieces = split_rows(rows, tokenizer, limit, counts)
     assert all(length(piece["messages"], tokenizer) <= limit for piece in pieces)
     long = [row for row in rows if length(row["messages"], tokenizer) > limit]
-    assert counts.conversations == len(long) and bool(long) == (limit < 100 or joined > 1)
+    assert counts["conversations"] == len(long) and bool(long) == (limit < 100 or joined > 1)
     num_lost = num_dropped = 0
     for row in rows:
         mine = [piece for piece in pieces if piece["number"] == row["number"]]
@@ -149,15 +150,15 @@ def test_nothing_of_real_conversations_is_lost_without_a_count(tokenizer_name, j
             for piece, after in zip(mine, mine[1:], strict=False):
                 more = [*piece["messages"], *after["messages"][:2]]
                 assert length(more, tokenizer) > limit
-    assert (counts.dropped_rounds, counts.lost) == (num_dropped, num_lost)
-    assert counts.pieces == len(pieces) - (len(rows) - len(long))
+    assert (counts["dropped_rounds"], counts["lost"]) == (num_dropped, num_lost)
+    assert counts["pieces"] == len(pieces) - (len(rows) - len(long))
 
 
 @pytest.mark.parametrize("tokenizer_name", ["pythia", "llama"])
 def test_labelled_text_of_each_piece_is_its_answers(tokenizer_name):
     tokenizer = get_tokenizer(tokenizer_name, "vicuna_v1")
     before = "" if tokenizer_name == "llama" else " "
-    pieces = split_rows(real_conversations(1), tokenizer, 96, SplitCounts())
+    pieces = split_rows(real_conversations(1), tokenizer, 96, Counter())
     for piece in pieces:
         ids, labels = encode_row(piece, tokenizer)
         texts = [

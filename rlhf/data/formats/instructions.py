@@ -39,8 +39,8 @@ _OTHER_BOTS = ("bing", "bard")  # speakers in the published dumps other than Cha
 def format_messages(row: Row) -> Row:
     """`messages` of {role, content}; or ShareGPT's `conversations` of {from, value}.
 
-    An answer of weight 0 carries no loss. A text in `system` is the system message, as in
-    Anthropic's API, where the conversation has none.
+    An answer of weight 0 carries no loss. A text in `system` is the system message if the
+    conversation has none, as in Anthropic's API.
     """
     name = "conversations" if "messages" not in row and "conversations" in row else "messages"
     messages = as_messages(row[name], name)
@@ -177,10 +177,8 @@ def _cleaned(turns: list[Message]) -> list[Message]:
     """Make a conversation start with the user, end with the assistant and alternate.
 
     A turn that repeats the one before it is left out, and so are answers before the first question
-    and questions after the last answer. A system message may come first.
-
-    Raises:
-        DropRow: nothing is left, or the speakers do not alternate.
+    and questions after the last answer. A system message may come first. Rows of which nothing is
+    left, rows with an empty turn and rows whose speakers do not alternate are dropped.
     """
     system = turns[:1] if turns and turns[0]["role"] == "system" else []
     turns = turns[len(system) :]
@@ -216,9 +214,7 @@ def _sharegpt_turn(turn: Any, name: str) -> Message:
 def format_sharegpt(row: Row) -> Row:
     """ShareGPT's `conversations` of {from, value}, cleaned as Vicuna's were; `items` is read too.
 
-    Turns before the first question, after the last answer and repeated ones are left out. Rows
-    without a question and its answer, with bing or bard as a speaker, with an empty turn or
-    without alternation are dropped.
+    Rows with bing or bard as a speaker are dropped.
     """
     name = "items" if "items" in row and "conversations" not in row else "conversations"
     given = as_list(row[name])

@@ -26,23 +26,23 @@ from rlhf.data.rows import (
 from rlhf.tokenizer import Message
 
 
-def _user_prompt(value: Any, name: str) -> list[Message]:
+def _user_prompt(prompt: Prompt) -> list[Message]:
     """Make text one user turn; a conversation stays."""
-    prompt = as_prompt(value, name)
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
 def _scored(row: Row, name: str, text: str, scores: list[str]) -> Row:
     """`responses`, `scores` and `ranks` from the list row[name] of {text, score}.
 
-    All are scored by the same field: the first of `scores` that any of them has.
+    The score of all of them is the first field of `scores` that any of them has.
     """
     items = as_records(row[name], name, f"expected a list of {{{text}, {scores[0]}}}")
     known = [score for score in scores if any(item.get(score) is not None for item in items)]
     score, fix = (known or scores)[0], "score every one (0 is a score), or leave it out"
-    rows = list(enumerate(items))
-    responses = [as_text(item.get(text), f"{name}[{i}].{text}") for i, item in rows]
-    numbers = [as_number(item.get(score), f"{name}[{i}].{score}", fix) for i, item in rows]
+    responses, numbers = [], []
+    for i, item in enumerate(items):
+        responses.append(as_text(item.get(text), f"{name}[{i}].{text}"))
+        numbers.append(as_number(item.get(score), f"{name}[{i}].{score}", fix))
     return {"responses": responses, "scores": numbers, "ranks": ranks_of(numbers)}
 
 
@@ -112,6 +112,16 @@ def format_ratings(row: Row) -> Row:
     return _ranking(rest | {"scores": ratings}, ranks_of(ratings))
 
 
+def _side(row: Row, name: str) -> tuple[list[Message] | None, str]:
+    """The turns before an answer of a pair, None if it is text; and the answer."""
+    side = as_prompt(row[name], name)
+    if isinstance(side, str):
+        return None, side
+    if side[-1]["role"] != "assistant":
+        raise bad_field(name, f"ends in a {side[-1]['role']} turn", "end it in the assistant's")
+    return side[:-1], side[-1]["content"]
+
+
 def format_pair(row: Row) -> Row:
     """`prompt`, `chosen`, `rejected`, each text or a conversation.
 
@@ -120,23 +130,17 @@ def format_pair(row: Row) -> Row:
     Optional: `margin`, `probability` (that `chosen` is preferred), `score_chosen` and
     `score_rejected`; equal scores do not change the preference.
     """
-    contexts, responses = [], []
-    sides = [as_prompt(row[name], name) for name in ("chosen", "rejected")]
-    for name, side in zip(("chosen", "rejected"), sides, strict=True):
-        if isinstance(side, list) and side[-1]["role"] != "assistant":
-            raise bad_field(name, f"ends in a {side[-1]['role']} turn", "end it in the assistant's")
-        contexts.append(side[:-1] if isinstance(side, list) else [])
-        responses.append(side[-1]["content"] if isinstance(side, list) else side)
-    if contexts[0] != contexts[1]:
+    (context, chosen), (other, rejected) = (_side(row, name) for name in ("chosen", "rejected"))
+    if (context or []) != (other or []):
         raise DropRow("prompts differ")
-    prompt: Prompt = contexts[0] or as_prompt(row["prompt"], "prompt")
+    prompt: Prompt = context or as_prompt(row["prompt"], "prompt")
     given = as_prompt(row["prompt"], "prompt") if "prompt" in row else prompt
-    if contexts[0] and given not in (prompt, contexts[0][-1]["content"]):
-        raise bad_field(
-            "prompt", "differs from the turns before the answer in 'chosen'", "remove one"
-        )
-    if isinstance(prompt, str) and isinstance(sides[0], list):
-        prompt = [{"role": "user", "content": prompt}]
+    if context and given not in (prompt, context[-1]["content"]):
+        what = "differs from the turns before the answer in 'chosen'"
+        raise bad_field("prompt", what, "remove one")
+    if context is not None:
+        prompt = _user_prompt(prompt)
+    responses = [chosen, rejected]
     ranks = [0, 0] if row.get("probability") == 0.5 else [0, 1]
     canonical: Row = {"prompt": prompt, "responses": responses, "ranks": ranks}
     names = ("score_chosen", "score_rejected")
@@ -173,23 +177,22 @@ def format_alpaca_farm(row: Row) -> Row:
 def format_ultrafeedback(row: Row) -> Row:
     """UltraFeedback's `instruction` and `completions`, or its binarized pairs.
 
-    The fields `response` and `overall_score` of a completion are read, or `fine-grained_score`
-    where no completion of the row has the latter. Binarized: see `format_pair`; the preference
-    comes from `score_chosen` and `score_rejected`, so equal scores are a tie.
+    A completion has `response` and `overall_score`, or `fine-grained_score` where no completion of
+    the row has `overall_score`. Binarized: see `format_pair`, but equal scores are a tie.
     """
     if "completions" not in row:
         pair = format_pair(row)
         return pair | {"ranks": ranks_of([row["score_chosen"], row["score_rejected"]])}
     canonical = _scored(row, "completions", "response", ["overall_score", "fine-grained_score"])
-    canonical["prompt"] = _user_prompt(row["instruction"], "instruction")
+    canonical["prompt"] = _user_prompt(as_prompt(row["instruction"], "instruction"))
     return with_extras(canonical, row, ["instruction", "completions"])
 
 
 def format_stack_exchange(row: Row) -> Row:
     """StackExchange's `question` with `response_j` (preferred) and `response_k`, or with `answers`.
 
-    The fields `text` and `pm_score` (log2 of the votes, plus 1 if it was accepted) of an answer are
-    read. HTML is not converted.
+    An answer has `text` and `pm_score` (log2 of the votes, plus 1 if it was accepted). HTML is not
+    converted.
     """
     names = ["response_j", "response_k"]
     if "answers" in row:
@@ -197,7 +200,7 @@ def format_stack_exchange(row: Row) -> Row:
     else:
         responses = [as_text(row[name], name) for name in names]
         canonical = {"responses": responses, "ranks": [0, 1]}
-    canonical["prompt"] = _user_prompt(row["question"], "question")
+    canonical["prompt"] = _user_prompt(as_prompt(row["question"], "question"))
     return with_extras(canonical, row, ["question", "answers", *names])
 
 
@@ -205,15 +208,15 @@ def format_summarize_from_feedback(row: Row) -> Row:
     """OpenAI's comparisons of summaries: `info` (the post), two `summaries`, `choice` (0 or 1).
 
     Prompt and answers have the form of `format_tldr`. Posts without a subreddit (the CNN articles
-    of the validation split) are dropped. Other columns are left out: the published copies repeat
-    every text, with its token ids.
+    of the validation split) are dropped. Other columns, which repeat every text, are left out.
     """
     info = row["info"]
     if not isinstance(info, dict):
         raise unexpected("info", info, "expected {subreddit, title, post}")
-    summaries = as_records(row["summaries"], "summaries", "expected two of {text}")
+    fix = "expected two of {text}"
+    summaries = as_records(row["summaries"], "summaries", fix)
     if len(summaries) != 2:
-        raise unexpected("summaries", summaries, "expected two of {text}")
+        raise unexpected("summaries", summaries, fix)
     if row["choice"] not in (0, 1):
         raise unexpected("choice", row["choice"], "expected 0 or 1, the better one")
     if not info.get("subreddit"):
@@ -227,10 +230,7 @@ def format_summarize_from_feedback(row: Row) -> Row:
 
 
 def format_chatllama_reward(row: Row) -> Row:
-    """ChatLLaMA's `user_input`, `completion`, `score`: a part of a ranking.
-
-    `merge_by_prompt` joins the parts.
-    """
+    """ChatLLaMA's `user_input`, `completion`, `score`: `merge_by_prompt` makes rankings of them."""
     fix = "score every completion (0 is a score), or remove the row"
     canonical = {
         "prompt": as_prompt(row["user_input"], "user_input"),

@@ -1,14 +1,17 @@
-"""A source to canonical rows: the format is applied, each row is checked, bad ones are counted."""
+"""Sources to canonical rows: the format is applied, each row is checked, bad ones are counted, and
+the rows are split by prompt."""
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from rlhf.config import DatasetConfig, InputError, show
-from rlhf.data.dropped import REPAIRED, BadRows, Reason
+from rlhf.data.dropped import REPAIRED, BadRows, Reason, describe_dropped, first_cases
 from rlhf.data.formats import FORMATS, ONE_RESPONSE_PER_ROW, Format, merge_by_prompt, resolve_format
 from rlhf.data.read import in_one_line, read_rows
 from rlhf.data.rows import (
@@ -19,9 +22,116 @@ from rlhf.data.rows import (
     as_messages,
     as_prompt,
     check_row,
+    prompt_key,
+    prompt_of,
     repaired,
     without_repeats,
 )
+
+# --- Training and held-out rows -----------------------------------------------------------------
+
+
+@dataclass
+class Splits:
+    """Canonical rows for training and evaluation.
+
+    `dropped` counts the rows that were left out, by reason; `overlap` counts the evaluation rows
+    whose prompt is also in `train` (only possible where the user gives both).
+    """
+
+    train: list[Row]
+    eval: list[Row]
+    dropped: Counter[str] = field(default_factory=Counter)
+    overlap: int = 0
+
+    @property
+    def prompts(self) -> str:
+        """How the training prompts reach the model: "conversation", "text" or "mixed"."""
+        are_texts = {isinstance(prompt_of(row), str) for row in self.train}
+        return "mixed" if len(are_texts) != 1 else "text" if are_texts.pop() else "conversation"
+
+    def describe(self, too_long: Counter[str]) -> str:
+        """Say what was dropped, here and because of `too_long`, and whether the sides overlap; then
+        the first case of each reason, a line each."""
+        dropped = self.dropped + too_long
+        line = describe_dropped(dropped)
+        if self.overlap:
+            line += f"; {self.overlap} held-out rows share their prompt with a training row"
+        return "\n".join([line, *first_cases(dropped)])
+
+
+def load_splits(config: DatasetConfig, stage: str, seed: int, needs_eval: bool = True) -> Splits:
+    """Load the training and evaluation rows of a stage.
+
+    `eval_path` gives the evaluation rows; else a `python:` path is called for split "eval"; else
+    the rows of `path` are split by prompt. `max_rows` and `max_eval_rows` keep the first rows.
+
+    Args:
+        needs_eval: False reads no evaluation source; rows held out of `path` are still returned.
+
+    Raises:
+        InputError: see `load_rows`; or a required side is empty.
+    """
+    assert config.path is not None
+    path, bad = config.eval_path or config.path, config.on_bad_row
+    from_python = config.path.startswith("python:")
+    split = "train" if from_python else config.split
+    train, dropped = load_rows(config.path, config.format, split, stage, on_bad_row=bad)
+    evaluation: list[Row] = []
+    if not config.eval_path and not from_python:
+        train, evaluation = split_by_prompt(train, config.eval_fraction, seed)
+    elif needs_eval:
+        name = "dataset.eval_path" if config.eval_path else "dataset.path"
+        split = "eval" if path.startswith("python:") else config.eval_split
+        evaluation, dropped_eval = load_rows(path, config.format, split, stage, name, bad)
+        dropped = dropped + dropped_eval
+    train, evaluation = train[: config.max_rows], evaluation[: config.max_eval_rows]
+    if config.as_conversation:
+        train, evaluation = ([to_conversation(row) for row in rows] for rows in (train, evaluation))
+    if not train:
+        raise InputError(
+            f"dataset.path={config.path!r}: no row to train on; {describe_dropped(dropped)}"
+            + "".join(f"; {line.strip()}" for line in first_cases(dropped)[:1])
+        )
+    if not evaluation and needs_eval:
+        raise InputError(
+            f"no row to evaluate on ({len(train)} to train on; {describe_dropped(dropped)}): raise "
+            f"dataset.eval_fraction={config.eval_fraction} or give dataset.eval_path"
+        )
+    return Splits(train, evaluation, dropped, count_overlap(train, evaluation))
+
+
+def split_by_prompt(
+    rows: list[Row], eval_fraction: float, seed: int
+) -> tuple[list[Row], list[Row]]:
+    """Split rows by a hash of seed and prompt: (train, eval), sharing no prompt.
+
+    The side of a prompt does not depend on the order or number of the rows. So the share of the
+    evaluation prompts is `eval_fraction` in expectation only.
+    """
+    sides: tuple[list[Row], list[Row]] = ([], [])
+    for row in rows:
+        digest = hashlib.sha256(f"{seed}\n{prompt_key(row)}".encode(errors="replace")).digest()
+        sides[int.from_bytes(digest[:8], "big") < eval_fraction * 2**64].append(row)
+    return sides
+
+
+def count_overlap(train: list[Row], evaluation: list[Row]) -> int:
+    """Count the evaluation rows that share their prompt with a training row."""
+    seen = {prompt_key(row) for row in train}
+    return sum(prompt_key(row) in seen for row in evaluation)
+
+
+def to_conversation(row: Row) -> Row:
+    """Make a text prompt a user turn and a text completion an assistant turn."""
+    turns = {}
+    for name, role in (("prompt", "user"), ("completion", "assistant")):
+        if isinstance(row.get(name), str):
+            turns[name] = [{"role": role, "content": row[name]}]
+    return row | turns
+
+
+# --- Canonical rows -----------------------------------------------------------------------------
 
 
 def load_rows(
@@ -41,9 +151,8 @@ def load_rows(
         format: see `resolve_format`; not applied to the rows of a Python function.
         split: for a directory, Hub name or function; a single file has no splits.
         stage: sft, reward, ppo or ptx.
-        field: configuration key, for messages.
-        on_bad_row: "drop" counts malformed rows while they are fewer than half; "stop" refuses the
-            first.
+        field: configuration key of `path`, for messages.
+        on_bad_row: see `BadRows`.
 
     Returns:
         Canonical rows in the order of the source; and what was dropped, a count for each `Reason`.
@@ -94,29 +203,27 @@ def _without_nulls(raw: Row) -> Row:
     return {name: value for name, value in raw.items() if value is not None}
 
 
+@dataclass
 class _Canonical:
     """The usable rows of a source, and counts of the others.
 
-    Args:
+    Attributes:
         setting: the setting that names the format of the source.
         checks: False where a row is only a part of a canonical row.
     """
 
-    def __init__(
-        self,
-        apply: Format,
-        format: str,
-        stage: str,
-        on_bad_row: str,
-        setting: str,
-        checks: bool = True,
-    ):
-        self.apply, self.format, self.stage = apply, format, stage
-        self.setting, self.checks = setting, checks
+    apply: Format
+    format: str
+    stage: str
+    on_bad_row: str
+    setting: str
+    checks: bool = True
+    num_read: int = 0
+
+    def __post_init__(self) -> None:
         self.kept: list[Row] = []
         self.dropped = Counter[str]()
-        self.bad = BadRows(on_bad_row, self.dropped)
-        self.num_read = 0
+        self.bad = BadRows(self.on_bad_row, self.dropped)
 
     def take_all(self, source: Iterable[tuple[str, Any]]) -> None:
         """Take raw rows, each with its place; refuse the source if half of them are malformed."""
@@ -185,9 +292,8 @@ def _as_bad_row(error: Exception, format: str, raw: Any) -> BadRow:
         return error
     if isinstance(error, KeyError):
         given = ", ".join(map(str, _without_nulls(raw))) or "no fields"
-        what = f"field {error}: missing or null; the row has {given}; "
-        what += f"is {format!r} the right format?"
-        return BadRow(what, f"without field {error}")
+        what = f"missing or null; the row has {given}; is {format!r} the right format?"
+        return BadRow(f"field {error}: {what}", f"without field {error}")
     if isinstance(error, InputError):
         return BadRow(str(error), f"refused by format {format!r}")
     what = f"format {format!r} cannot read it: {in_one_line(error)}"
