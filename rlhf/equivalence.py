@@ -19,8 +19,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
 
-from rlhf.config import InputError
-from rlhf.hub import one_line
+from rlhf.config import InputError, one_line
 from rlhf.models import (
     ScalarModel,
     TextModel,

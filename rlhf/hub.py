@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from transformers import dynamic_module_utils
 
-from rlhf.config import InputError
+from rlhf.config import InputError, one_line
 
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -299,11 +299,6 @@ def _find_damage(directory: Path) -> str | None:
     except Exception as error:  # the library raises no narrower one
         return f"{tokenizer} is damaged ({error})"
     return None
-
-
-def one_line(error: Exception) -> str:
-    """Describe an exception in one line: its type, and at most 400 characters of its text."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
 
 
 @dataclass

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 
 from rlhf.checkpoint.ownership import STOPPED, complete_checkpoints, manifest_of, step_of
-from rlhf.config import CONFIG_FILE, InputError, PPOStageConfig, StageConfig, config_text
+from rlhf.config import CONFIG_FILE, InputError, PPOStageConfig, StageConfig, config_text, one_line
 from rlhf.console import is_main_process, num_processes
-from rlhf.hub import one_line
 
 # Settings, or groups of them, that may change on resume because they do not affect the result.
 HARMLESS = (

@@ -1,4 +1,4 @@
-"""The errors that a user's input can cause, and two helpers for their messages.
+"""The errors that a user's input can cause, and helpers for their messages.
 
 `rlhf.cli` and `rlhf.options` print the message of an `InputError` without a traceback.
 """
@@ -29,3 +29,8 @@ def show(value: Any) -> str:
     except (ValueError, RecursionError):  # a number of too many digits; lists nested too deeply
         return f"a value that cannot be shown ({type(value).__name__})"
     return f"{text[:60]}... ({type(value).__name__})" if len(text) > 60 else text
+
+
+def one_line(error: Exception) -> str:
+    """Describe an exception in one line: its type, and at most 400 characters of its text."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"

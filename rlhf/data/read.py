@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import InputError, load_object
+from rlhf.config import InputError, load_object, one_line
 from rlhf.data.rows import BadRow, Row, bad_field
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
@@ -256,7 +256,7 @@ def _call(path: str, split: str, stage: str, field: str) -> Iterable[Any]:
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"{field}={path!r}: the function fails: {in_one_line(error)}") from error
+        raise InputError(f"{field}={path!r}: the function fails: {one_line(error)}") from error
 
 
 def _numbered(path: str, source: Iterable[Any]) -> Rows:
@@ -266,10 +266,5 @@ def _numbered(path: str, source: Iterable[Any]) -> Rows:
         for number, value in enumerate(source, start=1):
             yield f"{path}, row {number}", value
     except Exception as error:
-        what = f"cannot be read: {in_one_line(error)}"
+        what = f"cannot be read: {one_line(error)}"
         raise InputError(f"{path}, row {number + 1}: {what}") from error
-
-
-def in_one_line(error: Exception) -> str:
-    """Show an error of other people's code in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"

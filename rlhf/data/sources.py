@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from rlhf.config import DatasetConfig, InputError, show
+from rlhf.config import DatasetConfig, InputError, one_line, show
 from rlhf.data.dropped import REPAIRED, BadRows, Reason, describe_dropped, first_cases
 from rlhf.data.formats import FORMATS, ONE_RESPONSE_PER_ROW, Format, merge_by_prompt, resolve_format
-from rlhf.data.read import in_one_line, read_rows
+from rlhf.data.read import read_rows
 from rlhf.data.rows import (
     TEXTS,
     BadRow,
@@ -296,5 +296,5 @@ def _as_bad_row(error: Exception, format: str, raw: Any) -> BadRow:
         return BadRow(f"field {error}: {what}", f"without field {error}")
     if isinstance(error, InputError):
         return BadRow(str(error), f"refused by format {format!r}")
-    what = f"format {format!r} cannot read it: {in_one_line(error)}"
+    what = f"format {format!r} cannot read it: {one_line(error)}"
     return BadRow(what, f"unreadable to format {format!r}")

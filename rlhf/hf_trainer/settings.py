@@ -20,9 +20,8 @@ from torch.utils.data import DataLoader
 from transformers import SchedulerType, Trainer, TrainingArguments, get_scheduler
 from transformers.training_args import OptimizerNames
 
-from rlhf.config import InputError
+from rlhf.config import InputError, one_line
 from rlhf.config.fields import Limits
-from rlhf.hub import one_line
 
 
 def _by_name(table: str) -> dict[str, str]:

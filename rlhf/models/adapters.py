@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from rlhf.config import InputError, ModelConfig, PeftConfig
-from rlhf.hub import one_line
+from rlhf.config import InputError, ModelConfig, PeftConfig, one_line
 from rlhf.models.forward import HEAD
 from rlhf.models.quantization import dequantized_weight, is_quantized
 from rlhf.tokenizer import stop_strings

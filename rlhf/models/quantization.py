@@ -12,8 +12,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
-from rlhf.config import InputError, ModelConfig
-from rlhf.hub import one_line
+from rlhf.config import InputError, ModelConfig, one_line
 
 
 def quantization_arguments(config: ModelConfig) -> dict[str, Any]:

@@ -22,13 +22,12 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSIFIERS,
 )
 
-from rlhf.config import InputError, ModelConfig
+from rlhf.config import InputError, ModelConfig, one_line
 from rlhf.hub import (
     ADAPTER_WEIGHTS,
     Misfits,
     Source,
     call_loader,
-    one_line,
     read_json,
     tensor_names,
     weight_files,
