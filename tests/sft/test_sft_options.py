@@ -92,8 +92,7 @@ def test_text_has_its_share_of_the_tokens_and_loss_on_every_one(texts, fraction)
     assert len(set(whole)) == len(whole) and set(whole) <= set(known)
     assert any(text.startswith(last) for text in known if text not in whole)
     share = f"{100 * fraction:.1f} %"
-    total = f"{num_tokens(mixed) / 1000:.1f}k"
-    assert line == f"mixed in {len(pieces)} texts: {share} of {total} tokens"
+    assert line == f"mixed in {len(pieces)} texts: {share} of {num_tokens(mixed):,} tokens"
 
 
 def test_texts_are_taken_in_an_order_that_the_seed_decides(texts):
