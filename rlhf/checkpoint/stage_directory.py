@@ -22,9 +22,8 @@ from rlhf.checkpoint.record import (
     read_record,
     write_record,
 )
-from rlhf.config import CONFIG_FILE, InputError, StageConfig, save_config
+from rlhf.config import CONFIG_FILE, InputError, StageConfig, one_line, save_config
 from rlhf.console import warn
-from rlhf.hub import one_line
 from rlhf.tokenizer import hash_template, hash_tokenizer
 
 # --- Writing --------------------------------------------------------------------------------------
