@@ -93,7 +93,7 @@ def build_kwise(rows: list[dict], settings: argparse.Namespace, arguments: dict)
     from rlhf.data import RankedCollator
     from rlhf.demo.world import build_tokenizer
     from rlhf.models import ScalarModel
-    from rlhf.reward.trainer import RankingTrainer
+    from rlhf.reward.ranking_trainer import RankingTrainer
 
     pad = build_tokenizer().pad_token_id
     size = settings.prompts_per_step

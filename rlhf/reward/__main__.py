@@ -11,11 +11,8 @@ from rlhf.config import RewardStageConfig
 
 
 def run(config: RewardStageConfig) -> int | None:
-    """Import the stage only once the configuration is known to be good.
-
-    Returns:
-        Number of the signal that interrupted training, if one did.
-    """
+    """Run the stage, imported only once the configuration is known to be good; return the number
+    of the signal that interrupted it, if one did."""
     from rlhf.reward.stage import train_reward
 
     return train_reward(config).stopped_by

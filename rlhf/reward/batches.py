@@ -47,8 +47,6 @@ def plan_batches(
 ) -> list[list[int]] | None:
     """Check that the settings fit the training rows, and group these under the token budget.
 
-    The last batches are split until every process gets the same number of batches.
-
     Returns:
         Indices of the rows of each batch, each row once; None without `reward.tokens_per_batch`.
 
@@ -56,7 +54,17 @@ def plan_batches(
         InputError: the settings need a field that no row has, or cannot use one that rows have, or
             a prompt exceeds the budget.
     """
-    _check_fields(rows, ranking)
+    soft = [row for row in rows if row["probability"] is not None]
+    if soft and ranking.loss != "pairwise":
+        raise InputError(
+            f"reward.loss={ranking.loss} cannot use the field probability that {len(soft)} of "
+            f"{len(rows)} rows have; set reward.loss=pairwise, or remove the field"
+        )
+    if ranking.margin_scale and all(row["scores"] is None for row in rows):
+        raise InputError(
+            f"reward.margin_scale={ranking.margin_scale} scales the gaps of scores, but no row has "
+            "the field scores; add it, or set reward.margin_scale=0"
+        )
     budget = ranking.tokens_per_batch
     if budget is None:
         return None
@@ -69,36 +77,19 @@ def plan_batches(
             "or lower dataset.max_length"
         )
     batches = pack(sizes, budget)
+    # split the largest batches until every process gets the same number
     while len(batches) % num_processes and len(batches) < len(rows):
         batch = max(batches, key=len)
         batches.append([batch.pop() for _ in range(len(batch) // 2)])
     return batches
 
 
-def _check_fields(rows: list[Row], ranking: RewardConfig) -> None:
-    soft = [row for row in rows if row["probability"] is not None]
-    if soft and ranking.loss != "pairwise":
-        raise InputError(
-            f"reward.loss={ranking.loss} cannot use the field probability that {len(soft)} of "
-            f"{len(rows)} rows have; set reward.loss=pairwise, or remove the field"
-        )
-    if ranking.margin_scale and all(row["scores"] is None for row in rows):
-        raise InputError(
-            f"reward.margin_scale={ranking.margin_scale} scales the gaps of scores, but no row has "
-            "the field scores; add it, or set reward.margin_scale=0"
-        )
-
-
 class PlannedBatches(Sampler[list[int]]):
     """The same batches in each epoch, in an order that depends on (seed, epoch) alone."""
 
     def __init__(self, batches: list[list[int]], seed: int, epoch: Callable[[], int]):
-        """Take the batches of all processes.
-
-        Args:
-            epoch: returns the current epoch. (Trainer and accelerate call a sampler's `set_epoch`,
-                but not where they wrap it twice: resumed on several processes.)
-        """
+        """Take the batches of all processes, and a function that returns the epoch: a sampler's
+        `set_epoch` is not called where it is wrapped twice (resumed on several processes)."""
         self.batches, self.seed, self.epoch = batches, seed, epoch
 
     def __len__(self) -> int:

@@ -46,10 +46,7 @@ def load_completions(
         encoded: the same rows as `encode_ranked` returns them.
 
     Returns:
-        Token ids of prompt and response, at least two sequences.
-
-    Raises:
-        InputError: there are fewer than two.
+        Token ids of prompt and response, at least two sequences; fewer are an InputError.
     """
     count, kind = config.reward.num_normalization_prompts, config.normalization.completions
     if kind == "ranked":

@@ -1,8 +1,6 @@
 """The reward stage: a scalar head on the SFT model, trained on ranked responses, and a report on
-held-out ones.
-
-Left out: the Trainer (`rlhf.reward.trainer`), its batches (`rlhf.reward.batches`), the completions
-that set the zero of the scores (`rlhf.reward.completions`), and the report (`rlhf.reward.report`).
+held-out ones. Left out: the Trainer (`rlhf.reward.ranking_trainer`), its batches, the completions
+that set the zero of the scores, and the report, each in the file or folder of that name.
 """
 
 from __future__ import annotations
@@ -18,7 +16,6 @@ from datasets import Dataset
 from transformers import TrainingArguments
 
 from rlhf.checkpoint import (
-    StageRecord,
     StageRun,
     make_record,
     open_run,
@@ -28,7 +25,7 @@ from rlhf.checkpoint import (
     warn_about_prompts,
     write_stage,
 )
-from rlhf.config import DatasetConfig, RewardStageConfig, with_default_paths
+from rlhf.config import RewardStageConfig, with_default_paths
 from rlhf.console import say
 from rlhf.data import RankedCollator, Splits, encode_ranked, load_splits
 from rlhf.equivalence import require_padding
@@ -50,10 +47,10 @@ from rlhf.models import (
 )
 from rlhf.reward.batches import describe_plan, plan_batches, score_rows
 from rlhf.reward.completions import load_completions
-from rlhf.reward.report.measures import Row, heldout_metrics
+from rlhf.reward.ranking_trainer import RankingTrainer
+from rlhf.reward.report.measures import heldout_metrics
 from rlhf.reward.report.page import page_files, show_report
 from rlhf.reward.report.verdict import heldout_name, make_report
-from rlhf.reward.trainer import RankingTrainer
 from rlhf.tokenizer import load_tokenizer
 
 
@@ -90,7 +87,6 @@ def train_reward(config: RewardStageConfig) -> RewardResult:
 
 
 def _train(config: RewardStageConfig, run: StageRun) -> RewardResult:
-    """As `train_reward`, for a run that is not finished."""
     # Refuse early: settings and directories, before anything loads.
     source = with_default_paths(config).model
     parent = str(source.path)
@@ -108,8 +104,14 @@ def _train(config: RewardStageConfig, run: StageRun) -> RewardResult:
     # Refuse what only the loaded model and rows show.
     require_writable(model, tokenizer, config)
     require_context(config, model)
-    _check_promises(config, args, parent, model, tokenizer)
-    train, heldout = _encode(splits, tokenizer, config.dataset)
+    if not is_sharded(args):
+        with as_in_training(model, config, args):
+            fix = "take a model of another family"
+            require_padding(ScalarModel(model), tokenizer, f"model.path={parent}", fix)
+    limits = config.dataset.max_length, config.dataset.on_bad_row
+    train, too_long = encode_ranked(splits.train, tokenizer, *limits)
+    heldout, others = encode_ranked(splits.eval, tokenizer, *limits)
+    splits.dropped += too_long + others
     plan = plan_batches(train, config.reward, args.world_size)
 
     # Train.
@@ -135,28 +137,7 @@ def _train(config: RewardStageConfig, run: StageRun) -> RewardResult:
     )
     if (signal := run_trainer(trainer, config, directory, "reward")) is not None:
         return RewardResult(None, {}, stopped_by=signal)
-
-    # Measure and write.
-    record = make_record("reward", config, parent, tokenizer, splits.prompts, splits.dropped)
-    return _finish(trainer, completions, splits, config, directory, record)
-
-
-def _encode(splits: Splits, tokenizer: Any, data: DatasetConfig) -> tuple[list[Row], list[Row]]:
-    """Encode training and held-out rows; rows that are too long are dropped and counted."""
-    train, too_long = encode_ranked(splits.train, tokenizer, data.max_length, data.on_bad_row)
-    heldout, others = encode_ranked(splits.eval, tokenizer, data.max_length, data.on_bad_row)
-    splits.dropped += too_long + others
-    return train, heldout
-
-
-def _check_promises(
-    config: RewardStageConfig, args: TrainingArguments, parent: str, model: Any, tokenizer: Any
-) -> None:
-    """Measure that padding does not change scores."""
-    if not is_sharded(args):
-        with as_in_training(model, config, args):
-            fix = "take a model of another family"
-            require_padding(ScalarModel(model), tokenizer, f"model.path={parent}", fix)
+    return _finish(trainer, completions, splits, config, parent, directory)
 
 
 def _finish(
@@ -164,12 +145,13 @@ def _finish(
     completions: list[list[int]],
     splits: Splits,
     config: RewardStageConfig,
+    parent: str,
     directory: Path,
-    record: StageRecord,
 ) -> RewardResult:
     """Measure the scale of the scores, report on the held-out responses, and write `final/`."""
     scalar, heldout = trainer.accelerator.unwrap_model(trainer.model), trainer.heldout
     tokenizer: Any = trainer.processing_class
+    record = make_record("reward", config, parent, tokenizer, splits.prompts, splits.dropped)
     scalar.eval()
     per_batch = trainer.args.per_device_eval_batch_size, config.reward.tokens_per_batch
     each_alone = [{"input_ids": [ids]} for ids in completions]

@@ -48,8 +48,8 @@ from rlhf.models import (
 )
 from rlhf.reward import train_reward
 from rlhf.reward.batches import PlannedBatches, pack, plan_batches, score_rows
+from rlhf.reward.ranking_trainer import RankingTrainer
 from rlhf.reward.report.measures import heldout_metrics
-from rlhf.reward.trainer import RankingTrainer
 from rlhf.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[2]

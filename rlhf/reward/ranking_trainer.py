@@ -35,13 +35,7 @@ class RankingTrainer(FiniteTrainer):
         batches: list[list[int]] | None = None,
         **kwargs: Any,
     ):
-        """Take more than the Trainer's arguments.
-
-        Args:
-            ranking: settings of the loss.
-            heldout: encoded held-out rows.
-            batches: see `plan_batches`; None: per_device_train_batch_size prompts each.
-        """
+        """Take the Trainer's arguments, the held-out rows, and the batches of `plan_batches`."""
         super().__init__(*args, **kwargs)
         self.ranking, self.heldout, self.batches = ranking, heldout, batches
         self.model_accepts_loss_kwargs = True  # compute_loss scales for accumulation itself
@@ -52,11 +46,10 @@ class RankingTrainer(FiniteTrainer):
         if self.batches is None:
             return super().get_train_dataloader()
         assert self.train_dataset is not None
+        seed, epoch = self.args.seed, lambda: int(self.state.epoch or 0)
         loader = DataLoader(
             self.train_dataset,
-            batch_sampler=PlannedBatches(
-                self.batches, self.args.seed, lambda: int(self.state.epoch or 0)
-            ),
+            batch_sampler=PlannedBatches(self.batches, seed, epoch),
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
@@ -73,11 +66,7 @@ class RankingTrainer(FiniteTrainer):
         return batches, self.accelerator.reduce(total, reduction="sum")
 
     def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Compute the ranking loss, averaged over the prompts of the micro-batch.
 
