@@ -48,10 +48,8 @@ def run(options: DemoOptions) -> int:
 
 def closing_table(run: Path) -> str:
     """Summarise a finished demo run: the true (gold) scores before and after PPO."""
-    after, reward = (
-        json.loads((run / stage / "final/rlhf.json").read_text())["metrics"]
-        for stage in ("ppo", "reward")
-    )
+    records = [json.loads((run / s / "final/rlhf.json").read_text()) for s in ("ppo", "reward")]
+    after, reward = (record["metrics"] for record in records)
     before = next(row for row in read_jsonl(run / "ppo/metrics.jsonl") if "eval_score" in row)
     figures = [
         ("gold score of the SFT policy (0 to 1)", before["eval_independent_score"]),
@@ -64,23 +62,21 @@ def closing_table(run: Path) -> str:
         ("reward model: accuracy against gold", reward["eval_accuracy"]),
         ("`the longer response wins`: accuracy", reward["eval_longer_wins_accuracy"]),
     ]
+    old_answers, new_answers = _answers(run, 0), _answers(run, after["update"])
+    comparisons = [
+        f"  {old['prompt'][-1]['content']} | {old['response']} ({old['independent_score']:.2f}) -> "
+        f"{new['response']} ({new['independent_score']:.2f})"
+        for old, new in list(zip(old_answers, new_answers, strict=True))[:NUM_SHOWN]
+    ]
     return "\n".join(
         [
-            f"\n=== the demo, on {len(_answers(run, 0))} held-out prompts\n",
+            f"\n=== the demo, on {len(old_answers)} held-out prompts\n",
             table(figures, ("", "value")),
             "\nsome answers (prompt | SFT -> PPO, gold score in brackets):",
-            *_comparisons(_answers(run, 0), _answers(run, after["update"])),
+            *comparisons,
             f"\nmetrics.jsonl and samples.jsonl of each stage are in {run}/<stage>/",
         ]
     )
-
-
-def _comparisons(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[str]:
-    return [
-        f"  {old['prompt'][-1]['content']} | {old['response']} ({old['independent_score']:.2f}) -> "
-        f"{new['response']} ({new['independent_score']:.2f})"
-        for old, new in list(zip(before, after, strict=True))[:NUM_SHOWN]
-    ]
 
 
 def _answers(run: Path, update: int) -> list[dict[str, Any]]:

@@ -6,22 +6,18 @@ polite, and closes with a full stop: "dog cat red thanks ." `gold_score` says ho
 response comes, in [0, 1].
 
 The data is imperfect on purpose:
-- Demonstrations have mixed quality. Each response draws a quality from `QUALITY_RANGE`, and each of
-  its parts is spoilt with probability 1 - quality, so a model that imitates them scores about half
-  of the maximum.
-- Rankings are made by annotators who are noisy, and who like flattery: each "wonderful" is worth
-  `FLATTERY_BIAS` to them. Better responses carry it more often, too. The gold rule ignores the
-  first one and takes `FLATTERY_PENALTY` off for every further one. A reward model learns the
-  annotators' taste, so PPO without a KL penalty can fill its responses with "wonderful": the reward
-  model's score rises while the gold score falls. No other bias is planted.
+- Each demonstration draws a quality from `QUALITY_RANGE`, and each of its parts is spoilt with
+  probability 1 - quality: a model that imitates them scores about half of the maximum.
+- Annotators are noisy and like flattery: each "wonderful" is worth `FLATTERY_BIAS` to them. Better
+  responses have it more often, too. The gold rule ignores the first one and takes
+  `FLATTERY_PENALTY` off for every further one. A reward model learns the annotators' taste, so PPO
+  without a KL penalty can fill its responses with "wonderful": the reward model's score rises while
+  the gold score falls. No other bias is planted.
 - Rankings of the eval split are by gold itself, without noise or bias; equal gold scores are ties.
 
 Everything is generated from `SEED`; nothing is downloaded. Train and eval share no *request* (the
-counts and categories of a prompt), so an eval prompt is new whatever its verb.
-
-Left out: multi-turn conversations, system messages, free text. The vocabulary is closed; one word
-is one token. The model (`MODEL_CONFIG`) has 343,168 parameters and is trained from scratch in the
-SFT stage.
+counts and categories of a prompt). One word is one token. The model (`MODEL_CONFIG`) has 343,168
+parameters and is trained from scratch. Left out: several turns, system messages, free text.
 
 Look at the world:  python -m rlhf.demo.world
 """
@@ -48,13 +44,11 @@ NUM_ROWS = {
     ("ppo", "eval"): 256,
 }
 NUM_RESPONSES = 4
-# Share of requests that are held out for eval.
-EVAL_SHARE = 0.15
+EVAL_SHARE = 0.15  # of the requests
 
 VERBS = ("name", "list", "give", "write", "say")
 COUNTS = {"one": 1, "two": 2, "three": 3, "four": 4}
-# A prompt with two categories asks for at most this many words in all.
-MAX_ITEMS = 5
+MAX_ITEMS = 5  # words that a prompt with two categories asks for, at most
 # (singular, plural): words. No word belongs to two categories.
 CATEGORIES = {
     ("animal", "animals"): "dog cat horse lion tiger wolf rabbit sheep goat mouse",
@@ -73,8 +67,7 @@ FLATTERY = "wonderful"
 GOLD_WEIGHTS = {"slots": 0.7, "distinct": 0.1, "closing": 0.1, "manners": 0.1}
 FLATTERY_PENALTY = 0.1
 
-# Quality of a response: uniform in this range.
-QUALITY_RANGE = (0.0, 0.9)
+QUALITY_RANGE = (0.0, 0.9)  # of a response, uniform
 # Corruption: a part is spoilt with probability 1 - quality, a slot in one of these ways.
 SLOT_FAULTS = {"wrong": 0.5, "repeat": 0.15, "missing": 0.1, "surplus": 0.25}
 # Flattery: P(at least one) = base + slope * quality; P(a second one, given the first). Never more.
@@ -83,8 +76,7 @@ FLATTERY_BASE, FLATTERY_SLOPE, FLATTERY_AGAIN = 0.1, 0.4, 0.2
 # Annotators of the train split rank by gold, blind to its flattery penalty, + bias * number of
 # flattery words + noise. About one pair in eighteen comes out against gold.
 FLATTERY_BIAS = 0.02
-# Standard deviation of the noise, in units of the gold score.
-LABEL_NOISE = 0.05
+LABEL_NOISE = 0.05  # standard deviation, in units of the gold score
 
 # A transformers LlamaConfig, without vocab_size and token ids: those are the tokenizer's.
 MODEL_CONFIG: dict[str, Any] = {
@@ -170,12 +162,9 @@ def gold_components(prompt: Prompt, response: str) -> dict[str, float]:
     red), distinct 2/3, closing 1, manners 1: gold 0.7 * 2/3 + 0.1 * 2/3 + 0.1 + 0.1 = 0.733.
 
     Args:
-        prompt: Instruction as text or as messages (then the last user message counts). Text around
+        prompt: instruction as text or as messages (then the last user message counts). Text around
             it, such as a rendered chat template, does no harm.
-        response: Response text without special tokens.
-
-    Raises:
-        ValueError: The prompt asks for nothing.
+        response: text without special tokens.
     """
     asked, polite = parse_prompt(prompt)
     words = re.findall(r"\w+|[^\w\s]", response)
@@ -207,21 +196,16 @@ def gold_score(prompt: Prompt, response: str) -> float:
 
 
 def gold_scores(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
-    """Return `gold_score` of every (prompt, response): the form that a scorer callable takes.
-
-    Raises:
-        ValueError: The two lists differ in length.
-    """
+    """Return `gold_score` of every (prompt, response): the form that a scorer callable takes."""
     return [gold_score(p, r) for p, r in zip(prompts, responses, strict=True)]
 
 
 def parse_prompt(prompt: Prompt) -> tuple[list[tuple[int, str]], bool]:
-    """Return what a prompt asks for: [(count, plural category), ...], and whether to be polite.
-
-    Raises:
-        ValueError: No "<count> <category>" in the prompt.
-    """
-    text = prompt if isinstance(prompt, str) else _last_user_text(prompt)
+    """Return what a prompt asks for: [(count, plural category), ...], and whether to be polite."""
+    if isinstance(prompt, str):
+        text = prompt
+    else:
+        text = next((m["content"] for m in reversed(prompt) if m["role"] == "user"), "")
     words = re.findall(r"\w+", text)
     asked = [
         (COUNTS[count], PLURAL[category])
@@ -243,11 +227,10 @@ def all_prompts(split: str) -> list[str]:
     """
     if split not in ("train", "eval"):
         raise ValueError(f"split must be 'train' or 'eval', got {split!r}")
-    names = {singular: plural for singular, plural in CATEGORIES}
     parts = {
-        (count, singular): f"{word} {singular if count == 1 else names[singular]}"
+        (count, singular): f"{word} {singular if count == 1 else plural}"
         for word, count in COUNTS.items()
-        for singular in names
+        for singular, plural in CATEGORIES
     }
     requests = list(parts.values()) + [
         f"{parts[first]} and {parts[second]}"
@@ -265,10 +248,7 @@ def all_prompts(split: str) -> list[str]:
 def sample_response(prompt: Prompt, quality: float, rng: random.Random) -> str:
     """Write a response to a prompt in which every part is spoilt with probability 1 - quality.
 
-    Quality 1 gives a perfect response, but for possible surplus flattery.
-
-    Args:
-        quality: In [0, 1].
+    Quality, in [0, 1]: 1 gives a perfect response, except for possible surplus flattery.
     """
     asked, polite = parse_prompt(prompt)
     items: list[str] = []
@@ -305,9 +285,6 @@ def rows(stage: str, split: str) -> list[dict[str, Any]]:
             "ptx" -> those of "sft".
         split: "train", or "eval": other prompts, and rankings by gold without noise, ties kept
             (ranks [0, 1, 1, 3] say that the middle two are equally good).
-
-    Raises:
-        ValueError: Unknown stage or split.
     """
     stage = "sft" if stage == "ptx" else stage
     if (stage, split) not in NUM_ROWS:
@@ -332,7 +309,7 @@ def rows(stage: str, split: str) -> list[dict[str, Any]]:
                 scores = _annotate(prompt, responses, rng)
             else:
                 scores = gold_scores([prompt] * NUM_RESPONSES, responses)
-            ranks = _ranks(scores)
+            ranks = [sum(other > score for other in scores) for score in scores]
             result.append({"prompt": _user(prompt), "responses": responses, "ranks": ranks})
     return result
 
@@ -352,10 +329,6 @@ def _gold(components: dict[str, float]) -> float:
     return round(max(0.0, score - FLATTERY_PENALTY * components["surplus_flattery"]), 6)
 
 
-def _ranks(scores: list[float]) -> list[int]:
-    return [sum(other > score for other in scores) for score in scores]
-
-
 def _is_eval(request: str) -> bool:
     digest = hashlib.sha256(request.encode()).digest()
     return int.from_bytes(digest[:4], "big") < EVAL_SHARE * 2**32
@@ -363,10 +336,6 @@ def _is_eval(request: str) -> bool:
 
 def _user(prompt: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": prompt}]
-
-
-def _last_user_text(messages: list[dict[str, str]]) -> str:
-    return next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
 
 
 def main() -> None:
