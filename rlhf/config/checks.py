@@ -124,10 +124,7 @@ def _rules(config: StageConfig) -> Iterator[str]:
         yield from _rollout_rules(config.ppo)
         yield from _update_rules(config.ppo)
         if config.evaluation.select == "independent_score" and config.evaluation.scorer is None:
-            yield (
-                "evaluation.select=independent_score needs evaluation.scorer, e.g. "
-                "evaluation.scorer=python:my_module.my_score"
-            )
+            yield "evaluation.select=independent_score needs evaluation.scorer=python:module.score"
 
 
 def _model_rules(config: StageConfig) -> Iterator[str]:
@@ -139,10 +136,7 @@ def _model_rules(config: StageConfig) -> Iterator[str]:
             f"from the Hub, got {attention!r}"
         )
     if attention == "flash_attention_2" and not any(map(find_spec, ("flash_attn", "kernels"))):
-        yield (
-            "model.attn_implementation=flash_attention_2 needs flash-attn, which is not installed: "
-            "pip install flash-attn, or set model.attn_implementation=sdpa"
-        )
+        yield "model.attn_implementation=flash_attention_2 needs flash-attn; install it or use sdpa"
     if model.revision is not None and model.path is not None and Path(model.path).is_dir():
         yield (
             f"model.revision={model.revision} applies to Hub models, but model.path={model.path} "
@@ -212,15 +206,9 @@ def _scorer_rules(scorer: ScorerConfig) -> Iterator[str]:
     if combine != "weighted_sum" and any(weight != 1 for weight in weights):
         yield f"scorer.combine={combine} ignores weights, got {weights}; leave them at 1"
     if components and None not in gates:
-        yield (
-            f"scorer.components: all of them have a gate, {gates}; the responses that pass every "
-            "gate need a component without one"
-        )
+        yield f"scorer.components need one without a gate, for responses that pass all, got {gates}"
     if len(set(names)) != len(names) or not all(re.fullmatch(r"[\w.-]+", name) for name in names):
-        yield (
-            "scorer.components must have distinct names of letters, digits and _.-, got "
-            f"{', '.join(names)}; set name"
-        )
+        yield f"scorer.components: set names, distinct and of letters, digits and _.-, got {names}"
 
 
 def _critic_rules(config: PPOStageConfig) -> Iterator[str]:
@@ -232,10 +220,7 @@ def _critic_rules(config: PPOStageConfig) -> Iterator[str]:
         )
     first = config.scorer.components[0] if config.scorer.components else config.scorer
     if str(first.path).startswith("python:") and critic.init == "reward" and ppo.has_critic:
-        yield (
-            "critic.init=reward needs a reward model, but scorer.path is a Python function: set "
-            "critic.init=policy"
-        )
+        yield "critic.init=reward needs a reward model, not a Python scorer; set critic.init=policy"
     if critic.warmup_updates and not ppo.has_critic:
         yield (
             f"critic.warmup_updates={critic.warmup_updates}: ppo.advantage={ppo.advantage} has no "
@@ -251,10 +236,7 @@ def _rollout_rules(ppo: PPOConfig) -> Iterator[str]:
             yield f"ppo.batch_size must be divisible by ppo.{name}, got {size} and {number}"
     compares = ppo.advantage in ("rloo", "grpo")
     if compares and ppo.samples_per_prompt == 1:
-        yield (
-            f"ppo.advantage={ppo.advantage} compares the responses of one prompt, but "
-            "ppo.samples_per_prompt=1; set it to 2 or more, e.g. 4"
-        )
+        yield f"ppo.advantage={ppo.advantage} needs ppo.samples_per_prompt >= 2, e.g. 4, got 1"
     if not ppo.allow_off_policy_sampling and (ppo.top_p != 1.0 or ppo.top_k != 0):
         yield (
             f"ppo.top_p={ppo.top_p} and ppo.top_k={ppo.top_k} sample from a different distribution "
@@ -281,9 +263,6 @@ def _update_rules(ppo: PPOConfig) -> Iterator[str]:
             "update; raise ppo.num_ppo_epochs or ppo.num_mini_batches, or set ppo.target_kl=null"
         )
     if ppo.kl_in == "loss" and ppo.kl_estimator == "k1":
-        yield (
-            "ppo.kl_in=loss with ppo.kl_estimator=k1 has an expected gradient of 0; use "
-            "ppo.kl_estimator=k3 (GRPO) or k2, or ppo.kl_in=reward"
-        )
+        yield "ppo.kl_in=loss needs ppo.kl_estimator=k3 or k2: k1 has an expected gradient of 0"
     if ppo.kl_target is not None and ppo.kl_coef == 0:
         yield f"ppo.kl_target={ppo.kl_target} multiplies ppo.kl_coef, which is 0; set it above 0"

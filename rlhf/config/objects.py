@@ -16,20 +16,15 @@ OWN_CODE = ("python:rlhf.demo.world.", "python:rlhf.demo_world.")  # now, and in
 
 
 def load_object(dotted: str, field_name: str) -> Any:
-    """Import the Python object that a configuration names, e.g. `my_package.module.function`.
-
-    Args:
-        dotted: dotted path; a leading `python:` is dropped.
-        field_name: configuration key, for the message.
+    """Import the Python object that the configuration key `field_name` names, such as
+    `my_package.module.function`; a leading `python:` is dropped.
 
     Raises:
         InputError: the module or the name in it does not exist.
     """
     module_name, _, name = dotted.removeprefix("python:").rpartition(".")
     if not module_name:
-        raise InputError(
-            f"{field_name}={dotted!r} is not a dotted path such as my_module.my_function"
-        )
+        raise InputError(f"{field_name}={dotted!r} must be a dotted path: my_module.my_function")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
@@ -44,16 +39,14 @@ def load_object(dotted: str, field_name: str) -> Any:
 def build_arguments(
     factory: Callable[..., Any], values: dict[str, Any], reserved: dict[str, Any]
 ) -> Any:
-    """Build a library's argument object from the free mapping `trainer:`.
+    """Build a library's argument object, such as `trl.SFTConfig`, from the mapping `trainer:`.
 
     Args:
-        factory: a dataclass such as `trl.SFTConfig`.
         values: the user's values under `trainer:`.
-        reserved: the values that the stage sets; naming one of these under `trainer:` is an error.
+        reserved: the values that the stage sets, which `trainer:` may not name.
 
     Raises:
-        InputError: an unknown or reserved name (with the nearest valid ones), or a value that the
-            library refuses.
+        InputError: an unknown or reserved name, or a value that the library refuses.
     """
     known = [f.name for f in dataclasses.fields(factory) if f.init]  # type: ignore[arg-type]
     for name in values:
@@ -76,7 +69,7 @@ def refuse_named_code(values: Mapping[str, str | None], file: Path) -> None:
 
     Args:
         values: setting -> value, for the settings whose objects the command would import.
-        file: the configuration.
+        file: the configuration, for the message.
 
     Raises:
         InputError: a value is `python:module.function` and does not belong to the embedded demo.

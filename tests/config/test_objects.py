@@ -54,7 +54,7 @@ def test_nearest_says_nothing_without_a_close_name():
 @pytest.mark.parametrize(
     "dotted, message",
     [
-        ("function", "scorer.path='function' is not a dotted path such as my_module.my_function"),
+        ("function", "scorer.path='function' must be a dotted path: my_module.my_function"),
         ("no_such_module.f", "scorer.path='no_such_module.f' cannot be imported"),
         ("python:math.no_such_name", "scorer.path='python:math.no_such_name' cannot be imported"),
     ],

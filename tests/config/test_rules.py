@@ -58,7 +58,7 @@ BAD_VALUES = [
     (
         "sft",
         {"model.attn_implementation": "flash_attention_2"},
-        "model.attn_implementation=flash_attention_2 needs flash-attn, which is not installed",
+        "model.attn_implementation=flash_attention_2 needs flash-attn; install it or use sdpa",
     ),
     (
         "sft",
@@ -112,25 +112,25 @@ BAD_VALUES = [
     (
         "ppo",
         several({"path": "a", "gate": 0.15}),
-        "scorer.components: all of them have a gate, [0.15]; the responses that pass every gate",
+        "scorer.components need one without a gate, for responses that pass all, got [0.15]",
     ),
     (
         "ppo",
         {"ppo.samples_per_prompt": 3},
         "ppo.batch_size must be divisible by ppo.samples_per_prompt, got 64 and 3",
     ),
-    ("ppo", {"ppo.advantage": "rloo"}, "compares the responses of one prompt, but ppo.samples_per"),
+    ("ppo", {"ppo.advantage": "rloo"}, "needs ppo.samples_per_prompt >= 2, e.g. 4, got 1"),
     (
         "ppo",
         {"ppo.target_kl": 0.1, "ppo.num_ppo_epochs": 1},
         "ppo.target_kl=0.1 has nothing to skip with one optimiser step per update",
     ),
-    ("ppo", {"ppo.kl_in": "loss"}, "has an expected gradient of 0; use ppo.kl_estimator=k3"),
+    ("ppo", {"ppo.kl_in": "loss"}, "ppo.kl_in=loss needs ppo.kl_estimator=k3 or k2: k1 has"),
     ("ppo", {"ppo.kl_target": 6.0, "ppo.kl_coef": 0.0}, "multiplies ppo.kl_coef, which is 0; set"),
     (
         "ppo",
         {"evaluation.select": "independent_score"},
-        "evaluation.select=independent_score needs evaluation.scorer",
+        "evaluation.select=independent_score needs evaluation.scorer=python:module.score",
     ),
     (
         "ppo",
@@ -161,13 +161,13 @@ BAD_VALUES = [
     (
         "ppo",
         several({"path": "runs/a/reward/final"}, {"path": "other/a"}),
-        "scorer.components must have distinct names of letters, digits and _.-, got a, a; set name",
+        "scorer.components: set names, distinct and of letters, digits and _.-, got ['a', 'a']",
     ),
-    ("ppo", several({"path": "a", "name": "a/b"}), "of letters, digits and _.-, got a/b; set name"),
+    ("ppo", several({"path": "a", "name": "a/b"}), "of letters, digits and _.-, got ['a/b']"),
     (
         "ppo",
         several({"path": "python:m.f"}, {"path": "b"}),
-        "critic.init=reward needs a reward model, but scorer.path is a Python function",
+        "critic.init=reward needs a reward model, not a Python scorer; set critic.init=policy",
     ),
     (
         "ppo",
@@ -187,7 +187,7 @@ BAD_VALUES = [
         {"ppo.top_p": 0.0, "ppo.allow_off_policy_sampling": True},
         "ppo.top_p must lie in (0, 1], got 0.0",
     ),
-    ("ppo", PYTHON_SCORER, "scorer.path is a Python function: set critic.init=policy"),
+    ("ppo", PYTHON_SCORER, "not a Python scorer; set critic.init=policy"),
 ]
 MISSING_VALUES = [
     ("sft", {"dataset.path": None}, "dataset.path: file or Hub name of the rows, e.g."),
