@@ -53,6 +53,8 @@ from rlhf.reward.report.page import page_files, show_report
 from rlhf.reward.report.verdict import heldout_name, make_report
 from rlhf.tokenizer import load_tokenizer
 
+OTHER_FAMILY = "take a model of another family"  # where padding changes scores
+
 
 @dataclass
 class RewardResult:
@@ -106,8 +108,7 @@ def _train(config: RewardStageConfig, run: StageRun) -> RewardResult:
     require_context(config, model)
     if not is_sharded(args):
         with as_in_training(model, config, args):
-            fix = "take a model of another family"
-            require_padding(ScalarModel(model), tokenizer, f"model.path={parent}", fix)
+            require_padding(ScalarModel(model), tokenizer, f"model.path={parent}", OTHER_FAMILY)
     limits = config.dataset.max_length, config.dataset.on_bad_row
     train, too_long = encode_ranked(splits.train, tokenizer, *limits)
     heldout, others = encode_ranked(splits.eval, tokenizer, *limits)
