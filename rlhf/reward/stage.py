@@ -96,14 +96,12 @@ def _train(config: RewardStageConfig, run: StageRun) -> RewardResult:
     record_of_parent = require_stage(parent, ("sft",), "model.path", source.revision)
     try_settings(source, config.peft, "SEQ_CLS")
 
-    # Load rows, tokenizer and model.
+    # Load rows, tokenizer and model, and refuse what only they show.
     splits = load_splits(config.dataset, "reward", config.seed)
     warn_about_prompts(record_of_parent, splits.prompts)
     tokenizer = load_tokenizer(source)
     require_same_tokenizer(tokenizer, record_of_parent, "the model settings here", parent)
     model = init_reward_model(source, tokenizer, config.seed)
-
-    # Refuse what only the loaded model and rows show.
     require_writable(model, tokenizer, config)
     require_context(config, model)
     if not is_sharded(args):
