@@ -145,7 +145,9 @@ def test_directory_that_was_replaced_while_a_run_goes_on_gets_no_checkpoint(tmp_
             seal(directory / "checkpoint-1", directory)
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+@pytest.mark.parametrize(
+    "stage", ["sft", *(pytest.param(name, marks=pytest.mark.slow) for name in ("reward", "ppo"))]
+)
 @pytest.mark.parametrize("values", [{}, {"resume": "auto"}, {"overwrite": True}, {"resume": True}])
 def test_second_start_beside_a_live_run_is_refused_and_changes_nothing(
     stage, values, holder, wholes, tmp_path
@@ -226,7 +228,7 @@ def test_all_processes_of_a_run_learn_that_its_directory_is_in_use(holder, whole
     for rank in ranks:
         rank.start()
     for ours, _ in ends:
-        assert ours.poll(30) and f"in use, by process {process.pid} on" in ours.recv()
+        assert ours.poll(120) and f"in use, by process {process.pid} on" in ours.recv()
     for rank in ranks:
         rank.join(10)
         assert rank.exitcode == 0

@@ -1,6 +1,6 @@
 """Run directories: who may begin there, what is kept, and where a run continues.
 
-Leaves out runs that are killed (tests/end_to_end/test_resume.py).
+Leaves out runs that are killed (tests/end_to_end/test_killed_runs.py).
 
 Run: python -m pytest tests/checkpoint/test_run_directory.py
 """

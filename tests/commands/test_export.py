@@ -160,7 +160,13 @@ def test_without_dtype_weights_are_those_that_are_stored(base, tmp_path):
 # --- Checkpoints of runs --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["full", "lora", "averages", "lora_averages"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "lora_averages",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("full", "lora", "averages")),
+    ],
+)
 def test_ppo_checkpoint_gives_the_policy_after_that_update(kind, policy_dir, tmp_path):
     def run(name, num_updates):
         decay = 0.5 if "averages" in kind else None

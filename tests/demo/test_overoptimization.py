@@ -1,6 +1,6 @@
 """The over-optimisation picture: a miniature run from start to picture, and its numbers.
 
-Run: python -m pytest tests/demo/test_overoptimization.py  (the real claim: -m slow)
+Run: python -m pytest tests/demo/test_overoptimization.py; with -m slow what trains
 """
 
 import itertools
@@ -69,6 +69,7 @@ def result_of(folder):
     return json.loads((folder / "runs/demo/overoptimization.json").read_text())
 
 
+@pytest.mark.slow
 def test_curves_are_those_of_the_metrics_files(folder):
     curves = result_of(folder)["ppo"]
     assert [curve["kl_coef"] for curve in curves] == [0, 0.5]
@@ -89,6 +90,7 @@ def test_curves_are_those_of_the_metrics_files(folder):
         assert curve["chosen"] == max(value, key=value.get)
 
 
+@pytest.mark.slow
 def test_best_of_one_is_what_ppo_starts_from(folder):
     best, start = result_of(folder)["best_of_n"], result_of(folder)["ppo"][0]["points"][0]
     assert [point["n"] for point in best] == [1, 2, 4, 8, 16, 32, 64]
@@ -118,7 +120,8 @@ def test_best_of_n_is_the_mean_over_all_subsets():
         assert point["kl"] == pytest.approx(math.log(n) - (n - 1) / n)
 
 
-def test_samples_of_a_prompt_stand_in_its_row(folder, monkeypatch):
+@pytest.mark.slow
+def test_samples_of_a_prompt_are_in_its_row(folder, monkeypatch):
     monkeypatch.chdir(folder)
     stage = Path("runs/demo-kl0/ppo")
     config = load_config(PPOStageConfig, stage / "final/config.yaml")
@@ -132,6 +135,7 @@ def test_samples_of_a_prompt_stand_in_its_row(folder, monkeypatch):
     assert proxy.std(dim=1).min() > 0
 
 
+@pytest.mark.slow
 def test_picture_is_an_image_with_something_on_it(folder):
     from matplotlib.image import imread
 
@@ -142,6 +146,7 @@ def test_picture_is_an_image_with_something_on_it(folder):
     assert file.stat().st_size < 120_000
 
 
+@pytest.mark.slow
 def test_second_call_uses_what_is_finished_and_refuses_other_settings(folder, monkeypatch, capfd):
     monkeypatch.chdir(folder)
     before = result_of(folder)
@@ -211,8 +216,9 @@ def test_missing_matplotlib_is_said_before_anything_is_trained(tmp_path):
 
 
 @pytest.mark.slow
-def test_without_a_penalty_gold_falls_while_the_proxy_rises_and_with_one_it_does_not(tmp_path):
-    command = [sys.executable, str(EXAMPLE / "experiment.py"), "kl_coefs=[0,0.15]"]
+def test_against_a_weak_reward_model_gold_falls_without_a_penalty_and_not_with_one(tmp_path):
+    settings = ["kl_coefs=[0,0.15]", "reward.dataset.max_rows=400"]
+    command = [sys.executable, str(EXAMPLE / "experiment.py"), *settings]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run(command, cwd=tmp_path, env=env, timeout=3600, check=True)
     without, chosen = result_of(tmp_path)["ppo"]

@@ -1,6 +1,6 @@
 """`resume=true run_name=mine` continues that run with its own configuration, or says why it cannot.
 
-Leaves out that a continued run ends as one that never stopped (test_resume.py).
+Leaves out that a continued run ends as one that never stopped (test_killed_runs.py).
 Run: python -m pytest tests/end_to_end/test_continue_run.py
 """
 

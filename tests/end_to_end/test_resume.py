@@ -1,11 +1,8 @@
-"""A run that was killed, however often and at whatever moment, ends as if it had never stopped.
+"""Where a stopped run continues: damaged checkpoints, others' checkpoints, changed settings.
 
-Real processes are killed with SIGKILL: after a random time, or at a random access to a file in the
-directory of the run (so while a checkpoint or `final/` is written, verified or deleted, or a row
-appended). Weights, `metrics.jsonl`, `samples.jsonl` and `rlhf.json` must then be, byte for byte,
-those of the run left alone. So too after SIGTERM, after Ctrl-C, and with damaged checkpoints.
+Left out: kills (test_killed_runs.py) and signals (test_signals.py).
 
-Run: python -m pytest tests/end_to_end/test_resume.py, with `-m slow` for many more kills
+Run: python -m pytest tests/end_to_end/test_resume.py, with `-m slow` for two processes
 """
 
 from __future__ import annotations
@@ -13,9 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import random
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
@@ -34,58 +29,6 @@ from helpers.stages import launch
 
 from rlhf.config import ScorerConfig, save_config
 from rlhf.metrics import TIMINGS, read_jsonl
-
-# --- SIGKILL --------------------------------------------------------------------------------------
-
-
-def kill_and_resume(stage, wholes, folder, num_kills, seed) -> tuple[int, int]:
-    """Kill runs until `num_kills` have died, each time continuing; compare all that finish.
-
-    Returns:
-        number of kills at a file, number of runs that finished.
-    """
-    plain, _, whole = wholes(stage)
-    draw = random.Random(seed)
-    kills = at_files = runs = 0
-    while kills < num_kills:
-        config = new_run(plain, folder, f"run-{runs}")
-        finished = False
-        while not finished:
-            at_file = draw.random() < 0.6
-            kill_at = draw.randint(1, whole.accesses) if at_file and kills < num_kills else 0
-            process = start(config, kill_at)
-            if kills < num_kills and not at_file:
-                process.join(draw.uniform(0.2, 1.0) * whole.seconds)
-                process.kill()
-            process.join(120)
-            killed = process.exitcode == -signal.SIGKILL
-            assert killed or process.exitcode == 0, text_of(config)[-3000:]
-            kills, at_files = kills + killed, at_files + (killed and kill_at > 0)
-            finished = not killed
-        assert outcome(config) == whole.outcome
-        assert not list(directory_of(config).glob("*.tmp"))
-        runs += 1
-    return at_files, runs
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_killed_runs_end_as_if_they_had_never_stopped(stage, wholes, tmp_path, capsys):
-    num_kills = 8
-    at_files, runs = kill_and_resume(stage, wholes, tmp_path, num_kills, seed=len(stage))
-    assert at_files >= 2
-    with capsys.disabled():
-        print(
-            f"\n{stage}: {num_kills} kills survived, {at_files} of them at a file; {runs} runs "
-            "ended bit-identical",
-            end=" ",
-        )
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", [10, 11, 12])
-@pytest.mark.parametrize("stage", STAGES)
-def test_many_killed_runs_end_as_if_they_had_never_stopped(stage, seed, wholes, tmp_path):
-    kill_and_resume(stage, wholes, tmp_path, 40, seed)
 
 
 def test_metrics_hold_one_row_for_each_log_and_each_evaluation(wholes):
@@ -143,7 +86,15 @@ def remove_manifest(checkpoint: Path) -> str:
     return "manifest.json is missing: its writing was cut off"
 
 
-@pytest.mark.parametrize("damage", [truncate, flip, flip_in_manifest, remove_manifest])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        flip,
+        remove_manifest,
+        pytest.param(truncate, marks=pytest.mark.slow),
+        pytest.param(flip_in_manifest, marks=pytest.mark.slow),
+    ],
+)
 def test_damaged_checkpoint_is_named_and_the_one_before_is_used(damage, killed, wholes, tmp_path):
     config, directory = continued(killed, tmp_path, wholes)
     problem = damage(directory / "checkpoint-8")
@@ -237,54 +188,6 @@ def test_finished_run_has_nothing_to_do(stage, wholes):
     assert f"{directory} is finished: nothing to do" in text_of(config)
     assert f"\nresult={directory / 'final'}, " in text_of(config).split("nothing to do")[-1]
     assert {path: path.stat().st_mtime_ns for path in directory.rglob("*")} == before
-
-
-# --- SIGTERM and Ctrl-C ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "stage, number", [("sft", signal.SIGINT), ("reward", signal.SIGHUP), ("ppo", signal.SIGTERM)]
-)
-def test_run_that_is_asked_to_stop_saves_and_continues(stage, number, wholes, tmp_path):
-    plain, _, whole = wholes(stage)
-    config = new_run(plain, tmp_path, "run")
-    process = start(config, ask=number)  # for PPO: in the evaluation before the first update
-    process.join(120)
-    assert process.exitcode == 128 + number
-    assert "finishing this step, then saving a checkpoint" in text_of(config)
-    assert "continue with resume=true" in text_of(config)
-    assert len(names(directory_of(config), "checkpoint-*/manifest.json")) == 1
-    assert not (directory_of(config) / "final").exists()
-    finish(start(config), config)
-    assert "resuming from" in text_of(config)
-    assert outcome(config) == whole.outcome
-
-
-def test_step_that_outlasts_the_grace_time_is_given_up(wholes, tmp_path):
-    config = new_run(wholes("sft")[0], tmp_path, "run")
-    config.checkpoint = dataclasses.replace(config.checkpoint, grace_seconds=0.2)
-    process = start(config, hang_at=6)
-    wait_for(lambda: "hanging" in text_of(config), process)
-    os.kill(process.pid, signal.SIGTERM)
-    process.join(20)
-    assert process.exitcode == 143
-    checkpoint = directory_of(config) / "checkpoint-4"
-    assert f"exiting without saving; {checkpoint} remains" in text_of(config)
-    assert names(directory_of(config), "checkpoint-*") == ["checkpoint-4"]
-    finish(start(config), config)
-    assert outcome(config) == wholes("sft")[2].outcome
-
-
-@pytest.mark.parametrize("stopped_by, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_command_ends_with_the_status_of_the_signal(stopped_by, status, tmp_path, monkeypatch):
-    from rlhf.cli import hydra_main
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # the command sets it; undone with the rest
-    monkeypatch.setattr("sys.argv", ["rlhf.sft"])
-    with pytest.raises(SystemExit) as stop:
-        hydra_main("sft", lambda config: stopped_by)
-    assert stop.value.code == status
 
 
 # --- Several processes ----------------------------------------------------------------------------

@@ -1,13 +1,14 @@
 """SIGHUP, terminals and pipes that go away, and the death of the pipeline: nothing is lost, nothing
 goes on alone.
 
-Leaves out SIGTERM and Ctrl-C (test_interruption.py) and whole runs (test_resume.py).
+Left out: the handler alone (test_interruption.py) and SIGKILL (test_killed_runs.py).
 
 Run: python -m pytest tests/end_to_end/test_signals.py
 """
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import os
 import signal
@@ -18,7 +19,17 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers.runs import PROCESSES
+from helpers.runs import (
+    PROCESSES,
+    directory_of,
+    finish,
+    names,
+    new_run,
+    outcome,
+    start,
+    text_of,
+    wait_for,
+)
 
 from rlhf.checkpoint import GracefulStop
 from rlhf.console import say
@@ -126,3 +137,48 @@ def test_killed_pipeline_leaves_no_orphan(number, tmp_path):
     while is_running(child) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not is_running(child)
+
+
+@pytest.mark.parametrize(
+    "stage, number", [("sft", signal.SIGINT), ("reward", signal.SIGHUP), ("ppo", signal.SIGTERM)]
+)
+def test_run_that_is_asked_to_stop_saves_and_continues(stage, number, wholes, tmp_path):
+    plain, _, whole = wholes(stage)
+    config = new_run(plain, tmp_path, "run")
+    process = start(config, ask=number)  # for PPO: in the evaluation before the first update
+    process.join(120)
+    assert process.exitcode == 128 + number
+    assert "finishing this step, then saving a checkpoint" in text_of(config)
+    assert "continue with resume=true" in text_of(config)
+    assert len(names(directory_of(config), "checkpoint-*/manifest.json")) == 1
+    assert not (directory_of(config) / "final").exists()
+    finish(start(config), config)
+    assert "resuming from" in text_of(config)
+    assert outcome(config) == whole.outcome
+
+
+def test_step_that_outlasts_the_grace_time_is_given_up(wholes, tmp_path):
+    config = new_run(wholes("sft")[0], tmp_path, "run")
+    config.checkpoint = dataclasses.replace(config.checkpoint, grace_seconds=0.2)
+    process = start(config, hang_at=6)
+    wait_for(lambda: "hanging" in text_of(config), process)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(20)
+    assert process.exitcode == 143
+    checkpoint = directory_of(config) / "checkpoint-4"
+    assert f"exiting without saving; {checkpoint} remains" in text_of(config)
+    assert names(directory_of(config), "checkpoint-*") == ["checkpoint-4"]
+    finish(start(config), config)
+    assert outcome(config) == wholes("sft")[2].outcome
+
+
+@pytest.mark.parametrize("stopped_by, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_command_ends_with_the_status_of_the_signal(stopped_by, status, tmp_path, monkeypatch):
+    from rlhf.cli import hydra_main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # the command sets it; undone with the rest
+    monkeypatch.setattr("sys.argv", ["rlhf.sft"])
+    with pytest.raises(SystemExit) as stop:
+        hydra_main("sft", lambda config: stopped_by)
+    assert stop.value.code == status

@@ -1,6 +1,6 @@
 """The three stages in sequence, as a user runs them: hand-off, bad input, two processes.
 
-Leaves out runs that are interrupted (test_resume.py).
+Leaves out runs that are interrupted (test_killed_runs.py).
 Run: python -m pytest tests/end_to_end/test_stages.py
 """
 

@@ -1,7 +1,7 @@
 """Runs of two processes that are killed, or asked to stop, end as if they had never stopped.
 
 As under a launcher, the death of one process ends the other. What kills one process alone is in
-test_resume.py.
+test_killed_runs.py.
 
 Run: python -m pytest tests/end_to_end/test_two_processes.py, with `-m slow` for all stages and
 more kills

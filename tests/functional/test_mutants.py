@@ -5,7 +5,8 @@ that has torch imported, but not rlhf, takes a copy of the package with that mod
 tests: those of the module first. Only a failed test counts: a mutant that cannot be imported, or
 that fails by an unknown name, is an error of the list.
 
-Run: pytest tests/functional/test_mutants.py    (prints what killed each mutant; needs fork)
+Run: pytest tests/functional/test_mutants.py    (every third mutant; needs fork)
+     pytest tests/functional/test_mutants.py -m 'slow or not slow'    (all; prints what killed each)
 """
 
 from __future__ import annotations
@@ -57,6 +58,10 @@ def read_mutants(text):
 
 
 MUTANTS = read_mutants((TESTS / "mutants.txt").read_text(encoding="utf-8"))
+PARAMETERS = [
+    pytest.param(mutant, id=mutant.name, marks=[pytest.mark.slow] if number % 3 else [])
+    for number, mutant in enumerate(MUTANTS)
+]
 
 
 class FirstFailure:
@@ -103,15 +108,17 @@ def run_tests(directory, module, old, new):
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    """Start all mutants, two at a time, in order; return their results to wait for, by name."""
+def outcomes(tmp_path_factory, request):
+    """Start the selected mutants, two at a time; return their results to wait for, by name."""
+    parameters = [getattr(item, "callspec", None) for item in request.session.items]
+    selected = [p.params["mutant"] for p in parameters if p and "mutant" in p.params]
     context = multiprocessing.get_context("forkserver")
     # Imported once for all; torch needs two of them at its first comparison and dispatch mode.
     preload = ["torch._dynamo", "torch.distributions", "sympy", "hypothesis", "pytest"]
     context.set_forkserver_preload(preload)
     with context.Pool(2, maxtasksperchild=1) as pool:
         runs = {"control": ("tokens", "", "")}
-        runs |= {mutant.name: (mutant.module, mutant.old, mutant.new) for mutant in MUTANTS}
+        runs |= {mutant.name: (mutant.module, mutant.old, mutant.new) for mutant in selected}
         yield {
             name: pool.apply_async(run_tests, (tmp_path_factory.mktemp("mutant"), *run))
             for name, run in runs.items()
@@ -135,7 +142,7 @@ def test_without_a_mutant_every_test_passes(outcomes):
     assert outcome.status == pytest.ExitCode.OK, outcome.output
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+@pytest.mark.parametrize("mutant", PARAMETERS)
 def test_a_planted_bug_makes_a_test_fail(mutant, outcomes):
     outcome = outcomes[mutant.name].get(timeout=120)
     assert outcome.status != pytest.ExitCode.OK, f"survived: {mutant.name}; a test is missing"
@@ -143,6 +150,7 @@ def test_a_planted_bug_makes_a_test_fail(mutant, outcomes):
     assert outcome.error not in ("NameError", "UnboundLocalError", "ImportError"), outcome.output
 
 
+@pytest.mark.slow
 def test_the_list_of_mutants_is_printed(outcomes, capsys):
     killed = 0
     lines = []

@@ -271,7 +271,7 @@ def weights_after_resuming(train, config, final):
     return load_file(final / "model.safetensors")
 
 
-@both_widths
+@pytest.mark.parametrize("quantization", ["4bit", pytest.param("8bit", marks=pytest.mark.slow)])
 def test_all_stages_train_adapters_on_a_quantised_base(quantization, folder, saved):
     base = saved("llama", quantization)
     sft = SFTStageConfig(**settings(folder, quantization, "sft", base), num_samples=0)

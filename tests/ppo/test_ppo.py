@@ -186,14 +186,18 @@ def read_metrics(directory: Path) -> list[dict]:
 
 
 class Crash(Exception):
-    """Stands for a lost machine."""
+    """A lost machine."""
 
 
-# the checkpoint after the second update stands in the middle of the warm-up
-RESUMED = [{}, {"lr_warmup_updates": 3, "weight_decay": 0.1, "whiten_scores": True}]
+# the checkpoint after the second update falls into the middle of the warm-up
+WARM_UP = {"lr_warmup_updates": 3, "weight_decay": 0.1, "whiten_scores": True}
+RESUMED = [
+    pytest.param({}, id="plain"),
+    pytest.param(WARM_UP, id="warm-up", marks=pytest.mark.slow),
+]
 
 
-@pytest.mark.parametrize("knobs", RESUMED, ids=["plain", "warm-up"])
+@pytest.mark.parametrize("knobs", RESUMED)
 def test_resumed_run_equals_the_uninterrupted_run(policy_dir, tmp_path, monkeypatch, knobs):
     whole = train_ppo(make_config(policy_dir, tmp_path, **knobs))
     config = make_config(policy_dir, tmp_path, **knobs)

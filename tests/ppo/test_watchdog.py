@@ -140,6 +140,7 @@ def shorter_is_better(prompts, responses):
     return [-len(response) / 10 for response in responses]
 
 
+@pytest.mark.slow
 def test_a_scorer_that_pays_for_length_shows_in_the_length(policy_dir, tmp_path):
     def replace_scorer(trainer):
         trainer.actors.scorer = shorter_is_better

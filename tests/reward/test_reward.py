@@ -403,6 +403,7 @@ def outcome(directory: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in [*files, directory / "metrics.jsonl"]}
 
 
+@pytest.mark.slow
 def test_a_run_under_a_budget_resumes_bit_identically_and_its_directory_scores_as_it_did(
     policy, tmp_path, capsys
 ):

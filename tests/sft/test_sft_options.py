@@ -346,7 +346,8 @@ def test_an_epoch_is_evaluated_before_the_checkpoint_of_its_last_step(data, tmp_
     assert '"eval_loss"' in before
 
 
-@pytest.mark.parametrize("strategy", [pytest.param("steps", marks=pytest.mark.slow), "epoch"])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
 def test_killed_runs_with_every_option_end_as_if_they_had_never_stopped(strategy, data, tmp_path):
     config = overfitting(tmp_path / "whole", data, eval_strategy=strategy)
     config.trainer |= {"gradient_accumulation_steps": 1}

@@ -118,10 +118,10 @@ def real_conversations(joined):
 @pytest.mark.parametrize(
     "joined, limit",
     [
-        *((1, 64), (1, 256)),
+        (1, 64),
         *(
             pytest.param(joined, limit, marks=pytest.mark.slow)
-            for joined, limit in [(1, 96), (1, 2048), (5, 256), (50, 2048)]
+            for joined, limit in [(1, 96), (1, 256), (1, 2048), (5, 256), (50, 2048)]
         ),
     ],
 )

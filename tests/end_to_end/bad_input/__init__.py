@@ -6,7 +6,7 @@ process, and holds `docs/bad-input.md` against what they print. After a change o
 
     make bad-input
 
-Leaves out what takes a kill, a full disk or several processes (`test_resume.py` and others).
+Leaves out what takes a kill, a full disk or several processes (`test_killed_runs.py` and others).
 """
 
 from __future__ import annotations
