@@ -14,6 +14,10 @@ import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
 from rlhf.config import (
     CONF_DIR,
     STAGES,
@@ -61,8 +65,6 @@ def hydra_main(stage: str, run: Run, prepare: Callable[[Any], None] = lambda _: 
     import hydra
     from hydra.core.config_store import ConfigStore
     from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
 
     config_class = STAGES[stage]
     ConfigStore.instance().store(name=f"{stage}_schema", node=schema(config_class))
@@ -90,8 +92,6 @@ def hydra_main(stage: str, run: Run, prepare: Callable[[Any], None] = lambda _: 
 
 def _composed(node: Any, stage: str, prepare: Callable[[Any], None]) -> StageConfig:
     """Turn what Hydra composed into the stage's configuration, and check it."""
-    from omegaconf.errors import OmegaConfBaseException
-
     try:
         config = _as_dataclass(node, STAGES[stage])
         name_sweep_run(config)
@@ -129,8 +129,6 @@ def _run(run: Run, config: StageConfig) -> None:
 
 
 def _as_dataclass(node: Any, config_class: type[StageConfig]) -> StageConfig:
-    from omegaconf import OmegaConf
-
     written = OmegaConf.to_container(node)
     # merge again: "+key=value" adds a key that the schema does not have
     values = OmegaConf.merge(schema(config_class), written)

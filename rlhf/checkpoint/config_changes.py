@@ -9,12 +9,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from omegaconf import OmegaConf
 
 from rlhf.checkpoint.ownership import STOPPED, complete_checkpoints, manifest_of, step_of
-from rlhf.config import CONFIG_FILE, InputError, PPOStageConfig, StageConfig, config_text, one_line
+from rlhf.config import (
+    CONFIG_FILE,
+    InputError,
+    PPOStageConfig,
+    StageConfig,
+    config_text,
+    one_line,
+    read_yaml,
+)
 from rlhf.console import is_main_process, num_processes
 
 # Settings, or groups of them, that may change on resume because they do not affect the result.
@@ -51,24 +60,22 @@ def refuse_changes(config: StageConfig, directory: Path) -> dict[str, str]:
         `ADJUSTABLE` if the run stopped at a non-finite number after the checkpoint.
     """
     lines = _changed_settings(config, directory)
-    extra: list[str] = []
+    is_finished = directory.name == "final"
     allowed: tuple[str, ...] = ()
-    if directory.name == "final":
-        lines.pop(TYPED, None)  # a finished run loads no model
-    else:
-        if stopped_after(directory.parent, step_of(directory)) is not None:
-            allowed = ADJUSTABLE
-        processes = manifest_of(directory)["processes"]
-        if processes != num_processes():
-            extra = [f"number of processes: {processes} -> {num_processes()}"]
+    if is_finished:
+        lines.pop(TYPED, None)  # it loads no model
+    elif stopped_after(directory.parent, step_of(directory)) is not None:
+        allowed = ADJUSTABLE
     refused = [line for key, line in lines.items() if not is_harmless(key) and key not in allowed]
-    if refused or extra:
+    processes = num_processes() if is_finished else manifest_of(directory)["processes"]
+    if processes != num_processes():
+        refused.append(f"number of processes: {processes} -> {num_processes()}")
+    if refused:
+        listed = "\n  ".join(refused)
         also = f" (only {', '.join(allowed)} may change after the stop)" if allowed else ""
         raise InputError(
-            "\n  ".join(
-                [f"{directory} was written with a different configuration:", *refused, *extra]
-            )
-            + "\nA resumed run must end as if it had never stopped: set these back to their old "
+            f"{directory} was written with a different configuration:\n  {listed}\n"
+            "A resumed run must end as if it had never stopped: set these back to their old "
             f"values{also}, or start a new run with another run_name"
         )
     return lines
@@ -76,7 +83,8 @@ def refuse_changes(config: StageConfig, directory: Path) -> dict[str, str]:
 
 def _changed_settings(config: StageConfig, directory: Path) -> dict[str, str]:
     """Compare with the configuration in a directory: setting -> "setting: old -> new"."""
-    was, now = read_settings(directory), _flat(config_text(config))
+    was = read_settings(directory)
+    now = _flat(cast(dict, OmegaConf.to_container(OmegaConf.create(config_text(config)))))
     lines = {
         key: f"{key}: {_show(was, key)} -> {_show(now, key)}"
         for key in sorted(was.keys() | now.keys())
@@ -89,20 +97,16 @@ def _changed_settings(config: StageConfig, directory: Path) -> dict[str, str]:
 
 def read_settings(directory: Path) -> dict[str, Any]:
     """Read the settings in a directory's `config.yaml`, by dotted key."""
-    from yaml import YAMLError
-
     file = directory / CONFIG_FILE
+    values = read_yaml(file)
     try:
-        return _flat(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, LookupError, TypeError, YAMLError) as error:
+        return _flat(values)
+    except (LookupError, TypeError, AttributeError) as error:
         raise InputError(f"{file} is damaged ({one_line(error)})") from error
 
 
-def _flat(text: str) -> dict[str, Any]:
-    """ "a: {b: 1}" -> {"a.b": 1}; paths inside the run's own folder become relative to it."""
-    from omegaconf import OmegaConf
-
-    values: Any = OmegaConf.to_container(OmegaConf.create(text))
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}; paths inside the run's own folder become relative to it."""
     run = f"{Path(values['runs_dir']) / values['run_name']}/"
     flat: dict[str, Any] = {}
     left = dict(values)
