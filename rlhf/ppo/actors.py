@@ -1,13 +1,12 @@
 """The actors of a PPO run: policy, reference, critic and scorers, loaded and checked.
 
-Left out: prompts (`prompts.py`), PPO-ptx texts and batch sizes (`stage.py`).
+`stage.py` calls this first; `prompts.py` comes after.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +47,9 @@ class Actors:
         policy: unwrapped causal LM, PEFT allowed.
         reference: frozen causal LM; None if the policy with its adapters off is the reference.
         critic: `ScalarModel`; None for estimators without one.
-        scorer: see `rlhf.scorers`.
         tokenizer: of the policy.
-        tokenizer_hash: `hash_rendering` of it; a reward model with the same hash scores the token
-            ids directly.
+        tokenizer_hash: `hash_rendering` of the tokenizer; a reward model with the same hash scores
+            the token ids directly.
     """
 
     policy: Any
@@ -63,7 +61,11 @@ class Actors:
 
 
 def load_checked_tokenizer(config: PPOStageConfig) -> tuple[Any, StageRecord | None]:
-    """Load the policy's tokenizer, and check that the stages named fit together."""
+    """Load the policy's tokenizer, and check that it fits the reward model's.
+
+    Returns:
+        The tokenizer, and the record of the stage that the policy comes from, if it has one.
+    """
     policy = str(config.model.path)
     record = require_stage(policy, ("sft", "ppo"), "model.path", config.model.revision)
     tokenizer = load_tokenizer(config.model)
@@ -78,14 +80,9 @@ def load_checked_tokenizer(config: PPOStageConfig) -> tuple[Any, StageRecord | N
 def try_adapters(config: PPOStageConfig) -> None:
     """Try the adapters on policy and critic before any weights load."""
     try_settings(config.model, config.peft)
-    if not config.ppo.has_critic:
-        return
-    init, source, field = config.critic.init, config.model, "model.path"
-    if init == "reward":
-        field, source = "scorer.path", _critic_model(config, _first_scorer(config)[0].path)
-    elif init != "policy":
-        field, source = "critic.init", _critic_model(config, init)
-    try_settings(source, config.peft, "SEQ_CLS", field)
+    if config.ppo.has_critic:
+        source, field = _critic_source(config)
+        try_settings(source, config.peft, "SEQ_CLS", field)
 
 
 def load_actors(
@@ -99,7 +96,7 @@ def load_actors(
     if needs_reward_model(config) and reward_models(scorer)[0].scores_texts:
         raise InputError(
             f"critic.init=reward: the reward model {reward_models(scorer)[0].path} scores a text "
-            "as a whole, so that it has no value for each token; set critic.init=policy"
+            "as a whole and has no value for each token; set critic.init=policy"
         )
     rendering = hash_rendering(tokenizer)
     for reward_model in reward_models(scorer):
@@ -108,15 +105,14 @@ def load_actors(
         if reward_model.tokenizer_hash != rendering:
             say(
                 f"{reward_model.path} has another tokenizer or chat template than the policy: it "
-                "scores the responses' text, rendered again by its own"
+                "scores the text of the responses, which its own tokenizer and template encode"
             )
     policy, reference = load_policy(config.model, tokenizer), None
     ppo = config.ppo
     for line in sample_as_trained(policy, ppo.temperature, ppo.top_p, ppo.top_k):
         say(line)
-    critic = _load_critic(config, tokenizer) if config.ppo.has_critic else None
+    critic = _load_critic(config, tokenizer) if ppo.has_critic else None
     if config.peft.enabled:
-        # the policy with its adapters off is the reference
         rows = new_token_rows(tokenizer, config.model, config.peft)
         policy = add_lora(policy, config.peft, "CAUSAL_LM", config.seed, rows)
         if critic is not None:
@@ -137,11 +133,8 @@ def load_actors(
 
 
 def check_promises(config: PPOStageConfig, actors: Actors, accelerator: Accelerator) -> None:
-    """Measure on the models what this stage promises; the scorer did so when it was loaded.
-
-    Raises:
-        InputError: what would be sampled is not the policy, or a model reads padding.
-    """
+    """Require that the cache gives the policy's own logits, and that no model reads padding; the
+    scorer was examined when it was loaded."""
     where, fix = f"model.path={config.model.path}", "take a model of another family"
     with accelerator.autocast():
         require_cache(actors.policy, actors.tokenizer, where, fix)
@@ -152,12 +145,7 @@ def check_promises(config: PPOStageConfig, actors: Actors, accelerator: Accelera
 
 
 def _show_report(path: str) -> None:
-    """Pass on what the reward stage found out about its model: the summary and the warnings of
-    `report.json` (`rlhf.reward.report`), where there is one.
-
-    Raises:
-        InputError: it cannot be read.
-    """
+    """Say the summary and the warnings of the reward model's report, if there is one."""
     file = Path(path) / "report.json"
     if not file.is_file():
         return
@@ -175,10 +163,7 @@ def _show_report(path: str) -> None:
 
 
 def load_independent_scorer(config: PPOStageConfig, device: Any) -> Scorer | None:
-    """Load `evaluation.scorer`, a Python function or a reward model; None where there is none.
-
-    A reward model gives its raw scores: they are reported and compared, never trained on.
-    """
+    """Load `evaluation.scorer`, if there is one; a reward model gives its raw scores."""
     path = config.evaluation.scorer
     if path is None:
         return None
@@ -200,34 +185,34 @@ def _first_scorer(config: PPOStageConfig) -> tuple[ScorerConfig, float]:
     return scorer.of_component(scorer.components[0]), scorer.components[0].weight
 
 
+def _critic_source(config: PPOStageConfig) -> tuple[ModelConfig, str]:
+    """The model that the critic starts from, and the setting that names it."""
+    path, field = config.critic.init, "critic.init"
+    if path == "policy":
+        return config.model, "model.path"
+    if path == "reward":
+        path, field = str(_first_scorer(config)[0].path), "scorer.path"
+    return replace(config.model, path=path, tokenizer=None, revision=None), field
+
+
 def _load_critic(config: PPOStageConfig, tokenizer: Any) -> ScalarModel:
-    """Start the critic from the reward model (IG, N+; predicting normalised scores), the first of
-    several, from the policy, or from the critic of an earlier run."""
-    if config.critic.init == "policy":
-        return ScalarModel(init_reward_model(config.model, tokenizer, config.seed))
-    if config.critic.init != "reward":
-        return _load_saved_critic(config, tokenizer)
-    scorer, weight = _first_scorer(config)
-    mean, std = score_statistics(scorer, read_record(str(scorer.path)))
-    model = load_reward_model(_critic_model(config, scorer.path))
-    return ScalarModel(model, mean, std / weight)
-
-
-def _critic_model(config: PPOStageConfig, path: str | None) -> ModelConfig:
-    """How a critic is loaded that starts from another model than the policy."""
-    return dataclasses.replace(config.model, path=path, tokenizer=None, revision=None)
-
-
-def _load_saved_critic(config: PPOStageConfig, tokenizer: Any) -> ScalarModel:
-    """Load the `critic/` that an earlier PPO run wrote."""
-    path = config.critic.init
-    record = read_record(path)
+    """Start the critic from the policy, from the first reward model (IG, N+), whose normalised
+    scores it then predicts, or from the `critic/` that an earlier PPO run wrote."""
+    init = config.critic.init
+    source, field = _critic_source(config)
+    if init == "policy":
+        return ScalarModel(init_reward_model(source, tokenizer, config.seed))
+    if init == "reward":
+        scorer, weight = _first_scorer(config)
+        mean, std = score_statistics(scorer, read_record(str(scorer.path)))
+        return ScalarModel(load_reward_model(source), mean, std / weight)
+    record = read_record(init)
     if record is None or record.stage != "critic" or record.score_mean is None:
         raise InputError(
-            f"critic.init={path} is no critic of a PPO run; give runs/<run_name>/ppo/critic, "
+            f"critic.init={init} is no critic of a PPO run; give runs/<run_name>/ppo/critic, "
             "critic.init=reward or critic.init=policy"
         )
-    require_same_weights(path, record, "critic.init")
-    require_same_tokenizer(tokenizer, record, str(config.model.path), path)
-    model = load_reward_model(_critic_model(config, path), field="critic.init")
+    require_same_weights(init, record, field)
+    require_same_tokenizer(tokenizer, record, str(config.model.path), init)
+    model = load_reward_model(source, field=field)
     return ScalarModel(model, record.score_mean, record.score_std or 1.0)

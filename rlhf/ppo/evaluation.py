@@ -1,8 +1,8 @@
 """Held-out evaluation of a policy, and the choice of the update that becomes `final/`.
 
-The same prompts and random numbers every time, so that two evaluations differ by the policy alone.
-Every figure has a bootstrap interval over the prompts. The win rate compares each answer with that
-of the policy before training to the same prompt, by `evaluation.scorer` where there is one.
+`loop.py` calls it. Prompts and random numbers are the same every time, so that two evaluations
+differ by the policy alone. Every figure has a bootstrap interval over the prompts. The win rate
+compares each response with the one before training, by `evaluation.scorer` if there is one.
 """
 
 from __future__ import annotations
@@ -24,6 +24,12 @@ from rlhf.scorers import Scorer
 from rlhf.tokenizer import response_text
 
 EVALUATION_KEY = 1 << 31  # names the random numbers; no update has this number
+# figure -> its name and type in `samples.jsonl`; the others keep their name and are floats
+SAMPLE_FIELDS: dict[str, tuple[str, type]] = {
+    "eos_rate": ("finished", bool),
+    "win_rate": ("win", float),
+    "response_length": ("response_length", int),
+}
 
 
 @dataclass
@@ -33,8 +39,8 @@ class Evaluator:
     Attributes:
         prompts: encoded held-out prompts; their number is a multiple of the number of processes.
         independent: a second scorer, which PPO does not train on.
-        baseline: score of each answer before training, by the scorer of the win rate; filled by the
-            first call.
+        baseline: scores of the responses before training, for the win rate; the first call fills
+            it.
     """
 
     trainer: PPOTrainer
@@ -43,29 +49,23 @@ class Evaluator:
     baseline: list[float] = field(default_factory=list)
 
     def __call__(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Answer the held-out prompts with the (averaged, where asked) policy and score the
-        answers.
+        """Sample a response to each held-out prompt, by the averaged policy if there is one, and
+        score it.
 
         Returns:
-            Metrics with the prefix `eval_`, with their 95 % bounds under `_low` and `_high`, and
-            one row per prompt for `samples.jsonl`.
+            Metrics `eval_<figure>` with their 95 % bounds under `_low` and `_high`, and one row per
+            prompt for `samples.jsonl`.
         """
-        trainer, actors = self.trainer, self.trainer.actors
-        key = (trainer.config.seed, EVALUATION_KEY)
+        trainer, actors, ppo = self.trainer, self.trainer.actors, self.trainer.config.ppo
+        key, accelerator = (trainer.config.seed, EVALUATION_KEY), trainer.accelerator
         with trainer.updater.averaged_weights():
             rollout = collect(
-                actors,
-                self.prompts,
-                key,
-                trainer.sampling,
-                trainer.config.ppo,
-                trainer.accelerator,
-                with_values=False,
+                actors, self.prompts, key, trainer.sampling, ppo, accelerator, with_values=False
             )
         trainer.require_finite(rollout, "logprobs", "ref_logprobs", "scores")
         responses = response_texts(rollout, actors.tokenizer, self.prompts)
         figures = {
-            "score": rollout.final_scores(trainer.config.ppo.missing_eos_penalty),
+            "score": rollout.final_scores(ppo.missing_eos_penalty),
             **component_scores(rollout, actors.scorer),
             "kl": (rollout.logprobs - rollout.ref_logprobs).sum(dim=1),  # 0 at masked positions
             "response_length": rollout.lengths,
@@ -75,7 +75,7 @@ class Evaluator:
         if self.independent is not None:
             sampled = actors, self.prompts, response_ids(rollout)
             score = partial(score_sampled, *sampled, self.independent, "evaluation.scorer")
-            scores = on_every_process(score, trainer.accelerator)
+            scores = on_every_process(score, accelerator)
             figures["independent_score"] = scores.total
             scorers.append(self.independent)
             cut = cut if scores.cut is None else cut | scores.cut
@@ -85,11 +85,13 @@ class Evaluator:
             self.baseline = judged.tolist()
         elif trainer.update:
             figures["win_rate"] = wins(judged, torch.tensor(self.baseline))
-        samples = [
-            {"step": trainer.update, "prompt": prompt["prompt"], "response": responses[row]}
-            | dict(_sample_field(name, values[row]) for name, values in figures.items())
-            for row, prompt in enumerate(self.prompts)
-        ]
+        samples = []
+        for row, (prompt, response) in enumerate(zip(self.prompts, responses, strict=True)):
+            sample = {"step": trainer.update, "prompt": prompt["prompt"], "response": response}
+            for figure, values in figures.items():
+                name, convert = SAMPLE_FIELDS.get(figure, (figure, float))
+                sample[name] = convert(values[row])
+            samples.append(sample)
         return _with_bounds(figures) | cut_metric("eval_", cut, actors, *scorers), samples
 
 
@@ -102,51 +104,38 @@ def _with_bounds(figures: dict[str, Tensor]) -> dict[str, float]:
     return metrics
 
 
-def _sample_field(name: str, value: Tensor) -> tuple[str, float | int | bool]:
-    """Name and value of a figure for one response; its mean over responses is the metric."""
-    if name == "eos_rate":
-        return "finished", bool(value)
-    if name == "win_rate":
-        return "win", float(value)
-    return name, int(value) if name == "response_length" else float(value)
-
-
 def response_ids(rollout: Responses) -> list[list[int]]:
-    """The responses of a rollout as token ids, with what ends them."""
+    """The responses as token ids, the stop token included."""
     rows = zip(rollout.response_ids, rollout.response_mask, strict=True)
     return [ids[mask].tolist() for ids, mask in rows]
 
 
 def response_texts(
-    rollout: Responses, tokenizer: Any, prompts: Sequence[dict[str, Any]] | None = None
+    rollout: Responses, tokenizer: Any, prompts: Sequence[dict[str, Any]]
 ) -> list[str]:
-    """The responses of a rollout as text, without what ends them.
-
-    Args:
-        prompts: rows with the `prompt` of each; None: all are conversations.
-    """
-    ids = response_ids(rollout)
-    asked = [row["prompt"] for row in prompts] if prompts is not None else [None] * len(ids)
-    return [response_text(row, tokenizer, p) for row, p in zip(ids, asked, strict=True)]
+    """The responses as text, without stop token or stop string."""
+    rows = zip(response_ids(rollout), prompts, strict=True)
+    return [response_text(ids, tokenizer, prompt["prompt"]) for ids, prompt in rows]
 
 
 def selection_value(config: PPOStageConfig, metrics: dict[str, float]) -> float | None:
-    """How good an evaluated update is by `evaluation.select`; None where the last is taken."""
+    """The figure of an evaluated update that `evaluation.select` compares, larger is better; None
+    if the last update is taken."""
     rule = config.evaluation.select
     if rule == "last" or not metrics:
         return None
     if rule == "independent_score":
         return metrics["eval_independent_score"]
-    return metrics["eval_score"] - _selection_kl_coef(config) * metrics["eval_kl"]
+    return metrics["eval_score"] - _kl_coef(config) * metrics["eval_kl"]
 
 
 def describe_selection(config: PPOStageConfig) -> str:
     """The rule of `evaluation.select` in words."""
     if config.evaluation.select == "independent_score":
         return "the highest held-out score by evaluation.scorer"
-    return f"the highest held-out score - {_selection_kl_coef(config):g} x KL"
+    return f"the highest held-out score - {_kl_coef(config):g} x KL"
 
 
-def _selection_kl_coef(config: PPOStageConfig) -> float:
-    chosen = config.evaluation.select_kl_coef
-    return config.ppo.kl_coef if chosen is None else chosen
+def _kl_coef(config: PPOStageConfig) -> float:
+    coef = config.evaluation.select_kl_coef
+    return config.ppo.kl_coef if coef is None else coef

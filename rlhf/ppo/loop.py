@@ -1,8 +1,7 @@
 """The loop of the PPO stage: updates, evaluations, checkpoints, interruption, `final/`.
 
-`stage.py` comes before: it builds the trainer and starts this loop, which calls `PPOTrainer.step`
-once per update. `evaluation.py` measures, `watchdog.py` warns. Nothing comes after: the stage hands
-over `final/`.
+`stage.py` comes before: it builds the trainer and starts this loop. Each turn calls
+`PPOTrainer.step`, then `watchdog.py`, and when due `evaluation.py`.
 """
 
 from __future__ import annotations
@@ -53,11 +52,11 @@ class PPOResult:
     """What `train_ppo` returns.
 
     Attributes:
-        directory: the stage directory with the trained policy; None when training was interrupted.
+        directory: holds the trained policy; None if training was interrupted.
         before: metrics on held-out prompts before the first update.
-        after: the same of the policy in `directory`.
-        update: the update that policy was taken after.
-        stopped_by: number of the signal that interrupted training; None when it was not.
+        after: the same metrics of the policy in `directory`.
+        update: the policy in `directory` is from after this update.
+        stopped_by: number of the signal that interrupted training, if one did.
     """
 
     directory: Path | None
@@ -67,15 +66,14 @@ class PPOResult:
     stopped_by: int | None = None
 
 
-class Run:
-    """One run of the stage.
+class PPOLoop:
+    """Trains until the end, or until interrupted.
 
     Attributes:
-        before: metrics of the evaluation before the first update.
-        last: metrics of the latest evaluation.
-        pending: what is known of an update whose evaluation is still to be made; else None.
+        before, last: metrics of the evaluation before the first update, and of the latest one.
         best: `update`, `value` and `metrics` of the best evaluated update by `evaluation.select`,
-            whose checkpoint is kept; None before the first one, or where the last is taken.
+            whose checkpoint is kept; None before the first one, or if the last update is taken.
+        pending: arguments of `_end_update` for an update that is not evaluated yet; else None.
     """
 
     def __init__(
@@ -88,7 +86,7 @@ class Run:
         self.last: dict[str, float] = {}
         self.best: dict[str, Any] | None = None
         self.pending: dict[str, bool] | None = None
-        self._random_numbers: dict[str, Any] | None = None  # in the state that `_save` writes
+        self._random_state: dict[str, Any] | None = None  # as of the end of the latest update
         self.samples_file = self.directory / "samples.jsonl"
 
     def run(self) -> PPOResult:
@@ -114,16 +112,15 @@ class Run:
         return PPOResult(None, self.before, self.last, trainer.update, stopped_by=stop.signal)
 
     def _train_or_save(self, writer: MetricsWriter, stop: GracefulStop) -> bool:
-        """As `_train`; where bad input, such as a scorer that fails, ends it, the last finished
-        update is saved first. Every process meets it together: see `on_every_process`."""
+        """As `_train`. If bad input ends it, such as a scorer that fails, save the last finished
+        update first. Bad input ends all processes together: see `on_every_process`."""
         trainer, began_at = self.trainer, self.trainer.update
         try:
             return self._train(writer, stop)
-        except NonFiniteError:  # the weights may be what is wrong
-            raise
         except InputError as error:
-            is_halfway = trainer.updater.num_steps > 0
-            if is_halfway or trainer.update == 0:
+            # the weights themselves may be wrong, or are those of half an update
+            spoilt = isinstance(error, NonFiniteError) or trainer.updater.num_steps > 0
+            if spoilt or trainer.update == 0:
                 raise
             if trainer.update > began_at:
                 self._save()
@@ -134,13 +131,13 @@ class Run:
             ) from error
 
     def _train(self, writer: MetricsWriter, stop: GracefulStop) -> bool:
-        """Make the updates; True when a signal ended them early, with a checkpoint saved."""
+        """Make the updates; return True if a signal ended them early, with a checkpoint saved."""
         trainer, config = self.trainer, self.config
         every, end = config.checkpoint.every, config.ppo.num_updates
         refuse_taken_steps(self.directory, range(every * (trainer.update // every + 1), end, every))
         if trainer.update == 0:
             self.before = self._evaluate(writer)
-        self._random_numbers = random_state()
+        self._random_state = random_state()
         last = interrupted = False
         if self.pending is not None:
             last, interrupted = self._end_update(writer, stop, **self.pending)
@@ -148,19 +145,18 @@ class Run:
         bar = progress_bar(config.ppo.num_updates, trainer.update, "update")
         while trainer.update < config.ppo.num_updates and not last and not interrupted:
             metrics = self._step() | {"seconds": time.perf_counter() - began}
-            bar.set_postfix(
-                {short: f"{metrics[name]:.3g}" for name, short in SHOWN.items()}, refresh=False
-            )
+            shown = {short: f"{metrics[name]:.3g}" for name, short in SHOWN.items()}
+            bar.set_postfix(shown, refresh=False)
             bar.update(1)
             writer.write(trainer.update, metrics)
             over_budget = "kl_budget" in self.watchdog.check(trainer.update, metrics)
-            self._random_numbers = random_state()
+            self._random_state = random_state()
             last, interrupted = self._end_update(writer, stop, over_budget)
         bar.close()
         return interrupted
 
     def _step(self) -> dict[str, float]:
-        """Make an update; its metrics and timings."""
+        """Make an update; return its metrics and timings."""
         began = time.perf_counter()
         metrics = self.trainer.step()
         ended, collected = time.perf_counter(), self.trainer.collected_at
@@ -174,8 +170,8 @@ class Run:
     def _end_update(
         self, writer: MetricsWriter, stop: GracefulStop, over_budget: bool
     ) -> tuple[bool, bool]:
-        """Evaluate and save, where that is due; tell whether this update is the last, and whether a
-        signal ends the run after it."""
+        """Evaluate and save, if due; return whether this update is the last, and whether a signal
+        ends the run after it."""
         update, config = self.trainer.update, self.config
         last = over_budget or update == config.ppo.num_updates
         improved = False
@@ -183,7 +179,7 @@ class Run:
             self.pending = {"over_budget": over_budget}
             self.last = self._evaluate(writer)
             improved = self._keep_best(self.last)
-            self.pending, self._random_numbers = None, random_state()
+            self.pending, self._random_state = None, random_state()
         interrupted = stop.requested() and not last
         if not last and (update % config.checkpoint.every == 0 or improved or interrupted):
             self._save()
@@ -198,7 +194,7 @@ class Run:
         return metrics
 
     def _keep_best(self, metrics: dict[str, float]) -> bool:
-        """Remember an evaluation that is the best so far; its checkpoint will be kept."""
+        """Remember the evaluation if it is the best so far; return whether it is."""
         value = selection_value(self.config, metrics)
         if value is None or (self.best is not None and value <= self.best["value"]):
             return False
@@ -206,7 +202,7 @@ class Run:
         return True
 
     def _finish(self) -> PPOResult:
-        """Write `final/` from the best update and say which that is."""
+        """Write `final/` from the best update, and say which update that is."""
         trainer, config = self.trainer, self.config
         updates_made = chosen = trainer.update
         metrics = self.last
@@ -215,24 +211,19 @@ class Run:
             if chosen != updates_made:
                 load_modules(self.directory / f"checkpoint-{chosen}", self._modules())
         if trainer.accelerator.is_main_process:
-            origin = config.model.path, trainer.actors.tokenizer, self.splits.prompts
-            figures = metrics | {"update": chosen}
-            record = make_record("ppo", config, *origin, self.splits.dropped, figures)
+            tokenizer, figures = trainer.actors.tokenizer, metrics | {"update": chosen}
+            origin = config.model.path, tokenizer, self.splits.prompts, self.splits.dropped
+            record = make_record("ppo", config, *origin, figures)
             self._write_critic(record)  # first: a run with final/ counts as finished
             with trainer.updater.averaged_weights():
-                write_stage(
-                    self.directory / "final",
-                    merged(trainer.actors.policy),
-                    trainer.actors.tokenizer,
-                    config,
-                    record,
-                )
+                policy = merged(trainer.actors.policy)
+                write_stage(self.directory / "final", policy, tokenizer, config, record)
         self._report(chosen, updates_made, metrics)
         return PPOResult(self.directory / "final", self.before, metrics, chosen)
 
     def _write_critic(self, record: StageRecord) -> None:
-        """Write the critic that belongs to the policy in `final/`, for `critic.init` of a later
-        run; its values are (raw - score_mean) / score_std."""
+        """Write the critic of the policy in `final/`, for `critic.init` of a later run; its values
+        are (raw - score_mean) / score_std."""
         critic, tokenizer = self.trainer.actors.critic, self.trainer.actors.tokenizer
         if critic is None:
             return
@@ -247,11 +238,9 @@ class Run:
             if key in metrics
         ]
         if rows:
-            number = len(self.evaluate.prompts)
-            title = (
-                f"\n{number} held-out prompts, 95 % bootstrap intervals over them in brackets:\n"
-            )
-            say(title + table(rows, ("", "before", f"update {chosen}")))
+            number, intervals = len(self.evaluate.prompts), "95 % bootstrap intervals over them"
+            say(f"\n{number} held-out prompts, {intervals} in brackets:")
+            say(table(rows, ("", "before", f"update {chosen}")))
         if self.watchdog.summary():
             say(self.watchdog.summary())
         before = selection_value(self.config, self.before)
@@ -288,7 +277,7 @@ class Run:
                 self.trainer.updater.optimizers,
                 state,
                 self.config,
-                self._random_numbers,
+                self._random_state,
             )
             prune_checkpoints(self.directory, self.config.checkpoint.keep_last)
         self.trainer.accelerator.wait_for_everyone()

@@ -1,14 +1,14 @@
 """Which prompts a PPO run takes: those that leave room for a response.
 
 The response must fit into the context of the policy and of every reward model that scores it. The
-other prompts are dropped and counted before training. Their order is in `rollout.py`.
+other prompts are dropped and counted before training. `stage.py` calls this after `actors.py`;
+`rollout.py` takes the prompts in its order.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 from rlhf.config import InputError, PPOStageConfig
@@ -30,18 +30,13 @@ def choose_prompts(
     """Encode training and held-out prompts, and drop those that are too long.
 
     Args:
-        independent: scores answers to held-out prompts too.
+        independent: a second scorer, which scores the held-out prompts too.
 
     Returns:
         Training and held-out prompts (`prompt`, `input_ids`), and the dropped ones by reason.
-
-    Raises:
-        InputError: too few are left; or a chat template refuses more than may be dropped.
     """
-    budget, bad = prompt_budget(config, actors), config.dataset.on_bad_row
-    prompts, dropped = encode_prompts(splits.train, actors.tokenizer, budget, bad)
     models = reward_models(actors.scorer)
-    prompts = _with_room(prompts, models, config, actors, dropped)
+    prompts, dropped = _prompts_with_room(splits.train, models, config, actors)
     needed = config.ppo.batch_size // config.ppo.samples_per_prompt
     if len(prompts) < needed:
         why = f" ({describe_dropped(dropped)})" if dropped else ""
@@ -51,35 +46,29 @@ def choose_prompts(
         )
     if not config.evaluation.num_prompts:
         return prompts, [], dropped
-    heldout, dropped_heldout = encode_prompts(splits.eval, actors.tokenizer, budget, bad)
     if independent is not None:
         models = models + reward_models(independent)
-    heldout = _with_room(heldout, models, config, actors, dropped_heldout)
+    heldout, dropped_heldout = _prompts_with_room(splits.eval, models, config, actors)
     if not heldout:
         raise InputError(
             f"no held-out prompt is left: {describe_dropped(dropped_heldout)}; lower "
             "ppo.response_length, or set evaluation.num_prompts=0"
         )
-    heldout = heldout[: config.evaluation.num_prompts]
-    heldout = heldout[: len(heldout) - len(heldout) % num_processes]
-    return prompts, heldout, dropped + dropped_heldout
+    number = min(len(heldout), config.evaluation.num_prompts)
+    return prompts, heldout[: number - number % num_processes], dropped + dropped_heldout
 
 
 def prompt_budget(config: PPOStageConfig, actors: Actors) -> int:
-    """Longest prompt that leaves room for the response in the context of the policy, and of every
-    reward model that scores the same ids."""
+    """Longest prompt, tokens, that leaves room for the response in the context of the policy and of
+    every reward model that scores the same ids."""
     ppo = config.ppo
-    context = context_length(actors.policy)
-    for reward_model in reward_models(actors.scorer):
-        if reward_model.tokenizer_hash == actors.tokenizer_hash:
-            context = min(context, reward_model.max_length)
-    if ppo.response_length >= context:
-        raise InputError(
-            f"ppo.response_length={ppo.response_length} leaves no room for a prompt in the model's "
-            f"context of {context} tokens; use at most {context - 1}"
-        )
-    budget = ppo.max_prompt_length or context - ppo.response_length
-    if budget + ppo.response_length > context:
+    same_ids = [
+        m for m in reward_models(actors.scorer) if m.tokenizer_hash == actors.tokenizer_hash
+    ]
+    context = min([context_length(actors.policy), *(model.max_length for model in same_ids)])
+    room = _room(ppo.response_length, context, f"the model's context of {context} tokens")
+    budget = ppo.max_prompt_length or room
+    if budget > room:
         raise InputError(
             f"ppo.max_prompt_length={budget} + ppo.response_length={ppo.response_length} exceed "
             f"the model's context of {context} tokens; lower one of them"
@@ -87,47 +76,43 @@ def prompt_budget(config: PPOStageConfig, actors: Actors) -> int:
     return budget
 
 
-def _with_room(
-    prompts: Prompts,
-    models: Iterable[RewardModelScorer],
-    config: PPOStageConfig,
-    actors: Actors,
-    dropped: Counter[str],
-) -> Prompts:
-    """Keep the prompts after which each reward model's context has `ppo.response_length` of its own
-    tokens left; a response with more of them is cut for scoring.
+def _room(response_length: int, context: int, where: str) -> int:
+    """Tokens of a context that a response leaves to its prompt, at least 1."""
+    if response_length >= context:
+        raise InputError(
+            f"ppo.response_length={response_length} leaves no room for a prompt in {where}; use at "
+            f"most {context - 1}"
+        )
+    return context - response_length
 
-    Args:
-        dropped: added to.
 
-    Raises:
-        InputError: that is more than a context.
+def _prompts_with_room(
+    rows: Sequence[Any], models: list[RewardModelScorer], config: PPOStageConfig, actors: Actors
+) -> tuple[Prompts, Counter[str]]:
+    """Encode the prompts of canonical rows; keep those that leave room for
+    `ppo.response_length` tokens, as counted by the policy and by each reward model.
+
+    A response that has more tokens for a reward model is cut for scoring.
     """
-    response_length = config.ppo.response_length
+    bad, response_length = config.dataset.on_bad_row, config.ppo.response_length
+    budget = prompt_budget(config, actors)
+    prompts, dropped = encode_prompts(rows, actors.tokenizer, budget, bad)
     for model in models:
-        room = model.max_length - response_length
-        if room < 1:
-            raise InputError(
-                f"ppo.response_length={response_length} leaves no room for a prompt in the context "
-                f"of {model.max_length} tokens of the reward model {model.path}; use at most "
-                f"{model.max_length - 1}"
-            )
-        measure = partial(_length, model=model, rendering=actors.tokenizer_hash)
-        lengths = not_refused(prompts, measure, config.dataset.on_bad_row, dropped)
-        readable = [(prompts[i], length) for i, length in lengths]
-        kept = [prompt for prompt, length in readable if length <= room]
-        if len(kept) < len(readable):
+        where = f"the context of {model.max_length} tokens of the reward model {model.path}"
+        room = _room(response_length, model.max_length, where)
+
+        def length(prompt: dict[str, Any], model: RewardModelScorer = model) -> int:
+            if model.tokenizer_hash == actors.tokenizer_hash:
+                return len(prompt["input_ids"])
+            return model.prompt_length(prompt["prompt"])
+
+        lengths = list(not_refused(prompts, length, bad, dropped))
+        kept = [prompts[row] for row, num_tokens in lengths if num_tokens <= room]
+        if len(kept) < len(lengths):
             reason = (
                 f"leaving no room for ppo.response_length={response_length} tokens in the context "
                 f"of {model.max_length} of {model.path}"
             )
-            dropped[reason] += len(readable) - len(kept)
+            dropped[reason] += len(lengths) - len(kept)
         prompts = kept
-    return prompts
-
-
-def _length(prompt: dict[str, Any], model: RewardModelScorer, rendering: str) -> int:
-    """Length of a prompt as a reward model reads it, tokens."""
-    if model.tokenizer_hash == rendering:
-        return len(prompt["input_ids"])
-    return model.prompt_length(prompt["prompt"])
+    return prompts, dropped

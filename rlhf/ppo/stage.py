@@ -1,11 +1,13 @@
 """The PPO stage: refuse early, load, look, train.
 
-Read on in `trainer.py` (one update), `rollout.py` and `update.py` (its two large parts), and
-`loop.py` (updates, evaluations and checkpoints until the end). `actors.py` loads the models.
+`python -m rlhf.ppo` and `train_ppo` start here. `actors.py` loads the models, `prompts.py` chooses
+the prompts. Read on in `trainer.py` (one update: `rollout.py`, then `update.py`) and `loop.py`
+(updates, evaluations and checkpoints until the end).
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from rlhf.checkpoint import StageRun, open_run, require_writable, warn_about_prompts
@@ -24,7 +26,7 @@ from rlhf.ppo.actors import (
     try_adapters,
 )
 from rlhf.ppo.evaluation import Evaluator
-from rlhf.ppo.loop import PPOResult, Run
+from rlhf.ppo.loop import PPOLoop, PPOResult
 from rlhf.ppo.preflight import run_preflight
 from rlhf.ppo.prompts import choose_prompts
 from rlhf.ppo.trainer import PPOTrainer
@@ -44,8 +46,8 @@ def train_ppo(config: PPOStageConfig, scorer: Scorer | None = None) -> PPOResult
         With `preflight=only`, an empty result: nothing is trained or written.
 
     Raises:
-        InputError: bad configuration, directory or data, the preflight failed, or another process
-            writes to the stage's directory; nothing has been trained or overwritten then.
+        InputError: bad configuration, directory or data, a failed preflight, or another process
+            that writes to the same directory. Nothing is then trained or overwritten.
     """
     config = with_sources(config, scorer)
     with open_run(config, "ppo", writes=config.preflight != "only") as run:
@@ -57,16 +59,15 @@ def train_ppo(config: PPOStageConfig, scorer: Scorer | None = None) -> PPOResult
 
 
 def _train(config: PPOStageConfig, scorer: Scorer | None, run: StageRun) -> PPOResult:
-    """As `train_ppo`, for a run that is not finished."""
     # Refuse early: tokenizers, adapters, batch sizes, the second scorer and the data take seconds.
     tokenizer, parent = load_checked_tokenizer(config)
     try_adapters(config)
     accelerator = make_accelerator(config.precision)
     num_processes = accelerator.num_processes
-    check_batches(config, num_processes)
+    require_equal_shares(config, num_processes)
     independent = load_independent_scorer(config, accelerator.device)
-    evaluates = config.evaluation.num_prompts > 0
-    splits = load_splits(config.dataset, "ppo", config.seed, needs_eval=evaluates)
+    needs_eval = config.evaluation.num_prompts > 0
+    splits = load_splits(config.dataset, "ppo", config.seed, needs_eval)
     warn_about_prompts(parent, splits.prompts)
 
     # Load: the models, then the prompts and texts that fit into their contexts.
@@ -88,12 +89,12 @@ def _train(config: PPOStageConfig, scorer: Scorer | None, run: StageRun) -> PPOR
 
     # Train: only now is anything written to the stage's directory.
     run.begin()
-    return Run(config, trainer, Evaluator(trainer, heldout, independent), splits).run()
+    return PPOLoop(config, trainer, Evaluator(trainer, heldout, independent), splits).run()
 
 
 def with_sources(config: PPOStageConfig, scorer: Scorer | None) -> PPOStageConfig:
-    """Return a copy that names what PPO starts from: this run's earlier stages unless paths are
-    given, and a scorer that the caller passed."""
+    """Return a copy that names the stages that PPO starts from, and the scorer that the caller
+    passed."""
     config = with_default_paths(config)
     if scorer is not None:
         if needs_reward_model(config):
@@ -107,7 +108,7 @@ def with_sources(config: PPOStageConfig, scorer: Scorer | None) -> PPOStageConfi
 
 
 def load_texts(config: PPOStageConfig, tokenizer: Any, context: int) -> list[list[int]]:
-    """Token ids of the PPO-ptx texts; none where `ptx.coef` is 0."""
+    """Token ids of the PPO-ptx texts; none if `ptx.coef` is 0."""
     ptx = config.ptx
     if not ptx.coef:
         return []
@@ -125,8 +126,8 @@ def load_texts(config: PPOStageConfig, tokenizer: Any, context: int) -> list[lis
     return texts
 
 
-def check_batches(config: PPOStageConfig, num_processes: int) -> None:
-    """Check that every process gets the same share of each minibatch, and of the ptx texts."""
+def require_equal_shares(config: PPOStageConfig, num_processes: int) -> None:
+    """Require the same share of each minibatch, and of the ptx texts, for every process."""
     per_minibatch = config.ppo.batch_size // config.ppo.num_mini_batches
     if per_minibatch % num_processes:
         raise InputError(
@@ -143,11 +144,10 @@ def check_batches(config: PPOStageConfig, num_processes: int) -> None:
 def describe_batches(
     config: PPOStageConfig, num_prompts: int, num_processes: int, actors: Actors
 ) -> str:
-    """Spell out the derived batch arithmetic."""
+    """Spell out what follows from the batch sizes."""
     ppo = config.ppo
     minibatch = ppo.batch_size // ppo.num_mini_batches
-    share = minibatch // num_processes
-    micro = -(-share // ppo.micro_batch_size)
+    micro = math.ceil(minibatch // num_processes / ppo.micro_batch_size)
     total, trainable = parameter_count(actors.policy)
     reference = "adapters off" if actors.reference is None else "own copy"
     critic = f"no critic ({ppo.advantage})"

@@ -220,7 +220,7 @@ def test_whitened_scores_are_those_of_the_whole_rollout_then_penalised_then_clip
         config.ppo.micro_batch_size, config.ppo.rollout_batch_size = batches
         trainer = make_trainer(config, tmp_path)
         rollout = trainer.collect()
-        texts = response_texts(rollout, trainer.actors.tokenizer)
+        texts = response_texts(rollout, trainer.actors.tokenizer, trainer.prompts_of_update())
         raw = torch.tensor([len(text) / 10 for text in texts], dtype=torch.float64)
         torch.testing.assert_close(rollout.scores.double(), raw, rtol=1e-6, atol=0)
         expected = (raw - raw.mean()) / raw.std(unbiased=False)
