@@ -21,20 +21,19 @@ def final_scores(
     dense_totals: Tensor | None = None,
     whiten_over: Tensor | None = None,
 ) -> Tensor:
-    """Whiten the scores where asked, then give unfinished responses the penalty instead of theirs.
+    """Whiten the scores if asked, then replace those of unfinished responses by the penalty.
 
-    Rewards that a scorer gave at the tokens stay: an unfinished response has their sum plus the
-    penalty. With penalty -1:  scores 2 5,  dense totals 0.5 0,  finished 0 1  ->  -0.5 5
+    Rewards per token stay: an unfinished response has their sum plus the penalty. With penalty -1:
+    scores 2 5,  dense totals 0.5 0,  finished 0 1  ->  -0.5 5
 
     Args:
-        scores: (B,) of the scorer, the sum of its rewards per token included.
+        scores: (B,) of the scorer, with the sum of its rewards per token.
         finished: (B,) bool, True where a stop token or stop string ended the response.
         missing_eos_penalty: None leaves the scores of unfinished responses.
         dense_totals: (B,) sum of each response's rewards per token; None: no such rewards.
         whiten_over: (B,) bool, the responses whose scores get mean 0 and variance 1, all others 0;
-            None: no whitening. It comes before the penalty, which is then on the new scale.
+            None: no whitening. The penalty is then on the new scale.
 
-    Returns: (B,) float32.
     Source: N implementation details (ICLR blog track 2024) and arXiv 2403.17031: the penalty
         replaces the score. Llama 2 (2307.09288): whitening of logit(R), with R the sigmoid of the
         reward model's output; that output is our score.
@@ -62,14 +61,8 @@ class Moments(NamedTuple):
 
 
 def update_moments(moments: Moments, x: Tensor) -> Moments:
-    """Add the elements of `x` to running moments, e.g. the scores of a rollout to scale the next.
+    """Add the elements of `x`, of any shape, to running moments, in float64. A nan stays for good.
 
-    Args:
-        moments: those so far; `Moments()` at the start.
-        x: any shape, possibly empty; all elements count.
-
-    Returns: the moments of both together, computed in float64. Batches in turn give the same as all
-        elements at once. A nan stays in the moments for good.
     Source: Chan, Golub, LeVeque 1979, "Updating Formulae and a Pairwise Algorithm for Computing
         Sample Variances": the parallel form of Welford's update.
     """
@@ -99,7 +92,7 @@ def shape_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> T
         kl_coef: price of one nat in units of the score, >= 0.
 
     Returns: (B, T) float32: -kl_coef * kl at valid tokens, plus the score at the last valid one; 0
-        where masked. A row without valid tokens is 0: its score goes nowhere.
+        where masked.
     Source: Ziegler et al. 2019 (arXiv 1909.08593) eq. 2, spread over tokens. The score is not put
         one step after EOS, where TRL's PPO had it: that would discount it once more.
     """
@@ -146,12 +139,11 @@ def reinforce_pp(rewards: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
     With gamma 0.5:  rewards 1 _ 2 4,  mask 1 0 1 1  ->  1 + 0.5 * 4, 0, 2 + 0.5 * 4, 4
 
     Args:
-        rewards: (B, T) as `shape_rewards` makes them: the KL is in them, as k1.
+        rewards: (B, T) from `shape_rewards`: they contain the KL, as k1.
         mask: (B, T); a gap is skipped and costs no discount.
-        gamma: discount per token, in [0, 1].
 
-    Returns: (B, T) float32 in units of the score, 0 where masked, detached. The paper then
-        normalises over the whole batch: the caller's `whiten`.
+    Returns: (B, T) float32, 0 where masked, detached. The paper then normalises over the whole
+        batch: the caller's `whiten`.
     Source: REINFORCE++ (arXiv 2501.03262), A_t = r - beta * sum_{i >= t} KL_i: that at gamma 1.
     """
     # Without a critic and with lambda 1, GAE is the reward-to-go.
@@ -167,12 +159,8 @@ def _group_deviations(scores: Tensor) -> Tensor:
 
 
 def rloo(scores: Tensor) -> Tensor:
-    """Compute leave-one-out advantages: each score minus the mean of its prompt's other K - 1.
+    """Subtract from each score, (P, K), K >= 2, the mean of its prompt's other K - 1.
 
-    Args:
-        scores: (P, K) scores of K >= 2 responses to each of P prompts.
-
-    Returns: (P, K) float32 in units of the score; every row sums to 0.
     Source: Ahmadian et al. 2024 (arXiv 2402.14740), RLOO; here K / (K - 1) * (score - mean).
     """
     deviations = _group_deviations(scores)
@@ -180,12 +168,8 @@ def rloo(scores: Tensor) -> Tensor:
 
 
 def grpo(scores: Tensor) -> Tensor:
-    """Compute group-relative advantages: scores standardised over the K responses of a prompt.
+    """Standardise scores, (P, K), K >= 2, over the K responses of a prompt; equal scores give 0.
 
-    Args:
-        scores: (P, K) scores of K >= 2 responses to each of P prompts.
-
-    Returns: (P, K) float32, without unit; a prompt whose scores are all equal gets 0.
     Source: DeepSeekMath (arXiv 2402.03300) section 4.1.2, (r - mean) / std. It leaves the std open;
         ours is TRL's GRPOTrainer's: the unbiased one (K - 1), plus 1e-4.
     """

@@ -67,7 +67,7 @@ def policy_loss(
 
 
 def _extremes(ratio: Tensor, mask: Tensor) -> Stats:
-    """Return the extremes of the valid ratios, 0-d each; ratio 1 where nothing is valid."""
+    """The extremes of the valid ratios, 0-d each; 1 if nothing is valid."""
     least = greatest = ratio.new_ones(())
     if ratio.numel():
         least = torch.where(mask, ratio, torch.inf).min()
@@ -119,11 +119,8 @@ def value_loss(
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     """Measure how well values predict returns: 1 - Var(returns - values) / Var(returns).
 
-    Args:
-        values, returns, mask: (B, T).
-
-    Returns: 0-d float32: 1 is perfect, 0 as good as a constant, negative worse. 0 also where the
-        returns do not vary or nothing is valid: there is nothing to explain.
+    Returns: 0-d float32: 1 is perfect, 0 as good as a constant, negative worse. It is also 0 if the
+        returns do not vary or nothing is valid.
     """
     check_masked(mask, values=values, returns=returns)
     targets = returns[mask].float()
@@ -173,12 +170,10 @@ def adaptive_kl_coef(
     With target 6, horizon 10000, 512 sequences: KL 12 multiplies the coefficient by 1.01024.
 
     Args:
-        kl_coef: the coefficient that the rollout was sampled under, >= 0.
         kl, target: measured and wanted KL(policy || reference), nats per sequence; target > 0.
         horizon: sequences over which a KL 20 % or more off changes the coefficient by about 20 %.
         num_sequences: sequences since the last update, on all ranks together.
 
-    Returns: the coefficient for the next rollout, >= 0; at most 20 % * num_sequences / horizon off.
     Source: Ziegler et al. 2019 (arXiv 1909.08593) section 2.2; openai/lm-human-preferences
         `train_policy.py::AdaptiveKLController`, which a horizon under 0.2 * num_sequences could
         make negative.

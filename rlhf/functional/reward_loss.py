@@ -52,9 +52,6 @@ def ranking_loss(
     Returns: the loss (0-d float32) and statistics over all pairs of the batch: "accuracy" (share
         ordered right, equal scores count half), "margin" (mean s_better - s_worse), "num_pairs",
         "num_groups" (prompts in the mean). Memory is O(N^2).
-    Raises: ValueError where no two responses of one prompt differ in rank, or for an option out of
-        range or not of this kind.
-    Source: the top of this file.
     """
     _check_options(kind, targets, label_smoothing)
     check_shapes((len(scores),), scores=scores, ranks=ranks, groups=groups)
@@ -90,7 +87,7 @@ def _check_options(kind: str, targets: Tensor | None, label_smoothing: float) ->
 def _pairwise_terms(
     leads: Tensor, wins: Tensor, targets: Tensor | None, label_smoothing: float
 ) -> tuple[Tensor, Tensor]:
-    """Return each response's loss against its worse ones and how many these are, (N,) each."""
+    """Each response's loss against its worse ones, and how many these are, (N,) each."""
     leads = zero_masked(leads, wins)
     losses = -logsigmoid(leads)
     if targets is not None or label_smoothing:
@@ -104,7 +101,7 @@ def _pairwise_terms(
 
 
 def _plackett_luce_terms(leads: Tensor, wins: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each response's loss against its worse ones, and 1 where there are any, (N,) each."""
+    """Each response's loss against its worse ones, and 1 where there are any, (N,) each."""
     has_worse = wins.any(1)
     losses = torch.zeros_like(leads[:, 0])
     rivals = torch.where(wins, -leads, -torch.inf)[has_worse].logsumexp(1)
@@ -113,11 +110,8 @@ def _plackett_luce_terms(leads: Tensor, wins: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _mean_over_groups(terms: Tensor, counts: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Average within each group, then over the groups that have any term; and count those.
-
-    Args:
-        terms: (N,) sums of `counts` terms each.
-    """
+    """Average (N,) `terms`, sums of `counts` each, within each group, then over the groups that
+    have any; and count those groups."""
     index = groups.unique(return_inverse=True)[1]
     counts_of_group = torch.zeros_like(counts).index_add(0, index, counts)
     num_groups = (counts_of_group > 0).sum()
@@ -125,7 +119,6 @@ def _mean_over_groups(terms: Tensor, counts: Tensor, groups: Tensor) -> tuple[Te
 
 
 def _statistics(leads: Tensor, num_groups: Tensor) -> Stats:
-    """Return the statistics of `ranking_loss` from the leads of all its pairs."""
     return {
         "accuracy": ((leads > 0).float() + 0.5 * (leads == 0)).mean(),
         "margin": leads.mean(),

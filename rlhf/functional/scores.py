@@ -33,10 +33,9 @@ def component_weights(counts: Tensor, weights: Tensor, combine: str) -> Tensor:
 
     Args:
         counts: (K, B) bool, see `counting`.
-        weights: (K,); used by "weighted_sum" only.
-        combine: see `combine_scores`.
+        weights: (K,); used by "weighted_sum" only. All others weigh the scorers that count alike.
 
-    Returns: (K, B) float32: `weights` for "weighted_sum", else 1 / (number of scorers that count).
+    Returns: (K, B) float32.
     """
     if combine == "weighted_sum":
         return weights[:, None] * counts

@@ -57,9 +57,6 @@ def best_of_n_kl(n: int) -> float:
 
     It is exact where no two samples are the same, and an upper bound of the true KL otherwise.
 
-    Args:
-        n: samples to choose from, >= 1.
-
     Source: WebGPT (arXiv 2112.09332) and Gao et al. 2022 (arXiv 2210.10760), as an equality;
         Beirami et al. 2024 (arXiv 2401.01879): it is only an upper bound.
     """
@@ -82,10 +79,9 @@ def bootstrap_interval(
             not one per sample of a prompt.
         level: probability that the interval covers the mean, in (0, 1); lower if N is small.
         num_resamples: means of N draws with replacement, >= 1.
-        seed: of the draws; the same gives the same interval.
         clusters: (N,) integer id of the independent unit, e.g. the prompt of a pair. Whole clusters
-            are drawn, as many as there are. The mean is over all their measurements: a cluster of
-            ten weighs ten times as much as a cluster of one.
+            are drawn. The mean is over all their measurements: a cluster of ten weighs ten times as
+            much as a cluster of one.
 
     Returns: lower and upper end, computed in float64; both x where N = 1 or all are equal.
     Source: Efron and Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13; clusters:
@@ -112,10 +108,7 @@ def bootstrap_interval(
 
 
 def _resamples(size: int, num_resamples: int, seed: int) -> Iterator[Tensor]:
-    """Yield draws of `size` indices with replacement, (num, size) at a time.
-
-    The number at a time bounds memory and does not change the draws.
-    """
+    """Yield draws of `size` indices with replacement, (num, size) at a time to bound memory."""
     generator = torch.Generator().manual_seed(seed)
     at_a_time = max(1, 2**20 // size)
     for done in range(0, num_resamples, at_a_time):
@@ -127,12 +120,8 @@ def _resamples(size: int, num_resamples: int, seed: int) -> Iterator[Tensor]:
 def correlation(x: Tensor, y: Tensor, kind: str = "pearson") -> float:
     """Measure how x and y vary together, in [-1, 1]; nan where either does not vary.
 
-    With x 1 2 3 and y 1 2 9: Pearson 0.918, Spearman 1.
-
-    Args:
-        x, y: (N,).
-        kind: "pearson", of the numbers, or "spearman", of their ranks; tied ones share the mean of
-            their ranks.
+    "spearman" is the correlation of the ranks; ties share the mean of their ranks. With x 1 2 3 and
+    y 1 2 9: Pearson 0.918, Spearman 1.
     """
     if kind not in ("pearson", "spearman"):
         raise ValueError(f"kind of correlation must be pearson or spearman, got {kind!r}")
@@ -158,10 +147,8 @@ def _mean_ranks(x: Tensor) -> Tensor:
 def kendall_tau(x: Tensor, y: Tensor) -> float:
     """Measure how alike x and y order the N elements, in [-1, 1]; nan where either has one value.
 
-    Without ties it is the share of pairs ordered alike minus the share ordered differently.
-
-    Args:
-        x, y: (N,). Memory is O(N^2).
+    Without ties it is the share of pairs ordered alike minus the share ordered differently. Memory
+    is O(N^2).
 
     Source: Kendall 1945, "The treatment of ties in ranking problems": tau-b.
     """
@@ -188,15 +175,12 @@ def calibration(gaps: Tensor, num_bins: int = 10) -> Calibration:
     """Compare sigmoid(score difference), the Bradley-Terry probability, with what was preferred.
 
     The prediction for each pair is that its higher score wins, with a probability in [0.5, 1]. The
-    bins divide that range evenly. The prediction is right where the higher score is that of the
-    better response; equal scores predict 0.5 and count as half right. A coin has a Brier score of
-    0.25.
+    bins divide that range evenly. The prediction is right if the better response has the higher
+    score; equal scores predict 0.5 and count as half right. A coin has a Brier score of 0.25.
 
     Args:
         gaps: (N,) score of the better response minus that of the worse, N >= 1.
-        num_bins: >= 1.
 
-    Returns: bins in float64, from 0.5 up.
     Source: Bradley-Terry as in InstructGPT (arXiv 2203.02155) eq. 1; ECE: Guo et al. 2017
         (arXiv 1706.04599) eq. 3; Brier 1950.
     """
@@ -219,14 +203,8 @@ def calibration(gaps: Tensor, num_bins: int = 10) -> Calibration:
 
 @torch.no_grad()
 def wins(scores: Tensor, baseline: Tensor) -> Tensor:
-    """Compare scores pairwise; the mean is a win rate.
-
-    Args:
-        scores, baseline: (B,) of two responses to the same prompt.
-
-    Returns: (B,) float32: 1 where `scores` is higher, 0.5 where equal, 0 where lower, nan where
-        either is nan.
-    """
+    """Compare (B,) scores: 1 where `scores` is higher, 0.5 where equal, 0 where lower, nan where
+    either is nan. The mean is a win rate."""
     check_shapes(tuple(scores.shape), baseline=baseline)
     won = (scores > baseline).float() + 0.5 * (scores == baseline)
     return torch.where(scores.isnan() | baseline.isnan(), torch.nan, won)

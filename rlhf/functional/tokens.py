@@ -29,26 +29,16 @@ def zero_masked(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def masked_mean(x: Tensor, mask: Tensor, dim: int | tuple[int, ...] | None = None) -> Tensor:
-    """Average the valid elements of `x`.
-
-    Args:
-        x, mask: any one shape.
-        dim: dimensions to reduce; None reduces all.
-
-    Returns: float32, `x` without `dim`; 0 where nothing is valid.
-    """
+    """Average the valid elements of `x` over the dimensions `dim` (None: all of them); 0 where
+    nothing is valid."""
     check_masked(mask, x=x)
     return zero_masked(x, mask).sum(dim=dim) / mask.sum(dim=dim).clamp(min=1)
 
 
 def masked_sum(x: Tensor, mask: Tensor, denominator: float | Tensor | None = None) -> Tensor:
-    """Sum the valid elements of `x` and divide by `denominator`.
-
-    All losses are reduced like this. Terms that join them should be too: an entropy bonus, a KL in
-    the loss, the pretraining loss of PPO-ptx.
+    """Sum the valid elements of `x` and divide by `denominator`. All losses are reduced like this.
 
     Args:
-        x, mask: any one shape.
         denominator: a number or 0-d tensor; default the number of valid elements. With the number
             of the whole minibatch, the results of its micro-batches add up to the minibatch's mean.
 
@@ -63,13 +53,9 @@ def masked_sum(x: Tensor, mask: Tensor, denominator: float | Tensor | None = Non
 
 
 def whiten(x: Tensor, mask: Tensor, center: bool = True) -> Tensor:
-    """Scale the valid elements of `x` to unit variance and, with `center`, to mean 0.
+    """Scale the valid elements of `x` to unit variance and mean 0; `center=False` keeps their mean.
 
-    Args:
-        x, mask: any one shape.
-        center: subtract the mean; False adds it back to the scaled deviations.
-
-    Returns: float32, the shape of `x`; 0 where masked, also without `center`.
+    Returns: float32, the shape of `x`; 0 where masked.
     Source: openai/lm-human-preferences `utils/core.py::whiten` (biased variance, 1e-8 inside the
         rsqrt); there over all positions, here over the valid ones.
     """

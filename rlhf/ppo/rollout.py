@@ -1,9 +1,8 @@
-"""A rollout: responses sampled to a batch of prompts, their scores, and what the models say about
-each token.
+"""A rollout: a response to each prompt of a batch, its score, and log-probs and values per token.
 
 `trainer.py` comes before: it collects one rollout per update. `update.py` comes after: it trains on
-it. Every process samples and scores its share and then holds the whole batch: whitening and
-statistics are global by construction, and a minibatch is the same for any number of processes.
+the rollout. Every process samples and scores its share, and then holds the whole batch. So
+whitening and statistics are global, and a minibatch does not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -36,12 +35,11 @@ class Responses:
     """B prompts with one sampled response each; P prompt tokens, T response tokens.
 
     Attributes:
-        prompt_ids: (B, P) int64, left-padded.
-        prompt_mask: (B, P) bool.
-        response_ids: (B, T) int64, right-padded, the stop token or stop string included.
-        response_mask: (B, T) bool; covers the response tokens and what ends them.
+        prompt_ids, prompt_mask: (B, P) int64 and bool, left-padded.
+        response_ids, response_mask: (B, T) int64 and bool, right-padded, with the stop token or
+            stop string.
         finished: (B,) bool; True where a stop token or stop string was sampled.
-        sampler_logprobs: (B, T) as the sampler saw them, nats.
+        sampler_logprobs: (B, T) of the policy, by the sampler's forward pass, nats.
     """
 
     prompt_ids: Tensor
@@ -69,7 +67,7 @@ class Responses:
 
     @property
     def sequence_ids(self) -> Tensor:
-        """(B, L): prompt and response contiguous, right-padded to the longest row.
+        """(B, L): prompt and response without a gap, right-padded to the longest row.
 
         prompt . . 1 2, response 3 4 . -> 1 2 3 4 . . . , cut to L
         """
@@ -125,14 +123,14 @@ class Responses:
 
 @dataclass(frozen=True)
 class Rollout(Responses):
-    """Responses with their scores, and what the models say about each token.
+    """Responses with their scores, and log-probs and values of their tokens.
 
     Attributes:
         scores: (B,) of the scorer, normalised, with the sum of `dense_rewards`. See `final_scores`.
-        dense_rewards: (B, T) that the scorer gave at the tokens; zeros for most scorers.
+        dense_rewards: (B, T) rewards per token; zeros for most scorers.
         component_scores: (B, C) of the scorer's C components; C is 0 for most scorers.
         cut: (B,) bool; True where a reward model read only the beginning of the response.
-        logprobs: (B, T) of the policy that sampled, by the training forward, nats.
+        logprobs: (B, T) of the policy that sampled, by the training forward pass, nats.
         ref_logprobs: (B, T) of the reference, nats.
         values: (B, T) of the critic, at the state before each token; zeros without a critic.
         loss_mask: (B, T) bool; the response tokens that losses and whitening count: all of them, or
@@ -149,8 +147,8 @@ class Rollout(Responses):
     loss_mask: Tensor
 
     def final_scores(self, missing_eos_penalty: float | None, whiten: bool = False) -> Tensor:
-        """(B,) scores with the penalty for a missing EOS, first whitened over the responses that
-        the losses count where asked."""
+        """(B,) scores with the penalty for a missing EOS. With `whiten`, they are first whitened
+        over the responses that the losses count."""
         counted = self.loss_mask.any(dim=1) if whiten else None
         totals = self.dense_rewards.sum(dim=1)
         return final_scores(self.scores, self.finished, missing_eos_penalty, totals, counted)
@@ -158,14 +156,12 @@ class Rollout(Responses):
 
 @dataclass(frozen=True)
 class Experience(Rollout):
-    """A rollout with what PPO makes of it, ready to be trained on.
+    """A rollout with rewards and advantages, ready to be trained on; (B, T) each.
 
     Attributes:
-        kl: (B, T) to the reference, by `ppo.kl_estimator`.
-        rewards: (B, T) shaped.
-        raw_advantages: (B, T) before whitening.
-        advantages: (B, T).
-        returns: (B, T), targets of the critic.
+        kl: to the reference, by `ppo.kl_estimator`.
+        raw_advantages: before whitening.
+        returns: targets of the critic.
     """
 
     kl: Tensor
@@ -176,28 +172,18 @@ class Experience(Rollout):
 
     @classmethod
     def of_equal_advantages(cls, responses: Responses, logprobs: Tensor) -> Experience:
-        """Make a batch of unscored responses, with advantage 1 at every token and zeros elsewhere:
-        it costs what a real one costs.
-
-        Args:
-            logprobs: (B, T) of the policy.
-        """
-        zeros, scores = torch.zeros_like(logprobs), logprobs.new_zeros(len(responses))
+        """A batch of unscored responses with advantage 1 at every token, which costs as much memory
+        and time as a real one."""
+        zeros, ones = torch.zeros_like(logprobs), torch.ones_like(logprobs)
         return cls(
             **vars(responses),
-            scores=scores,
-            dense_rewards=zeros,
+            **dict.fromkeys(("dense_rewards", "values", "kl", "rewards", "returns"), zeros),
+            **dict.fromkeys(("advantages", "raw_advantages"), ones),
+            **dict.fromkeys(("logprobs", "ref_logprobs"), logprobs),
+            scores=zeros[:, 0],
             component_scores=zeros[:, :0],
-            cut=scores > 0,
-            logprobs=logprobs,
-            ref_logprobs=logprobs,
-            values=zeros,
+            cut=~responses.finished,
             loss_mask=responses.response_mask,
-            kl=zeros,
-            rewards=zeros,
-            raw_advantages=zeros + 1.0,
-            advantages=zeros + 1.0,
-            returns=zeros,
         )
 
 
@@ -213,7 +199,8 @@ def collect(
     with_scores: bool = True,
     with_values: bool = True,
 ) -> Rollout:
-    """Sample a response to each prompt and evaluate it; every process returns the whole batch.
+    """Sample a response to each prompt, score it, and read its tokens with all models. Every
+    process returns the whole batch.
 
     Args:
         prompts: encoded prompts (`prompt`, `input_ids`), the same list on every process; their
@@ -262,11 +249,8 @@ def sample_and_score(
     accelerator: Accelerator,
     with_scores: bool = True,
 ) -> tuple[Responses, dict[str, Tensor]]:
-    """Sample and score this process's share of the prompts; return those of all processes.
-
-    Returns:
-        The responses, and the fields of `Rollout` that the scorer gives.
-    """
+    """Sample and score this process's share of the prompts; return the responses of all processes,
+    and the fields of `Rollout` that come from the scorer."""
     num_rows = len(prompts) // accelerator.num_processes
     rows = range(num_rows * accelerator.process_index, num_rows * (accelerator.process_index + 1))
     mine = [prompts[row] for row in rows]
@@ -320,7 +304,7 @@ def read_tokens(
     micro_batch_size: int,
     accelerator: Accelerator,
 ) -> Tensor:
-    """Apply a function of tokens to all responses, each process to its share of every minibatch.
+    """Apply a function of tokens to all responses; each process does its share of every minibatch.
 
     Returns:
         (B, T) float32, 0 where masked.
@@ -343,11 +327,8 @@ def share_of(minibatch: Tensor, accelerator: Accelerator) -> Tensor:
 
 
 def policy_logprobs(model: Any, part: Responses, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Log-probs of the response tokens by the training forward.
-
-    Returns:
-        logprobs (B, T) float32, and the logits (B, T, V) they come from.
-    """
+    """Log-probs of the response tokens by the training forward pass, (B, T) float32, and the logits
+    (B, T, V) they come from."""
     logits = response_logits(
         model, part.sequence_ids, part.sequence_mask, part.state_positions, sampling.forbidden
     )
@@ -360,12 +341,9 @@ def critic_values(critic: Any, part: Responses) -> Tensor:
 
 
 def cut_metric(prefix: str, cut: Tensor, actors: Actors, *scorers: Scorer) -> dict[str, float]:
-    """Share of responses that are cut for scoring, as a metric; empty if every reward model reads
-    the ids that the policy sampled, because its context then has room for them.
+    """The metric `<prefix>cut_rate`: the share of responses that were cut for scoring.
 
-    Args:
-        prefix: of the name `cut_rate`.
-        cut: (B,) bool, as the scorers said.
+    Empty if every reward model reads the ids of the policy: they fit into its context.
     """
     models = [model for scorer in scorers for model in reward_models(scorer)]
     if all(model.tokenizer_hash == actors.tokenizer_hash for model in models):
@@ -374,9 +352,9 @@ def cut_metric(prefix: str, cut: Tensor, actors: Actors, *scorers: Scorer) -> di
 
 
 def component_scores(rollout: Rollout, scorer: Scorer) -> dict[str, Tensor]:
-    """Scores by component, each (B,), under their names as metrics: `score/<component>`."""
-    columns = rollout.component_scores.unbind(dim=1)
-    return {f"score/{n}": c for n, c in zip(component_names(scorer), columns, strict=True)}
+    """Scores of each component, (B,), under the name of its metric: `score/<component>`."""
+    columns = zip(component_names(scorer), rollout.component_scores.unbind(dim=1), strict=True)
+    return {f"score/{name}": scores for name, scores in columns}
 
 
 # --- The order of prompts and minibatches -------------------------------------------------------

@@ -1,8 +1,8 @@
 """One PPO update: collect, shape rewards, estimate advantages, update, report.
 
 `stage.py` comes before: it loads what the trainer needs. `rollout.py` and `update.py` come next:
-they hold the first and the last part of an update. `loop.py` calls `step` until the run ends. The
-formulas are in `rlhf.functional`.
+they collect and update. `loop.py` calls `step` until the run ends. The formulas are in
+`rlhf.functional`.
 
 To add an advantage estimator, add a row to `ESTIMATORS` below and its name to the choices of
 `PPOConfig.advantage`.
@@ -62,7 +62,6 @@ class PPOTrainer:
     Attributes:
         actors: unwrapped models; `policy` and `critic` are trained in place.
         sampling: how responses are sampled.
-        updater: optimisers, and averaged weights where asked.
         update: number of finished updates.
         kl_coef: weight of the KL penalty now; changes with `ppo.kl_target` only.
         score_moments: of all scores so far; used with `ppo.scale_scores`.
@@ -83,19 +82,13 @@ class PPOTrainer:
         Args:
             prompts: encoded prompts (`prompt`, `input_ids`), the same on every process.
             directory: a batch with a number that is not finite is saved here.
-            texts: token ids of the PPO-ptx texts, each at least two.
+            texts: token ids of the PPO-ptx texts, at least two per text.
         """
         self.config, self.actors, self.prompts = config, actors, prompts
         self.accelerator, self.directory = accelerator, directory
         ppo = config.ppo
-        self.sampling = sampling_for(
-            actors.policy,
-            actors.tokenizer,
-            ppo.response_length,
-            ppo.temperature,
-            ppo.top_p,
-            ppo.top_k,
-        )
+        choice = ppo.temperature, ppo.top_p, ppo.top_k
+        self.sampling = sampling_for(actors.policy, actors.tokenizer, ppo.response_length, *choice)
         self.updater = Updater(config, actors, self.sampling, accelerator, directory, texts)
         self.update = 0
         self.kl_coef = ppo.kl_coef
@@ -127,7 +120,7 @@ class PPOTrainer:
         return rollout
 
     def require_finite(self, rollout: Rollout, *names: str, **others: Tensor) -> None:
-        """Stop the run if fields of a rollout, or other tensors made of it, are not finite."""
+        """Stop the run if fields of a rollout, or tensors computed from it, are not finite."""
         tensors = {name: getattr(rollout, name) for name in names} | others
         sums = {name: float(tensor.sum()) for name, tensor in tensors.items()}
         self.updater.require_finite(sums, rollout, self.update)
@@ -143,10 +136,10 @@ class PPOTrainer:
     def shape_rewards(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """Put the KL penalty on every token and the score on the last (Z, S, IG, N, N+).
 
-        A scorer's rewards per token are given at their tokens, the rest of the score on the last.
-        Where asked, both are first divided by the running standard deviation of the scores (Sec),
-        or the scores whitened (L), and then clipped (Sec). So without KL, the rewards of a response
-        add up to its score.
+        A scorer's rewards per token stay at their tokens; the last token gets the rest of the
+        score. Options first divide both by the running standard deviation of the scores (Sec), or
+        whiten the scores (L), and then clip the scores (Sec). So without KL, the rewards of a
+        response add up to its score.
 
         Returns:
             kl (B, T), by `ppo.kl_estimator`, and rewards (B, T).
@@ -176,14 +169,12 @@ class PPOTrainer:
     def estimate_advantages(self, rollout: Rollout, kl: Tensor, rewards: Tensor) -> Experience:
         """Add advantages, whitened over all tokens of the rollout (N), and returns.
 
-        The result is saved here where `ppo.save_rollouts` asks for it: before the update, which may
-        fail.
+        The rollout is saved here, if asked: before the update, which may fail.
         """
         ppo = self.config.ppo
         raw, returns = ESTIMATORS[ppo.advantage](rollout, rewards, ppo)
-        whitens = ppo.whiten_advantages
-        if whitens is None:
-            whitens = ppo.advantage in WHITENED
+        by_default = ppo.advantage in WHITENED
+        whitens = by_default if ppo.whiten_advantages is None else ppo.whiten_advantages
         advantages = whiten(raw, rollout.loss_mask) if whitens else raw
         batch = Experience(
             **vars(rollout),
@@ -217,13 +208,13 @@ class PPOTrainer:
         return metrics
 
     def reported_scores(self, rollout: Rollout) -> Tensor:
-        """(B,) scores with the penalty for a missing EOS; without it if `ppo.whiten_scores` puts it
-        on another scale."""
+        """(B,) scores with the penalty for a missing EOS; without the penalty if
+        `ppo.whiten_scores` puts it on a different scale."""
         ppo = self.config.ppo
         return rollout.final_scores(None if ppo.whiten_scores else ppo.missing_eos_penalty)
 
     def save_rollout(self, batch: Experience) -> None:
-        """Write this update's rollout where `ppo.save_rollouts` asks for it."""
+        """Write this update's rollout if `ppo.save_rollouts` asks for it."""
         every, number = self.config.ppo.save_rollouts, self.update + 1
         if every is None or number % every or not self.accelerator.is_main_process:
             return
@@ -233,14 +224,11 @@ class PPOTrainer:
 
     def state(self) -> dict[str, Any]:
         """What resuming needs besides weights and optimisers, as JSON values."""
-        return {
-            "update": self.update,
-            "kl_coef": self.kl_coef,
-            "score_moments": list(self.score_moments),
-        }
+        moments = list(self.score_moments)
+        return {"update": self.update, "kl_coef": self.kl_coef, "score_moments": moments}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take up what `state` returned."""
+        """Restore what `state` returned."""
         self.update, self.kl_coef = state["update"], state["kl_coef"]
         self.score_moments = Moments(*state["score_moments"])
 
@@ -289,7 +277,7 @@ WHITENED = ("gae", "reinforce_pp")
 
 
 def advantage_metrics(batch: Experience, has_critic: bool) -> dict[str, float]:
-    """Metrics of the tokens that the losses count."""
+    """Metrics over the tokens that the losses count."""
     mask, returns = batch.loss_mask, batch.returns
     metrics = {"return": float(masked_mean(returns, mask))}
     if mask.any():
@@ -301,7 +289,7 @@ def advantage_metrics(batch: Experience, has_critic: bool) -> dict[str, float]:
 
 
 def component_metrics(rollout: Rollout, scorer: Scorer) -> dict[str, float]:
-    """Mean score of each component, as it returned them, and the share of gated responses."""
+    """Mean raw score of each component, and the share of gated responses."""
     scores = component_scores(rollout, scorer)
     metrics = {name: float(values.mean()) for name, values in scores.items()}
     if isinstance(scorer, CombinedScorer):
@@ -312,11 +300,10 @@ def component_metrics(rollout: Rollout, scorer: Scorer) -> dict[str, float]:
 
 
 def rollout_metrics(batch: Experience, scores: Tensor) -> dict[str, float]:
-    """Metrics of a rollout; KL is summed over tokens and averaged over sequences, nats per
-    sequence.
+    """Metrics over all responses; KL is in nats per sequence.
 
     Args:
-        scores: (B,) that the metric `score` shows.
+        scores: (B,), see `reported_scores`.
     """
     mask, finished = batch.response_mask, batch.finished
 
