@@ -4,9 +4,6 @@ In the order of a PPO update: `tokens` reads logits and sums over valid tokens, 
 scorers, `advantages` turns scores into rewards and advantages, `ppo_losses` are minimised. The
 reward model minimises `reward_loss`. `summary_statistics` are the numbers that reports show.
 
-Losses take the `denominator` of the whole minibatch and return statistics as sums, so that a caller
-with micro-batches or ranks only adds them up.
-
 Shapes: B sequences, T response tokens, V vocabulary, P prompts, K responses of one prompt. `mask`
 is a bool tensor, True where valid; it may have gaps. Values at masked positions (padding, inf, nan)
 change neither results nor gradients. Inputs may have any floating dtype; every resulting tensor is

@@ -35,8 +35,7 @@ def final_scores(
             None: no whitening. The penalty is then on the new scale.
 
     Source: N implementation details (ICLR blog track 2024) and arXiv 2403.17031: the penalty
-        replaces the score. Llama 2 (2307.09288): whitening of logit(R), with R the sigmoid of the
-        reward model's output; that output is our score.
+        replaces the score. Llama 2 (2307.09288): whitening of logit(R), which is our score.
     """
     check_shapes(tuple(scores.shape), finished=finished)
     if whiten_over is not None:
@@ -114,7 +113,6 @@ def gae(
 
     Args:
         rewards, values, mask: (B, T); a value is the critic's before the token is chosen.
-        gamma, lam: discount per token and GAE's lambda, in [0, 1].
 
     Returns: advantages, and returns = advantages + values: (B, T) float32, 0 if masked, detached.
     Source: Schulman et al. 2016 (arXiv 1506.02438) eq. 16.

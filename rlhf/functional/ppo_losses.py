@@ -31,14 +31,14 @@ def policy_loss(
     Args:
         logprobs: (B, T) under the policy in training; the only input that gets a gradient.
         old_logprobs, advantages, mask: (B, T); log-probs under the policy that sampled.
-        cliprange: clips the ratio to [1 - cliprange, 1 + cliprange]; > 0.
-        dual_clip: the bound c > 1 on the ratio where A < 0 (the paper has 3); None: no bound.
+        cliprange: clips the ratio to [1 - cliprange, 1 + cliprange].
+        dual_clip: the bound c > 1 on the ratio where A < 0 (the paper has 3); else it would remove
+            gradients inside the range. None: no bound.
         denominator: see `masked_sum`.
 
     Returns: the loss (0-d float32, 0 without valid tokens) and statistics. Sums over valid
         tokens: "approx_kl" (ratio - 1 - log ratio), "clip_fraction" (its gradient is clipped away),
         "dual_clip_fraction" (by the dual clip), "ratio", "num_tokens"; and `_extremes`.
-    Raises: ValueError for a dual_clip <= 1: it would remove gradients inside the range.
     Source: Schulman et al. 2017 (arXiv 1707.06347) eq. 7; the mean is over tokens, not sequences.
         Dual clip: Ye et al. 2020 (arXiv 1912.09729) eq. 5.
     """
@@ -91,8 +91,7 @@ def value_loss(
     Args:
         values: (B, T) of the critic in training; the only input that gets a gradient.
         old_values, returns, mask: (B, T): the critic's values at rollout time, and the targets.
-        cliprange_value: clips values to old +- this, in units of the return, > 0; None: no clip.
-        denominator: see `masked_sum`.
+        cliprange_value: clips values to old +- this, in units of the return; None: no clip.
 
     Returns: the loss (0-d float32, 0 without valid tokens) and statistics, sums over valid tokens:
         "value_clip_fraction" (tokens whose clipped error is the larger), "value_error" (squared
@@ -149,7 +148,6 @@ def learning_rate_factor(
 
     Args:
         update: number of finished updates, with those that train the critic alone.
-        schedule: "linear" or "constant".
 
     Source: linear: N implementation details, arXiv 2403.17031. InstructGPT (2203.02155): 10 updates
         from 0.1, then constant; AlpacaFarm (2305.14387): 5, then linear.

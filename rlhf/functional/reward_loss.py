@@ -1,7 +1,8 @@
 """The reward model's loss on ranked responses.
 
 "pairwise" compares the non-tied pairs of a prompt: -log sigmoid(d), d = better - worse - margin,
-averaged over the pairs. With targets p it is -p log sigmoid(d) - (1 - p) log sigmoid(-d).
+averaged over the pairs. With targets p it is -p log sigmoid(d) - (1 - p) log sigmoid(-d); label
+smoothing e makes p (1 - e) + (1 - p) e of p.
 
 "plackett_luce" compares each response i with all strictly worse ones j:
 log(1 + sum_j exp(s_j - s_i + margin)), averaged over the responses that have worse ones. Without
@@ -42,11 +43,9 @@ def ranking_loss(
         ranks: (N,) *lower is better*, 0 is best; only the order within a group counts.
         groups: (N,) integer id of the prompt, in any order.
         margin: a number, or a tensor that broadcasts to (N, N), read at [better, worse].
-        kind: "pairwise" or "plackett_luce", see the top of this file.
-        targets: a tensor that broadcasts to (N, N), read at [better, worse]: the probability, in
-            [0, 1], that the better one is preferred; default 1. Pairwise only.
-        label_smoothing: probability, in [0, 0.5), that a label is wrong: p becomes
-            p (1 - label_smoothing) + (1 - p) label_smoothing. Pairwise only.
+        targets: as `margin`: the probability, in [0, 1], that the better one is preferred; default
+            1. Pairwise only.
+        label_smoothing: probability, in [0, 0.5), that a label is wrong. Pairwise only.
         center_coef: weight, >= 0, of the mean over the same pairs of (better + worse)^2.
 
     Returns: the loss (0-d float32) and statistics over all pairs of the batch: "accuracy" (share

@@ -24,12 +24,10 @@ def best_of_n(scores: Tensor, n: int, other: Tensor | None = None) -> Tensor:
 
     Args:
         scores: (P, N), finite.
-        n: samples to choose from, 1 <= n <= N.
         other: (P, N); if given, the result is the expected `other` of the sample that `scores`
-            picks, e.g. the gold score of the reward model's choice. Ties of `scores` are broken at
-            random: tied samples have equal shares, in any order.
+            picks, e.g. the gold score of the reward model's choice. Tied samples have equal shares.
 
-    Returns: (P,) float32, computed in float64. n = 1 is the mean, n = N the best.
+    Returns: (P,) float32, computed in float64.
     Source: WebGPT (arXiv 2112.09332), appendix on best-of-n; Gao et al. 2022 (arXiv 2210.10760).
         There without ties.
     """
@@ -83,7 +81,6 @@ def bootstrap_interval(
             are drawn. The mean is over all their measurements: a cluster of ten weighs ten times as
             much as a cluster of one.
 
-    Returns: lower and upper end, computed in float64; both x where N = 1 or all are equal.
     Source: Efron and Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13; clusters:
         Field and Welsh 2007, "Bootstrapping clustered data", section 2 (cluster bootstrap).
     """

@@ -137,7 +137,6 @@ def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> 
         logits: (B, T, V); position t predicts `tokens[:, t]`: the caller has shifted them. -inf
             forbids a token: probability and gradient 0. Not to be changed before the backward pass.
         tokens: (B, T) int64 ids in [0, V). A forbidden one gives -inf, so mask it (padding).
-        temperature: the sampling temperature, > 0.
 
     Returns: (B, T) float32, differentiable once. The gradient has the dtype of the logits and is
         exactly 0 where the incoming one is.
@@ -148,13 +147,9 @@ def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> 
 
 
 def token_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Compute the entropy of softmax(logits / temperature) without a float32 copy of the logits.
+    """Compute the entropy of softmax(logits / temperature), (B, T) float32.
 
-    Args:
-        logits: (B, T, V); -inf forbids a token: it adds nothing and gets gradient 0.
-        temperature: the sampling temperature, > 0.
-
-    Returns: (B, T) float32 in [0, log V]; its gradient is as that of `token_logprobs`.
+    Args and gradient: as `token_logprobs`. A forbidden token adds nothing and gets gradient 0.
     """
     _check_logits(logits, temperature)
     return _TokenEntropy.apply(logits, temperature)

@@ -7,11 +7,7 @@ from rlhf.config import PPOStageConfig
 
 
 def run(config: PPOStageConfig) -> int | None:
-    """Import the stage only once the configuration is known to be good.
-
-    Returns:
-        Number of the signal that interrupted training, if one did.
-    """
+    """Import the stage once the configuration is good; return the signal that stopped it."""
     from rlhf.ppo.preflight import PreflightFailed
     from rlhf.ppo.stage import train_ppo
 

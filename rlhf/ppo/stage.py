@@ -158,16 +158,14 @@ def describe_batches(
     prompts = ppo.batch_size // ppo.samples_per_prompt
     each = f" x {ppo.samples_per_prompt} responses" if ppo.samples_per_prompt > 1 else ""
     passes = ppo.num_updates * prompts / num_prompts
-    return "\n".join(
-        [
-            f"ppo: policy {total:,} parameters, {trainable:,} trainable (reference: {reference}); "
-            f"{critic}",
-            f"     rollout: {prompts} of {num_prompts} prompts{each}, at most "
-            f"{ppo.response_length} tokens each; {ppo.num_updates} updates = "
-            f"{ppo.num_updates * ppo.batch_size} episodes = {passes:.1f} passes over the prompts",
-            f"     update: {ppo.num_ppo_epochs} epochs x {ppo.num_mini_batches} minibatches of "
-            f"{minibatch} = {steps} optimiser steps; {num_processes} "
-            f"process{'es' * (num_processes > 1)} x {micro} micro-batches of at most "
-            f"{ppo.micro_batch_size}",
-        ]
+    processes = f"{num_processes} process{'es' * (num_processes > 1)}"
+    return (
+        f"ppo: policy {total:,} parameters, {trainable:,} trainable (reference: {reference}); "
+        f"{critic}\n"
+        f"     rollout: {prompts} of {num_prompts} prompts{each}, at most {ppo.response_length} "
+        f"tokens each; {ppo.num_updates} updates = {ppo.num_updates * ppo.batch_size} episodes = "
+        f"{passes:.1f} passes over the prompts\n"
+        f"     update: {ppo.num_ppo_epochs} epochs x {ppo.num_mini_batches} minibatches of "
+        f"{minibatch} = {steps} optimiser steps; {processes} x {micro} micro-batches of at most "
+        f"{ppo.micro_batch_size}"
     )

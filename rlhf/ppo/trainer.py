@@ -15,6 +15,8 @@ Decisions and sources: Z = Ziegler et al. 2019 (arXiv 1909.08593), S = Stiennon 
 
 from __future__ import annotations
 
+import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -48,11 +50,12 @@ from rlhf.ppo.rollout import (
     minibatches,
     stream_rows,
 )
-from rlhf.ppo.saved_rollouts import write_rollout
 from rlhf.ppo.update import Updater
 from rlhf.sampling import sampling_for
 from rlhf.scorers import CombinedScorer, Scorer
+from rlhf.tokenizer import response_text
 
+SAVED_PER_TOKEN = ("response_ids", "logprobs", "ref_logprobs", "values", "advantages", "returns")
 Estimator = Callable[[Rollout, Tensor, PPOConfig], tuple[Tensor, Tensor]]
 
 
@@ -214,13 +217,37 @@ class PPOTrainer:
         return rollout.final_scores(None if ppo.whiten_scores else ppo.missing_eos_penalty)
 
     def save_rollout(self, batch: Experience) -> None:
-        """Write this update's rollout if `ppo.save_rollouts` asks for it."""
+        """Write this update's rollout, a row per response, if `ppo.save_rollouts` asks for it.
+
+        Lists have an entry per response token. A resumed run writes the same file again.
+        """
         every, number = self.config.ppo.save_rollouts, self.update + 1
         if every is None or number % every or not self.accelerator.is_main_process:
             return
-        prompts = [row["prompt"] for row in self.prompts_of_update()]
-        scores = self.reported_scores(batch)
-        write_rollout(self.directory, number, prompts, batch, scores, self.actors.tokenizer)
+        file = self.directory / "rollouts" / f"update-{number:06d}.jsonl"
+        file.parent.mkdir(exist_ok=True)
+        prompts, scores = self.prompts_of_update(), self.reported_scores(batch)
+        # a column of a table has one type: next to texts, conversations are written as JSON text
+        mixed = len({type(row["prompt"]) for row in prompts}) > 1
+        tensors = {name: getattr(batch, name) for name in SAVED_PER_TOKEN}
+        tensors |= {"token_kl": batch.kl, "rewards": batch.rewards}
+        lines = []
+        for i, prompt in enumerate(row["prompt"] for row in prompts):
+            length = int(batch.lengths[i])
+            tokens = {name: tensor[i, :length].tolist() for name, tensor in tensors.items()}
+            row = {
+                "update": number,
+                "prompt": json.dumps(prompt) if mixed and not isinstance(prompt, str) else prompt,
+                "response": response_text(tokens["response_ids"], self.actors.tokenizer),
+                "finished": bool(batch.finished[i]),
+                "score": float(scores[i]),
+                "kl": sum(tokens["token_kl"]),  # nats
+                "response_length": length,
+            }
+            lines.append(json.dumps(row | tokens) + "\n")
+        temporary = file.with_name(file.name + ".tmp")
+        temporary.write_text("".join(lines), encoding="utf-8")
+        os.replace(temporary, file)
 
     def state(self) -> dict[str, Any]:
         """What resuming needs besides weights and optimisers, as JSON values."""

@@ -216,14 +216,10 @@ class Updater:
         return {"policy_loss": loss.detach(), "entropy": total_entropy, **stats}
 
     def accumulate_ptx(self, batch: Experience, step: int, update: int) -> dict[str, float]:
-        """Accumulate the gradient of `ptx.coef` x the mean loss per token over this step's texts.
+        """Accumulate the gradient of `ptx.coef` x the mean loss per token of this step's texts.
 
-        InstructGPT (eq. 2) adds 27.8 x the mean log-likelihood of the pretraining text to the
-        reward objective. Both means are over tokens here: of the minibatch's responses for PPO, of
-        the step's texts (every token but the first) for ptx.
-
-        Args:
-            step: number of the step in this update.
+        InstructGPT (eq. 2) adds 27.8 x the mean log-likelihood of the pretraining text to its
+        objective. Here the mean is over tokens: every token of the texts but the first of each.
         """
         ptx, ppo = self.config.ptx, self.config.ppo
         if not self.texts or not self.trains_policy(update):

@@ -1,9 +1,8 @@
 """The watchdog: rules on every update's metrics, each with a threshold and a remedy.
 
-A rule that fires writes a row to `watchdog.jsonl`. The first time, it also warns in the terminal. A
-table at the end says how often each rule fired. The thresholds are the settings under `watchdog:`;
-null turns a rule off. Only `kl_budget` ends the run. Left out: numbers that are not finite, and
-`ppo.target_kl` inside an update; `rlhf.ppo.update` acts on both.
+`loop.py` asks it after every update. A rule that fires writes a row to `watchdog.jsonl`; the first
+time, it also warns. The thresholds are the settings under `watchdog:`; null turns a rule off. Only
+`kl_budget` ends the run. `update.py` acts on numbers that are not finite, and on `ppo.target_kl`.
 """
 
 from __future__ import annotations
@@ -20,15 +19,10 @@ Metrics = dict[str, float]
 
 
 class Rule(NamedTuple):
-    """A number that must not pass a threshold.
+    """A number that must not pass a threshold."""
 
-    Attributes:
-        above: True where too large is bad, False where too small is.
-        message: what it means and what to do; `{value}` and `{limit}` are filled in.
-    """
-
-    above: bool
-    message: str
+    above: bool  # True: the rule fires above the threshold; False: below
+    message: str  # meaning and remedy, with {value} and {limit}
 
 
 LESS = "lower ppo.learning_rate or ppo.num_ppo_epochs, or set ppo.target_kl (e.g. 0.02)"
@@ -110,12 +104,7 @@ SAME_AS_METRIC = {
 
 
 def measure(now: Metrics, first: Metrics, num_sequences: int) -> Metrics:
-    """Compute the number that each rule judges; rules whose metrics are missing have none.
-
-    Args:
-        now, first: metrics of this update, and of the first update that had them.
-        num_sequences: sequences of an update.
-    """
+    """Compute the number that each rule judges; rules whose metrics are missing have none."""
     values = {rule: now[name] for rule, name in SAME_AS_METRIC.items() if name in now}
     if "ratio_max" in now:
         values["ratio"] = max(now["ratio_max"], 1 / max(now["ratio_min"], 1e-30))
@@ -152,22 +141,15 @@ class Watchdog:
         self.fired: dict[str, dict[str, float]] = {}
 
     def check(self, update: int, metrics: Metrics) -> set[str]:
-        """Judge one update's metrics; write down and say which rules fire.
-
-        Args:
-            update: number of the update, from 1.
-
-        Returns:
-            Names of the rules that fired.
-        """
+        """Judge the metrics of an update (counted from 1); return the names of the rules that
+        fired."""
         self.first = metrics | self.first
         values = measure(metrics, self.first, self.num_sequences)
         fired = set()
         for name, rule in RULES.items():
             limit, value = self.limits[name], values.get(name)
-            if limit is None or value is None:
-                continue
-            if name == "explained_variance" and update <= self.warmup_updates:
+            warms_up = name == "explained_variance" and update <= self.warmup_updates
+            if limit is None or value is None or warms_up:
                 continue
             if value > limit if rule.above else value < limit:
                 fired.add(name)
@@ -188,7 +170,7 @@ class Watchdog:
             append_jsonl(self.path, [row])
 
     def summary(self) -> str:
-        """Lay out the rules that fired as a table; empty when none did."""
+        """A table of the rules that fired; empty if none did."""
         rows = [
             (name, entry["updates"], entry["first"], entry["worst"], self.limits[name])
             for name, entry in self.fired.items()

@@ -31,10 +31,8 @@ class Sampling:
         max_new_tokens: budget of a response, EOS included.
         stop_ids: a response ends with the first of these ids and includes it.
         forbidden: ids that are never sampled.
-        temperature: divides the logits.
-        top_p, top_k: restrict the choice (1.0 and 0: off); log-probs stay those of the full
-        distribution.
-        stop_strings: a response also ends with the token that completes one of these; None: none.
+        top_p, top_k: restrict the choice (1.0 and 0: off), but not the distribution of log-probs.
+        stop_strings: a response also ends with the token that completes one of these.
     """
 
     max_new_tokens: int
@@ -51,10 +49,9 @@ class Generation:
     """Sampled responses, one entry per prompt.
 
     Attributes:
-        ids: response tokens, including the stop token or stop string.
+        ids: response tokens, with the stop token or stop string.
         logprobs: log-probs of these tokens under the sampler, nats, float32.
-        finished: True where a stop token or stop string was sampled; False where the budget ended
-            the response.
+        finished: False where the budget ended the response, not a stop token or stop string.
     """
 
     ids: list[list[int]]
@@ -77,8 +74,8 @@ def sampling_for(
     top_p: float = 1.0,
     top_k: int = 0,
 ) -> Sampling:
-    """Build the settings of a model: its stop tokens and the stop strings of its chat template end
-    a response, its unused ids never occur."""
+    """The settings for a model: its stop tokens and the stop strings of its chat template end a
+    response, and its unused ids are forbidden."""
     num_logits = model.get_output_embeddings().weight.shape[0]
     stops = StopStrings(tokenizer)
     return Sampling(
@@ -98,15 +95,11 @@ def context_length(model: Any) -> int:
 
 
 def uniform_noise(key: Sequence[int], rows: Sequence[int], num_tokens: int) -> Tensor:
-    """Draw the random numbers of a batch of responses.
+    """Draw the random numbers of a batch of responses, (len(rows), num_tokens) float64 in [0, 1).
 
     Args:
         key: non-negative integers that name the occasion, e.g. (seed, update).
         rows: global row numbers; each row has its own stream.
-        num_tokens: numbers per row.
-
-    Returns:
-        (len(rows), num_tokens) float64 in [0, 1).
     """
     draws = [np.random.default_rng([*key, row]).random(num_tokens) for row in rows]
     return torch.from_numpy(np.stack(draws) if draws else np.empty((0, num_tokens)))
