@@ -73,8 +73,7 @@ def _extremes(ratio: Tensor, mask: Tensor) -> Stats:
         least = torch.where(mask, ratio, torch.inf).min()
         greatest = torch.where(mask, ratio, -torch.inf).max()
     ratio_min, ratio_max = (torch.where(mask.any(), x, 1.0) for x in (least, greatest))
-    deviation = torch.maximum(ratio_max - 1, 1 - ratio_min)
-    return {"ratio_max": ratio_max, "ratio_min": ratio_min, "ratio_max_dev": deviation}
+    return {"ratio_max": ratio_max, "ratio_min": ratio_min}
 
 
 def value_loss(

@@ -61,11 +61,8 @@ class Actors:
 
 
 def load_checked_tokenizer(config: PPOStageConfig) -> tuple[Any, StageRecord | None]:
-    """Load the policy's tokenizer, and check that it fits the reward model's.
-
-    Returns:
-        The tokenizer, and the record of the stage that the policy comes from, if it has one.
-    """
+    """Load the policy's tokenizer and the record of its stage, if it has one; check that they fit
+    the reward model."""
     policy = str(config.model.path)
     record = require_stage(policy, ("sft", "ppo"), "model.path", config.model.revision)
     tokenizer = load_tokenizer(config.model)
@@ -122,14 +119,8 @@ def load_actors(
     for model in (policy, critic):
         if model is not None:
             disable_dropout(model)
-    return Actors(
-        policy=policy.to(device),
-        reference=reference,
-        critic=critic if critic is None else critic.to(device),
-        scorer=scorer,
-        tokenizer=tokenizer,
-        tokenizer_hash=rendering,
-    )
+            model.to(device)
+    return Actors(policy, reference, critic, scorer, tokenizer, rendering)
 
 
 def check_promises(config: PPOStageConfig, actors: Actors, accelerator: Accelerator) -> None:

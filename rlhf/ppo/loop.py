@@ -144,7 +144,16 @@ class PPOLoop:
         began = time.perf_counter()
         bar = progress_bar(config.ppo.num_updates, trainer.update, "update")
         while trainer.update < config.ppo.num_updates and not last and not interrupted:
-            metrics = self._step() | {"seconds": time.perf_counter() - began}
+            started = time.perf_counter()
+            metrics = trainer.step()
+            ended, collected = time.perf_counter(), trainer.collected_at
+            num_tokens = metrics["response_length"] * config.ppo.batch_size
+            metrics |= {
+                "collect_seconds": collected - started,
+                "optimize_seconds": ended - collected,
+                "tokens_per_second": num_tokens / (ended - started),
+                "seconds": ended - began,
+            }
             shown = {short: f"{metrics[name]:.3g}" for name, short in SHOWN.items()}
             bar.set_postfix(shown, refresh=False)
             bar.update(1)
@@ -154,18 +163,6 @@ class PPOLoop:
             last, interrupted = self._end_update(writer, stop, over_budget)
         bar.close()
         return interrupted
-
-    def _step(self) -> dict[str, float]:
-        """Make an update; return its metrics and timings."""
-        began = time.perf_counter()
-        metrics = self.trainer.step()
-        ended, collected = time.perf_counter(), self.trainer.collected_at
-        num_tokens = metrics["response_length"] * self.config.ppo.batch_size
-        return metrics | {
-            "collect_seconds": collected - began,
-            "optimize_seconds": ended - collected,
-            "tokens_per_second": num_tokens / (ended - began),
-        }
 
     def _end_update(
         self, writer: MetricsWriter, stop: GracefulStop, over_budget: bool

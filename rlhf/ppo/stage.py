@@ -96,14 +96,14 @@ def with_sources(config: PPOStageConfig, scorer: Scorer | None) -> PPOStageConfi
     """Return a copy that names the stages that PPO starts from, and the scorer that the caller
     passed."""
     config = with_default_paths(config)
-    if scorer is not None:
-        if needs_reward_model(config):
-            raise InputError(
-                "critic.init=reward needs a reward model; with a scorer of your own set "
-                "critic.init=policy"
-            )
-        name = getattr(scorer, "__qualname__", type(scorer).__qualname__)
-        config.scorer = ScorerConfig(f"python:{scorer.__module__}.{name}", normalize="none")
+    if scorer is None:
+        return config
+    if needs_reward_model(config):
+        raise InputError(
+            "critic.init=reward needs a reward model; with your own scorer set critic.init=policy"
+        )
+    name = getattr(scorer, "__qualname__", type(scorer).__qualname__)
+    config.scorer = ScorerConfig(f"python:{scorer.__module__}.{name}", normalize="none")
     return config
 
 
@@ -117,9 +117,8 @@ def load_texts(config: PPOStageConfig, tokenizer: Any, context: int) -> list[lis
             f"ptx.max_length={ptx.max_length} exceeds the model's context of {context} tokens; "
             "lower it"
         )
-    assert ptx.path is not None  # `check` has made sure
     bad = config.dataset.on_bad_row
-    rows, dropped = load_rows(ptx.path, ptx.format, ptx.split, "ptx", "ptx.path", bad)
+    rows, dropped = load_rows(str(ptx.path), ptx.format, ptx.split, "ptx", "ptx.path", bad)
     texts, unusable = encode_texts(rows, tokenizer, ptx.max_length, bad)
     dropped += unusable
     say("\n".join([f"ptx: {len(texts)} texts; {describe_dropped(dropped)}", *first_cases(dropped)]))
@@ -137,7 +136,7 @@ def require_equal_shares(config: PPOStageConfig, num_processes: int) -> None:
     if config.ptx.coef and config.ptx.batch_size % num_processes:
         raise InputError(
             f"ptx.batch_size={config.ptx.batch_size} must be divisible by the {num_processes} "
-            "processes"
+            "processes; change it"
         )
 
 

@@ -95,7 +95,7 @@ class PPOTrainer:
         self.updater = Updater(config, actors, self.sampling, accelerator, directory, texts)
         self.update = 0
         self.kl_coef = ppo.kl_coef
-        self.score_moments = Moments(0, 0.0, 0.0)
+        self.score_moments = Moments()
         self.collected_at = 0.0
 
     def step(self) -> dict[str, float]:
@@ -179,14 +179,8 @@ class PPOTrainer:
         by_default = ppo.advantage in WHITENED
         whitens = by_default if ppo.whiten_advantages is None else ppo.whiten_advantages
         advantages = whiten(raw, rollout.loss_mask) if whitens else raw
-        batch = Experience(
-            **vars(rollout),
-            kl=kl,
-            rewards=rewards,
-            raw_advantages=raw,
-            advantages=advantages,
-            returns=returns,
-        )
+        estimates = {"raw_advantages": raw, "advantages": advantages, "returns": returns}
+        batch = Experience(**vars(rollout), kl=kl, rewards=rewards, **estimates)
         self.require_finite(batch, "advantages", "returns")
         self.save_rollout(batch)
         return batch

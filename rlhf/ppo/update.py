@@ -53,11 +53,7 @@ PTX_STREAM = 1  # keeps the order of the ptx texts apart from that of the prompt
 PREFIX = {"policy": "", "critic": "critic_"}  # of a model's metrics
 LOSSES = ("value_loss", "policy_loss")  # already divided by the number of tokens
 # these statistics of the parts of a minibatch combine as extremes, all others as sums
-EXTREMES: dict[str, Callable[..., Tensor]] = {
-    "ratio_max": torch.max,
-    "ratio_min": torch.min,
-    "ratio_max_dev": torch.max,
-}
+EXTREMES: dict[str, Callable[..., Tensor]] = {"ratio_max": torch.max, "ratio_min": torch.min}
 
 
 class Updater:
@@ -372,8 +368,8 @@ def over_steps(steps: list[dict[str, float]]) -> dict[str, float]:
     names = dict.fromkeys(name for stats in steps for name in stats)
     columns = {name: [stats[name] for stats in steps if name in stats] for name in names}
     result = {name: sum(values) / len(values) for name, values in columns.items()}
-    if "ratio_max_dev" in result:
-        result |= {"ratio_max": max(columns["ratio_max"]), "ratio_min": min(columns["ratio_min"])}
-        del result["ratio_max_dev"]
-        result["first_ratio_deviation"] = columns["ratio_max_dev"][0]
+    if "ratio_max" in result:
+        most, least = columns["ratio_max"], columns["ratio_min"]
+        result |= {"ratio_max": max(most), "ratio_min": min(least)}
+        result["first_ratio_deviation"] = max(most[0] - 1, 1 - least[0])
     return result

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rlhf.config import PPOStageConfig
 from rlhf.console import is_main_process, table, warn
@@ -18,94 +18,75 @@ from rlhf.metrics import append_jsonl
 Metrics = dict[str, float]
 
 
-class Rule(NamedTuple):
-    """A number that must not pass a threshold."""
-
-    above: bool  # True: the rule fires above the threshold; False: below
-    message: str  # meaning and remedy, with {value} and {limit}
-
-
 LESS = "lower ppo.learning_rate or ppo.num_ppo_epochs, or set ppo.target_kl (e.g. 0.02)"
-RULES: dict[str, Rule] = {
-    "kl_budget": Rule(
-        True,
+# rule -> what it means that the rule fires, and the remedy
+RULES = {
+    "kl_budget": (
         "KL to the reference is {value:.3g} nats per response, over the budget of {limit:g}: the "
-        "run ends here. Raise ppo.kl_coef, or watchdog.kl_budget",
+        "run ends here. Raise ppo.kl_coef, or watchdog.kl_budget"
     ),
-    "first_ratio": Rule(
-        True,
-        "the first minibatch's ratio is off 1 by {value:.2g}: rollout and training disagree about "
-        "the policy. Use precision=float32 and another model.attn_implementation to find out why",
+    "first_ratio": (
+        "the first minibatch's ratio differs from 1 by {value:.2g}: rollout and training disagree about "
+        "the policy. Use precision=float32 and another model.attn_implementation to find out why"
     ),
-    "ratio": Rule(True, f"a token's probability changed by a factor of {{value:.3g}}: {LESS}"),
-    "clip_fraction": Rule(True, f"{{value:.0%}} of the tokens are clipped: {LESS}"),
-    "negative_kl": Rule(
-        True,
+    "ratio": f"a token's probability changed by a factor of {{value:.3g}}: {LESS}",
+    "clip_fraction": f"{{value:.0%}} of the tokens are clipped: {LESS}",
+    "negative_kl": (
         "the k1 estimate of KL is {value:.1f} standard errors below 0. A little below is chance, "
         "this is not: the log-probs are not those of the sampled distribution. Keep "
-        "ppo.top_p=1 and ppo.top_k=0, and see the metric sampler_gap",
+        "ppo.top_p=1 and ppo.top_k=0, and see the metric sampler_gap"
     ),
-    "entropy_drop": Rule(
-        False,
+    "entropy_drop": (
         "entropy fell to {value:.0%} of the first update's: responses become alike. Raise "
-        "ppo.kl_coef or ppo.entropy_coef, or lower ppo.learning_rate",
+        "ppo.kl_coef or ppo.entropy_coef, or lower ppo.learning_rate"
     ),
-    "explained_variance": Rule(
-        False,
+    "explained_variance": (
         "the critic predicts returns worse than a constant would (explained variance "
         "{value:.2f}): its error steers the policy. Set critic.warmup_updates=5 or more, or raise "
-        "critic.learning_rate",
+        "critic.learning_rate"
     ),
-    "missing_eos_penalty": Rule(
-        False,
+    "missing_eos_penalty": (
         "finished responses score {value:.2f} on average, less than ppo.missing_eos_penalty="
-        "{limit:g}: not ending pays. Lower the penalty, or set scorer.normalize=standardise",
+        "{limit:g}: not ending pays. Lower the penalty, or set scorer.normalize=standardise"
     ),
-    "eos_rate": Rule(
-        False,
+    "eos_rate": (
         "only {value:.0%} of the responses end with a stop token: raise ppo.response_length, lower "
-        "ppo.missing_eos_penalty, or train the SFT stage longer",
+        "ppo.missing_eos_penalty, or train the SFT stage longer"
     ),
-    "length_drift": Rule(
-        True,
+    "length_drift": (
         "the mean response length changed by a factor of {value:.1f} since the first update: the "
         "scorer may pay for length. Read samples.jsonl, and the reward stage's length-matched "
-        "accuracy; raise ppo.kl_coef",
+        "accuracy; raise ppo.kl_coef"
     ),
-    "score_std": Rule(
-        False,
+    "score_std": (
         "the scores of a rollout hardly differ (standard deviation {value:.2g}): there is nothing "
-        "to learn from. Check the scorer, and ppo.temperature",
+        "to learn from. Check the scorer, and ppo.temperature"
     ),
-    "grad_norm": Rule(
-        True,
+    "grad_norm": (
         "gradient norm {value:.3g} before clipping: lower the learning rates, or set "
-        "scorer.normalize=standardise if scores are large",
+        "scorer.normalize=standardise if scores are large"
     ),
-    "sampler_gap": Rule(
-        True,
+    "sampler_gap": (
         "sampler and training forward differ by {value:.2g} nats at a token: use precision=float32 "
-        "or another model.attn_implementation",
+        "or another model.attn_implementation"
     ),
 }
 
 
-# rules that judge a metric unchanged
-SAME_AS_METRIC = {
+# rules that fire if the number is below the threshold; the others fire above it
+BELOW = ("entropy_drop", "explained_variance", "missing_eos_penalty", "eos_rate", "score_std")
+# rules that judge a metric of another name
+METRIC_OF = {
     "kl_budget": "kl",
     "first_ratio": "first_ratio_deviation",
-    "clip_fraction": "clip_fraction",
-    "explained_variance": "explained_variance",
     "missing_eos_penalty": "finished_score",
-    "eos_rate": "eos_rate",
-    "score_std": "score_std",
-    "sampler_gap": "sampler_gap",
 }
 
 
 def measure(now: Metrics, first: Metrics, num_sequences: int) -> Metrics:
     """Compute the number that each rule judges; rules whose metrics are missing have none."""
-    values = {rule: now[name] for rule, name in SAME_AS_METRIC.items() if name in now}
+    metric_of = {rule: METRIC_OF.get(rule, rule) for rule in RULES}
+    values = {rule: now[metric] for rule, metric in metric_of.items() if metric in now}
     if "ratio_max" in now:
         values["ratio"] = max(now["ratio_max"], 1 / max(now["ratio_min"], 1e-30))
     standard_error = now["kl_std"] / num_sequences**0.5
@@ -146,25 +127,25 @@ class Watchdog:
         self.first = metrics | self.first
         values = measure(metrics, self.first, self.num_sequences)
         fired = set()
-        for name, rule in RULES.items():
+        for name in RULES:
             limit, value = self.limits[name], values.get(name)
             warms_up = name == "explained_variance" and update <= self.warmup_updates
             if limit is None or value is None or warms_up:
                 continue
-            if value > limit if rule.above else value < limit:
+            if value < limit if name in BELOW else value > limit:
                 fired.add(name)
                 self._fire(update, name, value)
         return fired
 
     def _fire(self, update: int, name: str, value: float) -> None:
-        rule, limit = RULES[name], self.limits[name]
-        text = rule.message.format(value=value, limit=limit)
+        limit = self.limits[name]
+        text = RULES[name].format(value=value, limit=limit)
         if name not in self.fired:
             warn(f"update {update}, watchdog.{name}: {text}")
             self.fired[name] = {"updates": 0, "first": update, "worst": value}
         entry = self.fired[name]
         entry["updates"] += 1
-        entry["worst"] = (max if rule.above else min)(entry["worst"], value)
+        entry["worst"] = (min if name in BELOW else max)(entry["worst"], value)
         if is_main_process():
             row = {"step": update, "rule": name, "value": value, "limit": limit, "message": text}
             append_jsonl(self.path, [row])

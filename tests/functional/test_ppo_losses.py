@@ -40,7 +40,7 @@ def test_policy_loss_clips_the_gradient_on_the_right_side_only(
     close(loss.detach(), expected)
     close(logprobs.grad, [[gradient]])
     close(stats["clip_fraction"], float(gradient == 0))
-    close(stats["ratio_max_dev"], abs(ratio - 1))
+    close(max(stats["ratio_max"] - 1, 1 - stats["ratio_min"]), abs(ratio - 1))
 
 
 def test_policy_loss_is_the_mean_over_tokens_and_its_statistics_are_sums():
@@ -53,12 +53,11 @@ def test_policy_loss_is_the_mean_over_tokens_and_its_statistics_are_sums():
     close(stats["ratio"], 5.1)
     close(stats["ratio_max"], 1.5)
     close(stats["ratio_min"], 0.5)
-    close(stats["ratio_max_dev"], 0.5)
     close(stats["num_tokens"], 5.0)
     close(stats["approx_kl"], sum(r - 1 - math.log(r) for r in (1.5, 1.5, 0.5, 0.5, 1.1)))
     assert set(stats) == {
         *("approx_kl", "clip_fraction", "dual_clip_fraction", "num_tokens"),
-        *("ratio", "ratio_max", "ratio_min", "ratio_max_dev"),
+        *("ratio", "ratio_max", "ratio_min"),
     }
 
 
@@ -80,7 +79,8 @@ def test_the_first_update_has_ratio_one_and_the_plain_policy_gradient():
     close(logprobs.grad, torch.where(mask, -advantages / 3, 0.0))
     for name, expected in (("approx_kl", 0), ("clip_fraction", 0), ("ratio", 3)):
         exact(stats[name], torch.tensor(float(expected)))
-    exact(stats["ratio_max_dev"], torch.tensor(0.0))
+    exact(stats["ratio_max"], torch.tensor(1.0))
+    exact(stats["ratio_min"], torch.tensor(1.0))
 
 
 @pytest.mark.parametrize("ratios", [[0.5, 0.9], [1.25, 3.0], [0.5, 1.25]])
@@ -91,7 +91,6 @@ def test_the_extremes_of_the_ratio_are_those_of_valid_tokens(ratios):
     stats = F.policy_loss(logprobs, torch.zeros(1, 4), torch.ones(1, 4), mask, 0.2)[1]
     close(stats["ratio_min"], ratios[0])
     close(stats["ratio_max"], ratios[1])
-    close(stats["ratio_max_dev"], max(abs(ratio - 1) for ratio in ratios))
 
 
 # Ratio and advantage with cliprange 0.2 and dual clip 3: loss, d loss / d logprob, which clip acts.
@@ -227,7 +226,7 @@ def test_micro_batches_add_up_to_the_minibatch(loss_function, seed, size):
     loss, stats = loss_function(whole, *inputs[1:], mask, 0.2)
     loss.backward()
     denominator = mask.sum() if seed % 2 else int(mask.sum())
-    merges = {"ratio_max_dev": max, "ratio_max": max, "ratio_min": min}
+    merges = {"ratio_max": max, "ratio_min": min}
     total, merged = 0.0, {}
     for start in range(0, 4, size):
         part = slice(start, start + size)
