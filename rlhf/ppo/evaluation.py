@@ -39,8 +39,7 @@ class Evaluator:
     Attributes:
         prompts: encoded held-out prompts; their number is a multiple of the number of processes.
         independent: a second scorer, which PPO does not train on.
-        baseline: scores of the responses before training, for the win rate; the first call fills
-            it.
+        baseline: scores of the responses before training, for the win rate; from the first call.
     """
 
     trainer: PPOTrainer

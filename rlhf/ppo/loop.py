@@ -53,8 +53,7 @@ class PPOResult:
 
     Attributes:
         directory: holds the trained policy; None if training was interrupted.
-        before: metrics on held-out prompts before the first update.
-        after: the same metrics of the policy in `directory`.
+        before, after: metrics on held-out prompts, of the first policy and of that in `directory`.
         update: the policy in `directory` is from after this update.
         stopped_by: number of the signal that interrupted training, if one did.
     """

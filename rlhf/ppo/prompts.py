@@ -29,9 +29,6 @@ def choose_prompts(
 ) -> tuple[Prompts, Prompts, Counter[str]]:
     """Encode training and held-out prompts, and drop those that are too long.
 
-    Args:
-        independent: a second scorer, which scores the held-out prompts too.
-
     Returns:
         Training and held-out prompts (`prompt`, `input_ids`), and the dropped ones by reason.
     """

@@ -85,8 +85,7 @@ class Responses:
 
     @property
     def state_positions(self) -> Tensor:
-        """(B, T): position in the sequence of the token before each response token; at most L - 1
-        at masked positions."""
+        """(B, T): position in the sequence of the token before each response token; below L."""
         before = self.prompt_mask.sum(dim=1, keepdim=True) - 1  # (B, 1)
         steps = torch.arange(self.response_ids.shape[1], device=before.device)
         return (before + steps).clamp(max=self.sequence_mask.shape[1] - 1)
@@ -114,8 +113,7 @@ class Responses:
         return replace(self, **{name: take(name, value) for name, value in vars(self).items()})
 
     def micro_batches(self, size: int) -> Iterator[tuple[Tensor, Self]]:
-        """Yield (rows, part) with `size` rows each, the longest first: rows of a part have similar
-        lengths."""
+        """Yield (rows, part) of `size` rows each, the longest first: less padding."""
         order = self.sequence_mask.sum(dim=1).argsort(descending=True, stable=True)
         for rows in order.split(size):
             yield rows, self.select(rows)
@@ -208,8 +206,7 @@ def collect(
         key: names the random numbers, e.g. (seed, update).
         minibatches: rows of each minibatch of the first epoch. The models read the rollout in the
             same batches as training will, so that the first ratio is exactly 1.
-        with_scores: call the scorer; False leaves the scores at 0.
-        with_values: also read `values`, where there is a critic.
+        with_scores, with_values: call the scorer and the critic; else their fields are 0.
     """
     with accelerator.autocast():
         responses, scores = sample_and_score(
@@ -260,12 +257,11 @@ def sample_and_score(
     scores = Scores(torch.zeros(num_rows))
     if with_scores:
         scores = on_every_process(partial(score_sampled, actors, mine, sampled.ids), accelerator)
+    parts = [totals.tolist() for totals in scores.components.values()]
     fields: dict[str, list[Any]] = {
         "scores": scores.total.tolist(),
         "dense_rewards": [row.tolist() for row in scores.dense or torch.zeros(num_rows, 0)],
-        "component_scores": [
-            [float(x[i]) for x in scores.components.values()] for i in range(num_rows)
-        ],
+        "component_scores": [[part[row] for part in parts] for row in range(num_rows)],
         "cut": [False] * num_rows if scores.cut is None else scores.cut.tolist(),
     }
     # every process pads the rows of all of them: the batch is the same everywhere

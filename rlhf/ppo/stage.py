@@ -151,8 +151,9 @@ def describe_batches(
     reference = "adapters off" if actors.reference is None else "own copy"
     critic = f"no critic ({ppo.advantage})"
     if actors.critic is not None:
-        size = parameter_count(actors.critic)[1]
-        critic = f"critic from {config.critic.init}, {size:,} trainable"
+        critic = (
+            f"critic from {config.critic.init}, {parameter_count(actors.critic)[1]:,} trainable"
+        )
     steps = ppo.num_ppo_epochs * ppo.num_mini_batches
     prompts = ppo.batch_size // ppo.samples_per_prompt
     each = f" x {ppo.samples_per_prompt} responses" if ppo.samples_per_prompt > 1 else ""

@@ -170,10 +170,8 @@ class PPOTrainer:
         return kl, rewards
 
     def estimate_advantages(self, rollout: Rollout, kl: Tensor, rewards: Tensor) -> Experience:
-        """Add advantages, whitened over all tokens of the rollout (N), and returns.
-
-        The rollout is saved here, if asked: before the update, which may fail.
-        """
+        """Add advantages, whitened over all tokens of the rollout (N), and returns; then save the
+        rollout, if asked: the update may fail."""
         ppo = self.config.ppo
         raw, returns = ESTIMATORS[ppo.advantage](rollout, rewards, ppo)
         by_default = ppo.advantage in WHITENED
@@ -205,16 +203,12 @@ class PPOTrainer:
         return metrics
 
     def reported_scores(self, rollout: Rollout) -> Tensor:
-        """(B,) scores with the penalty for a missing EOS; without the penalty if
-        `ppo.whiten_scores` puts it on a different scale."""
+        """(B,) scores with the penalty for a missing EOS, if it is on the scale of the scores."""
         ppo = self.config.ppo
         return rollout.final_scores(None if ppo.whiten_scores else ppo.missing_eos_penalty)
 
     def save_rollout(self, batch: Experience) -> None:
-        """Write this update's rollout, a row per response, if `ppo.save_rollouts` asks for it.
-
-        Lists have an entry per response token. A resumed run writes the same file again.
-        """
+        """Write this update's rollout, a row per response, if `ppo.save_rollouts` asks for it."""
         every, number = self.config.ppo.save_rollouts, self.update + 1
         if every is None or number % every or not self.accelerator.is_main_process:
             return

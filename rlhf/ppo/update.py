@@ -99,14 +99,11 @@ class Updater:
 
     def run(self, batch: Experience, update: int, kl_coef: float) -> dict[str, float]:
         """Make epochs x minibatches optimiser steps: fewer if `target_kl` is passed, and none for a
-        minibatch without a token that counts.
+        minibatch without a token that counts. Return metrics, means over the steps.
 
         Args:
             update: number of finished updates.
             kl_coef: weight of the KL penalty, used if it is in the loss.
-
-        Returns:
-            Metrics, means over the steps.
         """
         ppo, metrics = self.config.ppo, self._set_learning_rates(update)
         steps: list[dict[str, float]] = []
@@ -144,11 +141,8 @@ class Updater:
     def accumulate(
         self, batch: Experience, rows: Tensor, update: int, kl_coef: float
     ) -> dict[str, float]:
-        """Accumulate the gradients of the minibatch `rows` over micro-batches and processes.
-
-        Returns:
-            Statistics of the whole minibatch, all finite.
-        """
+        """Accumulate the gradients of the minibatch `rows` over micro-batches and processes; return
+        its statistics, all finite."""
         share = batch.select(share_of(rows, self.accelerator))
         num_tokens = float(batch.loss_mask[rows].sum())
         denominator = num_tokens / self.accelerator.num_processes  # distributed wrappers average
@@ -170,13 +164,9 @@ class Updater:
     def critic_backward(self, part: Experience, denominator: float) -> Stats:
         """Accumulate the gradient of the value loss of one micro-batch."""
         ppo = self.config.ppo
+        values, clip = critic_values(self.critic, part), ppo.cliprange_value
         loss, stats = value_loss(
-            critic_values(self.critic, part),
-            part.values,
-            part.returns,
-            part.loss_mask,
-            ppo.cliprange_value,
-            denominator=denominator,
+            values, part.values, part.returns, part.loss_mask, clip, denominator=denominator
         )
         self.accelerator.backward(ppo.vf_coef * loss)
         clipped = stats["value_clip_fraction"]
@@ -328,8 +318,7 @@ def make_optimizer(parameters: Iterable[Tensor], rate: float, ppo: PPOConfig) ->
 
 
 def text_loss(model: Any, texts: Sequence[Sequence[int]], denominator: float) -> Tensor:
-    """Sum of -log p, nats, over the tokens of some texts except the first of each, divided by
-    `denominator`."""
+    """Sum of -log p over all tokens of texts but the first of each, divided by `denominator`."""
     device = next(model.parameters()).device
     ids = pad(texts, 0, device=device)
     mask = pad([[True] * len(text) for text in texts], False, device=device)

@@ -26,8 +26,9 @@ RULES = {
         "run ends here. Raise ppo.kl_coef, or watchdog.kl_budget"
     ),
     "first_ratio": (
-        "the first minibatch's ratio differs from 1 by {value:.2g}: rollout and training disagree about "
-        "the policy. Use precision=float32 and another model.attn_implementation to find out why"
+        "the first minibatch's ratio differs from 1 by {value:.2g}: rollout and training disagree "
+        "about the policy. Use precision=float32, or another model.attn_implementation, to find "
+        "out why"
     ),
     "ratio": f"a token's probability changed by a factor of {{value:.3g}}: {LESS}",
     "clip_fraction": f"{{value:.0%}} of the tokens are clipped: {LESS}",

@@ -1,9 +1,8 @@
 """The decode loop: prompt ids in; response ids, log-probs and a `finished` flag out.
 
-It is our own loop on the cache of transformers, and drops rows as soon as they finish.
-Sampling is inverse-CDF with one uniform number per token, drawn from a generator that is keyed by
-(seed, update, row): a response does not depend on the batch it was sampled in, on the number of
-processes, or on what was sampled before.
+It is our own loop on the cache of transformers, and drops rows as soon as they finish. Sampling is
+inverse-CDF with one uniform number per token, from a generator keyed by (seed, update, row): a
+response does not depend on its batch, on the number of processes, or on earlier samples.
 """
 
 from __future__ import annotations
