@@ -188,7 +188,7 @@ class PPOTrainer:
         ppo = self.config.ppo
         scores = self.reported_scores(batch)
         metrics = (
-            advantage_metrics(batch, ppo.has_critic)
+            advantage_metrics(batch, self.actors.critic is not None)
             | stats
             | component_metrics(batch, self.actors.scorer)
             | cut_metric("", batch.cut, self.actors, self.actors.scorer)
