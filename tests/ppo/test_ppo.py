@@ -18,6 +18,7 @@ from rlhf.functional import token_logprobs
 from rlhf.models import response_logits
 from rlhf.ppo import PPOTrainer, train_ppo
 from rlhf.ppo.rollout import stream_rows
+from rlhf.ppo.update import over_steps
 
 
 def test_first_minibatch_has_ratio_one_and_kl_zero_although_dropout_is_configured(
@@ -80,6 +81,13 @@ def test_gradient_of_a_minibatch_does_not_depend_on_the_micro_batch_size(policy_
         parameters = [*trainer.actors.policy.parameters(), *trainer.actors.critic.parameters()]
         gradients.append(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]))
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
+
+
+def test_the_first_ratio_may_be_off_in_either_direction():
+    falls, rises = {"ratio_max": 1.0, "ratio_min": 0.75}, {"ratio_max": 1.5, "ratio_min": 1.0}
+    metrics = over_steps([falls, rises])
+    assert metrics == {"ratio_max": 1.5, "ratio_min": 0.75, "first_ratio_deviation": 0.25}
+    assert over_steps([rises, falls])["first_ratio_deviation"] == 0.5
 
 
 def test_ppo_raises_the_score_and_does_not_with_advantages_zeroed(
