@@ -186,13 +186,12 @@ class PPOTrainer:
     def report(self, batch: Experience, stats: dict[str, float]) -> dict[str, float]:
         """Return the metrics, move `kl_coef` towards `ppo.kl_target` (Z), and count the update."""
         ppo = self.config.ppo
-        scores = self.reported_scores(batch)
         metrics = (
             advantage_metrics(batch, self.actors.critic is not None)
             | stats
             | component_metrics(batch, self.actors.scorer)
             | cut_metric("", batch.cut, self.actors, self.actors.scorer)
-            | rollout_metrics(batch, scores)
+            | rollout_metrics(batch, self.reported_scores(batch))
             | {"kl_coef": self.kl_coef}
         )
         if ppo.kl_target is not None:
@@ -214,13 +213,14 @@ class PPOTrainer:
             return
         file = self.directory / "rollouts" / f"update-{number:06d}.jsonl"
         file.parent.mkdir(exist_ok=True)
-        prompts, scores = self.prompts_of_update(), self.reported_scores(batch)
+        prompts = [row["prompt"] for row in self.prompts_of_update()]
+        scores = self.reported_scores(batch)
         # a column of a table has one type: next to texts, conversations are written as JSON text
-        mixed = len({type(row["prompt"]) for row in prompts}) > 1
+        mixed = len({type(prompt) for prompt in prompts}) > 1
         tensors = {name: getattr(batch, name) for name in SAVED_PER_TOKEN}
         tensors |= {"token_kl": batch.kl, "rewards": batch.rewards}
         lines = []
-        for i, prompt in enumerate(row["prompt"] for row in prompts):
+        for i, prompt in enumerate(prompts):
             length = int(batch.lengths[i])
             tokens = {name: tensor[i, :length].tolist() for name, tensor in tensors.items()}
             row = {

@@ -76,7 +76,7 @@ class Updater:
         directory: Path,
         texts: Sequence[Sequence[int]] = (),
     ):
-        """Args: see `PPOTrainer`."""
+        """Prepare models and optimisers; the arguments are those of `PPOTrainer`."""
         self.config, self.sampling, self.texts = config, sampling, texts
         self.accelerator, self.directory = accelerator, directory
         self.num_steps = 0
@@ -331,10 +331,9 @@ def text_loss(model: Any, texts: Sequence[Sequence[int]], denominator: float) ->
 
 def add_stats(one: Stats, two: Stats) -> Stats:
     """Statistics of two parts of a minibatch together."""
-    both = {
-        name: EXTREMES.get(name, torch.add)(one[name], two[name]) for name in two if name in one
-    }
-    return one | two | both
+    shared = one.keys() & two.keys()
+    joined = {name: EXTREMES.get(name, torch.add)(one[name], two[name]) for name in shared}
+    return one | two | joined
 
 
 def reduce_stats(stats: Stats, accelerator: Accelerator, num_tokens: float) -> dict[str, float]:
