@@ -5,6 +5,9 @@ Run: pytest tests/functional/test_advantages.py
 
 from __future__ import annotations
 
+import json
+import math
+
 import pytest
 import torch
 from helpers.tensors import INF, NAN, close, draw, draw_mask, exact, few, leaf, seeds
@@ -170,3 +173,54 @@ def test_equal_scores_carry_no_signal_however_large(estimator):
 def test_group_estimators_need_two_responses_per_prompt(estimator, shape):
     with pytest.raises(ValueError, match=r"\(P, K\), K >= 2, got"):
         estimator(torch.zeros(shape))
+
+
+# update_moments
+
+
+def test_moments_by_hand():
+    moments = F.update_moments(F.Moments(), torch.tensor([1.0, 2.0]))
+    assert moments == F.Moments(count=2.0, mean=1.5, m2=0.5)
+    moments = F.update_moments(moments, torch.tensor([[6.0]]))
+    assert moments == pytest.approx((3, 3.0, 4 + 1 + 9))
+    assert moments.std == pytest.approx(math.sqrt(14 / 3))  # biased
+
+
+def test_moments_of_nothing_are_zero_and_stay_so_without_elements():
+    assert F.Moments() == (0.0, 0.0, 0.0) and F.Moments().std == 0.0
+    seen = F.Moments(2.0, 1.5, 0.5)
+    for moments in (F.Moments(), seen):
+        assert F.update_moments(moments, torch.zeros(0, 3)) == moments
+
+
+@few
+@given(seed=seeds, sizes=st.lists(st.integers(0, 5), min_size=1, max_size=6))
+def test_moments_batch_by_batch_are_those_of_all_at_once(seed, sizes):
+    batches = [3 * draw(seed + i, size) + 1000 * i for i, size in enumerate(sizes)]
+    moments = F.Moments()
+    for batch in batches:
+        moments = F.update_moments(moments, batch)
+    whole = torch.cat(batches).double()
+    assert moments.count == len(whole)
+    if len(whole):
+        assert moments.mean == pytest.approx(whole.mean().item(), rel=1e-12)
+        assert moments.std == pytest.approx(whole.std(unbiased=False).item(), rel=1e-10, abs=1e-10)
+
+
+def test_moments_keep_the_spread_beside_a_large_mean():
+    moments = F.Moments()
+    for _ in range(500):
+        moments = F.update_moments(moments, torch.tensor([1e9, 1e9 + 2], dtype=torch.float64))
+    assert moments == pytest.approx((1000, 1e9 + 1, 1000), rel=1e-12)
+
+
+def test_moments_survive_json_and_are_plain_floats():
+    moments = F.update_moments(F.Moments(), leaf(torch.tensor([0.1, 0.7])).bfloat16())
+    assert all(type(number) is float for number in moments)
+    restored = F.Moments(*json.loads(json.dumps(moments)))
+    assert restored == moments and restored.std == moments.std
+
+
+def test_moments_do_not_hide_a_nan():
+    moments = F.update_moments(F.Moments(2.0, 1.5, 0.5), torch.tensor([1.0, NAN]))
+    assert math.isnan(moments.mean) and math.isnan(moments.std)
