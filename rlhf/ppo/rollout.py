@@ -218,10 +218,9 @@ def collect(
             return read_tokens(responses, batches, function, ppo.micro_batch_size, accelerator)
 
         logprobs = read(lambda part: policy_logprobs(actors.policy, part, sampling)[0])
-        # without a reference, it is the policy with its adapters off
-        alone = actors.reference is not None
-        with nullcontext() if alone else actors.policy.disable_adapter():
-            reference = actors.reference if alone else actors.policy
+        has_own = actors.reference is not None
+        reference = actors.reference if has_own else actors.policy  # with its adapters off
+        with nullcontext() if has_own else actors.policy.disable_adapter():
             ref_logprobs = read(lambda part: policy_logprobs(reference, part, sampling)[0])
         values = torch.zeros_like(logprobs)
         if with_values and actors.critic is not None:
@@ -244,7 +243,7 @@ def sample_and_score(
     sampling: Sampling,
     ppo: PPOConfig,
     accelerator: Accelerator,
-    with_scores: bool = True,
+    with_scores: bool,
 ) -> tuple[Responses, dict[str, Tensor]]:
     """Sample and score this process's share of the prompts; return the responses of all processes,
     and the fields of `Rollout` that come from the scorer."""
