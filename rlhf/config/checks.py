@@ -155,10 +155,7 @@ def _model_rules(config: StageConfig) -> Iterator[str]:
             "adapters on them; set peft=lora, or model.quantization=null"
         )
     if model.quantization is not None and model.path is None and is_sft:
-        yield (
-            f"model.quantization={model.quantization} needs pretrained weights, but model.config "
-            "builds a model with random ones; set model.path, or model.quantization=null"
-        )
+        yield f"model.quantization={model.quantization} needs pretrained weights: set model.path"
     if model.dropout is not None and isinstance(config, PPOStageConfig):
         yield (
             f"model.dropout={model.dropout}: PPO uses no dropout, because its ratios compare two "
@@ -181,10 +178,7 @@ def _token_rules(model: ModelConfig) -> Iterator[str]:
 def _reward_rules(config: RewardStageConfig) -> Iterator[str]:
     reward = config.reward
     if reward.loss == "plackett_luce" and reward.label_smoothing:
-        yield (
-            f"reward.label_smoothing={reward.label_smoothing} applies to pairs, but "
-            "reward.loss=plackett_luce ranks whole lists; set it to 0, or reward.loss=pairwise"
-        )
+        yield f"reward.label_smoothing={reward.label_smoothing} needs reward.loss=pairwise, or 0"
     if config.batch_size is not None and reward.tokens_per_batch is not None:
         yield (
             f"batch_size={config.batch_size} counts prompts, but reward.tokens_per_batch="
@@ -258,10 +252,7 @@ def _update_rules(ppo: PPOConfig) -> Iterator[str]:
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         yield f"ppo.adam_betas must be two numbers in [0, 1), e.g. [0.9, 0.95], got {betas}"
     if ppo.target_kl is not None and ppo.num_ppo_epochs * ppo.num_mini_batches == 1:
-        yield (
-            f"ppo.target_kl={ppo.target_kl} has nothing to skip with one optimiser step per "
-            "update; raise ppo.num_ppo_epochs or ppo.num_mini_batches, or set ppo.target_kl=null"
-        )
+        yield f"ppo.target_kl={ppo.target_kl} has no step to skip in updates of one; set it to null"
     if ppo.kl_in == "loss" and ppo.kl_estimator == "k1":
         yield "ppo.kl_in=loss needs ppo.kl_estimator=k3 or k2: k1 has an expected gradient of 0"
     if ppo.kl_target is not None and ppo.kl_coef == 0:

@@ -31,7 +31,7 @@ BAD_VALUES = [
         "sft",
         {"model.quantization": "4bit", "peft.enabled": True, "model.path": None}
         | {"model.config": {"a": 1}, "model.tokenizer": "gpt2"},
-        "model.config builds a model with random ones; set model.path, or model.quantization=null",
+        "model.quantization=4bit needs pretrained weights: set model.path",
     ),
     (
         "sft",
@@ -83,7 +83,7 @@ BAD_VALUES = [
     (
         "reward",
         {"reward.loss": "plackett_luce", "reward.label_smoothing": 0.1},
-        "set it to 0, or reward.loss=pairwise",
+        "reward.label_smoothing=0.1 needs reward.loss=pairwise, or 0",
     ),
     ("ppo", {"ppo.adam_betas": [0.9]}, "ppo.adam_betas must be two numbers in [0, 1), e.g. [0.9"),
     ("ppo", {"ppo.adam_betas": [0.9, 1.0]}, "two numbers in [0, 1), e.g. [0.9, 0.95], got [0.9, 1"),
@@ -123,7 +123,7 @@ BAD_VALUES = [
     (
         "ppo",
         {"ppo.target_kl": 0.1, "ppo.num_ppo_epochs": 1},
-        "ppo.target_kl=0.1 has nothing to skip with one optimiser step per update",
+        "ppo.target_kl=0.1 has no step to skip in updates of one; set it to null",
     ),
     ("ppo", {"ppo.kl_in": "loss"}, "ppo.kl_in=loss needs ppo.kl_estimator=k3 or k2: k1 has"),
     ("ppo", {"ppo.kl_target": 6.0, "ppo.kl_coef": 0.0}, "multiplies ppo.kl_coef, which is 0; set"),

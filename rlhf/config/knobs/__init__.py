@@ -3,15 +3,17 @@
 import dataclasses
 
 from rlhf.config.knobs.ppo import (
+    NORMALIZATIONS,
     CriticConfig,
     EvaluationConfig,
     PPOConfig,
     PPOStageConfig,
     PtxConfig,
+    ScorerComponent,
+    ScorerConfig,
     WatchdogConfig,
 )
-from rlhf.config.knobs.reward import NormalizationConfig, RewardConfig, RewardStageConfig
-from rlhf.config.knobs.scorers import NORMALIZATIONS, ScorerComponent, ScorerConfig
+from rlhf.config.knobs.reward import RewardConfig, RewardStageConfig
 from rlhf.config.knobs.sft import MixConfig, SFTStageConfig
 from rlhf.config.knobs.shared import (
     DTYPES,
