@@ -46,11 +46,7 @@ def check(config: StageConfig) -> None:
 
 
 def check_scorer_config(scorer: ScorerConfig) -> None:
-    """Check a scorer's configuration by itself; `check` does so for the PPO stage.
-
-    Raises:
-        InputError: names every bad value at once.
-    """
+    """Check a scorer's configuration by itself; `check` does so for the PPO stage."""
     if problems := [*value_problems(scorer, "scorer"), *_scorer_rules(scorer)]:
         raise InputError("\n".join(problems))
 
@@ -216,10 +212,7 @@ def _critic_rules(config: PPOStageConfig) -> Iterator[str]:
     if str(first.path).startswith("python:") and critic.init == "reward" and ppo.has_critic:
         yield "critic.init=reward needs a reward model, not a Python scorer; set critic.init=policy"
     if critic.warmup_updates and not ppo.has_critic:
-        yield (
-            f"critic.warmup_updates={critic.warmup_updates}: ppo.advantage={ppo.advantage} has no "
-            "critic to warm up; set it to 0"
-        )
+        yield f"critic.warmup_updates={critic.warmup_updates} needs a critic (ppo.advantage=gae)"
 
 
 def _rollout_rules(ppo: PPOConfig) -> Iterator[str]:

@@ -19,12 +19,8 @@ _values: dict[str, str] = {}  # value of a variable -> its reference
 
 
 def remember_references(written: Any, resolved: Any) -> None:
-    """Remember which values of the command's configuration come from the environment.
-
-    Args:
-        written: the configuration with its interpolations, as nested dicts and lists.
-        resolved: the same, resolved.
-    """
+    """Remember which values come from the environment, given the command's configuration with its
+    interpolations and the same resolved, both as nested dicts and lists."""
     _written.clear()
     _values.clear()
     values: dict[str, Any] = {}

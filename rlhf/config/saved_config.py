@@ -88,11 +88,8 @@ def save_config(config: StageConfig, path: Path) -> None:
 def read_yaml(file: str | Path, remedy: str = "") -> Any:
     """Read a YAML file as nested dicts and lists, with its references unresolved.
 
-    Args:
-        remedy: added to the message.
-
     Raises:
-        InputError: the file cannot be read.
+        InputError: the file cannot be read; the message ends with `remedy`.
     """
     try:
         return OmegaConf.to_container(OmegaConf.load(file))
@@ -146,11 +143,8 @@ def config_file_of_run(directory: Path) -> Path | None:
 def read_run_config(file: Path, config: StageConfig) -> dict[str, Any]:
     """Read the values that a run was started with, as they are in the YAML file.
 
-    Paths inside the run's folder are changed to the place where the run is now. Permission to run
-    a model's own code is never taken from a file: it must be typed with every command.
-
-    Args:
-        config: its `runs_dir` and `run_name` say where the run is now.
+    Paths inside the run's folder are changed to the place where the run is now: `config` says it.
+    Permission to run a model's own code is never taken from a file: it must be typed every time.
 
     Raises:
         InputError: the file is damaged.

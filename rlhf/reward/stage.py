@@ -72,11 +72,7 @@ class RewardResult:
 
 
 def train_reward(config: RewardStageConfig) -> RewardResult:
-    """Train a reward model on ranked responses.
-
-    Args:
-        config: see `conf/reward.yaml` for every knob; `model.path` defaults to this run's SFT
-            directory.
+    """Train a reward model on ranked responses; `conf/reward.yaml` explains every knob.
 
     Raises:
         InputError: bad configuration, directory or data, or another process writes to the stage's

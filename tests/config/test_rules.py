@@ -135,7 +135,7 @@ BAD_VALUES = [
     (
         "ppo",
         {"critic.warmup_updates": 2, "ppo.advantage": "reinforce_pp"},
-        "critic.warmup_updates=2: ppo.advantage=reinforce_pp has no critic to warm up; set it to 0",
+        "critic.warmup_updates=2 needs a critic (ppo.advantage=gae)",
     ),
     (
         "ppo",

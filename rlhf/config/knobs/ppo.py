@@ -1,4 +1,4 @@
-"""Knobs of PPO: the algorithm, what scores a response, critic, pretraining text, evaluation, warnings."""
+"""Knobs of PPO: the algorithm, scorers, critic, pretraining text, evaluation and warnings."""
 
 from __future__ import annotations
 

@@ -30,11 +30,7 @@ BETTER, WORSE = "#1b7837", "#c51b7d"
 
 
 def show_report(report: Report, saved: str, files: Iterable[str]) -> None:
-    """Print the report with its warnings, and where it was saved.
-
-    Args:
-        files: names of the files that were written.
-    """
+    """Print the report with its warnings, and where its files (their names) were saved."""
     say("\n" + terminal_text(report))
     for warning in report["warnings"]:
         warn(warning)
@@ -44,11 +40,7 @@ def show_report(report: Report, saved: str, files: Iterable[str]) -> None:
 
 
 def page_files(report: Report, scores: list[Tensor], rows: list[Row]) -> dict[str, bytes]:
-    """Make the files of the report, by name; without matplotlib there is no picture.
-
-    Args:
-        scores, rows: the arguments of `make_report`, for the picture.
-    """
+    """Make the files of the report, by name; without matplotlib there is no picture."""
     picture = {}
     if importlib.util.find_spec("matplotlib"):
         picture[PICTURE] = draw(report, scores, rows)
