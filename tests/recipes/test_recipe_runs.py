@@ -9,8 +9,8 @@ import math
 
 import pytest
 from helpers.configs import compose_stage
+from helpers.recipe_facts import FACTS
 from helpers.tiny import FAMILIES, tiny_model, tiny_tokenizer
-from test_recipes import FACTS
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf.checkpoint import read_record
