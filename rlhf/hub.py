@@ -118,30 +118,18 @@ def weight_files(directory: Path, config: dict[str, Any]) -> list[Path]:
 
 @dataclass(frozen=True)
 class Source:
-    """What a path or Hub id holds.
+    """What a path or Hub id holds."""
 
-    Attributes:
-        label: the setting and its value, for messages: "model.path=runs/x".
-        directory: of the whole model, below any adapters.
-        adapters: directories of the adapters on it, in the order of merging.
-        is_classifier: True for a sequence classifier, such as a reward model; False for a language
-            model.
-    """
-
-    label: str
+    label: str  # the setting and its value, for messages: "model.path=runs/x"
     path: str
-    directory: Path
-    adapters: tuple[Path, ...]
-    is_classifier: bool
+    directory: Path  # of the whole model, below any adapters
+    adapters: tuple[Path, ...]  # their directories, in the order of merging
+    is_classifier: bool  # a sequence classifier, such as a reward model; else a language model
 
 
 def find_source(path: Any, field: str, revision: str | None = None, code: bool = False) -> Source:
-    """Find out what a path or Hub id holds, and examine its files; see `local_directory`.
-
-    Raises:
-        InputError: there is nothing to load, only pickled weights, a damaged or missing file, or an
-            adapter whose base cannot be found or is quantised.
-    """
+    """Find out what a path or Hub id holds; see `local_directory`. Pickled, damaged and missing
+    weights are refused, and adapters whose base cannot be found or is quantised."""
     label = f"{field}={path}"
     *adapters, directory = _chain(path, field, revision, code)
     tasks = [_adapter_settings(adapter, label).get("task_type") for adapter in adapters]
@@ -246,13 +234,9 @@ def call_loader(
 ) -> Any:
     """Call a `from_pretrained` function on a directory.
 
-    Args:
-        label: name of the directory in messages, e.g. "model.path=runs/x".
-        trust_remote_code: whether Python files of the directory may run.
-
     Raises:
-        InputError: it cannot be loaded. The message names a damaged file, or the override for a
-            model that needs its own code.
+        InputError: it cannot be loaded. The message begins with `label`, and names a damaged file,
+            or the override for a model that needs its own code.
     """
     dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # raise an error instead of asking on stdin
     try:
@@ -303,16 +287,11 @@ def _find_damage(directory: Path) -> str | None:
 
 @dataclass
 class Misfits:
-    """Where the weights in files and the parameters of a model differ; false if nowhere.
+    """Where the weights in files and the parameters of a model differ; false if nowhere."""
 
-    Attributes:
-        missing: parameters without weights.
-        unexpected: weights without a parameter.
-        shapes: name, shape in the file and shape in the model.
-    """
-
-    missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)  # parameters without weights
+    unexpected: list[str] = field(default_factory=list)  # weights without a parameter
+    # name, shape in the file and shape in the model
     shapes: Sequence[tuple[str, Sequence[int], Sequence[int]]] = ()
 
     def __bool__(self) -> bool:

@@ -200,9 +200,6 @@ def _require_some(encoded: list[Any], name: str, limit: int | None, longest: int
         raise InputError(f"{name}={limit} leaves no row; raise it: {what}")
 
 
-# --- Batches ------------------------------------------------------------------------------------
-
-
 def pad(
     rows: Sequence[Sequence[Any]],
     value: Any,

@@ -83,9 +83,8 @@ def _decode(path: str, data: bytes) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         fix = f"convert it, e.g. iconv -f ISO-8859-1 -t UTF-8 {path}"
-        raise InputError(
-            f"{path}: not a UTF-8 text file: line {line}: {_wrong_bytes(error)}; {fix}"
-        ) from error
+        what = f"line {line}: {_wrong_bytes(error)}"
+        raise InputError(f"{path}: not a UTF-8 text file: {what}; {fix}") from error
 
 
 def _wrong_bytes(error: UnicodeDecodeError) -> str:
@@ -97,15 +96,8 @@ def _wrong_bytes(error: UnicodeDecodeError) -> str:
 
 
 def _parse(text: str, start: int = 0) -> tuple[Any, int]:
-    """Read the JSON value that begins at `start`, with whole numbers of any length.
-
-    Returns:
-        The value, or a `BadRow` where a field is repeated; and where it ends.
-
-    Raises:
-        json.JSONDecodeError: there is no JSON value.
-        BadRow: the value is nested too deeply for Python, so its end is unknown.
-    """
+    """Read the JSON value that begins at `start`: the value, or a `BadRow` where a field is
+    repeated; and where it ends. Raises BadRow if it is nested too deeply to find its end."""
     repeated: list[str] = []
 
     def to_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -95,11 +95,9 @@ def whole_characters(text: str) -> str:
 
     Text that was cut at a number of UTF-16 units holds such a half, and no tokenizer takes it.
     """
-    return (
-        text
-        if text.isascii()
-        else text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    )
+    if text.isascii():
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def repaired(value: Any, name: str, changed: list[str]) -> Any:
@@ -226,12 +224,8 @@ def prompt_key(row: Row) -> str:
 
 
 def check_row(row: Row, stage: str) -> None:
-    """Check that a canonical row has all that `stage` needs ("ptx": text, or an SFT row).
-
-    Raises:
-        InputError, KeyError: a malformed row.
-        DropRow: a well-formed row that the stage cannot use.
-    """
+    """Raise DropRow if `stage` cannot use a canonical row ("ptx": text, or an SFT row), and
+    InputError or KeyError if the row is malformed."""
     if stage == "ptx" and "text" in row:
         if not row["text"].strip():
             raise DropRow("empty text")

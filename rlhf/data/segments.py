@@ -126,9 +126,7 @@ def encode_samples(
     `completion` only the completion does. EOS follows earlier turns only where the template writes
     it. Turns after the last assistant turn are left out.
 
-    Returns:
-        input_ids and labels of equal length, labels -100 where there is no loss. The labels are
-        not shifted.
+    The labels are -100 where there is no loss, and not shifted.
     """
     has_messages = "messages" in row
     given: Any = [] if has_messages else row["prompt"]

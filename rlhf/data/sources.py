@@ -33,16 +33,12 @@ from rlhf.data.rows import (
 
 @dataclass
 class Splits:
-    """Canonical rows for training and evaluation.
-
-    `dropped` counts the rows that were left out, by reason; `overlap` counts the evaluation rows
-    whose prompt is also in `train` (only possible where the user gives both).
-    """
+    """Canonical rows for training and evaluation."""
 
     train: list[Row]
     eval: list[Row]
-    dropped: Counter[str] = field(default_factory=Counter)
-    overlap: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)  # rows that were left out, by reason
+    overlap: int = 0  # evaluation rows whose prompt is also in `train`, if the user gives both
 
     @property
     def prompts(self) -> str:
@@ -68,9 +64,6 @@ def load_splits(config: DatasetConfig, stage: str, seed: int, needs_eval: bool =
 
     Args:
         needs_eval: False reads no evaluation source; rows held out of `path` are still returned.
-
-    Raises:
-        InputError: see `load_rows`; or a required side is empty.
     """
     assert config.path is not None
     path, bad = config.eval_path or config.path, config.on_bad_row
@@ -205,19 +198,14 @@ def _without_nulls(raw: Row) -> Row:
 
 @dataclass
 class _Canonical:
-    """The usable rows of a source, and counts of the others.
-
-    Attributes:
-        setting: the setting that names the format of the source.
-        checks: False where a row is only a part of a canonical row.
-    """
+    """The usable rows of a source, and counts of the others."""
 
     apply: Format
     format: str
     stage: str
     on_bad_row: str
-    setting: str
-    checks: bool = True
+    setting: str  # the setting that names the format
+    checks: bool = True  # False where a row is only a part of a canonical row
     num_read: int = 0
 
     def __post_init__(self) -> None:

@@ -66,19 +66,12 @@ NUM_SHOWN = 3  # samples
 
 @dataclass
 class SFTResult:
-    """What `train_sft` returns.
+    """What `train_sft` returns."""
 
-    Attributes:
-        directory: the stage directory, ready for the next stages; None after an interruption.
-        metrics: `eval_loss`, `eval_mean_token_accuracy`, `eos_rate`, ...
-        samples: prompt, response and finished flag of sampled held-out prompts.
-        stopped_by: number of the signal that interrupted training, if one did.
-    """
-
-    directory: Path | None
-    metrics: dict[str, float]
-    samples: list[dict[str, Any]]
-    stopped_by: int | None = None
+    directory: Path | None  # ready for the next stages; None after an interruption
+    metrics: dict[str, float]  # eval_loss, eval_mean_token_accuracy, eos_rate, ...
+    samples: list[dict[str, Any]]  # prompt, response and finished flag, of held-out prompts
+    stopped_by: int | None = None  # number of the signal that interrupted training
 
 
 class FiniteSFTTrainer(FiniteTrainer, SFTTrainer):
@@ -251,10 +244,8 @@ def _finish(
 def sample_responses(
     model: Any, tokenizer: Any, rows: list[Row], config: SFTStageConfig
 ) -> list[dict[str, Any]]:
-    """Sample one response to the prompt of each row; see the keys of the result below.
-
-    Prompts that leave no room for a response and prompts that the template refuses are left out.
-    """
+    """Sample one response to the prompt of each row, except where the prompt leaves no room for it
+    or the chat template refuses the prompt."""
     room = context_length(model) - config.response_length
     prompts, ids = [], []
     for prompt in map(prompt_of, rows):

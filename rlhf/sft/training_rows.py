@@ -49,8 +49,7 @@ def encode_splits(
     """Split long conversations, encode all rows, and mix in text, as the configuration says.
 
     Returns:
-        The splits, in which pieces replace long conversations; the rows to train on; the held-out
-        rows; and lines that say what was split, dropped and mixed in.
+        The new splits, the encoded rows to train on, the held-out ones, and lines for the terminal.
     """
     length, bad, lines = config.dataset.max_length, config.dataset.on_bad_row, []
     if config.dataset.split_long:
@@ -85,17 +84,12 @@ def mix_texts(
     seed: int,
     on_bad_row: str = DatasetConfig.on_bad_row,
 ) -> tuple[list[Encoded], str]:
-    """Add so many texts to encoded SFT rows that they are `mix.fraction` of all tokens.
+    """Add texts to encoded SFT rows until `mix.fraction` of all tokens are theirs.
 
-    Texts longer than `max_length` tokens become pieces of this length. Every token of a text has
-    loss.
+    Texts longer than `max_length` tokens are cut into pieces. Every token of a text has loss.
 
     Returns:
-        The rows with the texts at equal distances among them; and a line that says what was mixed
-        in.
-
-    Raises:
-        InputError: see `load_rows`; or the texts have fewer tokens than the share needs.
+        The rows with the texts at equal distances among them; and what to say about the texts.
     """
     assert mix.path is not None  # a rule of the configuration
     texts, dropped = load_rows(mix.path, mix.format, mix.split, "ptx", "mix.path", on_bad_row)
@@ -153,11 +147,8 @@ def interleaved(rows: list[Encoded], others: list[Encoded]) -> list[Encoded]:
 
 
 def split_conversations(splits: Splits, tokenizer: Any, max_length: int) -> tuple[Splits, str]:
-    """Split the conversations of more than `max_length` tokens; none of them changes sides.
-
-    Returns:
-        The new splits, and a line that says how many conversations were split and what was dropped.
-    """
+    """Split the conversations of more than `max_length` tokens; also return a line that says how
+    many were split and what was dropped."""
     counts = Counter[str]()
     train = split_rows(splits.train, tokenizer, max_length, counts)
     evaluation = split_rows(splits.eval, tokenizer, max_length, counts)

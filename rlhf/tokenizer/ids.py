@@ -87,9 +87,6 @@ def forbidden_token_ids(tokenizer: Any, num_logits: int) -> Tensor:
     return torch.tensor(sorted(ids), dtype=torch.long)
 
 
-# --- Are two tokenizers the same? ---------------------------------------------------------------
-
-
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -39,19 +39,12 @@ class RewrittenPrompt(RefusedConversation):
 
 @dataclass(frozen=True)
 class Frame:
-    """The text that a chat template writes around an answer; empty where it cannot be found.
+    """The text that a chat template writes around an answer; empty where it cannot be found."""
 
-    Attributes:
-        header: text before an answer that the generation prompt lacks.
-        lead, tail: text between prompt and answer, and between answer and end token, both without
-            special tokens. The model writes them.
-        end_token: the token that ends every answer, also in earlier turns; None without one.
-    """
-
-    header: str = ""
-    lead: str = ""
-    tail: str = ""
-    end_token: str | None = None
+    header: str = ""  # before an answer, where the generation prompt lacks it
+    lead: str = ""  # between prompt and answer, without special tokens; the model writes it
+    tail: str = ""  # between answer and end token, likewise
+    end_token: str | None = None  # ends every answer, also in earlier turns
 
 
 def answer_frame(tokenizer: Any) -> Frame:
@@ -152,8 +145,7 @@ def render_turn(context: list[Message], answer: Message, tokenizer: Any) -> tupl
         the template writes one.
 
     Raises:
-        RefusedConversation: the template leaves the answer out.
-        RewrittenPrompt: it renders the context differently when the answer follows.
+        RewrittenPrompt: the template renders the context differently when the answer follows.
     """
     if not context:
         what = "a conversation starts with the assistant"

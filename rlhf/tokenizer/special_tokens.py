@@ -31,10 +31,6 @@ def load_tokenizer(config: ModelConfig, field: str = "model.path") -> PreTrained
             several named ones the one called `default`) or gets `plain`. `stop_strings` are
             written into the template.
         field: configuration key of `path`, for messages.
-
-    Raises:
-        InputError: nothing can be loaded from there, a special token is not one id, pad would be
-            EOS, or the tokenizer has no EOS token.
     """
     source = str(config.tokenizer or config.path)
     tokenizer = read_tokenizer(config, field)
