@@ -21,6 +21,7 @@ from rlhf.config.knobs import (
     SFTStageConfig,
     StageConfig,
 )
+from rlhf.config.objects import is_python
 from rlhf.config.paths import default_paths
 
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
@@ -76,10 +77,10 @@ def _missing(config: StageConfig) -> Iterator[str]:
         if config.ptx.coef > 0 and config.ptx.path is None:
             yield "ptx.path: file or Hub name of the text, e.g. ptx.path=text.jsonl"
         if config.scorer.path == "python:":
-            yield "scorer.path: a function, e.g. scorer.path=python:my_module.my_score"
+            yield "scorer.path: a function, e.g. scorer.path=my_module.my_score"
         for i, component in enumerate(config.scorer.components):
             if not component.path:
-                yield f"scorer.components[{i}].path: final/ of a reward stage, or python:module.f"
+                yield f"scorer.components[{i}].path: final/ of a reward stage, or module.function"
 
 
 def _missing_in_sft(config: SFTStageConfig) -> Iterator[str]:
@@ -120,7 +121,7 @@ def _rules(config: StageConfig) -> Iterator[str]:
         yield from _rollout_rules(config.ppo)
         yield from _update_rules(config.ppo)
         if config.evaluation.select == "independent_score" and config.evaluation.scorer is None:
-            yield "evaluation.select=independent_score needs evaluation.scorer=python:module.score"
+            yield "evaluation.select=independent_score needs evaluation.scorer=module.score"
 
 
 def _model_rules(config: StageConfig) -> Iterator[str]:
@@ -187,6 +188,9 @@ def _scorer_rules(scorer: ScorerConfig) -> Iterator[str]:
     weights = [component.weight for component in components]
     gates = [component.gate for component in components]
     names = [component.label for component in components]
+    if str(scorer.path).endswith(".py"):
+        module = Path(str(scorer.path)).stem
+        yield f"scorer.path={scorer.path} is a file; name the function in it: {module}.<function>"
     if components and scorer.path is not None:
         yield f"give scorer.path={scorer.path} or scorer.components, not both"
     if combine != "weighted_sum" and len(components) < 2:
@@ -203,13 +207,13 @@ def _scorer_rules(scorer: ScorerConfig) -> Iterator[str]:
 
 def _critic_rules(config: PPOStageConfig) -> Iterator[str]:
     critic, ppo = config.critic, config.ppo
-    if critic.init not in ("reward", "policy") and not Path(critic.init).is_dir():
+    if critic.init not in ("reward", "policy", None) and not Path(critic.init).is_dir():
         yield (
             "critic.init must be reward, policy, or the directory of a trained critic "
             f"(runs/<run_name>/ppo/critic), got {critic.init!r}"
         )
     first = config.scorer.components[0] if config.scorer.components else config.scorer
-    if str(first.path).startswith("python:") and critic.init == "reward" and ppo.has_critic:
+    if is_python(first.path) and critic.init == "reward" and ppo.has_critic:
         yield "critic.init=reward needs a reward model, not a Python scorer; set critic.init=policy"
     if critic.warmup_updates and not ppo.has_critic:
         yield f"critic.warmup_updates={critic.warmup_updates} needs a critic (ppo.advantage=gae)"

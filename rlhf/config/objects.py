@@ -15,6 +15,14 @@ from rlhf.config.errors import InputError, nearest
 OWN_CODE = ("python:rlhf.demo.world.", "python:rlhf.demo_world.")  # now, and in older runs
 
 
+def is_python(path: str | None) -> bool:
+    """True for the path of a Python scorer: `python:module.function`, or `module.function` where no
+    file or directory has that name."""
+    name = str(path)
+    is_dotted = all(map(str.isidentifier, name.split("."))) and "." in name
+    return name.startswith("python:") or (is_dotted and not Path(name).exists())
+
+
 def load_object(dotted: str, field_name: str) -> Any:
     """Import the Python object that the configuration key `field_name` names, such as
     `my_package.module.function`; a leading `python:` is dropped.
@@ -31,8 +39,8 @@ def load_object(dotted: str, field_name: str) -> Any:
         return getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError) as error:
         raise InputError(
-            f"{field_name}={dotted!r} cannot be imported ({error}); the module is searched for "
-            "in the working directory and in PYTHONPATH"
+            f"{field_name}={dotted!r} cannot be imported ({error}); the module is searched for in "
+            "the working directory and in PYTHONPATH"
         ) from error
 
 

@@ -131,7 +131,7 @@ def _require_fit(model: Any, source: Source, misfits: Misfits) -> None:
         raise InputError(
             f"{source.label}: {misfits}: it is not a reward model with one label; give the final/ "
             "directory of a reward stage, or write a Python scorer that calls the model: "
-            "scorer=python scorer.path=python:my_scorer.score critic.init=policy (example: "
+            "scorer=python scorer.path=my_scorer.score (example: "
             "conf/scorer/python.yaml)"
         )
     raise InputError(

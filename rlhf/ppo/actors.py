@@ -68,7 +68,7 @@ def load_checked_tokenizer(config: PPOStageConfig) -> tuple[Any, StageRecord | N
     tokenizer = load_tokenizer(config.model)
     require_same_tokenizer(tokenizer, record, "the model settings here", policy)
     if needs_reward_model(config):
-        scorer = str(_first_scorer(config)[0].path)
+        scorer = str(first_scorer(config)[0].path)
         reward_record = require_stage(scorer, ("reward",), "scorer.path")
         require_same_tokenizer(tokenizer, reward_record, policy, scorer)
     return tokenizer, record
@@ -168,7 +168,7 @@ def needs_reward_model(config: PPOStageConfig) -> bool:
     return config.ppo.has_critic and config.critic.init == "reward"
 
 
-def _first_scorer(config: PPOStageConfig) -> tuple[ScorerConfig, float]:
+def first_scorer(config: PPOStageConfig) -> tuple[ScorerConfig, float]:
     """The scorer, or the first of several, and its weight."""
     scorer = config.scorer
     if not scorer.components:
@@ -182,19 +182,19 @@ def _critic_source(config: PPOStageConfig) -> tuple[ModelConfig, str]:
     if path == "policy":
         return config.model, "model.path"
     if path == "reward":
-        path, field = str(_first_scorer(config)[0].path), "scorer.path"
+        path, field = str(first_scorer(config)[0].path), "scorer.path"
     return replace(config.model, path=path, tokenizer=None, revision=None), field
 
 
 def _load_critic(config: PPOStageConfig, tokenizer: Any) -> ScalarModel:
     """Start the critic from the policy, from the first reward model (IG, N+), whose normalised
     scores it then predicts, or from the `critic/` that an earlier PPO run wrote."""
-    init = config.critic.init
+    init = str(config.critic.init)  # the stage has set it
     source, field = _critic_source(config)
     if init == "policy":
         return ScalarModel(init_reward_model(source, tokenizer, config.seed))
     if init == "reward":
-        scorer, weight = _first_scorer(config)
+        scorer, weight = first_scorer(config)
         mean, std = score_statistics(scorer, read_record(str(scorer.path)))
         return ScalarModel(load_reward_model(source), mean, std / weight)
     record = read_record(init)

@@ -11,7 +11,7 @@ import math
 from typing import Any
 
 from rlhf.checkpoint import StageRun, open_run, require_writable, warn_about_prompts
-from rlhf.config import InputError, PPOStageConfig, ScorerConfig, with_default_paths
+from rlhf.config import InputError, PPOStageConfig, ScorerConfig, is_python, with_default_paths
 from rlhf.console import say
 from rlhf.data import describe_dropped, encode_texts, first_cases, load_rows, load_splits
 from rlhf.distributed import make_accelerator
@@ -19,6 +19,7 @@ from rlhf.models import parameter_count, unwrap_peft
 from rlhf.ppo.actors import (
     Actors,
     check_promises,
+    first_scorer,
     load_actors,
     load_checked_tokenizer,
     load_independent_scorer,
@@ -40,7 +41,7 @@ def train_ppo(config: PPOStageConfig, scorer: Scorer | None = None) -> PPOResult
     Args:
         config: see `conf/ppo.yaml` for every knob; `model.path` and `scorer.path` default to this
             run's SFT and reward directories.
-        scorer: see `rlhf.scorers`; replaces `config.scorer` and needs `critic.init=policy`.
+        scorer: replaces `config.scorer`, see `rlhf.scorers`.
 
     Returns:
         With `preflight=only`, an empty result: nothing is trained or written.
@@ -93,17 +94,21 @@ def _train(config: PPOStageConfig, scorer: Scorer | None, run: StageRun) -> PPOR
 
 
 def with_sources(config: PPOStageConfig, scorer: Scorer | None) -> PPOStageConfig:
-    """Return a copy that names the stages that PPO starts from, and the scorer that the caller
-    passed."""
+    """Return a copy that names the stages that PPO starts from, the scorer that the caller passed,
+    and what follows from the scorer."""
     config = with_default_paths(config)
-    if scorer is None:
-        return config
-    if needs_reward_model(config):
-        raise InputError(
-            "critic.init=reward needs a reward model; with your own scorer set critic.init=policy"
-        )
-    name = getattr(scorer, "__qualname__", type(scorer).__qualname__)
-    config.scorer = ScorerConfig(f"python:{scorer.__module__}.{name}", normalize="none")
+    if scorer is not None:
+        if needs_reward_model(config):
+            raise InputError(
+                "critic.init=reward needs a reward model; with your own scorer set "
+                "critic.init=policy"
+            )
+        name = getattr(scorer, "__qualname__", type(scorer).__qualname__)
+        config.scorer = ScorerConfig(f"python:{scorer.__module__}.{name}", normalize="none")
+    if config.critic.init is None:
+        config.critic.init = "policy" if is_python(first_scorer(config)[0].path) else "reward"
+        if config.critic.init == "policy" and config.ppo.has_critic:
+            say("critic.init=policy: the scorer is a Python function")
     return config
 
 

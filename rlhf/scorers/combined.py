@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.config import InputError, ScorerConfig, check_scorer_config, load_object
+from rlhf.config import InputError, ScorerConfig, check_scorer_config, is_python, load_object
 from rlhf.functional import combine_scores, component_weights, counting
 from rlhf.scorers.call import BuiltInScorer, Scorer, Scores, Tokens, score_responses
 from rlhf.scorers.reward_model import RewardModelScorer
@@ -107,7 +107,7 @@ def load_scorer(
     """Load what `scorer:` names: a reward model, a Python function, or several of these.
 
     Args:
-        config: `path` is the `final/` of a reward stage, a Hub id, or `python:module.function`;
+        config: `path` is the `final/` of a reward stage, a Hub id, or `module.function`;
             `components` names several.
         dtype: of the weights of reward models.
         field: configuration key of `path`, for messages.
@@ -124,8 +124,8 @@ def load_scorer(
         return CombinedScorer(parts, weights, config.combine, config.std_coef, gates)
     if config.path is None:
         raise InputError(
-            f"{field} is missing: give the final/ of a reward stage, or python:module.function"
+            f"{field} is missing: give the final/ of a reward stage, or module.function"
         )
-    if config.path.startswith("python:"):
+    if is_python(config.path):
         return load_object(config.path, field)
     return RewardModelScorer(config, device, dtype, field, trust_remote_code)

@@ -201,7 +201,7 @@ def test_recipe_null_lists_everything_that_is_missing(command):
 def test_python_scorer_without_a_function_is_refused(command):
     status, _, errors = command("ppo", "scorer=python", "dataset.path=x", "model.path=x")
     assert status == 2
-    assert "scorer.path: a function, e.g. scorer.path=python:my_module.my_score" in errors
+    assert "scorer.path: a function, e.g. scorer.path=my_module.my_score" in errors
 
 
 def test_only_the_first_rank_prints_the_error(command, monkeypatch):

@@ -130,7 +130,7 @@ BAD_VALUES = [
     (
         "ppo",
         {"evaluation.select": "independent_score"},
-        "evaluation.select=independent_score needs evaluation.scorer=python:module.score",
+        "evaluation.select=independent_score needs evaluation.scorer=module.score",
     ),
     (
         "ppo",
@@ -166,7 +166,7 @@ BAD_VALUES = [
     ("ppo", several({"path": "a", "name": "a/b"}), "of letters, digits and _.-, got ['a/b']"),
     (
         "ppo",
-        several({"path": "python:m.f"}, {"path": "b"}),
+        several({"path": "python:m.f"}, {"path": "b"}) | {"critic.init": "reward"},
         "critic.init=reward needs a reward model, not a Python scorer; set critic.init=policy",
     ),
     (
@@ -187,7 +187,16 @@ BAD_VALUES = [
         {"ppo.top_p": 0.0, "ppo.allow_off_policy_sampling": True},
         "ppo.top_p must lie in (0, 1], got 0.0",
     ),
-    ("ppo", PYTHON_SCORER, "not a Python scorer; set critic.init=policy"),
+    (
+        "ppo",
+        {"scorer.path": "my_module.score", "critic.init": "reward"},
+        "not a Python scorer; set critic.init=policy",
+    ),
+    (
+        "ppo",
+        {"scorer.path": "my/scores.py"},
+        "scorer.path=my/scores.py is a file; name the function in it: scores.<function>",
+    ),
 ]
 MISSING_VALUES = [
     ("sft", {"dataset.path": None}, "dataset.path: file or Hub name of the rows, e.g."),
@@ -197,7 +206,7 @@ MISSING_VALUES = [
     ("reward", {"model.path": None}, "model.path: runs/run/sft/final does not exist; run `python "),
     ("reward", {"normalization.completions": "demonstrations"}, "normalization.path: file or Hub"),
     ("ppo", {"ptx.coef": 1.0}, "ptx.path: file or Hub name of the text"),
-    ("ppo", {"scorer.path": "python:"}, "scorer.path: a function, e.g. scorer.path=python:my_"),
+    ("ppo", {"scorer.path": "python:"}, "scorer.path: a function, e.g. scorer.path=my_"),
     ("ppo", several({"path": "a"}, {}), "missing values:\n  scorer.components[1].path: final/ of"),
 ]
 
@@ -238,6 +247,7 @@ def test_every_rule_is_broken_by_some_row_of_the_table():
         ("ppo", {"ppo.top_p": 0.9, "ppo.allow_off_policy_sampling": True}),
         ("ppo", {"ppo.kl_coef": 0.0, "ppo.cliprange_value": None, "ppo.gamma": 0.0}),
         ("ppo", PYTHON_SCORER | {"critic.init": "policy"}),
+        ("ppo", {"scorer.path": "my_module.score"}),
         ("ppo", several({"path": "runs/a/reward/final"}, {"path": "runs/b/reward/final"})),
         ("ppo", several({"path": "a"}, {"path": "b", "normalize": "none"}, combine="min")),
         ("ppo", several({"path": "a", "weight": -0.5}, {"path": "python:m.f", "name": "x"})),

@@ -240,14 +240,14 @@ def test_a_classifier_without_a_name_in_its_configuration_is_no_language_model(f
 def test_a_language_model_is_no_reward_model(path, world):
     message = refusal(lambda: load("scorer", path))
     assert message.startswith(f"scorer.path={path}: there are no weights for score.weight")
-    assert "scorer.path=python:my_scorer.score" in message
+    assert "scorer.path=my_scorer.score" in message
 
 
 def test_two_labels_are_refused_with_a_way_out(world):
     write(world / "two", classifier(num_labels=2))
     message = refusal(lambda: load("scorer", "two"))
     assert "score.weight (stored (2, 32), expected (1, 32))" in message
-    assert "scorer.path=python:my_scorer.score critic.init=policy" in message
+    assert "scorer=python scorer.path=my_scorer.score" in message
 
 
 def test_an_encoder_is_no_critic(world):

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch.multiprocessing import spawn
 from torch.testing import assert_close
 
-from rlhf.config import InputError, ModelConfig, ScorerComponent, ScorerConfig
+from rlhf.config import InputError, ModelConfig, ScorerComponent, ScorerConfig, is_python
 from rlhf.demo.world import build_tokenizer
 from rlhf.ppo import train_ppo
 from rlhf.ppo.rollout import component_scores
@@ -184,6 +184,29 @@ def test_evaluation_takes_a_reward_model_and_reports_its_raw_scores(policy_dir, 
     assert_close(found, expected, rtol=1e-4, atol=1e-5)
     first = next(row for row in rows_of(folder / "metrics.jsonl") if "eval_score" in row)
     assert first["eval_independent_score"] == pytest.approx(float(found[:4].mean()), rel=1e-4)
+
+
+def test_module_and_function_are_enough_for_a_python_scorer(policy_dir, tmp_path, capsys):
+    """No `python:`, and a critic that starts from the policy without being told."""
+    runs = []
+    for path, init in (("python:helpers.tiny_ppo.words_scorer", "policy"), (None, None)):
+        config = make_config(policy_dir, tmp_path, num_updates=1)
+        config.run_name = f"run-{init}"
+        config.scorer = ScorerConfig(path or "helpers.tiny_ppo.words_scorer")
+        config.critic.init = init
+        runs.append(train_ppo(config).directory.parent)
+    assert capsys.readouterr().out.count("critic.init=policy: the scorer is a Python function") == 1
+    one, other = ((run / "metrics.jsonl").read_text() for run in runs)
+    assert one == other
+    assert "init: policy" in (runs[1] / "config.yaml").read_text()
+
+
+def test_a_directory_comes_before_a_module_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ("python:a.b", "my_module.score", "my_module", "runs/a.b", "a-b.c", None)
+    assert [is_python(name) for name in names] == [True, True, False, False, False, False]
+    (tmp_path / "my_module.score").mkdir()
+    assert not is_python("my_module.score")
 
 
 def test_an_evaluation_scorer_that_is_not_there_is_named(policy_dir, tmp_path):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rlhf.config.fields import group, knob, knobs
 from rlhf.config.knobs.shared import CheckpointConfig, StageConfig
+from rlhf.config.objects import is_python
 
 NORMALIZATIONS = ("demo_mean_zero", "standardise", "none")
 COMBINATIONS = ("weighted_sum", "mean", "min", "mean_minus_std")
@@ -115,7 +116,7 @@ class ScorerComponent:
     """One of several scorers."""
 
     path: str | None = None
-    """final/ of a reward stage, or python:module.function."""
+    """final/ of a reward stage, or a Python function as module.function."""
     weight: float = 1.0
     """Factor of its scores in a weighted sum; must not be 0."""
     normalize: str | None = knob(None, choices=NORMALIZATIONS)
@@ -132,7 +133,7 @@ class ScorerComponent:
         if self.name is not None:
             return self.name
         path = str(self.path)
-        if path.startswith("python:"):
+        if is_python(path):
             return path.rpartition(".")[2]
         parts = [part for part in Path(path).parts if part not in ("reward", "final")]
         return parts[-1] if parts else path
@@ -143,7 +144,8 @@ class ScorerConfig:
     """What scores a response: `path`, or several `components`."""
 
     path: str | None = None
-    """final/ of a reward stage, or python:module.function (null: this run's, or components)."""
+    """final/ of a reward stage, or a Python function as module.function (null: this run's reward
+    model, or components)."""
     normalize: str = knob("demo_mean_zero", choices=NORMALIZATIONS)
     """demo_mean_zero: subtract the mean score of the reward stage's normalization.completions;
     standardise: also divide by their standard deviation; none. Reward models only."""
@@ -184,9 +186,10 @@ class PtxConfig:
 class CriticConfig:
     """The value model."""
 
-    init: str = "reward"
+    init: str | None = None
     """reward: start from the reward model (the first of scorer.components); policy: from the policy
-    with a new head; or a trained critic: runs/<run_name>/ppo/critic, which every run writes."""
+    with a new head; or a trained critic: runs/<run_name>/ppo/critic, which every run writes (null:
+    reward, or policy where the scorer is a Python function)."""
     learning_rate: float = knob(3e-6, ge=0)
     """Peak learning rate of the critic."""
     warmup_updates: int = knob(0, ge=0)
@@ -202,7 +205,7 @@ class EvaluationConfig:
     num_prompts: int = knob(64, ge=0)
     """Held-out prompts (0: no evaluation and no held-out prompts; final/ is the last update)."""
     scorer: str | None = None
-    """A scorer PPO does not train on: python:module.function or a reward model (raw scores)."""
+    """A scorer PPO does not train on: module.function or a reward model (raw scores)."""
     select: str = knob("score_minus_kl", choices=("score_minus_kl", "independent_score", "last"))
     """Which update becomes final/: score_minus_kl (score - select_kl_coef x KL), independent_score
     (of evaluation.scorer), or last."""

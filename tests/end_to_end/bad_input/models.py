@@ -15,7 +15,7 @@ SFT = f"rlhf.sft dataset=prompt_completion dataset.path=rows.jsonl run_name=new 
 REWARD = f"rlhf.reward dataset=ranked dataset.path=ranked.jsonl {SPLIT}"
 PPO = f"rlhf.ppo dataset=prompt_completion dataset.path=prompts.jsonl run_name=new {SPLIT}"
 MINE = "model.path=runs/mine/sft/final scorer.path=runs/mine/reward/final"
-OWN_SCORER = "model.path=runs/mine/sft/final scorer=python critic.init=policy"
+OWN_SCORER = "model.path=runs/mine/sft/final scorer=python"
 
 CASES = [
     Case("a directory without a model", f"{SFT} model.path=broken", ("model.path=broken",)),
@@ -140,7 +140,7 @@ CASES = [
     ),
     Case(
         "a Python scorer that does not exist",
-        f"{PPO} {OWN_SCORER} scorer.path=python:os.no",
+        f"{PPO} {OWN_SCORER} scorer.path=os.no",
         ("scorer.path", "os.no", "cannot be imported"),
     ),
     Case(
@@ -182,7 +182,7 @@ CASES = [
     Case(
         "a language model as reward model",
         f"{PPO} model.path=runs/mine/sft/final scorer.path=model scorer.normalize=none",
-        ("scorer.path=model: there are no weights for score.weight", "python:my_scorer.score"),
+        ("scorer.path=model: there are no weights for score.weight", "scorer.path=my_scorer.score"),
     ),
     Case(
         "a file instead of a directory",
