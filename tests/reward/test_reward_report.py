@@ -365,6 +365,7 @@ def test_without_matplotlib_the_stage_says_once_how_to_get_the_picture(runs, tmp
     assert capsys.readouterr().out.count("pip install 'rlhf[plot]'") == 1
 
 
+@pytest.mark.slow
 def test_the_command_makes_the_same_report_and_adds_the_agreement_of_two_seeds(runs, tmp_path):
     one, two = runs / "run/reward/final", runs / "two/reward/final"
     assert main([f"path={one}", f"out={tmp_path}"]) == 0
