@@ -165,7 +165,7 @@ def tolerance(model: Any) -> float:
     if torch.is_autocast_enabled(kind):
         dtypes.append(torch.get_autocast_dtype(kind))
     if kind == "cuda" and torch.get_float32_matmul_precision() != "highest":
-        dtypes.append(torch.bfloat16)  # TF32 or less, whatever the tensors are
+        dtypes.append(torch.bfloat16)  # TF32 or less, also for float32 tensors
     return max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5
 
 

@@ -70,7 +70,7 @@ def ppo_config(runs: Path, **values) -> PPOStageConfig:
     )
 
 
-# Without --multi_gpu, accelerate starts one process on a machine without GPUs, whatever the number.
+# Without --multi_gpu, accelerate ignores the number on a machine without GPUs and starts one.
 LAUNCH = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
 LAUNCH += " --main_process_port 0"  # a free one: other tests launch at the same time
 

@@ -88,7 +88,7 @@ def test_logprobs_do_not_depend_on_padding(family, side):
             logits = response_logits(model, ids, mask, positions, NONE_FORBIDDEN)
         return token_logprobs(logits, ids[:, 1:])
 
-    # Any fill will do: what stands under the mask is not read.
+    # Any fill will do: masked positions are not read.
     ids, mask = padded(SEQUENCES, side, fill=77)
     # A token can be predicted where it and the one before it are valid.
     predicted = mask[:, 1:] & mask[:, :-1]

@@ -213,7 +213,7 @@ def test_equal_scores_are_not_scaled_by_zero(policy_dir, tmp_path):
 def test_whitened_scores_are_those_of_the_whole_rollout_then_penalised_then_clipped(
     policy_dir, tmp_path
 ):
-    """One number per response, whatever the batches; the penalty replaces, but counts not."""
+    """One number per response in any batch; the penalty replaces it, and does not count."""
     for batches in ((1, 2), (8, 8)):
         config = make_config(policy_dir, tmp_path, whiten_scores=True, kl_coef=0.0)
         config.ppo.missing_eos_penalty, config.ppo.clip_scores = -1.25, 1.3

@@ -318,7 +318,7 @@ def test_stop_string_across_the_border_of_the_prompt_ends_nothing(llama):
 
 
 def test_response_ended_by_a_stop_string_is_scored_whole_and_not_penalised(llama):
-    """Its score stands at the stop string's last token; the scorer's text ends before it."""
+    """Its score is at the stop string's last token; the scorer's text ends before it."""
     noise = uniform_noise((8,), range(6), 40)
     free = generate(llama, PROMPTS, sampling_for(llama, NONE_STOPS, budget=40), noise)
     stop = pair_of(free.ids[0])

@@ -1,5 +1,5 @@
 """Options of the SFT stage: plain text in the mix, top_p, the batch of all processes, the best
-step, of which the last two are the reward stage's too.
+step, where the last two are the reward stage's too.
 
 Left out: long conversations (test_splitting.py) and batch_size on two processes (test_stages.py).
 Run: python -m pytest tests/sft/test_sft_options.py
@@ -354,7 +354,7 @@ def test_killed_runs_with_every_option_end_as_if_they_had_never_stopped(strategy
     config.batch_size = 8
     config.mix = MixConfig(path=str(data / "texts.jsonl"), fraction=0.2)
     config.dataset.path, config.dataset.split_long = str(data / "long.jsonl"), True
-    # an epoch has 18 steps, the last of which is also that of a checkpoint
+    # an epoch has 18 steps; the last also writes a checkpoint
     in_epochs = {"max_steps": -1, "num_train_epochs": 2}
     config.trainer |= {"max_steps": 36} if strategy == "steps" else in_epochs
     config.checkpoint.every = 3

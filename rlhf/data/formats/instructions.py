@@ -177,8 +177,8 @@ def _cleaned(turns: list[Message]) -> list[Message]:
     """Make a conversation start with the user, end with the assistant and alternate.
 
     A turn that repeats the one before it is left out, and so are answers before the first question
-    and questions after the last answer. A system message may come first. Rows of which nothing is
-    left, rows with an empty turn and rows whose speakers do not alternate are dropped.
+    and questions after the last answer. A system message may come first. Rows are
+    dropped if nothing is left, a turn is empty, or the speakers do not alternate.
     """
     system = turns[:1] if turns and turns[0]["role"] == "system" else []
     turns = turns[len(system) :]

@@ -31,7 +31,7 @@ CASES = [
         prepare=lambda folder: append(folder / "rows.jsonl", b'{"prompt": "Name'),
     ),
     Case(
-        "a file of which half the rows lack a field",
+        "a file with half of its rows lacking a field",
         f"{SFT} dataset=prompt_completion dataset.path=half.jsonl",
         ("half.jsonl, row 1, field 'completion': missing", "2 of 4 rows are malformed"),
         prepare=lambda folder: write_rows(
