@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rlhf.config import InputError
 from rlhf.console import interval_text, table
-from rlhf.functional import best_of_n, best_of_n_kl, bootstrap_interval, final_scores
+from rlhf.functional import best_of_n, best_of_n_kl, bootstrap_interval
 from rlhf.models import use_bfloat16
 from rlhf.ppo.evaluation import response_ids, response_texts
 from rlhf.ppo.preflight.findings import FAIL, OK, WARN, Finding
@@ -225,9 +225,10 @@ def examine_scoring(
     if finding.status == FAIL:
         return [finding]
     findings = [finding, examine_length(scores.total, lengths)]
-    penalty = ppo.missing_eos_penalty
-    whitened = torch.ones_like(finished) if ppo.whiten_scores else None
-    total = final_scores(scores.total, finished, penalty, scores.dense_total, whitened)
+    penalty, device = ppo.missing_eos_penalty, trainer.accelerator.device
+    dense = scores.dense_total[:, None].to(device)
+    scored = replace(samples.rollout, scores=scores.total.to(device), dense_rewards=dense)
+    total = scored.final_scores(penalty, ppo.whiten_scores).cpu()
     if penalty is not None:
         findings.append(examine_penalty(total[finished], penalty))
     judged = None
