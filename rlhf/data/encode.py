@@ -9,6 +9,7 @@ Left out: the batches of SFT, which TRL makes, and those of PPO, which its rollo
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,6 +28,11 @@ from rlhf.tokenizer import RefusedConversation, first_token_ids, render_prompt, 
 if TYPE_CHECKING:  # the data room is imported before torch is needed
     import torch
 
+LONG_SHARE, KEPT_SHARE = 0.1, 0.95  # of rows: dropping more warns; what the named limit keeps
+SHORTER = {
+    "dataset.max_length": ": shorten the rows, or take a model with a longer context",
+    "ppo.max_prompt_length": ": lower ppo.response_length, or shorten the prompts",
+}
 NUM_HISTORIES = 50  # prompts whose earlier turns are compared with what servers see
 DROP = DatasetConfig.on_bad_row
 
@@ -58,22 +64,25 @@ def encode_sft(
     max_length: int,
     train_on_prompt: bool = False,
     on_bad_row: str = DROP,
+    room: int | None = None,
 ) -> tuple[list[dict[str, list[int]]], Counter[str]]:
     """Encode SFT rows to {"input_ids", "labels"}; `encode_samples` may make several of a row.
 
-    Those longer than `max_length` tokens are dropped, never truncated.
+    Those longer than `max_length` tokens are dropped, never truncated. `room`: see
+    `_require_fitting`.
     """
-    encoded, longest, dropped, rows = [], 0, Counter[str](), list(rows)
+    encoded, dropped, rows = [], Counter[str](), list(rows)
+    lengths: list[int] = []
     _warn_about_history([prompt_of(row) for row in rows], tokenizer)
     encode = partial(encode_samples, tokenizer=tokenizer, train_on_prompt=train_on_prompt)
     for _, samples in not_refused(rows, encode, on_bad_row, dropped):
         for ids, labels in samples:
-            longest = max(longest, len(ids))
+            lengths.append(len(ids))
             if len(ids) > max_length:
                 dropped[_too_long("dataset.max_length", max_length)] += 1
             else:
                 encoded.append({"input_ids": ids, "labels": labels})
-    _require_some(encoded, "dataset.max_length", max_length, longest)
+    _require_fitting(encoded, lengths, "dataset.max_length", max_length, room)
     return encoded, dropped
 
 
@@ -90,7 +99,7 @@ def encode_texts(
             encoded.append(ids[:max_length])
         else:
             dropped["shorter than two tokens"] += 1
-    _require_some(encoded, "ptx.max_length", max_length, 1)
+    _require_fitting(encoded, [1], "ptx.max_length", max_length)
     return encoded, dropped
 
 
@@ -102,19 +111,24 @@ def encode_text(row: Row, tokenizer: Any) -> list[int]:
 
 
 def encode_ranked(
-    rows: Sequence[Row], tokenizer: Any, max_length: int, on_bad_row: str = DROP
+    rows: Sequence[Row],
+    tokenizer: Any,
+    max_length: int,
+    on_bad_row: str = DROP,
+    room: int | None = None,
 ) -> tuple[list[dict[str, Any]], Counter[str]]:
     """Encode ranked rows; a response that with its prompt exceeds `max_length` tokens is dropped.
 
     A row is kept while it has at least two responses that are not tied. Single responses that are
-    dropped have a reason of their own.
+    dropped have a reason of their own. `room`: see `_require_fitting`.
 
     Returns:
         Per kept row {"input_ids": K lists of prompt + response, "ranks": K ints, "lengths": K
         response lengths in tokens with their end, "row": index in `rows`, "scores": K floats,
         "margin", "probability": a float each, these three None where the row has none}.
     """
-    encoded, longest, dropped = [], 0, Counter[str]()
+    encoded, dropped = [], Counter[str]()
+    lengths: list[int] = []  # of the longest response that the row needs
     too_long = _too_long("dataset.max_length", max_length)
 
     def encode(row: Row) -> tuple[list[int], list[list[int]]]:
@@ -124,7 +138,7 @@ def encode_ranked(
 
     for index, (prompt_ids, answers) in not_refused(rows, encode, on_bad_row, dropped):
         row, sequences = rows[index], [prompt_ids + ids for ids in answers]
-        longest = max(longest, *map(len, sequences))
+        lengths.append(_needed_length(row["ranks"], list(map(len, sequences))))
         fits = [i for i, ids in enumerate(sequences) if len(ids) <= max_length]
         if len({row["ranks"][i] for i in fits}) < 2:
             dropped[too_long] += 1
@@ -142,30 +156,42 @@ def encode_ranked(
                 "probability": row.get("probability"),
             }
         )
-    _require_some(encoded, "dataset.max_length", max_length, longest)
+    _require_fitting(encoded, lengths, "dataset.max_length", max_length, room)
     return encoded, dropped
 
 
+def _needed_length(ranks: list[int], lengths: list[int]) -> int:
+    """Shortest limit that keeps two responses that are not tied."""
+    order = sorted(zip(lengths, ranks, strict=True))
+    return next(length for length, rank in order if rank != order[0][1])
+
+
 def encode_prompts(
-    rows: Iterable[Row], tokenizer: Any, max_prompt_length: int | None, on_bad_row: str = DROP
+    rows: Iterable[Row],
+    tokenizer: Any,
+    max_prompt_length: int | None,
+    on_bad_row: str = DROP,
+    room: int | None = None,
 ) -> tuple[list[dict[str, Any]], Counter[str]]:
     """Encode the prompts of canonical rows for PPO to {"prompt": canonical prompt, "input_ids"}.
 
-    Prompts of more than `max_prompt_length` tokens and those without a token are dropped.
+    Prompts of more than `max_prompt_length` tokens and those without a token are dropped. `room`:
+    see `_require_fitting`.
     """
-    encoded, longest, dropped = [], 0, Counter[str]()
+    encoded, dropped = [], Counter[str]()
+    lengths: list[int] = []
     prompts = [prompt_of(row) for row in rows]
     _warn_about_history(prompts, tokenizer)
     encode = partial(encode_prompt, tokenizer=tokenizer)
     for index, ids in not_refused(prompts, encode, on_bad_row, dropped):
-        longest = max(longest, len(ids))
+        lengths.append(len(ids))
         if not ids:
             dropped["prompts without a token"] += 1
         elif max_prompt_length is not None and len(ids) > max_prompt_length:
             dropped[_too_long("ppo.max_prompt_length", max_prompt_length)] += 1
         else:
             encoded.append({"prompt": prompts[index], "input_ids": ids})
-    _require_some(encoded, "ppo.max_prompt_length", max_prompt_length, longest)
+    _require_fitting(encoded, lengths, "ppo.max_prompt_length", max_prompt_length, room)
     return encoded, dropped
 
 
@@ -194,10 +220,29 @@ def _too_long(name: str, limit: int) -> str:
     return f"longer than {name}={limit} tokens"
 
 
-def _require_some(encoded: list[Any], name: str, limit: int | None, longest: int) -> None:
+def _require_fitting(
+    encoded: list[Any], lengths: list[int], name: str, limit: int | None, room: int | None = None
+) -> None:
+    """Refuse a limit that leaves no row; warn about one that drops more than `LONG_SHARE`.
+
+    Args:
+        room: tokens of a row that the model takes; None, as for held-out rows, gives no warning.
+    """
     if not encoded:
-        what = f"the longest has {longest} tokens"
+        what = f"the longest has {max(lengths, default=0)} tokens"
         raise InputError(f"{name}={limit} leaves no row; raise it: {what}")
+    num_long = sum(limit is not None and length > limit for length in lengths)
+    if room is None or num_long <= LONG_SHARE * len(lengths):
+        return
+    enough = sorted(lengths)[math.ceil(KEPT_SHARE * len(lengths)) - 1]
+    fix = f"{name}={enough} keeps {KEPT_SHARE:.0%} of them"
+    if enough > room:
+        fix = f"{KEPT_SHARE:.0%} of them have at most {enough}, but the model has room for {room}"
+        fix += SHORTER[name]
+    warn(
+        f"{num_long:,} of {len(lengths):,} rows ({num_long / len(lengths):.0%}) are longer than "
+        f"{name}={limit} tokens and are dropped; {fix}"
+    )
 
 
 def pad(

@@ -9,7 +9,7 @@ from rlhf.hf_trainer.arguments import (
     as_in_training,
     describe_batches,
     is_sharded,
-    require_context,
+    row_length,
     trainer_arguments,
 )
 from rlhf.hf_trainer.finite_trainer import FiniteTrainer

@@ -15,8 +15,8 @@ from rlhf.checkpoint import UNSEALED
 from rlhf.config import InputError, RewardStageConfig, SFTStageConfig, build_arguments
 from rlhf.hf_trainer.settings import check_trainer_values, try_out
 from rlhf.models import use_bfloat16
-from rlhf.sampling import context_length
 
+DEFAULT_LENGTH = 1024  # tokens of a row
 BEST_METRICS = {
     "sft": ("eval_loss", "eval_mean_token_accuracy"),
     "reward": ("eval_accuracy", "eval_margin"),
@@ -134,13 +134,18 @@ def as_in_training(
         yield
 
 
-def require_context(config: SFTStageConfig | RewardStageConfig, model: Any) -> None:
-    """Refuse a `dataset.max_length` beyond the model's context."""
-    if config.dataset.max_length > context_length(model):
+def row_length(config: SFTStageConfig | RewardStageConfig, context: int) -> int:
+    """Longest row, tokens: `dataset.max_length`, which may not exceed the model's context; by
+    default the context, at most `DEFAULT_LENGTH`."""
+    length = config.dataset.max_length
+    if length is None:
+        return min(context, DEFAULT_LENGTH)
+    if length > context:
         raise InputError(
-            f"dataset.max_length={config.dataset.max_length} exceeds the model's context of "
-            f"{context_length(model)} tokens; set dataset.max_length to at most that"
+            f"dataset.max_length={length} exceeds the model's context of {context} tokens; set "
+            "dataset.max_length to at most that"
         )
+    return length
 
 
 def describe_batches(args: TrainingArguments, num_rows: int, unit: str) -> str:

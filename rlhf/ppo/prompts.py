@@ -33,7 +33,7 @@ def choose_prompts(
         Training and held-out prompts (`prompt`, `input_ids`), and the dropped ones by reason.
     """
     models = reward_models(actors.scorer)
-    prompts, dropped = _prompts_with_room(splits.train, models, config, actors)
+    prompts, dropped = _prompts_with_room(splits.train, models, config, actors, warns=True)
     needed = config.ppo.batch_size // config.ppo.samples_per_prompt
     if len(prompts) < needed:
         why = f" ({describe_dropped(dropped)})" if dropped else ""
@@ -55,9 +55,9 @@ def choose_prompts(
     return prompts, heldout[: number - number % num_processes], dropped + dropped_heldout
 
 
-def prompt_budget(config: PPOStageConfig, actors: Actors) -> int:
-    """Longest prompt, tokens, that leaves room for the response in the context of the policy and of
-    every reward model that scores the same ids."""
+def prompt_budget(config: PPOStageConfig, actors: Actors) -> tuple[int, int]:
+    """Longest prompt that is taken, and the longest that leaves room for the response in the
+    context of the policy and of every reward model that scores the same ids, tokens."""
     ppo = config.ppo
     same_ids = [
         m for m in reward_models(actors.scorer) if m.tokenizer_hash == actors.tokenizer_hash
@@ -70,7 +70,7 @@ def prompt_budget(config: PPOStageConfig, actors: Actors) -> int:
             f"ppo.max_prompt_length={budget} + ppo.response_length={ppo.response_length} exceed "
             f"the model's context of {context} tokens; lower one of them"
         )
-    return budget
+    return budget, room
 
 
 def _room(response_length: int, context: int, where: str) -> int:
@@ -84,16 +84,22 @@ def _room(response_length: int, context: int, where: str) -> int:
 
 
 def _prompts_with_room(
-    rows: Sequence[Any], models: list[RewardModelScorer], config: PPOStageConfig, actors: Actors
+    rows: Sequence[Any],
+    models: list[RewardModelScorer],
+    config: PPOStageConfig,
+    actors: Actors,
+    warns: bool = False,
 ) -> tuple[Prompts, Counter[str]]:
     """Encode the prompts of canonical rows; keep those that leave room for
-    `ppo.response_length` tokens, as counted by the policy and by each reward model.
+    `ppo.response_length` tokens, as counted by the policy and by each reward model. `warns`: say so
+    if these are few.
 
     A response that has more tokens for a reward model is cut for scoring.
     """
     bad, response_length = config.dataset.on_bad_row, config.ppo.response_length
-    budget = prompt_budget(config, actors)
-    prompts, dropped = encode_prompts(rows, actors.tokenizer, budget, bad)
+    budget, room = prompt_budget(config, actors)
+    told = room if warns else None
+    prompts, dropped = encode_prompts(rows, actors.tokenizer, budget, bad, told)
     for model in models:
         where = f"the context of {model.max_length} tokens of the reward model {model.path}"
         room = _room(response_length, model.max_length, where)

@@ -37,6 +37,7 @@ def load_completions(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[dict[str, Any]],
     encoded: Sequence[dict[str, Any]],
+    max_length: int,
 ) -> list[list[int]]:
     """Return the completions that `normalization.completions` names, and print what they are.
 
@@ -44,6 +45,7 @@ def load_completions(
         source: the SFT policy.
         rows: canonical training rows.
         encoded: the same rows as `encode_ranked` returns them.
+        max_length: longest demonstration, tokens.
 
     Returns:
         Token ids of prompt and response, at least two sequences; fewer are an InputError.
@@ -52,7 +54,7 @@ def load_completions(
     if kind == "ranked":
         sequences = [ids for row in encoded[:count] for ids in row["input_ids"]]
     elif kind == "demonstrations":
-        sequences = _demonstrations(config, tokenizer, count)
+        sequences = _demonstrations(config, tokenizer, count, max_length)
     else:
         prompts = [rows[one["row"]]["prompt"] for one in encoded[:count]]
         sequences = _samples(config, source, tokenizer, prompts)
@@ -65,16 +67,16 @@ def load_completions(
 
 
 def _demonstrations(
-    config: RewardStageConfig, tokenizer: PreTrainedTokenizerBase, count: int
+    config: RewardStageConfig, tokenizer: PreTrainedTokenizerBase, count: int, max_length: int
 ) -> list[list[int]]:
-    """Encode the first demonstrations that fit into `dataset.max_length`, as SFT does."""
+    """Encode the first demonstrations that fit into `max_length`, as SFT does."""
     path, split = config.normalization.path, config.normalization.split
     assert path is not None  # `check` has made sure
     bad, format = config.dataset.on_bad_row, config.normalization.format
     rows, dropped = load_rows(path, format, split, "sft", "normalization.path", bad)
     if config.dataset.as_conversation:
         rows = [to_conversation(row) for row in rows]
-    encoded, too_long = encode_sft(rows, tokenizer, config.dataset.max_length, on_bad_row=bad)
+    encoded, too_long = encode_sft(rows, tokenizer, max_length, on_bad_row=bad)
     line = f"        scores are 0 on average over {len(encoded[:count])} demonstrations of {path}; "
     say("\n".join([line + describe_dropped(dropped + too_long), *first_cases(dropped + too_long)]))
     return [row["input_ids"] for row in encoded[:count]]

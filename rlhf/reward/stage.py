@@ -29,13 +29,7 @@ from rlhf.config import RewardStageConfig, with_default_paths
 from rlhf.console import say
 from rlhf.data import RankedCollator, Splits, encode_ranked, load_splits
 from rlhf.equivalence import require_padding
-from rlhf.hf_trainer import (
-    as_in_training,
-    is_sharded,
-    require_context,
-    run_trainer,
-    trainer_arguments,
-)
+from rlhf.hf_trainer import as_in_training, is_sharded, row_length, run_trainer, trainer_arguments
 from rlhf.models import (
     ScalarModel,
     add_lora,
@@ -51,6 +45,7 @@ from rlhf.reward.ranking_trainer import RankingTrainer
 from rlhf.reward.report.measures import heldout_metrics
 from rlhf.reward.report.page import page_files, show_report
 from rlhf.reward.report.verdict import heldout_name, make_report
+from rlhf.sampling import context_length
 from rlhf.tokenizer import load_tokenizer
 
 OTHER_FAMILY = "take a model of another family"  # where padding changes scores
@@ -99,12 +94,12 @@ def _train(config: RewardStageConfig, run: StageRun) -> RewardResult:
     require_same_tokenizer(tokenizer, record_of_parent, "the model settings here", parent)
     model = init_reward_model(source, tokenizer, config.seed)
     require_writable(model, tokenizer, config)
-    require_context(config, model)
+    length = row_length(config, context_length(model))
     if not is_sharded(args):
         with as_in_training(model, config, args):
             require_padding(ScalarModel(model), tokenizer, f"model.path={parent}", OTHER_FAMILY)
-    limits = config.dataset.max_length, config.dataset.on_bad_row
-    train, too_long = encode_ranked(splits.train, tokenizer, *limits)
+    limits = length, config.dataset.on_bad_row
+    train, too_long = encode_ranked(splits.train, tokenizer, *limits, context_length(model))
     heldout, others = encode_ranked(splits.eval, tokenizer, *limits)
     splits.dropped += too_long + others
     plan = plan_batches(train, config.reward, args.world_size)
@@ -115,10 +110,10 @@ def _train(config: RewardStageConfig, run: StageRun) -> RewardResult:
         model = add_lora(model, config.peft, "SEQ_CLS", config.seed, rows)
     directory = run.begin()
     sizes = "{:,} parameters, {:,} trainable".format(*parameter_count(model))
-    say(f"reward: {sizes}; {len(heldout)} held-out prompts")
+    say(f"reward: {sizes}; {len(heldout)} held-out prompts; at most {length} tokens a response")
     say(f"        {describe_plan(args, train, plan)}; one forward pass per response")
     say(splits.describe(Counter()))
-    completions = load_completions(config, source, tokenizer, splits.train, train)
+    completions = load_completions(config, source, tokenizer, splits.train, train, length)
     trainer = RankingTrainer(
         model=ScalarModel(model),
         args=args,

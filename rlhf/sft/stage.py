@@ -36,7 +36,7 @@ from rlhf.hf_trainer import (
     best_step,
     describe_batches,
     is_sharded,
-    require_context,
+    row_length,
     run_trainer,
     trainer_arguments,
 )
@@ -94,9 +94,8 @@ def train_sft(config: SFTStageConfig) -> SFTResult:
 
 def _train(config: SFTStageConfig, run: StageRun) -> SFTResult:
     # Refuse bad settings and paths before anything loads.
-    length, parent = config.dataset.max_length, config.model.path
-    args = trainer_arguments(SFTConfig, config, "sft", max_length=length, eval_packing=False)
-    record = None
+    parent, record = config.model.path, None
+    args = trainer_arguments(SFTConfig, config, "sft", eval_packing=False)
     if parent is not None:
         record = require_stage(parent, ("sft", "ppo"), "model.path", config.model.revision)
     try_settings(config.model, config.peft)
@@ -110,11 +109,13 @@ def _train(config: SFTStageConfig, run: StageRun) -> SFTResult:
     model = load_policy(config.model, tokenizer)
     lines = mend_sampling_settings(model)
     require_writable(model, tokenizer, config)
-    require_context(config, model)
+    args.max_length = row_length(config, context_length(model))
     require_promises(config, args, model, tokenizer)
 
     # Make token ids and labels, and put adapters on the model.
-    splits, train, heldout, what = encode_splits(splits, tokenizer, config)
+    splits, train, heldout, what = encode_splits(
+        splits, tokenizer, config, args.max_length, context_length(model)
+    )
     if config.peft.enabled:
         model = add_lora(model, config.peft, "CAUSAL_LM", config.seed, token_rows)
 
@@ -122,7 +123,8 @@ def _train(config: SFTStageConfig, run: StageRun) -> SFTResult:
     directory = run.begin()
     total, trainable = parameter_count(model)
     packing = ", fewer with packing" if args.packing else ""
-    say(f"sft: {total:,} parameters, {trainable:,} trainable; {len(heldout)} held-out rows")
+    sizes = f"{total:,} parameters, {trainable:,} trainable"
+    say(f"sft: {sizes}; {len(heldout)} held-out rows; at most {args.max_length} tokens a row")
     say(f"     {describe_batches(args, len(train), 'rows')}{packing}")
     say("\n".join(what + lines))
     trainer = _make_trainer(config, args, model, tokenizer, train, heldout)
@@ -205,7 +207,8 @@ def _require_packing(config: SFTStageConfig, args: SFTConfig, model: Any, tokeni
     )
     field = "trainer.packing" if args.packing else "trainer.padding_free"
     fix = f"set {field}=false" + ", or trainer.packing_strategy=bfd" * wrapped
-    longest = config.dataset.max_length * args.per_device_train_batch_size
+    assert args.max_length is not None  # see `row_length`
+    longest = args.max_length * args.per_device_train_batch_size
     require_packing(model, tokenizer, collator, f"{field}=true", longest, fix)
 
 

@@ -44,19 +44,22 @@ Encoded = dict[str, list[int]]  # input_ids, labels
 
 
 def encode_splits(
-    splits: Splits, tokenizer: Any, config: SFTStageConfig
+    splits: Splits, tokenizer: Any, config: SFTStageConfig, length: int, context: int
 ) -> tuple[Splits, list[Encoded], list[Encoded], list[str]]:
     """Split long conversations, encode all rows, and mix in text, as the configuration says.
+
+    Args:
+        length, context: longest row, and the longest sequence that the model takes, tokens.
 
     Returns:
         The new splits, the encoded rows to train on, the held-out ones, and lines for the terminal.
     """
-    length, bad, lines = config.dataset.max_length, config.dataset.on_bad_row, []
+    bad, lines = config.dataset.on_bad_row, []
     if config.dataset.split_long:
         splits, line = split_conversations(splits, tokenizer, length)
         lines.append(line)
     on_prompt = config.train_on_prompt
-    train, too_long = encode_sft(splits.train, tokenizer, length, on_prompt, bad)
+    train, too_long = encode_sft(splits.train, tokenizer, length, on_prompt, bad, context)
     heldout, too_long_heldout = encode_sft(splits.eval, tokenizer, length, on_prompt, bad)
     lines.append(splits.describe(too_long + too_long_heldout))
     num_rows, num_sequences = len(splits.train), len(train) + sum(too_long.values())

@@ -167,6 +167,33 @@ def test_encode_sft_drops_long_rows_and_counts_them():
         encode_sft(rows, tokenizer, max_length=2)
 
 
+def test_a_limit_that_drops_more_than_a_tenth_is_a_warning_with_one_that_keeps_95_percent(capsys):
+    tokenizer = get_tokenizer("byte")
+    rows = [{"prompt": "a", "completion": "b" * n} for n in range(1, 101)]
+    lengths = [len(encode_row(row, tokenizer)[0]) for row in rows]
+    for limit, room in ((lengths[89], 512), (lengths[88], None)):  # a tenth; held-out rows
+        encode_sft(rows, tokenizer, limit, room=room)
+    assert capsys.readouterr().err == ""
+    encode_sft(rows, tokenizer, lengths[88], room=512)
+    assert capsys.readouterr().err == (
+        f"warning: 11 of 100 rows (11%) are longer than dataset.max_length={lengths[88]} tokens "
+        f"and are dropped; dataset.max_length={lengths[94]} keeps 95% of them\n"
+    )
+    assert len(encode_sft(rows, tokenizer, lengths[94])[0]) == 95
+    encode_sft(rows, tokenizer, lengths[49], room=lengths[49])
+    assert f"at most {lengths[94]}, but the model has room for" in capsys.readouterr().err
+    encode_prompts([{"prompt": "a"}, {"prompt": "a" * 9}], tokenizer, 5, room=5)
+    assert ": lower ppo.response_length, or shorten" in capsys.readouterr().err
+
+
+def test_a_ranked_row_is_as_long_as_the_shorter_limit_that_keeps_two_untied_responses(capsys):
+    tokenizer = get_tokenizer("byte")
+    row = {"prompt": "p", "responses": ["a" * 30, "b", "c", "d" * 50], "ranks": [0, 1, 1, 2]}
+    encode_ranked([row, row | {"responses": ["a", "b", "c", "d"]}], tokenizer, 20, room=99)
+    enough = len(encode_prompt("p", tokenizer) + encode_response("p", "a" * 30, tokenizer))
+    assert f"dataset.max_length={enough} keeps 95% of them" in capsys.readouterr().err
+
+
 def test_encode_prompts_drops_long_prompts():
     tokenizer = get_tokenizer("byte")
     rows = [{"prompt": "a"}, {"prompt": "xyz" * 9}, {"messages": CONVERSATIONS["one turn"]}]

@@ -36,12 +36,37 @@ from rlhf.config import InputError, MixConfig, PeftConfig, RewardStageConfig, SF
 from rlhf.data import encode_prompt, encode_sft
 from rlhf.demo.world import build_tokenizer
 from rlhf.demo.world import rows as demo_rows
-from rlhf.hf_trainer.arguments import accumulation_steps, trainer_arguments
+from rlhf.hf_trainer.arguments import accumulation_steps, row_length, trainer_arguments
 from rlhf.metrics import read_jsonl
 from rlhf.reward import train_reward
 from rlhf.sft import train_sft
 from rlhf.sft.stage import sample_responses
 from rlhf.sft.training_rows import interleaved, mix_texts
+
+# --- The longest row ------------------------------------------------------------------------------
+
+
+def test_the_longest_row_is_by_default_what_the_model_takes_and_at_most_1024_tokens():
+    config = SFTStageConfig()
+    assert [row_length(config, context) for context in (64, 1024, 1 << 30)] == [64, 1024, 1024]
+    config.dataset.max_length = 2048
+    assert row_length(config, 4096) == 2048
+    with pytest.raises(InputError, match="max_length=2048 exceeds the model's context of 64"):
+        row_length(config, 64)
+
+
+def test_a_stage_without_a_longest_row_takes_that_of_the_model(data, tmp_path, capsys):
+    config = sft_config(tmp_path, data)
+    config.dataset.max_length = None
+    config.trainer |= {"max_steps": 1, "packing": True}
+    directory = train_sft(config).directory
+    assert "; 8 held-out rows; at most 64 tokens a row\n" in capsys.readouterr().out
+    reward = reward_config(tmp_path, data, directory)
+    reward.dataset.max_length = None
+    reward.trainer |= {"max_steps": 1}
+    train_reward(reward)
+    assert "; at most 64 tokens a response\n" in capsys.readouterr().out
+
 
 # --- Plain text in the mix ------------------------------------------------------------------------
 
@@ -361,7 +386,7 @@ def test_killed_runs_with_every_option_end_as_if_they_had_never_stopped(strategy
     finish(start(config), config)
     whole, log = outcome(config), text_of(config)
     assert "split 20 conversations longer than dataset.max_length=64 tokens into" in log
-    assert "; 8 held-out rows\n" in log  # neither split nor mixed
+    assert "; 8 held-out rows; at most 64 tokens a row\n" in log  # neither split nor mixed
     assert "mixed in" in log and ": 20.0 % of" in log
     losses = evaluations(tmp_path / "whole/run/sft")
     best = min(losses, key=losses.__getitem__)

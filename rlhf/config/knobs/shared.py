@@ -78,8 +78,9 @@ class DatasetConfig:
     """Number of training rows to keep, counted after the split (null: all)."""
     max_eval_rows: int | None = knob(None, ge=1)
     """Number of held-out rows to keep (null: all)."""
-    max_length: int = knob(1024, ge=2)
-    """Longest row with its prompt, tokens; longer rows are dropped and counted."""
+    max_length: int | None = knob(None, ge=2)
+    """Longest row with its prompt, tokens; longer rows are dropped and counted (null: what the
+    model takes, at most 1024)."""
     on_bad_row: str = knob("drop", choices=("drop", "stop"))
     """At a row that is malformed (not JSON, a field missing or of the wrong type) or that the chat
     template refuses: drop it (count it, show the first of each kind, and stop if half of the rows

@@ -57,6 +57,7 @@ def run(options: ReportOptions) -> None:
     from rlhf.checkpoint import require_stage
     from rlhf.console import quiet_libraries, say
     from rlhf.data import encode_ranked, load_splits
+    from rlhf.hf_trainer import row_length
     from rlhf.reward.batches import score_rows
     from rlhf.reward.report.measures import agreement, heldout_metrics
     from rlhf.reward.report.page import page_files, show_report
@@ -72,7 +73,8 @@ def run(options: ReportOptions) -> None:
     sizes = config.trainer["per_device_eval_batch_size"], config.reward.tokens_per_batch
     splits = load_splits(data, "reward", config.seed)
     scorer = _load(options.path, options.trust_remote_code)
-    rows, too_long = encode_ranked(splits.eval, scorer.tokenizer, data.max_length, data.on_bad_row)
+    length = row_length(config, scorer.max_length)
+    rows, too_long = encode_ranked(splits.eval, scorer.tokenizer, length, data.on_bad_row)
     say(f"{len(rows)} held-out prompts of {name}; {splits.describe(too_long)}")
     scores = score_rows(scorer.model, rows, *sizes)
     report = make_report(scores, rows, splits.eval, scorer.tokenizer, name)
