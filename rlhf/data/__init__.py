@@ -35,7 +35,14 @@ from rlhf.data.rows import (
     whole_characters,
 )
 from rlhf.data.segments import encode_prompt, encode_response, encode_row, encode_samples
-from rlhf.data.sources import Splits, count_overlap, load_rows, load_splits, to_conversation
+from rlhf.data.sources import (
+    Splits,
+    count_overlap,
+    few_rows,
+    load_rows,
+    load_splits,
+    to_conversation,
+)
 
 # Names that earlier versions had here.
 from rlhf.tokenizer import (

@@ -28,6 +28,8 @@ from rlhf.data.rows import (
     without_repeats,
 )
 
+FEW = 20  # held-out rows: figures of fewer say so
+
 # --- Training and held-out rows -----------------------------------------------------------------
 
 
@@ -87,9 +89,11 @@ def load_splits(config: DatasetConfig, stage: str, seed: int, needs_eval: bool =
             + "".join(f"; {line.strip()}" for line in first_cases(dropped)[:1])
         )
     if not evaluation and needs_eval:
+        fix = f"raise dataset.eval_fraction={config.eval_fraction} or give dataset.eval_path"
+        if config.eval_fraction:
+            fix = f"the only prompt is trained on; dataset.eval_path={config.path} evaluates on it"
         raise InputError(
-            f"no row to evaluate on ({len(train)} to train on; {describe_dropped(dropped)}): raise "
-            f"dataset.eval_fraction={config.eval_fraction} or give dataset.eval_path"
+            f"no row to evaluate on ({len(train)} to train on; {describe_dropped(dropped)}): {fix}"
         )
     return Splits(train, evaluation, dropped, count_overlap(train, evaluation))
 
@@ -100,13 +104,36 @@ def split_by_prompt(
     """Split rows by a hash of seed and prompt: (train, eval), sharing no prompt.
 
     The side of a prompt does not depend on the order or number of the rows. So the share of the
-    evaluation prompts is `eval_fraction` in expectation only.
+    evaluation prompts is `eval_fraction` in expectation only. If all prompts had the same side, the
+    nearest one to the boundary gets the other side.
     """
+    keys = [prompt_key(row) for row in rows]
+    places = {key: _place(seed, key) for key in keys}
+    held_out = {key for key, place in places.items() if place < eval_fraction}
+    if eval_fraction and places and not held_out:
+        held_out = {min(places, key=places.__getitem__)}
+    if len(held_out) == len(places) > 0:  # a single prompt is trained on
+        held_out.remove(max(places, key=places.__getitem__))
     sides: tuple[list[Row], list[Row]] = ([], [])
-    for row in rows:
-        digest = hashlib.sha256(f"{seed}\n{prompt_key(row)}".encode(errors="replace")).digest()
-        sides[int.from_bytes(digest[:8], "big") < eval_fraction * 2**64].append(row)
+    for row, key in zip(rows, keys, strict=True):
+        sides[key in held_out].append(row)
     return sides
+
+
+def _place(seed: int, key: str) -> float:
+    """A number in [0, 1) that depends on seed and prompt alone."""
+    digest = hashlib.sha256(f"{seed}\n{key}".encode(errors="replace")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def few_rows(number: int, unit: str) -> str:
+    """A remark on figures of fewer than `FEW` held-out rows or prompts; empty for more."""
+    if number >= FEW:
+        return ""
+    return (
+        f"these figures are of only {number} held-out {unit}{'s' * (number > 1)} and say little; "
+        "raise dataset.eval_fraction, or give dataset.eval_path"
+    )
 
 
 def count_overlap(train: list[Row], evaluation: list[Row]) -> int:

@@ -29,7 +29,7 @@ from rlhf.checkpoint import (
 )
 from rlhf.config import InputError, PPOStageConfig
 from rlhf.console import interval_text, progress_bar, say, table, warn
-from rlhf.data import Splits
+from rlhf.data import Splits, few_rows
 from rlhf.metrics import MetricsWriter
 from rlhf.models import merged
 from rlhf.ppo.evaluation import Evaluator, describe_selection, selection_value
@@ -237,6 +237,8 @@ class PPOLoop:
             number, intervals = len(self.evaluate.prompts), "95 % bootstrap intervals over them"
             say(f"\n{number} held-out prompts, {intervals} in brackets:")
             say(table(rows, ("", "before", f"update {chosen}")))
+            if few := few_rows(number, "prompt"):
+                say(few)
         if self.watchdog.summary():
             say(self.watchdog.summary())
         before = selection_value(self.config, self.before)

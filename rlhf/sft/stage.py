@@ -28,7 +28,7 @@ from rlhf.checkpoint import (
 )
 from rlhf.config import ModelConfig, SFTStageConfig
 from rlhf.console import say, table, warn
-from rlhf.data import Row, Splits, encode_prompt, load_splits, prompt_of
+from rlhf.data import Row, Splits, encode_prompt, few_rows, load_splits, prompt_of
 from rlhf.equivalence import require_cache, require_packing, require_padding
 from rlhf.hf_trainer import (
     FiniteTrainer,
@@ -240,7 +240,8 @@ def _finish(
         origin = config.model.path, tokenizer, splits.prompts
         record = make_record("sft", config, *origin, splits.dropped, metrics)
         write_stage(directory / "final", merged(policy), tokenizer, config, record)
-    _show_result(directory, metrics, samples)
+    heldout: Any = trainer.eval_dataset
+    _show_result(directory, metrics, samples, len(heldout))
     return SFTResult(directory / "final", metrics, samples)
 
 
@@ -281,14 +282,18 @@ def _last_evaluation(trainer: SFTTrainer) -> dict[str, float]:
     return {name: rows[-1][name] for name in names if name in rows[-1]}
 
 
-def _show_result(directory: Path, metrics: dict[str, float], samples: list[dict[str, Any]]) -> None:
+def _show_result(
+    directory: Path, metrics: dict[str, float], samples: list[dict[str, Any]], num_heldout: int
+) -> None:
     for sample in samples[:NUM_SHOWN]:
         prompt = sample["prompt"]
         text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
         say(f"\n> {' '.join(text.split())[:300]}\n{sample['response'].strip()}")
         if not sample["finished"]:
             say("[no stop token within response_length]")
-    say("\n" + table(list(metrics.items()), ("held-out", "value")))
+    say("\n" + table(list(metrics.items()), (f"{num_heldout} held-out rows", "value")))
+    if few := few_rows(num_heldout, "row"):
+        say(few)
     if metrics.get("eos_rate", 1.0) < 0.5:
         fix = "train longer, or raise response_length"
         say(f"fewer than half of the answers end with a stop token: {fix}")

@@ -11,7 +11,7 @@ import pytest
 from helpers.rows import assistant, user, write
 
 from rlhf.config import DatasetConfig, InputError
-from rlhf.data import load_rows, load_splits, prompt_of
+from rlhf.data import few_rows, load_rows, load_splits, prompt_of
 from rlhf.data.sources import split_by_prompt
 
 
@@ -24,9 +24,38 @@ def test_split_by_prompt_shares_no_prompt_and_ignores_order():
     assert 40 <= len(keys[1]) <= 100  # 350 prompts, 70 expected, sd 7.5
     again = split_by_prompt(rows[::-1], 0.2, seed=1)
     assert again == (train[::-1], evaluation[::-1])
-    assert split_by_prompt(evaluation, 0.2, seed=1) == ([], evaluation)
     assert split_by_prompt(rows, 0.2, seed=2)[1] != evaluation
     assert split_by_prompt(rows, 0.0, seed=1)[1] == []
+
+
+@pytest.mark.parametrize("fraction", [0.001, 0.9])
+def test_a_small_file_has_a_prompt_on_each_side_and_its_rows_stay_together(fraction):
+    for seed in range(20):
+        rows = [{"prompt": f"p{i % 2}", "n": i} for i in range(6)]
+        sides = split_by_prompt(rows, fraction, seed)
+        assert [{row["prompt"] for row in side} for side in sides] in (
+            [{"p0"}, {"p1"}],
+            [{"p1"}, {"p0"}],
+        )
+        assert [len(side) for side in sides] == [3, 3]
+    assert split_by_prompt(rows[:1], fraction, seed) == (rows[:1], [])
+
+
+def test_the_prompt_that_a_small_file_holds_out_is_the_first_of_a_larger_share():
+    rows = [{"prompt": str(i)} for i in range(12)]
+    (only,) = split_by_prompt(rows, 1e-9, seed=3)[1]
+    larger = next(
+        side
+        for side in (split_by_prompt(rows, share / 50, 3)[1] for share in range(1, 50))
+        if len(side) > 1
+    )
+    assert only in larger
+
+
+def test_figures_of_fewer_than_20_held_out_rows_say_so():
+    assert few_rows(20, "row") == ""
+    assert few_rows(19, "row").startswith("these figures are of only 19 held-out rows and say")
+    assert "only 1 held-out prompt and" in few_rows(1, "prompt")
 
 
 def test_split_is_the_same_in_another_process():
@@ -69,6 +98,11 @@ def test_an_empty_side_is_an_error(tmp_path):
     config = DatasetConfig(path=path, format="prompt_completion", eval_fraction=0.0)
     with pytest.raises(
         InputError, match="raise dataset.eval_fraction=0.0 or give dataset.eval_path"
+    ):
+        load_splits(config, "sft", seed=1)
+    config.eval_fraction = 0.5
+    with pytest.raises(
+        InputError, match="the only prompt is trained on; dataset.eval_path=.*jsonl"
     ):
         load_splits(config, "sft", seed=1)
     config.path = write(tmp_path / "b.jsonl", [{"prompt": "p", "completion": ""}])

@@ -60,12 +60,16 @@ def test_a_stage_without_a_longest_row_takes_that_of_the_model(data, tmp_path, c
     config.dataset.max_length = None
     config.trainer |= {"max_steps": 1, "packing": True}
     directory = train_sft(config).directory
-    assert "; 8 held-out rows; at most 64 tokens a row\n" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "; 8 held-out rows; at most 64 tokens a row\n" in shown
+    assert "these figures are of only 8 held-out rows and say little; raise dataset." in shown
     reward = reward_config(tmp_path, data, directory)
     reward.dataset.max_length = None
     reward.trainer |= {"max_steps": 1}
     train_reward(reward)
-    assert "; at most 64 tokens a response\n" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "; at most 64 tokens a response\n" in shown.out
+    assert "warning: these figures are of only 8 held-out prompts" in shown.err
 
 
 # --- Plain text in the mix ------------------------------------------------------------------------

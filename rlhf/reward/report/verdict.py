@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rlhf.config import DatasetConfig, InputError
 from rlhf.console import interval_text
+from rlhf.data import few_rows
 from rlhf.reward.report.measures import Report, Row, find_mistakes, measure
 
 LENGTH_DRIVEN = 0.6  # correlation (Spearman) of score and length within prompts
@@ -72,7 +73,7 @@ def judge(report: Report) -> list[str]:
     """
     all_pairs, similar = report["slices"]["all"]["all"], report["slices"]["length"].get("similar")
     found, num = f"accuracy {_interval(all_pairs)}", report["num_prompts"]
-    warnings = []
+    warnings = [remark] if (remark := few_rows(num, "prompt")) else []
     if all_pairs["accuracy_high"] < 0.5:
         warnings.append(
             f"the reward model orders held-out pairs the wrong way round ({found}): check that "
