@@ -31,6 +31,7 @@ from rlhf.data.rows import (
     as_prompt,
     as_text,
     check_row,
+    different_prompts,
     prompt_of,
     whole_characters,
 )

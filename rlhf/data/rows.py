@@ -223,6 +223,14 @@ def prompt_key(row: Row) -> str:
     return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
 
 
+def different_prompts(rows: Iterable[Row]) -> list[Row]:
+    """The first row of each prompt."""
+    first: dict[str, Row] = {}
+    for row in rows:
+        first.setdefault(prompt_key(row), row)
+    return list(first.values())
+
+
 def check_row(row: Row, stage: str) -> None:
     """Raise DropRow if `stage` cannot use a canonical row ("ptx": text, or an SFT row), and
     InputError or KeyError if the row is malformed."""

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rlhf.config import InputError, PPOStageConfig
-from rlhf.data import Splits, describe_dropped, encode_prompts, not_refused
+from rlhf.data import Splits, describe_dropped, different_prompts, encode_prompts, not_refused
 from rlhf.ppo.actors import Actors
 from rlhf.sampling import context_length
 from rlhf.scorers import RewardModelScorer, Scorer, reward_models
@@ -45,7 +45,9 @@ def choose_prompts(
         return prompts, [], dropped
     if independent is not None:
         models = models + reward_models(independent)
-    heldout, dropped_heldout = _prompts_with_room(splits.eval, models, config, actors)
+    heldout, dropped_heldout = _prompts_with_room(
+        different_prompts(splits.eval), models, config, actors
+    )
     if not heldout:
         raise InputError(
             f"no held-out prompt is left: {describe_dropped(dropped_heldout)}; lower "

@@ -28,7 +28,15 @@ from rlhf.checkpoint import (
 )
 from rlhf.config import ModelConfig, SFTStageConfig
 from rlhf.console import say, table, warn
-from rlhf.data import Row, Splits, encode_prompt, few_rows, load_splits, prompt_of
+from rlhf.data import (
+    Row,
+    Splits,
+    different_prompts,
+    encode_prompt,
+    few_rows,
+    load_splits,
+    prompt_of,
+)
 from rlhf.equivalence import require_cache, require_packing, require_padding
 from rlhf.hf_trainer import (
     FiniteTrainer,
@@ -232,8 +240,14 @@ def _finish(
     policy.__dict__.pop("forward", None)  # TRL patches forward on the instance
     metrics, samples = _last_evaluation(trainer), []
     if PartialState().is_main_process:
-        rows = splits.eval[: config.num_samples]
+        rows = different_prompts(splits.eval)[: config.num_samples]
         samples = sample_responses(policy, tokenizer, rows, config)
+        if num_left_out := len(rows) - len(samples):
+            warn(
+                f"{num_left_out} of {len(rows)} prompts got no sample: response_length="
+                f"{config.response_length} leaves them no room in the model's context of "
+                f"{context_length(policy)} tokens, or the chat template refuses them"
+            )
         if samples:
             metrics["eos_rate"] = sum(s["finished"] for s in samples) / len(samples)
         append_jsonl(directory / "samples.jsonl", samples)

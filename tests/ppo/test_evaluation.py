@@ -132,6 +132,16 @@ def test_the_rules_of_selection(policy_dir, tmp_path, select, kl_coef, expected)
         assert describe_selection(config) == "the highest held-out score - 0.5 x KL"
 
 
+def test_a_held_out_prompt_that_rows_repeat_is_evaluated_once(policy_dir, tmp_path, capsys):
+    config = make_config(policy_dir, tmp_path, num_updates=1)
+    config.dataset.eval_path = str(tmp_path / "eval.jsonl")
+    rows = ['{"prompt": "say"}\n', '{"prompt": "say"}\n', '{"prompt": "name"}\n']
+    Path(config.dataset.eval_path).write_text("".join(rows))
+    samples = rows_of(train_ppo(config).directory.parent / "samples.jsonl")
+    assert [sample["prompt"] for sample in samples if sample["step"] == 0] == ["say", "name"]
+    assert "these figures are of only 2 held-out prompts" in capsys.readouterr().out
+
+
 def test_a_run_that_makes_the_policy_worse_says_so(policy_dir, tmp_path, capsys):
     config = make_config(policy_dir, tmp_path, num_updates=2, learning_rate=0.1)
     config.evaluation.select_kl_coef = 10.0

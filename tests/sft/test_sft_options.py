@@ -72,6 +72,21 @@ def test_a_stage_without_a_longest_row_takes_that_of_the_model(data, tmp_path, c
     assert "warning: these figures are of only 8 held-out prompts" in shown.err
 
 
+# --- Samples --------------------------------------------------------------------------------------
+
+
+def test_samples_are_of_different_prompts_and_a_budget_without_room_is_said(data, tmp_path, capsys):
+    config = sft_config(tmp_path, data)
+    rows = [row for row in demo_rows("sft", "eval")[:3] for _ in range(4)]
+    config.dataset.eval_path = write(tmp_path / "eval.jsonl", rows)
+    config.trainer |= {"max_steps": 1}
+    assert len({str(sample["prompt"]) for sample in train_sft(config).samples}) == 3
+    config.run_name, config.response_length = "long", 64
+    assert train_sft(config).samples == []
+    warning = "3 of 3 prompts got no sample: response_length=64 leaves them no room in the model's"
+    assert warning in capsys.readouterr().err
+
+
 # --- Plain text in the mix ------------------------------------------------------------------------
 
 NUM_TEXTS = 300
