@@ -112,7 +112,7 @@ def _parse(name: str, kind: Any, text: str) -> Any:
 def help_text(usage: str, options: type) -> str:
     """What `--help` prints: the usage, and each option with its sentence and default."""
     about = sentences(options)
-    fields = dataclasses.fields(options)
+    fields = sorted(dataclasses.fields(options), key=_is_required, reverse=True)
     labels = ["..." if field.name == OVERRIDES else field.name for field in fields]
     width = max(map(len, labels)) + 6
     lines = [

@@ -6,16 +6,13 @@ writes `answers.scored.jsonl`: the same rows, in the same order, each with its s
 objects, one per line: `prompt` and `response` (or `messages` that end with the assistant) get a
 `score`; `prompt` and `responses` get `scores`, for best-of-n. Prompts are text or messages.
 
-A stopped command continues when it is given again: until all rows are scored, they are in
-`<out>.partial`, and `<out>.partial.json` says what they were made from. Left out: Python scorers
-and several processes.
+A stopped command continues when it is given again. Left out: Python scorers and several processes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,13 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config import DTYPES, NORMALIZATIONS, InputError, ScorerConfig, knob, show
-from rlhf.console import progress_bar, quiet_libraries, say, table
+from rlhf.console import quiet_libraries, say, table
 from rlhf.data import DropRow, as_messages, as_prompt, as_text
 from rlhf.options import check_options, run_command
+from rlhf.row_file import RowFile, chunks_of, new_file, refuse_rows
 
 KINDS = ({"prompt", "response"}, {"prompt", "responses"}, {"messages"})  # fields of a row
-CHUNK = 8  # batches between two writes
-NUM_SHOWN = 10  # bad rows
 
 
 @dataclass
@@ -79,32 +75,26 @@ def run(options: ScoreOptions) -> None:
     check_options(options)
     import torch
 
-    from rlhf.checkpoint import disk_errors, locked
-
     quiet_libraries()
     source = Path(options.data)
     out = Path(options.out or source.with_suffix(".scored.jsonl"))
-    if not out.parent.is_dir():
-        raise InputError(f"out={out}: there is no directory {out.parent}; make it")
-    lock, fix = out.with_name(f".{out.name}.lock"), "wait, or give another out=<file>"
-    with locked(lock, f"out={out}", fix), disk_errors(out.parent, "give the same command again"):
-        scores = torch.tensor(_score_file(options, source, out))
+    with new_file(out):
+        written = _score_file(options, source, out)
+    lists = (row["scores"] if "scores" in row else [row["score"]] for row in written)
+    scores = torch.tensor(list(chain.from_iterable(lists)))
     figures = [scores.mean(), scores.std(unbiased=False), scores.min(), scores.max()]
     header = ("responses", "mean", "std", "min", "max")
     say(table([(len(scores), *map(float, figures))], header))
     say(f"\nsaved {out}: scores by {options.path}, normalize={options.normalize}")
 
 
-def _score_file(options: ScoreOptions, source: Path, out: Path) -> list[float]:
-    """Score the rows of `source` into `out`, which is locked; return every score in order."""
+def _score_file(options: ScoreOptions, source: Path, out: Path) -> list[dict[str, Any]]:
+    """Score the rows of `source` into `out`; return the written rows."""
     from rlhf.checkpoint import hash_weights
     from rlhf.distributed import default_device
-    from rlhf.scorers import RewardModelScorer
+    from rlhf.scorers import RewardModelScorer, uncut_scores
 
-    if os.path.lexists(out):
-        raise InputError(f"out={out} exists already; delete it, or give another out=<file>")
     rows, digest = read_rows(source)
-    partial, identity = (out.with_name(f"{out.name}.partial{end}") for end in ("", ".json"))
     directory = Path(options.path)
     made_from = {
         "rows": len(rows),
@@ -115,50 +105,24 @@ def _score_file(options: ScoreOptions, source: Path, out: Path) -> list[float]:
         "batch_size": options.batch_size,
         "dtype": options.dtype,
     }
-    done = _scores_so_far(partial, identity, made_from)
+    file = RowFile(out, made_from)
     config = ScorerConfig(options.path, options.normalize, options.batch_size)
     code = options.trust_remote_code
     scorer = RewardModelScorer(config, default_device(), options.dtype, "path", code)
     _require_fitting(rows, scorer, source)
-    if not partial.exists():
-        identity.write_text(json.dumps(made_from, indent=2) + "\n", encoding="utf-8")
-    if done:
-        say(f"continuing {partial} after {len(done)} of {len(rows)} rows")
-    scores = _append_scores(partial, rows, scorer, done, CHUNK * options.batch_size)
-    os.replace(partial, out)
-    identity.unlink()
-    return scores
 
+    def score(chunk: range) -> Iterator[dict[str, Any]]:
+        part = rows[chunk.start : chunk.stop]
+        prompts = [row.prompt for row in part for _ in row.responses]
+        responses = [response for row in part for response in row.responses]
+        found = iter(uncut_scores(scorer, prompts, responses, "the reward model").tolist())
+        for row in part:
+            scores = list(islice(found, len(row.responses)))
+            is_list = row.content.get("responses") is not None
+            yield row.content | ({"scores": scores} if is_list else {"score": scores[0]})
 
-def _append_scores(
-    partial: Path, rows: list[ScoredRow], scorer: Any, done: list[list[float]], chunk_size: int
-) -> list[float]:
-    """Score the rows after the `done` ones and append them to the file; return all scores."""
-    from rlhf.scorers import uncut_scores
-
-    scores = list(chain.from_iterable(done))
-    bar = progress_bar(sum(len(row.responses) for row in rows), len(scores), "response")
-    with partial.open("a", encoding="utf-8") as stream:
-        for chunk in _chunks(rows, chunk_size):
-            if chunk.stop <= len(done):
-                continue
-            # the whole chunk is scored again, so that a stopped run ends with the same numbers
-            part = rows[chunk.start : chunk.stop]
-            prompts = [row.prompt for row in part for _ in row.responses]
-            responses = [response for row in part for response in row.responses]
-            found = iter(uncut_scores(scorer, prompts, responses, "the reward model").tolist())
-            for i, row in enumerate(part, chunk.start):
-                row_scores = list(islice(found, len(row.responses)))
-                if i >= len(done):
-                    is_list = row.content.get("responses") is not None
-                    new = {"scores": row_scores} if is_list else {"score": row_scores[0]}
-                    stream.write(json.dumps(row.content | new, ensure_ascii=False) + "\n")
-                    scores += row_scores
-                    bar.update(len(row_scores))
-            stream.flush()
-        os.fsync(stream.fileno())
-    bar.close()
-    return scores
+    chunks = chunks_of([len(row.responses) for row in rows], options.batch_size)
+    return file.write(chunks, score, len(rows), "row")
 
 
 def read_rows(source: Path) -> tuple[list[ScoredRow], str]:
@@ -178,7 +142,7 @@ def read_rows(source: Path) -> tuple[list[ScoredRow], str]:
                 rows.append(_read_row(number, line))
             except (ValueError, RecursionError, DropRow) as error:
                 problems.append(f"line {number}: {_reason(error)}")
-    _refuse(problems, source)
+    refuse_rows(problems, f"data={source}, nothing was scored")
     if not rows:
         raise InputError(f"data={source} has no rows")
     return rows, hashlib.sha256(data).hexdigest()
@@ -246,45 +210,7 @@ def _require_fitting(rows: list[ScoredRow], scorer: Any, source: Path) -> None:
                 f"line {row.line}: {longest} tokens, but the context of {scorer.path} is "
                 f"{scorer.max_length}"
             )
-    _refuse(problems, source)
-
-
-def _refuse(problems: list[str], source: Path) -> None:
-    if problems:
-        more = [f"... and {len(problems) - NUM_SHOWN} more"] if len(problems) > NUM_SHOWN else []
-        listed = "\n  ".join([*problems[:NUM_SHOWN], *more])
-        raise InputError(f"data={source}, nothing was scored:\n  {listed}")
-
-
-def _scores_so_far(partial: Path, identity: Path, made_from: dict[str, Any]) -> list[list[float]]:
-    """Scores of the rows that a stopped command wrote; an incomplete last line is removed."""
-    if not partial.exists():
-        return []
-    fix = f"delete {partial} to start afresh"
-    try:
-        before = json.loads(identity.read_text(encoding="utf-8"))
-        data = partial.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        written = [json.loads(line) for line in whole.split(b"\n")[:-1]]
-        scores = [row["scores"] if "scores" in row else [row["score"]] for row in written]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise InputError(f"{partial} cannot be continued ({error}); {fix}") from error
-    changed = {name: value for name, value in made_from.items() if before.get(name) != value}
-    if changed:
-        listed = "\n  ".join(f"{name}: {before.get(name)} -> {changed[name]}" for name in changed)
-        raise InputError(f"{partial} was begun with other values; {fix}:\n  {listed}")
-    os.truncate(partial, len(whole))
-    return scores
-
-
-def _chunks(rows: list[ScoredRow], size: int) -> Iterator[range]:
-    """Cut rows into chunks of at least `size` responses."""
-    start, count = 0, 0
-    for i, row in enumerate(rows):
-        count += len(row.responses)
-        if count >= size or i == len(rows) - 1:
-            yield range(start, i + 1)
-            start, count = i + 1, 0
+    refuse_rows(problems, f"data={source}, nothing was scored")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import torch
 from helpers.scorers import MEAN, raw_scores, rendered, write_reward_model
 from helpers.tiny import tiny_tokenizer
 
-from rlhf import score as scoring
+import rlhf.row_file
 from rlhf.config import InputError
 from rlhf.options import read_options
 from rlhf.score import ScoreOptions, main, read_rows
@@ -113,7 +113,7 @@ def begun(model, tmp_path_factory):
     file = write(folder / "answers.jsonl", many_rows(40))
     arguments = [f"data={file}", f"path={model}", "batch_size=2"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scoring.os, "replace", interrupt)
+        patch.setattr(rlhf.row_file.os, "replace", interrupt)
         assert main(arguments) == 130
     assert not (folder / "answers.scored.jsonl").exists()
     return arguments, folder
@@ -166,6 +166,14 @@ def test_a_killed_command_continues_to_the_same_end(model, tmp_path):
     again = tmp_path / "again.jsonl"
     assert main([*command[3:], f"out={again}"]) == 0
     assert (tmp_path / "answers.scored.jsonl").read_bytes() == again.read_bytes()
+
+
+def test_the_folder_of_the_output_is_made(model, tmp_path, capsys):
+    file = write(tmp_path / "answers.jsonl", many_rows(2))
+    assert main([f"data={file}", f"path={model}", f"out={tmp_path}/new/deep/x.jsonl"]) == 0
+    assert len(rows_of(tmp_path / "new/deep/x.jsonl")) == 2
+    assert main([f"data={file}", f"path={model}", f"out={file}/x.jsonl"]) == 2
+    assert f"{file} is not a directory" in capsys.readouterr().err
 
 
 def test_a_finished_output_is_not_overwritten(model, tmp_path, capsys):
@@ -313,7 +321,6 @@ def test_a_wrong_model_or_folder_is_named(model, tmp_path, capsys):
         ([f"path={tmp_path}/no/model", "normalize=none"], "path=.*no/model: no such directory"),
         ([f"path={Path(model).parents[1] / 'base'}", "normalize=none"], "is not a reward model"),
         ([f"path={Path(model).parents[1]}"], "is not a model directory .*did you mean .*final"),
-        ([f"path={model}", f"out={tmp_path}/no/x.jsonl"], "there is no directory .*/no; make it"),
     ):
         assert main([f"data={file}", *arguments]) == 2
         assert re.search(message, capsys.readouterr().err), message
