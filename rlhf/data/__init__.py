@@ -32,6 +32,7 @@ from rlhf.data.rows import (
     as_text,
     check_row,
     different_prompts,
+    other_columns,
     prompt_of,
     whole_characters,
 )

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from rlhf.config import DatasetConfig, InputError
 from rlhf.console import warn
 from rlhf.data.dropped import BadRows, Reason
-from rlhf.data.rows import Prompt, Row, prompt_of
+from rlhf.data.rows import Prompt, Row, other_columns, prompt_of
 from rlhf.data.segments import encode_prompt, encode_response, encode_row, encode_samples
 from rlhf.tokenizer import RefusedConversation, first_token_ids, render_prompt, token_ids, with_eos
 
@@ -173,14 +173,15 @@ def encode_prompts(
     on_bad_row: str = DROP,
     room: int | None = None,
 ) -> tuple[list[dict[str, Any]], Counter[str]]:
-    """Encode the prompts of canonical rows for PPO to {"prompt": canonical prompt, "input_ids"}.
+    """Encode the prompts of canonical rows for PPO to {"prompt": canonical prompt, "input_ids",
+    "columns": all other columns of the row, None where only other rows have one}.
 
     Prompts of more than `max_prompt_length` tokens and those without a token are dropped. `room`:
     see `_require_fitting`.
     """
-    encoded, dropped = [], Counter[str]()
+    encoded, dropped, rows = [], Counter[str](), list(rows)
     lengths: list[int] = []
-    prompts = [prompt_of(row) for row in rows]
+    prompts, names = [prompt_of(row) for row in rows], other_columns(rows)
     _warn_about_history(prompts, tokenizer)
     encode = partial(encode_prompt, tokenizer=tokenizer)
     for index, ids in not_refused(prompts, encode, on_bad_row, dropped):
@@ -190,7 +191,8 @@ def encode_prompts(
         elif max_prompt_length is not None and len(ids) > max_prompt_length:
             dropped[_too_long("ppo.max_prompt_length", max_prompt_length)] += 1
         else:
-            encoded.append({"prompt": prompts[index], "input_ids": ids})
+            columns = {name: rows[index].get(name) for name in names}
+            encoded.append({"prompt": prompts[index], "input_ids": ids, "columns": columns})
     _require_fitting(encoded, lengths, "ppo.max_prompt_length", max_prompt_length, room)
     return encoded, dropped
 

@@ -217,6 +217,11 @@ def prompt_of(row: Row) -> Prompt:
     return messages[: answers[-1]] if answers else messages
 
 
+def other_columns(rows: Iterable[Row]) -> list[str]:
+    """Names of all columns that rows have next to their prompt, in order."""
+    return list(dict.fromkeys(name for row in rows for name in row if name != "prompt"))
+
+
 def prompt_key(row: Row) -> str:
     """A text that is equal for rows with the same prompt."""
     prompt = prompt_of(row)

@@ -263,6 +263,8 @@ class _Canonical:
             raise BadRow(f"got {show(raw)}; expected an object with named fields", "not an object")
         for row in _as_list(self.apply(_without_nulls(raw))):
             changed: list[str] = []
+            if self.stage == "ppo":  # a scorer may ask for any column, also one that a format reads
+                row = {name: value for name, value in raw.items() if name != "messages"} | row
             row = row | {name: repaired(row[name], name, changed) for name in TEXTS if name in row}
             try:
                 if self.checks:

@@ -20,8 +20,16 @@ from rlhf.checkpoint import (
     require_stage,
     warn_about_sft_model,
 )
-from rlhf.config import InputError, ModelConfig, PPOStageConfig, ScorerConfig
+from rlhf.config import (
+    InputError,
+    ModelConfig,
+    PPOStageConfig,
+    ScorerConfig,
+    is_python,
+    load_object,
+)
 from rlhf.console import say, warn
+from rlhf.data import Splits, other_columns
 from rlhf.equivalence import require_cache, require_padding
 from rlhf.models import (
     ScalarModel,
@@ -35,7 +43,14 @@ from rlhf.models import (
     sample_as_trained,
     try_settings,
 )
-from rlhf.scorers import Scorer, load_scorer, reward_models, score_statistics
+from rlhf.scorers import (
+    Scorer,
+    load_scorer,
+    python_scorers,
+    require_columns,
+    reward_models,
+    score_statistics,
+)
 from rlhf.tokenizer import hash_rendering, load_tokenizer
 
 
@@ -161,6 +176,27 @@ def load_independent_scorer(config: PPOStageConfig, device: Any) -> Scorer | Non
     judge = ScorerConfig(path, "none", config.scorer.batch_size)
     code = config.model.trust_remote_code
     return load_scorer(judge, device, field="evaluation.scorer", trust_remote_code=code)
+
+
+def require_scorer_columns(config: PPOStageConfig, scorer: Scorer | None, splits: Splits) -> None:
+    """Refuse Python scorers with a parameter that neither training nor held-out rows have as a
+    column. Their modules are imported, but no model is loaded.
+
+    Args:
+        scorer: replaces `config.scorer`.
+    """
+    paths = {"evaluation.scorer": config.evaluation.scorer}
+    if scorer is None:
+        parts = enumerate(config.scorer.components)
+        paths["scorer.path"] = config.scorer.path
+        paths |= {f"scorer.components[{i}].path": part.path for i, part in parts}
+    functions = {f"{f}={p}": load_object(str(p), f) for f, p in paths.items() if is_python(p)}
+    if scorer is not None:
+        functions |= python_scorers(scorer)
+    for rows in (splits.train, splits.eval):
+        for label, function in functions.items():
+            if rows:
+                require_columns(label, function, other_columns(rows))
 
 
 def needs_reward_model(config: PPOStageConfig) -> bool:

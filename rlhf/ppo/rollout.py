@@ -289,7 +289,9 @@ def score_sampled(
     asked, pairs = [p["prompt"] for p in prompts], zip(responses, prompts, strict=True)
     texts = [response_text(ids, actors.tokenizer, p["prompt"]) for ids, p in pairs]
     used = actors.scorer if scorer is None else scorer
-    return score_responses(used, asked, texts, field, tokens)
+    names = prompts[0].get("columns", {}) if prompts else {}
+    columns = {name: [p["columns"][name] for p in prompts] for name in names}
+    return score_responses(used, asked, texts, field, tokens, columns)
 
 
 def read_tokens(

@@ -24,6 +24,7 @@ from rlhf.ppo.actors import (
     load_checked_tokenizer,
     load_independent_scorer,
     needs_reward_model,
+    require_scorer_columns,
     try_adapters,
 )
 from rlhf.ppo.evaluation import Evaluator
@@ -32,7 +33,7 @@ from rlhf.ppo.preflight import run_preflight
 from rlhf.ppo.prompts import choose_prompts
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.sampling import context_length
-from rlhf.scorers import Scorer
+from rlhf.scorers import Scorer, instance
 
 
 def train_ppo(config: PPOStageConfig, scorer: Scorer | None = None) -> PPOResult:
@@ -50,6 +51,7 @@ def train_ppo(config: PPOStageConfig, scorer: Scorer | None = None) -> PPOResult
         InputError: bad configuration, directory or data, a failed preflight, or another process
             that writes to the same directory. Nothing is then trained or overwritten.
     """
+    scorer = None if scorer is None else instance(scorer)
     config = with_sources(config, scorer)
     with open_run(config, "ppo", writes=config.preflight != "only") as run:
         if run.finished is not None:
@@ -70,6 +72,7 @@ def _train(config: PPOStageConfig, scorer: Scorer | None, run: StageRun) -> PPOR
     needs_eval = config.evaluation.num_prompts > 0
     splits = load_splits(config.dataset, "ppo", config.seed, needs_eval)
     warn_about_prompts(parent, splits.prompts)
+    require_scorer_columns(config, scorer, splits)
 
     # Load: the models, then the prompts and texts that fit into their contexts.
     actors = load_actors(config, tokenizer, scorer, accelerator)

@@ -7,8 +7,10 @@ the data; responses are text. The same objects serve PPO, evaluation and library
     scorer(["Name a fruit."], ["An apple."])       # tensor([0.31])
 
 - A trained reward model, normalised as `scorer.normalize` says.
-- A Python function. One with a parameter `response_ids` is given the B lists of token ids (stop
-  token included) and may return a list of rewards for each, one per token; their sum is the score.
+- A Python function, asynchronous or not, or a class with `__call__`. A parameter that has the name
+  of a column of the rows gets its B values; `**kwargs` gets all columns. One with a parameter
+  `response_ids` is given the B lists of token ids (stop token included) and may return a list of
+  rewards for each, one per token; their sum is the score.
 - Several of these (`scorer.components`): a weighted sum, or an ensemble's mean, min, or mean minus
   its standard deviation. A component with a `gate` counts alone where its score is bad enough
   (Llama 2's safety model).
@@ -18,5 +20,13 @@ remote scorers, and components that are combined themselves.
 """
 
 from rlhf.scorers.call import Scorer, Scores, Tokens, score_responses, uncut_scores
-from rlhf.scorers.combined import CombinedScorer, component_names, load_scorer, reward_models
+from rlhf.scorers.combined import (
+    CombinedScorer,
+    component_names,
+    instance,
+    load_scorer,
+    python_scorers,
+    reward_models,
+)
+from rlhf.scorers.functions import require_columns
 from rlhf.scorers.reward_model import RewardModelScorer, score_sequences, score_statistics

@@ -6,17 +6,20 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlhf.config import InputError
+from rlhf.scorers.functions import call_function, parameters_of, require_columns
 
 Scorer = Callable[..., Any]
+Columns = Mapping[str, Sequence[Any]]  # name of a column of the rows -> a value for each response
+NO_COLUMNS: Columns = MappingProxyType({})
 
 
 class Tokens(NamedTuple):
@@ -56,7 +59,9 @@ class BuiltInScorer:
         """Score complete responses given as text, (B,) float32 on the CPU."""
         return uncut_scores(self, prompts, responses, "the scorer")
 
-    def score(self, prompts: Any, responses: Any, field: str, tokens: Tokens | None) -> Scores:
+    def score(
+        self, prompts: Any, responses: Any, field: str, tokens: Tokens | None, columns: Columns
+    ) -> Scores:
         """See `score_responses`."""
         raise NotImplementedError
 
@@ -81,6 +86,7 @@ def score_responses(
     responses: Sequence[str],
     field: str,
     tokens: Tokens | None = None,
+    columns: Columns = NO_COLUMNS,
 ) -> Scores:
     """Call a scorer and check what comes back.
 
@@ -92,6 +98,7 @@ def score_responses(
     Args:
         field: name of the scorer in messages.
         tokens: the token ids, if the responses were sampled.
+        columns: what a Python function gets by the names of its parameters.
 
     Raises:
         InputError: the scorer failed, or did not return one finite number per response (or per
@@ -99,10 +106,28 @@ def score_responses(
             turned into a score of 0.
     """
     if isinstance(scorer, BuiltInScorer):
-        return scorer.score(prompts, responses, field, tokens)
-    arguments = _token_arguments(scorer, field, tokens)
+        return scorer.score(prompts, responses, field, tokens, columns)
+    return _score_by_function(scorer, prompts, responses, field, tokens, columns)
+
+
+def _score_by_function(
+    scorer: Scorer,
+    prompts: Sequence[Any],
+    responses: Sequence[str],
+    field: str,
+    tokens: Tokens | None,
+    columns: Columns,
+) -> Scores:
+    """As `score_responses`, for a Python function."""
+    if tokens is None and "response_ids" in parameters_of(scorer).required:
+        raise InputError(
+            f"{field} needs response_ids, but these responses are text; give the parameter a "
+            "default, or score them where they are sampled"
+        )
+    require_columns(field, scorer, list(columns))
+    ids = None if tokens is None else [list(row) for row in tokens.responses]
     try:
-        result = scorer(prompts, responses, **arguments)
+        result = call_function(scorer, prompts, responses, ids, columns)
         rows = [torch.as_tensor(row, dtype=torch.float32).detach().cpu() for row in result]
     except Exception as error:
         raise InputError(
@@ -113,32 +138,14 @@ def score_responses(
     if not dense:
         scores = torch.stack(rows) if rows else torch.zeros(0)
         return Scores(require_valid_scores(scores, responses, field))
-    if not arguments:
+    if ids is None or not parameters_of(scorer).takes_ids:
         raise InputError(
             f"{field} must return one score per response: expected shape ({len(responses)},), got "
             f"{(len(rows), *dense[0].shape)}; rewards per token need the parameter response_ids, "
             "and responses that were sampled"
         )
-    _require_valid_rewards(rows, arguments["response_ids"], responses, field)
+    _require_valid_rewards(rows, ids, responses, field)
     return Scores(torch.stack([row.sum() for row in rows]), rows)
-
-
-def _token_arguments(scorer: Scorer, field: str, tokens: Tokens | None) -> dict[str, Any]:
-    """Return the token ids for a Python function that has a parameter for them."""
-    try:
-        parameter = inspect.signature(scorer).parameters.get("response_ids")
-    except ValueError:  # Python does not know the parameters of a built-in function
-        return {}
-    if parameter is None:
-        return {}
-    if tokens is not None:
-        return {"response_ids": [list(ids) for ids in tokens.responses]}
-    if parameter.default is parameter.empty:
-        raise InputError(
-            f"{field} needs response_ids, but these responses are text; give the parameter a "
-            "default, or score them where they are sampled"
-        )
-    return {}
 
 
 def require_valid_scores(scores: Tensor, responses: Sequence[Any], field: str) -> Tensor:

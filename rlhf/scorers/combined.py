@@ -10,9 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.config import InputError, ScorerConfig, check_scorer_config, is_python, load_object
+from rlhf.config import (
+    InputError,
+    ScorerConfig,
+    check_scorer_config,
+    is_python,
+    load_object,
+    one_line,
+)
 from rlhf.functional import combine_scores, component_weights, counting
-from rlhf.scorers.call import BuiltInScorer, Scorer, Scores, Tokens, score_responses
+from rlhf.scorers.call import BuiltInScorer, Columns, Scorer, Scores, Tokens, score_responses
 from rlhf.scorers.reward_model import RewardModelScorer
 
 
@@ -37,14 +44,16 @@ class CombinedScorer(BuiltInScorer):
         self.weights = torch.tensor(weights)
         self.gates = torch.tensor([gate or 0.0 for gate in gates or [None] * len(parts)])
 
-    def score(self, prompts: Any, responses: Any, field: str, tokens: Tokens | None) -> Scores:
+    def score(
+        self, prompts: Any, responses: Any, field: str, tokens: Tokens | None, columns: Columns
+    ) -> Scores:
         """Score by each part, and combine.
 
         Raises:
             InputError: rewards per token, and a combination that is not linear.
         """
         scores = {
-            name: score_responses(part, prompts, responses, f"{field}'s {name}", tokens)
+            name: score_responses(part, prompts, responses, f"{field}'s {name}", tokens, columns)
             for name, part in self.parts.items()
         }
         components = {name: part.total for name, part in scores.items()}
@@ -97,6 +106,28 @@ def reward_models(scorer: Scorer) -> list[RewardModelScorer]:
     return [part for part in parts if isinstance(part, RewardModelScorer)]
 
 
+def instance(scorer: Any, label: str = "the scorer") -> Scorer:
+    """The scorer; where it is a class, an object of it, which may keep state between calls."""
+    if not isinstance(scorer, type):
+        return scorer
+    try:
+        return scorer()
+    except Exception as error:
+        raise InputError(
+            f"{label} is a class that cannot be made without arguments ({one_line(error)}); give "
+            "its parameters defaults"
+        ) from error
+
+
+def python_scorers(scorer: Scorer) -> dict[str, Scorer]:
+    """The Python scorers among a scorer and its components, by names for messages."""
+    if isinstance(scorer, CombinedScorer):
+        named = {f"the scorer's {name}": part for name, part in scorer.parts.items()}
+    else:
+        named = {"the scorer": scorer}
+    return {name: part for name, part in named.items() if not isinstance(part, BuiltInScorer)}
+
+
 def load_scorer(
     config: ScorerConfig,
     device: torch.device | str = "cpu",
@@ -127,5 +158,5 @@ def load_scorer(
             f"{field} is missing: give the final/ of a reward stage, or module.function"
         )
     if is_python(config.path):
-        return load_object(config.path, field)
+        return instance(load_object(config.path, field), f"{field}={config.path}")
     return RewardModelScorer(config, device, dtype, field, trust_remote_code)

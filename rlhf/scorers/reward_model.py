@@ -27,7 +27,7 @@ from rlhf.models import (
     sequence_scores,
 )
 from rlhf.sampling import context_length
-from rlhf.scorers.call import BuiltInScorer, Scores, Tokens, require_valid_scores
+from rlhf.scorers.call import BuiltInScorer, Columns, Scores, Tokens, require_valid_scores
 from rlhf.tokenizer import RefusedConversation, hash_rendering, load_tokenizer, read_tokenizer
 
 
@@ -86,7 +86,9 @@ class RewardModelScorer(BuiltInScorer):
         fix = "take a reward model of another family"
         require_padding(self.model, self.tokenizer, f"{field}={config.path}", fix)
 
-    def score(self, prompts: Any, responses: Any, field: str, tokens: Tokens | None) -> Scores:
+    def score(
+        self, prompts: Any, responses: Any, field: str, tokens: Tokens | None, columns: Columns
+    ) -> Scores:
         """Score token ids where this model renders conversations as their tokenizer does, else the
         text of complete responses. The end of a response is cut where it exceeds the context.
 

@@ -208,11 +208,13 @@ def test_every_page_with_commands_is_run():
 
 def test_the_code_on_extending_runs():
     code = dict(blocks(ROOT / "docs/extending.md", "python"))
-    assert list(code) == ["my_scorer.py", "my_format.py", "estimator", "formulas"]
+    files = ["my_scorer.py", "my_exact_scorer.py", "my_format.py"]
+    assert list(code) == [*files, "estimator", "formulas"]
     space: dict = {}
     for text in code.values():
         exec(text, space)
     assert space["brevity"](["Hi"], ["a b c"]) == [0.25]
+    assert space["exact"](["It is 5", "4"], ["5", "5"]) == [1.0, 0.0]
     check_row(space["questions"]({"question": "Name a fruit.", "answer": "An apple."}), "sft")
 
     class Rollout:
