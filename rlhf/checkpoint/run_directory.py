@@ -17,6 +17,7 @@ from accelerate import PartialState
 from rlhf.checkpoint.config_changes import is_harmless, refuse_changes
 from rlhf.checkpoint.disk import find_damage, read_manifest, write_whole
 from rlhf.checkpoint.lock import on_main_process, one_writer
+from rlhf.checkpoint.output import OUTPUT, OutputLog, kept_output
 from rlhf.checkpoint.ownership import (
     IDENTITY,
     LOGS,
@@ -45,6 +46,7 @@ class StageRun:
 
     Attributes:
         directory: the stage directory, `runs/<run_name>/<stage>`.
+        output: keeps what the terminal shows.
         finished: the record of `final/` if the run to resume is finished already.
         has_begun: True once the directory exists and the stage may write into it.
     """
@@ -52,6 +54,7 @@ class StageRun:
     config: StageConfig
     stage: str
     directory: Path
+    output: OutputLog
     finished: StageRecord | None = None
     has_begun: bool = False
 
@@ -59,6 +62,7 @@ class StageRun:
         """Create the stage directory and return it; call this right before training, when
         everything else is known to be good."""
         prepare_run_directory(self.config, self.stage)
+        self.output.begin(self.directory)
         self.has_begun = True
         return self.directory
 
@@ -73,8 +77,9 @@ def open_run(config: StageConfig, stage: str, writes: bool = True) -> Iterator[S
         writes: False for a run that writes nothing; its directory is neither examined nor locked.
     """
     check(config)
-    run = StageRun(config, stage, config.stage_dir(stage))
-    with one_writer(config, stage) if writes else nullcontext():
+    lock = one_writer(config, stage) if writes else nullcontext()
+    with lock, kept_output() as output:
+        run = StageRun(config, stage, config.stage_dir(stage), output)
         quiet_libraries()
         if writes:
             run.finished = finished_run(config, stage)
@@ -93,7 +98,7 @@ def refuse_used_directory(config: StageConfig, stage: str) -> None:
         resume = f"resume={str(config.resume).lower()}"
         raise InputError(f"{resume} and overwrite=true contradict each other; give one of them")
     # the lock and other hidden files, and what a run writes before it trains, may be there
-    beginning = (IDENTITY, CONFIG_FILE)
+    beginning = (IDENTITY, CONFIG_FILE, OUTPUT)
     names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
     is_used = any(name not in beginning and not name.startswith(".") for name in names)
     if is_used and not (config.resume or config.overwrite):
