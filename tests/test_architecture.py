@@ -20,7 +20,7 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 FLOORS = [
     {"functional", "config"},
     {"console"},
-    {"cli", "options", "metrics", "hub"},
+    {"cli", "options", "next_commands", "metrics", "hub"},
     {"tokenizer"},
     {"data", "checkpoint"},
     {"models", "row_file"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rlhf.cli import hydra_main
 from rlhf.config import PPOStageConfig
+from rlhf.next_commands import say_next
 
 
 def run(config: PPOStageConfig) -> int | None:
@@ -12,11 +13,14 @@ def run(config: PPOStageConfig) -> int | None:
     from rlhf.ppo.stage import train_ppo
 
     try:
-        return train_ppo(config).stopped_by
+        result = train_ppo(config)
     except PreflightFailed:
         if config.preflight != "only":
             raise
         raise SystemExit(1) from None  # the findings are in the terminal
+    if result.directory is not None:
+        say_next(config)
+    return result.stopped_by
 
 
 if __name__ == "__main__":

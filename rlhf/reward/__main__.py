@@ -8,6 +8,7 @@ import sys
 
 from rlhf.cli import hydra_main
 from rlhf.config import RewardStageConfig
+from rlhf.next_commands import say_next
 
 
 def run(config: RewardStageConfig) -> int | None:
@@ -15,7 +16,10 @@ def run(config: RewardStageConfig) -> int | None:
     of the signal that interrupted it, if one did."""
     from rlhf.reward.stage import train_reward
 
-    return train_reward(config).stopped_by
+    result = train_reward(config)
+    if result.directory is not None:
+        say_next(config)
+    return result.stopped_by
 
 
 def score(arguments: list[str]) -> int:
