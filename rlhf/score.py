@@ -80,12 +80,14 @@ def run(options: ScoreOptions) -> None:
     out = Path(options.out or source.with_suffix(".scored.jsonl"))
     with new_file(out):
         written = _score_file(options, source, out)
-    lists = (row["scores"] if "scores" in row else [row["score"]] for row in written)
+    lists = (row.get("scores") or [row["score"]] for row in written if "not_answered" not in row)
     scores = torch.tensor(list(chain.from_iterable(lists)))
     figures = [scores.mean(), scores.std(unbiased=False), scores.min(), scores.max()]
     header = ("responses", "mean", "std", "min", "max")
     say(table([(len(scores), *map(float, figures))], header))
-    say(f"\nsaved {out}: scores by {options.path}, normalize={options.normalize}")
+    left_out = sum("not_answered" in row for row in written)
+    without = f"; {left_out} rows that were not answered have none" if left_out else ""
+    say(f"\nsaved {out}: scores by {options.path}, normalize={options.normalize}{without}")
 
 
 def _score_file(options: ScoreOptions, source: Path, out: Path) -> list[dict[str, Any]]:
@@ -117,6 +119,9 @@ def _score_file(options: ScoreOptions, source: Path, out: Path) -> list[dict[str
         responses = [response for row in part for response in row.responses]
         found = iter(uncut_scores(scorer, prompts, responses, "the reward model").tolist())
         for row in part:
+            if not row.responses:
+                yield row.content
+                continue
             scores = list(islice(found, len(row.responses)))
             is_list = row.content.get("responses") is not None
             yield row.content | ({"scores": scores} if is_list else {"score": scores[0]})
@@ -143,7 +148,7 @@ def read_rows(source: Path) -> tuple[list[ScoredRow], str]:
             except (ValueError, RecursionError, DropRow) as error:
                 problems.append(f"line {number}: {_reason(error)}")
     refuse_rows(problems, f"data={source}, nothing was scored")
-    if not rows:
+    if not any(row.responses for row in rows):
         raise InputError(f"data={source} has no rows")
     return rows, hashlib.sha256(data).hexdigest()
 
@@ -170,6 +175,8 @@ def _read_row(number: int, line: bytes) -> ScoredRow:
     given = {name for name, value in row.items() if value is not None}
     if taken := given & {"score", "scores"}:
         raise InputError(f"the row has a field {taken.pop()!r} already; rename it")
+    if "not_answered" in given:  # by `rlhf.generate`, which says why
+        return ScoredRow(number, row, "", [])
     if given & {"prompt", "response", "responses", "messages"} not in KINDS:
         raise InputError(
             "expected `prompt` and `response`, `prompt` and `responses`, or `messages`; the row "
@@ -201,10 +208,11 @@ def _require_fitting(rows: list[ScoredRow], scorer: Any, source: Path) -> None:
     problems = []
     for row in rows:
         try:
-            longest = max(len(scorer.encode(row.prompt, r)) for r in row.responses)
+            lengths = [len(scorer.encode(row.prompt, r)) for r in row.responses]
         except InputError as error:
             problems.append(f"line {row.line}: {error}")
             continue
+        longest = max(lengths, default=0)
         if longest > scorer.max_length:
             problems.append(
                 f"line {row.line}: {longest} tokens, but the context of {scorer.path} is "

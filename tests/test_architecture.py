@@ -29,7 +29,7 @@ FLOORS = [
     {"scorers", "policy"},
     {"hf_trainer", "score"},
     {"sft", "reward", "ppo"},
-    {"chat", "export", "pipeline"},
+    {"chat", "generate", "export", "pipeline"},
     {"demo"},
     {"demo_world"},
     {"__init__"},

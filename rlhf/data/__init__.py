@@ -24,7 +24,9 @@ from rlhf.data.encode import (
     pad,
 )
 from rlhf.data.formats import FORMATS, resolve_format
+from rlhf.data.read import read_rows
 from rlhf.data.rows import (
+    BadRow,
     DropRow,
     Row,
     as_messages,
@@ -34,6 +36,7 @@ from rlhf.data.rows import (
     different_prompts,
     other_columns,
     prompt_of,
+    repaired,
     whole_characters,
 )
 from rlhf.data.segments import encode_prompt, encode_response, encode_row, encode_samples

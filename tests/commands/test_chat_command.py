@@ -5,6 +5,7 @@ Run: python -m pytest tests/commands/test_chat_command.py
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 import select
@@ -20,6 +21,7 @@ from helpers.tiny import tiny_model
 import rlhf.chat
 from rlhf.chat import ChatOptions, printable, talk
 from rlhf.config import ModelConfig
+from rlhf.generate import GenerateOptions
 from rlhf.models import init_reward_model
 from rlhf.options import run_command
 from rlhf.tokenizer import load_tokenizer
@@ -158,20 +160,20 @@ def test_system_message_has_no_place_without_a_conversation(command, tmp_path):
     )
 
 
-def test_help_answers_without_importing_torch(tmp_path):
+@pytest.mark.parametrize("name, options", [("chat", ChatOptions), ("generate", GenerateOptions)])
+def test_help_answers_without_importing_torch(tmp_path, name, options):
     probe = (
-        "import atexit, runpy, sys; sys.argv = ['rlhf.chat', '--help']\n"
+        f"import atexit, runpy, sys; sys.argv = ['rlhf.{name}', '--help']\n"
         "atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr))\n"
-        "runpy.run_module('rlhf.chat', run_name='__main__', alter_sys=True)"
+        f"runpy.run_module('rlhf.{name}', run_name='__main__', alter_sys=True)"
     )
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", probe], cwd=tmp_path, env=env, capture_output=True, text=True
     )
     assert (done.returncode, done.stderr) == (0, "False\n")
-    assert all(
-        f"\n    {name}" in done.stdout.replace(",", "\n   ") for name in vars(ChatOptions(""))
-    )
+    names = [field.name for field in dataclasses.fields(options)]
+    assert all(f"\n    {name} " in done.stdout for name in names)
 
 
 # --- At a terminal --------------------------------------------------------------------------------

@@ -1,0 +1,248 @@
+"""Answering a file: `python -m rlhf.generate path=runs/mine/ppo/final prompts=prompts.jsonl`.
+
+Run: python -m pytest tests/commands/test_generate.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from helpers.chat_models import TOKENIZER, random_policy, write
+from helpers.scorers import policy_tokenizer, write_reward_model
+from helpers.tiny import tiny_model
+
+import rlhf.row_file
+import rlhf.score
+from rlhf.config import ModelConfig, ScorerConfig
+from rlhf.data import encode_prompt
+from rlhf.generate import GenerateOptions, run
+from rlhf.models import load_policy
+from rlhf.options import run_command
+from rlhf.sampling import generate, sampling_for, uniform_noise
+from rlhf.scorers import load_scorer
+from rlhf.tokenizer import load_tokenizer
+
+ROWS = [
+    {"prompt": "Name a fruit.", "id": 7, "note": None},
+    {"prompt": [{"role": "user", "content": "Name a tool."}], "reference": "é\u2028"},
+    {
+        "messages": [
+            {"role": "user", "content": "Hi " * 9},
+            {"role": "assistant", "content": "Hello."},
+        ],
+        "score": 0.5,
+    },
+    {"instruction": "Name a fruit " * 8, "output": "A pear."},
+]
+PROMPTS = ["Name a fruit.", "Name a tool.", "Hi " * 9, "Name a fruit " * 8]
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory) -> Path:
+    return write(tmp_path_factory.mktemp("policy") / "final", random_policy(), stage="ppo")
+
+
+@pytest.fixture(scope="module")
+def reward_model(tmp_path_factory) -> str:
+    return write_reward_model(tmp_path_factory.mktemp("reward"), policy_tokenizer(), seed=1)
+
+
+@pytest.fixture
+def command(capsys):
+    """Run the command: (exit status, stdout, stderr)."""
+
+    def run_it(*arguments):
+        return run_command("", GenerateOptions, run, list(arguments)), *capsys.readouterr()
+
+    return run_it
+
+
+def file_of(path: Path, rows) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def user(text: str) -> list[dict]:
+    return [{"role": "user", "content": text}]
+
+
+def alone(path, prompt, row, sample, seed=1, budget=12) -> tuple[str, bool]:
+    """The answer to one prompt, sampled without any other."""
+    tokenizer = load_tokenizer(ModelConfig(path=str(path)))
+    model = load_policy(ModelConfig(path=str(path)), tokenizer)
+    noise = uniform_noise((seed, row), [sample], budget)
+    ids = encode_prompt(user(prompt), tokenizer)
+    made = generate(model, [ids], sampling_for(model, tokenizer, budget, 1.0), noise)
+    return tokenizer.decode(made.ids[0], skip_special_tokens=True), made.finished[0]
+
+
+# --- The answers ----------------------------------------------------------------------------------
+
+
+def test_an_answer_depends_on_seed_row_and_sample_alone(policy, command, tmp_path):
+    prompts = file_of(tmp_path / "prompts.jsonl", ROWS)
+    arguments = [f"path={policy}", f"prompts={prompts}", "response_length=12", "seed=3"]
+    status, output, errors = command(*arguments, "samples_per_prompt=3", "batch_size=2")
+    assert status == 0, errors
+    out = tmp_path / "prompts.answers.jsonl"
+    written = rows_of(out)
+    for i, (row, prompt) in enumerate(zip(written, PROMPTS, strict=True)):
+        assert row["prompt"] == user(prompt)
+        budget = min(12, 128 - len(encode_prompt(user(prompt), policy_tokenizer())))
+        expected = [alone(policy, prompt, i, sample, 3, budget) for sample in range(3)]
+        assert list(zip(row["responses"], row["ended"], strict=True)) == expected
+    kept = [{"id": 7, "note": None}, {"reference": "é\u2028"}, {}, ROWS[3]]
+    new = ("prompt", "responses", "ended")
+    assert [{k: v for k, v in row.items() if k not in new} for row in written] == kept
+    ended = sum(sum(row["ended"]) for row in written) / 12
+    assert f"4 of 4 prompts answered; {ended:.1%} of the answers ended by themselves; " in output
+    assert output.endswith(f" tokens/s\nsaved {out}\n")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["prompts.answers.jsonl", "prompts.jsonl"]
+    assert command(*arguments, f"out={tmp_path}/new/one.jsonl")[0] == 0
+    first = [(row["response"], row["ended"]) for row in rows_of(tmp_path / "new/one.jsonl")]
+    assert first == [(row["responses"][0], row["ended"][0]) for row in written]
+
+
+def test_lines_of_text_and_csv_are_prompts(policy, command, tmp_path):
+    (tmp_path / "a.txt").write_text("Name a fruit.\n\nName a tool.\n")
+    (tmp_path / "b.csv").write_text("id,prompt\n1,Name a fruit.\n2,Name a tool.\n")
+    for name in ("a.txt", "b.csv"):
+        arguments = f"path={policy}", f"prompts={tmp_path / name}", "response_length=5"
+        assert command(*arguments)[0] == 0
+    lines, cells = (rows_of(tmp_path / f"{name}.answers.jsonl") for name in "ab")
+    assert [row["prompt"] for row in lines] == [user(prompt) for prompt in PROMPTS[:2]]
+    assert [row | {"id": str(i)} for i, row in enumerate(lines, start=1)] == cells
+
+
+def test_a_policy_that_was_trained_on_text_continues_it(command, tmp_path):
+    path = write(tmp_path / "text", tiny_model("llama", TOKENIZER), prompts="text")
+    (tmp_path / "a.txt").write_text("Name a fruit.\n")
+    assert command(f"path={path}", f"prompts={tmp_path}/a.txt", "response_length=5")[0] == 0
+    assert rows_of(tmp_path / "a.answers.jsonl")[0]["prompt"] == "Name a fruit."
+    chats = file_of(tmp_path / "b.jsonl", ROWS[1:2])
+    status, _, errors = command(f"path={path}", f"prompts={chats}")
+    assert status == 2 and "row 1 is a conversation, but" in errors
+    assert errors.endswith("it was trained on text prompts; add chat_template=plain\n")
+
+
+def test_the_system_message_is_part_of_the_written_prompt(policy, command, tmp_path):
+    own = [{"role": "system", "content": "Be long."}, *user("Hi")]
+    prompts = file_of(tmp_path / "p.jsonl", [{"prompt": "Hi"}, {"prompt": own}])
+    assert command(f"path={policy}", f"prompts={prompts}", "system=Be brief.")[0] == 0
+    first, second = rows_of(tmp_path / "p.answers.jsonl")
+    assert first["prompt"] == [{"role": "system", "content": "Be brief."}, *user("Hi")]
+    assert second["prompt"] == own
+
+
+def test_best_of_keeps_the_answer_with_the_highest_score(policy, reward_model, command, tmp_path):
+    prompts = file_of(tmp_path / "prompts.jsonl", ROWS)
+    common = [f"path={policy}", f"prompts={prompts}", "samples_per_prompt=4", "response_length=9"]
+    assert command(*common, f"out={tmp_path}/all.jsonl")[0] == 0
+    assert command(*common, f"out={tmp_path}/best.jsonl", f"best_of={reward_model}")[0] == 0
+    scorer = load_scorer(ScorerConfig(path=reward_model))
+    pairs = zip(rows_of(tmp_path / "all.jsonl"), rows_of(tmp_path / "best.jsonl"), strict=True)
+    for every, best in pairs:
+        scores = scorer([every["prompt"]] * 4, every["responses"])
+        chosen = int(scores.argmax())
+        assert (best["response"], best["ended"]) == (
+            every["responses"][chosen],
+            every["ended"][chosen],
+        )
+        assert best["best_of_score"] == pytest.approx(float(scores[chosen]), abs=1e-5)
+    arguments = [f"path={reward_model}", f"data={tmp_path}/best.jsonl"]
+    assert rlhf.score.main(arguments) == 0
+    for row in rows_of(tmp_path / "best.scored.jsonl"):
+        assert row["score"] == pytest.approx(row["best_of_score"], abs=1e-5)
+
+
+def test_a_prompt_that_does_not_fit_is_written_with_its_reason(
+    policy, reward_model, command, tmp_path, capsys
+):
+    rows = [{"prompt": "long " * 90, "id": 1}, {"prompt": " "}, {"prompt": "Hi"}]
+    prompts = file_of(tmp_path / "p.jsonl", rows)
+    status, output, _ = command(f"path={policy}", f"prompts={prompts}", "response_length=9")
+    first, second, third = rows_of(tmp_path / "p.answers.jsonl")
+    length = len(encode_prompt(user("long " * 90), policy_tokenizer()))
+    reason = f"the prompt has {length} tokens, the model's context 128"
+    assert (first["response"], first["id"], first["not_answered"]) == ("", 1, reason)
+    assert (second["response"], second["not_answered"]) == ("", "empty prompt")
+    assert third["response"] == alone(policy, "Hi", 2, 0, budget=9)[0]
+    assert f"1 of 3 prompts answered; 2 not (the first: {reason}); " in output and status == 0
+    assert rlhf.score.main([f"path={reward_model}", f"data={tmp_path}/p.answers.jsonl"]) == 0
+    scored = rows_of(tmp_path / "p.answers.scored.jsonl")
+    assert [row.get("score") is None for row in scored] == [True, True, False]
+    assert "; 2 rows that were not answered have none" in capsys.readouterr().out
+
+
+# --- Continuing -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.1, 0.6, 1.0])
+def test_a_stopped_command_ends_with_the_same_bytes(
+    policy, reward_model, command, tmp_path, monkeypatch, share
+):
+    many = [{"prompt": f"Name {i} things" * (1 + i % 3), "id": i} for i in range(20)]
+    prompts = file_of(tmp_path / "prompts.jsonl", many)
+    arguments = [f"path={policy}", f"prompts={prompts}", "samples_per_prompt=2", "batch_size=1"]
+    arguments += ["response_length=6", f"best_of={reward_model}"]
+    assert command(*arguments, f"out={tmp_path}/whole.jsonl")[0] == 0
+    out, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
+    with monkeypatch.context() as patch:
+        patch.setattr(rlhf.row_file.os, "replace", lambda *_: (_ for _ in ()).throw(SystemExit))
+        with pytest.raises(SystemExit):
+            command(*arguments, f"out={out}")
+    data = partial.read_bytes()
+    partial.write_bytes(data[: int(share * len(data))])
+    status, _, errors = command(*arguments, f"out={out}", "seed=2")
+    assert status == 2 and "begun with other values" in errors and "seed: 1 -> 2" in errors
+    assert command(*arguments, f"out={out}")[0] == 0
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert not list(tmp_path.glob("*partial*"))
+
+
+# --- What is refused ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prompts=nowhere.jsonl"], "prompts=nowhere.jsonl is not a file"),
+        (["prompts={bad}"], "nothing was answered:\n  {bad}, row 2: expected `prompt` or `messag"),
+        (["prompts={empty}"], "prompts={empty} has no prompts"),
+        (["prompts={good}", "best_of=x"], "best_of chooses among several answers; add samples"),
+        (
+            ["prompts={good}", "samples_per_prompt=2", "temperature=0"],
+            "with temperature 0 all 2 answers to a prompt are equal; add temperature=1",
+        ),
+        (
+            ["prompts={good}", "samples_per_prompt=2", "best_of={base}"],
+            "normalize=demo_mean_zero needs the score statistics",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused_and_nothing_is_written(
+    policy, reward_model, command, tmp_path, arguments, message
+):
+    good, bad = [{"prompt": "Hi"}], [{"prompt": "Hi"}, {"question": "Hi"}]
+    places = {
+        "good": file_of(tmp_path / "good.jsonl", good),
+        "bad": file_of(tmp_path / "bad.jsonl", bad),
+        "empty": file_of(tmp_path / "empty.jsonl", []),
+        "base": Path(reward_model).parents[1] / "base",
+    }
+    before = sorted(tmp_path.iterdir())
+    given = [argument.format(**places) for argument in arguments]
+    status, _, errors = command(f"path={policy}", f"out={tmp_path}/out.jsonl", *given)
+    assert status == 2 and message.format(**places) in errors
+    assert sorted(tmp_path.iterdir()) == before
