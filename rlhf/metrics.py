@@ -12,8 +12,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import InputError, StageConfig, plain_values
+from rlhf.config import StageConfig
 from rlhf.console import is_main_process
+from rlhf.trackers import Trackers
 
 TIMINGS = frozenset({"seconds", "tokens_per_second", "collect_seconds", "optimize_seconds"})
 METRICS: dict[str, str] = {
@@ -93,18 +94,20 @@ METRICS |= {
 
 
 class MetricsWriter:
-    """Appends one JSON object per step to `metrics.jsonl` and `timings.jsonl`, and to the tracker.
+    """Appends one JSON object per step to `metrics.jsonl` and `timings.jsonl`, and to the trackers.
 
     Only the main process writes. The x-axis is our own step, so a resumed run continues its curves;
     `checkpoint_to_resume` drops what was written after the checkpoint.
     """
 
     def __init__(self, directory: Path, config: StageConfig, stage: str, run_id: str | None = None):
-        """Start or continue the tracker's run."""
+        """Start or continue the run in the trackers."""
         self._directory = directory
-        self._run: Any = None
-        if is_main_process() and config.tracker.name == "wandb":
-            self._run = _start_wandb(directory, config, stage, run_id)
+        self._trackers: Trackers | None = None
+        if is_main_process():
+            steps = [row["step"] for row in read_jsonl(directory / "metrics.jsonl")]
+            next_step = max(steps, default=-1) + 1
+            self._trackers = Trackers(directory, config, stage, run_id, next_step)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Write the metrics of one step.
@@ -117,32 +120,26 @@ class MetricsWriter:
         unknown = [name for name in values if name not in known]
         if unknown:
             raise KeyError(f"metrics without an entry in METRICS: {unknown}")
-        if not is_main_process():
+        if self._trackers is None:
             return
         row = {name: _json_value(value) for name, value in values.items() if name != "step"}
         for file, is_timing in (("metrics.jsonl", False), ("timings.jsonl", True)):
             kept = {name: value for name, value in row.items() if (name in TIMINGS) == is_timing}
             if kept:
                 append_jsonl(self._directory / file, [{"step": step} | kept])
-        if self._run is not None:
-            self._run.log({"step": step} | row)
+        self._trackers.log(step, row)
 
     def write_samples(self, step: int, path: Path, samples: list[dict[str, Any]]) -> None:
         """Append sampled responses to a JSONL file, and log them as a table."""
-        if not is_main_process():
+        if self._trackers is None:
             return
         append_jsonl(path, samples)
-        if self._run is not None and samples:
-            import wandb
-
-            columns: list[Any] = list(samples[0])
-            data = [[str(s[c]) if c == "prompt" else s[c] for c in columns] for s in samples]
-            self._run.log({"step": step, "samples": wandb.Table(columns=columns, data=data)})
+        self._trackers.log_samples(step, samples)
 
     def close(self) -> None:
-        """Finish the tracker's run."""
-        if self._run is not None:
-            self._run.finish()
+        """Finish the run in the trackers."""
+        if self._trackers is not None:
+            self._trackers.close()
 
 
 def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -166,23 +163,3 @@ def _json_value(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_json_value(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _start_wandb(directory: Path, config: StageConfig, stage: str, run_id: str | None) -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        fix = "pip install 'rlhf[wandb]'"
-        raise InputError(f"tracker=wandb needs the wandb package: {fix}") from error
-    run = wandb.init(
-        project=config.tracker.project,
-        entity=config.tracker.entity,
-        mode=config.tracker.mode,  # type: ignore[arg-type]
-        name=f"{config.run_name}/{stage}",
-        dir=str(directory),
-        id=run_id,
-        resume="allow",
-        config=plain_values(config),
-    )
-    run.define_metric("*", step_metric="step")
-    return run

@@ -20,6 +20,7 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 FLOORS = [
     {"functional", "config"},
     {"console"},
+    {"trackers"},
     {"cli", "options", "next_commands", "metrics", "hub"},
     {"tokenizer"},
     {"data", "checkpoint"},

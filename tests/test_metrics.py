@@ -1,14 +1,16 @@
-"""What is written and shown: names, `metrics.jsonl`, `timings.jsonl`, tables, Weights & Biases
-offline.
+"""What is written and shown: names, `metrics.jsonl`, `timings.jsonl`, tables, trackers.
 
 Run: python -m pytest tests/test_metrics.py
 """
 
 import math
+import sys
 
 import pytest
+from helpers.configs import valid_config
 
-from rlhf.config import SFTStageConfig, TrackerConfig
+from rlhf.config import InputError, SFTStageConfig, TrackerConfig, check
+from rlhf.config.knobs.shared import TRACKERS
 from rlhf.console import say, table, warn
 from rlhf.metrics import METRICS, TIMINGS, MetricsWriter, append_jsonl, read_jsonl
 
@@ -72,7 +74,7 @@ def test_line_separators_inside_a_response_do_not_end_a_row(tmp_path):
 
 def test_other_ranks_write_and_print_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
-    config = SFTStageConfig(tracker=TrackerConfig(name="wandb", mode="offline"))
+    config = SFTStageConfig(tracker=TrackerConfig(names=["wandb"], mode="offline"))
     writer = MetricsWriter(tmp_path, config, "sft")
     writer.write(1, {"loss": 0.5})
     writer.write_samples(1, tmp_path / "samples.jsonl", [{"step": 1, "response": "x"}])
@@ -124,7 +126,7 @@ def test_wandb_offline_run_is_written_and_continued_under_the_id_of_the_run(tmp_
     pytest.importorskip("wandb", reason="the tracker's test needs `pip install wandb`")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    config = SFTStageConfig(tracker=TrackerConfig(name="wandb", mode="offline"))
+    config = SFTStageConfig(tracker=TrackerConfig(names=["wandb"], mode="offline"))
 
     run_id = "0123456789abcdef"
     writer = MetricsWriter(tmp_path, config, "sft", run_id)
@@ -142,10 +144,53 @@ def test_wandb_offline_run_is_written_and_continued_under_the_id_of_the_run(tmp_
     assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
-def test_wandb_that_is_not_installed_is_named(tmp_path, monkeypatch):
-    from rlhf.config import InputError
+def test_a_tracker_that_is_not_installed_is_named_before_anything_loads(monkeypatch):
+    monkeypatch.setitem(sys.modules, "comet_ml", None)
+    config = valid_config("sft", {"tracker.names": ["comet_ml"]})
+    with pytest.raises(InputError, match="comet_ml is not installed: pip install comet-ml"):
+        check(config)
 
-    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
-    config = SFTStageConfig(tracker=TrackerConfig(name="wandb", mode="offline"))
-    with pytest.raises(InputError, match=r"pip install 'rlhf\[wandb\]'"):
-        MetricsWriter(tmp_path, config, "sft")
+
+# --- Other trackers -------------------------------------------------------------------------------
+
+
+def test_trackers_are_those_of_accelerate():
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    assert sorted(LOGGER_TYPE_TO_CLASS) == sorted(TRACKERS)
+
+
+def scalars(directory):
+    """Name -> (step, value) pairs of the events that TensorBoard would show."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(directory)).Reload()
+    names = events.Tags()["scalars"]
+    return {name: [(e.step, round(e.value, 3)) for e in events.Scalars(name)] for name in names}
+
+
+def test_tensorboard_shows_each_step_once_after_a_stop(tmp_path):
+    pytest.importorskip("tensorboard", reason="the tracker's test needs `pip install tensorboard`")
+    config = SFTStageConfig(tracker=TrackerConfig(names=["tensorboard"]))
+    writer = MetricsWriter(tmp_path, config, "sft")
+    for step, loss in ((1, 0.5), (2, 0.25), (3, math.nan)):
+        writer.write(step, {"loss": loss})
+    writer.close()
+    first = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)[0]
+    (tmp_path / "metrics.jsonl").write_text(first)  # as resuming from a checkpoint of step 1 does
+    resumed = MetricsWriter(tmp_path, config, "sft")
+    resumed.write(2, {"loss": 0.125})
+    resumed.close()
+    assert scalars(tmp_path / "tensorboard")["loss"] == [(1, 0.5), (2, 0.125)]
+
+
+def test_several_trackers_get_the_same_rows(tmp_path, monkeypatch):
+    for name in ("wandb", "tensorboard"):
+        pytest.importorskip(name, reason=f"the trackers' test needs `pip install {name}`")
+    names = ["wandb", "tensorboard"]
+    config = SFTStageConfig(tracker=TrackerConfig(names=names, mode="offline"))
+    writer = MetricsWriter(tmp_path, config, "sft", "0123")
+    writer.write(7, {"loss": 0.5})
+    writer.close()
+    assert list((tmp_path / "wandb").glob("offline-run-*"))
+    assert scalars(tmp_path / "tensorboard") == {"loss": [(7, 0.5)]}

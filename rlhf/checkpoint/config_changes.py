@@ -21,6 +21,7 @@ from rlhf.config import (
     PPOStageConfig,
     StageConfig,
     config_text,
+    dotted,
     one_line,
     read_yaml,
 )
@@ -108,15 +109,11 @@ def read_settings(directory: Path) -> dict[str, Any]:
 def _flat(values: dict[str, Any]) -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}; paths inside the run's own folder become relative to it."""
     run = f"{Path(values['runs_dir']) / values['run_name']}/"
-    flat: dict[str, Any] = {}
-    left = dict(values)
-    while left:
-        key, value = left.popitem()
-        if isinstance(value, dict):
-            left |= {f"{key}.{name}": inner for name, inner in value.items()}
-        elif key not in ("resume", "overwrite"):
-            flat[key] = value.removeprefix(run) if isinstance(value, str) else value
-    return flat
+    return {
+        key: value.removeprefix(run) if isinstance(value, str) else value
+        for key, value in dotted(values).items()
+        if key not in ("resume", "overwrite")
+    }
 
 
 def _show(values: dict[str, Any], key: str) -> str:

@@ -40,6 +40,7 @@ from rlhf.config.saved_config import (
     config_file_of_run,
     config_keys,
     config_text,
+    dotted,
     explain,
     load_config,
     nothing_to_resume,

@@ -22,7 +22,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "dataset/none": {},
     "scorer/reward_model": {},
     "peft/lora": {"enabled": True},
-    "tracker/wandb": {"name": "wandb"},
+    **{f"tracker/{name}": {"names": [name]} for name in ("wandb", "tensorboard", "trackio")},
 }
 ORIGIN = "Written by `make conf` from rlhf/config/knobs/; edit the knobs there."
 

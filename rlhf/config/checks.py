@@ -39,11 +39,20 @@ def check(config: StageConfig) -> None:
         raise MissingValues("missing values:\n  " + "\n  ".join(missing))
     if problems := [*bad_values, *_rules(config)]:
         raise InputError("\n".join(problems))
+    if problems := list(_missing_packages(config)):
+        raise InputError("\n".join(problems))
+
+
+def _missing_packages(config: StageConfig) -> Iterator[str]:
     if config.model.quantization is not None and find_spec("bitsandbytes") is None:
-        raise InputError(
+        yield (
             f"model.quantization={config.model.quantization} needs bitsandbytes, which is not "
             "installed: pip install 'rlhf[quant]', or set model.quantization=null"
         )
+    for name in config.tracker.names:
+        if find_spec(name) is None:
+            package = name.replace("_", "-")
+            yield f"tracker {name} is not installed: pip install {package}, or set tracker=none"
 
 
 def check_scorer_config(scorer: ScorerConfig) -> None:

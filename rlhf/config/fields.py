@@ -98,7 +98,7 @@ def value_problems(value: Any, name: str = "", limits: Limits | None = None) -> 
             yield from value_problems(item, f"{name}.{key}")
     elif isinstance(value, list | tuple):
         for i, item in enumerate(value):
-            yield from value_problems(item, f"{name}[{i}]")
+            yield from value_problems(item, f"{name}[{i}]", limits)
     elif limits is not None and not limits.allow(value):
         yield f"{name} {limits}, got {value!r}"
 

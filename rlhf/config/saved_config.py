@@ -75,6 +75,15 @@ def plain_values(config: StageConfig) -> dict[str, Any]:
     return as_written(OmegaConf.to_container(OmegaConf.structured(config)))
 
 
+def dotted(values: dict[str, Any]) -> dict[str, Any]:
+    """Return nested dicts as one: {"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = dotted(value) if isinstance(value, dict) else None
+        flat |= {key: value} if inner is None else {f"{key}.{n}": x for n, x in inner.items()}
+    return flat
+
+
 def config_text(config: StageConfig) -> str:
     """Return the configuration as YAML, with `${oc.env:X}` for what comes from the environment."""
     return OmegaConf.to_yaml(OmegaConf.create(plain_values(config)))

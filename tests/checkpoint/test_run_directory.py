@@ -161,12 +161,12 @@ def test_differences_of_the_configuration_are_listed_and_only_harmless_ones_pass
         tmp_path / "elsewhere" / "..",
         resume="auto",
         checkpoint=CheckpointConfig(keep_last=7, grace_seconds=1),
-        tracker=TrackerConfig(name="wandb"),
+        tracker=TrackerConfig(names=["wandb"]),
     )
     moved.model.path = str(moved.stage_dir("sft") / "final")  # the same place in the moved run
     assert checkpoint_to_resume(moved, directory) == checkpoint
     said = capsys.readouterr().out
-    for line in ("checkpoint.keep_last: 2 -> 7", 'tracker.name: "none" -> "wandb"', "runs_dir"):
+    for line in ("checkpoint.keep_last: 2 -> 7", 'tracker.names: [] -> ["wandb"]', "runs_dir"):
         assert f"changed, without effect on what is trained: {line}" in said
     assert "model.path" not in said and "resume:" not in said
     moved.precision, moved.trainer = "float32", moved.trainer | {"learning_rate": 1.0}

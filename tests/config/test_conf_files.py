@@ -72,7 +72,7 @@ def test_yaml_without_overrides_equals_the_dataclass_defaults(stage):
     "overrides, section, expected",
     [
         (["peft=lora"], "peft", {"enabled": True}),
-        (["tracker=wandb"], "tracker", {"name": "wandb"}),
+        (["tracker=wandb"], "tracker", {"names": ["wandb"]}),
         (["scorer=python"], "scorer", {"path": "python:", "normalize": "none"}),
     ],
 )

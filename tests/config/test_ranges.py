@@ -10,6 +10,7 @@ import pytest
 from helpers.configs import several, valid_config
 
 from rlhf.config import STAGES, InputError, check
+from rlhf.config.knobs.shared import TRACKERS
 
 # stage, knob, a bad value, what the value must do
 BAD_VALUES = [
@@ -23,7 +24,7 @@ BAD_VALUES = [
     ("sft", "checkpoint.grace_seconds", 0.0, "lie in (0, 31536000]"),
     ("ppo", "checkpoint.grace_seconds", math.nan, "be a finite number"),
     ("sft", "checkpoint.grace_seconds", 1000000000.0, "lie in (0, 31536000]"),
-    ("sft", "tracker.name", "mlflow", "be one of none, wandb"),
+    ("sft", "tracker.names", ["wand"], f"be one of {', '.join(TRACKERS)}"),
     ("sft", "tracker.mode", "off", "be one of online, offline, disabled, null"),
     ("sft", "dataset.eval_fraction", 1.0, "lie in [0, 0.9]"),
     ("sft", "dataset.max_length", 1, "be >= 2"),
@@ -119,6 +120,8 @@ BAD_VALUES = [
 def test_value_out_of_range_is_refused_with_the_range(stage, knob, value, rule):
     with pytest.raises(InputError) as caught:
         check(valid_config(stage, {knob: value}))
+    if isinstance(value, list):  # each item of a list is named by its place
+        knob, value = f"{knob}[0]", value[0]
     assert f"{knob} must {rule}, got {value!r}" in str(caught.value).splitlines()
 
 

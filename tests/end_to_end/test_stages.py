@@ -273,7 +273,7 @@ def test_ppo_logs_to_wandb_offline_when_asked(runs, tmp_path):
         tmp_path,
         model=ModelConfig(path=str(runs / "run/sft/final")),
         scorer=ScorerConfig(path=str(runs / "run/reward/final")),
-        tracker=TrackerConfig(name="wandb", mode="offline"),
+        tracker=TrackerConfig(names=["wandb"], mode="offline"),
     )
     result = train_ppo(config)
     assert list((result.directory.parent / "wandb").glob("offline-run-*/*.wandb"))

@@ -8,6 +8,11 @@ from typing import Any
 from rlhf.config.fields import group, knob, knobs
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+# Names of accelerate's trackers.
+TRACKERS = (
+    *("aim", "clearml", "comet_ml", "dvclive", "mlflow"),
+    *("swanlab", "tensorboard", "trackio", "wandb"),
+)
 YEAR = 365 * 24 * 3600  # seconds
 
 
@@ -113,14 +118,14 @@ class PeftConfig:
 class TrackerConfig:
     """Where metrics go in addition to metrics.jsonl."""
 
-    name: str = knob("none", choices=("none", "wandb"))
-    """Tracker: wandb (Weights & Biases; needs pip install 'rlhf[wandb]') or none."""
+    names: list[str] = knob([], choices=TRACKERS)
+    """Trackers, e.g. [wandb,tensorboard]; each needs its package (pip install)."""
     project: str = "rlhf"
-    """Project in the tracker."""
+    """Project in the trackers."""
     entity: str | None = None
-    """Team or user that owns the project (null: the tracker's default)."""
+    """wandb: team or user that owns the project (null: your default)."""
     mode: str | None = knob(None, choices=("online", "offline", "disabled"))
-    """online, offline or disabled (null: what WANDB_MODE says, else online)."""
+    """wandb: online, offline or disabled (null: what WANDB_MODE says, else online)."""
 
 
 @knobs
