@@ -195,7 +195,9 @@ def _with_hash(path: str, weights: str | None) -> str:
 def warn_about_prompts(record: StageRecord | None, prompts: str) -> None:
     """Warn if the previous stage trained on prompts of a different form."""
     if record is not None and record.prompts not in (None, "mixed", prompts):
-        fix = "set dataset.as_conversation=true" if prompts == "text" else "use a text format"
+        fix = "use a text format"
+        if prompts == "text":
+            fix = "leave dataset.as_conversation=null, which makes them conversations"
         warn(
             f"the {record.stage} stage trained on {record.prompts} prompts, but these are "
             f"{prompts} prompts, which the model has never seen; {fix}"

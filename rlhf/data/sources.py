@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from rlhf.config import DatasetConfig, InputError, one_line, show
+from rlhf.console import say
 from rlhf.data.dropped import REPAIRED, BadRows, Reason, describe_dropped, first_cases
 from rlhf.data.formats import FORMATS, ONE_RESPONSE_PER_ROW, Format, merge_by_prompt, resolve_format
 from rlhf.data.read import read_rows
@@ -28,6 +29,10 @@ from rlhf.data.rows import (
     without_repeats,
 )
 
+AS_PARENT = (
+    "the model was trained on conversations, so text prompts become user turns "
+    "(dataset.as_conversation=false keeps them text)"
+)
 FEW = 20  # held-out rows: figures of fewer say so
 
 # --- Training and held-out rows -----------------------------------------------------------------
@@ -58,7 +63,13 @@ class Splits:
         return "\n".join([line, *first_cases(dropped)])
 
 
-def load_splits(config: DatasetConfig, stage: str, seed: int, needs_eval: bool = True) -> Splits:
+def load_splits(
+    config: DatasetConfig,
+    stage: str,
+    seed: int,
+    needs_eval: bool = True,
+    parent_prompts: str | None = None,
+) -> Splits:
     """Load the training and evaluation rows of a stage.
 
     `eval_path` gives the evaluation rows; else a `python:` path is called for split "eval"; else
@@ -66,6 +77,7 @@ def load_splits(config: DatasetConfig, stage: str, seed: int, needs_eval: bool =
 
     Args:
         needs_eval: False reads no evaluation source; rows held out of `path` are still returned.
+        parent_prompts: `prompts` of the record of the stage that this one starts from.
     """
     assert config.path is not None
     path, bad = config.eval_path or config.path, config.on_bad_row
@@ -81,8 +93,13 @@ def load_splits(config: DatasetConfig, stage: str, seed: int, needs_eval: bool =
         evaluation, dropped_eval = load_rows(path, config.format, split, stage, name, bad)
         dropped = dropped + dropped_eval
     train, evaluation = train[: config.max_rows], evaluation[: config.max_eval_rows]
-    if config.as_conversation:
-        train, evaluation = ([to_conversation(row) for row in rows] for rows in (train, evaluation))
+    if config.as_conversation or (
+        config.as_conversation is None and parent_prompts == "conversation"
+    ):
+        texts, train = train, [to_conversation(row) for row in train]
+        evaluation = [to_conversation(row) for row in evaluation]
+        if config.as_conversation is None and texts != train:
+            say(AS_PARENT)
     if not train:
         raise InputError(
             f"dataset.path={config.path!r}: no row to train on; {describe_dropped(dropped)}"

@@ -54,7 +54,10 @@ def load_completions(
     if kind == "ranked":
         sequences = [ids for row in encoded[:count] for ids in row["input_ids"]]
     elif kind == "demonstrations":
-        sequences = _demonstrations(config, tokenizer, count, max_length)
+        as_conversation = config.dataset.as_conversation
+        if as_conversation is None:
+            as_conversation = not isinstance(rows[0]["prompt"], str)
+        sequences = _demonstrations(config, tokenizer, count, max_length, as_conversation)
     else:
         prompts = [rows[one["row"]]["prompt"] for one in encoded[:count]]
         sequences = _samples(config, source, tokenizer, prompts)
@@ -67,14 +70,18 @@ def load_completions(
 
 
 def _demonstrations(
-    config: RewardStageConfig, tokenizer: PreTrainedTokenizerBase, count: int, max_length: int
+    config: RewardStageConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    max_length: int,
+    as_conversation: bool,
 ) -> list[list[int]]:
     """Encode the first demonstrations that fit into `max_length`, as SFT does."""
     path, split = config.normalization.path, config.normalization.split
     assert path is not None  # `check` has made sure
     bad, format = config.dataset.on_bad_row, config.normalization.format
     rows, dropped = load_rows(path, format, split, "sft", "normalization.path", bad)
-    if config.dataset.as_conversation:
+    if as_conversation:
         rows = [to_conversation(row) for row in rows]
     encoded, too_long = encode_sft(rows, tokenizer, max_length, on_bad_row=bad)
     line = f"        scores are 0 on average over {len(encoded[:count])} demonstrations of {path}; "

@@ -88,7 +88,8 @@ def _train(config: RewardStageConfig, run: StageRun) -> RewardResult:
     try_settings(source, config.peft, "SEQ_CLS")
 
     # Load rows, tokenizer and model, and refuse what only they show.
-    splits = load_splits(config.dataset, "reward", config.seed)
+    before = getattr(record_of_parent, "prompts", None)
+    splits = load_splits(config.dataset, "reward", config.seed, parent_prompts=before)
     warn_about_prompts(record_of_parent, splits.prompts)
     tokenizer = load_tokenizer(source)
     require_same_tokenizer(tokenizer, record_of_parent, "the model settings here", parent)

@@ -109,7 +109,8 @@ def _train(config: SFTStageConfig, run: StageRun) -> SFTResult:
     try_settings(config.model, config.peft)
 
     # Load the data, the tokenizer and the model.
-    splits = load_splits(config.dataset, "sft", config.seed)
+    before = getattr(record, "prompts", None)
+    splits = load_splits(config.dataset, "sft", config.seed, parent_prompts=before)
     tokenizer = load_sft_tokenizer(config.model, splits.prompts)
     warn_about_template(record, tokenizer, parent)
     token_rows = _trained_token_rows(config, tokenizer)

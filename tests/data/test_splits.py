@@ -127,6 +127,25 @@ def test_as_conversation_renders_text_prompts_like_the_conversations_of_sft(tmp_
     assert "2 held-out rows share their prompt" in splits.describe(Counter())
 
 
+def test_text_prompts_become_conversations_where_the_parent_stage_saw_conversations(
+    tmp_path, capsys
+):
+    path = write(tmp_path / "rows.jsonl", [{"prompt": "Hi"}])
+    config = DatasetConfig(path=path, eval_path=path, format="prompt_completion")
+    for parent in ("text", "mixed", None):
+        assert load_splits(config, "ppo", 1, parent_prompts=parent).prompts == "text"
+    assert capsys.readouterr().out == ""
+    splits = load_splits(config, "ppo", 1, parent_prompts="conversation")
+    assert splits.train[0]["prompt"] == splits.eval[0]["prompt"] == [user("Hi")]
+    assert "(dataset.as_conversation=false keeps them text)" in capsys.readouterr().out
+    config.as_conversation = False
+    assert load_splits(config, "ppo", 1, parent_prompts="conversation").prompts == "text"
+    config.as_conversation = None
+    write(tmp_path / "rows.jsonl", [{"prompt": [user("Hi")]}])
+    assert load_splits(config, "ppo", 1, parent_prompts="conversation").prompts == "conversation"
+    assert capsys.readouterr().out == ""  # there is no text
+
+
 def test_as_conversation_makes_a_text_completion_the_answer(tmp_path):
     write(tmp_path / "rows.jsonl", [{"prompt": "Hi", "completion": "Hello"}])
     path = str(tmp_path / "rows.jsonl")

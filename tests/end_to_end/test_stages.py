@@ -19,7 +19,7 @@ from helpers.stages import ROOT, WORLD, launch, ppo_config, reward_config, sft_c
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf.checkpoint import find_damage
+from rlhf.checkpoint import find_damage, read_record
 from rlhf.config import (
     DatasetConfig,
     InputError,
@@ -252,7 +252,9 @@ def test_two_processes_give_the_result_of_one_on_the_same_global_batch(stage, ru
                 assert one[name] == pytest.approx(two[name], rel=1e-3, abs=1e-4), name
 
 
-def test_text_prompts_after_conversations_are_warned_about(runs, tmp_path, capsys):
+def test_text_prompts_after_conversations_become_conversations_unless_told_not_to(
+    runs, tmp_path, capsys
+):
     rows = [
         {"prompt": f"name {n} animals", "responses": ["dog", "."], "ranks": [0, 1]}
         for n in "abcdefgh"
@@ -263,8 +265,14 @@ def test_text_prompts_after_conversations_are_warned_about(runs, tmp_path, capsy
     source = ModelConfig(path=str(runs / "run/sft/final"))
     config = reward_config(tmp_path, model=source, dataset=data)
     config.trainer["max_steps"] = 1
-    train_reward(config)
+    final = train_reward(config).directory
+    shown = capsys.readouterr()
+    assert "so text prompts become user turns (dataset.as_conversation=false" in shown.out
+    assert "but these are" not in shown.err and read_record(final).prompts == "conversation"
+    config.dataset.as_conversation, config.run_name = False, "text"
+    final = train_reward(config).directory
     assert "trained on conversation prompts, but these are text" in capsys.readouterr().err
+    assert read_record(final).prompts == "text"
 
 
 def test_ppo_logs_to_wandb_offline_when_asked(runs, tmp_path):

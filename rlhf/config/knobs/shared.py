@@ -75,8 +75,9 @@ class DatasetConfig:
     format: str = "messages"
     """Name of a format, or your own function my_module.my_format(row) -> canonical row.
     dataset=<format> (alpaca, ranked, ...) sets this knob only."""
-    as_conversation: bool = False
-    """Make a text prompt a user turn and a text completion the answer, for the chat template."""
+    as_conversation: bool | None = None
+    """Make a text prompt a user turn and a text completion the answer, for the chat template (null:
+    if the stage that model.path comes from was trained on conversations)."""
     eval_fraction: float = knob(0.05, ge=0, le=0.9)
     """Share of the prompts that is held out when eval_path is null; the seed decides which."""
     max_rows: int | None = knob(None, ge=1)

@@ -67,11 +67,13 @@ def run(options: ReportOptions) -> None:
     out = Path(options.out or options.path)
     if not out.is_dir():
         raise InputError(f"out={out} is not a directory; give out=<existing directory>")
-    require_stage(options.path, ("reward",), "path")
+    record = require_stage(options.path, ("reward",), "path")
     config = stage_config(options)
     data, name = config.dataset, heldout_name(config.dataset)
     sizes = config.trainer["per_device_eval_batch_size"], config.reward.tokens_per_batch
-    splits = load_splits(data, "reward", config.seed)
+    splits = load_splits(
+        data, "reward", config.seed, parent_prompts=getattr(record, "prompts", None)
+    )
     scorer = _load(options.path, options.trust_remote_code)
     length = row_length(config, scorer.max_length)
     rows, too_long = encode_ranked(splits.eval, scorer.tokenizer, length, data.on_bad_row)
