@@ -108,8 +108,8 @@ def sample_scores(
     proxy = scores_by(config.scorer, "scorer.path")
     judge = ScorerConfig(path=config.evaluation.scorer, normalize="none")
     gold = scores_by(judge, "evaluation.scorer").total
-    if ppo.missing_eos_penalty is not None:
-        penalised = ppo.missing_eos_penalty + proxy.dense_total
+    if config.eos_penalty is not None:
+        penalised = config.eos_penalty + proxy.dense_total
         proxy.total = torch.where(torch.tensor(sampled.finished), proxy.total, penalised)
     return proxy.total.view(-1, num_samples), gold.view(-1, num_samples)
 

@@ -229,7 +229,9 @@ def _critic_rules(config: PPOStageConfig) -> Iterator[str]:
 
 
 def _rollout_rules(ppo: PPOConfig) -> Iterator[str]:
-    size = ppo.batch_size
+    size, penalty = ppo.batch_size, ppo.missing_eos_penalty
+    if isinstance(penalty, str) and penalty != "auto":
+        yield f"ppo.missing_eos_penalty must be a number, null or auto, got {penalty!r}"
     for name in ("num_mini_batches", "samples_per_prompt"):
         number = getattr(ppo, name)
         if number >= 1 and size % number:

@@ -64,7 +64,7 @@ class Evaluator:
         trainer.require_finite(rollout, "logprobs", "ref_logprobs", "scores")
         responses = response_texts(rollout, actors.tokenizer, self.prompts)
         figures = {
-            "score": rollout.final_scores(ppo.missing_eos_penalty),
+            "score": rollout.final_scores(trainer.config.eos_penalty),
             **component_scores(rollout, actors.scorer),
             "kl": (rollout.logprobs - rollout.ref_logprobs).sum(dim=1),  # 0 at masked positions
             "response_length": rollout.lengths,

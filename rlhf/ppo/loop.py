@@ -35,6 +35,7 @@ from rlhf.models import merged
 from rlhf.ppo.evaluation import Evaluator, describe_selection, selection_value
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.ppo.watchdog import Watchdog
+from rlhf.scorers import component_names
 
 SHOWN = {"score": "score", "kl": "kl", "response_length": "len", "eos_rate": "eos"}
 TABLE = (
@@ -228,9 +229,11 @@ class PPOLoop:
         write_stage(self.directory / "critic", merged(critic.model), tokenizer, self.config, own)
 
     def _report(self, chosen: int, updates_made: int, metrics: dict[str, float]) -> None:
+        components = component_names(self.trainer.actors.scorer)
+        parts = [(f"score of {name}", f"eval_score/{name}") for name in components]
         rows = [
             (name, _with_interval(self.before, key), _with_interval(metrics, key))
-            for name, key in TABLE
+            for name, key in (TABLE[0], *parts, *TABLE[1:])
             if key in metrics
         ]
         if rows:
@@ -239,6 +242,8 @@ class PPOLoop:
             say(table(rows, ("", "before", f"update {chosen}")))
             if few := few_rows(number, "prompt"):
                 say(few)
+            if replaced := describe_penalty(self.config.eos_penalty, self.before, metrics):
+                say(replaced)
         if self.watchdog.summary():
             say(self.watchdog.summary())
         before = selection_value(self.config, self.before)
@@ -290,6 +295,20 @@ class PPOLoop:
         self.before, self.last, self.best = state["before"], state["last"], state["best"]
         self.evaluate.baseline, self.pending = state["baseline"], state.get("pending")
         self.watchdog.load_state(state["watchdog"])
+
+
+def describe_penalty(
+    penalty: float | None, before: dict[str, float], after: dict[str, float]
+) -> str:
+    """How often the penalty for a missing EOS replaced the score; empty if it never did."""
+    shares = [1 - metrics.get("eval_eos_rate", 1.0) for metrics in (before, after)]
+    if penalty is None or not any(shares):
+        return ""
+    was, now = (f"{share:.0%}" for share in shares)
+    return (
+        f"ppo.missing_eos_penalty={penalty:g} replaced the score of {was} of these answers before, "
+        f"of {now} after; ppo.missing_eos_penalty=null keeps the scorer's own"
+    )
 
 
 def _with_interval(metrics: dict[str, float], name: str) -> str:

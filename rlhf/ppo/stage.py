@@ -33,7 +33,7 @@ from rlhf.ppo.preflight import run_preflight
 from rlhf.ppo.prompts import choose_prompts
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.sampling import context_length
-from rlhf.scorers import Scorer, instance
+from rlhf.scorers import Scorer, instance, reward_models
 
 
 def train_ppo(config: PPOStageConfig, scorer: Scorer | None = None) -> PPOResult:
@@ -109,6 +109,9 @@ def with_sources(config: PPOStageConfig, scorer: Scorer | None) -> PPOStageConfi
             )
         name = getattr(scorer, "__qualname__", type(scorer).__qualname__)
         config.scorer = ScorerConfig(f"python:{scorer.__module__}.{name}", normalize="none")
+        if reward_models(scorer) and config.ppo.missing_eos_penalty == "auto":
+            config.ppo.missing_eos_penalty = -1.0
+    config.ppo.missing_eos_penalty = config.eos_penalty
     if config.critic.init is None:
         config.critic.init = "policy" if is_python(first_scorer(config)[0].path) else "reward"
         if config.critic.init == "policy" and config.ppo.has_critic:

@@ -153,7 +153,7 @@ class PPOTrainer:
                 "ppo.whiten_scores=true whitens one score per response, but the scorer gives "
                 "rewards per token; set it to false (ppo.scale_scores=true scales both)"
             )
-        scores = rollout.final_scores(ppo.missing_eos_penalty, ppo.whiten_scores)
+        scores = rollout.final_scores(self.config.eos_penalty, ppo.whiten_scores)
         if ppo.scale_scores:
             counted = rollout.loss_mask.any(dim=1)
             self.score_moments = update_moments(self.score_moments, scores[counted])
@@ -204,7 +204,7 @@ class PPOTrainer:
     def reported_scores(self, rollout: Rollout) -> Tensor:
         """(B,) scores with the penalty for a missing EOS, if it is on the scale of the scores."""
         ppo = self.config.ppo
-        return rollout.final_scores(None if ppo.whiten_scores else ppo.missing_eos_penalty)
+        return rollout.final_scores(None if ppo.whiten_scores else self.config.eos_penalty)
 
     def save_rollout(self, batch: Experience) -> None:
         """Write this update's rollout, a row per response, if `ppo.save_rollouts` asks for it."""

@@ -114,7 +114,7 @@ class Watchdog:
     def __init__(self, config: PPOStageConfig, directory: Path):
         self.limits: dict[str, float | None] = dataclasses.asdict(config.watchdog)
         # whitened scores are not on the scale of `finished_score`
-        penalty = None if config.ppo.whiten_scores else config.ppo.missing_eos_penalty
+        penalty = None if config.ppo.whiten_scores else config.eos_penalty
         self.limits["missing_eos_penalty"] = penalty
         self.path = directory / "watchdog.jsonl"
         self.warmup_updates = config.critic.warmup_updates

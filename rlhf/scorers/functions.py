@@ -102,8 +102,9 @@ def require_columns(label: str, function: Callable[..., Any], columns: Sequence[
         names = ", ".join(f"`{name}`" for name in missing)
         raise InputError(
             f"{label}: no row has a column for its parameter{'s' * (len(missing) > 1)} {names}; "
-            f"the columns are {', '.join(columns)}. Rename the parameter, give it a default, or "
-            "add the column (prompts are `prompts`, responses are `responses` or `completions`)"
+            f"the columns are {', '.join(['prompt', *columns])}. Rename the parameter, give it a "
+            "default, or add the column (a parameter for the prompts is called `prompts`, one for "
+            "the responses `responses` or `completions`)"
         )
 
 

@@ -194,6 +194,11 @@ BAD_VALUES = [
     ),
     (
         "ppo",
+        {"ppo.missing_eos_penalty": "high"},
+        "ppo.missing_eos_penalty must be a number, null or auto, got 'high'",
+    ),
+    (
+        "ppo",
         {"scorer.path": "my/scores.py"},
         "scorer.path=my/scores.py is a file; name the function in it: scores.<function>",
     ),

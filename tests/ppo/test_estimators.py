@@ -34,7 +34,7 @@ def test_an_estimator_without_critic_gives_what_its_paper_says(policy_dir, tmp_p
     kl, rewards = trainer.shape_rewards(rollout)
     batch = trainer.estimate_advantages(rollout, kl, rewards)
     mask = rollout.response_mask
-    scores = rollout.final_scores(config.ppo.missing_eos_penalty)
+    scores = rollout.final_scores(config.eos_penalty)
     totals = [float(scores[b]) - 0.3 * float(kl[b][mask[b]].double().sum()) for b in range(8)]
     expected = torch.zeros(mask.shape, dtype=torch.float64)
     for b in range(8):

@@ -16,7 +16,7 @@ from helpers.tiny import tiny_model, tiny_tokenizer
 from helpers.tiny_ppo import make_config, make_trainer, move_policy, weights, write_prompts
 from safetensors.torch import load_file
 
-from rlhf.config import InputError, PPOConfig
+from rlhf.config import InputError, PPOConfig, PPOStageConfig, ScorerComponent, ScorerConfig
 from rlhf.functional import adaptive_kl_coef
 from rlhf.metrics import read_jsonl
 from rlhf.models import load_policy
@@ -50,7 +50,22 @@ def test_the_published_settings_are_the_defaults():
     assert (ppo.gamma, ppo.lam, ppo.cliprange, ppo.cliprange_value) == (1.0, 0.95, 0.2, 0.2)
     assert (ppo.vf_coef, ppo.num_ppo_epochs, ppo.num_mini_batches) == (0.1, 4, 1)
     assert (ppo.learning_rate, ppo.lr_schedule, ppo.adam_epsilon) == (3e-6, "linear", 1e-5)
-    assert (ppo.kl_coef, ppo.missing_eos_penalty, ppo.adam_betas) == (0.05, -1.0, [0.9, 0.999])
+    assert (ppo.kl_coef, ppo.adam_betas) == (0.05, [0.9, 0.999])
+    assert PPOStageConfig().eos_penalty == -1.0
+
+
+def test_python_scorers_alone_get_no_penalty_unless_it_is_set():
+    learned, own = ScorerComponent("runs/a/reward/final"), ScorerComponent("my_module.score")
+    for scorer, expected in (
+        (ScorerConfig("my_module.score"), None),
+        (ScorerConfig(components=[own, ScorerComponent("python:m.f")]), None),
+        (ScorerConfig(components=[own, learned]), -1.0),
+        (ScorerConfig("runs/a/reward/final"), -1.0),
+    ):
+        assert PPOStageConfig(scorer=scorer).eos_penalty == expected
+        assert (
+            PPOStageConfig(scorer=scorer, ppo=PPOConfig(missing_eos_penalty=-3)).eos_penalty == -3
+        )
 
 
 def test_the_optimisers_are_adam_with_the_configured_epsilon_and_a_linear_decay(
@@ -152,7 +167,7 @@ def test_kl_in_the_loss_is_its_mean_over_tokens_and_leaves_the_reward(
     move_policy(trainer)
     rollout = trainer.collect()
     kl, rewards = trainer.shape_rewards(rollout)
-    scores = rollout.final_scores(config.ppo.missing_eos_penalty)
+    scores = rollout.final_scores(config.eos_penalty)
     torch.testing.assert_close(rewards.sum(dim=1), scores, rtol=0, atol=0)
     batch = trainer.estimate_advantages(rollout, kl, rewards)
     batch.advantages.zero_()
@@ -194,7 +209,7 @@ def test_scores_are_scaled_by_all_scores_so_far_and_then_clipped(policy_dir, tmp
     seen = []
     for trainer.update in (0, 1):
         rollout = trainer.collect()
-        scores = rollout.final_scores(config.ppo.missing_eos_penalty)
+        scores = rollout.final_scores(config.eos_penalty)
         seen.append(scores.double())
         rewards = trainer.shape_rewards(rollout)[1]
         scaled = scores / torch.cat(seen).std(unbiased=False).float()

@@ -172,7 +172,7 @@ def test_scores_that_do_not_differ_are_named(policy_dir, tmp_path):
 
 def test_scores_of_another_scale_show_in_the_gradient_norm(policy_dir, tmp_path):
     def replace_scorer(trainer):
-        trainer.actors.scorer = lambda p, responses: [1e4 * len(r) for r in responses]
+        trainer.actors.scorer = lambda prompts, responses: [1e4 * len(r) for r in responses]
 
     config = make_config(policy_dir, tmp_path)
     assert fired(config, tmp_path, grad_norm=100.0) == set()

@@ -101,7 +101,7 @@ def test_a_column_does_not_replace_prompts_or_responses():
 
 
 def test_a_column_that_is_not_there_is_named():
-    message = "x: no row has a column for its parameter `answer`; the columns are level"
+    message = "x: no row has a column for its parameter `answer`; the columns are prompt, level"
     with pytest.raises(InputError, match=message):
         score(of_responses, {"level": [1, 2, 3]})
 

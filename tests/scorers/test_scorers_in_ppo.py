@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import socket
 from pathlib import Path
 
@@ -129,7 +130,7 @@ def rows_of(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-def test_components_stand_in_metrics_and_samples_beside_their_sum(policy_dir, tmp_path):
+def test_components_are_in_metrics_samples_and_table(policy_dir, tmp_path, capsys):
     tokenizer = load_tokenizer(ModelConfig(path=str(policy_dir)))
     config = make_config(policy_dir, tmp_path, missing_eos_penalty=None, num_updates=2)
     components = [
@@ -139,6 +140,8 @@ def test_components_stand_in_metrics_and_samples_beside_their_sum(policy_dir, tm
     config.scorer = ScorerConfig(components=components)
     config.critic.init = "reward"
     folder = train_ppo(config).directory.parent
+    table = capsys.readouterr().out
+    assert re.search(r"^score of kind  .*^score of num_words  .*^win rate", table, re.M | re.S)
     rows = rows_of(folder / "metrics.jsonl")
     for prefix in ("", "eval_"):
         found = [row for row in rows if f"{prefix}score" in row]
@@ -199,6 +202,18 @@ def test_module_and_function_are_enough_for_a_python_scorer(policy_dir, tmp_path
     one, other = ((run / "metrics.jsonl").read_text() for run in runs)
     assert one == other
     assert "init: policy" in (runs[1] / "config.yaml").read_text()
+
+
+def test_the_table_says_how_often_the_penalty_replaced_a_score(policy_dir, tmp_path, capsys):
+    knobs = {"num_updates": 1, "learning_rate": 0.0}
+    for penalty, shown in ((-1, True), (None, False), ("auto", False)):
+        config = make_config(policy_dir, tmp_path, missing_eos_penalty=penalty, **knobs)
+        config.run_name = f"penalty-{penalty}"
+        result = train_ppo(config)
+        share = f"{1 - result.after['eval_eos_rate']:.0%}"
+        assert share != "0%"
+        line = f"replaced the score of {share} of these answers before, of {share} after"
+        assert (line in capsys.readouterr().out) == shown
 
 
 def test_a_directory_comes_before_a_module_of_its_name(tmp_path, monkeypatch):

@@ -42,8 +42,9 @@ class PPOConfig:
     """Sample from this many most probable tokens (0: from all)."""
     allow_off_policy_sampling: bool = False
     """Permit top_p and top_k: they sample from a different distribution than the one PPO scores."""
-    missing_eos_penalty: float | None = -1.0
-    """Score without EOS, after normalisation (null: the scorer's own); token rewards are kept."""
+    missing_eos_penalty: float | int | str | None = "auto"
+    """Score without EOS, after normalisation (null: the scorer's own; auto: -1 with a reward model,
+    null where only Python functions score); token rewards are kept."""
     mask_truncated: bool = False
     """Leave responses without EOS out of losses and whitening; a minibatch of these has no step."""
     scale_scores: bool = False
@@ -256,3 +257,12 @@ class PPOStageConfig(StageConfig):
     evaluation: EvaluationConfig = group(EvaluationConfig)
     watchdog: WatchdogConfig = group(WatchdogConfig)
     checkpoint: CheckpointConfig = group(CheckpointConfig, every=20)
+
+    @property
+    def eos_penalty(self) -> float | None:
+        """`ppo.missing_eos_penalty`, with a value for auto."""
+        penalty = self.ppo.missing_eos_penalty
+        if penalty == "auto":
+            paths = [part.path for part in self.scorer.components] or [self.scorer.path]
+            penalty = None if all(map(is_python, paths)) else -1.0
+        return None if penalty is None else float(penalty)

@@ -19,7 +19,7 @@ from accelerate.utils import broadcast_object_list
 from rlhf.checkpoint import random_state, restore_random_state
 from rlhf.config import InputError
 from rlhf.console import say
-from rlhf.ppo.preflight.findings import FAIL, Finding, bottom_line, lay_out
+from rlhf.ppo.preflight.findings import FAIL, Finding, bottom_line, lay_out, mended_command
 from rlhf.ppo.preflight.memory import (
     estimate_memory,
     examine_longest_step,
@@ -68,9 +68,13 @@ def run_preflight(
     failed = [finding for finding in findings[0] if finding.status == FAIL]
     if failed:
         problems = "\n".join(f"  {f.name}: {f.text}; {f.remedy}" for f in failed)
+        command = mended_command(failed)
+        way = f"this mends it:\n\n{command}" if command else ""
+        if way and trainer.config.preflight == "only":  # whose exception is not printed
+            say(way)
         raise PreflightFailed(
             f"preflight failed, nothing was trained:\n{problems}\n"
-            "preflight=false trains nevertheless"
+            f"preflight=false trains nevertheless{'; ' * bool(way)}{way}"
         )
     return findings[0]
 

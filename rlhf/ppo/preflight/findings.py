@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ class Finding:
     text: str  # the result, with its number
     remedy: str = ""  # what to do about it; empty when ok
     details: str = ""  # lines to print below, unchanged
+    override: str = ""  # key=value that mends it, where there is one
 
 
 def lay_out(findings: Sequence[Finding]) -> str:
@@ -41,3 +44,14 @@ def bottom_line(findings: Sequence[Finding]) -> str:
     if failed:
         return f"failed: {', '.join(failed)}"
     return f"{num_warnings} warning{'s' * (num_warnings > 1)}" if num_warnings else "ok"
+
+
+def mended_command(findings: Sequence[Finding]) -> str:
+    """The command of this process with the overrides that mend what failed; the overrides alone
+    where PPO was started by other code; empty if there are none."""
+    overrides = [f.override for f in findings if f.status == FAIL and f.override]
+    if not overrides or not sys.argv[0].endswith("rlhf/ppo/__main__.py"):
+        return " ".join(overrides)
+    keys = tuple(override.partition("=")[0] + "=" for override in overrides)
+    kept = [argument for argument in sys.argv[1:] if not argument.startswith(keys)]
+    return shlex.join(["python", "-m", "rlhf.ppo", *kept, *overrides])

@@ -99,12 +99,17 @@ def examine_policy(trainer: PPOTrainer, samples: Samples) -> list[Finding]:
         with trainer.accelerator.autocast():
             return budget, generate(trainer.actors.policy, ids, longer, noise, batch_size)
 
+    stop_token = examine_stop_token(
+        tokenizer.eos_token_id, sampling, samples.rollout, watchdog.eos_rate, sample_longer
+    )
+    penalty = None if trainer.config.ppo.mask_truncated else trainer.config.eos_penalty
+    if stop_token.status == WARN and penalty is not None:
+        text = f"{stop_token.text}; the others get ppo.missing_eos_penalty={penalty:g} for a score"
+        stop_token = replace(stop_token, status=FAIL, text=text)
     return [
         examine_first_ratio(samples.ratio_off, samples.rollout, watchdog.first_ratio),
         examine_tokenizer(tokenizer, [p["prompt"] for p in prompts], texts),
-        examine_stop_token(
-            tokenizer.eos_token_id, sampling, samples.rollout, watchdog.eos_rate, sample_longer
-        ),
+        stop_token,
     ]
 
 
@@ -192,9 +197,12 @@ def examine_stop_token(
     if share >= least_share:
         needed = sorted(ended)[math.ceil(0.95 * len(ended)) - 1]
         fix = f"raise ppo.response_length to about {needed}, where 95 % of these have ended"
+        override = f"ppo.response_length={needed}"
     else:
         fix = "the SFT stage is at fault: train it longer, on responses that all end with EOS"
-    return Finding(name, WARN, f"{text}; given {budget} tokens, {share:.0%} do", fix)
+        override = "ppo.missing_eos_penalty=null"
+    text = f"{text}; given {budget} tokens, {share:.0%} do"
+    return Finding(name, WARN, text, fix, override=override)
 
 
 # --- The scorer -----------------------------------------------------------------------------------
@@ -225,7 +233,7 @@ def examine_scoring(
     if finding.status == FAIL:
         return [finding]
     findings = [finding, examine_length(scores.total, lengths)]
-    penalty, device = ppo.missing_eos_penalty, trainer.accelerator.device
+    penalty, device = trainer.config.eos_penalty, trainer.accelerator.device
     dense = scores.dense_total[:, None].to(device)
     scored = replace(samples.rollout, scores=scores.total.to(device), dense_rewards=dense)
     total = scored.final_scores(penalty, ppo.whiten_scores).cpu()

@@ -110,7 +110,7 @@ def test_exit_status_says_whether_a_check_failed(policy_dir, tmp_path):
         command += [f"dataset.path={write_prompts(tmp_path / 'prompts.jsonl')}"]
         command += [f"scorer.path=python:helpers.preflight.{scorer}", "scorer.normalize=none"]
         command += ["ppo.batch_size=8", "ppo.response_length=12", "dataset.eval_fraction=0.3"]
-        command += ["ppo.missing_eos_penalty=-2"]
+        command += ["ppo.missing_eos_penalty=-2", "watchdog.eos_rate=null"]
         paths = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
         done = subprocess.run(
             command,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 
 import torch
 from helpers.preflight import letters, look, scored_by
@@ -53,11 +54,36 @@ def ending_in(folder, stop_ids):
 
 
 def test_a_policy_that_never_ends_is_the_sft_stages_fault(tmp_path, capsys):
-    trainer = scored_by(ending_in(tmp_path, [2]), tmp_path, letters, missing_eos_penalty=-1.0)
+    trainer = scored_by(ending_in(tmp_path, [2]), tmp_path, letters)
     found, bottom, _ = look(trainer, capsys)
     status, text = found["stop token"]
     assert status == "WARN" and "given 48 tokens, " in text and "SFT stage is at fault" in text
     assert "warning" in bottom and "failed" not in bottom
+
+
+def test_a_penalty_that_most_answers_would_get_stops_with_what_mends_it(
+    tmp_path, capsys, monkeypatch
+):
+    trainer = scored_by(ending_in(tmp_path, [2]), tmp_path, letters, missing_eos_penalty=-1.0)
+    found, bottom, message = look(trainer, capsys)
+    status, text = found["stop token"]
+    assert status == "FAIL" and "failed: stop token" in bottom
+    assert "the others get ppo.missing_eos_penalty=-1 for a score" in text
+    assert message.endswith("this mends it:\n\nppo.missing_eos_penalty=null")
+
+    arguments = ["scorer.path=my.score", "ppo.missing_eos_penalty=-1", "dataset.path=a b.jsonl"]
+    monkeypatch.setattr("sys.argv", ["/a/rlhf/ppo/__main__.py", *arguments])
+    command = look(trainer, capsys)[2].splitlines()[-1]
+    rest = "scorer.path=my.score 'dataset.path=a b.jsonl' ppo.missing_eos_penalty=null"
+    assert command == f"python -m rlhf.ppo {rest}"
+
+    longer = ending_in(tmp_path, [2, *range(10, 320, 10)])
+    knobs = {"missing_eos_penalty": -1.0, "response_length": 3}
+    trainer = scored_by(longer, tmp_path, letters, **knobs)
+    trainer.config.watchdog.eos_rate = 0.7
+    assert re.search(r" ppo\.response_length=\d+$", look(trainer, capsys)[2])
+    trainer.config.ppo.mask_truncated = True  # they are then left out
+    assert look(trainer, capsys)[0]["stop token"][0] == "WARN"
 
 
 def test_a_budget_that_is_too_short_is_told_from_an_sft_stage_at_fault(tmp_path, capsys):
