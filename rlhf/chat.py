@@ -35,7 +35,7 @@ class ChatOptions(PolicyOptions):
 
     compare: str | None = None
     """A second model; it answers every question too and has a history of its own."""
-    max_new_tokens: int = knob(256, ge=1)
+    response_length: int = knob(256, ge=1)
     """Longest answer, tokens."""
 
 
@@ -57,7 +57,7 @@ class Chat(Policy):
 
     def __init__(self, options: ChatOptions, field: str = "path"):
         """Load the model that `field` of the options names."""
-        super().__init__(options, str(getattr(options, field)), options.max_new_tokens, field)
+        super().__init__(options, str(getattr(options, field)), options.response_length, field)
         self.rounds: list[tuple[str, str]] = []
         self.cut_off = False
         self._said_full = False
@@ -216,7 +216,9 @@ def _answer(chat: Chat, question: str, number: int, interactive: bool) -> None:
             return
     print(flush=True)
     if chat.cut_off:
-        note(f"[cut off: max_new_tokens={chat.sampling.max_new_tokens}, or the end of the context]")
+        note(
+            f"[cut off: response_length={chat.sampling.max_new_tokens}, or the end of the context]"
+        )
 
 
 def printable(text: str) -> str:

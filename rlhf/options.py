@@ -14,7 +14,7 @@ import dataclasses
 import sys
 import textwrap
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from rlhf.config import InputError, hide, nearest, sentences, value_problems, yaml_scalar
@@ -24,6 +24,8 @@ Options = TypeVar("Options")
 
 BOOLS = {"true": True, "false": False}  # bool("false") is True
 OVERRIDES = "overrides"
+RENAMED = {"max_new_tokens": "response_length"}  # old names work for one release
+ROWS = ("data", "prompts")  # what commands call dataset.path
 
 
 def run_command(
@@ -60,13 +62,16 @@ def read_options(options: type[Options], arguments: Sequence[str]) -> Options:
         InputError: an unknown name, a missing value, or a value of a wrong type or out of range.
     """
     known = {name: kind for name, kind in get_type_hints(options).items() if name != OVERRIDES}
+    takes_overrides = OVERRIDES in get_type_hints(options)
     values: dict[str, Any] = {}
     overrides = []
     for argument in arguments:
         name, equals, text = argument.partition("=")
+        if not takes_overrides:
+            name = _option_named(name, known)
         if name in known and equals:
             values[name] = _parse(name, known[name], text)
-        elif OVERRIDES in get_type_hints(options):
+        elif takes_overrides:
             overrides.append(argument)
         elif not equals:
             raise InputError(f"cannot read {argument!r}; write key=value, e.g. path={argument}")
@@ -83,6 +88,20 @@ def read_options(options: type[Options], arguments: Sequence[str]) -> Options:
     filled = options(**values)
     check_options(filled)
     return filled
+
+
+def _option_named(name: str, known: Collection[str]) -> str:
+    """The option that a name means: its own, its old one, or that of the stages' setting, such as
+    `ppo.response_length` for `response_length`."""
+    if name in known:
+        return name
+    if (new := RENAMED.get(name)) in known:
+        print(f"{name} is now called {new}; the old name goes away", file=sys.stderr, flush=True)
+        return str(new)
+    group, _, last = name.rpartition(".")
+    if name == "dataset.path":
+        return next((rows for rows in ROWS if rows in known), name)
+    return last if group and last != "path" and last in known else name
 
 
 def check_options(options: Any) -> None:

@@ -50,7 +50,7 @@ def policy(tmp_path_factory):
     [{}, {"temperature": 0.5, "seed": 7}, {"top_p": 0.8, "top_k": 40}, {"temperature": 0.0}],
 )
 def test_streamed_text_is_that_of_generate(policy, knobs):
-    chat = chat_with(policy, max_new_tokens=20, **knobs)
+    chat = chat_with(policy, response_length=20, **knobs)
     tokenizer = load_tokenizer(ModelConfig(path=str(policy)))
     model = load_policy(ModelConfig(path=str(policy)), tokenizer)
     ends = set()
@@ -105,7 +105,7 @@ def test_characters_of_several_tokens_are_streamed_whole(tmp_path):
 
 def test_character_that_stays_incomplete_comes_at_the_end(tmp_path):
     path = write(tmp_path / "final", scripted("a🙂"))
-    chat = chat_with(path, temperature=0, max_new_tokens=3)
+    chat = chat_with(path, temperature=0, response_length=3)
     assert list(chat.ask("Hi", 0)) == ["a", "\ufffd"]
     assert chat.cut_off
 
@@ -126,7 +126,7 @@ def test_character_that_stays_incomplete_comes_at_the_end(tmp_path):
 def test_no_part_of_a_stop_string_is_streamed(tmp_path, said, stops, pieces, cut_off):
     path = write(tmp_path / "final", scripted(said))
     template = declare_stop_strings(PLAIN, stops)
-    chat = chat_with(path, temperature=0, chat_template=template, max_new_tokens=7)
+    chat = chat_with(path, temperature=0, chat_template=template, response_length=7)
     shown = list(filter(None, chat.ask("Hi", 0)))
     assert (shown, chat.cut_off) == (pieces, cut_off)
     assert chat.rounds == [("Hi", "".join(pieces))]
@@ -164,7 +164,7 @@ def test_generation_config_that_asks_for_greedy_answers_gets_them(tmp_path):
 
 
 def test_later_questions_follow_the_rounds_before(policy):
-    chat = chat_with(policy, max_new_tokens=6, system="Be brief.")
+    chat = chat_with(policy, response_length=6, system="Be brief.")
     first = answer_of(chat, "Name a fruit.", 0)
     asked = [
         {"role": "system", "content": "Be brief."},
@@ -183,7 +183,7 @@ def test_later_questions_follow_the_rounds_before(policy):
 
 def test_oldest_rounds_are_left_out_when_the_context_is_full(tmp_path, capsys):
     path = write(tmp_path / "final", scripted("abcdefghij"))  # 128 tokens of context
-    chat = chat_with(path, temperature=0, max_new_tokens=30)
+    chat = chat_with(path, temperature=0, response_length=30)
     for number in range(6):
         assert len(answer_of(chat, f"Q{number}", number)) == 30
     messages = [{"role": "user", "content": "Q5"}]
@@ -204,14 +204,14 @@ def test_oldest_rounds_are_left_out_when_the_context_is_full(tmp_path, capsys):
 
 def test_budget_beyond_the_context_leaves_half_of_it_to_the_conversation(tmp_path):
     chat = chat_with(write(tmp_path / "final", scripted("abcdefghij" + EOS)), temperature=0)
-    assert chat.sampling.max_new_tokens == 256
+    assert chat.sampling.response_length == 256
     assert answer_of(chat, "Hi") == "abcdefghij"
     answer_of(chat, "Hi")
     assert len(chat.rounds) == 2
 
 
 def test_question_longer_than_the_context_is_refused_and_nothing_else_happens(policy, capsys):
-    chat = chat_with(policy, max_new_tokens=5)
+    chat = chat_with(policy, response_length=5)
     answer_of(chat, "Hi")
     before = list(chat.rounds)
     assert answer_of(chat, "long " * 100) == ""
@@ -240,7 +240,7 @@ def test_template_that_rewrites_earlier_turns_serves_a_model_of_no_stage(tmp_pat
     tokenizer.chat_template = template
     tokenizer.save_pretrained(tmp_path)
     tiny_model("llama", tokenizer).save_pretrained(tmp_path)
-    chat = chat_with(tmp_path, max_new_tokens=3)
+    chat = chat_with(tmp_path, response_length=3)
     first = answer_of(chat, "a")
     text = f"user:a{EOS}assistant:{first}{EOS}user:b{EOS}assistant:"
     assert chat.prompt("b")[0] == tokenizer(text)["input_ids"]
@@ -254,7 +254,7 @@ def test_without_chat_template_or_trained_on_text_lines_are_continued(tmp_path):
         ("bare", "it has no chat template"),
         ("text", "it was trained on text prompts"),
     ):
-        chat = chat_with(tmp_path / name, max_new_tokens=4)
+        chat = chat_with(tmp_path / name, response_length=4)
         assert answer_of(chat, "An apple is") != ""
         assert chat.prompt(" a fruit ")[0] == encode_prompt(" a fruit ", chat.tokenizer)
         assert f"{why}: it continues each line as text" in chat.describe()

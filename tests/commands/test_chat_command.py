@@ -64,7 +64,7 @@ def command(monkeypatch, capfd):
 def test_piped_questions_are_answered_in_turn(policy):
     path = os.path.relpath(policy, ROOT)
     done = subprocess.run(
-        [sys.executable, "-m", "rlhf.chat", f"path={path}", "max_new_tokens=9", "seed=3"],
+        [sys.executable, "-m", "rlhf.chat", f"path={path}", "response_length=9", "seed=3"],
         cwd=ROOT,
         input="Name a fruit.\n\nAnother.\n",
         capture_output=True,
@@ -72,12 +72,12 @@ def test_piped_questions_are_answered_in_turn(policy):
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         timeout=100,
     )
-    chat = chat_with(policy, max_new_tokens=9, seed=3)
+    chat = chat_with(policy, response_length=9, seed=3)
     expected = [answer_of(chat, "Name a fruit.", 0), answer_of(chat, "Another.", 2)]
     assert (done.returncode, done.stdout) == (0, "".join(printable(a) + "\n" for a in expected))
     title, *rest = done.stderr.splitlines()
     assert title.startswith(f"{path}: sft stage, LlamaForCausalLM, 41,120 parameters on ")
-    assert all(line.startswith("[cut off: max_new_tokens=9") for line in rest)
+    assert all(line.startswith("[cut off: response_length=9") for line in rest)
 
 
 def test_compare_answers_with_both_models_and_a_history_each(command, tmp_path):
@@ -97,10 +97,10 @@ def test_compare_answers_with_both_models_and_a_history_each(command, tmp_path):
 
 def test_exit_leaves_and_a_cut_off_answer_is_remarked_on(command, tmp_path):
     path = write(tmp_path / "final", scripted("abc"))
-    arguments = (f"path={path}", "temperature=0", "max_new_tokens=5")
+    arguments = (f"path={path}", "temperature=0", "response_length=5")
     status, output, errors = command(*arguments, lines="Hi\n/exit\nHo\n")
     assert (status, output) == (0, "abcab\n")
-    assert errors.endswith("\n[cut off: max_new_tokens=5, or the end of the context]\n")
+    assert errors.endswith("\n[cut off: response_length=5, or the end of the context]\n")
 
 
 def test_control_characters_do_not_reach_the_terminal():
@@ -120,7 +120,7 @@ def test_control_characters_do_not_reach_the_terminal():
         (["path=x", "temperature=-1"], "temperature must be >= 0, got -1.0"),
         (["path=x", "top_p=0"], "top_p must lie in (0, 1], got 0.0"),
         (["path=x", "top_k=-1"], "top_k must be >= 0, got -1"),
-        (["path=x", "max_new_tokens=0"], "max_new_tokens must be >= 1, got 0"),
+        (["path=x", "response_length=0"], "response_length must be >= 1, got 0"),
         (["path=x", "seed=-1"], "seed must be >= 0, got -1"),
         (["path=./nowhere"], "path=./nowhere: no such directory"),
         (["path={policy}", "compare=/nowhere"], "compare=/nowhere: no such directory"),
@@ -220,7 +220,7 @@ class Terminal:
 def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(tmp_path):
     model = scripted("abcdefghij", max_position_embeddings=100_000)  # which never stops
     path = write(tmp_path / "final", model)
-    terminal = Terminal(f"path={path}", "temperature=0", "max_new_tokens=90000")
+    terminal = Terminal(f"path={path}", "temperature=0", "response_length=90000")
     try:
         assert "Ctrl-C stops an answer, Ctrl-D leaves\n> " in terminal.read("> ")
         time.sleep(1)  # CPython's readline misses a signal between its prompt and its select()

@@ -22,9 +22,9 @@ def test_bytes_and_halves_of_characters_that_are_no_text_are_answered(tmp_path, 
     )
     lines = io.BytesIO(b"a caf\xe9\n\xed\xa0\xbd\n")
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(lines, encoding="utf-8"))
-    options = [f"path={tmp_path / 'model'}", "max_new_tokens=4", "system=be brief\udce9"]
+    options = [f"path={tmp_path / 'model'}", "response_length=4", "system=be brief\udce9"]
     assert run_command("", ChatOptions, talk, options) == 0
     assert asked == ["a caf\ufffd", "\ufffd\ufffd\ufffd"]
-    chat = rlhf.chat.Chat(ChatOptions(path=str(tmp_path / "model"), max_new_tokens=4))
+    chat = rlhf.chat.Chat(ChatOptions(path=str(tmp_path / "model"), response_length=4))
     assert "".join(chat.ask("half \ud83c", 0)) is not None and asked[-1] == "half \ufffd"
     assert "Traceback" not in capfd.readouterr().err

@@ -303,7 +303,7 @@ def test_a_hub_id_is_talked_to(base, hub_cache, tmp_path, monkeypatch, capsys):
     path = shutil.copytree(base, tmp_path / "model")
     name = as_hub_id(path, hub_cache)
     monkeypatch.setattr("sys.stdin", io.StringIO("Fruit?\n"))
-    talk(ChatOptions(path=name, temperature=0, max_new_tokens=3))
+    talk(ChatOptions(path=name, temperature=0, response_length=3))
     assert f"{name}: LlamaForCausalLM" in capsys.readouterr().err
 
 

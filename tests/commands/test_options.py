@@ -1,0 +1,45 @@
+"""Names of options: a command takes those of the stages' settings, and old ones for one release."""
+
+from __future__ import annotations
+
+import pytest
+
+from rlhf.chat import ChatOptions
+from rlhf.config import InputError
+from rlhf.generate import GenerateOptions
+from rlhf.options import read_options
+from rlhf.pipeline import PipelineOptions
+from rlhf.score import ScoreOptions
+
+
+def test_an_old_name_works_and_names_the_new_one(capsys):
+    assert read_options(ChatOptions, ["path=a", "max_new_tokens=7"]).response_length == 7
+    line = "max_new_tokens is now called response_length; the old name goes away\n"
+    assert capsys.readouterr().err == line
+
+
+def test_the_names_of_the_stages_settings_are_options_of_every_command(capsys):
+    score = read_options(
+        ScoreOptions,
+        ["path=a", "dataset.path=b", "scorer.normalize=none", "model.dtype=auto", "batch_size=2"],
+    )
+    assert (score.path, score.data, score.normalize) == ("a", "b", "none")
+    assert (score.dtype, score.batch_size) == ("auto", 2)
+    answers = read_options(
+        GenerateOptions, ["path=a", "dataset.path=b", "ppo.response_length=5", "ppo.top_k=3"]
+    )
+    assert (answers.path, answers.prompts, answers.response_length) == ("a", "b", 5)
+    assert read_options(ChatOptions, ["path=a", "model.chat_template=plain"]).chat_template
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("argument", ["scorer.path=b", "ppo.kl_coef=1", "response_lenght=3"])
+def test_a_setting_that_is_no_option_stays_unknown(argument):
+    name = argument.partition("=")[0]
+    with pytest.raises(InputError, match=f"unknown option '{name}'"):
+        read_options(ChatOptions, ["path=a", argument])
+
+
+def test_overrides_for_the_stages_stay_as_they_are():
+    given = ["ppo.stages=1", "max_new_tokens=3"]
+    assert read_options(PipelineOptions, given).overrides == given
