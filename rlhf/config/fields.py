@@ -14,10 +14,12 @@ import copy
 import dataclasses
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from itertools import pairwise
 from typing import Any, TypeVar, dataclass_transform
+
+from rlhf.config.errors import InputError, nearest
 
 Class = TypeVar("Class", bound=type)
 
@@ -81,6 +83,21 @@ def group(config_class: type, free: bool = False, **values: Any) -> Any:
         return dataclasses.asdict(made) if free else made
 
     return dataclasses.field(default_factory=make, metadata={"group": config_class})
+
+
+def over_defaults(config_class: Any, name: str, value: Any) -> Any:
+    """Put a mapping that is given for a group over the group's defaults, as the command line does;
+    return any other value as it is."""
+    field = config_class.__dataclass_fields__.get(name)
+    if field is None or "group" not in field.metadata or not isinstance(value, Mapping):
+        return value
+    default = field.default_factory()
+    if isinstance(default, dict):
+        return default | dict(value)
+    for key in value:
+        if key not in vars(default):
+            raise InputError(f"unknown key '{name}.{key}'.{nearest(key, vars(default))}")
+    return dataclasses.replace(default, **value)
 
 
 def value_problems(value: Any, name: str = "", limits: Limits | None = None) -> Iterator[str]:

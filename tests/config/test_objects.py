@@ -7,8 +7,18 @@ import dataclasses
 import re
 
 import pytest
+from omegaconf import OmegaConf
 
-from rlhf.config import InputError, build_arguments, load_object, nearest
+from rlhf.config import (
+    InputError,
+    PPOStageConfig,
+    RewardStageConfig,
+    SFTStageConfig,
+    build_arguments,
+    load_object,
+    nearest,
+    schema,
+)
 
 
 @pytest.mark.parametrize("name", ["transformers.TrainingArguments", "trl.SFTConfig"])
@@ -69,3 +79,26 @@ def test_object_is_found_in_the_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", ["/nonexistent"])
     assert load_object("python:module_of_the_user.score", "scorer.path")() == 3
+
+
+# --- From Python ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config_class", [SFTStageConfig, RewardStageConfig])
+def test_a_mapping_for_trainer_keeps_the_defaults_that_it_does_not_name(config_class):
+    expected = config_class().trainer | {"logging_steps": 3, "adam_beta1": 0.8}
+    assert config_class(trainer={"logging_steps": 3, "adam_beta1": 0.8}).trainer == expected
+    config = config_class()
+    config.trainer = {"logging_steps": 3, "adam_beta1": 0.8}
+    assert config.trainer == expected
+    assert config_class().trainer != expected
+
+
+def test_a_mapping_for_a_group_is_the_command_lines():
+    written = {"ppo": {"num_updates": 5}, "checkpoint": {"keep_last": 3}, "peft": {"r": 4}}
+    from_python = PPOStageConfig(**written)
+    merged = OmegaConf.merge(schema(PPOStageConfig), written)
+    assert from_python == OmegaConf.to_object(merged)
+    assert (from_python.checkpoint.every, from_python.checkpoint.keep_last) == (20, 3)
+    with pytest.raises(InputError, match=r"unknown key 'ppo.num_update'. Did you mean num_updates"):
+        PPOStageConfig(ppo={"num_update": 5})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rlhf.config.fields import group, knob, knobs
+from rlhf.config.fields import group, knob, knobs, over_defaults
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # Names of accelerate's trackers.
@@ -164,6 +164,10 @@ class StageConfig:
     peft: PeftConfig = group(PeftConfig)
     tracker: TrackerConfig = group(TrackerConfig)
     checkpoint: CheckpointConfig = group(CheckpointConfig)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a field; a mapping for a group changes only the knobs that it names."""
+        super().__setattr__(name, over_defaults(type(self), name, value))
 
     def stage_dir(self, stage: str) -> Path:
         """Directory of `stage` in this run: `runs_dir/run_name/stage`."""
