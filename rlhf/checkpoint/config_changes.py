@@ -41,6 +41,7 @@ ADJUSTABLE = (
     *("ppo.learning_rate", "critic.learning_rate", "ppo.lr_warmup_updates", "ppo.lr_warmup_start"),
     *("ppo.max_grad_norm", "ppo.adam_epsilon", "ppo.target_kl", "ppo.clip_scores"),
 )
+FOUND = ("dataset.format",)  # settings that a stage finds if they are null
 TYPED = "model.trust_remote_code"  # a person types it each time; no file can give it
 
 
@@ -89,7 +90,7 @@ def _changed_settings(config: StageConfig, directory: Path) -> dict[str, str]:
     lines = {
         key: f"{key}: {_show(was, key)} -> {_show(now, key)}"
         for key in sorted(was.keys() | now.keys())
-        if was.get(key) != now.get(key)
+        if was.get(key) != now.get(key) and not (key in FOUND and now[key] is None)
     }
     if TYPED in lines:
         lines[TYPED] += f" (type {TYPED}={_show(was, TYPED)} again: no file can give permission)"

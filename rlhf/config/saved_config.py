@@ -35,7 +35,8 @@ def schema(config_class: type) -> Any:
     """Turn a stage's dataclass into the OmegaConf node that everything is merged into."""
     node = OmegaConf.structured(config_class)
     # any key of these mappings may be set without "+"
-    for mapping in [node.model.config, *([node.trainer] if "trainer" in node else [])]:
+    mappings = [node.model.config, node.dataset.columns]
+    for mapping in [*mappings, *([node.trainer] if "trainer" in node else [])]:
         OmegaConf.set_struct(mapping, False)
     return node
 

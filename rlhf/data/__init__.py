@@ -23,7 +23,7 @@ from rlhf.data.encode import (
     not_refused,
     pad,
 )
-from rlhf.data.formats import FORMATS, resolve_format
+from rlhf.data.formats import FIELDS, FORMATS, resolve_format
 from rlhf.data.read import read_rows
 from rlhf.data.rows import (
     BadRow,

@@ -205,6 +205,16 @@ def ranks_of_probability(value: Any) -> list[int]:
     return ranks_of([probability, 1 - probability])
 
 
+def without_nulls(raw: Row) -> Row:
+    """Leave out the fields that Arrow and CSV fill with None: they are missing."""
+    return {name: value for name, value in raw.items() if value is not None}
+
+
+def as_rows(made: Row | list[Row]) -> list[Row]:
+    """What a format made of one row, as a list."""
+    return made if isinstance(made, list) else [made]
+
+
 # --- Whole rows ---------------------------------------------------------------------------------
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from rlhf.config import DatasetConfig, InputError, one_line, show
 from rlhf.console import say
+from rlhf.data.columns import check_names, with_columns
+from rlhf.data.detect import find_format, reads
 from rlhf.data.dropped import REPAIRED, BadRows, Reason, describe_dropped, first_cases
 from rlhf.data.formats import FORMATS, ONE_RESPONSE_PER_ROW, Format, merge_by_prompt, resolve_format
 from rlhf.data.read import read_rows
@@ -22,10 +24,12 @@ from rlhf.data.rows import (
     Row,
     as_messages,
     as_prompt,
+    as_rows,
     check_row,
     prompt_key,
     prompt_of,
     repaired,
+    without_nulls,
     without_repeats,
 )
 
@@ -74,23 +78,31 @@ def load_splits(
 
     `eval_path` gives the evaluation rows; else a `python:` path is called for split "eval"; else
     the rows of `path` are split by prompt. `max_rows` and `max_eval_rows` keep the first rows.
+    If `format` is null, it becomes the format that the rows of `path` have.
 
     Args:
         needs_eval: False reads no evaluation source; rows held out of `path` are still returned.
         parent_prompts: `prompts` of the record of the stage that this one starts from.
     """
     assert config.path is not None
-    path, bad = config.eval_path or config.path, config.on_bad_row
+    path = config.eval_path or config.path
     from_python = config.path.startswith("python:")
-    split = "train" if from_python else config.split
-    train, dropped = load_rows(config.path, config.format, split, stage, on_bad_row=bad)
+    split, note = "train" if from_python else config.split, None
+    check_names(config.columns, config.format)
+    if config.format is None and not from_python:
+        found = read_rows(config.path, split, stage, "dataset.path")
+        config.format, note = find_format(found, stage, config.columns)
+    options: dict[str, Any] = {"on_bad_row": config.on_bad_row, "columns": config.columns}
+    train, dropped = load_rows(config.path, config.format, split, stage, **options)
+    if note is not None:
+        say(f"{config.path}: {config.format}, {len(train):,} rows{note}")
     evaluation: list[Row] = []
     if not config.eval_path and not from_python:
         train, evaluation = split_by_prompt(train, config.eval_fraction, seed)
     elif needs_eval:
         name = "dataset.eval_path" if config.eval_path else "dataset.path"
         split = "eval" if path.startswith("python:") else config.eval_split
-        evaluation, dropped_eval = load_rows(path, config.format, split, stage, name, bad)
+        evaluation, dropped_eval = load_rows(path, config.format, split, stage, name, **options)
         dropped = dropped + dropped_eval
     train, evaluation = train[: config.max_rows], evaluation[: config.max_eval_rows]
     if config.as_conversation or (
@@ -173,11 +185,12 @@ def to_conversation(row: Row) -> Row:
 
 def load_rows(
     path: str,
-    format: str,
+    format: str | None,
     split: str,
     stage: str,
     field: str = "dataset.path",
     on_bad_row: str = DatasetConfig.on_bad_row,
+    columns: Mapping[str, str] | None = None,
 ) -> tuple[list[Row], Counter[str]]:
     """Read a source and make its rows canonical for a stage.
 
@@ -185,11 +198,13 @@ def load_rows(
         path: a .json (array, or one object per line), .jsonl, .csv or .parquet file, each also with
             .gz; a directory or Hub name, which `datasets.load_dataset` reads; or
             `python:package.module.function`, called as function(stage, split) for canonical rows.
-        format: see `resolve_format`; not applied to the rows of a Python function.
+        format: see `resolve_format`; None: see `find_format`. Not applied to the rows of a Python
+            function.
         split: for a directory, Hub name or function; a single file has no splits.
         stage: sft, reward, ppo or ptx.
         field: configuration key of `path`, for messages.
         on_bad_row: see `BadRows`.
+        columns: new names of columns, see `with_columns`; not for the rows of a Python function.
 
     Returns:
         Canonical rows in the order of the source; and what was dropped, a count for each `Reason`.
@@ -198,13 +213,17 @@ def load_rows(
         InputError: no such source, no rows, or malformed rows: file, row number (1-based), field.
     """
     from_python = path.startswith("python:")
+    group, columns = field.partition(".")[0], {} if from_python else columns or {}
+    if format is None and not from_python:
+        format, _ = find_format(read_rows(path, split, stage, field), stage, columns, group)
+    format = format or "canonical"
     apply = dict if from_python else resolve_format(format)
     if from_python or format not in FORMATS:
         apply = partial(_with_plain_turns, apply)
     merges = format in ONE_RESPONSE_PER_ROW and not from_python
-    setting = f"{field.partition('.')[0]}.format"
+    setting = f"{group}.format"
     rows = _Canonical(apply, format, stage, on_bad_row, setting, checks=not merges)
-    rows.take_all(read_rows(path, split, stage, field))
+    rows.take_all(with_columns(read_rows(path, split, stage, field), columns))
     if rows.num_read == 0:
         raise InputError(f"{field}={path!r} has no rows; expected at least one")
     kept, dropped = rows.kept, rows.dropped
@@ -227,17 +246,8 @@ def _with_plain_turns(apply: Format, raw: Row) -> list[Row]:
     turns = {"messages": as_messages, "prompt": as_prompt, "completion": as_prompt}
     return [
         row | {name: read(row[name], name) for name, read in turns.items() if name in row}
-        for row in _as_list(apply(raw))
+        for row in as_rows(apply(raw))
     ]
-
-
-def _as_list(rows: Row | list[Row]) -> list[Row]:
-    return rows if isinstance(rows, list) else [rows]
-
-
-def _without_nulls(raw: Row) -> Row:
-    """Leave out the fields that Arrow and CSV fill with None: they are missing."""
-    return {name: value for name, value in raw.items() if value is not None}
 
 
 @dataclass
@@ -278,7 +288,7 @@ class _Canonical:
             raise raw
         if not isinstance(raw, dict):
             raise BadRow(f"got {show(raw)}; expected an object with named fields", "not an object")
-        for row in _as_list(self.apply(_without_nulls(raw))):
+        for row in as_rows(self.apply(without_nulls(raw))):
             changed: list[str] = []
             if self.stage == "ppo":  # a scorer may ask for any column, also one that a format reads
                 row = {name: value for name, value in raw.items() if name != "messages"} | row
@@ -306,18 +316,9 @@ class _Canonical:
         """Name the formats that read a row in which a field is missing."""
         if not isinstance(raw, dict) or "missing or null" not in str(error):
             return ""
-        others = [name for name in FORMATS if _reads(name, raw, self.stage)]
+        others = [name for name in FORMATS if reads(name, raw, self.stage)]
         fits = " or ".join(f"{self.setting}={name}" for name in others)
         return f"{'' if str(error).endswith('?') else ';'} {fits} reads it" if others else ""
-
-
-def _reads(format: str, raw: Row, stage: str) -> bool:
-    try:
-        for row in _as_list(FORMATS[format](_without_nulls(raw))):
-            check_row(row, stage)
-    except Exception:  # any error means no
-        return False
-    return True
 
 
 def _as_bad_row(error: Exception, format: str, raw: Any) -> BadRow:
@@ -325,7 +326,7 @@ def _as_bad_row(error: Exception, format: str, raw: Any) -> BadRow:
     if isinstance(error, BadRow):
         return error
     if isinstance(error, KeyError):
-        given = ", ".join(map(str, _without_nulls(raw))) or "no fields"
+        given = ", ".join(map(str, without_nulls(raw))) or "no fields"
         what = f"missing or null; the row has {given}; is {format!r} the right format?"
         return BadRow(f"field {error}: {what}", f"without field {error}")
     if isinstance(error, InputError):

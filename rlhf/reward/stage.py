@@ -5,6 +5,7 @@ that set the zero of the scores, and the report, each in the file or folder of t
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,7 @@ def train_reward(config: RewardStageConfig) -> RewardResult:
         InputError: bad configuration, directory or data, or another process writes to the stage's
             directory; nothing has been trained or overwritten then.
     """
+    config = copy.deepcopy(config)  # the format that is found becomes part of it
     with open_run(config, "reward") as run:
         if run.finished is not None:
             return RewardResult(run.directory / "final", run.finished.metrics)

@@ -6,6 +6,7 @@ some sampled answers to held-out prompts, and the share of these answers that en
 
 from __future__ import annotations
 
+import copy
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -93,6 +94,7 @@ def train_sft(config: SFTStageConfig) -> SFTResult:
         InputError: bad configuration or data, or another process writes to the stage's directory;
             nothing has been trained or overwritten then.
     """
+    config = copy.deepcopy(config)  # the format that is found becomes part of it
     with open_run(config, "sft") as run:
         if run.finished is not None:
             samples = read_jsonl(run.directory / "samples.jsonl")

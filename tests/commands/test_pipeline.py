@@ -149,7 +149,7 @@ def test_later_stages_start_from_the_results_of_earlier_ones(folder):
     steps = plan(PipelineOptions(overrides=[*rows, "run_name=mine", "evaluation.num_prompts=0"]))
     assert [step.config.model.path for step in steps] == ["gpt2", *["runs/mine/sft/final"] * 2]
     assert steps[2].config.scorer.path == "runs/mine/reward/final"
-    assert [step.config.dataset.format for step in steps] == ["messages", "ranked", "messages"]
+    assert [step.config.dataset.format for step in steps] == [None, "ranked", None]
     assert [" ".join(step.arguments) for step in steps] == [
         "dataset.path=rows.jsonl model.path=gpt2 run_name=mine resume=auto",
         "dataset.path=rows.jsonl dataset=ranked run_name=mine resume=auto",

@@ -8,7 +8,7 @@ import pytest
 from helpers.rows import SHARED, assistant, user, write
 
 from rlhf.config import CONF_DIR, InputError
-from rlhf.data import FORMATS, load_rows, resolve_format
+from rlhf.data import FIELDS, FORMATS, load_rows, resolve_format
 
 
 def test_messages_keeps_other_columns_and_reads_sharegpt():
@@ -31,9 +31,9 @@ def test_real_files_load_in_full():
         assert len(rows) == count and not dropped
 
 
-STAGES = {"chatllama_rlhf": "ppo", "text": "ptx"} | dict.fromkeys(
+STAGES = {"chatllama_rlhf": "ppo", "instruction": "ppo", "text": "ptx"} | dict.fromkeys(
     "messages prompt_completion alpaca self_instruct dolly15k sharegpt baize chatllama_actor tldr "
-    "hh_chosen".split(),
+    "hh_chosen chosen question_answer".split(),
     "sft",
 )
 
@@ -58,43 +58,17 @@ def test_each_format_has_a_config_whose_example_rows_it_reads(tmp_path):
         assert rows and not dropped
 
 
-# What a row must have; the rest is optional in its documentation
-REQUIRED = {
-    "messages": "messages",
-    "prompt_completion": "prompt completion",
-    "text": "text",
-    "alpaca": "instruction output",
-    "self_instruct": "instruction instances",
-    "dolly15k": "instruction response",
-    "sharegpt": "conversations",
-    "baize": "input",
-    "chatllama_actor": "user_input completion",
-    "chatllama_reward": "user_input completion score",
-    "chatllama_rlhf": "user_input",
-    "tldr": "subreddit title post summary",
-    "hh": "chosen rejected",
-    "hh_chosen": "chosen",
-    "ranked": "prompt responses",
-    "ratings": "prompt responses ratings",
-    "pair": "prompt chosen rejected",
-    "alpaca_farm": "instruction output_1 output_2 preference",
-    "ultrafeedback": "instruction",
-    "stack_exchange": "question",
-    "summarize_from_feedback": "info summaries choice",
-    "oasst": "prompt",
-}
-
-
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_row_without_a_field_stops_with_file_row_and_field(format, tmp_path):
     good = documented_rows(format)[0]
     stage = STAGES.get(format, "reward")
-    for field in REQUIRED[format].split():
+    for field in FIELDS[format]:
         for bad in ({n: v for n, v in good.items() if n != field}, {**good, field: None}):
             path = write(tmp_path / "rows.jsonl", [good, bad])
             with pytest.raises(InputError, match="missing or null|got null|got None") as caught:
                 load_rows(path, format, "train", stage)
-            assert str(caught.value).startswith(f"{path}, row 2, field {field!r}: ")
+            name = "completion" if field == "answer" else field  # PPO reads it without
+            assert str(caught.value).startswith(f"{path}, row 2, field {name!r}: ")
     path = write(tmp_path / "rows.jsonl", [good, {"something": "else"}])
     with pytest.raises(InputError, match="rows.jsonl, row 2, field '"):
         load_rows(path, format, "train", stage)

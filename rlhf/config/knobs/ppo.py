@@ -175,7 +175,7 @@ class PtxConfig:
     """Rows with the field `text`, or SFT rows with their format; read like dataset.path."""
     split: str = "train"
     """Split of a Hub name."""
-    format: str = "text"
+    format: str | None = None
     """Format of the rows, as in dataset.format."""
     batch_size: int = knob(64, ge=1)
     """Texts per optimiser step over all processes."""

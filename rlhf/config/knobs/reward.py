@@ -44,7 +44,7 @@ class NormalizationConfig:
     """demonstrations: rows of the SFT stage, read like dataset.path."""
     split: str = "train"
     """demonstrations: split of a Hub name."""
-    format: str = "messages"
+    format: str | None = None
     """demonstrations: format of the rows, as in dataset.format."""
     response_length: int = knob(128, ge=1)
     """samples: longest answer, tokens; at most half of the model's context."""

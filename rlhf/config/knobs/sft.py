@@ -16,7 +16,7 @@ class MixConfig:
     """File, directory, Hub name or python:module.function (null: no such text)."""
     split: str = "train"
     """Split of a Hub name."""
-    format: str = "text"
+    format: str | None = None
     """Format of the text's rows, as in dataset.format."""
     fraction: float = knob(0.0, ge=0, le=0.9)
     """Share of this text in all training tokens, in the whole set, not in each batch. The seed

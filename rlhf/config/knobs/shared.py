@@ -72,9 +72,12 @@ class DatasetConfig:
     """Held-out rows, read like path (null: hold out eval_fraction of the prompts of path)."""
     eval_split: str = "test"
     """Split of eval_path when that is a Hub name."""
-    format: str = "messages"
-    """Name of a format, or your own function my_module.my_format(row) -> canonical row.
-    dataset=<format> (alpaca, ranked, ...) sets this knob only."""
+    format: str | None = None
+    """Name of a format, or your own function my_module.my_format(row) -> canonical row; null: found
+    from the columns of the rows. dataset=<format> (alpaca, ranked, ...) sets this knob only."""
+    columns: dict[str, str] = knob({})
+    """Columns under the names that a format reads: dataset.columns.prompt=question; b in a is
+    a.b."""
     as_conversation: bool | None = None
     """Make a text prompt a user turn and a text completion the answer, for the chat template (null:
     if the stage that model.path comes from was trained on conversations)."""

@@ -23,6 +23,9 @@ Format = Callable[[Row], Row | list[Row]]
 FORMATS: dict[str, Format] = {
     "messages": instructions.format_messages,
     "prompt_completion": instructions.format_prompt_completion,
+    "question_answer": instructions.format_question_answer,
+    "instruction": instructions.format_instruction,
+    "chosen": preferences.format_chosen,
     "text": instructions.format_text,
     "alpaca": instructions.format_alpaca,
     "hh": preferences.format_hh,
@@ -43,6 +46,35 @@ FORMATS: dict[str, Format] = {
     "chatllama_actor": instructions.format_chatllama_actor,
     "chatllama_rlhf": instructions.format_chatllama_rlhf,
     "tldr": instructions.format_tldr,
+}
+
+# The fields that a row of each format must have
+FIELDS = {
+    "messages": ("messages",),
+    "prompt_completion": ("prompt", "completion"),  # PPO needs the prompt only
+    "question_answer": ("question", "answer"),  # PPO needs the question only
+    "instruction": ("instruction",),
+    "chosen": ("chosen",),
+    "text": ("text",),
+    "alpaca": ("instruction", "output"),
+    "hh": ("chosen", "rejected"),
+    "ranked": ("prompt", "responses"),
+    "pair": ("prompt", "chosen", "rejected"),
+    "ratings": ("prompt", "responses", "ratings"),
+    "alpaca_farm": ("instruction", "output_1", "output_2", "preference"),
+    "ultrafeedback": ("instruction",),
+    "stack_exchange": ("question", "response_j", "response_k"),
+    "chatllama_reward": ("user_input", "completion", "score"),
+    "summarize_from_feedback": ("info", "summaries", "choice"),
+    "oasst": ("prompt",),
+    "hh_chosen": ("chosen",),
+    "dolly15k": ("instruction", "response"),
+    "self_instruct": ("instruction", "instances"),
+    "sharegpt": ("conversations",),
+    "baize": ("input",),
+    "chatllama_actor": ("user_input", "completion"),
+    "chatllama_rlhf": ("user_input",),
+    "tldr": ("subreddit", "title", "post", "summary"),
 }
 
 # Formats whose rows hold one scored response each; `merge_by_prompt` makes rankings of them

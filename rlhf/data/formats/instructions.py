@@ -44,11 +44,15 @@ def format_messages(row: Row) -> Row:
     """
     name = "conversations" if "messages" not in row and "conversations" in row else "messages"
     messages = as_messages(row[name], name)
-    canonical = _weighted(messages, as_turns(row[name], name), name)
-    system = row.get("system")
-    if not isinstance(system, str) or not system.strip() or messages[0]["role"] == "system":
+    return _with_system(_weighted(messages, as_turns(row[name], name), name), row, name)
+
+
+def _with_system(canonical: Row, row: Row, name: str) -> Row:
+    """Put the text in `system` before a conversation that has no system message."""
+    first, system = "messages" if "messages" in canonical else "prompt", row.get("system")
+    has_system = canonical[first][0]["role"] == "system"
+    if not isinstance(system, str) or not system.strip() or has_system:
         return with_extras(canonical, row, [name])
-    first = "messages" if "messages" in canonical else "prompt"
     canonical[first] = [{"role": "system", "content": system}, *canonical[first]]
     return with_extras(canonical, row, [name, "system"])
 
@@ -83,6 +87,19 @@ def format_prompt_completion(row: Row) -> Row:
     return with_extras(canonical, row)
 
 
+def format_question_answer(row: Row) -> Row:
+    """`question` and `answer`: a user turn and the assistant's; PPO needs the question alone.
+
+    `answer` also stays a column, for scorers that compare with it.
+    """
+    question = as_text(row["question"], "question")
+    canonical: Row = {"prompt": [{"role": "user", "content": question}]}
+    if "answer" in row:
+        answer = as_text(row["answer"], "answer")
+        canonical["completion"] = [{"role": "assistant", "content": answer}]
+    return with_extras(canonical, row, ["question"])
+
+
 def format_text(row: Row) -> Row:
     """`text`, without prompt and response, for PPO-ptx."""
     return with_extras({"text": as_text(row["text"], "text")}, row)
@@ -113,6 +130,11 @@ def format_alpaca(row: Row) -> Row:
     answer = {"role": "assistant", "content": as_text(row["output"], "output")}
     canonical = {"messages": [*alpaca_prompt(row), answer]}
     return with_extras(canonical, row, ["instruction", "input", "output"])
+
+
+def format_instruction(row: Row) -> Row:
+    """`instruction` and `input` (may be empty) as the prompt of PPO; see `format_alpaca`."""
+    return with_extras({"prompt": alpaca_prompt(row)}, row, ["instruction", "input"])
 
 
 def format_self_instruct(row: Row) -> Row:
@@ -214,14 +236,14 @@ def _sharegpt_turn(turn: Any, name: str) -> Message:
 def format_sharegpt(row: Row) -> Row:
     """ShareGPT's `conversations` of {from, value}, cleaned as Vicuna's were; `items` is read too.
 
-    Rows with bing or bard as a speaker are dropped.
+    Rows with bing or bard as a speaker are dropped. `system` is read as `format_messages` does.
     """
     name = "items" if "items" in row and "conversations" not in row else "conversations"
     given = as_list(row[name])
     if not isinstance(given, list):
         raise unexpected(name, given, "expected a list of {from, value}")
     turns = [_sharegpt_turn(turn, f"{name}[{i}]") for i, turn in enumerate(given)]
-    return with_extras({"messages": _cleaned(turns)}, row, [name])
+    return _with_system({"messages": _cleaned(turns)}, row, name)
 
 
 def as_tagged(parts: list[str], roles: dict[str, str]) -> list[Message]:

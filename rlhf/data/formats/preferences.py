@@ -73,6 +73,16 @@ def format_hh_chosen(row: Row) -> Row:
     return with_extras(canonical, row, ["chosen", "rejected"])
 
 
+def format_chosen(row: Row) -> Row:
+    """The preferred answer of a pair as a demonstration: `chosen`, a conversation, or a text with
+    its `prompt`; loss on the last answer only."""
+    context, answer = _side(row, "chosen")
+    prompt = as_prompt(row["prompt"], "prompt") if context is None else context
+    completion = [{"role": "assistant", "content": answer}]
+    canonical = {"prompt": prompt, "completion": answer if isinstance(prompt, str) else completion}
+    return with_extras(canonical, row, ["chosen", "rejected"])
+
+
 def format_ranked(row: Row) -> Row:
     """`prompt`, `responses`, and `ranks` (0 = best) or `scores` (higher is better), or both.
 
