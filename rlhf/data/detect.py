@@ -43,7 +43,7 @@ _PLAIN = {
     "ptx": ("text", "prompt_completion", "messages"),
 }
 _SYNONYMS = {
-    "prompt": "question query instruction problem input context user q title".split(),
+    "prompt": "question query ask instruction problem input context user q title".split(),
     "completion": "response answer output solution target reply assistant summary label a".split(),
     "chosen": "preferred better winner accepted positive good best win".split(),
     "rejected": "dispreferred worse loser declined negative bad worst lose".split(),

@@ -410,7 +410,7 @@ def test_ptx_without_text_or_with_text_of_nothing_is_refused(policy_dir, tmp_pat
     config.ptx = dataclasses.replace(
         config.ptx, max_length=32, path=str(write_prompts(tmp_path / "other.jsonl"))
     )
-    with pytest.raises(InputError, match="row 1, field 'text': missing or null"):
+    with pytest.raises(InputError, match="row 1 has the columns prompt.*The nearest is text"):
         train_ppo(config)
 
 
