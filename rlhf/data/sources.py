@@ -84,26 +84,7 @@ def load_splits(
         needs_eval: False reads no evaluation source; rows held out of `path` are still returned.
         parent_prompts: `prompts` of the record of the stage that this one starts from.
     """
-    assert config.path is not None
-    path = config.eval_path or config.path
-    from_python = config.path.startswith("python:")
-    split, note = "train" if from_python else config.split, None
-    check_names(config.columns, config.format)
-    if config.format is None and not from_python:
-        found = read_rows(config.path, split, stage, "dataset.path")
-        config.format, note = find_format(found, stage, config.columns)
-    options: dict[str, Any] = {"on_bad_row": config.on_bad_row, "columns": config.columns}
-    train, dropped = load_rows(config.path, config.format, split, stage, **options)
-    if note is not None:
-        say(f"{config.path}: {config.format}, {len(train):,} rows{note}")
-    evaluation: list[Row] = []
-    if not config.eval_path and not from_python:
-        train, evaluation = split_by_prompt(train, config.eval_fraction, seed)
-    elif needs_eval:
-        name = "dataset.eval_path" if config.eval_path else "dataset.path"
-        split = "eval" if path.startswith("python:") else config.eval_split
-        evaluation, dropped_eval = load_rows(path, config.format, split, stage, name, **options)
-        dropped = dropped + dropped_eval
+    train, evaluation, dropped = _load_sides(config, stage, seed, needs_eval)
     train, evaluation = train[: config.max_rows], evaluation[: config.max_eval_rows]
     if config.as_conversation or (
         config.as_conversation is None and parent_prompts == "conversation"
@@ -125,6 +106,33 @@ def load_splits(
             f"no row to evaluate on ({len(train)} to train on; {describe_dropped(dropped)}): {fix}"
         )
     return Splits(train, evaluation, dropped, count_overlap(train, evaluation))
+
+
+def _load_sides(
+    config: DatasetConfig, stage: str, seed: int, needs_eval: bool
+) -> tuple[list[Row], list[Row], Counter[str]]:
+    """Read the rows to train on and to evaluate on, and say which format was found."""
+    assert config.path is not None
+    path = config.eval_path or config.path
+    from_python = config.path.startswith("python:")
+    split, note = "train" if from_python else config.split, None
+    check_names(config.columns, config.format)
+    if config.format is None and not from_python:
+        found = read_rows(config.path, split, stage, "dataset.path")
+        config.format, note = find_format(found, stage, config.columns)
+    options: dict[str, Any] = {"on_bad_row": config.on_bad_row, "columns": config.columns}
+    train, dropped = load_rows(config.path, config.format, split, stage, **options)
+    if note is not None:
+        say(f"{config.path}: {config.format}, {len(train):,} rows{note}")
+    evaluation: list[Row] = []
+    if not config.eval_path and not from_python:
+        train, evaluation = split_by_prompt(train, config.eval_fraction, seed)
+    elif needs_eval:
+        name = "dataset.eval_path" if config.eval_path else "dataset.path"
+        split = "eval" if path.startswith("python:") else config.eval_split
+        evaluation, dropped_eval = load_rows(path, config.format, split, stage, name, **options)
+        dropped = dropped + dropped_eval
+    return train, evaluation, dropped
 
 
 def split_by_prompt(
