@@ -221,7 +221,8 @@ def load_rows(
         InputError: no such source, no rows, or malformed rows: file, row number (1-based), field.
     """
     from_python = path.startswith("python:")
-    group, columns = field.partition(".")[0], {} if from_python else columns or {}
+    group = field.partition(".")[0]
+    columns = {} if from_python else columns or {}
     if format is None and not from_python:
         format, _ = find_format(read_rows(path, split, stage, field), stage, columns, group)
     format = format or "canonical"
@@ -240,13 +241,17 @@ def load_rows(
         merged = merge_by_prompt(kept)
         rows.take_all((f"{path}, prompt {show(row['prompt'])}", row) for row in merged)
         kept, dropped = rows.kept, dropped + rows.dropped
-    if stage == "reward":
-        num_responses = sum(len(row["responses"]) for row in kept)
-        kept = [without_repeats(row) for row in kept]
-        num_repeats = num_responses - sum(len(row["responses"]) for row in kept)
-        if num_repeats:
-            dropped["single responses that repeat another"] = num_repeats
-    return kept, dropped
+    return (_distinct(kept, dropped) if stage == "reward" else kept), dropped
+
+
+def _distinct(kept: list[Row], dropped: Counter[str]) -> list[Row]:
+    """Leave out and count the responses of each row that repeat another."""
+    rows = [without_repeats(row) for row in kept]
+    num_repeats = sum(len(row["responses"]) for row in kept)
+    num_repeats -= sum(len(row["responses"]) for row in rows)
+    if num_repeats:
+        dropped["single responses that repeat another"] = num_repeats
+    return rows
 
 
 def _with_plain_turns(apply: Format, raw: Row) -> list[Row]:
