@@ -206,8 +206,7 @@ def load_rows(
         path: a .json (array, or one object per line), .jsonl, .csv or .parquet file, each also with
             .gz; a directory or Hub name, which `datasets.load_dataset` reads; or
             `python:package.module.function`, called as function(stage, split) for canonical rows.
-        format: see `resolve_format`; None: see `find_format`. Not applied to the rows of a Python
-            function.
+        format: see `resolve_format`; None: see `find_format`. Not for a Python function's rows.
         split: for a directory, Hub name or function; a single file has no splits.
         stage: sft, reward, ppo or ptx.
         field: configuration key of `path`, for messages.
