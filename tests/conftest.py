@@ -2,6 +2,7 @@
 
 import os
 import signal
+from types import SimpleNamespace
 
 # A shell's background job and nohup have these ignored, and what they start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -10,6 +11,15 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
 import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_pictures_of_stages():
+    """Stages draw no curves, which would take as long as a tiny stage."""
+    figure = SimpleNamespace(savefig=lambda file: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rlhf.curves.draw_curves", lambda runs: figure)
+        yield
 
 
 @pytest.fixture(scope="session")

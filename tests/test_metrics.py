@@ -4,7 +4,9 @@ Run: python -m pytest tests/test_metrics.py
 """
 
 import math
+import re
 import sys
+from pathlib import Path
 
 import pytest
 from helpers.configs import valid_config
@@ -13,6 +15,8 @@ from rlhf.config import InputError, SFTStageConfig, TrackerConfig, check
 from rlhf.config.knobs.shared import TRACKERS
 from rlhf.console import say, table, warn
 from rlhf.metrics import METRICS, TIMINGS, MetricsWriter, append_jsonl, read_jsonl
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def writer_in(directory):
@@ -194,3 +198,10 @@ def test_several_trackers_get_the_same_rows(tmp_path, monkeypatch):
     writer.close()
     assert list((tmp_path / "wandb").glob("offline-run-*"))
     assert scalars(tmp_path / "tensorboard") == {"loss": [(7, 0.5)]}
+
+
+def test_the_page_of_metrics_lists_every_name_with_its_meaning():
+    page = (ROOT / "docs/metrics.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([^`]+)` \| (.+) \|$", page, re.MULTILINE)
+    shown = [(name.removesuffix("<component>"), text.replace("\\|", "|")) for name, text in rows]
+    assert shown == list(METRICS.items())

@@ -31,6 +31,7 @@ from rlhf.checkpoint.output import OUTPUT
 from rlhf.checkpoint.record import CHANGES, RECORD, read_record
 from rlhf.config import CONFIG_FILE, InputError
 from rlhf.console import num_processes
+from rlhf.curves import PICTURE
 from rlhf.metrics import read_jsonl
 
 IDENTITY = "run.json"  # {"id": ..., "stage": ...}
@@ -39,7 +40,14 @@ DAMAGED = ".damaged"  # ends the name of a damaged checkpoint that was set aside
 RESULTS = ("final", "critic")
 STOPPED = "stopped.json"  # the note of a run that stopped at a non-finite number
 LOGS = ("metrics.jsonl", "timings.jsonl", "samples.jsonl", "watchdog.jsonl", CHANGES)
-FILES = (IDENTITY, CONFIG_FILE, STOPPED, OUTPUT, *LOGS)  # what a stage writes into its directory
+FILES = (
+    IDENTITY,
+    CONFIG_FILE,
+    STOPPED,
+    OUTPUT,
+    PICTURE,
+    *LOGS,
+)  # what a stage writes into its directory
 ROLLOUT = re.compile("update-[0-9]{6,}[.]jsonl")  # in `rollouts/`
 
 # --- Identity -------------------------------------------------------------------------------------

@@ -51,6 +51,7 @@ from rlhf.checkpoint import (
 )
 from rlhf.config import InputError, RewardStageConfig, SFTStageConfig, save_config
 from rlhf.console import is_main_process, progress_bar, say
+from rlhf.curves import write_curves
 from rlhf.hf_trainer.finite_trainer import find_non_finite_state, set_learning_rate
 from rlhf.metrics import METRICS, MetricsWriter
 
@@ -92,6 +93,7 @@ def run_trainer(
             raise explain_stop(config, directory, error, step, True, dtype) from error
         finally:
             writer.close()
+            write_curves(directory, stage, config.run_name)
     if not checkpoints.interrupted:
         best, name = best_step(trainer.args, trainer.state), trainer.args.metric_for_best_model
         if best is not None:

@@ -29,6 +29,7 @@ from rlhf.checkpoint import (
 )
 from rlhf.config import InputError, PPOStageConfig
 from rlhf.console import interval_text, progress_bar, say, table, warn
+from rlhf.curves import write_curves
 from rlhf.data import Splits, few_rows
 from rlhf.metrics import MetricsWriter
 from rlhf.models import merged
@@ -105,6 +106,7 @@ class PPOLoop:
             raise explain_stop(self.config, self.directory, error, step, spoilt, dtype) from error
         finally:
             writer.close()
+            write_curves(self.directory, "ppo", self.config.run_name)
         say(
             f"stopped after update {trainer.update}; continue with resume=true "
             f"run_name={self.config.run_name}"

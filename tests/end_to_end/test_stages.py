@@ -28,6 +28,7 @@ from rlhf.config import (
     ScorerConfig,
     TrackerConfig,
 )
+from rlhf.curves import draw_curves
 from rlhf.data import encode_prompt, encode_response
 from rlhf.metrics import read_jsonl
 from rlhf.ppo import train_ppo
@@ -40,9 +41,11 @@ from rlhf.sft import train_sft
 def runs(tmp_path_factory) -> Path:
     """A folder in which all three stages have run, fully fine-tuned."""
     folder = tmp_path_factory.mktemp("runs")
-    train_sft(sft_config(folder))
-    train_reward(reward_config(folder))
-    train_ppo(ppo_config(folder))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rlhf.curves.draw_curves", draw_curves)
+        train_sft(sft_config(folder))
+        train_reward(reward_config(folder))
+        train_ppo(ppo_config(folder))
     return folder
 
 
@@ -58,6 +61,7 @@ def test_each_stage_leaves_an_ordinary_directory_that_names_its_parent(runs):
         record = json.loads((final / "rlhf.json").read_text())
         assert record["stage"] == stage
         assert (final / "config.yaml").is_file()
+        assert (final.parent / "curves.png").read_bytes().startswith(b"\x89PNG")
         modes = {file.stat().st_mode for file in final.iterdir()}
         assert len(modes) == 1  # a server under another account can read the weights as well
         assert not list(final.glob("*.bin")) and not list(final.parent.glob("*.tmp"))

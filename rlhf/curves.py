@@ -1,0 +1,117 @@
+"""Curves of a stage's `metrics.jsonl`: what matters for it, over its steps.
+
+Every stage writes them to `curves.png`, `rlhf.compare` draws those of several runs together, and a
+notebook shows them: `draw_curves({"mine": {"ppo": "runs/mine/ppo"}})`. They need matplotlib
+(`pip install 'rlhf[plot]'`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rlhf.console import is_main_process, warn
+from rlhf.metrics import read_jsonl
+
+PICTURE = "curves.png"
+NUM_COLUMNS = 3
+# stage -> (title of a panel, metrics in it); a metric's `eval_` form is drawn with it
+PANELS: dict[str, list[tuple[str, str]]] = {
+    "sft": [
+        ("loss, nats per token", "loss"),
+        ("share of tokens guessed right", "mean_token_accuracy"),
+        ("entropy, nats per token", "entropy"),
+    ],
+    "reward": [
+        ("loss, nats per prompt", "loss"),
+        ("share of pairs ranked right", "accuracy"),
+        ("margin of the better response", "margin"),
+    ],
+    "ppo": [
+        ("score", "score"),
+        ("score by evaluation.scorer", "independent_score"),
+        ("KL to the reference, nats per response", "kl"),
+        ("response length, tokens", "response_length"),
+        ("entropy, nats per token", "entropy"),
+        ("explained variance of the critic", "explained_variance"),
+    ],
+}
+Points = tuple[list[float], list[float]]  # steps, values
+
+
+def draw_curves(runs: Mapping[str, Mapping[str, str | Path]]) -> Any:
+    """Draw the curves of one or more runs; return a matplotlib figure.
+
+    Args:
+        runs: label of a run -> its stages, each with its directory, which holds `metrics.jsonl`.
+    """
+    from matplotlib.figure import Figure
+
+    rows = {
+        (label, stage): read_jsonl(Path(directory) / "metrics.jsonl")
+        for label, stages in runs.items()
+        for stage, directory in stages.items()
+    }
+    grid: list[tuple[str, str, str] | None] = []
+    for stage, panels in PANELS.items():
+        found = [row for (_, s), own in rows.items() if s == stage for row in own]
+        names = {name for row in found for name in row}
+        shown = [(stage, *panel) for panel in panels if {panel[1], f"eval_{panel[1]}"} & names]
+        grid += [*shown, *[None] * (-len(shown) % NUM_COLUMNS)]
+    num_rows = max(1, len(grid) // NUM_COLUMNS)
+    figure = Figure(figsize=(11, 2.7 * num_rows + 0.5), dpi=90)
+    axes = figure.subplots(num_rows, NUM_COLUMNS, squeeze=False).flat
+    for axis, panel in zip(axes, grid or [None] * NUM_COLUMNS, strict=True):
+        if panel is None:
+            axis.set_visible(False)
+            continue
+        stage, title, name = panel
+        axis.set_title(f"{stage}: {title}" if len(runs) > 1 else title, fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        for number, label in enumerate(runs):
+            _draw_run(axis, rows.get((label, stage), []), name, f"C{number}")
+    figure.legend(handles=_legend(list(runs)), loc="upper center", ncols=4, fontsize=9)
+    figure.supxlabel("optimiser steps; of PPO, updates", fontsize=9)
+    inch = 1 / figure.get_figheight()
+    figure.subplots_adjust(0.06, 0.6 * inch, 0.98, 1 - 0.75 * inch, wspace=0.22, hspace=0.35)
+    return figure
+
+
+def _draw_run(axis: Any, rows: list[dict[str, Any]], name: str, color: str) -> None:
+    steps, values = _points(rows, name)
+    axis.plot(steps, values, color=color, alpha=0.6, marker=".", markersize=3, linewidth=1.2)
+    held_out = f"eval_{name}"
+    steps, values = _points(rows, held_out)
+    axis.plot(steps, values, color=color, marker="o", markersize=4, linestyle="--", linewidth=1.2)
+    bars = [row for row in rows if row.get(f"{held_out}_low") is not None]
+    low, high = ([row[f"{held_out}_{side}"] for row in bars] for side in ("low", "high"))
+    axis.vlines([row["step"] for row in bars], low, high, color=color, alpha=0.4, linewidth=1)
+
+
+def _points(rows: list[dict[str, Any]], name: str) -> Points:
+    known = [row for row in rows if row.get(name) is not None]
+    return [row["step"] for row in known], [row[name] for row in known]
+
+
+def _legend(labels: list[str]) -> list[Any]:
+    from matplotlib.lines import Line2D
+
+    runs = [
+        Line2D([], [], color=f"C{i}", linewidth=3, label=label) for i, label in enumerate(labels)
+    ]
+    held_out = Line2D([], [], color="grey", marker="o", linestyle="--", label="held-out, 95 %")
+    return [*runs, Line2D([], [], color="grey", label="training"), held_out]
+
+
+def write_curves(directory: Path, stage: str, label: str) -> None:
+    """Write the curves of one stage into its directory, where matplotlib is there."""
+    is_ready = importlib.util.find_spec("matplotlib") and (directory / "metrics.jsonl").is_file()
+    if is_main_process() and is_ready:
+        try:
+            draw_curves({label: {stage: directory}}).savefig(directory / PICTURE)
+        except OSError as error:  # a full disk stops the run where it writes its result
+            warn(f"{directory / PICTURE} cannot be written: {error}")
