@@ -6,8 +6,8 @@
 `rows` says what a canonical row is, `dropped` counts the rows that are left out.
 
 Canonical rows use TRL's column names. SFT: `messages`, or `prompt` and `completion` (both text or
-both conversations). Reward: `prompt`, `responses`, `ranks` (0 = best, ties share a rank; a pair is
-K = 2). PPO: `prompt`; PPO-ptx: `text`, or an SFT row. Other columns keep their names.
+both conversations), or `text`. Reward: `prompt`, `responses`, `ranks` (0 = best, ties share a rank;
+a pair is K = 2). PPO: `prompt`; PPO-ptx: `text`, or an SFT row. Other columns keep their names.
 
 Left out: packing (TRL does it), streaming, images, tool calls.
 """
@@ -34,6 +34,7 @@ from rlhf.data.rows import (
     as_text,
     check_row,
     different_prompts,
+    is_text,
     other_columns,
     prompt_of,
     repaired,

@@ -218,8 +218,16 @@ def as_rows(made: Row | list[Row]) -> list[Row]:
 # --- Whole rows ---------------------------------------------------------------------------------
 
 
+def is_text(row: Row) -> bool:
+    """True for plain text, which has neither prompt nor answer."""
+    return "text" in row and "prompt" not in row and "messages" not in row
+
+
 def prompt_of(row: Row) -> Prompt:
-    """Prompt of a canonical row: `prompt`, or `messages` before the last assistant message."""
+    """Prompt of a canonical row: `prompt`, or `messages` before the last assistant message; the
+    whole of a plain text."""
+    if is_text(row):
+        return row["text"]
     if "messages" not in row:
         return row["prompt"]
     messages = row["messages"]
@@ -249,7 +257,7 @@ def different_prompts(rows: Iterable[Row]) -> list[Row]:
 def check_row(row: Row, stage: str) -> None:
     """Raise DropRow if `stage` cannot use a canonical row ("ptx": text, or an SFT row), and
     InputError or KeyError if the row is malformed."""
-    if stage == "ptx" and "text" in row:
+    if (stage == "ptx" and "text" in row) or (stage == "sft" and is_text(row)):
         if not row["text"].strip():
             raise DropRow("empty text")
         return

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rlhf.data.rows import Prompt, Row
+from rlhf.data.rows import Prompt, Row, is_text
 from rlhf.tokenizer import (
     Message,
     RewrittenPrompt,
@@ -123,11 +123,14 @@ def encode_samples(
     renders earlier turns differently once more turns follow (see `segments`).
 
     Every assistant turn of `messages` carries loss once, together with its end; of `prompt` and
-    `completion` only the completion does. EOS follows earlier turns only where the template writes
-    it. Turns after the last assistant turn are left out.
+    `completion` only the completion does; of `text` every token and EOS. EOS follows earlier turns
+    only where the template writes it. Turns after the last assistant turn are left out.
 
     The labels are -100 where there is no loss, and not shifted.
     """
+    if is_text(row):
+        text_ids = with_eos(first_token_ids(row["text"], tokenizer), tokenizer)
+        return [(text_ids, list(text_ids))]
     has_messages = "messages" in row
     given: Any = [] if has_messages else row["prompt"]
     trained = row["messages" if has_messages else "completion"]

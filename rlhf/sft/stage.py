@@ -35,6 +35,7 @@ from rlhf.data import (
     different_prompts,
     encode_prompt,
     few_rows,
+    is_text,
     load_splits,
     prompt_of,
 )
@@ -243,7 +244,8 @@ def _finish(
     policy.__dict__.pop("forward", None)  # TRL patches forward on the instance
     metrics, samples = _last_evaluation(trainer), []
     if PartialState().is_main_process:
-        rows = different_prompts(splits.eval)[: config.num_samples]
+        prompted = [row for row in splits.eval if not is_text(row)]
+        rows = different_prompts(prompted)[: config.num_samples]
         samples = sample_responses(policy, tokenizer, rows, config)
         if num_left_out := len(rows) - len(samples):
             warn(

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import pytest
 from helpers.rows import assistant, user, write
+from helpers.tokenizers import get_tokenizer
 
 from rlhf.config import DatasetConfig, InputError
-from rlhf.data import load_rows, load_splits
+from rlhf.data import (
+    DropRow,
+    check_row,
+    count_overlap,
+    encode_sft,
+    encode_text,
+    load_rows,
+    load_splits,
+)
 from rlhf.data.detect import ORDER, find_format
 
 SHAREGPT = [{"from": "gpt", "value": "Hm"}, {"from": "human", "value": "Hi"}]
@@ -48,6 +57,7 @@ def find(stage, *rows, columns=None):
         ({"conversations": SHAREGPT}, "sharegpt", None, "messages"),
         ({"conversations": TURNS}, "messages", None, "messages"),
         ({"question": "Hi", "answer": "Yo"}, "question_answer", None, "question_answer"),
+        ({"text": "Once.", "meta": {"id": 1}}, "text", None, None),
         ({"prompt": "Hi"}, None, None, "prompt_completion"),
         ({"prompt": [user("Hi")]}, None, None, "prompt_completion"),
         ({"instruction": "Hi"}, None, None, "instruction"),
@@ -137,6 +147,21 @@ def test_texts_to_mix_in_are_found_too(tmp_path):
     assert load_rows(write(tmp_path / "b.jsonl", [{"messages": TURNS}]), None, "train", "ptx")[0]
     with pytest.raises(InputError, match="The nearest is text, which needs text$"):
         load_rows(write(tmp_path / "c.jsonl", [{"b": "Hi"}]), None, "train", "ptx", "mix.path")
+
+
+def test_plain_text_has_loss_on_every_token_and_its_end(tmp_path):
+    tokenizer = get_tokenizer("word")
+    path = write(tmp_path / "a.jsonl", [{"text": f"text {i}"} for i in range(9)])
+    splits = load_splits(DatasetConfig(path=path, eval_fraction=0.3), "sft", 1)
+    assert splits.prompts == "text" and not count_overlap(splits.train, splits.eval)
+    encoded, _ = encode_sft(splits.train, tokenizer, 20)
+    for row, text in zip(encoded, splits.train, strict=True):
+        assert row["input_ids"] == encode_text(text, tokenizer) == row["labels"]
+        assert row["labels"][-1] == tokenizer.eos_token_id
+    with pytest.raises(DropRow, match="empty text"):
+        check_row({"text": " "}, "sft")
+    with pytest.raises(KeyError, match="prompt"):
+        check_row({"text": "Hi"}, "ppo")
 
 
 def test_a_system_column_begins_the_conversation():

@@ -101,7 +101,7 @@ def format_question_answer(row: Row) -> Row:
 
 
 def format_text(row: Row) -> Row:
-    """`text`, without prompt and response, for PPO-ptx."""
+    """`text`, without prompt and response: for SFT with loss on every token, and for PPO-ptx."""
     return with_extras({"text": as_text(row["text"], "text")}, row)
 
 
