@@ -1,8 +1,8 @@
 """Talk to a policy in the terminal: python -m rlhf.chat path=runs/demo/sft/final
 
-Answers are sampled by the same loop as in PPO, and printed as they come. Questions can be piped in,
-one per line: answers go to stdout, remarks to stderr. When the context is full, the oldest rounds
-are left out.
+Answers are sampled by the same loop as in PPO, and printed as they come. When the context is full,
+the oldest rounds are left out. Questions can be piped in, one per line: answers go to stdout,
+remarks to stderr. Each line is a conversation of its own, unless one_conversation=true.
 
 /reset forgets the conversation, /undo forgets its last round, /exit or Ctrl-D leaves. Ctrl-C stops
 an answer; the part that was printed stays in the conversation.
@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
 
-from rlhf.config import knob, nearest
+from rlhf.config import nearest
 from rlhf.data import whole_characters
 from rlhf.options import check_options, run_command
 from rlhf.policy import Policy, PolicyOptions
@@ -35,8 +35,8 @@ class ChatOptions(PolicyOptions):
 
     compare: str | None = None
     """A second model; it answers every question too and has a history of its own."""
-    response_length: int = knob(256, ge=1)
-    """Longest answer, tokens."""
+    one_conversation: bool = False
+    """true: the lines that are piped in are one conversation."""
 
 
 def note(text: str) -> None:
@@ -57,7 +57,7 @@ class Chat(Policy):
 
     def __init__(self, options: ChatOptions, field: str = "path"):
         """Load the model that `field` of the options names."""
-        super().__init__(options, str(getattr(options, field)), options.response_length, field)
+        super().__init__(options, str(getattr(options, field)), field)
         self.rounds: list[tuple[str, str]] = []
         self.cut_off = False
         self._said_full = False
@@ -185,6 +185,8 @@ def talk(options: ChatOptions) -> None:
             note(f"[unknown command {command}.{nearest(command, COMMANDS)}]")
         elif command:
             for chat in chats:
+                if not interactive and not options.one_conversation:
+                    chat.reset()
                 if len(chats) > 1:
                     print(f"--- {chat.path}", flush=True)
                 _answer(chat, line if chat.why_text else command, number, interactive)

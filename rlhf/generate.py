@@ -2,8 +2,9 @@
 
     python -m rlhf.generate path=runs/mine/ppo/final prompts=prompts.jsonl out=answers.jsonl
 
-Rows have a `prompt` (text or messages), or `messages`, whose last answer is left out. A .txt file
-has one prompt per line. Written rows keep their other columns and have
+Rows are those that PPO reads: with a `prompt` (text or messages), `messages`, whose last answer is
+left out, or an `instruction`, for example. A .txt file has one prompt per line. Written rows keep
+their other columns and have
 
     prompt            as the model was asked, with the system message
     response          the answer; with samples_per_prompt=4 it is `responses`, a list
@@ -32,12 +33,13 @@ from typing import Any
 from rlhf.config import NORMALIZATIONS, InputError, ScorerConfig, knob, show
 from rlhf.console import say
 from rlhf.data import BadRow, DropRow, check_row, prompt_of, read_rows, repaired, resolve_format
+from rlhf.data.detect import ORDER, reads
+from rlhf.data.rows import as_rows
 from rlhf.options import check_options, run_command
 from rlhf.policy import Policy, PolicyOptions
 from rlhf.row_file import RowFile, chunks_of, new_file, refuse_rows
 
 TEXT_SUFFIXES = (".txt", "")
-FORMAT_OF = {"prompt": "prompt_completion", "messages": "messages", "instruction": "alpaca"}
 # columns of earlier answers, which would not belong to the new ones
 REPLACED = "messages response responses score scores ended best_of_score not_answered".split()
 
@@ -57,8 +59,6 @@ class GenerateOptions(PolicyOptions):
     chooses one of the answers to each prompt."""
     normalize: str = knob(ScorerConfig().normalize, choices=NORMALIZATIONS)
     """Scale of the scores of best_of."""
-    response_length: int = knob(256, ge=1)
-    """Longest answer, tokens; less where the prompt leaves less of the context."""
     batch_size: int = knob(32, ge=1)
     """Answers sampled together."""
 
@@ -170,7 +170,7 @@ def _read_row(number: int, raw: Any) -> Question:
     if not isinstance(raw, dict):
         raise InputError(f"got {show(raw)}; expected an object with a prompt")
     given = {name: value for name, value in raw.items() if value is not None}
-    found = next((name for name in FORMAT_OF if name in given), None)
+    found = next((name for name in ORDER["ppo"] if reads(name, given, "ppo")), None)
     if found is None:
         names = ", ".join(sorted(given)) or "no fields"
         raise InputError(f"expected `prompt` or `messages`; the row has {names}")
@@ -181,11 +181,12 @@ def _read_row(number: int, raw: Any) -> Question:
     raw = repaired(raw, "row", [])
     question = Question(number, {n: v for n, v in raw.items() if n not in REPLACED})
     try:
-        canonical: Any = resolve_format(FORMAT_OF[found])(repaired(given, "row", []))
+        canonical = as_rows(resolve_format(found)(repaired(given, "row", [])))[0]
         check_row(canonical, "ppo")
         question.prompt = prompt_of(canonical)
     except DropRow as reason:
-        question.prompt, question.not_answered = given[found], str(reason)
+        question.prompt = given.get("prompt") or given.get("messages") or ""
+        question.not_answered = str(reason)
     return question
 
 
@@ -205,7 +206,7 @@ class Answerer:
         from rlhf.scorers import RewardModelScorer
 
         self.options = options
-        self.policy = Policy(options, options.path, options.response_length)
+        self.policy = Policy(options, options.path)
         if self.policy.temperature == 0 and options.samples_per_prompt > 1:
             raise InputError(
                 f"with temperature 0 all {options.samples_per_prompt} answers to a prompt are "

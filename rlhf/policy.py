@@ -32,6 +32,8 @@ class PolicyOptions:
     """Share of the probability to sample from (default: the generation config, else off)."""
     top_k: int | None = knob(None, ge=0)
     """Number of likeliest tokens to sample from (default: the generation config, else off)."""
+    response_length: int = knob(256, ge=1)
+    """Longest answer, tokens; less where the prompt leaves less of the context."""
     seed: int = knob(1, ge=0)
     """Equal seeds give equal answers."""
     device: str | None = None
@@ -49,15 +51,8 @@ class Policy:
         temperature: 0 takes the likeliest token.
     """
 
-    def __init__(
-        self, options: PolicyOptions, path: str, response_length: int, field: str = "path"
-    ):
-        """Load the model at `path`.
-
-        Args:
-            response_length: longest answer, tokens.
-            field: name of the option that holds `path`, for messages.
-        """
+    def __init__(self, options: PolicyOptions, path: str, field: str = "path"):
+        """Load the model at `path`, which the option `field` holds."""
         from rlhf.equivalence import require_cache
 
         self.options, self.path = options, path
@@ -75,9 +70,9 @@ class Policy:
                 f"{where} takes no system message: {self.why_text}; leave system out, or add "
                 "chat_template=plain or chat_template=alpaca"
             )
-        self.temperature, self.sampling = self._sampling(response_length)
+        self.temperature, self.sampling = self._sampling()
 
-    def _sampling(self, response_length: int) -> tuple[float, Any]:
+    def _sampling(self) -> tuple[float, Any]:
         """Temperature and settings: the options, else the generation config, else plain ones."""
         from rlhf.sampling import sampling_for
 
@@ -91,7 +86,7 @@ class Policy:
         return temperature, sampling_for(
             self.model,
             self.tokenizer,
-            response_length,
+            self.options.response_length,
             temperature or 1.0,  # for greedy answers the divisor of the logits is irrelevant
             settings["top_p"],
             int(settings["top_k"]),

@@ -61,7 +61,7 @@ def command(monkeypatch, capfd):
     return run
 
 
-def test_piped_questions_are_answered_in_turn(policy):
+def test_piped_questions_are_answered_in_turn_each_by_itself(policy):
     path = os.path.relpath(policy, ROOT)
     done = subprocess.run(
         [sys.executable, "-m", "rlhf.chat", f"path={path}", "response_length=9", "seed=3"],
@@ -73,11 +73,24 @@ def test_piped_questions_are_answered_in_turn(policy):
         timeout=100,
     )
     chat = chat_with(policy, response_length=9, seed=3)
-    expected = [answer_of(chat, "Name a fruit.", 0), answer_of(chat, "Another.", 2)]
+    expected = [answer_of(chat, "Name a fruit.", 0)]
+    chat.reset()
+    expected.append(answer_of(chat, "Another.", 2))
     assert (done.returncode, done.stdout) == (0, "".join(printable(a) + "\n" for a in expected))
     title, *rest = done.stderr.splitlines()
     assert title.startswith(f"{path}: sft stage, LlamaForCausalLM, 41,120 parameters on ")
     assert all(line.startswith("[cut off: response_length=9") for line in rest)
+
+
+def test_piped_questions_are_one_conversation_when_asked(policy, command):
+    options = {"response_length": 9, "seed": 3}
+    arguments = [f"path={policy}", *(f"{name}={value}" for name, value in options.items())]
+    lines = "Name a fruit.\nAnother.\n"
+    status, output, _ = command(*arguments, "one_conversation=true", lines=lines)
+    chat = chat_with(policy, **options)
+    expected = [answer_of(chat, "Name a fruit.", 0), answer_of(chat, "Another.", 1)]
+    assert (status, output) == (0, "".join(printable(a) + "\n" for a in expected))
+    assert command(*arguments, lines=lines)[1] != output
 
 
 def test_compare_answers_with_both_models_and_a_history_each(command, tmp_path):

@@ -218,7 +218,7 @@ def test_a_stopped_command_ends_with_the_same_bytes(
     ("arguments", "message"),
     [
         (["prompts=nowhere.jsonl"], "prompts=nowhere.jsonl is not a file"),
-        (["prompts={bad}"], "nothing was answered:\n  {bad}, row 2: expected `prompt` or `messag"),
+        (["prompts={bad}"], "nothing was answered:\n  {bad}, row 3: expected `prompt` or `messag"),
         (["prompts={empty}"], "prompts={empty} has no prompts"),
         (["prompts={good}", "best_of=x"], "best_of chooses among several answers; add samples"),
         (
@@ -234,7 +234,7 @@ def test_a_stopped_command_ends_with_the_same_bytes(
 def test_what_cannot_work_is_refused_and_nothing_is_written(
     policy, reward_model, command, tmp_path, arguments, message
 ):
-    good, bad = [{"prompt": "Hi"}], [{"prompt": "Hi"}, {"question": "Hi"}]
+    good, bad = [{"prompt": "Hi"}], [{"prompt": "Hi"}, {"question": "Hi"}, {"id": 3}]
     places = {
         "good": file_of(tmp_path / "good.jsonl", good),
         "bad": file_of(tmp_path / "bad.jsonl", bad),
