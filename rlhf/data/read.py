@@ -7,7 +7,8 @@ quote in CSV, a damaged Parquet file.
 JSON and CSV are read here and not by `datasets`, which turns texts that look like dates into dates
 and fails on a file over 10 MB whose later rows have other fields or types (5.2.0).
 
-Left out: encodings other than UTF-8, compression other than gzip, separators other than the comma.
+Left out: encodings other than UTF-8, compression other than gzip and zstd, separators other than
+the comma.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import json
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +34,24 @@ CSV_NUMBERS = "score score_chosen score_rejected margin probability preference c
 Rows = Iterator[tuple[str, Any]]  # (source and number of the row from 1, the row or a `BadRow`)
 
 
-def read_rows(path: str, split: str, stage: str, field: str) -> Rows:
+def is_function(path: Any) -> bool:
+    """True for a Python function that gives canonical rows."""
+    return isinstance(path, str) and path.startswith("python:")
+
+
+def read_rows(path: Any, split: str, stage: str, field: str, subset: str | None = None) -> Rows:
     """Read the rows of a source; see `load_rows` for the arguments."""
-    if path.startswith("python:"):
+    if is_function(path):
         return _numbered(path, _call(path, split, stage, field))
+    if not isinstance(path, str):
+        return _read_list(list(path), split, stage, field, subset)
     file = Path(path).expanduser()
-    kind = Path(path.removesuffix(".gz")).suffix.lower()
+    if has_magic(path) and not file.exists():
+        files = sorted(glob(str(file), recursive=True))
+        if not files:
+            raise InputError(f"{field}={path!r} matches no file (looked from {Path.cwd()})")
+        return _read_list(files, split, stage, field, subset)
+    kind = Path(path.removesuffix(".gz").removesuffix(".zst")).suffix.lower()
     if file.is_file():
         if kind == ".parquet":
             return _numbered(path, _parquet(path, _read_bytes(file)))
@@ -45,13 +59,21 @@ def read_rows(path: str, split: str, stage: str, field: str) -> Rows:
             return _read_json(path, _read_text(file))
         if kind == ".csv":
             return _read_csv(path, _decode(path, _read_text(file)))
-        expected = f"{', '.join(SUFFIXES)} (each also with .gz)"
+        expected = f"{', '.join(SUFFIXES)} (each also with .gz or .zst)"
         raise InputError(f"{field}={path!r}: unknown suffix {file.suffix!r}; expected {expected}")
     if not file.is_dir() and (kind in SUFFIXES or path.startswith((".", "/", "~"))):
         raise InputError(
             f"{field}={path!r} is neither a file nor a directory (looked for {file.absolute()})"
         )
-    return _numbered(path, _load_dataset(file, field, path, split))
+    return _numbered(path, _load_dataset(file, field, path, split, subset))
+
+
+def _read_list(paths: list[str], split: str, stage: str, field: str, subset: str | None) -> Rows:
+    """Read sources one after the other."""
+    for path in paths:
+        if not isinstance(path, str) or is_function(path):
+            raise InputError(f"{field}: got {path!r} in a list; expected files, directories, names")
+        yield from read_rows(path, split, stage, field, subset)
 
 
 # --- Bytes and text -----------------------------------------------------------------------------
@@ -63,9 +85,18 @@ def _read_bytes(file: Path) -> bytes:
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error.strerror or error}") from error
     try:
-        return gzip.decompress(data) if file.suffix == ".gz" else data
+        return gzip.decompress(data) if file.suffix == ".gz" else _unzstd(file, data)
     except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{file}: not a readable gzip file: {error}") from error
+        kind = "gzip" if file.suffix == ".gz" else "zstd"
+        raise InputError(f"{file}: not a readable {kind} file: {error}") from error
+
+
+def _unzstd(file: Path, data: bytes) -> bytes:
+    if file.suffix != ".zst":
+        return data
+    import pyarrow
+
+    return pyarrow.CompressedInputStream(pyarrow.BufferReader(data), "zstd").read()
 
 
 def _read_text(file: Path) -> bytes:
@@ -230,15 +261,21 @@ def _parquet(path: str, data: bytes) -> Iterable[Row]:
         raise InputError(f"{path}: not a readable Parquet file: {what}") from error
 
 
-def _load_dataset(file: Path, field: str, path: str, split: str) -> Iterable[Any]:
+def _load_dataset(
+    file: Path, field: str, path: str, split: str, subset: str | None
+) -> Iterable[Any]:
     import datasets
 
+    here = str(file) if file.is_dir() else ""
     try:
-        return datasets.load_dataset(str(file) if file.is_dir() else path, split=split)
+        return datasets.load_dataset(here or path, name=subset, split=split)
     except Exception as error:  # the Hub, Arrow or a builder may raise anything
-        here = "" if file.exists() else "neither a file nor a directory here; "
+        where = "" if here else "neither a file nor a directory here; "
         cause = error.__cause__ or error
-        raise InputError(f"{field}={path!r}: {here}`datasets` cannot load it: {cause}") from error
+        what = f"{field}={path!r}: {where}`datasets` cannot load it: {cause}"
+        if "onfig name is missing" in str(cause):
+            what += " (dataset.subset=<name> chooses one)"
+        raise InputError(what) from error
 
 
 def _call(path: str, split: str, stage: str, field: str) -> Iterable[Any]:

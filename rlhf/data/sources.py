@@ -16,7 +16,7 @@ from rlhf.data.columns import check_names, with_columns
 from rlhf.data.detect import find_format, reads
 from rlhf.data.dropped import REPAIRED, BadRows, Reason, describe_dropped, first_cases
 from rlhf.data.formats import FORMATS, ONE_RESPONSE_PER_ROW, Format, merge_by_prompt, resolve_format
-from rlhf.data.read import read_rows
+from rlhf.data.read import is_function, read_rows
 from rlhf.data.rows import (
     TEXTS,
     BadRow,
@@ -114,25 +114,30 @@ def _load_sides(
     """Read the rows to train on and to evaluate on, and say which format was found."""
     assert config.path is not None
     path = config.eval_path or config.path
-    from_python = config.path.startswith("python:")
+    from_python = is_function(config.path)
     split, note = "train" if from_python else config.split, None
     check_names(config.columns, config.format)
     if config.format is None and not from_python:
-        found = read_rows(config.path, split, stage, "dataset.path")
+        found = read_rows(config.path, split, stage, "dataset.path", config.subset)
         config.format, note = find_format(found, stage, config.columns)
-    options: dict[str, Any] = {"on_bad_row": config.on_bad_row, "columns": config.columns}
+    names = ("on_bad_row", "columns", "subset")
+    options: dict[str, Any] = {name: getattr(config, name) for name in names}
     train, dropped = load_rows(config.path, config.format, split, stage, **options)
     if note is not None:
-        say(f"{config.path}: {config.format}, {len(train):,} rows{note}")
+        say(f"{_shown(config.path)}: {config.format}, {len(train):,} rows{note}")
     evaluation: list[Row] = []
     if not config.eval_path and not from_python:
         train, evaluation = split_by_prompt(train, config.eval_fraction, seed)
     elif needs_eval:
         name = "dataset.eval_path" if config.eval_path else "dataset.path"
-        split = "eval" if path.startswith("python:") else config.eval_split
+        split = "eval" if is_function(path) else config.eval_split
         evaluation, dropped_eval = load_rows(path, config.format, split, stage, name, **options)
         dropped = dropped + dropped_eval
     return train, evaluation, dropped
+
+
+def _shown(path: Any) -> str:
+    return path if isinstance(path, str) else ", ".join(path)
 
 
 def split_by_prompt(
@@ -192,22 +197,22 @@ def to_conversation(row: Row) -> Row:
 
 
 def load_rows(
-    path: str,
+    path: Any,
     format: str | None,
     split: str,
     stage: str,
     field: str = "dataset.path",
     on_bad_row: str = DatasetConfig.on_bad_row,
     columns: Mapping[str, str] | None = None,
+    subset: str | None = None,
 ) -> tuple[list[Row], Counter[str]]:
     """Read a source and make its rows canonical for a stage.
 
     Args:
-        path: a .json (array, or one object per line), .jsonl, .csv or .parquet file, each also with
-            .gz; a directory or Hub name, which `datasets.load_dataset` reads; or
-            `python:package.module.function`, called as function(stage, split) for canonical rows.
+        path: see `DatasetConfig`; `datasets.load_dataset` reads a directory or Hub name; a Python
+            function is called as function(stage, split) for canonical rows.
         format: see `resolve_format`; None: see `find_format`. Not for a Python function's rows.
-        split: for a directory, Hub name or function; a single file has no splits.
+        split, subset: for a Hub name; `split` also for a directory or function.
         stage: sft, reward, ppo or ptx.
         field: configuration key of `path`, for messages.
         on_bad_row: see `BadRows`.
@@ -219,11 +224,11 @@ def load_rows(
     Raises:
         InputError: no such source, no rows, or malformed rows: file, row number (1-based), field.
     """
-    from_python = path.startswith("python:")
-    group = field.partition(".")[0]
-    columns = {} if from_python else columns or {}
+    from_python = is_function(path)
+    group, columns = field.partition(".")[0], columns if columns and not from_python else {}
     if format is None and not from_python:
-        format, _ = find_format(read_rows(path, split, stage, field), stage, columns, group)
+        found = read_rows(path, split, stage, field, subset)
+        format, _ = find_format(found, stage, columns, group)
     format = format or "canonical"
     apply = dict if from_python else resolve_format(format)
     if from_python or format not in FORMATS:
@@ -231,15 +236,15 @@ def load_rows(
     merges = format in ONE_RESPONSE_PER_ROW and not from_python
     setting = f"{group}.format"
     rows = _Canonical(apply, format, stage, on_bad_row, setting, checks=not merges)
-    rows.take_all(with_columns(read_rows(path, split, stage, field), columns))
+    rows.take_all(with_columns(read_rows(path, split, stage, field, subset), columns))
     if rows.num_read == 0:
         raise InputError(f"{field}={path!r} has no rows; expected at least one")
     kept, dropped = rows.kept, rows.dropped
     if merges:
-        rows = _Canonical(dict, format, stage, on_bad_row, setting)
+        whole = _Canonical(dict, format, stage, on_bad_row, setting)
         merged = merge_by_prompt(kept)
-        rows.take_all((f"{path}, prompt {show(row['prompt'])}", row) for row in merged)
-        kept, dropped = rows.kept, dropped + rows.dropped
+        whole.take_all((f"{path}, prompt {show(row['prompt'])}", row) for row in merged)
+        kept, dropped = whole.kept, dropped + whole.dropped
     return (_distinct(kept, dropped) if stage == "reward" else kept), dropped
 
 

@@ -32,8 +32,10 @@ def test_every_file_type_loads_the_same_rows(tmp_path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     for file in list(tmp_path.iterdir()):
         (tmp_path / f"{file.name}.gz").write_bytes(gzip.compress(file.read_bytes()))
+        packed = pyarrow.compress(file.read_bytes(), codec="zstd", asbytes=True)
+        (tmp_path / f"{file.name}.zst").write_bytes(packed)
     files = sorted(tmp_path.iterdir())
-    assert len(files) == 10
+    assert len(files) == 15
     for file in files:
         loaded, dropped = load_rows(str(file), "prompt_completion", "test", "sft")
         assert loaded == rows and not dropped, file
@@ -43,6 +45,54 @@ def test_every_file_type_loads_the_same_rows(tmp_path):
     assert loaded == [{"prompt": "p", "completion": "c"}]
     with pytest.raises(InputError, match="dataset.path=.*nosplit"):
         load_rows(str(tmp_path / "sub"), "prompt_completion", "nosplit", "sft")
+
+
+def test_lists_and_patterns_are_read_in_order(tmp_path, monkeypatch, capsys):
+    names = ["b.jsonl", "a.jsonl", "c.csv"]
+    for name in names[:2]:
+        write(tmp_path / name, [{"prompt": f"{name} {i}", "completion": "c"} for i in range(9)])
+    (tmp_path / "c.csv").write_text("prompt,completion\nc.csv 0,c\n")
+    monkeypatch.chdir(tmp_path)
+
+    def load(path):
+        return [row["prompt"] for row in load_rows(path, None, "train", "sft")[0]]
+
+    first, second, third = map(load, names)
+    assert load(names) == first + second + third
+    assert load("*.jsonl") == load("**/?.jsonl") == second + first
+    config = DatasetConfig(path=names, eval_path=["a.jsonl"])
+    assert len(load_splits(config, "sft", 1).train) == 19
+    assert capsys.readouterr().out == "b.jsonl, a.jsonl, c.csv: prompt_completion, 19 rows\n"
+    write(tmp_path / "bad.jsonl", [{"prompt": "a", "completion": 5}])
+    with pytest.raises(InputError, match="bad.jsonl, row 1, field 'completion'"):
+        load_rows(["a.jsonl", "bad.jsonl"], None, "train", "sft", on_bad_row="stop")
+    with pytest.raises(InputError, match=r"dataset.path='no\*.jsonl' matches no file"):
+        load("no*.jsonl")
+    with pytest.raises(InputError, match="got 'python:a.b' in a list; expected files"):
+        load(["a.jsonl", "python:a.b"])
+    (tmp_path / "cut.jsonl.zst").write_bytes(b"cut")
+    with pytest.raises(InputError, match="cut.jsonl.zst: not a readable zstd file"):
+        load("cut.jsonl.zst")
+
+
+def test_a_hub_name_is_loaded_with_its_subset_and_split(monkeypatch):
+    import datasets
+
+    given = []
+
+    def load_dataset(path, name=None, split=None):
+        given.append((path, name, split))
+        if name is None:
+            raise ValueError("Config name is missing. Please pick one: ['main', 'socratic']")
+        return [{"question": f"q{i}", "answer": "a"} for i in range(20)]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    config = DatasetConfig(path="openai/gsm8k", subset="main", eval_path="openai/gsm8k")
+    assert len(load_splits(config, "sft", 1).eval) == 20
+    train, test = (("openai/gsm8k", "main", split) for split in ("train", "test"))
+    assert set(given) == {train, test}
+    with pytest.raises(InputError, match=r"pick one: .*dataset.subset=<name> chooses one"):
+        load_splits(DatasetConfig(path="openai/gsm8k"), "sft", 1)
 
 
 def test_absent_parquet_fields_are_missing_not_none(tmp_path):

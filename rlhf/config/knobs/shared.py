@@ -64,11 +64,14 @@ class ModelConfig:
 class DatasetConfig:
     """Which rows to read, and in which format they are."""
 
-    path: str | None = None
-    """File (json, jsonl, csv, parquet, also .gz), directory, Hub name or python:module.function."""
+    path: Any = None
+    """File (json, jsonl, csv, parquet, also .gz or .zst), pattern such as data/*.jsonl, directory,
+    Hub name, a list of these, or python:module.function."""
+    subset: str | None = None
+    """Subset (configuration) of a Hub name."""
     split: str = "train"
     """Split of a Hub name."""
-    eval_path: str | None = None
+    eval_path: Any = None
     """Held-out rows, read like path (null: hold out eval_fraction of the prompts of path)."""
     eval_split: str = "test"
     """Split of eval_path when that is a Hub name."""
