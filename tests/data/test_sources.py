@@ -126,8 +126,8 @@ def test_what_looks_like_a_path_is_never_sent_to_the_hub(monkeypatch, tmp_path):
 
     asked = []
 
-    def refuse(name, **arguments):
-        asked.append(name)
+    def refuse(path, **arguments):
+        asked.append(path)
         raise ConnectionError("offline")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
