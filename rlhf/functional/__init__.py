@@ -43,6 +43,7 @@ from rlhf.functional.summary_statistics import (
     calibration,
     correlation,
     kendall_tau,
+    normal_score,
     wins,
 )
 from rlhf.functional.tokens import (

@@ -14,6 +14,23 @@ from torch import Tensor
 from rlhf.functional.tokens import check_shapes
 
 
+def normal_score(t: float, degrees: int) -> float:
+    """The value of a standard normal variable that is as rare as `t` under Student's t.
+
+    The mean of few numbers, over its standard error, is often far from 0: 3 at 7 degrees of freedom
+    is as rare as 2.3 of a normal variable.
+
+    Args:
+        t: a mean over its standard error, the latter from an unbiased variance.
+        degrees: of freedom, one less than the numbers in the mean, at least 1.
+
+    Source: Wallace 1959, Annals of Mathematical Statistics 30(4), within 0.1 of the exact value
+        from 3 degrees on.
+    """
+    size = math.sqrt(degrees * math.log1p(t * t / degrees)) * (8 * degrees + 1) / (8 * degrees + 3)
+    return math.copysign(size, t)
+
+
 @torch.no_grad()
 def best_of_n(scores: Tensor, n: int, other: Tensor | None = None) -> Tensor:
     """Estimate, from N samples of each prompt, the expected score of the best of n, unbiased.

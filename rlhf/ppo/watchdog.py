@@ -13,6 +13,7 @@ from typing import Any
 
 from rlhf.config import PPOStageConfig
 from rlhf.console import is_main_process, table, warn
+from rlhf.functional import normal_score
 from rlhf.metrics import append_jsonl
 
 Metrics = dict[str, float]
@@ -33,8 +34,9 @@ RULES = {
     "ratio": f"a token's probability changed by a factor of {{value:.3g}}: {LESS}",
     "clip_fraction": f"{{value:.0%}} of the tokens are clipped: {LESS}",
     "negative_kl": (
-        "the k1 estimate of KL is {value:.1f} standard errors below 0. A little below is chance, "
-        "this is not: the log-probs are not those of the sampled distribution. Keep "
+        "the k1 estimate of KL is {value:.1f} standard errors below 0, allowing for the number of "
+        "responses. A little below is chance, this is not: the log-probs are not those of the "
+        "sampled distribution. Keep "
         "ppo.top_p=1 and ppo.top_k=0, and see the metric sampler_gap"
     ),
     "entropy_drop": (
@@ -90,9 +92,10 @@ def measure(now: Metrics, first: Metrics, num_sequences: int) -> Metrics:
     values = {rule: now[metric] for rule, metric in metric_of.items() if metric in now}
     if "ratio_max" in now:
         values["ratio"] = max(now["ratio_max"], 1 / max(now["ratio_min"], 1e-30))
-    standard_error = now["kl_std"] / num_sequences**0.5
-    if standard_error > 0:
-        values["negative_kl"] = -now["kl"] / standard_error
+    degrees = num_sequences - 1  # kl_std divides by num_sequences: its unbiased error, by this
+    if degrees and now["kl_std"] > 0:
+        t = -now["kl"] / (now["kl_std"] / degrees**0.5)
+        values["negative_kl"] = normal_score(t, degrees)
     if first.get("entropy") and "entropy" in now:
         values["entropy_drop"] = now["entropy"] / first["entropy"]
     lengths = now["response_length"], first["response_length"]

@@ -19,6 +19,23 @@ from torch.distributions import Categorical, kl_divergence
 from rlhf import functional as F
 from rlhf.functional import calibration, correlation, kendall_tau
 
+# normal_score
+
+
+@pytest.mark.parametrize(
+    "degrees, t, expected",  # two tables, at the same tail: 2.5 %, 0.5 %, 0.05 %
+    [(3, 5.841, 2.576), (7, 2.365, 1.960), (7, 5.408, 3.291), (30, 2.750, 2.576)],
+)
+def test_normal_score_is_as_rare_as_t(degrees, t, expected):
+    assert F.normal_score(t, degrees) == pytest.approx(expected, abs=0.03)
+    assert F.normal_score(-t, degrees) == -F.normal_score(t, degrees)
+
+
+def test_normal_score_is_t_for_many_numbers():
+    assert F.normal_score(3.0, 10**7) == pytest.approx(3.0, rel=1e-5)
+    assert F.normal_score(0.0, 7) == 0.0
+
+
 # best_of_n
 
 

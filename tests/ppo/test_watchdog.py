@@ -89,6 +89,20 @@ def test_sampling_from_another_distribution_makes_kl_negative(policy_dir, tmp_pa
     assert fired(config, tmp_path, change=flatten_policy, negative_kl=3.0) == {"negative_kl"}
 
 
+@pytest.mark.parametrize("batch_size", [2, 8, 64])
+def test_kl_around_0_is_no_alarm_however_few_the_responses(policy_dir, tmp_path, batch_size):
+    """An old policy that equals the reference but for noise: 4,000 updates of each size."""
+    watchdog = make_watchdog(make_config(policy_dir, tmp_path, batch_size=batch_size), tmp_path)
+    draws = torch.randn(4000, batch_size, generator=torch.Generator().manual_seed(0))
+    alarms = 0
+    for update, kl in enumerate(draws, start=1):
+        metrics = {"kl": float(kl.mean()), "kl_std": float(kl.std(unbiased=False))}
+        alarms += "negative_kl" in watchdog.check(update, metrics | {"response_length": 1.0})
+    assert alarms <= 1
+    far = {"kl": -1.0, "kl_std": 1e-3, "response_length": 1.0}
+    assert ("negative_kl" in watchdog.check(5000, far)) == (batch_size > 2)
+
+
 def test_a_run_without_penalty_spends_its_kl_budget_and_ends(policy_dir, tmp_path, capsys):
     config = make_config(policy_dir, tmp_path, learning_rate=1e-2, kl_coef=0.0, num_updates=20)
     config.watchdog.kl_budget = 3.0

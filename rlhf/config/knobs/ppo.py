@@ -224,8 +224,9 @@ class WatchdogConfig:
     """Warn if the largest ratio of an update, or the inverse of the smallest, is above this."""
     clip_fraction: float | None = knob(0.3, ge=0, le=1)
     """Warn if the share of clipped tokens is above this."""
-    negative_kl: float | None = knob(3.0, gt=0)
-    """Warn if the KL is more than this many standard errors below 0."""
+    negative_kl: float | None = knob(4.0, gt=0)
+    """Warn if the KL is more than this many standard errors below 0 (of few responses, than what is
+    as rare for their number)."""
     kl_budget: float | None = knob(None, gt=0)
     """End the run if the KL is above this, nats per sequence."""
     entropy_drop: float | None = knob(0.2, ge=0, le=1)
