@@ -88,7 +88,9 @@ def _stage_command(stage: str, config: StageConfig, recipe: str | None, data: Da
     else:
         defaults = vars(DatasetConfig())
         changed = {name: value for name, value in vars(data).items() if value != defaults[name]}
+        columns = changed.pop("columns", {})
         values |= {f"dataset.{name}": changed[name] for name in changed if name not in NOT_NEEDED}
+        values |= {f"dataset.columns.{name}": column for name, column in columns.items()}
     overrides = (_override(key, value) for key, value in values.items())
     return f"  python -m rlhf.{stage} {' '.join(overrides)}"
 

@@ -21,7 +21,14 @@ from rlhf.next_commands import next_commands
 from rlhf.options import read_options
 from rlhf.reward.report.__main__ import ReportOptions
 
-DATA = DatasetConfig(path="my rows, 2.jsonl", format="alpaca", max_rows=9)
+DATA = DatasetConfig(
+    path="my rows, 2.jsonl", format="alpaca", max_rows=9, columns={"instruction": "a.b"}
+)
+ROWS = {
+    "dataset.path": "my rows, 2.jsonl",
+    "dataset.format": "alpaca",
+    "dataset.columns.instruction": "a.b",
+}
 
 
 def commands(config, recipe=None):
@@ -43,9 +50,8 @@ def test_after_sft_come_chat_reward_and_ppo_with_its_names_and_rows(tmp_path):
     options = read_options(ChatOptions, found["rlhf.chat"])
     assert options.path == str(tmp_path / "mine/sft/final")
     assert overrides(found["rlhf.reward"]) == run | {"dataset.path": "preferences.jsonl"}
-    rows = {"dataset.path": "my rows, 2.jsonl", "dataset.format": "alpaca"}
     own = {"scorer.path": "my_module.my_score"}
-    assert overrides(found["rlhf.ppo"]) == run | rows | own
+    assert overrides(found["rlhf.ppo"]) == run | ROWS | own
 
 
 def test_after_the_reward_model_come_its_report_and_ppo_on_its_prompts():
@@ -53,13 +59,11 @@ def test_after_the_reward_model_come_its_report_and_ppo_on_its_prompts():
     config = RewardStageConfig(run_name="a b", model=source, dataset=DATA)
     found = commands(config)
     assert read_options(ReportOptions, found["rlhf.reward.report"]).path == "runs/a b/reward/final"
-    assert overrides(found["rlhf.ppo"]) == {
-        "run_name": "a b",
-        "model.path": "other/sft/final",
-        "model.trust_remote_code": True,
-        "dataset.path": "my rows, 2.jsonl",
-        "dataset.format": "alpaca",
-    }
+    assert (
+        overrides(found["rlhf.ppo"])
+        == {"run_name": "a b", "model.path": "other/sft/final", "model.trust_remote_code": True}
+        | ROWS
+    )
 
 
 def test_after_ppo_come_a_comparison_with_the_policy_before_and_an_export(tmp_path):
