@@ -8,31 +8,82 @@ else is reached through its module: `from rlhf.functional import gae`.
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # for editors and type checkers
+    from rlhf.config import (
+        CheckpointConfig,
+        CriticConfig,
+        DatasetConfig,
+        EvaluationConfig,
+        InputError,
+        MixConfig,
+        ModelConfig,
+        NormalizationConfig,
+        PeftConfig,
+        PPOConfig,
+        PPOStageConfig,
+        PtxConfig,
+        RewardConfig,
+        RewardStageConfig,
+        ScorerComponent,
+        ScorerConfig,
+        SFTStageConfig,
+        TrackerConfig,
+        WatchdogConfig,
+    )
+    from rlhf.ppo.loop import PPOResult
+    from rlhf.ppo.stage import train_ppo
+    from rlhf.ppo.trainer import PPOTrainer
+    from rlhf.reward.stage import RewardResult, train_reward
+    from rlhf.scorers import load_scorer
+    from rlhf.sft.stage import SFTResult, train_sft
 
 __version__ = "0.1.0"
+__all__ = [
+    "CheckpointConfig",
+    "CriticConfig",
+    "DatasetConfig",
+    "EvaluationConfig",
+    "InputError",
+    "MixConfig",
+    "ModelConfig",
+    "NormalizationConfig",
+    "PPOConfig",
+    "PPOResult",
+    "PPOStageConfig",
+    "PPOTrainer",
+    "PeftConfig",
+    "PtxConfig",
+    "RewardConfig",
+    "RewardResult",
+    "RewardStageConfig",
+    "SFTResult",
+    "SFTStageConfig",
+    "ScorerComponent",
+    "ScorerConfig",
+    "TrackerConfig",
+    "WatchdogConfig",
+    "load_scorer",
+    "train_ppo",
+    "train_reward",
+    "train_sft",
+]
 
-_PUBLIC = {
-    "InputError": "rlhf.config",
-    "PPOConfig": "rlhf.config",
-    "PPOStageConfig": "rlhf.config",
-    "PPOTrainer": "rlhf.ppo",
-    "RewardStageConfig": "rlhf.config",
-    "SFTStageConfig": "rlhf.config",
-    "ScorerComponent": "rlhf.config",
-    "ScorerConfig": "rlhf.config",
-    "load_scorer": "rlhf.scorers",
-    "train_ppo": "rlhf.ppo",
-    "train_reward": "rlhf.reward",
-    "train_sft": "rlhf.sft",
+# where names are imported from that are not configuration
+_MODULES = {
+    **dict.fromkeys(["PPOResult", "PPOTrainer", "train_ppo"], "rlhf.ppo"),
+    **dict.fromkeys(["RewardResult", "train_reward"], "rlhf.reward"),
+    **dict.fromkeys(["load_scorer"], "rlhf.scorers"),
+    **dict.fromkeys(["SFTResult", "train_sft"], "rlhf.sft"),
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_PUBLIC[name]), name)
+    return getattr(import_module(_MODULES.get(name, "rlhf.config")), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_PUBLIC})
+    return sorted({*globals(), *__all__})

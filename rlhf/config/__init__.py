@@ -19,6 +19,7 @@ from rlhf.config.knobs import (
     EvaluationConfig,
     MixConfig,
     ModelConfig,
+    NormalizationConfig,
     PeftConfig,
     PPOConfig,
     PPOStageConfig,

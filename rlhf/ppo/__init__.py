@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rlhf.ppo.loop import PPOResult
+    from rlhf.ppo.stage import train_ppo
+    from rlhf.ppo.trainer import PPOTrainer
 
 __all__ = ["PPOResult", "PPOTrainer", "train_ppo"]
 

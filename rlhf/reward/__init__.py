@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rlhf.reward.stage import RewardResult, train_reward
 
 __all__ = ["RewardResult", "train_reward"]
 

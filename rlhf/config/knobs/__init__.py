@@ -13,7 +13,7 @@ from rlhf.config.knobs.ppo import (
     ScorerConfig,
     WatchdogConfig,
 )
-from rlhf.config.knobs.reward import RewardConfig, RewardStageConfig
+from rlhf.config.knobs.reward import NormalizationConfig, RewardConfig, RewardStageConfig
 from rlhf.config.knobs.sft import MixConfig, SFTStageConfig
 from rlhf.config.knobs.shared import (
     DTYPES,

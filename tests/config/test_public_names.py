@@ -1,0 +1,38 @@
+"""What `from rlhf import` gives.
+
+Run: python -m pytest tests/config/test_public_names.py
+"""
+
+import ast
+import dataclasses
+from pathlib import Path
+
+import rlhf
+from rlhf.config import STAGES
+
+
+def test_every_configuration_class_can_be_imported_from_the_top():
+    classes = {"ScorerComponent"}
+    for stage in STAGES.values():
+        classes.add(stage.__name__)
+        groups = (f for f in dataclasses.fields(stage) if f.name != "trainer")
+        classes |= {f.metadata["group"].__name__ for f in groups if "group" in f.metadata}
+    assert classes <= set(rlhf.__all__)
+
+
+def test_a_star_import_gives_all_names():
+    space: dict = {}
+    exec("from rlhf import *", space)
+    assert set(rlhf.__all__) <= set(space)
+    assert all(getattr(rlhf, name) is space[name] for name in rlhf.__all__)
+
+
+def test_type_checkers_see_what_is_imported():
+    """Every name has an import that only type checkers read, from where it is defined."""
+    assert Path(rlhf.__file__).with_name("py.typed").is_file()
+    tree = ast.parse(Path(rlhf.__file__).read_text(encoding="utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    seen = {alias.name: node.module for node in block.body for alias in node.names}
+    assert sorted(seen) == sorted(rlhf.__all__)
+    for name, module in seen.items():
+        assert getattr(__import__(module, fromlist=[name]), name) is getattr(rlhf, name)
