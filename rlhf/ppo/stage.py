@@ -8,12 +8,13 @@ the prompts. Read on in `trainer.py` (one update: `rollout.py`, then `update.py`
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from rlhf.checkpoint import StageRun, open_run, require_writable, warn_about_prompts
 from rlhf.config import InputError, PPOStageConfig, ScorerConfig, is_python, with_default_paths
 from rlhf.console import say
-from rlhf.data import describe_dropped, encode_texts, first_cases, load_rows, load_splits
+from rlhf.data import describe_dropped, encode_texts, first_cases, load_rows, load_splits, with_rows
 from rlhf.distributed import make_accelerator
 from rlhf.models import parameter_count, unwrap_peft
 from rlhf.ppo.actors import (
@@ -36,13 +37,20 @@ from rlhf.sampling import context_length
 from rlhf.scorers import Scorer, instance, reward_models
 
 
-def train_ppo(config: PPOStageConfig, scorer: Scorer | None = None) -> PPOResult:
+def train_ppo(
+    config: PPOStageConfig,
+    scorer: Scorer | None = None,
+    rows: Iterable[Any] | None = None,
+    eval_rows: Iterable[Any] | None = None,
+) -> PPOResult:
     """Train a policy with PPO against a scorer.
 
     Args:
         config: see `conf/ppo.yaml` for every knob; `model.path` and `scorer.path` default to this
             run's SFT and reward directories.
         scorer: replaces `config.scorer`, see `rlhf.scorers`.
+        rows: a list, `datasets.Dataset` or generator of rows, in place of `dataset.path`.
+        eval_rows: the same, in place of `dataset.eval_path`.
 
     Returns:
         With `preflight=only`, an empty result: nothing is trained or written.
@@ -52,7 +60,7 @@ def train_ppo(config: PPOStageConfig, scorer: Scorer | None = None) -> PPOResult
             that writes to the same directory. Nothing is then trained or overwritten.
     """
     scorer = None if scorer is None else instance(scorer)
-    config = with_sources(config, scorer)
+    config = with_sources(with_rows(config, rows, eval_rows), scorer)
     with open_run(config, "ppo", writes=config.preflight != "only") as run:
         if run.finished is not None:
             metrics = dict(run.finished.metrics)

@@ -5,8 +5,8 @@ that set the zero of the scores, and the report, each in the file or folder of t
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from rlhf.checkpoint import (
 )
 from rlhf.config import RewardStageConfig, with_default_paths
 from rlhf.console import say
-from rlhf.data import RankedCollator, Splits, encode_ranked, load_splits
+from rlhf.data import RankedCollator, Splits, encode_ranked, load_splits, with_rows
 from rlhf.equivalence import require_padding
 from rlhf.hf_trainer import as_in_training, is_sharded, row_length, run_trainer, trainer_arguments
 from rlhf.models import (
@@ -67,14 +67,22 @@ class RewardResult:
     stopped_by: int | None = None
 
 
-def train_reward(config: RewardStageConfig) -> RewardResult:
+def train_reward(
+    config: RewardStageConfig,
+    rows: Iterable[Any] | None = None,
+    eval_rows: Iterable[Any] | None = None,
+) -> RewardResult:
     """Train a reward model on ranked responses; `conf/reward.yaml` explains every knob.
+
+    Args:
+        rows: a list, `datasets.Dataset` or generator of rows, in place of `dataset.path`.
+        eval_rows: the same, in place of `dataset.eval_path`.
 
     Raises:
         InputError: bad configuration, directory or data, or another process writes to the stage's
             directory; nothing has been trained or overwritten then.
     """
-    config = copy.deepcopy(config)  # the format that is found becomes part of it
+    config = with_rows(config, rows, eval_rows)
     with open_run(config, "reward") as run:
         if run.finished is not None:
             return RewardResult(run.directory / "final", run.finished.metrics)

@@ -6,7 +6,7 @@ some sampled answers to held-out prompts, and the share of these answers that en
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,6 +38,7 @@ from rlhf.data import (
     is_text,
     load_splits,
     prompt_of,
+    with_rows,
 )
 from rlhf.equivalence import require_cache, require_packing, require_padding
 from rlhf.hf_trainer import (
@@ -88,14 +89,22 @@ class FiniteSFTTrainer(FiniteTrainer, SFTTrainer):
     """TRL's Trainer, but it stops at numbers that are not finite."""
 
 
-def train_sft(config: SFTStageConfig) -> SFTResult:
+def train_sft(
+    config: SFTStageConfig,
+    rows: Iterable[Any] | None = None,
+    eval_rows: Iterable[Any] | None = None,
+) -> SFTResult:
     """Fine-tune a causal language model on demonstrations; see `conf/sft.yaml` for every knob.
+
+    Args:
+        rows: a list, `datasets.Dataset` or generator of rows, in place of `dataset.path`.
+        eval_rows: the same, in place of `dataset.eval_path`.
 
     Raises:
         InputError: bad configuration or data, or another process writes to the stage's directory;
             nothing has been trained or overwritten then.
     """
-    config = copy.deepcopy(config)  # the format that is found becomes part of it
+    config = with_rows(config, rows, eval_rows)
     with open_run(config, "sft") as run:
         if run.finished is not None:
             samples = read_jsonl(run.directory / "samples.jsonl")
