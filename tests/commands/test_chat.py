@@ -204,7 +204,7 @@ def test_oldest_rounds_are_left_out_when_the_context_is_full(tmp_path, capsys):
 
 def test_budget_beyond_the_context_leaves_half_of_it_to_the_conversation(tmp_path):
     chat = chat_with(write(tmp_path / "final", scripted("abcdefghij" + EOS)), temperature=0)
-    assert chat.sampling.response_length == 256
+    assert chat.sampling.max_new_tokens == 256
     assert answer_of(chat, "Hi") == "abcdefghij"
     answer_of(chat, "Hi")
     assert len(chat.rounds) == 2
