@@ -7,6 +7,7 @@ else is reached through its module: `from rlhf.functional import gae`.
     from rlhf import PPOTrainer, load_scorer
 """
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +70,9 @@ __all__ = [
     "train_reward",
     "train_sft",
 ]
+
+# It logs as soon as PEFT is imported, and at each 8-bit product.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 # where names are imported from that are not configuration
 _MODULES = {

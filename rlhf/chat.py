@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from rlhf.config import nearest
 from rlhf.data import whole_characters
 from rlhf.options import check_options, run_command
-from rlhf.policy import Policy, PolicyOptions
+from rlhf.policy import Policy, PolicyOptions, check_policies
 
 COMMANDS = ("/reset", "/undo", "/exit")
 INCOMPLETE = "\ufffd"  # a decoder's sign for bytes that do not (or not yet) form a character
@@ -163,7 +163,9 @@ class Chat(Policy):
 def talk(options: ChatOptions) -> None:
     """Answer the lines that are typed or piped in, until they end."""
     check_options(options)
-    chats = [Chat(options, field) for field in ("path", "compare") if getattr(options, field)]
+    fields = [field for field in ("path", "compare") if getattr(options, field)]
+    check_policies(options, {field: getattr(options, field) for field in fields})
+    chats = [Chat(options, field) for field in fields]
     for chat in chats:
         note(chat.describe())
     interactive = sys.stdin.isatty()

@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NoReturn
 
 from omegaconf import OmegaConf
@@ -24,7 +24,6 @@ from rlhf.config import (
     InputError,
     MissingValues,
     StageConfig,
-    check,
     config_file_of_run,
     default_paths,
     explain,
@@ -36,7 +35,8 @@ from rlhf.config import (
     schema,
     stage_help,
 )
-from rlhf.console import is_main_process, quiet_bitsandbytes
+from rlhf.console import is_main_process, print_help
+from rlhf.overrides import job_name, jobs, require_distinct, swept_keys, unreadable, wrong_overrides
 
 Run = Callable[[Any], int | None]  # of a stage; returns the signal that interrupted it, if one did
 
@@ -48,18 +48,18 @@ REPEAT_SECONDS = 3.0  # between the first process's error and that of another
 DEMO_HINT = "\n(recipe=demo runs the embedded demo, which needs none of them)"
 
 
-def hydra_main(stage: str, run: Run, prepare: Callable[[Any], None] = lambda _: None) -> None:
+def hydra_main(stage: str, run: Run, earlier: Collection[str] | None = None) -> None:
     """Run one stage from the command line.
 
     Without any argument, the stage runs the embedded demo (`recipe=demo`); options that only print
     show what it would run. With `resume=`, the command line changes the configuration that the run
     was started with. An `InputError` or an error of Hydra becomes one message and exit status 2;
     any other exception keeps its traceback. A run that a signal interrupted ends with status
-    128 + signal, as in a shell. `prepare` may complete the configuration before it is checked.
+    128 + signal, as in a shell. In a pipeline, the results of `earlier` stages will exist then.
     """
     given = sys.argv[1:]
     if {"-h", "--help"} & set(given):
-        print(stage_help(stage))
+        print_help(stage_help(stage))
         return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand exceptions to us instead of printing and exiting
     import hydra
@@ -68,13 +68,21 @@ def hydra_main(stage: str, run: Run, prepare: Callable[[Any], None] = lambda _: 
 
     config_class = STAGES[stage]
     ConfigStore.instance().store(name=f"{stage}_schema", node=schema(config_class))
-    sys.argv[1:] = hydra_arguments(given)
-    has_work = any(override.startswith(WORK) for override in given + sys.argv)
+    options, overrides = _split_options(hydra_arguments(given))
+    own_files = any(option.startswith(("--config-dir", "-cd")) for option in options)
+    wrong = wrong_overrides(overrides, stage, own_files)
+    problems = list(wrong.values())
+    only_prints = bool({option.partition("=")[0] for option in options} & PRINTING)
+    if problems and only_prints:
+        _exit("\n".join(problems))
+    overrides = [override for override in overrides if override not in wrong]
+    sys.argv[1:] = options + overrides
+    has_work = any(override.startswith(WORK) for override in given + overrides)
 
     @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=stage)
     def task(node: Any) -> None:
         try:
-            config = _composed(node, stage, prepare)
+            config = _composed_job(node, stage, overrides, earlier, problems)
         except InputError as error:
             is_new = isinstance(error, MissingValues) and not has_work
             _exit(f"{error}{DEMO_HINT if is_new else ''}")
@@ -83,32 +91,70 @@ def hydra_main(stage: str, run: Run, prepare: Callable[[Any], None] = lambda _: 
     try:
         task()
     except (HydraException, OmegaConfBaseException) as error:
-        _exit(_explain_hydra(error, config_class))
+        _exit("\n".join([*problems, _explain_hydra(error, config_class)]))
     except YAMLError as error:
         _exit(f"not valid YAML: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
         _exit("interrupted; nothing that was saved is lost. Continue with resume=true", status=130)
 
 
-def _composed(node: Any, stage: str, prepare: Callable[[Any], None]) -> StageConfig:
-    """Turn what Hydra composed into the stage's configuration, and check it."""
+def _composed_job(
+    node: Any, stage: str, given: list[str], earlier: Collection[str] | None, problems: list[str]
+) -> StageConfig:
+    """Compose a run, or a job of a sweep; before the first job, all others are composed too, so
+    that what cannot work is refused."""
+    from hydra import compose
+    from hydra.core.hydra_config import HydraConfig
+
+    hydra = HydraConfig.get()
+    typed, is_sweep = list(hydra.overrides.task), str(hydra.mode).endswith("MULTIRUN")
+    swept = swept_keys(given) if is_sweep else []
+    first = _composed(node, stage, typed, swept, earlier, problems)
+    if is_sweep and hydra.job.num == 0:
+        configs = [first]
+        for job in jobs(given)[1:]:
+            composed = compose(stage, job)
+            configs.append(_composed(composed, stage, job, swept, earlier, problems))
+        require_distinct([config.run_name for config in configs])
+    return first
+
+
+def _composed(
+    node: Any,
+    stage: str,
+    typed: list[str],
+    swept: list[str],
+    earlier: Collection[str] | None,
+    problems: list[str],
+) -> StageConfig:
+    """Turn what Hydra composed into the stage's configuration, and check it.
+
+    Args:
+        typed: overrides of this run.
+        swept: keys that differ between the jobs of a sweep.
+        earlier: see `hydra_main`.
+        problems: what is wrong with the command otherwise.
+    """
+    from rlhf.inputs import check_inputs
+
     try:
         config = _as_dataclass(node, STAGES[stage])
-        name_sweep_run(config)
+        name_sweep_run(config, swept, typed)
         if config.resume and not config.overwrite:
-            config = _continued(config, stage)
+            config = _continued(config, stage, typed)
     except OmegaConfBaseException as error:
-        raise InputError(explain(error, STAGES[stage])) from error
-    _require_typed_trust(config)
-    prepare(config)
-    check(config)
+        raise InputError("\n".join([*problems, explain(error, STAGES[stage])])) from error
+    _require_typed_trust(config, typed)
+    for key, final in default_paths(config).items():
+        if earlier is not None and (final.is_dir() or final.parent.name in earlier):
+            getattr(config, key.removesuffix(".path")).path = str(final)
+    check_inputs(config, stage, earlier or (), problems)
     return config
 
 
 def _run(run: Run, config: StageConfig) -> None:
     """Run a stage and exit with its status; an error on any process is printed with its rank."""
     rank = os.environ.get("RANK", "0")
-    quiet_bitsandbytes()
     try:
         stopped_by = run(config)
     except InputError as error:
@@ -138,13 +184,10 @@ def _as_dataclass(node: Any, config_class: type[StageConfig]) -> StageConfig:
     return config
 
 
-def _require_typed_trust(config: StageConfig) -> None:
+def _require_typed_trust(config: StageConfig, typed: list[str]) -> None:
     """Refuse permission to run a model's own code if a file gives it, such as a recipe."""
-    from hydra.core.hydra_config import HydraConfig
-
-    typed = [o.lstrip("+") for o in HydraConfig.get().overrides.task]
     if config.model.trust_remote_code and not any(
-        o.startswith("model.trust_remote_code=") for o in typed
+        o.lstrip("+").startswith("model.trust_remote_code=") for o in typed
     ):
         raise InputError(
             "model.trust_remote_code=true comes from a file; only the command line may set it: "
@@ -152,7 +195,7 @@ def _require_typed_trust(config: StageConfig) -> None:
         )
 
 
-def _continued(config: StageConfig, stage: str) -> StageConfig:
+def _continued(config: StageConfig, stage: str, typed: list[str]) -> StageConfig:
     """Apply the command line to the configuration that the run was started with.
 
     Hydra composes again, with the run's configuration in place of the defaults. Groups and recipes
@@ -160,7 +203,6 @@ def _continued(config: StageConfig, stage: str) -> StageConfig:
     """
     from hydra import compose
     from hydra.core.config_store import ConfigStore
-    from hydra.core.hydra_config import HydraConfig
 
     file = config_file_of_run(config.stage_dir(stage))
     if file is None:
@@ -173,7 +215,7 @@ def _continued(config: StageConfig, stage: str) -> StageConfig:
     values = read_run_config(file, config)
     ConfigStore.instance().store(name=name, node={"defaults": defaults} | values)
     # "+key=value" fails on a key that exists, and the run may have it already
-    overrides = [re.sub(r"^\+(?!\+)", "++", o) for o in HydraConfig.get().overrides.task]
+    overrides = [re.sub(r"^\+(?!\+)", "++", o) for o in typed]
     continued = _as_dataclass(compose(name, overrides), type(config))
     same = {key: getattr(config, key) for key in ("run_name", "runs_dir", "resume", "overwrite")}
     return dataclasses.replace(continued, **same)
@@ -224,32 +266,21 @@ def _explain_hydra(error: Exception, config_class: type) -> str:
             )
         return f"{group}={name} does not exist; choose one of {', '.join(error.options)}"
     if isinstance(error, OverrideParseException):
-        lines = [line for line in error.message.splitlines() if "override_grammar" not in line]
-        fix = "write key=value, and quote a value with special characters twice: 'key=\"a (b)\"'"
-        return f"cannot read {error.override!r} ({lines[-1]}); {fix}"
+        return unreadable(str(error.override), error.message)
     file = re.match("In '(.+?)': ", str(error))  # the YAML file with the error, if any
     prefix = file.group() if file else ""
     return prefix + explain(error, config_class).removeprefix(prefix)
 
 
-def name_sweep_run(config: StageConfig) -> None:
-    """Give each job of a sweep (`-m`) its own run name, unless the sweep names the runs itself.
+def name_sweep_run(config: StageConfig, swept: list[str], typed: list[str]) -> None:
+    """Give each job of a sweep its own run name, unless the sweep names the runs itself.
 
     A job whose run has no earlier stages starts from those of the run that the sweep names.
     """
-    from hydra.core.hydra_config import HydraConfig
-
-    job, theirs = HydraConfig.get(), default_paths(config)
-    # these say how a job starts, not what it is
-    unnamed = ("recipe=demo", "resume=", "overwrite=")
-    swept = [o for o in job.overrides.task if not o.startswith(unnamed)]
-    is_named = any(o.startswith("run_name=") for o in swept)
-    if is_named or not str(job.mode).endswith("MULTIRUN"):
+    if not swept or "run_name" in swept:
         return
-    if swept:
-        config.run_name = "-".join([config.run_name, *(o.replace("/", "_") for o in swept)])
-    else:
-        config.run_name = f"run-{job.job.num}"
+    theirs = default_paths(config)
+    config.run_name = job_name(config.run_name, swept, typed)
     for key, own in default_paths(config).items():
         if not own.is_dir() and theirs[key].is_dir():
             getattr(config, key.removesuffix(".path")).path = str(theirs[key])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import warnings
@@ -32,6 +31,14 @@ def warn(text: str) -> None:
     """Print a warning, with its remedy, on the main process only."""
     if is_main_process():
         print(f"warning: {hide(text)}", file=sys.stderr, flush=True)
+
+
+def print_help(text: str) -> None:
+    """Print what `--help` says; a reader such as `head` may stop early."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # Python writes the rest as it exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def progress_bar(total: int, done: int, unit: str) -> Any:
@@ -76,13 +83,7 @@ def quiet_libraries() -> None:
     import datasets
     import transformers
 
-    quiet_bitsandbytes()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\b")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-
-
-def quiet_bitsandbytes() -> None:
-    """Silence a library that logs as soon as PEFT is imported, and at each 8-bit product."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from rlhf import checkpoint
 from rlhf.config import (
     CONFIG_FILE,
     DTYPES,
@@ -31,6 +32,7 @@ from rlhf.config import (
     refuse_named_code,
 )
 from rlhf.console import quiet_libraries, say
+from rlhf.hub import local_directory
 from rlhf.options import check_options, run_command
 
 ITS_MODEL = "its model.path"  # in messages: the setting of the checkpoint's run
@@ -59,14 +61,12 @@ def export(options: ExportOptions) -> None:
         raise InputError(f"path={path}: no such directory")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"out={out} exists and is not empty; choose another")
+    path = local_directory(options.path, "path", weights=False)
     import torch
 
-    from rlhf import checkpoint
-    from rlhf.hub import local_directory
     from rlhf.models import HEAD, mend_sampling_settings
 
     quiet_libraries()
-    path = local_directory(options.path, "path", weights=False)
     code = options.trust_remote_code
     if (path / CONFIG_FILE).is_file() and not (path / checkpoint.RECORD).is_file():
         model, tokenizer, record = load_checkpoint(path, code)
@@ -147,7 +147,7 @@ def _policy_of(path: Path, stage: str, config: StageConfig, tokenizer: Any) -> A
     from safetensors.torch import load_file
 
     from rlhf import models
-    from rlhf.checkpoint import load_modules
+    from rlhf.checkpoint.state import load_modules
 
     if stage == "sft" and not config.peft.enabled:  # the transformers Trainer saves the whole model
         own = dataclasses.replace(config.model, path=str(path), revision=None)

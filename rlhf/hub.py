@@ -13,11 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from tokenizers import Tokenizer
-from transformers import dynamic_module_utils
 
 from rlhf.config import InputError, one_line
 
@@ -62,6 +58,8 @@ def local_directory(
         raise InputError(f"{label} is a file; give the directory that holds it: {directory.parent}")
     if not is_hub_id(path):
         raise InputError(f"{label}: no such directory")
+    from huggingface_hub import snapshot_download
+
     wanted = DOWNLOADED + (["*.safetensors"] if weights else []) + (["*.py"] if code else [])
     try:
         snapshot = snapshot_download(
@@ -93,7 +91,7 @@ def read_json(file: Path) -> dict[str, Any]:
 def tensor_names(file: Path) -> list[str]:
     """Return the names of the tensors in a safetensors file; refuse one that is cut short."""
     try:
-        with safe_open(file, framework="pt") as tensors:
+        with safe_open(file, framework="np") as tensors:
             return list(tensors.keys())
     except (SafetensorError, OSError) as error:
         size = f", {file.stat().st_size:,} bytes" if file.is_file() else ""
@@ -238,6 +236,9 @@ def call_loader(
         InputError: it cannot be loaded. The message begins with `label`, and names a damaged file,
             or the override for a model that needs its own code.
     """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import dynamic_module_utils
+
     dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # raise an error instead of asking on stdin
     try:
         return load(str(directory), trust_remote_code=trust_remote_code, **kwargs)
@@ -276,6 +277,8 @@ def _find_damage(directory: Path) -> str | None:
             read_json(directory / name)
     except InputError as error:
         return str(error)
+    from tokenizers import Tokenizer
+
     tokenizer = directory / "tokenizer.json"
     try:
         if tokenizer.is_file():

@@ -17,8 +17,8 @@ import types
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from rlhf.config import InputError, hide, nearest, sentences, value_problems, yaml_scalar
-from rlhf.console import quiet_bitsandbytes
+from rlhf.config import InputError, hide, nearest, refuse, sentences, value_problems, yaml_scalar
+from rlhf.console import print_help
 
 Options = TypeVar("Options")
 
@@ -41,9 +41,8 @@ def run_command(
     in one line, and 130 after Ctrl-C. `--help` prints `usage` above the options.
     """
     if {"-h", "--help"} & set(arguments):
-        print(help_text(usage, options))
+        print_help(help_text(usage, options))
         return 0
-    quiet_bitsandbytes()
     try:
         return run(read_options(options, arguments)) or 0
     except InputError as error:
@@ -106,8 +105,7 @@ def _option_named(name: str, known: Collection[str]) -> str:
 
 def check_options(options: Any) -> None:
     """Check that the values of a dataclass are finite and in range."""
-    if problems := list(value_problems(options)):
-        raise InputError("\n".join(problems))
+    refuse(list(value_problems(options)))
 
 
 def _parse(name: str, kind: Any, text: str) -> Any:

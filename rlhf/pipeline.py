@@ -33,8 +33,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlhf.checkpoint import finished_run
 from rlhf.cli import hydra_main
-from rlhf.config import STAGES, InputError, StageConfig, config_keys, default_paths, nearest
+from rlhf.config import STAGES, InputError, StageConfig, config_keys, nearest, suggest
 from rlhf.console import say, table
 from rlhf.options import run_command
 
@@ -123,8 +124,6 @@ def plan(options: PipelineOptions) -> list[Step]:
         config = compose(stage, mine, [step.stage for step in steps])
         is_finished = False
         if (config.stage_dir(stage) / "final").is_dir():
-            from rlhf.checkpoint import finished_run  # imports torch
-
             is_finished = finished_run(config, stage) is not None
         steps.append(Step(stage, mine, config, is_finished))
     check_together(steps, options.overrides)
@@ -161,7 +160,7 @@ def owners(override: str, keys: Mapping[str, Collection[str]]) -> tuple[list[str
         if general:
             return general, override
         known = {full for stage in keys for k in keys[stage] for full in (k, f"{stage}.{k}")}
-        raise InputError(f"no stage has the key {key!r}.{nearest(key, known)} Nothing was started")
+        raise InputError(f"no stage has the key {key!r}.{suggest(key, known)} Nothing was started")
     if general:
         say(
             f"{override} sets {inner} of the {first} stage; {general[0]}.{key}{value} would set "
@@ -189,16 +188,10 @@ def compose(stage: str, arguments: list[str], earlier: Collection[str]) -> Stage
         SystemExit: the configuration is wrong; the message is printed.
     """
     composed: list[StageConfig] = []
-
-    def expect_earlier_stages(config: StageConfig) -> None:
-        for key, final in default_paths(config).items():
-            if final.is_dir() or final.parent.name in earlier:
-                getattr(config, key.removesuffix(".path")).path = str(final)
-
     before = sys.argv
     sys.argv = [f"rlhf.{stage}", *arguments]
     try:
-        hydra_main(stage, composed.append, expect_earlier_stages)
+        hydra_main(stage, composed.append, earlier)
     except SystemExit:
         print(f"the {stage} stage refuses this; nothing was started", file=sys.stderr)
         raise

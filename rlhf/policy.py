@@ -6,12 +6,15 @@ no chat template or was trained on text prompts. Left out: the answers themselve
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import InputError, ModelConfig, knob
+from rlhf.config import InputError, ModelConfig, knob, refuse
 from rlhf.console import quiet_libraries
+from rlhf.inputs import check_model, check_template, failures
 
 OBEYED = {"temperature", "top_p", "top_k", "do_sample"}  # settings that our sampling loop has
 
@@ -42,6 +45,30 @@ class PolicyOptions:
     """true: the model's own Python files may run."""
 
 
+def check_policies(options: PolicyOptions, paths: Mapping[str, str]) -> None:
+    """Refuse models and a chat template that cannot be used, before torch is imported.
+
+    Args:
+        paths: name of an option -> the model that it names.
+    """
+    checks: list[Callable[[], None]] = [
+        partial(_check, options, path, field) for field, path in paths.items()
+    ]
+    if options.chat_template is not None:
+        source = next(iter(paths.values()))
+        checks.append(partial(check_template, options.chat_template, source, "chat_template"))
+    refuse([*failures(checks)])
+
+
+def _check(options: PolicyOptions, path: str, field: str) -> None:
+    if (Path(path) / "policy.safetensors").is_file():
+        raise InputError(
+            f"{field}={path} is a PPO checkpoint; make a model directory from it with "
+            f"python -m rlhf.export path={path} out=<directory>"
+        )
+    check_model(path, field, ("sft", "ppo"), code=options.trust_remote_code)
+
+
 class Policy:
     """A trained policy and how it is asked.
 
@@ -53,6 +80,7 @@ class Policy:
 
     def __init__(self, options: PolicyOptions, path: str, field: str = "path"):
         """Load the model at `path`, which the option `field` holds."""
+        check_policies(options, {field: path})
         from rlhf.equivalence import require_cache
 
         self.options, self.path = options, path
@@ -153,11 +181,6 @@ def _load(options: PolicyOptions, path: str, field: str) -> tuple[Any, Any, Any,
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
         reason = str(error).splitlines()[0]
         raise InputError(f"device={device} cannot be used here ({reason})") from error
-    if (Path(path) / "policy.safetensors").is_file():
-        raise InputError(
-            f"{field}={path} is a PPO checkpoint; make a model directory from it with "
-            f"python -m rlhf.export path={path} out=<directory>"
-        )
     record = require_stage(path, ("sft", "ppo"), field)
     template, code = options.chat_template, options.trust_remote_code
     config = ModelConfig(path=path, dtype="auto", chat_template=template, trust_remote_code=code)

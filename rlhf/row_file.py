@@ -27,7 +27,7 @@ def new_file(out: Path) -> Iterator[None]:
     Raises:
         InputError: the file exists, another process writes it, or the disk is full.
     """
-    from rlhf.checkpoint import disk_errors, locked  # import torch
+    from rlhf.checkpoint import disk_errors, locked
 
     with disk_errors(out.parent, "give the same command again"):
         try:

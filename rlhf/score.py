@@ -16,13 +16,15 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import DTYPES, NORMALIZATIONS, InputError, ScorerConfig, knob, show
+from rlhf.config import DTYPES, NORMALIZATIONS, InputError, ScorerConfig, knob, refuse, show
 from rlhf.console import quiet_libraries, say, table
 from rlhf.data import DropRow, as_messages, as_prompt, as_text
+from rlhf.inputs import check_model, failures
 from rlhf.options import check_options, run_command
 from rlhf.row_file import RowFile, chunks_of, new_file, refuse_rows
 
@@ -73,10 +75,12 @@ def run(options: ScoreOptions) -> None:
             row cannot be scored, or the partial output belongs to other rows or another model.
     """
     check_options(options)
+    source = Path(options.data)
+    model = partial(check_model, options.path, "path", ("reward",), code=options.trust_remote_code)
+    refuse([*failures([partial(read_rows, source), model])])
     import torch
 
     quiet_libraries()
-    source = Path(options.data)
     out = Path(options.out or source.with_suffix(".scored.jsonl"))
     with new_file(out):
         written = _score_file(options, source, out)

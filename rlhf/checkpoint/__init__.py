@@ -4,7 +4,8 @@
 - The run directory: `run_directory` begins, resumes and ends a run, `config_changes` says which
   settings may change then, `ownership` tells and deletes what the run wrote, `lock` keeps others
   out.
-- Checkpoints: `state` is the content of a PPO checkpoint, `disk` writes whole directories.
+- Checkpoints: `disk` writes whole directories, `state` is the content of a PPO checkpoint. Only
+  `state`, which is not imported here, needs torch.
 - What can stop a run: `interruption` (signals), `finite` (nan), `disk` (no space).
 """
 
@@ -49,11 +50,4 @@ from rlhf.checkpoint.stage_directory import (
     warn_about_sft_model,
     warn_about_template,
     write_stage,
-)
-from rlhf.checkpoint.state import (
-    load_modules,
-    load_training_state,
-    random_state,
-    restore_random_state,
-    save_training_state,
 )

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from omegaconf import OmegaConf
 
 from rlhf.checkpoint.ownership import STOPPED, complete_checkpoints, manifest_of, step_of
@@ -26,6 +25,9 @@ from rlhf.config import (
     read_yaml,
 )
 from rlhf.console import is_main_process, num_processes
+
+if TYPE_CHECKING:  # commands import this room before they need torch
+    import torch
 
 # Settings, or groups of them, that may change on resume because they do not affect the result.
 HARMLESS = (
@@ -158,6 +160,8 @@ def explain_stop(
         step: optimiser step or update that was not finished.
         spoilt: True if the weights after the previous step led to the number: it would come again.
     """
+    import torch
+
     if is_main_process():
         write_stop(directory, step, str(error))
     checkpoints = complete_checkpoints(directory)

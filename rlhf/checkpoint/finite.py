@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
-from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from rlhf.config import InputError
+
+if TYPE_CHECKING:  # commands import this room before they need torch
+    from torch import Tensor
 
 
 class NonFiniteError(InputError):
@@ -24,6 +25,8 @@ def find_non_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
     Returns:
         Its name and that number, e.g. "lm_head.weight holds nan"; None if all are finite.
     """
+    from torch.distributed.tensor import DTensor
+
     for name, tensor in tensors:
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         if not local.is_floating_point() or local.dtype.itemsize == 1 or not local.numel():
@@ -47,6 +50,8 @@ def find_non_finite_in(directory: Path) -> str | None:
 
 def optimizer_tensors(optimizer: Any) -> Iterable[tuple[str, Tensor]]:
     """Name the tensors of an optimiser's state, e.g. "optimiser state 3.exp_avg"."""
+    from torch import Tensor
+
     for index, state in enumerate(getattr(optimizer, "state", {}).values()):
         for key, value in state.items():
             if isinstance(value, Tensor):

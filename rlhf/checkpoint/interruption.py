@@ -10,8 +10,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
-
 from rlhf.checkpoint.ownership import latest_checkpoint
 from rlhf.console import is_main_process
 
@@ -75,6 +73,7 @@ class GracefulStop:
 
         state = PartialState()
         if state.num_processes > 1:
+            import torch
             from accelerate.utils import gather
 
             own = torch.tensor([self.signal or 0], device=state.device)

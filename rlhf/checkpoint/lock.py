@@ -19,10 +19,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
-
 from rlhf.checkpoint.disk import UNSEALED, disk_errors
 from rlhf.config import InputError, StageConfig
 from rlhf.console import is_main_process, num_processes, say, warn
@@ -60,6 +56,9 @@ def one_writer(config: StageConfig, stage: str) -> Iterator[None]:
     if num_processes() > 1:  # create their group, with the timeout that the Trainer would give it
         seconds = getattr(config, "trainer", {}).get("ddp_timeout")
         limit: dict[str, Any] = {} if seconds is None else {"timeout": timedelta(seconds=seconds)}
+        import torch
+        from accelerate import PartialState
+
         PartialState(cpu=not torch.cuda.is_available(), **limit)
     with ExitStack() as stack:
 
@@ -99,6 +98,8 @@ def on_main_process(task: Callable[[], Result]) -> Result:
         except InputError as error:  # raised on all processes, or the others would wait for ever
             outcome = [error]
     if num_processes() > 1:
+        from accelerate.utils import broadcast_object_list
+
         broadcast_object_list(outcome)
     if isinstance(outcome[0], InputError):
         raise outcome[0]

@@ -12,8 +12,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from accelerate import PartialState
-
 from rlhf.checkpoint.config_changes import is_harmless, refuse_changes
 from rlhf.checkpoint.disk import find_damage, read_manifest, write_whole
 from rlhf.checkpoint.lock import on_main_process, one_writer
@@ -87,6 +85,8 @@ def open_run(config: StageConfig, stage: str, writes: bool = True) -> Iterator[S
                 refuse_used_directory(config, stage)
         yield run
         if run.has_begun:
+            from accelerate import PartialState
+
             PartialState().wait_for_everyone()
 
 
@@ -138,6 +138,8 @@ def prepare_run_directory(config: StageConfig, stage: str) -> Path:
     `config.yaml` then holds what the run was started with. If there is a checkpoint to resume from,
     `checkpoint_to_resume` writes that file instead, once it has accepted the configuration.
     """
+    from accelerate import PartialState
+
     state, directory = PartialState(), config.stage_dir(stage)
     refuse_used_directory(config, stage)
     state.wait_for_everyone()

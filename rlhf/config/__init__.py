@@ -5,9 +5,9 @@ from them. Library users build a dataclass; only `rlhf.cli` knows Hydra. What th
 mapping `trainer:` may hold is decided by the libraries that receive it (see `build_arguments`).
 """
 
-from rlhf.config.checks import check, check_scorer_config
+from rlhf.config.checks import check, check_scorer_config, problems_of
 from rlhf.config.environment import as_written, hide, remember_references
-from rlhf.config.errors import InputError, MissingValues, nearest, one_line, show
+from rlhf.config.errors import InputError, MissingValues, nearest, one_line, refuse, show
 from rlhf.config.fields import knob, sentences, value_problems, yaml_scalar
 from rlhf.config.knobs import (
     DTYPES,
@@ -52,3 +52,4 @@ from rlhf.config.saved_config import (
     schema,
 )
 from rlhf.config.stage_help import stage_help
+from rlhf.config.synonyms import suggest

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-from rlhf.config.errors import InputError, MissingValues, show
+from rlhf.config.errors import refuse, show
 from rlhf.config.fields import value_problems
 from rlhf.config.knobs import (
     ModelConfig,
@@ -31,16 +31,15 @@ def check(config: StageConfig) -> None:
     """Check a stage's configuration, before anything expensive starts.
 
     Raises:
-        InputError: names every bad value at once, or every missing value if there is no bad one.
+        InputError: names every bad and every missing value at once.
     """
-    bad_values = list(value_problems(config))
-    missing = list(_missing(config)) if not bad_values else []
-    if missing:
-        raise MissingValues("missing values:\n  " + "\n  ".join(missing))
-    if problems := [*bad_values, *_rules(config)]:
-        raise InputError("\n".join(problems))
-    if problems := list(_missing_packages(config)):
-        raise InputError("\n".join(problems))
+    refuse(*problems_of(config))
+
+
+def problems_of(config: StageConfig) -> tuple[list[str], list[str]]:
+    """What is wrong in a stage's configuration, and which values are missing."""
+    problems = [*value_problems(config), *_rules(config)]
+    return problems or list(_missing_packages(config)), list(_missing(config))
 
 
 def _missing_packages(config: StageConfig) -> Iterator[str]:
@@ -57,8 +56,7 @@ def _missing_packages(config: StageConfig) -> Iterator[str]:
 
 def check_scorer_config(scorer: ScorerConfig) -> None:
     """Check a scorer's configuration by itself; `check` does so for the PPO stage."""
-    if problems := [*value_problems(scorer, "scorer"), *_scorer_rules(scorer)]:
-        raise InputError("\n".join(problems))
+    refuse([*value_problems(scorer, "scorer"), *_scorer_rules(scorer)])
 
 
 # --- Missing values -------------------------------------------------------------------------------

@@ -4,7 +4,7 @@
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
@@ -14,6 +14,15 @@ class InputError(ValueError):
 
 class MissingValues(InputError):
     """Values that have no default and were not given."""
+
+
+def refuse(problems: Sequence[str], missing: Sequence[str] = ()) -> None:
+    """Raise one error for all problems and missing values, if there are any."""
+    listed = ["missing values:\n  " + "\n  ".join(missing)] if missing else []
+    if problems:
+        raise InputError("\n".join(dict.fromkeys([*problems, *listed])))
+    if missing:
+        raise MissingValues(listed[0])
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

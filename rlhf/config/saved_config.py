@@ -24,6 +24,7 @@ from yaml import YAMLError
 from rlhf.config.environment import as_written, change_leaves
 from rlhf.config.errors import InputError, nearest
 from rlhf.config.knobs import StageConfig
+from rlhf.config.synonyms import suggest
 
 Config = TypeVar("Config", bound=StageConfig)
 
@@ -59,7 +60,7 @@ def explain(error: BaseException, config_class: type) -> str:
             key, owner = str(cause.full_key or cause.key or ""), cause.object_type
             if isinstance(owner, type) and dataclasses.is_dataclass(owner) and "." not in key:
                 config_class = owner  # inside a list, where the key has no prefix
-            hint = nearest(key, config_keys(config_class))
+            hint = suggest(key, config_keys(config_class))
             return f"unknown key {key!r}.{hint} (--help lists the keys)"
         if isinstance(cause, ValidationError):
             reason = str(cause).splitlines()[0]

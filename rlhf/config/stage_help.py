@@ -12,6 +12,7 @@ from rlhf.config.paths import CONF_DIR
 EXAMPLES = {
     "sft": """\
   python -m rlhf.sft model.path=EleutherAI/pythia-410m dataset=alpaca dataset.path=train.jsonl
+  python -m rlhf.sft -m seed=1,2 run_name=sw ...      a sweep: runs sw-seed-1 and sw-seed-2
 """,
     "reward": """\
   python -m rlhf.reward dataset=ranked dataset.path=ranked.jsonl run_name=mine
@@ -20,6 +21,7 @@ EXAMPLES = {
 """,
     "ppo": """\
   python -m rlhf.ppo dataset=alpaca dataset.path=prompts.jsonl run_name=mine
+  python -m rlhf.ppo scorer.path=my_module.my_score model.path=runs/mine/sft/final ...
 """,
 }
 FIRST_KNOBS = {

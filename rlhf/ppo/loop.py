@@ -17,15 +17,17 @@ from rlhf.checkpoint import (
     StageRecord,
     checkpoint_to_resume,
     explain_stop,
-    load_modules,
-    load_training_state,
     make_record,
     prune_checkpoints,
-    random_state,
     refuse_taken_steps,
     run_id,
-    save_training_state,
     write_stage,
+)
+from rlhf.checkpoint.state import (
+    load_modules,
+    load_training_state,
+    random_state,
+    save_training_state,
 )
 from rlhf.config import InputError, PPOStageConfig
 from rlhf.console import interval_text, progress_bar, say, table, warn

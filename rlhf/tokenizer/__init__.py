@@ -4,7 +4,12 @@
 the stop strings declared there, `rendering` makes text of conversations and of sampled responses.
 """
 
-from rlhf.tokenizer.chat_templates import chat_template_text, declare_stop_strings, stop_strings
+from rlhf.tokenizer.chat_templates import (
+    chat_template_text,
+    declare_stop_strings,
+    named_templates,
+    stop_strings,
+)
 from rlhf.tokenizer.ids import (
     first_token_ids,
     forbidden_token_ids,

@@ -12,6 +12,7 @@ import ast
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,17 @@ def chat_template_text(
         f"{field}={name_or_path!r} is neither one of {', '.join(names)}, nor a .jinja "
         f"file that exists, nor a template's text.{nearest(name_or_path, names)}"
     )
+
+
+def named_templates(directory: Path) -> dict[str, str]:
+    """Read the named chat templates that a tokenizer's directory holds; most hold none."""
+    file = directory / "tokenizer_config.json"
+    with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+        listed = json.loads(file.read_text(encoding="utf-8"))["chat_template"]
+        own = {one["name"]: one["template"] for one in listed}
+        return own
+    files = (directory / "additional_chat_templates").glob("*.jinja")
+    return {file.stem: file.read_text(encoding="utf-8") for file in files}
 
 
 def template_of(tokenizer: Any) -> str | None:

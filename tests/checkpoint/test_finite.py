@@ -30,14 +30,13 @@ from rlhf.checkpoint import (
     complete_or_nothing,
     find_damage,
     find_non_finite,
-    load_training_state,
     read_manifest,
     read_record,
-    save_training_state,
 )
 from rlhf.checkpoint.config_changes import write_stop
 from rlhf.checkpoint.ownership import complete_checkpoints, seal
 from rlhf.checkpoint.run_directory import refuse_used_directory
+from rlhf.checkpoint.state import load_training_state, save_training_state
 from rlhf.config import (
     CheckpointConfig,
     DatasetConfig,

@@ -17,10 +17,10 @@ from rlhf.checkpoint import (
     complete_or_nothing,
     prune_checkpoints,
     refuse_taken_steps,
-    save_training_state,
 )
 from rlhf.checkpoint.ownership import complete_checkpoints, latest_checkpoint, own_checkpoints
 from rlhf.checkpoint.run_directory import prepare_run_directory
+from rlhf.checkpoint.state import save_training_state
 from rlhf.config import InputError
 
 

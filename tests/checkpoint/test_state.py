@@ -10,12 +10,8 @@ import pytest
 import torch
 from helpers.checkpoints import names
 
-from rlhf.checkpoint import (
-    load_modules,
-    load_training_state,
-    prune_checkpoints,
-    save_training_state,
-)
+from rlhf.checkpoint import prune_checkpoints
+from rlhf.checkpoint.state import load_modules, load_training_state, save_training_state
 from rlhf.config import InputError, SFTStageConfig
 
 

@@ -10,13 +10,15 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from rlhf.cli import hydra_arguments, hydra_main, name_sweep_run, runs_demo
-from rlhf.config import PPOStageConfig, RewardStageConfig, SFTStageConfig
+from rlhf.config import STAGES as STAGE_CLASSES
+from rlhf.config import PPOStageConfig, RewardStageConfig, SFTStageConfig, config_keys
+from rlhf.config.synonyms import SYNONYMS
+from rlhf.overrides import jobs, swept_keys
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ["sft", "reward", "ppo"]
@@ -156,12 +158,12 @@ def test_help_of_a_knob_is_its_default_its_sentence_and_its_range(command):
 @pytest.mark.parametrize(
     "stage, args, message",
     [
-        ("ppo", ["ppo.kl_coeff=0.1"], "unknown key 'ppo.kl_coeff'. Did you mean ppo.kl_coef"),
-        ("ppo", ["+ppo.kl_coeff=0.1"], "unknown key 'ppo.kl_coeff'. Did you mean ppo.kl_coef"),
-        ("sft", ["dataset_path=x"], "unknown key 'dataset_path'. Did you mean dataset.path"),
+        ("ppo", ["ppo.kl_coeff=0.1"], "unknown key 'ppo.kl_coeff'. Use ppo.kl_coef."),
+        ("ppo", ["+ppo.kl_coeff=0.1"], "unknown key 'ppo.kl_coeff'. Use ppo.kl_coef."),
+        ("sft", ["dataset_path=x"], "unknown key 'dataset_path'. Use dataset.path"),
         ("ppo", ["ppo.kl_coef=much"], "ppo.kl_coef: Value 'much' of type 'str' could not be"),
         ("reward", ["seed=1.5"], "seed: Value '1.5' of type 'float' could not be converted"),
-        ("ppo", ["recipe=typo"], "In 'recipe/typo': unknown key 'ppo.kl_coeff'. Did you mean"),
+        ("ppo", ["recipe=typo"], "In 'recipe/typo': unknown key 'ppo.kl_coeff'. Use ppo.kl"),
         ("ppo", ["recipe=trusting"], "model.trust_remote_code=true comes from a file; only the"),
         ("ppo", ["recipe=wrong"], "In 'recipe/wrong': ppo.kl_coef: Value 'much' of type 'str'"),
         ("ppo", ["recipe=broken"], "not valid YAML: while parsing a flow sequence"),
@@ -173,10 +175,13 @@ def test_help_of_a_knob_is_its_default_its_sentence_and_its_range(command):
         ("sft", ["seed"], "cannot read 'seed' (missing EQUAL at '<EOF>'); write key=value"),
     ],
 )
-def test_wrong_input_is_one_line_and_status_2(stage, args, message, own, command, tmp_path):
-    # the stages that a run needs before ppo.* is looked at
+def test_wrong_input_is_one_line_and_status_2(
+    stage, args, message, own, command, tmp_path, monkeypatch
+):
+    # the stages that a run starts from
     for before in ("sft", "reward"):
         (tmp_path / f"runs/demo/{before}/final").mkdir(parents=True)
+    monkeypatch.setattr("rlhf.inputs.check_model", lambda *_: None)
     status, output, errors = command(stage, "--config-dir", own, *args)
     (line,) = errors.splitlines()
     assert line.startswith(f"error: {message}")
@@ -283,59 +288,123 @@ def test_hydra_gets_options_first_the_demo_without_work_and_no_null_recipe(given
 # --- Sweeps ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def sweep(monkeypatch):
-    """Make `name_sweep_run` believe in a job of a sweep; returns the configuration it leaves."""
-
-    def job(config, *overrides, mode="RunMode.MULTIRUN", num=0):
-        state = SimpleNamespace(
-            job=SimpleNamespace(num=num), overrides=SimpleNamespace(task=overrides), mode=mode
-        )
-        monkeypatch.setattr("hydra.core.hydra_config.HydraConfig.get", lambda: state)
-        name_sweep_run(config)
-        return config
-
-    return job
+def job(config, swept, *overrides):
+    """The configuration of a job of a sweep."""
+    name_sweep_run(config, swept, list(overrides))
+    return config
 
 
-def test_jobs_of_a_sweep_have_their_own_run_names(sweep):
-    names = [sweep(SFTStageConfig(), f"seed={seed}", "recipe=demo").run_name for seed in (1, 2)]
-    assert names == ["run-seed=1", "run-seed=2"]
+def test_jobs_of_a_sweep_are_named_after_what_differs():
+    given = ["ppo.kl_coef=0.01,0.2", "run_name=sw", "seed=1,2", "recipe=demo"]
+    swept = swept_keys(given)
+    names = [job(PPOStageConfig(run_name="sw"), swept, *each).run_name for each in jobs(given)]
+    assert names == [f"sw-kl_coef-{kl}-seed-{seed}" for kl in (0.01, 0.2) for seed in (1, 2)]
 
 
-def test_a_sweep_that_is_continued_keeps_its_run_names(sweep):
-    assert sweep(SFTStageConfig(), "seed=1", "resume=true").run_name == "run-seed=1"
+@pytest.mark.parametrize(
+    ("override", "name"),
+    [
+        ("dataset.path=a/b.jsonl", "run-path-a_b.jsonl"),
+        ("ppo.adam_betas=[0.9,0.95]", "run-adam_betas-0.9_0.95"),
+        ("+trainer.optim=adam", "run-optim-adam"),
+        (f"dataset.path={'x' * 80}", f"run-path-{'x' * 32}"),
+    ],
+)
+def test_run_name_of_a_job_is_short_and_can_be_typed(override, name, command):
+    key = override.lstrip("+").partition("=")[0]
+    assert job(SFTStageConfig(), [key], override).run_name == name
+    assert command("sft", "--cfg", "job", f"run_name={name}")[0] == 0
 
 
-def test_run_name_of_a_sweep_is_one_folder(sweep):
-    assert sweep(SFTStageConfig(), "dataset.path=a/b").run_name == "run-dataset.path=a_b"
+def test_run_name_is_kept_where_the_sweep_sets_it_or_there_is_none():
+    assert job(SFTStageConfig(run_name="a"), ["run_name"], "run_name=a").run_name == "a"
+    assert job(SFTStageConfig(), [], "seed=1").run_name == "run"
 
 
-def test_run_name_is_kept_where_the_sweep_sets_it_or_there_is_none(sweep):
-    assert sweep(SFTStageConfig(run_name="a"), "run_name=a", "seed=1").run_name == "a"
-    assert sweep(SFTStageConfig(), "seed=1", mode="RunMode.RUN").run_name == "run"
-
-
-def test_jobs_of_a_sweep_start_from_the_stages_of_the_named_run(sweep, tmp_path):
+def test_jobs_of_a_sweep_start_from_the_stages_of_the_named_run(tmp_path):
     for stage in ("sft", "reward"):
         (tmp_path / "run" / stage / "final").mkdir(parents=True)
-    config = sweep(PPOStageConfig(runs_dir=str(tmp_path)), "seed=1")
-    assert config.stage_dir("ppo") == tmp_path / "run-seed=1" / "ppo"
+    config = job(PPOStageConfig(runs_dir=str(tmp_path)), ["seed"], "seed=1")
+    assert config.stage_dir("ppo") == tmp_path / "run-seed-1" / "ppo"
     assert config.model.path == str(tmp_path / "run/sft/final")
     assert config.scorer.path == str(tmp_path / "run/reward/final")
 
 
-def test_a_sweep_prefers_its_own_stages_and_given_paths(sweep, tmp_path):
-    for run in ("run", "run-seed=1"):
+def test_a_sweep_prefers_its_own_stages_and_given_paths(tmp_path):
+    for run in ("run", "run-seed-1"):
         (tmp_path / run / "sft" / "final").mkdir(parents=True)
-    assert sweep(RewardStageConfig(runs_dir=str(tmp_path)), "seed=1").model.path is None
+    mine = RewardStageConfig(runs_dir=str(tmp_path))
+    assert job(mine, ["seed"], "seed=1").model.path is None
     given = RewardStageConfig(runs_dir=str(tmp_path))
     given.model.path = "other"
-    assert sweep(given, "seed=2").model.path == "other"
-    assert sweep(SFTStageConfig(runs_dir=str(tmp_path)), "seed=2").model.path is None
+    assert job(given, ["seed"], "seed=2").model.path == "other"
 
 
-def test_sweep_on_the_command_line_names_its_first_run(command):
-    status, _, errors = command("ppo", "-m", "recipe=null", "seed=1,2", "dataset.path=x")
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["temperature=1,0"], "temperature must be > 0, got 0"),
+        (["dataset.path=rows.jsonl,gone.jsonl"], "dataset.path='gone.jsonl' is neither a file"),
+        (["seed=1,1"], "2 jobs of the sweep have 1 names: sw-seed-1 is given twice"),
+        (["precision=auto,float12"], "precision must be one of auto, float32, bfloat16, got"),
+        (["seed=1,high"], "seed: Value 'high' of type 'str' could not be converted"),
+        (["dataset=alpaca,alpacca"], "dataset=alpacca does not exist; choose one of alpaca"),
+    ],
+)
+def test_a_sweep_is_refused_before_its_first_job_if_any_job_cannot_work(
+    args, message, command, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("rlhf.inputs.check_model", lambda *_: None)
+    row = '{"prompt": "Name a fruit.", "completion": "An apple."}\n'
+    (tmp_path / "rows.jsonl").write_text(row.replace("a fruit", "fruit 1") + row)
+    common = ["dataset=prompt_completion", "dataset.path=rows.jsonl", "dataset.eval_fraction=0.5"]
+    status, _, errors = command("sft", "-m", "run_name=sw", "model.path=x", *common, *args)
     assert status == 2
-    assert f"{Path('runs/run-seed=1-dataset.path=x/reward/final')} does not exist" in errors
+    assert message in errors
+
+
+# --- Wrong keys -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("stage", "override", "ours"),
+    [
+        ("sft", "lr=1e-4", "trainer.learning_rate"),
+        ("ppo", "lr=1e-4", "ppo.learning_rate"),
+        ("ppo", "ppo.lr=1e-4", "ppo.learning_rate"),
+        ("sft", "epochs=3", "trainer.num_train_epochs"),
+        ("ppo", "epochs=3", "ppo.num_updates"),
+        ("ppo", "batch_size=8", "ppo.batch_size"),
+        ("ppo", "kl=0.1", "ppo.kl_coef"),
+        ("ppo", "beta=0.1", "ppo.kl_coef"),
+        ("reward", "max_steps=3", "trainer.max_steps"),
+        ("sft", "output_dir=x", "run_name or runs_dir"),
+        ("sft", "lora_r=8", "peft.r"),
+        ("sft", "data=x.jsonl", "dataset.path"),
+    ],
+)
+def test_a_name_of_another_framework_is_answered_with_ours(stage, override, ours, command):
+    _, _, errors = command(stage, override)
+    assert errors.startswith(f"error: unknown key {override.partition('=')[0]!r}. Use {ours}.")
+
+
+def test_every_synonym_names_a_key_that_some_stage_has():
+    known = {key for config_class in STAGE_CLASSES.values() for key in config_keys(config_class)}
+    keys = {key for keys in SYNONYMS.values() for key in keys}
+    assert {key for key in keys - known if not key.startswith("trainer.")} == set()
+
+
+def test_a_path_in_place_of_a_choice_is_answered_with_the_key_for_paths(command):
+    _, _, errors = command("sft", "model=org/gpt2", "dataset=rows.jsonl")
+    assert "for a path, set model.path=org/gpt2\n" in errors
+    assert "for a path, set dataset.path=rows.jsonl\n" in errors
+
+
+def test_all_wrong_overrides_and_values_are_named_at_once(command):
+    args = ["ppo.lr=1", "seed=high", "dataset=gone", "ppo.gamma=2", "scorer.path=./nope", "a"]
+    status, _, errors = command("ppo", *args)
+    assert status == 2
+    for text in ("'ppo.lr'", "seed: Value", "dataset=gone", "ppo.gamma must", "nope", "read 'a'"):
+        assert text in errors
+    assert "missing values" not in errors  # the wrong ones may be meant for them
+    assert command("ppo", *args, "--cfg", "job")[0] == 2

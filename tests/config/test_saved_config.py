@@ -40,7 +40,7 @@ def test_unknown_key_in_a_saved_configuration_is_named(tmp_path):
     with pytest.raises(InputError) as caught:
         load_config(PPOStageConfig, path)
     assert str(path) in str(caught.value)
-    assert "unknown key 'ppo.kl_coeff'. Did you mean ppo.kl_coef" in str(caught.value)
+    assert "unknown key 'ppo.kl_coeff'. Use ppo.kl_coef" in str(caught.value)
 
 
 def test_wrong_type_in_a_saved_configuration_is_named(tmp_path):

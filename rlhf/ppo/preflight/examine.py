@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 
-from rlhf.checkpoint import random_state, restore_random_state
+from rlhf.checkpoint.state import random_state, restore_random_state
 from rlhf.config import InputError
 from rlhf.console import say
 from rlhf.ppo.preflight.findings import FAIL, Finding, bottom_line, lay_out, mended_command

@@ -21,6 +21,7 @@ from rlhf.config import (
     refuse_named_code,
     schema,
 )
+from rlhf.inputs import check_model
 from rlhf.options import run_command
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def run(options: ReportOptions) -> None:
     Raises:
         InputError: a bad option, or a reward model or rows that cannot be read.
     """
+    check_model(options.path, "path", ("reward",), code=options.trust_remote_code)
     from rlhf.checkpoint import require_stage
     from rlhf.console import quiet_libraries, say
     from rlhf.data import encode_ranked, load_splits
@@ -65,8 +67,12 @@ def run(options: ReportOptions) -> None:
 
     quiet_libraries()
     out = Path(options.out or options.path)
-    if not out.is_dir():
-        raise InputError(f"out={out} is not a directory; give out=<existing directory>")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"out={out} is no directory and cannot be made: {error.strerror}"
+        ) from error
     record = require_stage(options.path, ("reward",), "path")
     config = stage_config(options)
     data, name = config.dataset, heldout_name(config.dataset)

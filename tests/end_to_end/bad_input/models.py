@@ -73,20 +73,19 @@ CASES = [
         ("num_samples=32", "MambaForCausalLM (mamba)", "set num_samples=0"),
     ),
     Case(
-        "adapters on layers that the model lacks, found before data is read",
-        f"{SFT} dataset.path=no_such_rows.jsonl model.path=model peft=lora "
-        "peft.target_modules=[c_attn]",
+        "adapters on layers that the model lacks",
+        f"{SFT} dataset.path=rows.jsonl model.path=model peft=lora peft.target_modules=[c_attn]",
         ("peft.target_modules=['c_attn']", "q_proj, k_proj, v_proj"),
     ),
     Case(
-        "adapters of the reward model on layers that it lacks, found before data is read",
-        f"{REWARD} run_name=new dataset.path=no_such_rows.jsonl peft=lora "
+        "adapters of the reward model on layers that it lacks",
+        f"{REWARD} run_name=new dataset.path=ranked.jsonl peft=lora "
         "model.path=runs/mine/sft/final peft.target_modules=[c_attn]",
         ("peft.target_modules=['c_attn']", "LlamaForSequenceClassification", "q_proj, k_proj"),
     ),
     Case(
-        "adapters of PPO on layers that its policy lacks, found before data is read",
-        f"{PPO} {MINE} dataset.path=no_such_rows.jsonl peft=lora peft.target_modules=[c_attn]",
+        "adapters of PPO on layers that its policy lacks",
+        f"{PPO} {MINE} dataset.path=prompts.jsonl peft=lora peft.target_modules=[c_attn]",
         ("peft.target_modules=['c_attn']", "LlamaForCausalLM", "q_proj, k_proj"),
     ),
     Case(

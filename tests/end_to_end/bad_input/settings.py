@@ -9,13 +9,13 @@ CASES = [
     Case(
         "a typo in the settings of a new model",
         "rlhf.sft model.tokenizer=model model.config.model_type=llama model.config.hiden_size=64 "
-        "dataset=prompt_completion dataset.path=no_such_rows.jsonl run_name=new",
+        "dataset=prompt_completion dataset.path=rows.jsonl run_name=new",
         ("model.config.hiden_size", "hidden_size"),
     ),
     Case(
         "a model type that does not exist",
         "rlhf.sft model.tokenizer=model model.config.model_type=lama "
-        "dataset=prompt_completion dataset.path=no_such_rows.jsonl run_name=new",
+        "dataset=prompt_completion dataset.path=rows.jsonl run_name=new",
         ("model.config.model_type=lama", "llama"),
     ),
     Case(
@@ -23,9 +23,7 @@ CASES = [
         f"{SFT} recipe=demo",
         ("model.path=model", "model.config={", "model.path=null", "~model.config.model_type"),
     ),
-    Case(
-        "a typo in a key", f"{PPO} ppo.kl_coeff=0.1", ("ppo.kl_coeff", "Did you mean ppo.kl_coef")
-    ),
+    Case("a typo in a key", f"{PPO} ppo.kl_coeff=0.1", ("ppo.kl_coeff", "Use ppo.kl_coef")),
     Case(
         "no data, but an argument that asks for something else than the demo",
         "rlhf.sft seed=2",

@@ -1,0 +1,121 @@
+"""Commands refuse what needs no torch without importing it, and everything at once.
+
+Run: python -m pytest tests/commands/test_early_refusals.py
+"""
+
+import json
+import runpy
+import sys
+
+import pytest
+from helpers.commands import run
+
+TORCH = 'raise SystemExit("torch was imported")\n'
+ROWS = "dataset=prompt_completion dataset.path=rows.jsonl run_name=new"
+COMMANDS = {
+    f"rlhf.sft model.path=./nope model.chat_template=vicunna {ROWS} dataset.path=gone.jsonl": [
+        "model.path=./nope: no such directory",
+        "model.chat_template='vicunna' is neither",
+        "dataset.path='gone.jsonl' is neither a file nor a directory",
+    ],
+    f"rlhf.sft model.path=runs/mine temperature=0 {ROWS} dataset.path=bad.jsonl": [
+        "temperature must be > 0",
+        "runs/mine/sft/final?",
+        "bad.jsonl, row 1: not valid JSON",
+    ],
+    f"rlhf.reward model.path=./nope {ROWS} run_name=mine": [
+        "model.path=./nope: no such directory",
+        "field 'responses': missing or null",
+        "runs/mine/reward already holds an unfinished run",
+    ],
+    f"rlhf.ppo model.path=./nope scorer.path=runs/mine/sft/final {ROWS}": [
+        "model.path=./nope: no such directory",
+        "scorer.path=runs/mine/sft/final was written by the sft stage",
+    ],
+    "rlhf.ppo scorer.path=my_module.score evaluation.scorer=other.score run_name=new": [
+        "scorer.path='my_module.score' cannot be imported",
+        "evaluation.scorer='other.score' cannot be imported",
+        "missing values:",
+        "dataset.path: file or Hub name",
+        "model.path: runs/new/sft/final does not exist",
+    ],
+    "rlhf.pipeline model.path=./nope dataset.path=gone.jsonl run_name=new": [
+        "model.path=./nope: no such directory",
+        "dataset.path='gone.jsonl'",
+        "nothing was started",
+    ],
+    "rlhf.chat path=./nope": ["path=./nope: no such directory"],
+    "rlhf.chat path=runs/mine chat_template=vicunna": [
+        "runs/mine/sft/final?",
+        "chat_template='vicunna' is neither",
+    ],
+    "rlhf.score path=runs/mine/sft/final data=gone.jsonl": [
+        "data=gone.jsonl is not a file",
+        "path=runs/mine/sft/final was written by the sft stage",
+    ],
+    "rlhf.export path=./nope out=policy": ["path=./nope: no such directory"],
+    "rlhf.reward.report path=./nope": ["path=./nope: no such directory"],
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Rows, a finished SFT stage without weights, an unfinished reward stage, and a torch that
+    cannot be imported."""
+    folder = tmp_path_factory.mktemp("user")
+    final = folder / "runs/mine/sft/final"
+    final.mkdir(parents=True)
+    (final / "config.json").write_text("{}")
+    record = dict.fromkeys(("parent", "parent_weights", "revision", "tokenizer", "template"))
+    record |= {"stage": "sft", "eos_token_id": 0, "pad_token_id": 0, "seed": 1}
+    (final / "rlhf.json").write_text(json.dumps(record))
+    (folder / "runs/mine/reward").mkdir()
+    (folder / "runs/mine/reward/metrics.jsonl").write_text("")
+    rows = [{"prompt": f"Name fruit {i}.", "completion": " An apple."} for i in range(24)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "bad.jsonl").write_text("not json\n")
+    (folder / "broken").mkdir()
+    (folder / "broken/torch.py").write_text(TORCH)
+    return folder
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_refusal_names_all_problems_and_does_not_import_torch(command, folder):
+    path = {"PYTHONPATH": f"{folder / 'broken'}:{sys.path[0]}", "HF_HUB_OFFLINE": "1"}
+    done = run([sys.executable, "-m", *command.split()], folder, **path)
+    assert "torch was imported" not in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [text for text in COMMANDS[command] if text not in done.stderr] == [], done.stderr
+    assert done.returncode == 2
+
+
+def test_the_torch_of_these_tests_cannot_be_imported(folder):
+    done = run([sys.executable, "-c", "import torch"], folder, PYTHONPATH=str(folder / "broken"))
+    assert done.returncode == 1 and "torch was imported" in done.stderr
+
+
+MODULES = "sft reward ppo pipeline chat score generate export reward.report demo".split()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_help_answers_next_to_bad_arguments(module, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [module, "oops", "--help", "bad=1", "-m", "seed=high"])
+    monkeypatch.setenv("COLUMNS", "20")
+    try:
+        runpy.run_module(f"rlhf.{module}", run_name="__main__", alter_sys=True)
+    except SystemExit as stop:
+        assert stop.code == 0
+    shown = capsys.readouterr()
+    assert f"python -m rlhf.{module}" in shown.out and shown.err == ""
+
+
+@pytest.mark.parametrize("module", ["ppo", "chat"])
+def test_help_ends_quietly_when_its_reader_does(module, tmp_path):
+    command = f"set -o pipefail; {sys.executable} -m rlhf.{module} --help | head -1"
+    done = run(["bash", "-c", command], tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_libraries_say_nothing_when_they_are_imported(tmp_path):
+    done = run([sys.executable, "-c", "import rlhf.models"], tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
