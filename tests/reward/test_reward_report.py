@@ -409,7 +409,7 @@ def test_the_command_reports_on_other_rows(runs, tmp_path, capsys):
         ([], "path is missing"),
         (["path={final}", "seed=2"], "got 'seed=2'"),
         (["path={final}", "dataset.pth=x"], "unknown key 'dataset.pth'. Did you mean"),
-        (["path={final}", "out={final}/none"], "out=.*none is not a directory"),
+        (["path={final}", "out={final}/config.json"], "out=.*config.json is no directory and"),
         (["path={sft}"], "written by the sft stage"),
         (["path={bare}"], "path=.* is not a model directory"),
     ],
