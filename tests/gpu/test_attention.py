@@ -8,6 +8,8 @@ Run: pytest tests/gpu/test_attention.py -m gpu
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers.families import TOKENIZER, rollout_of
@@ -41,7 +43,8 @@ def rows_of(length, device):
     prompts = [[3 + i % 300 for i in range(prompt)] for prompt, _ in widths]
     responses = [[5 + i % 300 for i in range(response)] for _, response in widths]
     rollout = rollout_of(prompts, responses)
-    return prompts, responses, rollout.map(lambda _, tensor: tensor.to(device))
+    moved = {name: tensor.to(device) for name, tensor in vars(rollout).items()}
+    return prompts, responses, replace(rollout, **moved)
 
 
 def is_finite(model, loss):
