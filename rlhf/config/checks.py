@@ -39,19 +39,21 @@ def check(config: StageConfig) -> None:
 def problems_of(config: StageConfig) -> tuple[list[str], list[str]]:
     """What is wrong in a stage's configuration, and which values are missing."""
     problems = [*value_problems(config), *_rules(config)]
-    return problems or list(_missing_packages(config)), list(_missing(config))
+    return problems or _missing_packages(config), list(_missing(config))
 
 
-def _missing_packages(config: StageConfig) -> Iterator[str]:
+def _missing_packages(config: StageConfig) -> list[str]:
+    problems = []
     if config.model.quantization is not None and find_spec("bitsandbytes") is None:
-        yield (
+        problems.append(
             f"model.quantization={config.model.quantization} needs bitsandbytes, which is not "
             "installed: pip install 'rlhf[quant]', or set model.quantization=null"
         )
-    for name in config.tracker.names:
-        if find_spec(name) is None:
-            package = name.replace("_", "-")
-            yield f"tracker {name} is not installed: pip install {package}, or set tracker=none"
+    missing = [name for name in config.tracker.names if find_spec(name) is None]
+    for name in missing:
+        package = name.replace("_", "-")
+        problems.append(f"tracker {name} is not installed: pip install {package}, or tracker=none")
+    return problems
 
 
 def check_scorer_config(scorer: ScorerConfig) -> None:
