@@ -37,7 +37,7 @@ class ReportOptions:
     compare: list[str] = field(default_factory=list)
     """[a,b]: reward models with the same tokenizer, e.g. of other seeds, to compare with."""
     out: str | None = None
-    """Existing directory for the report (default: path)."""
+    """Directory for the report (default: path)."""
     trust_remote_code: bool = False
     """true: the model's own Python files, and functions named in its config.yaml, may run."""
     overrides: list[str] = field(default_factory=list)
