@@ -20,6 +20,7 @@ import time
 import pytest
 from helpers.checkpoints import snapshot
 from helpers.runs import PROCESSES, directory_of, new_run, outcome, start, text_of, train, wait_for
+from helpers.scorers import policy_tokenizer, write_reward_model
 
 from rlhf.checkpoint import locked
 from rlhf.checkpoint.lock import one_writer
@@ -242,8 +243,9 @@ def test_scores_have_one_writer(holder, tmp_path, capsys):
 
     rows, out = tmp_path / "rows.jsonl", tmp_path / "rows.scored.jsonl"
     rows.write_text('{"prompt": "a", "response": "b"}\n')
+    model = write_reward_model(tmp_path / "reward", policy_tokenizer(), seed=0)
     process, _ = holder(tmp_path / ".rows.scored.jsonl.lock")
-    assert main([f"data={rows}", f"path={tmp_path}"]) == 2
+    assert main([f"data={rows}", f"path={model}"]) == 2
     line = f"error: out={out} is in use, by process {process.pid} on {HERE}; wait, or give another"
     assert line in capsys.readouterr().err
     assert not out.exists()

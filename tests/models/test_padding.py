@@ -115,6 +115,7 @@ def test_no_query_is_without_a_key_in_any_forward_of_the_three_stages(tmp_path, 
     texts = tmp_path / "texts.jsonl"
     texts.write_text('{"text": "apple"}\n{"text": "apple river stone apple river"}\n')
     ppo = PPOConfig(num_updates=1, num_ppo_epochs=1, batch_size=16, response_length=8)
+    ppo.missing_eos_penalty = None  # after two steps of SFT few responses end
     ptx = PtxConfig(coef=1.0, path=str(texts), batch_size=2, max_length=32)
     train_ppo(ppo_config(tmp_path, preflight=True, dataset=rows, ppo=ppo, ptx=ptx))
     assert not watched.bad

@@ -296,7 +296,7 @@ def ppo_config(runs: Path, scorer: ScorerConfig) -> PPOStageConfig:
         dataset=WORLD,
         model=ModelConfig(path=str(runs / "run/sft/final")),
         scorer=scorer,
-        ppo=PPOConfig(num_updates=1, batch_size=8, response_length=8),
+        ppo=PPOConfig(num_updates=1, batch_size=8, response_length=8, missing_eos_penalty=None),
         evaluation=EvaluationConfig(num_prompts=4),
         checkpoint=CheckpointConfig(every=1),
         preflight="only",
