@@ -42,7 +42,7 @@ def new_file(out: Path) -> Iterator[None]:
 
 
 class RowFile:
-    """The rows of an output file, of which a stopped command may have written some.
+    """The rows of an output file; a stopped command may have written some of them.
 
     Attributes:
         rows: those that are written, in order.
