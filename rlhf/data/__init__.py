@@ -24,7 +24,6 @@ from rlhf.data.encode import (
     pad,
 )
 from rlhf.data.formats import FIELDS, FORMATS, resolve_format
-from rlhf.data.memory import with_rows
 from rlhf.data.read import read_rows
 from rlhf.data.rows import (
     BadRow,
@@ -41,6 +40,7 @@ from rlhf.data.rows import (
     repaired,
     whole_characters,
 )
+from rlhf.data.rows_in_memory import with_rows
 from rlhf.data.segments import encode_prompt, encode_response, encode_row, encode_samples
 from rlhf.data.sources import (
     Splits,
