@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import CONFIG_FILE, STAGES, InputError, read_yaml, yaml_scalar
+from rlhf.config import CONFIG_FILE, STAGES, InputError, dotted, read_yaml, yaml_scalar
 from rlhf.console import say, table
 from rlhf.curves import draw_curves
 from rlhf.metrics import read_jsonl
@@ -97,21 +97,13 @@ def _differences(runs: dict[str, Stages]) -> Iterator[list[Any]]:
 
 def _settings(directory: Path) -> dict[str, str]:
     """The settings of a stage, as `key.of.a.setting`."""
-    flat = dict(_flatten(read_yaml(directory / CONFIG_FILE)))
+    flat = dotted(read_yaml(directory / CONFIG_FILE))
     run = str(Path(flat["runs_dir"]) / flat["run_name"])
     return {
         key: str(yaml_scalar(value)).replace(run, "<run>")
         for key, value in flat.items()
         if key not in OWN
     }
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _results(runs: dict[str, Stages]) -> Iterator[list[Any]]:

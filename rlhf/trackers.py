@@ -35,7 +35,11 @@ class Trackers:
 
         PartialState()  # its loggers need it
         label, project = f"{config.run_name}/{stage}", config.tracker.project
-        values = {name: _as_plain(value) for name, value in dotted(plain_values(config)).items()}
+        values = {
+            name: _as_plain(value)
+            for name, value in dotted(plain_values(config)).items()
+            if value != {}
+        }
         for name in config.tracker.names:
             tracker_class = LOGGER_TYPE_TO_CLASS[name]
             if name == "wandb":

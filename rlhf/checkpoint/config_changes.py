@@ -115,7 +115,7 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
     return {
         key: value.removeprefix(run) if isinstance(value, str) else value
         for key, value in dotted(values).items()
-        if key not in ("resume", "overwrite")
+        if key not in ("resume", "overwrite") and value != {}
     }
 
 

@@ -78,11 +78,11 @@ def plain_values(config: StageConfig) -> dict[str, Any]:
 
 
 def dotted(values: dict[str, Any]) -> dict[str, Any]:
-    """Return nested dicts as one: {"a": {"b": 1}} -> {"a.b": 1}."""
+    """Return nested dicts as one: {"a": {"b": 1}, "c": {}} -> {"a.b": 1, "c": {}}."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        inner = dotted(value) if isinstance(value, dict) else None
-        flat |= {key: value} if inner is None else {f"{key}.{n}": x for n, x in inner.items()}
+        inner = dotted(value) if isinstance(value, dict) else {}
+        flat |= {f"{key}.{name}": x for name, x in inner.items()} if inner else {key: value}
     return flat
 
 
