@@ -119,7 +119,7 @@ def _check_rows(config: StageConfig, stage: str) -> None:
     paths = [path for path in (data.path, data.eval_path) if path is not None]
     if paths and all(map(_is_small_file, paths)):
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-            load_splits(deepcopy(data), stage, config.seed)
+            load_splits(deepcopy(data), stage, config.seed, config.needs_eval)
 
 
 def _is_small_file(path: Any) -> bool:

@@ -77,9 +77,8 @@ def _train(config: PPOStageConfig, scorer: Scorer | None, run: StageRun) -> PPOR
     num_processes = accelerator.num_processes
     require_equal_shares(config, num_processes)
     independent = load_independent_scorer(config, accelerator.device)
-    needs_eval = config.evaluation.num_prompts > 0
     before = getattr(parent, "prompts", None)
-    splits = load_splits(config.dataset, "ppo", config.seed, needs_eval, before)
+    splits = load_splits(config.dataset, "ppo", config.seed, config.needs_eval, before)
     warn_about_prompts(parent, splits.prompts)
     require_scorer_columns(config, scorer, splits)
 

@@ -9,6 +9,10 @@ import sys
 
 import pytest
 from helpers.commands import run
+from helpers.tiny_ppo import make_config
+
+from rlhf.config import InputError
+from rlhf.inputs import check_inputs
 
 TORCH = 'raise SystemExit("torch was imported")\n'
 ROWS = "dataset=prompt_completion dataset.path=rows.jsonl run_name=new"
@@ -119,3 +123,14 @@ def test_help_ends_quietly_when_its_reader_does(module, tmp_path):
 def test_libraries_say_nothing_when_they_are_imported(tmp_path):
     done = run([sys.executable, "-c", "import rlhf.models"], tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_ppo_without_an_evaluation_needs_no_held_out_rows(policy_dir, tmp_path):
+    config = make_config(policy_dir, tmp_path)
+    config.dataset.path = str(tmp_path / "one.jsonl")
+    (tmp_path / "one.jsonl").write_text('{"prompt": "apple"}\n')
+    config.dataset.eval_path, config.evaluation.num_prompts = None, 0
+    check_inputs(config, "ppo")
+    config.evaluation.num_prompts = 4
+    with pytest.raises(InputError, match="no row to evaluate on"):
+        check_inputs(config, "ppo")

@@ -260,6 +260,10 @@ class PPOStageConfig(StageConfig):
     checkpoint: CheckpointConfig = group(CheckpointConfig, every=20)
 
     @property
+    def needs_eval(self) -> bool:
+        return self.evaluation.num_prompts > 0
+
+    @property
     def eos_penalty(self) -> float | None:
         """`ppo.missing_eos_penalty`, with a value for auto."""
         penalty = self.ppo.missing_eos_penalty

@@ -179,6 +179,11 @@ class StageConfig:
         """Directory of `stage` in this run: `runs_dir/run_name/stage`."""
         return Path(self.runs_dir) / self.run_name / stage
 
+    @property
+    def needs_eval(self) -> bool:
+        """True if the stage cannot do without held-out rows."""
+        return True
+
 
 @knobs
 class TrainerDefaults:
