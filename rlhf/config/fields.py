@@ -48,7 +48,9 @@ class Limits:
     def allow(self, value: Any) -> bool:
         if self.choices:
             return value in self.choices
-        return value is None or (self.ge <= value <= self.le and self.gt < value < self.lt)
+        if value is None or not isinstance(value, int | float):
+            return value is None
+        return self.ge <= value <= self.le and self.gt < value < self.lt
 
 
 def knob(default: Any, *, infinite: bool = False, **limits: Any) -> Any:
@@ -70,28 +72,40 @@ def knob(default: Any, *, infinite: bool = False, **limits: Any) -> Any:
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def group(config_class: type, free: bool = False, **values: Any) -> Any:
+def group(config_class: type, free: bool = False) -> Any:
     """Declare a group of knobs: a dataclass inside a dataclass.
+
+    A class has the same defaults in every stage, so that one that is made in Python means what the
+    same keys mean on the command line.
 
     Args:
         free: the field is a dict with these defaults, which may hold other keys too.
-        values: defaults that differ from those of the class.
     """
 
     def make() -> Any:
-        made = config_class(**values)
-        return dataclasses.asdict(made) if free else made
+        return dataclasses.asdict(config_class()) if free else config_class()
 
     return dataclasses.field(default_factory=make, metadata={"group": config_class})
 
 
 def over_defaults(config_class: Any, name: str, value: Any) -> Any:
     """Put a mapping that is given for a group over the group's defaults, as the command line does;
-    return any other value as it is."""
+    return any other value as it is.
+
+    Raises:
+        InputError: the value is no group of that name, or the group has no such key.
+    """
     field = config_class.__dataclass_fields__.get(name)
-    if field is None or "group" not in field.metadata or not isinstance(value, Mapping):
+    if field is None or "group" not in field.metadata:
         return value
     default = field.default_factory()
+    if not isinstance(value, Mapping):
+        if isinstance(value, type(default)):
+            return value
+        kind = "a dict" if isinstance(default, dict) else f"a {type(default).__name__} or a dict"
+        is_path = isinstance(value, str) and hasattr(default, "path")
+        fix = f"; for a path, give {name}={{'path': {value!r}}}" if is_path else ""
+        raise InputError(f"{name} must be {kind}, got {value!r:.60}{fix}")
     if isinstance(default, dict):
         return default | dict(value)
     for key in value:

@@ -75,7 +75,7 @@ def _decided_by_stage(
         "logging_nan_inf_filter": has_loss_scaler,
         "ddp_find_unused_parameters": False,
         "save_strategy": "steps",
-        "save_steps": config.checkpoint.every,
+        "save_steps": config.checkpoint_every,
         "save_total_limit": None,  # it would delete by name, whoever wrote it
         "save_only_model": False,
     }

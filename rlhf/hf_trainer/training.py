@@ -190,7 +190,7 @@ class CheckpointCallback(TrainerCallback):
         self._evaluated = -1  # last step of an epoch that was evaluated at that step
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        every = self.config.checkpoint.every
+        every = self.config.checkpoint_every
         state.save_steps = every  # the checkpoint may hold another one
         if args.load_best_model_at_end and state.best_global_step:
             best = self.directory / f"checkpoint-{state.best_global_step}"

@@ -137,7 +137,7 @@ class PPOLoop:
     def _train(self, writer: MetricsWriter, stop: GracefulStop) -> bool:
         """Make the updates; return True if a signal ended them early, with a checkpoint saved."""
         trainer, config = self.trainer, self.config
-        every, end = config.checkpoint.every, config.ppo.num_updates
+        every, end = config.checkpoint_every, config.ppo.num_updates
         refuse_taken_steps(self.directory, range(every * (trainer.update // every + 1), end, every))
         if trainer.update == 0:
             self.before = self._evaluate(writer)
@@ -182,7 +182,7 @@ class PPOLoop:
             improved = self._keep_best(self.last)
             self.pending, self._random_state = None, random_state()
         interrupted = stop.requested() and not last
-        if not last and (update % config.checkpoint.every == 0 or improved or interrupted):
+        if not last and (update % config.checkpoint_every == 0 or improved or interrupted):
             self._save()
         return last, interrupted
 

@@ -10,13 +10,19 @@ import pytest
 from omegaconf import OmegaConf
 
 from rlhf.config import (
+    STAGES,
     InputError,
+    PPOConfig,
     PPOStageConfig,
+    RewardConfig,
     RewardStageConfig,
+    ScorerComponent,
+    ScorerConfig,
     SFTStageConfig,
     build_arguments,
     load_object,
     nearest,
+    problems_of,
     schema,
 )
 
@@ -99,6 +105,64 @@ def test_a_mapping_for_a_group_is_the_command_lines():
     from_python = PPOStageConfig(**written)
     merged = OmegaConf.merge(schema(PPOStageConfig), written)
     assert from_python == OmegaConf.to_object(merged)
-    assert (from_python.checkpoint.every, from_python.checkpoint.keep_last) == (20, 3)
+    assert (from_python.checkpoint_every, from_python.checkpoint.keep_last) == (20, 3)
     with pytest.raises(InputError, match=r"unknown key 'ppo.num_update'. Did you mean num_updates"):
         PPOStageConfig(ppo={"num_update": 5})
+
+
+def another_value(field):
+    """A value of a knob's type that is not its default."""
+    if (limits := field.metadata.get("limits")) is not None and limits.choices:
+        default = field.default if field.default_factory is dataclasses.MISSING else []
+        other = next(choice for choice in limits.choices if choice not in (default, None))
+        return [other] if default == [] else other
+    kinds = {
+        "dict": {"a": "b"},
+        "list[float]": [0.5, 0.6],
+        "list": ["a"],
+        "bool": not field.default,
+    }
+    kinds |= {"float": 0.625, "int": 3, "str": "a", "Any": "a"}
+    return next(value for kind, value in kinds.items() if kind in field.type)
+
+
+@pytest.mark.parametrize("config_class", STAGES.values())
+def test_of_a_group_made_in_python_only_what_was_given_differs_from_the_defaults(config_class):
+    """`PPOStageConfig(checkpoint=CheckpointConfig(keep_last=5))` is `checkpoint.keep_last=5`; the
+    defaults are those of the command line, see test_conf_files.py."""
+    fields = dataclasses.fields(config_class)
+    groups = {f.name: f.metadata["group"] for f in fields if "group" in f.metadata}
+    groups.pop("trainer", None)
+    knobs = [(name, field) for name in groups for field in dataclasses.fields(groups[name])]
+    assert len(knobs) > 30
+    for name, field in knobs:
+        given = {field.name: another_value(field)}
+        expected = config_class()
+        setattr(getattr(expected, name), field.name, another_value(field))
+        from_python = config_class(**{name: groups[name](**given)})
+        assert from_python == expected == config_class(**{name: given}) != config_class()
+        if given != {"every": 3}:
+            assert from_python.checkpoint_every == config_class().checkpoint_every
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"ppo": RewardConfig()}, "ppo must be a PPOConfig or a dict, got RewardConfig("),
+        ({"dataset": "a.jsonl"}, "for a path, give dataset={'path': 'a.jsonl'}"),
+        ({"peft": True}, "peft must be a PeftConfig or a dict, got True"),
+    ],
+)
+def test_what_is_no_group_is_refused_with_what_is_expected(given, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        PPOStageConfig(**given)
+
+
+def test_a_component_of_the_scorer_may_be_a_dict():
+    config = PPOStageConfig(scorer=ScorerConfig(components=[{"path": "a.b", "weight": 2}]))
+    assert config.scorer.components == [ScorerComponent("a.b", 2)]
+
+
+def test_a_number_given_as_text_is_refused_with_its_key():
+    problems, _ = problems_of(PPOStageConfig(ppo=PPOConfig(num_updates="50")))
+    assert "ppo.num_updates must be >= 1, got '50'" in problems

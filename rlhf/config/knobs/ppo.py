@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rlhf.config.fields import group, knob, knobs
-from rlhf.config.knobs.shared import CheckpointConfig, StageConfig
+from rlhf.config.knobs.shared import StageConfig
 from rlhf.config.objects import is_python
 
 NORMALIZATIONS = ("demo_mean_zero", "standardise", "none")
@@ -160,6 +160,13 @@ class ScorerConfig:
     std_coef: float = knob(1.0, ge=0)
     """Factor of the standard deviation in mean_minus_std."""
 
+    def __post_init__(self) -> None:
+        """Accept a dict for a component, as the command line does."""
+        self.components = [
+            ScorerComponent(**component) if isinstance(component, dict) else component
+            for component in self.components
+        ]
+
     def of_component(self, component: ScorerComponent) -> ScorerConfig:
         """Configuration of one component as a scorer of its own."""
         return ScorerConfig(component.path, component.normalize or self.normalize, self.batch_size)
@@ -257,7 +264,10 @@ class PPOStageConfig(StageConfig):
     critic: CriticConfig = group(CriticConfig)
     evaluation: EvaluationConfig = group(EvaluationConfig)
     watchdog: WatchdogConfig = group(WatchdogConfig)
-    checkpoint: CheckpointConfig = group(CheckpointConfig, every=20)
+
+    @property
+    def checkpoint_every(self) -> int:
+        return self.checkpoint.every or 20
 
     @property
     def needs_eval(self) -> bool:

@@ -139,8 +139,8 @@ class TrackerConfig:
 class CheckpointConfig:
     """When a stage writes a checkpoint that it can resume from."""
 
-    every: int = knob(200, ge=1)
-    """Optimiser steps (ppo: updates) between two checkpoints."""
+    every: int | None = knob(None, ge=1)
+    """Optimiser steps (ppo: updates) between two checkpoints (null: 200 steps, 20 updates)."""
     keep_last: int = knob(2, ge=1)
     """Number of checkpoints to keep; the best one is kept in addition."""
     grace_seconds: float = knob(60.0, gt=0, le=YEAR)
@@ -178,6 +178,11 @@ class StageConfig:
     def stage_dir(self, stage: str) -> Path:
         """Directory of `stage` in this run: `runs_dir/run_name/stage`."""
         return Path(self.runs_dir) / self.run_name / stage
+
+    @property
+    def checkpoint_every(self) -> int:
+        """`checkpoint.every`, with a value for null."""
+        return self.checkpoint.every or 200
 
     @property
     def needs_eval(self) -> bool:
