@@ -42,14 +42,14 @@ def main(runs_dir: str) -> None:
     sft = SFTStageConfig(runs_dir=runs_dir, dataset=data, response_length=24)
     sft.model = ModelConfig(config=MODEL_CONFIG, tokenizer=tokenizer)
     sft.trainer |= {"num_train_epochs": 2, "learning_rate": 2e-3, "warmup_steps": 5}
-    print(train_sft(sft).metrics)
+    print(train_sft(sft))
 
     ppo = PPOStageConfig(runs_dir=runs_dir, dataset=data, critic=CriticConfig("policy", 1e-3))
     ppo.ppo = PPOConfig(num_updates=12, response_length=24, learning_rate=3e-4)
     ppo.evaluation = EvaluationConfig(every=6)
     result = train_ppo(ppo, scorer=thanks)
-    print(f"share that says thanks: {result.before['eval_score']:.2f} before, ", end="")
-    print(f"{result.after['eval_score']:.2f} after; policy in {result.directory}")
+    print(result)  # its score is the share that says thanks
+    print(f"scores by update: {[row['score'] for row in result.metrics if 'score' in row]}")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # for editors and type checkers
         TrackerConfig,
         WatchdogConfig,
     )
-    from rlhf.ppo.loop import PPOResult
+    from rlhf.ppo.result import PPOResult
     from rlhf.ppo.stage import train_ppo
     from rlhf.ppo.trainer import PPOTrainer
     from rlhf.reward.stage import RewardResult, train_reward

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,33 @@ class MetricsWriter:
         """Finish the run in the trackers."""
         if self._trackers is not None:
             self._trackers.close()
+
+
+@dataclass(repr=False)
+class StageResult:
+    """What a stage returns; printed, it is the table that its command ends with.
+
+    Attributes:
+        directory: `final/`, ready for the next stages; None if training was interrupted.
+        after: metrics on held-out rows, of the model in `directory`.
+        table: these as text.
+        stage_dir: the folder of the stage; None if nothing was written.
+        stopped_by: number of the signal that interrupted training; None if none did.
+    """
+
+    directory: Path | None
+    after: dict[str, float]
+    table: str = ""
+    stage_dir: Path | None = None
+    stopped_by: int | None = None
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of `metrics.jsonl`: a dict for each row, in the order of their `step`."""
+        return [] if self.stage_dir is None else read_jsonl(self.stage_dir / "metrics.jsonl")
+
+    def __repr__(self) -> str:
+        return self.table or f"{type(self).__name__}: no figures of held-out rows"
 
 
 def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rlhf.ppo.loop import PPOResult
+    from rlhf.ppo.result import PPOResult
     from rlhf.ppo.stage import train_ppo
     from rlhf.ppo.trainer import PPOTrainer
 

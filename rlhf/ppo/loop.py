@@ -7,8 +7,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 from rlhf.checkpoint import (
@@ -30,43 +29,17 @@ from rlhf.checkpoint.state import (
     save_training_state,
 )
 from rlhf.config import InputError, PPOStageConfig
-from rlhf.console import interval_text, progress_bar, say, table, warn
+from rlhf.console import progress_bar, say, warn
 from rlhf.curves import write_curves
-from rlhf.data import Splits, few_rows
+from rlhf.data import Splits
 from rlhf.metrics import MetricsWriter
 from rlhf.models import merged
 from rlhf.ppo.evaluation import Evaluator, describe_selection, selection_value
+from rlhf.ppo.result import PPOResult, closing_table
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.ppo.watchdog import Watchdog
-from rlhf.scorers import component_names
 
 SHOWN = {"score": "score", "kl": "kl", "response_length": "len", "eos_rate": "eos"}
-TABLE = (
-    ("score", "eval_score"),
-    ("independent score", "eval_independent_score"),
-    ("win rate against the answers before", "eval_win_rate"),
-    ("KL to the reference, nats per response", "eval_kl"),
-    ("response length, tokens", "eval_response_length"),
-    ("share of responses that end with EOS", "eval_eos_rate"),
-)
-
-
-@dataclass
-class PPOResult:
-    """What `train_ppo` returns.
-
-    Attributes:
-        directory: holds the trained policy; None if training was interrupted.
-        before, after: metrics on held-out prompts, of the first policy and of that in `directory`.
-        update: the policy in `directory` is from after this update.
-        stopped_by: number of the signal that interrupted training, if one did.
-    """
-
-    directory: Path | None
-    before: dict[str, float]
-    after: dict[str, float]
-    update: int = 0
-    stopped_by: int | None = None
 
 
 class PPOLoop:
@@ -113,7 +86,14 @@ class PPOLoop:
             f"stopped after update {trainer.update}; continue with resume=true "
             f"run_name={self.config.run_name}"
         )
-        return PPOResult(None, self.before, self.last, trainer.update, stopped_by=stop.signal)
+        return PPOResult(
+            None,
+            self.last,
+            before=self.before,
+            update=trainer.update,
+            stage_dir=self.directory,
+            stopped_by=stop.signal,
+        )
 
     def _train_or_save(self, writer: MetricsWriter, stop: GracefulStop) -> bool:
         """As `_train`. If bad input ends it, such as a scorer that fails, save the last finished
@@ -219,8 +199,17 @@ class PPOLoop:
             with trainer.updater.averaged_weights():
                 policy = merged(trainer.actors.policy)
                 write_stage(self.directory / "final", policy, tokenizer, config, record)
-        self._report(chosen, updates_made, metrics)
-        return PPOResult(self.directory / "final", self.before, metrics, chosen)
+        number = len(self.evaluate.prompts)
+        text = closing_table(config, self.before, metrics, chosen, number)
+        self._report(chosen, updates_made, text)
+        return PPOResult(
+            self.directory / "final",
+            metrics,
+            before=self.before,
+            update=chosen,
+            table=text,
+            stage_dir=self.directory,
+        )
 
     def _write_critic(self, record: StageRecord) -> None:
         """Write the critic of the policy in `final/`, for `critic.init` of a later run; its values
@@ -232,22 +221,9 @@ class PPOLoop:
         own.parent = own.parent_weights = None
         write_stage(self.directory / "critic", merged(critic.model), tokenizer, self.config, own)
 
-    def _report(self, chosen: int, updates_made: int, metrics: dict[str, float]) -> None:
-        components = component_names(self.trainer.actors.scorer)
-        parts = [(f"score of {name}", f"eval_score/{name}") for name in components]
-        rows = [
-            (name, _with_interval(self.before, key), _with_interval(metrics, key))
-            for name, key in (TABLE[0], *parts, *TABLE[1:])
-            if key in metrics
-        ]
-        if rows:
-            number, intervals = len(self.evaluate.prompts), "95 % bootstrap intervals over them"
-            say(f"\n{number} held-out prompts, {intervals} in brackets:")
-            say(table(rows, ("", "before", f"update {chosen}")))
-            if few := few_rows(number, "prompt"):
-                say(few)
-            if replaced := describe_penalty(self.config.eos_penalty, self.before, metrics):
-                say(replaced)
+    def _report(self, chosen: int, updates_made: int, closing: str) -> None:
+        if closing:
+            say(f"\n{closing}")
         if self.watchdog.summary():
             say(self.watchdog.summary())
         before = selection_value(self.config, self.before)
@@ -299,23 +275,3 @@ class PPOLoop:
         self.before, self.last, self.best = state["before"], state["last"], state["best"]
         self.evaluate.baseline, self.pending = state["baseline"], state.get("pending")
         self.watchdog.load_state(state["watchdog"])
-
-
-def describe_penalty(
-    penalty: float | None, before: dict[str, float], after: dict[str, float]
-) -> str:
-    """How often the penalty for a missing EOS replaced the score; empty if it never did."""
-    shares = [1 - metrics.get("eval_eos_rate", 1.0) for metrics in (before, after)]
-    if penalty is None or not any(shares):
-        return ""
-    was, now = (f"{share:.0%}" for share in shares)
-    return (
-        f"ppo.missing_eos_penalty={penalty:g} replaced the score of {was} of these answers before, "
-        f"of {now} after; ppo.missing_eos_penalty=null keeps the scorer's own"
-    )
-
-
-def _with_interval(metrics: dict[str, float], name: str) -> str:
-    if name not in metrics:
-        return "-"
-    return interval_text(metrics[name], metrics[f"{name}_low"], metrics[f"{name}_high"])

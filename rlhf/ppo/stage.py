@@ -29,9 +29,10 @@ from rlhf.ppo.actors import (
     try_adapters,
 )
 from rlhf.ppo.evaluation import Evaluator
-from rlhf.ppo.loop import PPOLoop, PPOResult
+from rlhf.ppo.loop import PPOLoop
 from rlhf.ppo.preflight import run_preflight
 from rlhf.ppo.prompts import choose_prompts
+from rlhf.ppo.result import PPOResult, finished_result
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.sampling import context_length
 from rlhf.scorers import Scorer, instance, reward_models
@@ -63,9 +64,7 @@ def train_ppo(
     config = with_sources(with_rows(config, rows, eval_rows), scorer)
     with open_run(config, "ppo", writes=config.preflight != "only") as run:
         if run.finished is not None:
-            metrics = dict(run.finished.metrics)
-            update = int(metrics.pop("update"))
-            return PPOResult(run.directory / "final", {}, metrics, update)
+            return finished_result(config, run.finished.metrics, run.directory)
         return _train(config, scorer, run)
 
 
@@ -97,7 +96,7 @@ def _train(config: PPOStageConfig, scorer: Scorer | None, run: StageRun) -> PPOR
     if config.preflight:
         run_preflight(trainer, heldout, independent)
     if config.preflight == "only":
-        return PPOResult(None, {}, {})
+        return PPOResult(None, {})
 
     # Train: only now is anything written to the stage's directory.
     run.begin()

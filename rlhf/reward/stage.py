@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from rlhf.console import say
 from rlhf.data import RankedCollator, Splits, encode_ranked, load_splits, with_rows
 from rlhf.equivalence import require_padding
 from rlhf.hf_trainer import as_in_training, is_sharded, row_length, run_trainer, trainer_arguments
+from rlhf.metrics import StageResult
 from rlhf.models import (
     ScalarModel,
     add_lora,
@@ -44,7 +44,7 @@ from rlhf.reward.batches import describe_plan, plan_batches, score_rows
 from rlhf.reward.completions import load_completions
 from rlhf.reward.ranking_trainer import RankingTrainer
 from rlhf.reward.report.measures import heldout_metrics
-from rlhf.reward.report.page import page_files, show_report
+from rlhf.reward.report.page import page_files, show_report, stored_text, terminal_text
 from rlhf.reward.report.verdict import heldout_name, make_report
 from rlhf.sampling import context_length
 from rlhf.tokenizer import load_tokenizer
@@ -52,19 +52,8 @@ from rlhf.tokenizer import load_tokenizer
 OTHER_FAMILY = "take a model of another family"  # where padding changes scores
 
 
-@dataclass
-class RewardResult:
-    """What `train_reward` returns.
-
-    Attributes:
-        directory: the stage directory, ready for PPO; None when training was interrupted.
-        metrics: `eval_accuracy`, `eval_longer_wins_accuracy`, `eval_length_matched_accuracy`, ...
-        stopped_by: number of the signal that interrupted training; None when it was not.
-    """
-
-    directory: Path | None
-    metrics: dict[str, float]
-    stopped_by: int | None = None
+class RewardResult(StageResult):
+    """What `train_reward` returns; see `StageResult` for its attributes."""
 
 
 def train_reward(
@@ -85,7 +74,8 @@ def train_reward(
     config = with_rows(config, rows, eval_rows)
     with open_run(config, "reward") as run:
         if run.finished is not None:
-            return RewardResult(run.directory / "final", run.finished.metrics)
+            final = run.directory / "final"
+            return RewardResult(final, run.finished.metrics, stored_text(final), run.directory)
         return _train(config, run)
 
 
@@ -137,7 +127,7 @@ def _train(config: RewardStageConfig, run: StageRun) -> RewardResult:
         batches=plan,
     )
     if (signal := run_trainer(trainer, config, directory, "reward")) is not None:
-        return RewardResult(None, {}, stopped_by=signal)
+        return RewardResult(None, {}, stage_dir=directory, stopped_by=signal)
     return _finish(trainer, completions, splits, config, parent, directory)
 
 
@@ -171,4 +161,4 @@ def _finish(
         )
         shown = " and ".join(name for name in files if name != "report.json")
         show_report(report, f"{final}, with {shown}", files)
-    return RewardResult(final, record.metrics)
+    return RewardResult(final, record.metrics, terminal_text(report), directory)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ from rlhf.hf_trainer import (
     run_trainer,
     trainer_arguments,
 )
-from rlhf.metrics import append_jsonl, read_jsonl
+from rlhf.metrics import StageResult, append_jsonl, read_jsonl
 from rlhf.models import (
     add_lora,
     load_policy,
@@ -75,14 +75,15 @@ from rlhf.tokenizer import (
 NUM_SHOWN = 3  # samples
 
 
-@dataclass
-class SFTResult:
-    """What `train_sft` returns."""
+@dataclass(repr=False, kw_only=True)
+class SFTResult(StageResult):
+    """What `train_sft` returns; see `StageResult` for the other attributes.
 
-    directory: Path | None  # ready for the next stages; None after an interruption
-    metrics: dict[str, float]  # eval_loss, eval_mean_token_accuracy, eos_rate, ...
-    samples: list[dict[str, Any]]  # prompt, response and finished flag, of held-out prompts
-    stopped_by: int | None = None  # number of the signal that interrupted training
+    Attributes:
+        samples: `prompt`, `response` and `finished` of answers to held-out prompts.
+    """
+
+    samples: list[dict[str, Any]] = field(default_factory=list)
 
 
 class FiniteSFTTrainer(FiniteTrainer, SFTTrainer):
@@ -107,8 +108,13 @@ def train_sft(
     config = with_rows(config, rows, eval_rows)
     with open_run(config, "sft") as run:
         if run.finished is not None:
-            samples = read_jsonl(run.directory / "samples.jsonl")
-            return SFTResult(run.directory / "final", run.finished.metrics, samples)
+            return SFTResult(
+                run.directory / "final",
+                run.finished.metrics,
+                closing_table(run.finished.metrics, None),
+                run.directory,
+                samples=read_jsonl(run.directory / "samples.jsonl"),
+            )
         return _train(config, run)
 
 
@@ -152,7 +158,7 @@ def _train(config: SFTStageConfig, run: StageRun) -> SFTResult:
     with without_padding_mask(model):
         stopped_by = run_trainer(trainer, config, directory, "sft")
     if stopped_by is not None:
-        return SFTResult(None, {}, [], stopped_by)
+        return SFTResult(None, {}, stage_dir=directory, stopped_by=stopped_by)
     return _finish(trainer, tokenizer, splits, config, directory)
 
 
@@ -269,8 +275,9 @@ def _finish(
         record = make_record("sft", config, *origin, splits.dropped, metrics)
         write_stage(directory / "final", merged(policy), tokenizer, config, record)
     heldout: Any = trainer.eval_dataset
-    _show_result(directory, metrics, samples, len(heldout))
-    return SFTResult(directory / "final", metrics, samples)
+    text = closing_table(metrics, len(heldout))
+    _show_result(directory, metrics, samples, text)
+    return SFTResult(directory / "final", metrics, text, directory, samples=samples)
 
 
 def sample_responses(
@@ -310,8 +317,18 @@ def _last_evaluation(trainer: SFTTrainer) -> dict[str, float]:
     return {name: rows[-1][name] for name in names if name in rows[-1]}
 
 
+def closing_table(metrics: dict[str, float], num_heldout: int | None) -> str:
+    """The metrics of the trained model; the number of held-out rows is None where it is not known
+    any more."""
+    number, few = "", ""
+    if num_heldout is not None:
+        number, few = f"{num_heldout} ", few_rows(num_heldout, "row")
+    text = table(list(metrics.items()), (f"{number}held-out rows", "value"))
+    return f"{text}\n{few}".rstrip()
+
+
 def _show_result(
-    directory: Path, metrics: dict[str, float], samples: list[dict[str, Any]], num_heldout: int
+    directory: Path, metrics: dict[str, float], samples: list[dict[str, Any]], closing: str
 ) -> None:
     for sample in samples[:NUM_SHOWN]:
         prompt = sample["prompt"]
@@ -319,9 +336,7 @@ def _show_result(
         say(f"\n> {' '.join(text.split())[:300]}\n{sample['response'].strip()}")
         if not sample["finished"]:
             say("[no stop token within response_length]")
-    say("\n" + table(list(metrics.items()), (f"{num_heldout} held-out rows", "value")))
-    if few := few_rows(num_heldout, "row"):
-        say(few)
+    say(f"\n{closing}")
     if metrics.get("eos_rate", 1.0) < 0.5:
         fix = "train longer, or raise response_length"
         say(f"fewer than half of the answers end with a stop token: {fix}")

@@ -16,7 +16,7 @@ def test_library_use_runs_and_is_short(tmp_path):
     assert len(script.read_text().splitlines()) < 60
     result = run([sys.executable, str(script), str(tmp_path)], tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
-    before, after = re.search(r"thanks: ([\d.]+) before, ([\d.]+) after", result.stdout).groups()
+    before, after = re.search(r"^score +([\d.]+) .*?\] +([\d.]+)", result.stdout, re.M).groups()
     assert float(after) > float(before) + 0.15
 
 

@@ -179,6 +179,10 @@ def test_checkpoint_that_was_brought_alone_is_continued(killed, wholes, tmp_path
     assert (directory / "run.json").read_text() == (killed / "run/sft/run.json").read_text()
 
 
+def printed_result(text: str, directory: Path) -> str:
+    return text.split(f"\nresult={directory / 'final'}, ")[0].split("printed:\n")[-1]
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_finished_run_has_nothing_to_do(stage, wholes):
     config, directory, whole = wholes(stage)
@@ -186,7 +190,11 @@ def test_finished_run_has_nothing_to_do(stage, wholes):
     again = dataclasses.replace(config, resume="auto")
     finish(start(again), again)
     assert f"{directory} is finished: nothing to do" in text_of(config)
-    assert f"\nresult={directory / 'final'}, " in text_of(config).split("nothing to do")[-1]
+    first, second = text_of(config).split(f"{directory} is finished: nothing to do\n")
+    table = printed_result(first, directory)
+    assert first.count(table) == 2  # the command shows what print(result) shows
+    words = printed_result(second, directory).split()  # without the number of held-out rows
+    assert len(words) > 10 and all(word in table.split() for word in words)
     assert {path: path.stat().st_mtime_ns for path in directory.rglob("*")} == before
 
 

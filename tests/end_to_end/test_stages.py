@@ -133,7 +133,7 @@ def test_lora_in_all_three_stages_hands_over_plain_merged_models(tmp_path):
 def test_packing_trains_and_evaluates(tmp_path):
     config = sft_config(tmp_path)
     config.trainer |= {"packing": True, "max_steps": 4, "per_device_train_batch_size": 4}
-    assert 0 < train_sft(config).metrics["eval_loss"] < 10
+    assert 0 < train_sft(config).after["eval_loss"] < 10
 
 
 def test_a_used_run_directory_is_refused_and_kept(runs):

@@ -32,6 +32,7 @@ from rlhf.config import (
 )
 from rlhf.demo.world import MODEL_CONFIG
 from rlhf.demo.world import rows as demo_rows
+from rlhf.metrics import read_jsonl
 
 STAGES = ("sft", "reward", "ppo")
 ACCESSES = ("open", "os.rename", "os.remove", "os.mkdir", "os.truncate", "shutil.rmtree")
@@ -195,7 +196,8 @@ def run_stage(config, log: str, kill_at: int, hang_at: int | None, ask: int | No
     if hang_at is not None:
         hang(hang_at)
     result = train(config)
-    print(f"result={result.directory}, accesses={accesses}", flush=True)
+    print(f"printed:\n{result}\nresult={result.directory}, accesses={accesses}", flush=True)
+    assert result.metrics == read_jsonl(directory_of(config) / "metrics.jsonl") != []
     sys.exit(128 + result.stopped_by if result.stopped_by else 0)
 
 

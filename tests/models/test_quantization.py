@@ -298,7 +298,7 @@ def test_all_stages_train_adapters_on_a_quantised_base(quantization, folder, sav
     reward = RewardStageConfig(**settings(folder, quantization, "reward", own))
     reward.trainer |= {"max_steps": 12, "learning_rate": 3e-3, "logging_steps": 4}
     result = train_reward(reward)
-    assert result.metrics["eval_accuracy"] == 1.0
+    assert result.after["eval_accuracy"] == 1.0
     expected = load_file(result.directory / "model.safetensors")
     exact(weights_after_resuming(train_reward, reward, result.directory), expected)
     reward_model = load_reward_model(

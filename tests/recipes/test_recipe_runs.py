@@ -234,7 +234,7 @@ def run_sft(recipe, folder):
     rows = read_jsonl(result.directory.parent / "metrics.jsonl")
     losses = [row["loss"] for row in rows if "loss" in row]
     assert losses[-1] < losses[0] - 0.5, losses
-    assert math.isfinite(result.metrics["eval_loss"])
+    assert math.isfinite(result.after["eval_loss"])
     reloaded = AutoModelForCausalLM.from_pretrained(result.directory)
     assert reloaded.config.model_type == FAMILIES[FAMILY[recipe]][0]
     tokenizer = AutoTokenizer.from_pretrained(result.directory)
@@ -252,7 +252,7 @@ def run_reward(recipe, folder, *overrides):
         rows = write_rows(folder, normalization.format)
         overrides = [*overrides, f"normalization.path={rows}"]
     result = train_reward(compose_small(recipe, "reward", folder, *overrides))
-    assert math.isfinite(result.metrics["eval_accuracy"])
+    assert math.isfinite(result.after["eval_accuracy"])
     model = AutoModelForSequenceClassification.from_pretrained(result.directory)
     assert model.config.model_type == FAMILIES[FAMILY[recipe]][0] and model.config.num_labels == 1
     return result.directory

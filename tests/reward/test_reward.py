@@ -424,8 +424,8 @@ def test_a_run_under_a_budget_resumes_bit_identically_and_its_directory_scores_a
     heldout, _ = encode_ranked(splits.eval, tokenizer, 128)
     model = ScalarModel(load_reward_model(ModelConfig(path=str(directory / "final")))).eval()
     metrics = heldout_metrics(score_rows(model, heldout, 4), heldout)
-    assert metrics["eval_margin"] == pytest.approx(result.metrics["eval_margin"], abs=1e-5)
-    assert metrics["eval_accuracy"] == result.metrics["eval_accuracy"]
+    assert metrics["eval_margin"] == pytest.approx(result.after["eval_margin"], abs=1e-5)
+    assert metrics["eval_accuracy"] == result.after["eval_accuracy"]
 
     shutil.rmtree(directory / "final")
     train_reward(dataclasses.replace(config, resume=True))

@@ -330,7 +330,7 @@ def test_final_is_from_the_evaluation_with_the_least_loss(peft, data, tmp_path, 
     losses = evaluations(tmp_path / "run/sft")
     best = min(losses, key=losses.__getitem__)
     assert list(losses) == [2, 4, 6, 8, 10, 12, 14] and 2 < best < 14
-    assert result.metrics["eval_loss"] == losses[best]
+    assert result.after["eval_loss"] == losses[best]
     assert loss_of(result.directory, data) == pytest.approx(losses[best], rel=1e-5)
     assert f"taking step {best} of 14, with the best eval_loss: " in capsys.readouterr().out
     if not peft.enabled:
@@ -347,7 +347,7 @@ def test_the_last_step_may_be_the_best_and_needs_no_checkpoint(data, tmp_path):
     result = train_sft(overfitting(tmp_path, data, learning_rate=1e-3))
     losses = evaluations(tmp_path / "run/sft")
     assert min(losses, key=losses.__getitem__) == 14
-    assert result.metrics["eval_loss"] == losses[14]
+    assert result.after["eval_loss"] == losses[14]
     assert loss_of(result.directory, data) == pytest.approx(losses[14], rel=1e-5)
     assert not (tmp_path / "run/sft/checkpoint-14").exists()
 
@@ -361,7 +361,7 @@ def test_a_reward_model_is_from_its_best_evaluation(data, tmp_path):
     margins = evaluations(tmp_path / "run/reward", "eval_margin")
     best = max(margins, key=margins.__getitem__)
     assert 1 < best < max(margins)
-    assert result.metrics["eval_margin"] == pytest.approx(margins[best], rel=1e-5)
+    assert result.after["eval_margin"] == pytest.approx(margins[best], rel=1e-5)
 
 
 @pytest.mark.parametrize(

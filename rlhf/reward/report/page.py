@@ -10,6 +10,7 @@ import io
 import json
 import textwrap
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,6 +56,12 @@ def page_files(report: Report, scores: list[Tensor], rows: list[Row]) -> dict[st
 def terminal_text(report: Report) -> str:
     """Lay out the report in about twenty lines; `report.md` also has subsets and mistakes."""
     return "\n".join([table(_rows(_slices(report)), HEADER), *_facts(report)])
+
+
+def stored_text(final: Path) -> str:
+    """The report of a finished stage, as `terminal_text`; empty if it has none."""
+    file = final / "report.json"
+    return terminal_text(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else ""
 
 
 def _slices(report: Report, subsets: bool = False) -> list[tuple[str, dict[str, Any]]]:

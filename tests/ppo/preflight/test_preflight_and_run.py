@@ -23,9 +23,9 @@ from torch.multiprocessing import spawn
 
 from rlhf.config import PeftConfig
 from rlhf.ppo import train_ppo
-from rlhf.ppo.loop import PPOResult
 from rlhf.ppo.preflight import PreflightFailed, run_preflight
 from rlhf.ppo.preflight.findings import Finding, bottom_line, lay_out
+from rlhf.ppo.result import PPOResult
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -87,7 +87,7 @@ def test_preflight_only_writes_nothing_and_minds_no_finished_run(policy_dir, tmp
     (finished / "model.safetensors").write_text("precious")
     paths = sorted(tmp_path.rglob("*"))
     config.preflight = "only"
-    assert train_ppo(config, scorer=letters) == PPOResult(None, {}, {})
+    assert train_ppo(config, scorer=letters) == PPOResult(None, {})
     with pytest.raises(PreflightFailed, match="scorer: mean score 0.25, .* a constant"):
         train_ppo(config, scorer=constant)
     assert sorted(tmp_path.rglob("*")) == paths
