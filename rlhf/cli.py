@@ -196,29 +196,33 @@ def _require_typed_trust(config: StageConfig, typed: list[str]) -> None:
 
 
 def _continued(config: StageConfig, stage: str, typed: list[str]) -> StageConfig:
-    """Apply the command line to the configuration that the run was started with.
-
-    Hydra composes again, with the run's configuration in place of the defaults. Groups and recipes
-    on the command line change only the keys that they set.
-    """
-    from hydra import compose
-    from hydra.core.config_store import ConfigStore
-
+    """Apply the command line to the configuration that the run was started with."""
     file = config_file_of_run(config.stage_dir(stage))
     if file is None:
         if config.resume is True:
             raise nothing_to_resume(config, stage)
         return config
-    groups: list[Any] = [{group: None} for group in groups_of(STAGES[stage])]
-    defaults = [f"{stage}_schema", "_self_", *groups, {"recipe": None}, {"stage": stage}]
-    name = f"{stage}_continued"
-    values = read_run_config(file, config)
-    ConfigStore.instance().store(name=name, node={"defaults": defaults} | values)
-    # "+key=value" fails on a key that exists, and the run may have it already
-    overrides = [re.sub(r"^\+(?!\+)", "++", o) for o in typed]
-    continued = _as_dataclass(compose(name, overrides), type(config))
+    continued = compose_over(read_run_config(file, config), stage, typed)
     same = {key: getattr(config, key) for key in ("run_name", "runs_dir", "resume", "overwrite")}
     return dataclasses.replace(continued, **same)
+
+
+def compose_over(values: dict[str, Any], stage: str, overrides: list[str]) -> Any:
+    """Compose a stage's configuration with these values in place of the defaults.
+
+    Groups and recipes among the overrides change only the keys that they set.
+    """
+    from hydra import compose
+    from hydra.core.config_store import ConfigStore
+
+    config_class, store = STAGES[stage], ConfigStore.instance()
+    groups: list[Any] = [{group: None} for group in groups_of(config_class)]
+    defaults = [f"{stage}_schema", "_self_", *groups, {"recipe": None}, {"stage": stage}]
+    store.store(name=f"{stage}_schema", node=schema(config_class))
+    store.store(name=f"{stage}_over", node={"defaults": defaults} | values)
+    # "+key=value" fails on a key that exists, and the values may have it already
+    overrides = [re.sub(r"^\+(?!\+)", "++", o) for o in overrides]
+    return _as_dataclass(compose(f"{stage}_over", overrides), config_class)
 
 
 def hydra_arguments(given: list[str]) -> list[str]:

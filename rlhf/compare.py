@@ -7,7 +7,6 @@ metrics, and draws their curves into one picture. A path is a run (runs/a) or on
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from typing import Any
 
 from rlhf.config import CONFIG_FILE, STAGES, InputError, dotted, read_yaml, yaml_scalar
 from rlhf.console import say, table
-from rlhf.curves import draw_curves
+from rlhf.curves import draw_curves, plot_hint
 from rlhf.metrics import read_jsonl
 from rlhf.options import run_command
 
@@ -44,8 +43,8 @@ def run(options: CompareOptions) -> None:
     named = dict(zip(labels, runs.values(), strict=True))
     rows = [*_differences(named), *_results(named)]
     say(table(rows, ("", *labels)))
-    if importlib.util.find_spec("matplotlib") is None:
-        say(f"\n{options.out} needs the matplotlib package: pip install 'rlhf[plot]'")
+    if hint := plot_hint(options.out):
+        say(f"\n{hint}")
         return
     out = Path(options.out)
     try:

@@ -107,9 +107,16 @@ def _legend(labels: list[str]) -> list[Any]:
     return [*runs, Line2D([], [], color="grey", label="training"), held_out]
 
 
+def plot_hint(picture: str) -> str:
+    """What to install so that a picture can be drawn; empty where matplotlib is there."""
+    if importlib.util.find_spec("matplotlib"):
+        return ""
+    return f"{picture} needs the matplotlib package: pip install 'rlhf[plot]'"
+
+
 def write_curves(directory: Path, stage: str, label: str) -> None:
     """Write the curves of one stage into its directory, where matplotlib is there."""
-    is_ready = importlib.util.find_spec("matplotlib") and (directory / "metrics.jsonl").is_file()
+    is_ready = not plot_hint(PICTURE) and (directory / "metrics.jsonl").is_file()
     if is_main_process() and is_ready:
         try:
             draw_curves({label: {stage: directory}}).savefig(directory / PICTURE)

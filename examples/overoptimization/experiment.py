@@ -26,6 +26,7 @@ from pathlib import Path
 
 from rlhf.config import InputError, PPOStageConfig, load_config
 from rlhf.console import say
+from rlhf.curves import plot_hint
 from rlhf.options import run_command
 from rlhf.pipeline import route, run_stage
 
@@ -55,7 +56,8 @@ def main(arguments: list[str]) -> int:
 
 def experiment(options: Options) -> int:
     """Train what is missing, measure, draw; return the status of the stage that failed, or 0."""
-    _require_matplotlib()
+    if hint := plot_hint("overoptimization.png"):
+        raise InputError(hint)
     coefs = check_coefs(options.kl_coefs)
     if status := _train(options, coefs):
         return status
@@ -80,15 +82,6 @@ def experiment(options: Options) -> int:
     say(closing_table(result))
     say(f"\nsaved {file.with_suffix('.png')} and {file}")
     return 0
-
-
-def _require_matplotlib() -> None:
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise InputError(
-            "drawing needs the matplotlib package: pip install 'rlhf[plot]'"
-        ) from error
 
 
 def check_coefs(coefs: list[float]) -> list[float]:

@@ -401,13 +401,18 @@ def test_the_command_reports_on_other_rows(runs, tmp_path, capsys):
     assert "does not say what it was trained on" in capsys.readouterr().err
     assert main([f"path={bare}", *data]) == 0
     assert read_report(bare)["summary"] == report["summary"]
+    as_a_stage = [*data[:2], "dataset=ranked", "+dataset.columns.prompt=prompt"]
+    assert main([f"path={final}", f"out={tmp_path}", *as_a_stage]) == 0
+    assert read_report(tmp_path)["summary"] == report["summary"]
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
         ([], "path is missing"),
-        (["path={final}", "seed=2"], "got 'seed=2'"),
+        (["path={final}", "seed=2"], "seed=2 changes no report; give dataset.<key>=value for"),
+        (["path={final}", "dataset=rankde"], "dataset=rankde does not exist; choose one of"),
+        (["path={final}", "dataset.eval_path"], "cannot read 'dataset.eval_path'"),
         (["path={final}", "dataset.pth=x"], "unknown key 'dataset.pth'. Did you mean"),
         (["path={final}", "out={final}/config.json"], "out=.*config.json is no directory and"),
         (["path={sft}"], "written by the sft stage"),

@@ -9,20 +9,23 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from rlhf.cli import compose_over
 from rlhf.config import (
+    CONF_DIR,
     CONFIG_FILE,
     InputError,
     RewardStageConfig,
     ScorerConfig,
     explain,
     read_yaml,
+    refuse,
     refuse_named_code,
-    schema,
 )
 from rlhf.inputs import check_model
 from rlhf.options import run_command
+from rlhf.overrides import wrong_overrides
 
 if TYPE_CHECKING:
     from rlhf.scorers import RewardModelScorer
@@ -41,7 +44,7 @@ class ReportOptions:
     trust_remote_code: bool = False
     """true: the model's own Python files, and functions named in its config.yaml, may run."""
     overrides: list[str] = field(default_factory=list)
-    """dataset.<key>=value: other held-out rows, e.g. dataset.eval_path=new.jsonl."""
+    """Other held-out rows, as in the reward stage: dataset.eval_path=new.jsonl dataset=ranked."""
 
 
 def main(arguments: list[str]) -> int:
@@ -56,6 +59,7 @@ def run(options: ReportOptions) -> None:
         InputError: a bad option, or a reward model or rows that cannot be read.
     """
     check_model(options.path, "path", ("reward",), code=options.trust_remote_code)
+    config = stage_config(options)
     from rlhf.checkpoint import require_stage
     from rlhf.console import quiet_libraries, say
     from rlhf.data import encode_ranked, load_splits
@@ -74,7 +78,6 @@ def run(options: ReportOptions) -> None:
             f"out={out} is no directory and cannot be made: {error.strerror}"
         ) from error
     record = require_stage(options.path, ("reward",), "path")
-    config = stage_config(options)
     data, name = config.dataset, heldout_name(config.dataset)
     sizes = config.trainer["per_device_eval_batch_size"], config.reward.tokens_per_batch
     splits = load_splits(
@@ -105,18 +108,23 @@ def stage_config(options: ReportOptions) -> RewardStageConfig:
         InputError: the file is damaged or names Python code, an override is wrong, or there are no
             rows.
     """
-    from omegaconf import OmegaConf
+    from hydra import initialize_config_dir
     from omegaconf.errors import OmegaConfBaseException
 
-    for override in options.overrides:
-        if not override.startswith("dataset.") or "=" not in override:
-            raise InputError(f"got {override!r}; expected an option (see --help) or dataset.<key>=")
+    typed = {text.partition("=")[0].lstrip("+"): text for text in options.overrides}
+    wrong = wrong_overrides(options.overrides, "reward", own_files=False)
+    refuse(
+        [
+            wrong.get(text, f"{text} changes no report; give dataset.<key>=value for other rows")
+            for key, text in typed.items()
+            if text in wrong or key.partition(".")[0] != "dataset"
+        ]
+    )
     file = Path(options.path) / CONFIG_FILE
     stored = read_yaml(file) if file.is_file() else {}
     try:
-        overrides = OmegaConf.from_dotlist(options.overrides)
-        merged = OmegaConf.merge(schema(RewardStageConfig), stored, overrides)
-        config: Any = OmegaConf.to_object(merged)
+        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+            config = compose_over(stored, "reward", options.overrides)
     except OmegaConfBaseException as error:
         raise InputError(explain(error, RewardStageConfig)) from error
     data = config.dataset
@@ -126,8 +134,7 @@ def stage_config(options: ReportOptions) -> RewardStageConfig:
             "dataset.eval_path": data.eval_path,
             "dataset.format": f"python:{data.format}" if "." in str(data.format) else None,
         }
-        typed = {override.partition("=")[0] for override in options.overrides}
-        refuse_named_code({key: named[key] for key in named.keys() - typed}, file)
+        refuse_named_code({key: named[key] for key in named.keys() - typed.keys()}, file)
     if data.path is None:
         raise InputError(
             f"{options.path} does not say what it was trained on; give dataset.path=<rows> and "

@@ -5,7 +5,6 @@ matplotlib is imported only when the picture is drawn.
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import textwrap
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rlhf.console import say, table, warn
+from rlhf.curves import plot_hint
 from rlhf.reward.report.measures import (
     LENGTH_MATCH,
     Report,
@@ -37,13 +37,13 @@ def show_report(report: Report, saved: str, files: Iterable[str]) -> None:
         warn(warning)
     say(f"\nsaved {saved}")
     if PICTURE not in files:
-        say(f"{PICTURE} needs the matplotlib package: pip install 'rlhf[plot]'")
+        say(plot_hint(PICTURE))
 
 
 def page_files(report: Report, scores: list[Tensor], rows: list[Row]) -> dict[str, bytes]:
     """Make the files of the report, by name; without matplotlib there is no picture."""
     picture = {}
-    if importlib.util.find_spec("matplotlib"):
+    if not plot_hint(PICTURE):
         picture[PICTURE] = draw(report, scores, rows)
     text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     return {
