@@ -57,7 +57,7 @@ def export(options: ExportOptions) -> None:
     """Write the directory and say how to use it."""
     check_options(options)
     path, out = Path(options.path), Path(options.out)
-    if not path.is_dir() and "/" not in options.path:
+    if not path.exists() and "/" not in options.path:
         raise InputError(f"path={path}: no such directory")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"out={out} exists and is not empty; choose another")

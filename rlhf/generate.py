@@ -112,9 +112,9 @@ def _made_from(options: GenerateOptions, num_rows: int, digest: str) -> dict[str
     made_from: dict[str, Any] = {"rows": num_rows, "sha256 of the prompts": digest}
     made_from |= {name: getattr(options, name) for name in names if name not in free}
     for name in ("path", "best_of"):
-        directory = Path(getattr(options, name) or "")
-        if getattr(options, name) and directory.is_dir():
-            made_from[f"sha256 of the weights of {name}"] = hash_weights(directory)
+        model = Path(getattr(options, name) or "")
+        if getattr(options, name) and model.exists():
+            made_from[f"sha256 of the weights of {name}"] = hash_weights(model)
     return made_from
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from rlhf.config import InputError, one_line
+from rlhf.gguf_files import gguf_in, is_gguf, require_gguf
 
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -39,13 +40,15 @@ def is_hub_id(path: str | Path) -> bool:
     """True if this can only be a model on the Hub: no path on this disk, and at most one slash."""
     name = str(path)
     is_name = name.count("/") <= 1 and not name.startswith((".", "/", "~", "python:"))
+    is_name = is_name and not is_gguf(Path(name))
     return bool(name) and is_name and not Path(name).exists()
 
 
 def local_directory(
     path: Any, field: str, revision: str | None = None, code: bool = False, weights: bool = True
 ) -> Path:
-    """Return the directory of a path or a Hub id; download a Hub id that is not in the cache.
+    """Return the directory or GGUF file of a path or a Hub id; download a Hub id that is not in
+    the cache. For a directory that holds a model as GGUF only, this is the file.
 
     Args:
         field: name of the setting that gave the path, for messages.
@@ -53,11 +56,13 @@ def local_directory(
     """
     directory, label = Path(str(path)), f"{field}={path}"
     if directory.is_dir():
+        return gguf_in(directory, label) or directory
+    if directory.is_file() and is_gguf(directory):
         return directory
     if directory.is_file():
         raise InputError(f"{label} is a file; give the directory that holds it: {directory.parent}")
     if not is_hub_id(path):
-        raise InputError(f"{label}: no such directory")
+        raise InputError(f"{label}: no such {'file' if is_gguf(directory) else 'directory'}")
     from huggingface_hub import snapshot_download
 
     wanted = DOWNLOADED + (["*.safetensors"] if weights else []) + (["*.py"] if code else [])
@@ -120,7 +125,7 @@ class Source:
 
     label: str  # the setting and its value, for messages: "model.path=runs/x"
     path: str
-    directory: Path  # of the whole model, below any adapters
+    directory: Path  # of the whole model, below any adapters; or its GGUF file
     adapters: tuple[Path, ...]  # their directories, in the order of merging
     is_classifier: bool  # a sequence classifier, such as a reward model; else a language model
 
@@ -148,7 +153,7 @@ def find_source(path: Any, field: str, revision: str | None = None, code: bool =
 def tokenizer_directory(path: Any, field: str, revision: str | None, code: bool) -> Path:
     """Return the directory that holds the tokenizer; an adapter without one uses its base's."""
     for directory in _chain(path, field, revision, code, weights=False):
-        if any(True for pattern in TOKENIZER for _ in directory.glob(pattern)):
+        if is_gguf(directory) or any(True for p in TOKENIZER for _ in directory.glob(p)):
             return directory
     raise InputError(
         f"{field}={path} has no tokenizer (tokenizer.json and tokenizer_config.json); save one "
@@ -199,6 +204,8 @@ def _adapter_settings(directory: Path, label: str) -> dict[str, Any]:
 
 
 def _require_model(directory: Path, label: str) -> None:
+    if is_gguf(directory):
+        return require_gguf(directory, label)
     config = read_json(directory / "config.json")
     read_json(directory / "generation_config.json")  # transformers ignores a damaged one
     files = weight_files(directory, config)
@@ -230,7 +237,7 @@ def _refuse_pickles(directory: Path, label: str) -> None:
 def call_loader(
     load: Callable[..., Any], directory: Path, label: str, trust_remote_code: bool, **kwargs: Any
 ) -> Any:
-    """Call a `from_pretrained` function on a directory.
+    """Call a `from_pretrained` function on a directory or a GGUF file.
 
     Raises:
         InputError: it cannot be loaded. The message begins with `label`, and names a damaged file,
@@ -240,6 +247,8 @@ def call_loader(
     from transformers import dynamic_module_utils
 
     dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # raise an error instead of asking on stdin
+    if is_gguf(directory):
+        directory, kwargs["gguf_file"] = directory.parent, directory.name
     try:
         return load(str(directory), trust_remote_code=trust_remote_code, **kwargs)
     except InputError:

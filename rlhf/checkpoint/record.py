@@ -37,7 +37,7 @@ class StageRecord:
     Attributes:
         stage: "sft", "reward" or "ppo"; "critic" for the critic of a PPO run.
         parent: directory or Hub id that training started from (None: from scratch).
-        parent_weights: SHA-256 of the parent's safetensors files (None for a Hub id).
+        parent_weights: SHA-256 of the parent's safetensors or GGUF file (None for a Hub id).
         tokenizer: hash of vocabulary and special tokens.
         template: hash of the chat template.
         prompts: how training prompts reached the model, "conversation", "text" or "mixed".
@@ -82,7 +82,7 @@ def make_record(
     metrics: dict[str, float] | None = None,
 ) -> StageRecord:
     """Describe a stage's result before it is written; `StageRecord` explains the arguments."""
-    is_local = parent is not None and Path(parent).is_dir()
+    is_local = parent is not None and Path(parent).exists()
     return StageRecord(
         stage=stage,
         parent=parent,
@@ -142,9 +142,12 @@ def _version(package: str) -> str:
         return rlhf.__version__ if package == "rlhf" else "not installed"
 
 
-def hash_weights(directory: Path) -> str:
-    """SHA-256 over a directory's safetensors files; unchanged files are read once per process."""
-    files = sorted(directory.resolve().glob("*.safetensors"))
+def hash_weights(path: Path) -> str:
+    """SHA-256 over a directory's safetensors files, or over a GGUF file; unchanged files are read
+    once per process."""
+    path = path.resolve()
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    files = files or sorted(path.glob("*.gguf"))
     states = [(file, file.stat()) for file in files]
     facts = [(f, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for f, s in states]
     return _hash_files(tuple(facts))

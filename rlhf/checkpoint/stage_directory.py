@@ -100,7 +100,8 @@ def require_stage(
     """
     path = Path(directory)
     configs = ("config.json", "adapter_config.json")
-    if path.is_dir() and not any((path / name).is_file() for name in configs):
+    is_model = any((path / name).is_file() for name in configs) or any(path.glob("*.gguf"))
+    if path.is_dir() and not is_model:
         inner = [str(final) for final in _finals_in(path.resolve(), stages)]
         hint = f"; did you mean {' or '.join(inner[:3])}?" if inner else ""
         raise InputError(f"{field}={directory} is not a model directory (no config.json){hint}")
@@ -178,7 +179,7 @@ def _sft_model(policy: str) -> tuple[str, str | None]:
     """Follow a policy through its PPO runs to the model that the first one started from; return its
     name and the hash of its weights (None for a Hub id)."""
     path = policy
-    weights = hash_weights(Path(path)) if Path(path).is_dir() else None
+    weights = hash_weights(Path(path)) if Path(path).exists() else None
     seen: set[str] = set()
     while (record := read_record(path)) is not None and path not in seen:
         if record.stage != "ppo" or record.parent is None:

@@ -96,8 +96,8 @@ def _missing_in_sft(config: SFTStageConfig) -> Iterator[str]:
     model = config.model
     if model.path is None and not model.config:
         yield (
-            "model.path: Hub id or directory, e.g. model.path=EleutherAI/pythia-410m (or "
-            "model.config to train from scratch)"
+            "model.path: Hub id, directory or GGUF file, e.g. model.path=EleutherAI/pythia-410m "
+            "(or model.config to train from scratch)"
         )
     if model.path is None and model.tokenizer is None:
         yield "model.tokenizer: Hub id or directory; needed when model.path is not set"

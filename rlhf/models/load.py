@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.checkpoint import find_non_finite, find_non_finite_in
 from rlhf.config import InputError, ModelConfig
+from rlhf.gguf_files import is_gguf
 from rlhf.hub import Source, find_source
 from rlhf.models.build import build_model
 from rlhf.models.dropout import disable_dropout, set_dropout
@@ -32,8 +33,8 @@ def load_policy(
     """Load or build a causal language model whose embedding table covers the tokenizer.
 
     Args:
-        config: `path` is a Hub id or a directory; adapters are merged into their base. Without a
-            path, the model is built from `config.config` with random weights.
+        config: `path` is a Hub id, a directory or a GGUF file; adapters are merged into their base.
+            Without a path, the model is built from `config.config` with random weights.
         field: configuration key of `path`, for messages.
 
     Raises:
@@ -157,6 +158,12 @@ def _find(config: ModelConfig, field: str) -> Source:
         raise InputError(
             f"model.quantization={config.quantization}: {field}={config.path} holds an adapter, "
             "which cannot be merged into a quantised base; merge it first: python -m rlhf.export "
+            f"path={config.path} out=<new directory>"
+        )
+    if config.quantization is not None and is_gguf(source.directory):
+        raise InputError(
+            f"model.quantization={config.quantization}: {field}={config.path} is a GGUF file, "
+            "which is read in floating point; write safetensors first: python -m rlhf.export "
             f"path={config.path} out=<new directory>"
         )
     return source

@@ -23,6 +23,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from rlhf.config import InputError, ModelConfig, one_line
+from rlhf.gguf_files import is_gguf
 from rlhf.hub import (
     ADAPTER_WEIGHTS,
     Misfits,
@@ -34,6 +35,7 @@ from rlhf.hub import (
 )
 from rlhf.models.embeddings import resize_embeddings
 from rlhf.models.forward import HEAD, has_linear_head
+from rlhf.models.from_gguf import gguf_arguments
 from rlhf.models.quantization import quantization_arguments
 
 PREFIX = "base_model.model."  # starts every name in adapter_model.safetensors
@@ -60,7 +62,8 @@ def load_backbone(source: Source, config: ModelConfig) -> PreTrainedModel:
     """
     settings = read_json(source.directory / "config.json")
     family = settings.get("model_type")
-    if family not in CLASSIFIERS and not settings.get("auto_map"):
+    is_known = family in CLASSIFIERS or settings.get("auto_map") or is_gguf(source.directory)
+    if not is_known:
         raise InputError(
             f"{source.label}: transformers has no sequence classifier for model_type={family}, but "
             "reward models and critics are built on one; take a model of another family, or in PPO "
@@ -110,8 +113,7 @@ def _read(factory: Any, source: Source, config: ModelConfig, **kwargs: Any) -> t
         use_safetensors=True,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # the loading info has them
-        **quantization_arguments(config),
-        **kwargs,
+        **(kwargs | quantization_arguments(config) | gguf_arguments(source)),
     )
     model, info = loaded
     model.name_or_path = source.path  # PEFT writes it into its checkpoints: not the Hub's cache

@@ -205,7 +205,7 @@ BAD_VALUES = [
 ]
 MISSING_VALUES = [
     ("sft", {"dataset.path": None}, "dataset.path: file or Hub name of the rows, e.g."),
-    ("sft", {"model.path": None}, "model.path: Hub id or directory, e.g."),
+    ("sft", {"model.path": None}, "model.path: Hub id, directory or GGUF file, e.g."),
     ("sft", {"model.path": None}, "model.tokenizer: Hub id or directory; needed when"),
     ("sft", {"mix.fraction": 0.1}, "mix.path: file or Hub name of the text"),
     ("reward", {"model.path": None}, "model.path: runs/run/sft/final does not exist; run `python "),
