@@ -37,11 +37,13 @@ from rlhf.checkpoint.record import (
     StageRecord,
     hash_weights,
     make_record,
+    parent_weights,
     read_record,
     write_record,
 )
 from rlhf.checkpoint.run_directory import StageRun, checkpoint_to_resume, finished_run, open_run
 from rlhf.checkpoint.stage_directory import (
+    describe_saved,
     require_same_tokenizer,
     require_same_weights,
     require_stage,

@@ -82,11 +82,10 @@ def make_record(
     metrics: dict[str, float] | None = None,
 ) -> StageRecord:
     """Describe a stage's result before it is written; `StageRecord` explains the arguments."""
-    is_local = parent is not None and Path(parent).exists()
     return StageRecord(
         stage=stage,
         parent=parent,
-        parent_weights=hash_weights(Path(str(parent))) if is_local else None,
+        parent_weights=parent_weights(parent),
         revision=config.model.revision,
         tokenizer=hash_tokenizer(tokenizer),
         template=hash_template(tokenizer),
@@ -99,6 +98,12 @@ def make_record(
         versions={name: _version(name) for name in PACKAGES},
         changes=read_jsonl(config.stage_dir(stage) / CHANGES),
     )
+
+
+def parent_weights(parent: str | None) -> str | None:
+    """Hash the weights that training starts from; None for a Hub id and a model from scratch."""
+    is_local = parent is not None and Path(parent).exists()
+    return hash_weights(Path(str(parent))) if is_local else None
 
 
 def write_record(directory: Path, record: StageRecord, model: Any) -> None:

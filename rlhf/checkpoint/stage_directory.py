@@ -1,13 +1,14 @@
 """The hand-off between stages, `runs/<run_name>/<stage>/final/`: writing, reading, comparing.
 
 It is an ordinary Hugging Face directory (safetensors, config, tokenizer with its chat template)
-plus `config.yaml`, the resolved configuration, and `rlhf.json`, a `StageRecord`.
+plus `config.yaml`, the resolved configuration, and `rlhf.json`, a `StageRecord`. `peft.save` says
+whether it also holds the adapter of a LoRA run, in `adapter/`, or is that adapter.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,7 +25,10 @@ from rlhf.checkpoint.record import (
 )
 from rlhf.config import CONFIG_FILE, InputError, StageConfig, one_line, save_config
 from rlhf.console import warn
+from rlhf.hub import ADAPTER, read_json
 from rlhf.tokenizer import hash_template, hash_tokenizer
+
+ADAPTER_FOLDER = "adapter"  # in a stage directory
 
 # --- Writing --------------------------------------------------------------------------------------
 
@@ -36,12 +40,15 @@ def write_stage(
     config: StageConfig,
     record: StageRecord,
     files: Mapping[str, bytes] | None = None,
+    write_adapter: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a stage directory such as `runs/demo/sft/final`, complete or not at all.
 
     Args:
         model: a plain transformers model (adapters merged).
         files: further files, name -> content.
+        write_adapter: writes the model's adapter into a directory; `peft.save=adapter` writes no
+            other weights.
 
     Raises:
         NonFiniteError: a weight or a number of the record is not finite.
@@ -54,15 +61,37 @@ def write_stage(
         if value is not None and not math.isfinite(value):
             raise NonFiniteError(f"{directory} was not written: {name} is {value}")
     with complete_or_nothing(directory) as temporary:
-        model.save_pretrained(temporary)
+        if write_adapter is None or config.peft.save != "adapter":
+            model.save_pretrained(temporary)
+        elif model.can_generate():
+            model.generation_config.save_pretrained(temporary)
+        if write_adapter is not None:
+            write_adapter(
+                temporary if config.peft.save == "adapter" else temporary / ADAPTER_FOLDER
+            )
         tokenizer.save_pretrained(temporary)
         save_config(config, temporary / CONFIG_FILE)
         for name, content in (files or {}).items():
             (temporary / name).write_bytes(content)
         write_record(temporary, record, model)
         mode = (temporary / RECORD).stat().st_mode
-        for weights in temporary.glob("*.safetensors"):
+        for weights in temporary.rglob("*.safetensors"):
             weights.chmod(mode)  # safetensors ignores the umask: only the owner could read them
+
+
+def describe_saved(directory: Path) -> str:
+    """Name a stage directory, and its adapter if it has one."""
+    adapter = directory / ADAPTER_FOLDER
+    if adapter.is_dir():
+        size = sum(file.stat().st_size for file in adapter.iterdir()) / 1e6
+        return f"{directory} (merged; the adapter, {size:,.1f} MB, is in {ADAPTER_FOLDER}/)"
+    if (directory / ADAPTER).is_file():
+        return f"{directory} (an adapter on {_base_of(directory)})"
+    return f"{directory}"
+
+
+def _base_of(adapter: Path) -> str | None:
+    return read_json(adapter / ADAPTER).get("base_model_name_or_path")
 
 
 def require_writable(model: Any, tokenizer: Any, config: StageConfig) -> None:
@@ -147,6 +176,22 @@ def require_same_weights(
             f"(SHA-256 {weights[:12]}, but {RECORD} says {str(record.weights)[:12]}): they were "
             "changed or damaged. Copy the directory again; to adopt them on purpose, set "
             f'"weights": null in {directory / RECORD}'
+        )
+    if (directory / ADAPTER).is_file():
+        _require_same_base(directory, record, field)
+
+
+def _require_same_base(adapter: Path, record: StageRecord, field: str) -> None:
+    """Require that the base of an adapter, a directory, holds the weights of the training."""
+    base = Path(str(_base_of(adapter)))
+    if record.parent_weights is None or not base.exists():
+        return
+    if hash_weights(base) != record.parent_weights:
+        raise InputError(
+            f"{field}={adapter} is an adapter on {base}, but that does not hold the weights any "
+            f"more that the adapter was trained on (SHA-256 {hash_weights(base)[:12]}, but "
+            f"{adapter / RECORD} says {record.parent_weights[:12]}); set base_model_name_or_path "
+            f"in {adapter / ADAPTER} to a copy of the old base"
         )
 
 

@@ -162,6 +162,11 @@ def _model_rules(config: StageConfig) -> Iterator[str]:
         )
     if model.quantization is not None and model.path is None and is_sft:
         yield f"model.quantization={model.quantization} needs pretrained weights: set model.path"
+    if config.peft.enabled and config.peft.save == "adapter" and model.path is None and is_sft:
+        yield (
+            "peft.save=adapter needs a base model on the disk or the Hub, but without model.path "
+            "the base has random weights that no file holds; set model.path, or peft.save=merged"
+        )
     if model.dropout is not None and isinstance(config, PPOStageConfig):
         yield (
             f"model.dropout={model.dropout}: PPO uses no dropout, because its ratios compare two "

@@ -43,6 +43,7 @@ _NAMES = {
     "peft.r": "lora_r lora_rank rank",
     "peft.alpha": "lora_alpha",
     "peft.dropout": "lora_dropout",
+    "peft.save": "save save_adapter save_merged merge_lora merge_and_unload merge_weights",
     "peft.target_modules": "lora_target lora_target_modules target_modules",
     "peft": "use_peft use_lora lora adapter finetuning_type",
     "scorer.path": """reward_model reward_model_path reward_funcs reward_fn reward_function

@@ -12,7 +12,7 @@ files. `adapters` puts LoRA on a model and takes it off again.
 Left out: sharded models.
 """
 
-from rlhf.models.adapters import add_lora, merged, new_token_rows
+from rlhf.models.adapters import add_lora, merged, new_token_rows, what_to_save
 from rlhf.models.build import try_settings
 from rlhf.models.dropout import disable_dropout
 from rlhf.models.embeddings import resize_embeddings

@@ -1,27 +1,34 @@
 """LoRA adapters on a model, rows of the embedding tables that are trained next to them, and the
-plain model again: `merged`. `weights` merges adapters from files.
+plain model again: `merged`. `what_to_save` chooses what a stage writes of both. `weights` merges
+adapters from files.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils import TrainableTokensWrapper
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from rlhf.config import InputError, ModelConfig, PeftConfig, one_line
+from rlhf.hub import ADAPTER_WEIGHTS
 from rlhf.models.forward import HEAD
 from rlhf.models.quantization import dequantized_weight, is_quantized
 from rlhf.tokenizer import stop_strings
+
+STORED_DTYPE = "_rlhf_stored_dtype"  # attribute of a model: the type of the weights in its files
 
 
 def new_token_rows(
@@ -144,7 +151,8 @@ class _Rows(TrainableTokensLayer):
 
 def merged(model: Any) -> PreTrainedModel:
     """Return the plain model. If it has adapters, merge them into copies of the weights in main
-    memory, after dequantising what bitsandbytes has quantised."""
+    memory, after dequantising what bitsandbytes has quantised. The result has the type in which the
+    base is stored, if that is smaller than the one of training; a scalar head is not rounded."""
     if not isinstance(model, PeftModel):
         return model
     base = cast(Any, model.get_base_model())
@@ -154,6 +162,11 @@ def merged(model: Any) -> PreTrainedModel:
     if any(key.startswith(f"{HEAD}.") and key.endswith(".bias") for key in base.state_dict()):
         plain.score = nn.Linear(plain.score.in_features, 1)  # the families' heads have no bias
     state = _merged_state(base, model.active_adapter, plain)
+    stored: torch.dtype = getattr(base, STORED_DTYPE, torch.float32)
+    for name, tensor in state.items():
+        is_wider = tensor.is_floating_point() and tensor.dtype.itemsize > stored.itemsize
+        if is_wider and not name.startswith(f"{HEAD}."):
+            state[name] = tensor.to(stored)
     plain.load_state_dict(state)
     plain.generation_config = getattr(base, "generation_config", None)
     for name, parameter in plain.named_parameters():
@@ -199,3 +212,35 @@ def _dequantized_state(base: Any, adapter: str, plain: nn.Module) -> dict[str, T
         if layer.bias is not None:  # bitsandbytes casts it to its compute dtype
             state[f"{name}.bias"] = layer.bias.detach().cpu().to(base.dtype)
     return state
+
+
+# --- What a stage writes ------------------------------------------------------------------------
+
+
+def what_to_save(
+    model: Any, config: PeftConfig, base: str | None, revision: str | None = None
+) -> tuple[PreTrainedModel, Callable[[Path], None] | None]:
+    """Return the model for `final/`, and a function that writes its adapter into a directory.
+
+    There is no such function without adapters, with `peft.save=merged`, and for a base that is in
+    no file. With `peft.save=adapter`, the model is not merged, because it is not written.
+
+    Args:
+        base: directory or Hub id of the model below the adapters; None if it was built.
+    """
+    if not isinstance(model, PeftModel) or base is None or config.save == "merged":
+        return merged(model), None
+    write = partial(_save_adapter, model, base, revision)
+    return cast(Any, model.get_base_model() if config.save == "adapter" else merged(model)), write
+
+
+def _save_adapter(model: PeftModel, base: str, revision: str | None, directory: Path) -> None:
+    """Write adapter_model.safetensors and adapter_config.json, as PEFT reads them."""
+    settings = copy.copy(model.active_peft_config)
+    local = Path(base).exists()  # PEFT would look for a relative path below the current folder
+    settings.base_model_name_or_path = str(Path(base).resolve()) if local else base
+    settings.revision, settings.inference_mode = revision, True
+    settings.save_pretrained(str(directory))
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    save_file(copies, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})

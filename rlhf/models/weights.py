@@ -17,7 +17,12 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_mode
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSIFIERS,
 )
@@ -33,11 +38,13 @@ from rlhf.hub import (
     tensor_names,
     weight_files,
 )
+from rlhf.models.adapters import STORED_DTYPE
 from rlhf.models.embeddings import resize_embeddings
 from rlhf.models.forward import HEAD, has_linear_head
 from rlhf.models.from_gguf import gguf_arguments
 from rlhf.models.quantization import quantization_arguments
 
+GENERATION_CONFIG = "generation_config.json"
 PREFIX = "base_model.model."  # starts every name in adapter_model.safetensors
 # Masks, positions and frequencies: older libraries saved them, models compute them.
 BUFFER = re.compile(r"\.(inv_freq|masked_bias|position_ids)$|\.(attn|attention)\.bias$")
@@ -117,11 +124,25 @@ def _read(factory: Any, source: Source, config: ModelConfig, **kwargs: Any) -> t
     )
     model, info = loaded
     model.name_or_path = source.path  # PEFT writes it into its checkpoints: not the Hub's cache
+    setattr(model, STORED_DTYPE, _stored_dtype(source.directory))
     return model, Misfits(
         sorted(info["missing_keys"]),
         sorted(name for name in info["unexpected_keys"] if not BUFFER.search(name)),
         sorted(info["mismatched_keys"]),
     )
+
+
+def _stored_dtype(directory: Path) -> torch.dtype:
+    """Return the type of the weights in a model's files, by its config or else by the files."""
+    settings = read_json(directory / "config.json")
+    named = getattr(torch, str(settings.get("dtype") or settings.get("torch_dtype")), None)
+    if named is not None:
+        return named
+    for file in weight_files(directory, settings)[:1]:
+        with safe_open(file, framework="pt") as tensors:
+            first = tensors.get_tensor(next(iter(tensors.keys())))
+            return first.dtype if first.is_floating_point() else torch.float32
+    return torch.float32
 
 
 def _require_fit(model: Any, source: Source, misfits: Misfits) -> None:
@@ -161,6 +182,8 @@ def _with_adapters(model: Any, source: Source, misfits: Misfits) -> PreTrainedMo
     if source.adapters:
         model.requires_grad_(True)  # PEFT has frozen it
         model.name_or_path = source.path
+        if model.can_generate() and (source.adapters[-1] / GENERATION_CONFIG).is_file():
+            model.generation_config = GenerationConfig.from_pretrained(source.adapters[-1])
     return model
 
 
@@ -302,6 +325,7 @@ def _with_scalar_head(policy: Any, source: Source, settings: ModelConfig) -> Pre
     _require_linear_head(model, source)
     assert type(model.base_model) is type(policy.base_model)
     setattr(model, model.base_model_prefix, policy.base_model)
+    setattr(model, STORED_DTYPE, getattr(policy, STORED_DTYPE))
     return model
 
 

@@ -93,7 +93,7 @@ def try_adapters(config: PPOStageConfig) -> None:
     """Try the adapters on policy and critic before any weights load."""
     try_settings(config.model, config.peft)
     if config.ppo.has_critic:
-        source, field = _critic_source(config)
+        source, field = critic_source(config)
         try_settings(source, config.peft, "SEQ_CLS", field)
 
 
@@ -212,7 +212,7 @@ def first_scorer(config: PPOStageConfig) -> tuple[ScorerConfig, float]:
     return scorer.of_component(scorer.components[0]), scorer.components[0].weight
 
 
-def _critic_source(config: PPOStageConfig) -> tuple[ModelConfig, str]:
+def critic_source(config: PPOStageConfig) -> tuple[ModelConfig, str]:
     """The model that the critic starts from, and the setting that names it."""
     path, field = config.critic.init, "critic.init"
     if path == "policy":
@@ -226,7 +226,7 @@ def _load_critic(config: PPOStageConfig, tokenizer: Any) -> ScalarModel:
     """Start the critic from the policy, from the first reward model (IG, N+), whose normalised
     scores it then predicts, or from the `critic/` that an earlier PPO run wrote."""
     init = str(config.critic.init)  # the stage has set it
-    source, field = _critic_source(config)
+    source, field = critic_source(config)
     if init == "policy":
         return ScalarModel(init_reward_model(source, tokenizer, config.seed))
     if init == "reward":

@@ -15,8 +15,10 @@ from rlhf.checkpoint import (
     NonFiniteError,
     StageRecord,
     checkpoint_to_resume,
+    describe_saved,
     explain_stop,
     make_record,
+    parent_weights,
     prune_checkpoints,
     refuse_taken_steps,
     run_id,
@@ -33,7 +35,8 @@ from rlhf.console import progress_bar, say, warn
 from rlhf.curves import write_curves
 from rlhf.data import Splits
 from rlhf.metrics import MetricsWriter
-from rlhf.models import merged
+from rlhf.models import what_to_save
+from rlhf.ppo.actors import critic_source
 from rlhf.ppo.evaluation import Evaluator, describe_selection, selection_value
 from rlhf.ppo.result import PPOResult, closing_table
 from rlhf.ppo.trainer import PPOTrainer
@@ -197,8 +200,10 @@ class PPOLoop:
             record = make_record("ppo", config, *origin, figures)
             self._write_critic(record)  # first: a run with final/ counts as finished
             with trainer.updater.averaged_weights():
-                policy = merged(trainer.actors.policy)
-                write_stage(self.directory / "final", policy, tokenizer, config, record)
+                parts = trainer.actors.policy, config.peft, origin[0], config.model.revision
+                policy, adapter = what_to_save(*parts)
+                final = self.directory / "final"
+                write_stage(final, policy, tokenizer, config, record, write_adapter=adapter)
         number = len(self.evaluate.prompts)
         text = closing_table(config, self.before, metrics, chosen, number)
         self._report(chosen, updates_made, text)
@@ -217,9 +222,13 @@ class PPOLoop:
         critic, tokenizer = self.trainer.actors.critic, self.trainer.actors.tokenizer
         if critic is None:
             return
+        source, _ = critic_source(self.config)
         own = replace(record, stage="critic", score_mean=critic.mean, score_std=critic.std)
-        own.parent = own.parent_weights = None
-        write_stage(self.directory / "critic", merged(critic.model), tokenizer, self.config, own)
+        own.parent, own.parent_weights = source.path, parent_weights(source.path)
+        parts = critic.model, self.config.peft, source.path, source.revision
+        model, adapter = what_to_save(*parts)
+        directory = self.directory / "critic"
+        write_stage(directory, model, tokenizer, self.config, own, write_adapter=adapter)
 
     def _report(self, chosen: int, updates_made: int, closing: str) -> None:
         if closing:
@@ -235,8 +244,8 @@ class PPOLoop:
             )
         rule = describe_selection(self.config) if self.best is not None else "the last"
         say(
-            f"\nsaved {self.directory / 'final'}: the policy after update {chosen} of "
-            f"{updates_made} ({rule})"
+            f"\nsaved {describe_saved(self.directory / 'final')}: the policy after update {chosen} "
+            f"of {updates_made} ({rule})"
         )
 
     def _modules(self) -> dict[str, Any]:

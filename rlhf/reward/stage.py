@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 
 from rlhf.checkpoint import (
     StageRun,
+    describe_saved,
     make_record,
     open_run,
     require_same_tokenizer,
@@ -35,10 +36,10 @@ from rlhf.models import (
     ScalarModel,
     add_lora,
     init_reward_model,
-    merged,
     new_token_rows,
     parameter_count,
     try_settings,
+    what_to_save,
 )
 from rlhf.reward.batches import describe_plan, plan_batches, score_rows
 from rlhf.reward.completions import load_completions
@@ -154,11 +155,12 @@ def _finish(
     final = directory / "final"
     if PartialState().is_main_process:
         files = page_files(report, scores, heldout)
-        write_stage(final, merged(scalar.model), tokenizer, config, record, files)
+        model, adapter = what_to_save(scalar.model, config.peft, parent, config.model.revision)
+        write_stage(final, model, tokenizer, config, record, files, adapter)
         say(
             f"scores of the {config.normalization.completions}: mean {record.score_mean:.3f}, std "
             f"{record.score_std:.3f} (stored for scorer.normalize)"
         )
         shown = " and ".join(name for name in files if name != "report.json")
-        show_report(report, f"{final}, with {shown}", files)
+        show_report(report, f"{describe_saved(final)}, with {shown}", files)
     return RewardResult(final, record.metrics, terminal_text(report), directory)

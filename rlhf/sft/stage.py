@@ -20,6 +20,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from rlhf.checkpoint import (
     StageRun,
+    describe_saved,
     make_record,
     open_run,
     require_stage,
@@ -56,10 +57,10 @@ from rlhf.models import (
     add_lora,
     load_policy,
     mend_sampling_settings,
-    merged,
     new_token_rows,
     parameter_count,
     try_settings,
+    what_to_save,
     without_padding_mask,
 )
 from rlhf.sampling import context_length, generate, sampling_for, uniform_noise
@@ -273,7 +274,9 @@ def _finish(
         append_jsonl(directory / "samples.jsonl", samples)
         origin = config.model.path, tokenizer, splits.prompts
         record = make_record("sft", config, *origin, splits.dropped, metrics)
-        write_stage(directory / "final", merged(policy), tokenizer, config, record)
+        model, adapter = what_to_save(policy, config.peft, origin[0], config.model.revision)
+        final = directory / "final"
+        write_stage(final, model, tokenizer, config, record, write_adapter=adapter)
     heldout: Any = trainer.eval_dataset
     text = closing_table(metrics, len(heldout))
     _show_result(directory, metrics, samples, text)
@@ -340,4 +343,4 @@ def _show_result(
     if metrics.get("eos_rate", 1.0) < 0.5:
         fix = "train longer, or raise response_length"
         say(f"fewer than half of the answers end with a stop token: {fix}")
-    say(f"\nsaved {directory / 'final'}")
+    say(f"\nsaved {describe_saved(directory / 'final')}")

@@ -26,6 +26,12 @@ OFF_POLICY = "or set ppo.allow_off_policy_sampling=true"
 
 # stage, changes, what the message must say
 BAD_VALUES = [
+    (
+        "sft",
+        {"peft.enabled": True, "peft.save": "adapter", "model.path": None}
+        | {"model.config": {"model_type": "llama"}, "model.tokenizer": "t"},
+        "peft.save=adapter needs a base model on the disk or the Hub",
+    ),
     ("sft", {"model.quantization": "8bit"}, "only adapters on them; set peft=lora, or model.quant"),
     (
         "sft",

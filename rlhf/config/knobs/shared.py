@@ -104,7 +104,7 @@ class DatasetConfig:
 
 @knobs
 class PeftConfig:
-    """LoRA adapters (Hu et al. 2021, arXiv 2106.09685); final/ holds the merged model."""
+    """LoRA adapters (Hu et al. 2021, arXiv 2106.09685)."""
 
     enabled: bool = False
     """Train LoRA adapters instead of all weights; peft=lora sets this to true."""
@@ -119,6 +119,10 @@ class PeftConfig:
     train_new_tokens: bool | str = knob("auto", choices=(True, False, "auto"))
     """Also train the rows of model.special_tokens in both embedding tables; auto: if one of these
     tokens is the EOS token, a stop string or part of the chat template."""
+    save: str = knob("both", choices=("merged", "adapter", "both"))
+    """What final/ holds (ppo: critic/ too): merged: a plain model, in the type in which its base is
+    stored; both: also the adapter, in final/adapter/; adapter: the adapter alone, in final/ itself,
+    which needs its base where it is now."""
 
 
 @knobs
