@@ -173,7 +173,7 @@ def test_ppo_checkpoint_gives_the_policy_after_that_update(kind, policy_dir, tmp
         config = make_config(
             policy_dir, tmp_path, num_updates=num_updates, lr_schedule="constant", ema_decay=decay
         )
-        peft = LORA if "lora" in kind else LoraSettings()
+        peft = dataclasses.replace(LORA if "lora" in kind else LoraSettings(), save="merged")
         last = EvaluationConfig(every=2, num_prompts=4, select="last")
         return train_ppo(dataclasses.replace(config, run_name=name, peft=peft, evaluation=last))
 

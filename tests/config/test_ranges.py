@@ -33,6 +33,7 @@ BAD_VALUES = [
     ("sft", "peft.r", 0, "be >= 1"),
     ("sft", "peft.dropout", 1.1, "lie in [0, 1]"),
     ("sft", "peft.train_new_tokens", "maybe", "be one of true, false, auto"),
+    ("sft", "peft.save", "weights", "be one of merged, adapter, both"),
     ("sft", "num_samples", -1, "be >= 0"),
     ("sft", "response_length", 0, "be >= 1"),
     ("sft", "temperature", 0.0, "be > 0"),
