@@ -143,6 +143,17 @@ class MetricsWriter:
             self._trackers.close()
 
 
+class MetricsRows(list[dict[str, Any]]):
+    """Rows of `metrics.jsonl`; a name, as in `rows["eval_loss"]`, gives the figure of `final/`."""
+
+    def __init__(self, rows: list[dict[str, Any]], after: dict[str, float]):
+        super().__init__(rows)
+        self.after = after
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.after[key] if isinstance(key, str) else super().__getitem__(key)
+
+
 @dataclass(repr=False)
 class StageResult:
     """What a stage returns; printed, it is the table that its command ends with.
@@ -162,9 +173,10 @@ class StageResult:
     stopped_by: int | None = None
 
     @property
-    def metrics(self) -> list[dict[str, Any]]:
+    def metrics(self) -> MetricsRows:
         """The rows of `metrics.jsonl`: a dict for each row, in the order of their `step`."""
-        return [] if self.stage_dir is None else read_jsonl(self.stage_dir / "metrics.jsonl")
+        rows = [] if self.stage_dir is None else read_jsonl(self.stage_dir / "metrics.jsonl")
+        return MetricsRows(rows, self.after)
 
     def __repr__(self) -> str:
         return self.table or f"{type(self).__name__}: no figures of held-out rows"

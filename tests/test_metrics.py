@@ -14,7 +14,7 @@ from helpers.configs import valid_config
 from rlhf.config import InputError, SFTStageConfig, TrackerConfig, check
 from rlhf.config.knobs.shared import TRACKERS
 from rlhf.console import say, table, warn
-from rlhf.metrics import METRICS, TIMINGS, MetricsWriter, append_jsonl, read_jsonl
+from rlhf.metrics import METRICS, TIMINGS, MetricsWriter, StageResult, append_jsonl, read_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -205,3 +205,17 @@ def test_the_page_of_metrics_lists_every_name_with_its_meaning():
     rows = re.findall(r"^\| `([^`]+)` \| (.+) \|$", page, re.MULTILINE)
     shown = [(name.removesuffix("<component>"), text.replace("\\|", "|")) for name, text in rows]
     assert shown == list(METRICS.items())
+
+
+def test_a_results_metrics_are_the_rows_and_by_a_name_the_figure_of_final(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 3, "loss": 2.0}\n{"step": 5, "eval_loss": 1}\n'
+    )
+    result = StageResult(tmp_path / "final", {"eval_loss": 0.5}, stage_dir=tmp_path)
+    assert result.metrics == [{"step": 3, "loss": 2.0}, {"step": 5, "eval_loss": 1}]
+    assert result.metrics[-1]["step"] == 5 and len(result.metrics[:1]) == 1
+    assert result.metrics["eval_loss"] == 0.5  # what the attribute was before
+    with pytest.raises(KeyError):
+        result.metrics["loss"]
+    assert StageResult(None, {}).metrics == []
+    assert str(StageResult(None, {}, "a table")) == "a table"
