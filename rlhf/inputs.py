@@ -14,7 +14,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from rlhf.checkpoint import require_stage
+from rlhf.checkpoint import finished_run, require_stage
 from rlhf.checkpoint.lock import LOCK
 from rlhf.checkpoint.run_directory import refuse_used_directory
 from rlhf.config import (
@@ -54,7 +54,11 @@ def check_inputs(
     """
     problems, missing = problems_of(config)
     problems = [*known, *problems]
-    is_finished = bool(config.resume) and (config.stage_dir(stage) / "final").is_dir()
+    try:
+        is_finished = finished_run(config, stage) is not None
+    except InputError as error:
+        problems.append(str(error))
+        is_finished = True
     if not is_finished:
         config = with_default_paths(config)
         awaited = [str(config.stage_dir(name) / "final") for name in earlier]
@@ -93,7 +97,7 @@ def _checks(config: StageConfig, stage: str, awaited: Collection[str]) -> Iterat
     directory = config.stage_dir(stage)
     writes = getattr(config, "preflight", None) != "only"
     # of a run that is going on, the lock says more
-    if writes and (config.overwrite or not config.resume) and not (directory / LOCK).exists():
+    if writes and not (directory / LOCK).exists():
         yield lambda: refuse_used_directory(config, stage)
     yield lambda: _check_rows(config, stage)
     yield from _other_sources(config)

@@ -9,7 +9,7 @@
 - What can stop a run: `interruption` (signals), `finite` (nan), `disk` (no space).
 """
 
-from rlhf.checkpoint.config_changes import explain_stop
+from rlhf.checkpoint.config_changes import explain_stop, read_settings
 from rlhf.checkpoint.disk import (
     UNSEALED,
     complete_or_nothing,

@@ -1,7 +1,8 @@
 """Which settings may change when a run is resumed, and which should after a non-finite number.
 
-A run that meets a non-finite number writes `stopped.json`. While its newest checkpoint is older
-than the stop, `resume=true` accepts new values of `ADJUSTABLE` settings. `changes.jsonl` lists what
+A run may become longer, finished or not: `resume=true` accepts new values of `LENGTH` settings. A
+run that meets a non-finite number writes `stopped.json`. While its newest checkpoint is older than
+the stop, `resume=true` accepts new values of `ADJUSTABLE` settings. `changes.jsonl` lists what
 changed; later checkpoints and `rlhf.json` repeat it.
 """
 
@@ -18,6 +19,8 @@ from rlhf.config import (
     CONFIG_FILE,
     InputError,
     PPOStageConfig,
+    RewardStageConfig,
+    SFTStageConfig,
     StageConfig,
     config_text,
     dotted,
@@ -37,6 +40,8 @@ HARMLESS = (
     *("reward.num_normalization_prompts", "normalization", "trainer.dataloader_num_workers"),
 )
 NOT_HARMLESS = ("watchdog.kl_budget",)  # it ends the run
+# Settings that say when a run ends.
+LENGTH = ("ppo.num_updates", "watchdog.kl_budget", "trainer.max_steps", "trainer.num_train_epochs")
 # Settings that decide whether numbers overflow: they may change after a non-finite number.
 ADJUSTABLE = (
     *("precision", "model.dtype", "model.attn_implementation", "trainer.fp16"),
@@ -61,8 +66,8 @@ def refuse_changes(config: StageConfig, directory: Path) -> dict[str, str]:
         directory: the checkpoint where the run continues, or the `final/` of a finished run.
 
     Returns:
-        The accepted changes: setting -> "setting: old -> new". They are harmless, or in
-        `ADJUSTABLE` if the run stopped at a non-finite number after the checkpoint.
+        The accepted changes: setting -> "setting: old -> new". They are harmless, in `LENGTH`, or
+        in `ADJUSTABLE` if the run stopped at a non-finite number after the checkpoint.
     """
     lines = _changed_settings(config, directory)
     is_finished = directory.name == "final"
@@ -71,7 +76,12 @@ def refuse_changes(config: StageConfig, directory: Path) -> dict[str, str]:
         lines.pop(TYPED, None)  # it loads no model
     elif stopped_after(directory.parent, step_of(directory)) is not None:
         allowed = ADJUSTABLE
-    refused = [line for key, line in lines.items() if not is_harmless(key) and key not in allowed]
+    if not is_finished and lines.keys() & set(LENGTH):
+        refuse_end(config, directory)
+    may_change = allowed + LENGTH
+    refused = [
+        line for key, line in lines.items() if not is_harmless(key) and key not in may_change
+    ]
     processes = num_processes() if is_finished else manifest_of(directory)["processes"]
     if processes != num_processes():
         refused.append(f"number of processes: {processes} -> {num_processes()}")
@@ -84,6 +94,32 @@ def refuse_changes(config: StageConfig, directory: Path) -> dict[str, str]:
             f"values{also}, or start a new run with another run_name"
         )
     return lines
+
+
+def length_of(config: StageConfig) -> tuple[str, float]:
+    """The setting that decides how long a run is, and its value."""
+    if isinstance(config, PPOStageConfig):
+        return "ppo.num_updates", config.ppo.num_updates
+    trainer = cast(SFTStageConfig | RewardStageConfig, config).trainer
+    if trainer.get("max_steps", -1) > 0:
+        return "trainer.max_steps", trainer["max_steps"]
+    return "trainer.num_train_epochs", trainer["num_train_epochs"]
+
+
+def refuse_end(config: StageConfig, checkpoint: Path) -> None:
+    """Refuse an end that a run has passed already, or, if it is finished, has reached."""
+    (setting, end), made = length_of(config), float(step_of(checkpoint))
+    if setting == "trainer.num_train_epochs":
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        made = float(state["epoch"])
+    if end > made or (end == made and not (checkpoint.parent / "final").is_dir()):
+        return
+    unit = setting.split("_")[-1]  # updates, steps, epochs
+    over = " (it replaces trainer.num_train_epochs)" if setting == "trainer.max_steps" else ""
+    raise InputError(
+        f"{setting}={end:g}{over}: {checkpoint.parent} has made {made:g} {unit} already; give a "
+        "larger number to make the run longer, or another run_name to start a new run"
+    )
 
 
 def _changed_settings(config: StageConfig, directory: Path) -> dict[str, str]:

@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf.checkpoint.config_changes import is_harmless, refuse_changes
+from rlhf.checkpoint.config_changes import LENGTH, is_harmless, length_of, refuse_changes
 from rlhf.checkpoint.disk import find_damage, read_manifest, write_whole
 from rlhf.checkpoint.lock import on_main_process, one_writer
 from rlhf.checkpoint.output import OUTPUT, OutputLog, kept_output
@@ -32,7 +32,7 @@ from rlhf.checkpoint.ownership import (
     step_of,
     write_identity,
 )
-from rlhf.checkpoint.record import CHANGES, StageRecord, read_record
+from rlhf.checkpoint.record import CHANGES, RECORD, StageRecord, read_record
 from rlhf.config import CONFIG_FILE, InputError, StageConfig, check, config_text, nothing_to_resume
 from rlhf.console import quiet_libraries, say, warn
 from rlhf.metrics import append_jsonl
@@ -83,6 +83,8 @@ def open_run(config: StageConfig, stage: str, writes: bool = True) -> Iterator[S
             run.finished = finished_run(config, stage)
             if run.finished is None:
                 refuse_used_directory(config, stage)
+            else:
+                say_finished(config, run.directory)
         yield run
         if run.has_begun:
             from accelerate import PartialState
@@ -111,10 +113,15 @@ def refuse_used_directory(config: StageConfig, stage: str) -> None:
         refuse_to_clear(directory)
     if not config.resume:
         return
-    if is_finished:
-        raise InputError(f"{directory} is finished: nothing to resume; use another run_name")
+    if is_finished and not (directory / "final" / RECORD).is_file():
+        raise InputError(f"{directory / 'final'} is in the way: no stage wrote it; move it")
     newest = latest_checkpoint(directory)
     refuse_another_run(directory, step_of(newest))
+    if is_finished and newest is None:
+        raise InputError(
+            f"{directory} is finished, and none of its checkpoints is left to continue from; start "
+            f"a new run from its result: another run_name and model.path={directory / 'final'}"
+        )
     if config.resume is True and newest is None:
         raise nothing_to_resume(config, stage)
     if newest and find_damage(newest, (CONFIG_FILE,)) is None:
@@ -122,13 +129,19 @@ def refuse_used_directory(config: StageConfig, stage: str) -> None:
 
 
 def finished_run(config: StageConfig, stage: str) -> StageRecord | None:
-    """If the run to resume is finished, say so and return its record."""
+    """Return the record of the run to resume if it is finished, and not to become longer."""
     final = config.stage_dir(stage) / "final"
     record = read_record(final) if config.resume and not config.overwrite else None
-    if record is not None:
-        refuse_changes(config, final)
-        say(f"{final.parent} is finished: nothing to do")
+    if record is None or refuse_changes(config, final).keys() & set(LENGTH):
+        return None
     return record
+
+
+def say_finished(config: StageConfig, directory: Path) -> None:
+    """Say that a run is finished, and how to make it longer."""
+    setting, end = length_of(config)
+    longer = f"{setting}={2 * end:g} would make it longer"
+    say(f"{directory} is finished: nothing to do ({longer})")
 
 
 def prepare_run_directory(config: StageConfig, stage: str) -> Path:
@@ -177,7 +190,8 @@ def _resume(config: StageConfig, directory: Path) -> Path | None:
         )
     changed = refuse_changes(config, intact) if intact else {}
     for key, line in changed.items():
-        effect = "without effect on what is trained" if is_harmless(key) else "after the stop"
+        effect = "the end of the run" if key in LENGTH else "after the stop"
+        effect = "without effect on what is trained" if is_harmless(key) else effect
         say(f"changed, {effect}: {line}")
     for checkpoint, problem in damaged.items():
         aside = set_aside(checkpoint)

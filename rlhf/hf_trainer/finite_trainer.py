@@ -28,6 +28,12 @@ class FiniteTrainer(Trainer):
     _step_loss: Tensor | float = 0.0  # of this step so far
     _num_skipped = 0  # steps in a row
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Train for an epoch, or not at all after the last step: a run that was killed before it
+        wrote `final/` continues there."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Remember the loss of each micro-batch of the step."""
         loss = super().training_step(*args, **kwargs)

@@ -4,9 +4,9 @@ Two callbacks add to its loop:
 
 event           what the Trainer does next          what we do, and why now
 on_train_begin  trains; it has loaded a checkpoint  restore the sums and the learning rate
-on_step_end     logs, evaluates, saves or stops as  evaluate at the end of an epoch, because
-                `control` asks, in this order       on_epoch_end comes after the checkpoint;
-                                                    save and stop after a signal
+on_step_end     logs, evaluates, saves or stops as  evaluate at the end of an epoch and of the
+                `control` asks, in this order       run, because on_epoch_end comes after the
+                                                    checkpoint; save and stop after a signal
 on_epoch_end    logs, evaluates, saves again        take back an evaluation that is done already
 on_log          compares an evaluation with the     write metrics, stop at a number that is not
                 best, then saves                    finite, ask for a checkpoint of the best
@@ -14,7 +14,7 @@ on_save         goes on with the next step          add what the Trainer leaves 
                                                     hidden folder the checkpoint's name
 on_train_end    loads the best checkpoint           close the progress bar
 
-The last step has no checkpoint: `final/` follows it.
+The last step has a checkpoint too, so that a longer run can continue from there.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from transformers import (
     IntervalStrategy,
     PrinterCallback,
     ProgressCallback,
+    SchedulerType,
     Trainer,
     TrainerCallback,
     TrainerState,
@@ -80,8 +81,6 @@ def run_trainer(
         trainer.add_callback(checkpoints)
         try:
             _train(trainer, checkpoint)
-            if not checkpoints.interrupted and trainer.state.global_step not in _evaluated(trainer):
-                trainer.evaluate()
             problem = find_non_finite_state(trainer)
             if problem is not None:
                 raise NonFiniteError(f"{problem} after step {trainer.state.global_step}")
@@ -126,12 +125,6 @@ def _train(trainer: Trainer, checkpoint: Path | None) -> None:
             f"{checkpoint}: a state in its .pt or .pth files is damaged, or is no tensors but a "
             f"pickle that could run code ({type(error).__name__}); {fix}"
         ) from error
-
-
-def _evaluated(trainer: Trainer) -> list[float]:
-    """Steps after which the held-out rows were evaluated."""
-    history = trainer.state.log_history
-    return [row["step"] for row in history if "eval_loss" in row or "eval_accuracy" in row]
 
 
 class MetricsCallback(TrainerCallback):
@@ -187,7 +180,7 @@ class CheckpointCallback(TrainerCallback):
         self.directory = directory  # of the stage
         self.checkpoint = checkpoint  # where training continues from; None at the start of a run
         self.interrupted = False  # by a signal, before the last step
-        self._evaluated = -1  # last step of an epoch that was evaluated at that step
+        self._evaluated = -1  # last step of an epoch or of the run, evaluated at that step
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         every = self.config.checkpoint_every
@@ -196,7 +189,7 @@ class CheckpointCallback(TrainerCallback):
             best = self.directory / f"checkpoint-{state.best_global_step}"
             state.best_model_checkpoint = str(best)  # the run may have been moved since
         planned = range(every * (state.global_step // every + 1), state.max_steps, every)
-        refuse_taken_steps(self.directory, planned)
+        refuse_taken_steps(self.directory, [*planned, state.max_steps])
         if self.checkpoint is not None:
             load_sums(self.trainer, self.checkpoint)
             problem = find_non_finite_state(self.trainer)
@@ -205,17 +198,19 @@ class CheckpointCallback(TrainerCallback):
                     f"{self.checkpoint}: {problem}; delete it, and resume=true continues from the "
                     "checkpoint before it"
                 )
+            before = learning_rate(self.trainer)
             set_learning_rate(self.trainer)
+            say_new_schedule(self.trainer, self.checkpoint, before)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         epoch = state.epoch or 0.0
-        if args.eval_strategy == IntervalStrategy.EPOCH and epoch == int(epoch) >= args.eval_delay:
+        is_last = state.global_step >= state.max_steps
+        ends_epoch = args.eval_strategy == IntervalStrategy.EPOCH and epoch == int(epoch)
+        if is_last or (ends_epoch and epoch >= args.eval_delay):
             control.should_evaluate = True
             self._evaluated = state.global_step
         is_asked = self.stop.requested()  # every process asks, at every step
-        if state.global_step >= state.max_steps:
-            control.should_save = False
-        elif is_asked:
+        if is_asked and not is_last:
             self.interrupted = True
             control.should_save = control.should_training_stop = True
 
@@ -227,19 +222,14 @@ class CheckpointCallback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Have the Trainer save an evaluation that is better than all before it.
 
-        At the end it loads the best checkpoint that it saved. After the last step, the weights are
-        there already, and without a best checkpoint they stay.
+        At the end it loads the best checkpoint that it saved.
         """
         name, before = str(args.metric_for_best_model), state.best_metric
         if not args.load_best_model_at_end or name not in (logs or {}):
             return
         sign = 1 if args.greater_is_better else -1
-        if before is not None and not sign * logs[name] > sign * before:
-            return
-        if state.global_step < state.max_steps:
+        if before is None or sign * logs[name] > sign * before:
             control.should_save = True
-        else:
-            state.best_model_checkpoint = None
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         written = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
@@ -253,6 +243,25 @@ class CheckpointCallback(TrainerCallback):
         if best is not None:
             state.best_model_checkpoint = str(self.directory / f"checkpoint-{best}")
         PartialState().wait_for_everyone()  # the checkpoint has its name
+
+
+def learning_rate(trainer: Trainer) -> float:
+    """The learning rate of the next step."""
+    optimizer: Any = trainer.optimizer
+    return optimizer.param_groups[0]["lr"]
+
+
+def say_new_schedule(trainer: Trainer, checkpoint: Path, before: float) -> None:
+    """Say how the learning rate goes on where a run becomes longer or shorter; `before` is that of
+    the next step as the checkpoint has it."""
+    schedule = SchedulerType(trainer.args.lr_scheduler_type).value
+    old = json.loads((checkpoint / "trainer_state.json").read_text())["max_steps"]
+    new, now = trainer.state.max_steps, learning_rate(trainer)
+    if new != old and "constant" not in schedule:
+        say(
+            f"learning rate: the {schedule} schedule now ends at step {new} instead of {old}; the "
+            f"next step has {now:.3g} instead of {before:.3g}"
+        )
 
 
 def best_step(args: TrainingArguments, state: TrainerState) -> int | None:

@@ -20,6 +20,7 @@ from rlhf.checkpoint import (
     make_record,
     parent_weights,
     prune_checkpoints,
+    read_settings,
     refuse_taken_steps,
     run_id,
     write_stage,
@@ -34,6 +35,7 @@ from rlhf.config import InputError, PPOStageConfig
 from rlhf.console import progress_bar, say, warn
 from rlhf.curves import write_curves
 from rlhf.data import Splits
+from rlhf.functional import learning_rate_factor
 from rlhf.metrics import MetricsWriter
 from rlhf.models import what_to_save
 from rlhf.ppo.actors import critic_source
@@ -121,7 +123,8 @@ class PPOLoop:
         """Make the updates; return True if a signal ended them early, with a checkpoint saved."""
         trainer, config = self.trainer, self.config
         every, end = config.checkpoint_every, config.ppo.num_updates
-        refuse_taken_steps(self.directory, range(every * (trainer.update // every + 1), end, every))
+        planned = range(every * (trainer.update // every + 1), end, every)
+        refuse_taken_steps(self.directory, [*planned, end])
         if trainer.update == 0:
             self.before = self._evaluate(writer)
         self._random_state = random_state()
@@ -165,7 +168,9 @@ class PPOLoop:
             improved = self._keep_best(self.last)
             self.pending, self._random_state = None, random_state()
         interrupted = stop.requested() and not last
-        if not last and (update % config.checkpoint_every == 0 or improved or interrupted):
+        is_due = update % config.checkpoint_every == 0 or improved or interrupted
+        # the last update too, for a longer run; one over the budget would go on from there
+        if update == config.ppo.num_updates or (is_due and not last):
             self._save()
         return last, interrupted
 
@@ -284,3 +289,20 @@ class PPOLoop:
         self.before, self.last, self.best = state["before"], state["last"], state["best"]
         self.evaluate.baseline, self.pending = state["baseline"], state.get("pending")
         self.watchdog.load_state(state["watchdog"])
+        self._say_new_schedule(read_settings(checkpoint)["ppo.num_updates"])
+
+    def _say_new_schedule(self, old: int) -> None:
+        """Say how the learning rate goes on where a run of `old` updates has another length."""
+        ppo, update = self.config.ppo, self.trainer.update
+        if ppo.num_updates != old and ppo.lr_schedule == "linear" and update < ppo.num_updates:
+            warm_up = ppo.lr_schedule, ppo.lr_warmup_updates, ppo.lr_warmup_start
+            was, now = (
+                ppo.learning_rate * learning_rate_factor(update, end, *warm_up)
+                if update < end
+                else 0.0
+                for end in (old, ppo.num_updates)
+            )
+            say(
+                f"learning rate: the linear schedule now ends at update {ppo.num_updates} instead "
+                f"of {old}; update {update + 1} has {now:.3g} instead of {was:.3g}"
+            )

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.checkpoints import take_back_end
 from helpers.families import LORA, TOKENIZER, save
 from helpers.tiny import tiny_model
 from helpers.tiny_ppo import make_config
@@ -215,7 +216,7 @@ def test_other_rates_are_refused_without_such_a_stop_and_once_it_is_passed(data,
     config = sft_config(data, tmp_path, learning_rate=1e-3, max_steps=2)
     train_sft(config)
     directory = tmp_path / "runs/run/sft"
-    shutil.rmtree(directory / "final")
+    take_back_end(directory)
     lower = dataclasses.replace(
         sft_config(data, tmp_path, learning_rate=1e-4, max_steps=2), resume=True
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers.checkpoints import take_back_end
 from helpers.tiny_ppo import make_config, write_policy
 
 from rlhf.checkpoint.ownership import seal
@@ -121,11 +122,11 @@ def test_command_line_is_laid_over_the_configuration_of_the_run(command, tmp_pat
     own = tmp_path / "own/recipe"
     own.mkdir(parents=True)
     (own / "small.yaml").write_text("# @package _global_\nresponse_length: 9\n")
-    begun(sft_config(), 4)
+    begun(sft_config())
     given = ["--config-dir", "own", "recipe=small", "dataset=messages", "peft=lora", "top_p=0.5"]
     given += ["+trainer.adam_beta1=0.7", "trainer.adam_beta2=0.9"]
-    _, got, _, _ = command("sft", "resume=true", "run_name=mine", *given)
-    expected = sft_config(resume=True, response_length=9, top_p=0.5)
+    _, got, _, _ = command("sft", "resume=auto", "run_name=mine", *given)
+    expected = sft_config(resume="auto", response_length=9, top_p=0.5)
     expected.dataset.format, expected.peft = "messages", PeftConfig(enabled=True)
     expected.trainer |= {"adam_beta1": 0.7, "adam_beta2": 0.9}
     assert got == expected
@@ -151,7 +152,8 @@ def test_permission_to_run_a_models_code_is_typed_again(command):
     config.model.trust_remote_code = True
     begun(config, 4)
     arguments = ["resume=true", "run_name=mine"]
-    assert not command("sft", *arguments)[1].model.trust_remote_code
+    status, _, _, errors = command("sft", *arguments)
+    assert status == 2 and "type model.trust_remote_code=true again" in errors
     assert command("sft", *arguments, "model.trust_remote_code=true")[1].model.trust_remote_code
 
 
@@ -242,8 +244,10 @@ def test_stopped_finished_and_changed_run_on_the_command_line(command, tmp_path)
         return train_ppo(config).stopped_by
 
     status, _, output, _ = command("ppo", *arguments, run=train)
-    assert status == 0 and output.endswith("ppo is finished: nothing to do\n")
-    shutil.rmtree(directory / "final")
+    assert status == 0
+    longer = "ppo.num_updates=8 would make it longer"
+    assert output.endswith(f"ppo is finished: nothing to do ({longer})\n")
+    take_back_end(directory)
     status, _, _, errors = command("ppo", *arguments, "ppo.kl_coef=0.1", run=train)
     assert status == 2 and "\n  ppo.kl_coef: 0.05 -> 0.1\n" in errors
     status, _, output, _ = command("ppo", *arguments, "evaluation.every=2", run=train)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.checkpoints import take_back_end
 from helpers.commands import ROOT, blocks, check_runs, commands, run
 from helpers.tiny import tiny_model, tiny_tokenizer
 from omegaconf import OmegaConf
@@ -192,11 +193,13 @@ def test_every_command_of_the_pages_runs(after_readme, small_machine):
             if title.endswith(".py"):
                 (after_readme / title).write_text(code)
         for command in commands(page):
-            if "resume=true" in command:  # as after a kill before the end
-                (after_readme / "runs/mine/ppo/final").rename(after_readme / "finished")
+            continues = command == "python -m rlhf.ppo resume=true run_name=mine"
+            if continues:  # as after a kill before the end
+                take_back_end(after_readme / "runs/mine/ppo")
             printed = check_runs(command, after_readme, **small_machine)
             if "resume=true" in command:
-                assert "resuming from runs/mine/ppo/checkpoint-40" in printed
+                step = 40 if continues else 50
+                assert f"resuming from runs/mine/ppo/checkpoint-{step}" in printed
     for run_name in ("two", "lora", "questions"):
         assert (after_readme / f"runs/{run_name}/sft/final/model.safetensors").is_file()
 

@@ -1,13 +1,14 @@
 """Stage directories and checkpoints with one weight, for tests of what is written and deleted."""
 
 import os
+import shutil
 
 import torch
 from safetensors.torch import save_file
 from transformers import PretrainedConfig
 
 from rlhf.checkpoint import make_record, write_stage
-from rlhf.checkpoint.ownership import seal
+from rlhf.checkpoint.ownership import latest_checkpoint, seal
 from rlhf.config import SFTStageConfig, save_config
 
 
@@ -49,6 +50,12 @@ def make_checkpoint(directory, step, config=None, best=None, weight=1.0):
 
 def names(directory):
     return sorted(path.name for path in directory.iterdir())
+
+
+def take_back_end(directory):
+    """Leave of a finished run what it was before its last checkpoint and its result."""
+    shutil.rmtree(directory / "final")
+    shutil.rmtree(latest_checkpoint(directory))
 
 
 def snapshot(paths):

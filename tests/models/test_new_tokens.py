@@ -6,10 +6,10 @@ Run: pytest tests/models/test_new_tokens.py
 
 import dataclasses
 import json
-import shutil
 
 import pytest
 import torch
+from helpers.checkpoints import take_back_end
 from helpers.families import (
     LORA,
     PROMPTS,
@@ -180,7 +180,7 @@ def test_sft_resumes_and_exports_the_trained_rows(tmp_path, capsys):
         first, second = expected[name][VOCAB : VOCAB + 2]
         assert (first - second).abs().max() > 0.01
     stage = final.parent
-    shutil.rmtree(final)
+    take_back_end(final.parent)
     train_sft(dataclasses.replace(config, resume=True))
     tokenizer = load_tokenizer(ModelConfig(str(final)))
     exact(dict(load_policy(ModelConfig(str(final)), tokenizer).state_dict()), expected)
@@ -235,7 +235,7 @@ def test_ppo_starts_at_the_reference_learns_the_rows_and_resumes(tmp_path):
     expected = (final / "model.safetensors").read_bytes()
     tokenizer = load_tokenizer(ModelConfig(str(final)))
     assert how_far_rows_moved(load_policy(ModelConfig(str(final)), tokenizer)) > 1e-4
-    shutil.rmtree(final)
+    take_back_end(final.parent)
     train_ppo(dataclasses.replace(config, resume=True))
     assert (final / "model.safetensors").read_bytes() == expected
     export(ExportOptions(str(final.parent / "checkpoint-2"), str(tmp_path / "plain")))

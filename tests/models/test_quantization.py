@@ -9,11 +9,11 @@ import dataclasses
 import functools
 import json
 import re
-import shutil
 import sys
 
 import pytest
 import torch
+from helpers.checkpoints import take_back_end
 from helpers.families import (
     LORA,
     PAD,
@@ -266,7 +266,7 @@ def settings(folder, quantization, stage, model):
 
 def weights_after_resuming(train, config, final):
     """Weights of `final/` when the steps after the last checkpoint are taken again."""
-    shutil.rmtree(final)
+    take_back_end(final.parent)
     train(dataclasses.replace(config, resume=True))
     return load_file(final / "model.safetensors")
 

@@ -15,6 +15,7 @@ import shutil
 import huggingface_hub
 import pytest
 import torch
+from helpers.checkpoints import take_back_end
 from helpers.families import TOKENIZER
 from helpers.stored import adapted, classifier, policy, write
 from helpers.tiny import tiny_model
@@ -377,7 +378,7 @@ def stopped(policy_dir, tmp_path_factory):
     config.model = ModelConfig(path=str(policy_dir))
     config.dataset.max_length = 64
     train_sft(config)
-    shutil.rmtree(config.stage_dir("sft") / "final")
+    take_back_end(config.stage_dir("sft"))
     return dataclasses.replace(config, resume=True)
 
 

@@ -343,13 +343,13 @@ def assert_same_weights(one, other):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_the_last_step_may_be_the_best_and_needs_no_checkpoint(data, tmp_path):
+def test_the_last_step_may_be_the_best(data, tmp_path):
     result = train_sft(overfitting(tmp_path, data, learning_rate=1e-3))
     losses = evaluations(tmp_path / "run/sft")
     assert min(losses, key=losses.__getitem__) == 14
     assert result.after["eval_loss"] == losses[14]
     assert loss_of(result.directory, data) == pytest.approx(losses[14], rel=1e-5)
-    assert not (tmp_path / "run/sft/checkpoint-14").exists()
+    assert_same_weights(tmp_path / "run/sft/checkpoint-14", result.directory)
 
 
 def test_a_reward_model_is_from_its_best_evaluation(data, tmp_path):

@@ -144,9 +144,10 @@ class CheckpointConfig:
     """When a stage writes a checkpoint that it can resume from."""
 
     every: int | None = knob(None, ge=1)
-    """Optimiser steps (ppo: updates) between two checkpoints (null: 200 steps, 20 updates)."""
+    """Optimiser steps (ppo: updates) between two checkpoints (null: 200 steps, 20 updates); the
+    last step has one too."""
     keep_last: int = knob(2, ge=1)
-    """Number of checkpoints to keep; the best one is kept in addition."""
+    """Number of checkpoints to keep, to resume from; the best one is kept in addition."""
     grace_seconds: float = knob(60.0, gt=0, le=YEAR)
     """Seconds to finish the step and save after SIGTERM, SIGHUP or Ctrl-C; then the stage exits
     without saving. resume=auto waits as long for a run that still writes to the directory."""
