@@ -24,11 +24,16 @@ from rlhf.models import (
     ScalarModel,
     TextModel,
     accepts,
+    by_row,
+    disable_padding_free,
+    enable_padding_free,
     eval_mode,
     forward_inputs,
+    is_causal,
     is_quantized,
     undo_first_pass,
     unwrap_peft,
+    watch_windows,
 )
 from rlhf.sampling import Sampling, context_length, generate, uniform_noise
 
@@ -113,6 +118,81 @@ def require_padding(model: Any, tokenizer: Any, where: str, fix: str) -> None:
         return _deviation(parts, [_alone(model, row) for row in rows])
 
     _require(measure, model, where, "it reads the padding of a batch", fix)
+
+
+def choose_forward(model: Any, tokenizer: Any, wanted: str = "auto") -> str:
+    """Let a causal LM or `ScalarModel` read rows without padding if its numbers stay the same, in
+    place; logits and a gradient of a few rows are compared with those of each row alone.
+
+    Args:
+        wanted: `model.forward`.
+
+    Returns:
+        "padding-free", or "padded, because ..." with the reason.
+
+    Raises:
+        InputError: the model cannot do what `wanted` asks for.
+    """
+    inner = _inner(model)
+    reason = _why_padded(model, tokenizer, wanted)
+    if reason is None:
+        inner.base_model._rlhf_forward = "padding-free"
+    else:
+        disable_padding_free(inner)
+        inner.base_model._rlhf_forward = f"padded, because {reason}"
+    if reason is not None and wanted == "padding_free":
+        raise InputError(
+            f"model.forward=padding_free: {type(inner).__name__} cannot be read without padding, "
+            f"because {reason}; set model.forward=auto"
+        )
+    return inner.base_model._rlhf_forward
+
+
+def _why_padded(model: Any, tokenizer: Any, wanted: str) -> str | None:
+    """Make the model padding-free; return the reason where it must not be."""
+    if wanted == "padded":
+        return "model.forward=padded"
+    if wanted == "auto" and _device(model).type == "cpu":
+        return "model.forward=auto pads on a CPU"
+    if isinstance(model, TextModel) or not is_causal(_inner(model)):
+        return "it is not causal"
+    try:
+        with _left_as_it_was(model), torch.enable_grad():
+            return _try_padding_free(model, tokenizer)
+    except torch.OutOfMemoryError:
+        raise
+    except ValueError as error:  # of our attention
+        return str(error)
+    except Exception as error:  # a model can raise anything at inputs that it cannot take
+        return one_line(error)
+
+
+def _try_padding_free(model: Any, tokenizer: Any) -> str | None:
+    """Enable it, and return the reason where numbers change."""
+    rows = _rows(model, tokenizer)
+    width = max(map(len, rows))
+    mask = _tensor(model, [[j < len(row) for j in range(width)] for row in rows])
+    ids = _tensor(model, [[*row, *[0] * (width - len(row))] for row in rows])
+    trained = sorted((p for p in model.parameters() if p.requires_grad), key=torch.numel)[:1]
+
+    def gradient(numbers: Tensor) -> Tensor:
+        loss = numbers.float().square().mean()
+        return torch.autograd.grad(loss, trained)[0].flatten()
+
+    expected = [_alone(model, row) for row in rows]
+    wanted = gradient(torch.cat(expected)) if trained else None
+    with watch_windows() as windows:
+        enable_padding_free(_inner(model))
+        together = _read(model, ids, mask)[mask]
+    limit = tolerance(model)
+    if not (far := _deviation([together], expected)) <= limit:
+        return f"the rows of a batch see each other (its numbers change by {far:.0%})"
+    if wanted is not None and not (far := _deviation([gradient(together)], [wanted])) <= limit:
+        return f"its gradients change by {far:.0%}"
+    window = getattr(_inner(model).config, "sliding_window", None)
+    if window is not None and windows == {None}:
+        return "its sliding window is in the mask alone"
+    return None
 
 
 class _StopFirst:
@@ -207,7 +287,7 @@ def _read(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
         return model(ids, mask)
     if isinstance(model, TextModel):
         return model({"input_ids": ids, "attention_mask": mask.long()})[:, None]
-    return model(**forward_inputs(model, ids, mask), use_cache=False).logits
+    return by_row(model(**forward_inputs(model, ids, mask), use_cache=False).logits, mask)
 
 
 def _deviation(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
@@ -219,7 +299,7 @@ def _deviation(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 
 
 def _rms(numbers: Tensor) -> float:
-    return float(numbers.square().mean().sqrt())
+    return float(numbers.detach().square().mean().sqrt())
 
 
 def _tensor(model: Any, values: Any) -> Tensor:

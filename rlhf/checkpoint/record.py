@@ -44,6 +44,7 @@ class StageRecord:
         dropped: number of rows that were left out of the data, by reason.
         score_mean: mean of the reward model's scores of `normalization.completions` (raw units); a
             critic's values are (raw - score_mean) / score_std.
+        forward: "padding-free", or "padded" and the reason.
         weights: SHA-256 of the directory's own safetensors files; None accepts any weights.
         metrics: final figures of the stage.
         changes: the rows of `CHANGES`.
@@ -66,6 +67,7 @@ class StageRecord:
     weights: str | None = None
     dtype: str | None = None
     attn_implementation: str | None = None
+    forward: str | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     changes: list[dict[str, Any]] = field(default_factory=list)
@@ -109,11 +111,12 @@ def parent_weights(parent: str | None) -> str | None:
 def write_record(directory: Path, record: StageRecord, model: Any) -> None:
     """Write `rlhf.json` into a directory whose other files, such as `model`, are all written.
 
-    This fills in the record's `weights`, `dtype`, `attn_implementation` and `files`.
+    This fills in what is only known now, such as the record's `weights` and `files`.
     """
     record.weights = hash_weights(directory)
     record.dtype = str(model.dtype).removeprefix("torch.")
     record.attn_implementation = model.config._attn_implementation
+    record.forward = getattr(model.base_model, "_rlhf_forward", None)
     names = {file.relative_to(directory).as_posix() for file in files_of(directory)}
     record.files = sorted(names | {RECORD})
     text = json.dumps(as_written(dataclasses.asdict(record)), indent=2, allow_nan=False)

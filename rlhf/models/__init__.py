@@ -13,6 +13,12 @@ Left out: sharded models.
 """
 
 from rlhf.models.adapters import add_lora, merged, new_token_rows, what_to_save
+from rlhf.models.attention import (
+    disable_padding_free,
+    enable_padding_free,
+    is_padding_free,
+    watch_windows,
+)
 from rlhf.models.build import try_settings
 from rlhf.models.dropout import disable_dropout
 from rlhf.models.embeddings import resize_embeddings
@@ -21,6 +27,7 @@ from rlhf.models.forward import (
     ScalarModel,
     TextModel,
     accepts,
+    by_row,
     eval_mode,
     forward_inputs,
     has_linear_head,

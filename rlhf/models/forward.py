@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf.models.attention import is_padding_free
+
 HEAD = "score"
 
 
@@ -41,13 +43,47 @@ def forward_inputs(model: Any, input_ids: Tensor, mask: Tensor) -> dict[str, Ten
     Args:
         input_ids, mask: (B, L) int64 and bool.
 
+    A padding-free model gets the tokens of all rows in one row, (1, N), if any row is padded.
+
     Raises:
         ValueError: a row starts with padding.
     """
     if not mask[:, 0].all():
         raise ValueError("rows must be right-padded, but some masks start with False")
+    if _joins_rows(model, mask):
+        positions = position_ids_from_mask(mask)
+        return {"input_ids": input_ids[mask][None], "position_ids": positions[mask][None]}
     inputs = {"input_ids": input_ids}
     return inputs if is_causal(model) else inputs | {"attention_mask": mask.long()}
+
+
+def _joins_rows(model: Any, mask: Tensor) -> bool:
+    return is_padding_free(model) and not bool(mask.all())
+
+
+def positions_in_hidden(model: Any, mask: Tensor, rows: Tensor, positions: Tensor) -> Any:
+    """Index of the hidden states of `forward_inputs` that gives those of tokens.
+
+    Args:
+        mask: (B, L).
+        rows, positions: of the tokens, of equal shape.
+    """
+    if not _joins_rows(model, mask):
+        return rows, positions
+    lengths = mask.sum(dim=1)
+    starts = lengths.cumsum(dim=0) - lengths
+    within = torch.minimum(positions, lengths[rows] - 1)  # others are masked later
+    return torch.zeros_like(rows), starts[rows] + within
+
+
+def by_row(numbers: Tensor, mask: Tensor) -> Tensor:
+    """Put what a model made of `forward_inputs` into rows: (B, L, ...) or (1, N, ...) -> (B, L,
+    ...), 0 where masked in the second case."""
+    if numbers.shape[:2] == mask.shape:
+        return numbers
+    rows = numbers.new_zeros(*mask.shape, *numbers.shape[2:])
+    rows[mask] = numbers[0]
+    return rows
 
 
 def prefill_inputs(model: Any, input_ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
@@ -108,11 +144,12 @@ def response_logits(
         (B, T, V) in the model's dtype; row t predicts response token t.
     """
     inputs = forward_inputs(model, sequence_ids, mask)
-    rows = torch.arange(len(positions), device=positions.device)[:, None]  # (B, 1)
+    rows = torch.arange(len(positions), device=positions.device)[:, None].expand_as(positions)
+    index = positions_in_hidden(model, mask, rows, positions)
     # The head reads a copy of the hidden states. With a slice, a frozen head would use another
     # kernel, and the KL to an equal reference would be 1e-6 instead of 0.
     head = unwrap_peft(getattr(model, "module", model)).get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda _, given: (given[0][rows, positions],))
+    hook = head.register_forward_pre_hook(lambda _, given: (given[0][index],))
     try:
         logits = model(**inputs, use_cache=False).logits
     finally:
@@ -157,8 +194,8 @@ class ScalarModel(nn.Module):
         inputs = forward_inputs(inner.base_model, sequence_ids, mask)
         hidden = inner.base_model(**inputs, use_cache=False).last_hidden_state
         with torch.autocast(hidden.device.type, enabled=False):
-            raw = getattr(inner, HEAD)(hidden.float()).squeeze(-1).float()  # (B, L)
-        return (raw - self.mean) / self.std
+            raw = getattr(inner, HEAD)(hidden.float()).squeeze(-1).float()
+        return (by_row(raw, mask) - self.mean) / self.std
 
 
 class TextModel(nn.Module):

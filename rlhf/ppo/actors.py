@@ -30,7 +30,7 @@ from rlhf.config import (
 )
 from rlhf.console import say, warn
 from rlhf.data import Splits, other_columns
-from rlhf.equivalence import require_cache, require_padding
+from rlhf.equivalence import choose_forward, require_cache, require_padding
 from rlhf.models import (
     ScalarModel,
     add_lora,
@@ -138,9 +138,9 @@ def load_actors(
     return Actors(policy, reference, critic, scorer, tokenizer, rendering)
 
 
-def check_promises(config: PPOStageConfig, actors: Actors, accelerator: Accelerator) -> None:
+def check_promises(config: PPOStageConfig, actors: Actors, accelerator: Accelerator) -> str:
     """Require that the cache gives the policy's own logits, and that no model reads padding; the
-    scorer was examined when it was loaded."""
+    scorer was examined when it was loaded. Return how the policy reads rows."""
     where, fix = f"model.path={config.model.path}", "take a model of another family"
     with accelerator.autocast():
         require_cache(actors.policy, actors.tokenizer, where, fix)
@@ -148,6 +148,13 @@ def check_promises(config: PPOStageConfig, actors: Actors, accelerator: Accelera
         if actors.critic is not None:
             where = f"critic.init={config.critic.init}"
             require_padding(actors.critic, actors.tokenizer, where, fix)
+        models = (actors.policy, actors.reference, actors.critic)
+        forwards = [
+            choose_forward(model, actors.tokenizer, config.model.forward)
+            for model in models
+            if model is not None
+        ]
+    return forwards[0]
 
 
 def _show_report(path: str) -> None:

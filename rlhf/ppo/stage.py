@@ -84,10 +84,11 @@ def _train(config: PPOStageConfig, scorer: Scorer | None, run: StageRun) -> PPOR
     # Load: the models, then the prompts and texts that fit into their contexts.
     actors = load_actors(config, tokenizer, scorer, accelerator)
     require_writable(unwrap_peft(actors.policy), tokenizer, config)
-    check_promises(config, actors, accelerator)
+    forward = check_promises(config, actors, accelerator)
     texts = load_texts(config, tokenizer, context_length(actors.policy))
     prompts, heldout, too_long = choose_prompts(config, splits, actors, independent, num_processes)
     say(describe_batches(config, len(prompts), num_processes, actors))
+    say(f"     forward: {forward}")
     say(splits.describe(too_long))
     splits.dropped += too_long
 

@@ -36,7 +36,7 @@ from rlhf.functional import (
     token_logprobs,
     value_loss,
 )
-from rlhf.models import forward_inputs
+from rlhf.models import response_logits
 from rlhf.ppo.actors import Actors
 from rlhf.ppo.rollout import (
     Experience,
@@ -322,7 +322,8 @@ def text_loss(model: Any, texts: Sequence[Sequence[int]], denominator: float) ->
     device = next(model.parameters()).device
     ids = pad(texts, 0, device=device)
     mask = pad([[True] * len(text) for text in texts], False, device=device)
-    logits = model(**forward_inputs(model, ids, mask), use_cache=False).logits[:, :-1]
+    positions = torch.arange(ids.shape[1] - 1, device=device).expand(len(ids), -1)
+    logits = response_logits(model, ids, mask, positions, positions.new_empty(0))
     return masked_sum(-token_logprobs(logits, ids[:, 1:]), mask[:, 1:], denominator)
 
 

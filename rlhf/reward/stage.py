@@ -29,7 +29,7 @@ from rlhf.checkpoint import (
 from rlhf.config import RewardStageConfig, with_default_paths
 from rlhf.console import say
 from rlhf.data import RankedCollator, Splits, encode_ranked, load_splits, with_rows
-from rlhf.equivalence import require_padding
+from rlhf.equivalence import choose_forward, require_padding
 from rlhf.hf_trainer import as_in_training, is_sharded, row_length, run_trainer, trainer_arguments
 from rlhf.metrics import StageResult
 from rlhf.models import (
@@ -97,9 +97,12 @@ def _train(config: RewardStageConfig, run: StageRun) -> RewardResult:
     model = init_reward_model(source, tokenizer, config.seed)
     require_writable(model, tokenizer, config)
     length = row_length(config, context_length(model))
+    forward = "padded, because the model is sharded"
     if not is_sharded(args):
         with as_in_training(model, config, args):
-            require_padding(ScalarModel(model), tokenizer, f"model.path={parent}", OTHER_FAMILY)
+            scalar = ScalarModel(model)
+            require_padding(scalar, tokenizer, f"model.path={parent}", OTHER_FAMILY)
+            forward = choose_forward(scalar, tokenizer, config.model.forward)
     limits = length, config.dataset.on_bad_row
     train, too_long = encode_ranked(splits.train, tokenizer, *limits, context_length(model))
     heldout, others = encode_ranked(splits.eval, tokenizer, *limits)
@@ -113,7 +116,7 @@ def _train(config: RewardStageConfig, run: StageRun) -> RewardResult:
     directory = run.begin()
     sizes = "{:,} parameters, {:,} trainable".format(*parameter_count(model))
     say(f"reward: {sizes}; {len(heldout)} held-out prompts; at most {length} tokens a response")
-    say(f"        {describe_plan(args, train, plan)}; one forward pass per response")
+    say(f"        {describe_plan(args, train, plan)}; one forward pass per response, {forward}")
     say(splits.describe(Counter()))
     completions = load_completions(config, source, tokenizer, splits.train, train, length)
     trainer = RankingTrainer(

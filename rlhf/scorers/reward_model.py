@@ -16,7 +16,7 @@ from torch import Tensor
 from rlhf.checkpoint import require_stage
 from rlhf.config import InputError, ModelConfig, ScorerConfig
 from rlhf.data import encode_prompt, encode_response, pad
-from rlhf.equivalence import require_padding
+from rlhf.equivalence import choose_forward, require_padding
 from rlhf.hub import is_hub_id
 from rlhf.models import (
     ScalarModel,
@@ -85,6 +85,7 @@ class RewardModelScorer(BuiltInScorer):
         self.path, self.batch_size = config.path, config.batch_size
         fix = "take a reward model of another family"
         require_padding(self.model, self.tokenizer, f"{field}={config.path}", fix)
+        choose_forward(self.model, self.tokenizer)
 
     def score(
         self, prompts: Any, responses: Any, field: str, tokens: Tokens | None, columns: Columns

@@ -41,7 +41,7 @@ from rlhf.data import (
     prompt_of,
     with_rows,
 )
-from rlhf.equivalence import require_cache, require_packing, require_padding
+from rlhf.equivalence import choose_forward, require_cache, require_packing, require_padding
 from rlhf.hf_trainer import (
     FiniteTrainer,
     as_in_training,
@@ -138,7 +138,7 @@ def _train(config: SFTStageConfig, run: StageRun) -> SFTResult:
     lines = mend_sampling_settings(model)
     require_writable(model, tokenizer, config)
     args.max_length = row_length(config, context_length(model))
-    require_promises(config, args, model, tokenizer)
+    forward = require_promises(config, args, model, tokenizer)
 
     # Make token ids and labels, and put adapters on the model.
     splits, train, heldout, what = encode_splits(
@@ -153,8 +153,10 @@ def _train(config: SFTStageConfig, run: StageRun) -> SFTResult:
     packing = ", fewer with packing" if args.packing else ""
     sizes = f"{total:,} parameters, {trainable:,} trainable"
     say(f"sft: {sizes}; {len(heldout)} held-out rows; at most {args.max_length} tokens a row")
-    say(f"     {describe_batches(args, len(train), 'rows')}{packing}")
+    say(f"     {describe_batches(args, len(train), 'rows')}{packing}; {forward}")
     say("\n".join(what + lines))
+    if forward == "padding-free" and not args.packing and "padding_free" not in config.trainer:
+        args.padding_free, args.max_length = True, None  # no row is longer than that
     trainer = _make_trainer(config, args, model, tokenizer, train, heldout)
     with without_padding_mask(model):
         stopped_by = run_trainer(trainer, config, directory, "sft")
@@ -210,18 +212,21 @@ def _make_trainer(
     return trainer
 
 
-def require_promises(config: SFTStageConfig, args: SFTConfig, model: Any, tokenizer: Any) -> None:
-    """Measure on the model that padding, packing and sampling work, on the device of training."""
+def require_promises(config: SFTStageConfig, args: SFTConfig, model: Any, tokenizer: Any) -> str:
+    """Measure on the model that padding, packing and sampling work, on the device of training.
+    Return how the model reads rows."""
     if is_sharded(args):
-        return
+        return "padded, because the model is sharded"
     family = f"model.path={config.model.path}"
     with as_in_training(model, config, args):
         require_padding(model, tokenizer, family, "take a model of another family")
+        forward = choose_forward(model, tokenizer, config.model.forward)
         if args.packing or args.padding_free:
             _require_packing(config, args, model, tokenizer)
         if config.num_samples:
             fix = "set num_samples=0, or take a model of another family"
             require_cache(model, tokenizer, f"num_samples={config.num_samples}", fix)
+    return forward
 
 
 def _require_packing(config: SFTStageConfig, args: SFTConfig, model: Any, tokenizer: Any) -> None:

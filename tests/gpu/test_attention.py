@@ -15,7 +15,7 @@ import torch
 from helpers.families import TOKENIZER, rollout_of
 from helpers.tiny import tiny_model
 
-from rlhf.models import ScalarModel, prefill_inputs
+from rlhf.models import ScalarModel, disable_padding_free, enable_padding_free, prefill_inputs
 from rlhf.ppo.rollout import critic_values, policy_logprobs
 from rlhf.ppo.update import text_loss
 from rlhf.sampling import Sampling
@@ -76,6 +76,26 @@ def test_gradients_of_policy_critic_and_texts_are_finite_at_every_length(family,
         }
         bad += [(length, name) for name, ok in finite.items() if not ok]
     assert not bad
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("family", ["llama", "mistral_window"])
+def test_padding_free_log_probs_and_gradients_are_those_of_padded_rows(family, device):
+    """In bf16: they agree to its rounding at every length, and are finite."""
+    model, sampling = model_on(device, family), Sampling(RESPONSE, (2,), torch.tensor([0]))
+    for length in LENGTHS[device]:
+        _, _, rollout = rows_of(length, device)
+        mask, found = rollout.response_mask, []
+        for switch in (enable_padding_free, disable_padding_free):
+            switch(model)
+            with torch.autocast(device, torch.bfloat16):
+                logprobs, _ = policy_logprobs(model, rollout, sampling)
+            assert is_finite(model, logprobs.where(mask, 0.0).sum())
+            grads = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+            found.append((logprobs[mask], grads))
+        (free, free_grads), (plain, plain_grads) = found
+        assert (free - plain).abs().max() < 0.05
+        assert (free_grads - plain_grads).norm() < 0.05 * plain_grads.norm()
 
 
 @pytest.mark.gpu

@@ -47,6 +47,9 @@ class ModelConfig:
     """Type of the weights in memory; auto: as stored. Training needs float32."""
     attn_implementation: str | None = None
     """Attention code: eager, sdpa or flash_attention_2 (null: the library's choice)."""
+    forward: str = knob("auto", choices=("auto", "padding_free", "padded"))
+    """How rows are read in training and scoring: without padding, one after the other, or padded to
+    the longest; auto: without on a GPU, if it leaves the model's numbers as they are (measured)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     quantization: str | None = knob(None, choices=("8bit", "4bit"))
