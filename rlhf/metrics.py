@@ -57,6 +57,8 @@ METRICS: dict[str, str] = {
     "value": "mean predicted value over response tokens",
     "return": "mean return over response tokens",
     "explained_variance": "1 - Var(return - value) / Var(return), over response tokens",
+    "critic_steers": "1 if the advantages of this update used the critic, 0 if it ex"
+    "plained nothing (critic.must_explain)",
     "advantage_std": "standard deviation of the advantages before whitening",
     # ppo, of the optimiser steps
     "policy_loss": "clipped surrogate loss, mean over response tokens and steps",

@@ -24,6 +24,7 @@ from rlhf.config import (
     StageConfig,
     config_text,
     dotted,
+    learning_rates,
     one_line,
     read_yaml,
 )
@@ -221,11 +222,7 @@ def explain_stop(
 
 def _learning_rates(config: StageConfig) -> dict[str, float]:
     """Return the learning rates of a stage, cut to at most 0.01."""
-    if isinstance(config, PPOStageConfig):
-        rates = {"ppo.learning_rate": config.ppo.learning_rate}
-        if config.ppo.has_critic:
-            rates["critic.learning_rate"] = config.critic.learning_rate
-    else:
-        trainer = getattr(config, "trainer", {})
-        rates = {"trainer.learning_rate": float(trainer.get("learning_rate", 5e-5))}
+    rates = learning_rates(config)
+    if isinstance(config, PPOStageConfig) and not config.ppo.has_critic:
+        del rates["critic.learning_rate"]
     return {name: min(rate, 1e-2) for name, rate in rates.items()}

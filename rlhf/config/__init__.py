@@ -34,6 +34,7 @@ from rlhf.config.knobs import (
     WatchdogConfig,
     groups_of,
 )
+from rlhf.config.learning_rates import learning_rates, with_learning_rates
 from rlhf.config.objects import build_arguments, is_python, load_object, refuse_named_code
 from rlhf.config.paths import CONF_DIR, default_paths, with_default_paths
 from rlhf.config.saved_config import (

@@ -229,6 +229,8 @@ def _critic_rules(config: PPOStageConfig) -> Iterator[str]:
     first = config.scorer.components[0] if config.scorer.components else config.scorer
     if is_python(first.path) and critic.init == "reward" and ppo.has_critic:
         yield "critic.init=reward needs a reward model, not a Python scorer; set critic.init=policy"
+    if critic.must_explain and not ppo.has_critic:
+        yield "critic.must_explain=true needs a critic (ppo.advantage=gae); set it to null"
     if critic.warmup_updates and not ppo.has_critic:
         yield f"critic.warmup_updates={critic.warmup_updates} needs a critic (ppo.advantage=gae)"
 

@@ -22,6 +22,7 @@ from rlhf.functional.advantages import (
     gae,
     grpo,
     reinforce_pp,
+    returns_minus_mean,
     rloo,
     shape_rewards,
     update_moments,

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf.functional.tokens import check_masked, check_shapes, whiten, zero_masked
+from rlhf.functional.tokens import check_masked, check_shapes, masked_mean, whiten, zero_masked
 
 
 def final_scores(
@@ -146,6 +146,21 @@ def reinforce_pp(rewards: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
     """
     # Without a critic and with lambda 1, GAE is the reward-to-go.
     return gae(rewards, torch.zeros_like(rewards), mask, gamma, lam=1.0)[0]
+
+
+def returns_minus_mean(returns: Tensor, mask: Tensor) -> Tensor:
+    """Subtract the mean over all valid tokens from each return: advantages without a critic.
+
+    With returns 1 3 _ 5 and 3 _ _ _ , the mean is 3:  -2 0 0 2 and 0 0 0 0
+
+    Args:
+        returns, mask: (B, T); the returns are those of `reinforce_pp`.
+
+    Returns: (B, T) float32, 0 where masked.
+    Source: Williams 1992, REINFORCE with a baseline.
+    """
+    check_masked(mask, returns=returns)
+    return zero_masked(zero_masked(returns, mask) - masked_mean(returns, mask), mask)
 
 
 def _group_deviations(scores: Tensor) -> Tensor:

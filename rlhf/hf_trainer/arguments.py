@@ -12,7 +12,13 @@ import torch
 from transformers import TrainingArguments
 
 from rlhf.checkpoint import UNSEALED
-from rlhf.config import InputError, RewardStageConfig, SFTStageConfig, build_arguments
+from rlhf.config import (
+    InputError,
+    RewardStageConfig,
+    SFTStageConfig,
+    build_arguments,
+    learning_rates,
+)
 from rlhf.hf_trainer.settings import check_trainer_values, try_out
 from rlhf.models import use_bfloat16
 
@@ -35,13 +41,14 @@ def trainer_arguments(
     Raises:
         InputError: the stage cannot use a value.
     """
-    check_trainer_values(factory, config.trainer, stage)
-    if config.trainer.get("fp16") and use_bfloat16(config.precision):
+    given = config.trainer | {"learning_rate": learning_rates(config)["trainer.learning_rate"]}
+    check_trainer_values(factory, given, stage)
+    if given.get("fp16") and use_bfloat16(config.precision):
         raise InputError(
             f"trainer.fp16=true and precision={config.precision} (bfloat16 here) exclude each "
             "other; set precision=float32, or trainer.fp16=false"
         )
-    values = {"eval_strategy": "steps"} | dict(config.trainer)
+    values = {"eval_strategy": "steps"} | given
     load_best = _pop_load_best(values, stage)
     decided = _decided_by_stage(factory, config, stage, bool(values.get("fp16")))
     args = build_arguments(factory, values, decided | reserved)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 
 from rlhf.checkpoint import (
@@ -235,7 +236,10 @@ def _load_critic(config: PPOStageConfig, tokenizer: Any) -> ScalarModel:
     init = str(config.critic.init)  # the stage has set it
     source, field = critic_source(config)
     if init == "policy":
-        return ScalarModel(init_reward_model(source, tokenizer, config.seed))
+        model = init_reward_model(source, tokenizer, config.seed)
+        head: Any = model.score
+        torch.nn.init.zeros_(head.weight)  # random values explain less than a constant does
+        return ScalarModel(model)
     if init == "reward":
         scorer, weight = first_scorer(config)
         mean, std = score_statistics(scorer, read_record(str(scorer.path)))

@@ -297,7 +297,7 @@ class PPOLoop:
         if ppo.num_updates != old and ppo.lr_schedule == "linear" and update < ppo.num_updates:
             warm_up = ppo.lr_schedule, ppo.lr_warmup_updates, ppo.lr_warmup_start
             was, now = (
-                ppo.learning_rate * learning_rate_factor(update, end, *warm_up)
+                self.trainer.updater.rates["policy"] * learning_rate_factor(update, end, *warm_up)
                 if update < end
                 else 0.0
                 for end in (old, ppo.num_updates)

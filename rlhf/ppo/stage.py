@@ -12,7 +12,14 @@ from collections.abc import Iterable
 from typing import Any
 
 from rlhf.checkpoint import StageRun, open_run, require_writable, warn_about_prompts
-from rlhf.config import InputError, PPOStageConfig, ScorerConfig, is_python, with_default_paths
+from rlhf.config import (
+    InputError,
+    PPOStageConfig,
+    ScorerConfig,
+    is_python,
+    with_default_paths,
+    with_learning_rates,
+)
 from rlhf.console import say
 from rlhf.data import describe_dropped, encode_texts, first_cases, load_rows, load_splits, with_rows
 from rlhf.distributed import make_accelerator
@@ -107,7 +114,7 @@ def _train(config: PPOStageConfig, scorer: Scorer | None, run: StageRun) -> PPOR
 def with_sources(config: PPOStageConfig, scorer: Scorer | None) -> PPOStageConfig:
     """Return a copy that names the stages that PPO starts from, the scorer that the caller passed,
     and what follows from the scorer."""
-    config = with_default_paths(config)
+    config = with_learning_rates(with_default_paths(config), say)
     if scorer is not None:
         if needs_reward_model(config):
             raise InputError(

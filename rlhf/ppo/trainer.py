@@ -26,6 +26,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from rlhf.config import InputError, PPOConfig, PPOStageConfig
+from rlhf.console import say
 from rlhf.functional import (
     Moments,
     adaptive_kl_coef,
@@ -35,6 +36,7 @@ from rlhf.functional import (
     kl_estimate,
     masked_mean,
     reinforce_pp,
+    returns_minus_mean,
     rloo,
     shape_rewards,
     update_moments,
@@ -69,6 +71,7 @@ class PPOTrainer:
         kl_coef: weight of the KL penalty now; changes with `ppo.kl_target` only.
         score_moments: of all scores so far; used with `ppo.scale_scores`.
         collected_at: `time.perf_counter()` at the end of the latest `collect`.
+        steers: whether the latest advantages used the critic; None without `critic.must_explain`.
     """
 
     def __init__(
@@ -97,6 +100,7 @@ class PPOTrainer:
         self.kl_coef = ppo.kl_coef
         self.score_moments = Moments()
         self.collected_at = 0.0
+        self.steers: bool | None = None
 
     def step(self) -> dict[str, float]:
         """Make one PPO update and return its metrics (names of `metrics.METRICS`)."""
@@ -173,7 +177,8 @@ class PPOTrainer:
         """Add advantages, whitened over all tokens of the rollout (N), and returns; then save the
         rollout, if asked: the update may fail."""
         ppo = self.config.ppo
-        raw, returns = ESTIMATORS[ppo.advantage](rollout, rewards, ppo)
+        steers = self.updater.clips_values = self.critic_steers(rollout, rewards)
+        raw, returns = (ESTIMATORS[ppo.advantage] if steers else no_critic)(rollout, rewards, ppo)
         by_default = ppo.advantage in WHITENED
         whitens = by_default if ppo.whiten_advantages is None else ppo.whiten_advantages
         advantages = whiten(raw, rollout.loss_mask) if whitens else raw
@@ -182,6 +187,22 @@ class PPOTrainer:
         self.require_finite(batch, "advantages", "returns")
         self.save_rollout(batch)
         return batch
+
+    def critic_steers(self, rollout: Rollout, rewards: Tensor) -> bool:
+        """False while `critic.must_explain` and the critic explains none of what the responses
+        earned: its explained variance of the rewards to go, which no value is part of, is not above
+        0. Say it when that changes. A function of the rollout: a resumed run decides the same.
+        """
+        if not self.config.critic_must_explain:
+            return True
+        returns = reinforce_pp(rewards, rollout.response_mask, self.config.ppo.gamma)
+        explained = float(explained_variance(rollout.values, returns, rollout.loss_mask))
+        steers = explained > 0
+        if steers != self.steers:
+            number = f"update {self.update + 1}: the critic explains {explained:.0%}"
+            say(f"{number} of the variance of the returns: {STEERING[steers]}")
+        self.steers = steers
+        return steers
 
     def report(self, batch: Experience, stats: dict[str, float]) -> dict[str, float]:
         """Return the metrics, move `kl_coef` towards `ppo.kl_target` (Z), and count the update."""
@@ -193,6 +214,7 @@ class PPOTrainer:
             | cut_metric("", batch.cut, self.actors, self.actors.scorer)
             | rollout_metrics(batch, self.reported_scores(batch))
             | {"kl_coef": self.kl_coef}
+            | ({} if self.steers is None else {"critic_steers": float(self.steers)})
         )
         if ppo.kl_target is not None:
             self.kl_coef = adaptive_kl_coef(
@@ -269,6 +291,12 @@ def per_response(formula: Callable[[Tensor], Tensor]) -> Estimator:
     return estimate
 
 
+def no_critic(rollout: Rollout, rewards: Tensor, ppo: PPOConfig) -> tuple[Tensor, Tensor]:
+    """Rewards to go minus their mean, for a critic that explains nothing yet; it learns them."""
+    returns = reinforce_pp(rewards, rollout.response_mask, ppo.gamma)
+    return returns_minus_mean(returns, rollout.loss_mask), returns
+
+
 def reward_to_go(rollout: Rollout, rewards: Tensor, ppo: PPOConfig) -> tuple[Tensor, Tensor]:
     """REINFORCE++: its advantages before whitening are also its returns."""
     returns = reinforce_pp(rewards, rollout.response_mask, ppo.gamma)
@@ -286,6 +314,13 @@ ESTIMATORS: dict[str, Estimator] = {
 }
 # Whitened over the rollout, unless `ppo.whiten_advantages` says otherwise.
 WHITENED = ("gae", "reinforce_pp")
+
+
+# What `critic.must_explain` does, by whether the critic explains anything.
+STEERING = {
+    False: "advantages are returns minus their mean until it explains more",
+    True: "advantages use it now",
+}
 
 
 # --- Metrics ------------------------------------------------------------------------------------

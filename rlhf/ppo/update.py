@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rlhf.checkpoint import NonFiniteError
-from rlhf.config import PPOConfig, PPOStageConfig
+from rlhf.config import PPOConfig, PPOStageConfig, learning_rates
 from rlhf.data import pad
 from rlhf.functional import (
     Stats,
@@ -62,6 +62,8 @@ class Updater:
     Attributes:
         optimizers: of `policy` and, with a critic, of `critic`.
         num_steps: optimiser steps made in an unfinished update; 0 between updates.
+        clips_values: whether `ppo.cliprange_value` holds; a critic that does not steer may learn
+            as fast as it can.
         averages: exponential moving averages of the policy's trainable weights; None if off.
         policy, critic: as the processes share them; the critic is None for estimators without one.
         texts: token ids of the PPO-ptx texts.
@@ -79,10 +81,11 @@ class Updater:
         """Prepare models and optimisers; the arguments are those of `PPOTrainer`."""
         self.config, self.sampling, self.texts = config, sampling, texts
         self.accelerator, self.directory = accelerator, directory
-        self.num_steps = 0
-        self.rates = {"policy": config.ppo.learning_rate}
+        self.num_steps, self.clips_values = 0, True
+        rates = learning_rates(config)
+        self.rates = {"policy": rates["ppo.learning_rate"]}
         if actors.critic is not None:
-            self.rates["critic"] = config.critic.learning_rate
+            self.rates["critic"] = rates["critic.learning_rate"]
         self.trainable: dict[str, dict[str, torch.nn.Parameter]] = {}
         self.optimizers: dict[str, torch.optim.AdamW] = {}
         for model, rate in self.rates.items():
@@ -164,7 +167,8 @@ class Updater:
     def critic_backward(self, part: Experience, denominator: float) -> Stats:
         """Accumulate the gradient of the value loss of one micro-batch."""
         ppo = self.config.ppo
-        values, clip = critic_values(self.critic, part), ppo.cliprange_value
+        values = critic_values(self.critic, part)
+        clip = ppo.cliprange_value if self.clips_values else None
         loss, stats = value_loss(
             values, part.values, part.returns, part.loss_mask, clip, denominator=denominator
         )

@@ -45,7 +45,7 @@ RULES = {
     ),
     "explained_variance": (
         "the critic predicts returns worse than a constant would (explained variance "
-        "{value:.2f}): its error steers the policy. Set critic.warmup_updates=5 or more, or raise "
+        "{value:.2f}): its error steers the policy. Set critic.must_explain=true, or raise "
         "critic.learning_rate"
     ),
     "missing_eos_penalty": (
@@ -90,6 +90,8 @@ def measure(now: Metrics, first: Metrics, num_sequences: int) -> Metrics:
     """Compute the number that each rule judges; rules whose metrics are missing have none."""
     metric_of = {rule: METRIC_OF.get(rule, rule) for rule in RULES}
     values = {rule: now[metric] for rule, metric in metric_of.items() if metric in now}
+    if now.get("critic_steers") == 0:
+        values.pop("explained_variance", None)
     if "ratio_max" in now:
         values["ratio"] = max(now["ratio_max"], 1 / max(now["ratio_min"], 1e-30))
     degrees = num_sequences - 1  # kl_std divides by num_sequences: its unbiased error, by this

@@ -26,7 +26,7 @@ from rlhf.checkpoint import (
     warn_about_prompts,
     write_stage,
 )
-from rlhf.config import RewardStageConfig, with_default_paths
+from rlhf.config import RewardStageConfig, with_default_paths, with_learning_rates
 from rlhf.console import say
 from rlhf.data import RankedCollator, Splits, encode_ranked, load_splits, with_rows
 from rlhf.equivalence import choose_forward, require_padding
@@ -72,7 +72,7 @@ def train_reward(
         InputError: bad configuration, directory or data, or another process writes to the stage's
             directory; nothing has been trained or overwritten then.
     """
-    config = with_rows(config, rows, eval_rows)
+    config = with_learning_rates(with_rows(config, rows, eval_rows), say)
     with open_run(config, "reward") as run:
         if run.finished is not None:
             final = run.directory / "final"

@@ -28,7 +28,7 @@ from rlhf.checkpoint import (
     warn_about_template,
     write_stage,
 )
-from rlhf.config import ModelConfig, SFTStageConfig
+from rlhf.config import ModelConfig, SFTStageConfig, with_learning_rates
 from rlhf.console import say, table, warn
 from rlhf.data import (
     Row,
@@ -106,7 +106,7 @@ def train_sft(
         InputError: bad configuration or data, or another process writes to the stage's directory;
             nothing has been trained or overwritten then.
     """
-    config = with_rows(config, rows, eval_rows)
+    config = with_learning_rates(with_rows(config, rows, eval_rows), say)
     with open_run(config, "sft") as run:
         if run.finished is not None:
             return SFTResult(

@@ -145,6 +145,11 @@ BAD_VALUES = [
     ),
     (
         "ppo",
+        {"critic.must_explain": True, "ppo.advantage": "reinforce_pp"},
+        "critic.must_explain=true needs a critic (ppo.advantage=gae); set it to null",
+    ),
+    (
+        "ppo",
         several({"path": "a", "normalize": "zero"}),
         "scorer.components[0].normalize must be one of demo_mean_zero, standardise, none, null",
     ),

@@ -142,6 +142,12 @@ def test_reinforce_pp_equals_the_discounted_sum_over_later_valid_tokens(
     close(F.reinforce_pp(rewards, mask, gamma), expected)
 
 
+def test_returns_minus_mean_by_hand():
+    returns = torch.tensor([[1.0, 3.0, 99.0, 5.0], [3.0, 99.0, 99.0, 99.0]])
+    mask = torch.tensor([[True, True, False, True], [True, False, False, False]])
+    close(F.returns_minus_mean(returns, mask), [[-2.0, 0.0, 0.0, 2.0], [0.0, 0.0, 0.0, 0.0]])
+
+
 def test_reinforce_pp_is_detached():
     rewards = leaf(draw(0, 2, 3))
     assert not F.reinforce_pp(rewards, torch.ones(2, 3, dtype=torch.bool)).requires_grad

@@ -76,7 +76,7 @@ def make_config(policy_dir: Path, folder: Path, **ppo) -> PPOStageConfig:
         ),
         ppo=PPOConfig(**(knobs | ppo)),
         scorer=ScorerConfig(path=f"python:{__name__}.words_scorer", normalize="none"),
-        critic=CriticConfig(init="policy", learning_rate=1e-3),
+        critic=CriticConfig(init="policy", learning_rate=1e-3, must_explain=False),
         evaluation=EvaluationConfig(every=2, num_prompts=4),
         checkpoint=CheckpointConfig(every=2),
         preflight=False,

@@ -85,8 +85,8 @@ class PPOConfig:
     """Bonus per nat of entropy."""
     target_kl: float | None = knob(None, gt=0)
     """End an update once the mean KL(old || new) is above this, nats per token (null: off)."""
-    learning_rate: float = knob(3e-6, ge=0)
-    """Peak learning rate of the policy."""
+    learning_rate: float | None = knob(None, ge=0)
+    """Peak learning rate of the policy (null: 3e-6, with LoRA adapters 3e-4)."""
     lr_schedule: str = knob("linear", choices=("linear", "constant"))
     """linear: to zero over the updates after the warm-up; constant; for policy and critic."""
     lr_warmup_updates: int = knob(0, ge=0)
@@ -198,10 +198,14 @@ class CriticConfig:
     """reward: start from the reward model (the first of scorer.components); policy: from the policy
     with a new head; or a trained critic: runs/<run_name>/ppo/critic, which every run writes (null:
     reward, or policy where the scorer is a Python function)."""
-    learning_rate: float = knob(3e-6, ge=0)
-    """Peak learning rate of the critic."""
+    learning_rate: float | None = knob(None, ge=0)
+    """Peak learning rate of the critic (null: 3e-6, with LoRA adapters 3e-4)."""
     warmup_updates: int = knob(0, ge=0)
     """Number of first updates that train only the critic."""
+    must_explain: bool | None = None
+    """Estimate the advantages of an update without the critic, as returns minus their mean, while
+    its explained variance on the new rollout is not above 0 (null: true where the critic starts
+    with a new head, critic.init=policy)."""
 
 
 @knobs
@@ -272,6 +276,12 @@ class PPOStageConfig(StageConfig):
     @property
     def needs_eval(self) -> bool:
         return self.evaluation.num_prompts > 0
+
+    @property
+    def critic_must_explain(self) -> bool:
+        """`critic.must_explain`, with a value for null."""
+        given = self.critic.must_explain
+        return self.ppo.has_critic and (self.critic.init == "policy" if given is None else given)
 
     @property
     def eos_penalty(self) -> float | None:

@@ -56,8 +56,8 @@ class RewardTrainerDefaults(TrainerDefaults):
 
     num_train_epochs: float = 1
     """Passes over the training rows."""
-    learning_rate: float = 9e-6
-    """Peak learning rate."""
+    learning_rate: float | None = None
+    """Peak learning rate (null: 9e-6, with LoRA adapters 1e-4)."""
     per_device_train_batch_size: int = 4
     """Prompts per process and forward pass; each brings all its responses."""
     logging_steps: float = 10

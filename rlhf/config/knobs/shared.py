@@ -204,8 +204,8 @@ class TrainerDefaults:
 
     num_train_epochs: float = 3
     """Passes over the training rows."""
-    learning_rate: float = 2e-5
-    """Peak learning rate."""
+    learning_rate: float | None = None
+    """Peak learning rate (null: 2e-5, with LoRA adapters 2e-4)."""
     lr_scheduler_type: str = "cosine"
     """Learning-rate schedule, by transformers' name."""
     warmup_steps: float = 0.03
