@@ -97,12 +97,7 @@ def _train(config: RewardStageConfig, run: StageRun) -> RewardResult:
     model = init_reward_model(source, tokenizer, config.seed)
     require_writable(model, tokenizer, config)
     length = row_length(config, context_length(model))
-    forward = "padded, because the model is sharded"
-    if not is_sharded(args):
-        with as_in_training(model, config, args):
-            scalar = ScalarModel(model)
-            require_padding(scalar, tokenizer, f"model.path={parent}", OTHER_FAMILY)
-            forward = choose_forward(scalar, tokenizer, config.model.forward)
+    forward = _check_and_choose_forward(model, tokenizer, config, args, f"model.path={parent}")
     limits = length, config.dataset.on_bad_row
     train, too_long = encode_ranked(splits.train, tokenizer, *limits, context_length(model))
     heldout, others = encode_ranked(splits.eval, tokenizer, *limits)
@@ -133,6 +128,18 @@ def _train(config: RewardStageConfig, run: StageRun) -> RewardResult:
     if (signal := run_trainer(trainer, config, directory, "reward")) is not None:
         return RewardResult(None, {}, stage_dir=directory, stopped_by=signal)
     return _finish(trainer, completions, splits, config, parent, directory)
+
+
+def _check_and_choose_forward(
+    model: Any, tokenizer: Any, config: RewardStageConfig, args: TrainingArguments, where: str
+) -> str:
+    """Require that padding changes no score; return how training will read rows."""
+    if is_sharded(args):
+        return "padded, because the model is sharded"
+    with as_in_training(model, config, args):
+        scalar = ScalarModel(model)
+        require_padding(scalar, tokenizer, where, OTHER_FAMILY)
+        return choose_forward(scalar, tokenizer, config.model.forward)
 
 
 def _finish(
