@@ -262,10 +262,13 @@ def warn_about_template(record: StageRecord | None, tokenizer: Any, path: str | 
 def require_same_tokenizer(
     tokenizer: Any, record: StageRecord | None, ours: str, theirs: str
 ) -> None:
-    """Require that two stages share vocabulary, special tokens and chat template."""
+    """Require that two stages share vocabulary, special tokens but the pad token, and chat
+    template."""
     if record is None:
         return
-    if record.tokenizer != hash_tokenizer(tokenizer):
+    tokens = {id: token for token, id in tokenizer.get_vocab().items()}
+    pad = tokens.get(record.pad_token_id)
+    if record.tokenizer != hash_tokenizer(tokenizer, pad_token=pad):
         raise InputError(
             f"tokenizer mismatch: {theirs} (hash {record.tokenizer[:12]}, eos "
             f"{record.eos_token_id}, pad {record.pad_token_id}) and {ours} (hash "

@@ -179,11 +179,6 @@ def _token_rules(model: ModelConfig) -> Iterator[str]:
         texts = getattr(model, name) or []
         if not all(texts) or len(set(texts)) != len(texts):
             yield f"model.{name} must be distinct, non-empty texts, got {texts}"
-    if model.pad_token is not None and model.pad_token == model.eos_token:
-        yield (
-            f"model.pad_token={model.pad_token!r} equals model.eos_token, but PPO never samples "
-            "the pad token, so no response could end; choose a different one, or null"
-        )
 
 
 def _reward_rules(config: RewardStageConfig) -> Iterator[str]:

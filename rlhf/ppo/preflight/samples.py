@@ -157,9 +157,6 @@ def examine_tokenizer(tokenizer: Any, prompts: Sequence[Any], responses: Sequenc
         fix = "use the tokenizer that the model was trained with (model.tokenizer)"
         return Finding(name, WARN, text, fix)
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
-    if pad == eos:
-        text = f"pad and EOS are the same token ({pad}); other libraries then mask EOS as padding"
-        return Finding(name, WARN, text, "give the tokenizer a pad token of its own")
     text = f"{len(prompts)} prompts and {len(responses)} responses survive text -> ids -> text"
     return Finding(name, OK, f"{text}; pad {pad}, EOS {eos}")
 
@@ -181,7 +178,7 @@ def examine_stop_token(
     """
     name = "stop token"
     if eos in sampling.forbidden.tolist():
-        text = f"EOS (id {eos}) is never sampled: it is padding, or beyond the tokenizer's ids"
+        text = f"EOS (id {eos}) is never sampled: it is beyond the tokenizer's ids"
         fix = "set the eos_token of model.tokenizer to the token that SFT responses end with"
         return Finding(name, FAIL, text, fix)
     share = float(rollout.finished.float().mean())
