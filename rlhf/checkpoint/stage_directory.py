@@ -136,10 +136,11 @@ def require_stage(
         raise InputError(f"{field}={directory} is not a model directory (no config.json){hint}")
     record = read_record(directory, revision)
     if record is not None and record.stage not in stages:
+        near = path.parent.parent / stages[0] / "final"
+        right = near if near.is_dir() else f"runs/<run_name>/{stages[0]}/final"
         raise InputError(
             f"{field}={directory} was written by the {record.stage} stage, but a directory of the "
-            f"{' or '.join(stages)} stage is needed; point {field} at "
-            f"runs/<run_name>/{stages[0]}/final"
+            f"{' or '.join(stages)} stage is needed; set {field}={right}"
         )
     require_same_weights(directory, record, field, revision)
     return record
