@@ -6,7 +6,6 @@ holds the sizes that the `*.jsonl` logs had, so a resumed run drops exactly what
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -45,7 +44,7 @@ from rlhf.config import (
     resume_overrides,
 )
 from rlhf.console import quiet_libraries, say, warn
-from rlhf.metrics import append_jsonl
+from rlhf.metrics import append_jsonl, cut_jsonl
 
 
 @dataclass
@@ -275,7 +274,7 @@ def truncate_logs(directory: Path, sizes: dict[str, int]) -> None:
         if found < size:
             warn(f"{file} is shorter than when the checkpoint was written: rows are missing in it")
         elif found > size:
-            os.truncate(file, size)
+            cut_jsonl(file, size)
 
 
 def refuse_another_run(directory: Path, step: int) -> None:
