@@ -49,12 +49,14 @@ def load_policy(
     return _prepare(model, config, field)
 
 
-def load_reference(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Load a frozen copy of the starting policy, from disk.
+def load_reference(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, field: str = "model.path"
+) -> PreTrainedModel:
+    """Load a frozen reference, by default a copy of the starting policy, from disk.
 
     A deepcopy of a trained model would follow it: TRL patches `forward` on the instance.
     """
-    return freeze(load_policy(config, tokenizer))
+    return freeze(load_policy(config, tokenizer, field))
 
 
 def init_reward_model(

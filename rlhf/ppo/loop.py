@@ -200,6 +200,8 @@ class PPOLoop:
             tokenizer, figures = trainer.actors.tokenizer, metrics | {"update": chosen}
             origin = config.model.path, tokenizer, self.splits.prompts, self.splits.dropped
             record = make_record("ppo", config, *origin, figures)
+            record.reference = config.ppo.reference
+            record.reference_weights = parent_weights(record.reference)
             self._write_critic(record)  # first: a run with final/ counts as finished
             with trainer.updater.averaged_weights():
                 parts = trainer.actors.policy, config.peft, origin[0], config.model.revision

@@ -174,7 +174,8 @@ def describe_batches(
     minibatch = ppo.batch_size // ppo.num_mini_batches
     micro = math.ceil(minibatch // num_processes / ppo.micro_batch_size)
     total, trainable = parameter_count(actors.policy)
-    reference = "adapters off" if actors.reference is None else "own copy"
+    own = "adapters off" if actors.reference is None else "own copy"
+    reference = ppo.reference or own
     critic = f"no critic ({ppo.advantage})"
     if actors.critic is not None:
         critic = (
