@@ -24,6 +24,7 @@ from rlhf.config.knobs import (
 from rlhf.config.objects import is_python
 from rlhf.config.paths import default_paths
 from rlhf.config.saved_config import config_file_of_run, resume_overrides
+from rlhf.config.trainer_values import trainer_problems
 
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
@@ -122,6 +123,9 @@ def _rules(config: StageConfig) -> Iterator[str]:
     yield from _model_rules(config)
     yield from _token_rules(config.model)
     if isinstance(config, SFTStageConfig | RewardStageConfig):
+        yield from trainer_problems(
+            config.trainer, "reward" if isinstance(config, RewardStageConfig) else "sft"
+        )
         accumulated = config.trainer.get("gradient_accumulation_steps", 1)
         if config.batch_size is not None and accumulated != 1:
             yield (
