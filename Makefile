@@ -8,7 +8,7 @@ STAMP := .venv/.installed
 PEERS := .venv-peers
 
 .DEFAULT_GOAL := help
-.PHONY: bad-input conf gpu-check gpu-wheels help install lint format test test-slow test-peers wheel demo overoptimization clean docs test-fast test-gpu
+.PHONY: bad-input journeys conf gpu-check gpu-wheels help install lint format test test-slow test-peers wheel demo overoptimization clean docs test-fast test-gpu
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,7 +35,7 @@ test-fast: $(STAMP)  ## run the unit tests (after every edit, under a minute)
 		--ignore tests/functional/test_mutants.py
 
 test: $(STAMP)  ## run the default tests (offline, CPU, minutes)
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 test-slow: $(STAMP)  ## run the tests marked slow
 	$(BIN)/python -m pytest -q -m 'slow and not gpu'
@@ -93,6 +93,9 @@ docs: $(STAMP)  ## build the documentation into site/; any warning is an error
 
 bad-input: $(STAMP)  ## run the bad-input table and write docs/bad-input.md
 	WRITE_PAGE=1 $(BIN)/python -m pytest -q tests/end_to_end/test_bad_input.py
+
+journeys: $(STAMP)  ## type the twelve journeys and write docs/journeys.md (RLHF_SMOLLM2=<file.gguf>)
+	WRITE_PAGE=1 $(BIN)/python -m pytest -q -m slow tests/end_to_end/test_journeys.py
 
 overoptimization: $(STAMP)  ## draw true and proxy score against KL on the demo, minutes on a CPU
 	$(BIN)/python examples/overoptimization/experiment.py
