@@ -7,6 +7,7 @@ import math
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers.configs import valid_config
@@ -15,6 +16,7 @@ from rlhf.config import InputError, SFTStageConfig, TrackerConfig, check
 from rlhf.config.knobs.shared import TRACKERS
 from rlhf.console import say, table, warn
 from rlhf.metrics import METRICS, TIMINGS, MetricsWriter, StageResult, append_jsonl, read_jsonl
+from rlhf.trackers import Trackers, _wandb_options
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -219,3 +221,19 @@ def test_a_results_metrics_are_the_rows_and_by_a_name_the_figure_of_final(tmp_pa
         result.metrics["loss"]
     assert StageResult(None, {}).metrics == []
     assert str(StageResult(None, {}, "a table")) == "a table"
+
+
+def test_trackers_get_our_step_and_only_wandb_gets_null(tmp_path):
+    trackers = Trackers(tmp_path, SFTStageConfig(), "sft", None, 0)
+    wandb_rows, other_rows = [], []
+    trackers._wandb = SimpleNamespace(log=wandb_rows.append)
+    trackers._others = [SimpleNamespace(log=lambda row, step: other_rows.append((step, row)))]
+    trackers.log(7, {"loss": 1.0, "kl": None})
+    assert wandb_rows == [{"step": 7, "loss": 1.0, "kl": None}]
+    assert other_rows == [(7, {"loss": 1.0})]
+
+
+def test_wandb_is_silent(tmp_path):
+    pytest.importorskip("wandb")
+    options = _wandb_options(tmp_path, SFTStageConfig(), "run/sft", "id")
+    assert options["settings"].silent and options["id"] == "id"
