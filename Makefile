@@ -35,7 +35,7 @@ test-fast: $(STAMP)  ## run the unit tests (after every edit, under a minute)
 		--ignore tests/functional/test_mutants.py
 
 test: $(STAMP)  ## run the default tests (offline, CPU, minutes)
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(STAMP)  ## run the tests marked slow
 	$(BIN)/python -m pytest -q -m 'slow and not gpu'

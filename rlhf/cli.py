@@ -95,7 +95,7 @@ def hydra_main(stage: str, run: Run, earlier: Collection[str] | None = None) -> 
     except YAMLError as error:
         _exit(f"not valid YAML: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
-        _exit("interrupted; nothing that was saved is lost. Continue with resume=true", status=130)
+        _exit("interrupted; nothing saved is lost: the same with resume=auto goes on", status=130)
 
 
 def _composed_job(

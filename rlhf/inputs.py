@@ -109,6 +109,8 @@ def _checks(config: StageConfig, stage: str, awaited: Collection[str]) -> Iterat
         )
     yield from _tokenizer_checks(model, awaited)
     if isinstance(config, PPOStageConfig):
+        if (reference := config.ppo.reference) is not None and reference not in awaited:
+            yield partial(check_model, reference, "ppo.reference", PARENTS["ppo"])
         yield from _scorer_checks(config, awaited)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,13 +108,15 @@ class MetricsWriter:
         """Start or continue the run in the trackers."""
         self._directory = directory
         self._trackers: Trackers | None = None
+        self._last: dict[str, dict[str, Any]] = {}  # file -> its last row
         if is_main_process():
-            steps = [row["step"] for row in read_jsonl(directory / "metrics.jsonl")]
-            next_step = max(steps, default=-1) + 1
+            for name in ("metrics.jsonl", "timings.jsonl"):
+                self._last[name] = (read_jsonl(directory / name) or [{"step": -1}])[-1]
+            next_step = self._last["metrics.jsonl"]["step"] + 1
             self._trackers = Trackers(directory, config, stage, run_id, next_step)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Write the metrics of one step.
+        """Write metrics of a step; those of the same step, such as an evaluation, join its row.
 
         Raises:
             KeyError: neither the name nor its part up to the slash is in `METRICS`.
@@ -129,8 +132,19 @@ class MetricsWriter:
         for file, is_timing in (("metrics.jsonl", False), ("timings.jsonl", True)):
             kept = {name: value for name, value in row.items() if (name in TIMINGS) == is_timing}
             if kept:
-                append_jsonl(self._directory / file, [{"step": step} | kept])
+                self._write(file, step, kept)
         self._trackers.log(step, row)
+
+    def _write(self, file: str, step: int, values: dict[str, Any]) -> None:
+        last = self._last[file]
+        if last["step"] != step:
+            self._last[file] = {"step": step} | values
+            append_jsonl(self._directory / file, [self._last[file]])
+            return
+        new = {name: value for name, value in values.items() if name not in last}
+        if new:
+            last |= new
+            extend_last_row(self._directory / file, new)
 
     def write_samples(self, step: int, path: Path, samples: list[dict[str, Any]]) -> None:
         """Append sampled responses to a JSONL file, and log them as a table."""
@@ -190,6 +204,24 @@ def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
         for row in rows:
             text = json.dumps(_json_value(row), ensure_ascii=False, allow_nan=False)
             stream.write(text + "\n")
+
+
+def extend_last_row(path: Path, values: dict[str, Any]) -> None:
+    """Add values to the last row of a JSONL file. The row keeps its beginning, so that
+    `cut_jsonl` can take them back."""
+    text = json.dumps(_json_value(values), ensure_ascii=False, allow_nan=False)
+    with path.open("r+b") as stream:
+        stream.seek(-len(b"}\n"), os.SEEK_END)
+        stream.write(f", {text[1:]}\n".encode())
+
+
+def cut_jsonl(path: Path, size: int) -> None:
+    """Cut a JSONL file back to a size that it had, also where its last row was extended since."""
+    os.truncate(path, size)
+    if size:
+        with path.open("r+b") as stream:
+            stream.seek(-len(b"}\n"), os.SEEK_END)
+            stream.write(b"}\n")
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

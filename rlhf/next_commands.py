@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from pathlib import Path
 from typing import Any
 
 from rlhf.config import (
@@ -43,9 +44,12 @@ def next_commands(config: StageConfig, recipe: str | None) -> list[str]:
     if isinstance(config, PPOStageConfig):
         final = config.stage_dir("ppo") / "final"
         before = with_default_paths(config).model.path
+        out = final.parents[1] / "answers.jsonl"
         return [
-            "next: compare it with the policy before PPO, or write it in half the size for servers",
+            "next: compare it with the policy before PPO, let it answer a file, or write it in "
+            "half the size for servers",
             _command("chat", path=final, compare=before),
+            _command("generate", path=final, prompts=_prompts(config), out=out),
             _command("export", path=final, out=final.parents[1] / "policy", dtype="bfloat16"),
         ]
     final = config.stage_dir("reward") / "final"
@@ -54,6 +58,12 @@ def next_commands(config: StageConfig, recipe: str | None) -> list[str]:
         _command("reward.report", path=final),
         _stage_command("ppo", config, recipe, config.dataset),
     ]
+
+
+def _prompts(config: StageConfig) -> str:
+    """The file of the stage's prompts, if it is one."""
+    path = config.dataset.path
+    return path if isinstance(path, str) and Path(path).is_file() else "prompts.jsonl"
 
 
 def _is_in(recipe: str | None, stage: str) -> bool:

@@ -3,7 +3,6 @@
 import os
 import signal
 from importlib.util import find_spec
-from types import SimpleNamespace
 
 # A shell's background job and nohup have these ignored, and what they start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -17,10 +16,11 @@ import pytest  # noqa: E402
 @pytest.fixture(scope="session", autouse=True)
 def no_pictures_of_stages():
     """Stages draw no curves, which would take as long as a tiny stage."""
-    figure = SimpleNamespace(savefig=lambda file: None)
     with pytest.MonkeyPatch.context() as patch:
         if find_spec("rlhf.curves"):  # the copies of test_mutants.py hold the formulas alone
-            patch.setattr("rlhf.curves.draw_curves", lambda runs: figure)
+            from helpers.commands import draw_nothing
+
+            patch.setattr("rlhf.curves.draw_curves", draw_nothing)
         yield
 
 

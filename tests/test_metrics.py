@@ -15,7 +15,15 @@ from helpers.configs import valid_config
 from rlhf.config import InputError, SFTStageConfig, TrackerConfig, check
 from rlhf.config.knobs.shared import TRACKERS
 from rlhf.console import say, table, warn
-from rlhf.metrics import METRICS, TIMINGS, MetricsWriter, StageResult, append_jsonl, read_jsonl
+from rlhf.metrics import (
+    METRICS,
+    TIMINGS,
+    MetricsWriter,
+    StageResult,
+    append_jsonl,
+    cut_jsonl,
+    read_jsonl,
+)
 from rlhf.trackers import Trackers, _wandb_options
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,6 +41,22 @@ def test_each_step_is_one_row_with_the_step_first(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == (
         '{"step": 1, "loss": 0.5, "num_tokens": 12}\n{"step": 2, "loss": 0.25}\n'
     )
+
+
+def test_evaluation_joins_the_row_of_its_step_and_can_be_taken_back(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    writer = writer_in(tmp_path)
+    writer.write(1, {"loss": 0.5, "epoch": 0.1})
+    size = file.stat().st_size
+    writer.write(1, {"eval_loss": 0.25, "epoch": 0.1})
+    writer.close()
+    writer = writer_in(tmp_path)  # a run that continues
+    writer.write(1, {"eval_entropy": math.nan})
+    writer.write(2, {"loss": 0.125})
+    whole = {"step": 1, "loss": 0.5, "epoch": 0.1, "eval_loss": 0.25, "eval_entropy": None}
+    assert read_jsonl(file) == [whole, {"step": 2, "loss": 0.125}]
+    cut_jsonl(file, size)  # a checkpoint was written between the row and its evaluation
+    assert file.read_text() == '{"step": 1, "loss": 0.5, "epoch": 0.1}\n'
 
 
 def test_unknown_metric_is_refused_and_nothing_is_written(tmp_path):

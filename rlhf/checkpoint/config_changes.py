@@ -27,6 +27,7 @@ from rlhf.config import (
     learning_rates,
     one_line,
     read_yaml,
+    resume_overrides,
 )
 from rlhf.console import is_main_process, num_processes
 
@@ -92,7 +93,8 @@ def refuse_changes(config: StageConfig, directory: Path) -> dict[str, str]:
         raise InputError(
             f"{directory} was written with a different configuration:\n  {listed}\n"
             "A resumed run must end as if it had never stopped: set these back to their old "
-            f"values{also}, or start a new run with another run_name"
+            f"values{also}, as {resume_overrides(config)} alone does, or start a new run with "
+            "another run_name"
         )
     return lines
 
@@ -207,9 +209,8 @@ def explain_stop(
     if usable:
         newer = ", ".join(str(path) for path in checkpoints if path not in usable)
         delete = f"delete {newer}, whose weights led to it, then " if newer else ""
-        runs_dir = "" if config.runs_dir == StageConfig.runs_dir else f" runs_dir={config.runs_dir}"
-        command = f"python -m rlhf.{directory.name} resume=true run_name={config.run_name}"
-        way = f"To go on from {usable[-1]}: {delete}{command}{runs_dir}"
+        command = f"python -m rlhf.{directory.name} {resume_overrides(config)}"
+        way = f"To go on from {usable[-1]}: {delete}{command}"
     else:
         way = "No checkpoint is from before: start again with the same command, overwrite=true and"
     lower = [f"{name}={rate / 10:g}" for name, rate in _learning_rates(config).items()]

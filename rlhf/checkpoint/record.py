@@ -38,6 +38,7 @@ class StageRecord:
         stage: "sft", "reward" or "ppo"; "critic" for the critic of a PPO run.
         parent: directory or Hub id that training started from (None: from scratch).
         parent_weights: SHA-256 of the parent's safetensors or GGUF file (None for a Hub id).
+        reference, reference_weights: the same of the KL reference, where PPO had one of its own.
         tokenizer: hash of vocabulary and special tokens.
         template: hash of the chat template.
         prompts: how training prompts reached the model, "conversation", "text" or "mixed".
@@ -60,6 +61,8 @@ class StageRecord:
     eos_token_id: int
     pad_token_id: int
     seed: int
+    reference: str | None = None
+    reference_weights: str | None = None
     prompts: str | None = None
     dropped: dict[str, int] = field(default_factory=dict)
     score_mean: float | None = None

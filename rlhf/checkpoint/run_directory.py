@@ -6,7 +6,6 @@ holds the sizes that the `*.jsonl` logs had, so a resumed run drops exactly what
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -33,9 +32,19 @@ from rlhf.checkpoint.ownership import (
     write_identity,
 )
 from rlhf.checkpoint.record import CHANGES, RECORD, StageRecord, read_record
-from rlhf.config import CONFIG_FILE, InputError, StageConfig, check, config_text, nothing_to_resume
+from rlhf.config import (
+    CONFIG_FILE,
+    InputError,
+    StageConfig,
+    check,
+    config_file_of_run,
+    config_text,
+    load_config,
+    nothing_to_resume,
+    resume_overrides,
+)
 from rlhf.console import quiet_libraries, say, warn
-from rlhf.metrics import append_jsonl
+from rlhf.metrics import append_jsonl, cut_jsonl
 
 
 @dataclass
@@ -106,7 +115,7 @@ def refuse_used_directory(config: StageConfig, stage: str) -> None:
     if is_used and not (config.resume or config.overwrite):
         raise InputError(
             f"{directory} already holds {'a finished' if is_finished else 'an unfinished'} run; "
-            "use another run_name, resume=true to continue it, or overwrite=true to delete it"
+            f"use another run_name, {_way_on(config, directory)}overwrite=true to delete it"
         )
     refuse_blocked_names(directory)
     if config.overwrite:
@@ -118,14 +127,25 @@ def refuse_used_directory(config: StageConfig, stage: str) -> None:
     newest = latest_checkpoint(directory)
     refuse_another_run(directory, step_of(newest))
     if is_finished and newest is None:
-        raise InputError(
-            f"{directory} is finished, and none of its checkpoints is left to continue from; start "
-            f"a new run from its result: another run_name and model.path={directory / 'final'}"
-        )
+        raise _only_the_result(directory)
     if config.resume is True and newest is None:
         raise nothing_to_resume(config, stage)
     if newest and find_damage(newest, (CONFIG_FILE,)) is None:
         refuse_changes(config, newest)
+
+
+def _way_on(config: StageConfig, directory: Path) -> str:
+    """How the run that is in a directory can go on, for a message."""
+    newest, final = latest_checkpoint(directory), directory / "final"
+    if (final / CONFIG_FILE).is_file():
+        setting, end = length_of(load_config(type(config), final / CONFIG_FILE))
+        longer = f"{resume_overrides(config)} {setting}={2 * end:g}"
+        return f"{longer} to make it longer, or " if newest else "or "
+    if newest:
+        return f"{resume_overrides(config)} to continue it, or "
+    if config_file_of_run(directory):
+        return f"{resume_overrides(config, 'auto')} to start it again, or "
+    return "or "
 
 
 def finished_run(config: StageConfig, stage: str) -> StageRecord | None:
@@ -182,11 +202,13 @@ def checkpoint_to_resume(config: StageConfig, directory: Path) -> Path | None:
 def _resume(config: StageConfig, directory: Path) -> Path | None:
     intact, damaged = find_intact(directory)
     refuse_another_run(directory, step_of(intact))
+    if intact is None and (directory / "final").is_dir():
+        raise _only_the_result(directory)
     if intact is None and config.resume is True:
         problems = "".join(f"\n  {path}: {problem}" for path, problem in damaged.items())
         raise InputError(
             f"resume=true: no checkpoint is intact, so there is nothing to continue:{problems}\n"
-            "resume=auto sets these aside and starts the run again"
+            f"{resume_overrides(config, 'auto')} sets these aside and starts the run again"
         )
     changed = refuse_changes(config, intact) if intact else {}
     for key, line in changed.items():
@@ -208,6 +230,15 @@ def _resume(config: StageConfig, directory: Path) -> Path | None:
     write_whole(directory / CONFIG_FILE, config_text(config))
     say(f"resuming from {intact}" if intact else "no checkpoint to resume from: starting afresh")
     return intact
+
+
+def _only_the_result(directory: Path) -> InputError:
+    way = f"start a new run from its result: another run_name and model.path={directory / 'final'}"
+    if directory.name == "reward":
+        way = "start a new run: another run_name"
+    return InputError(
+        f"{directory} is finished, and no intact checkpoint is left to continue from; {way}"
+    )
 
 
 def find_intact(directory: Path) -> tuple[Path | None, dict[Path, str]]:
@@ -243,7 +274,7 @@ def truncate_logs(directory: Path, sizes: dict[str, int]) -> None:
         if found < size:
             warn(f"{file} is shorter than when the checkpoint was written: rows are missing in it")
         elif found > size:
-            os.truncate(file, size)
+            cut_jsonl(file, size)
 
 
 def refuse_another_run(directory: Path, step: int) -> None:

@@ -136,10 +136,11 @@ def require_stage(
         raise InputError(f"{field}={directory} is not a model directory (no config.json){hint}")
     record = read_record(directory, revision)
     if record is not None and record.stage not in stages:
+        near = path.parent.parent / stages[0] / "final"
+        right = near if near.is_dir() else f"runs/<run_name>/{stages[0]}/final"
         raise InputError(
             f"{field}={directory} was written by the {record.stage} stage, but a directory of the "
-            f"{' or '.join(stages)} stage is needed; point {field} at "
-            f"runs/<run_name>/{stages[0]}/final"
+            f"{' or '.join(stages)} stage is needed; set {field}={right}"
         )
     require_same_weights(directory, record, field, revision)
     return record
@@ -262,10 +263,13 @@ def warn_about_template(record: StageRecord | None, tokenizer: Any, path: str | 
 def require_same_tokenizer(
     tokenizer: Any, record: StageRecord | None, ours: str, theirs: str
 ) -> None:
-    """Require that two stages share vocabulary, special tokens and chat template."""
+    """Require that two stages share vocabulary, special tokens but the pad token, and chat
+    template."""
     if record is None:
         return
-    if record.tokenizer != hash_tokenizer(tokenizer):
+    tokens = {id: token for token, id in tokenizer.get_vocab().items()}
+    pad = tokens.get(record.pad_token_id)
+    if record.tokenizer != hash_tokenizer(tokenizer, pad_token=pad):
         raise InputError(
             f"tokenizer mismatch: {theirs} (hash {record.tokenizer[:12]}, eos "
             f"{record.eos_token_id}, pad {record.pad_token_id}) and {ours} (hash "

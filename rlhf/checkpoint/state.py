@@ -92,7 +92,7 @@ def _read_finite(file: Path) -> dict[str, torch.Tensor]:
     """Read a safetensors file; an older version may have written non-finite numbers."""
     tensors = load_file(file)
     if problem := find_non_finite(tensors.items()):
-        fix = f"delete {file.parent}, and resume=true continues from the previous checkpoint"
+        fix = f"delete {file.parent}, and resume=auto goes on from the one before"
         raise InputError(f"{file}: {problem}; {fix}")
     return tensors
 

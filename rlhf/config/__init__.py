@@ -49,6 +49,7 @@ from rlhf.config.saved_config import (
     plain_values,
     read_run_config,
     read_yaml,
+    resume_overrides,
     save_config,
     schema,
 )

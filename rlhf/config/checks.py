@@ -23,6 +23,8 @@ from rlhf.config.knobs import (
 )
 from rlhf.config.objects import is_python
 from rlhf.config.paths import default_paths
+from rlhf.config.saved_config import config_file_of_run, resume_overrides
+from rlhf.config.trainer_values import trainer_problems
 
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
@@ -71,10 +73,7 @@ def _missing(config: StageConfig) -> Iterator[str]:
         yield from _missing_in_sft(config)
     for key, path in default_paths(config).items():
         if not path.is_dir():
-            yield (
-                f"{key}: {path} does not exist; run `python -m rlhf.{path.parent.name} "
-                f"run_name={config.run_name}` first, or set {key}=<directory>"
-            )
+            yield f"{key}: {path} does not exist; {_way_to(path, config)}, or set {key}=<directory>"
     if isinstance(config, RewardStageConfig):
         normalization = config.normalization
         if normalization.completions == "demonstrations" and normalization.path is None:
@@ -90,6 +89,16 @@ def _missing(config: StageConfig) -> Iterator[str]:
         for i, component in enumerate(config.scorer.components):
             if not component.path:
                 yield f"scorer.components[{i}].path: final/ of a reward stage, or module.function"
+
+
+def _way_to(final: Path, config: StageConfig) -> str:
+    """How the missing result of an earlier stage is made."""
+    command = f"python -m rlhf.{final.parent.name}"
+    if config_file_of_run(final.parent) is not None:
+        return f"finish that stage with `{command} {resume_overrides(config, 'auto')}`"
+    data = "dataset.path=<rows> model.path=<model>"
+    data = data if final.parent.name == "sft" else "dataset.path=<ranked rows>"
+    return f"run `{command} run_name={config.run_name} {data}` first"
 
 
 def _missing_in_sft(config: SFTStageConfig) -> Iterator[str]:
@@ -114,6 +123,9 @@ def _rules(config: StageConfig) -> Iterator[str]:
     yield from _model_rules(config)
     yield from _token_rules(config.model)
     if isinstance(config, SFTStageConfig | RewardStageConfig):
+        yield from trainer_problems(
+            config.trainer, "reward" if isinstance(config, RewardStageConfig) else "sft"
+        )
         accumulated = config.trainer.get("gradient_accumulation_steps", 1)
         if config.batch_size is not None and accumulated != 1:
             yield (
@@ -179,11 +191,6 @@ def _token_rules(model: ModelConfig) -> Iterator[str]:
         texts = getattr(model, name) or []
         if not all(texts) or len(set(texts)) != len(texts):
             yield f"model.{name} must be distinct, non-empty texts, got {texts}"
-    if model.pad_token is not None and model.pad_token == model.eos_token:
-        yield (
-            f"model.pad_token={model.pad_token!r} equals model.eos_token, but PPO never samples "
-            "the pad token, so no response could end; choose a different one, or null"
-        )
 
 
 def _reward_rules(config: RewardStageConfig) -> Iterator[str]:

@@ -13,7 +13,7 @@ Config = TypeVar("Config", bound=StageConfig)
 # stage -> setting -> learning rate of full fine-tuning, of LoRA adapters.
 # Full: Alpaca's SFT, InstructGPT's reward model, TRL's PPO. LoRA: about ten times as much ("LoRA
 # Without Regret", Thinking Machines 2025; TRL's documentation); in PPO the 3e-4 of Hu et al. 2021
-# (arXiv 2106.09685).
+# (arXiv 2106.09685), see docs/first-ppo-run.md.
 RATES: dict[type[StageConfig], dict[str, tuple[float, float]]] = {
     SFTStageConfig: {"trainer.learning_rate": (2e-5, 2e-4)},
     RewardStageConfig: {"trainer.learning_rate": (9e-6, 1e-4)},

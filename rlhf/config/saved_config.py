@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shlex
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -176,14 +177,23 @@ def read_run_config(file: Path, config: StageConfig) -> dict[str, Any]:
     return change_leaves(values, moved)
 
 
+def resume_overrides(config: StageConfig, resume: str = "true") -> str:
+    """The overrides with which a run is continued, with its own configuration."""
+    given = {"resume": resume, "run_name": config.run_name}
+    if config.runs_dir != StageConfig.runs_dir:
+        given["runs_dir"] = config.runs_dir
+    return " ".join(shlex.quote(f"{key}={value}") for key, value in given.items())
+
+
 def nothing_to_resume(config: StageConfig, stage: str) -> InputError:
     """Say why there is no run to continue, and name the runs with the most similar names."""
     directory = config.stage_dir(stage)
     fix = "start it without resume=true; resume=auto continues a run or starts it"
-    if directory.is_dir() and any(directory.iterdir()):
+    if config_file_of_run(directory) is not None:
         return InputError(
             f"resume=true: the run in {directory} never reached a checkpoint, so there is nothing "
-            "to continue; resume=auto starts it again with its own configuration"
+            f"to continue; {resume_overrides(config, 'auto')} starts it again with its own "
+            "configuration"
         )
     if directory.parent.is_dir():
         return InputError(f"resume=true: the run {directory.parent} has no {stage} stage; {fix}")

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from rlhf.config import DatasetConfig, InputError, one_line, show
-from rlhf.console import say
+from rlhf.console import say, warn
 from rlhf.data.columns import check_names, with_columns
 from rlhf.data.detect import find_format, reads
 from rlhf.data.dropped import REPAIRED, BadRows, Reason, describe_dropped, first_cases
@@ -98,12 +98,17 @@ def load_splits(
             f"dataset.path={config.path!r}: no row to train on; {describe_dropped(dropped)}"
             + "".join(f"; {line.strip()}" for line in first_cases(dropped)[:1])
         )
+    is_split = config.eval_fraction > 0 and not config.eval_path and not is_function(config.path)
+    if not evaluation and needs_eval and is_split:
+        warn(
+            "the rows have a single prompt, which is trained on and evaluated on: the figures of "
+            "held-out rows say nothing; give dataset.eval_path"
+        )
+        evaluation = train[: config.max_eval_rows]
     if not evaluation and needs_eval:
-        fix = f"raise dataset.eval_fraction={config.eval_fraction} or give dataset.eval_path"
-        if config.eval_fraction:
-            fix = f"the only prompt is trained on; dataset.eval_path={config.path} evaluates on it"
         raise InputError(
-            f"no row to evaluate on ({len(train)} to train on; {describe_dropped(dropped)}): {fix}"
+            f"no row to evaluate on ({len(train)} to train on; {describe_dropped(dropped)}): raise "
+            f"dataset.eval_fraction={config.eval_fraction} or give dataset.eval_path"
         )
     return Splits(train, evaluation, dropped, count_overlap(train, evaluation))
 

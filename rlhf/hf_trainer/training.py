@@ -50,7 +50,7 @@ from rlhf.checkpoint import (
     refuse_taken_steps,
     run_id,
 )
-from rlhf.config import InputError, RewardStageConfig, SFTStageConfig, save_config
+from rlhf.config import InputError, RewardStageConfig, SFTStageConfig, resume_overrides, save_config
 from rlhf.console import is_main_process, progress_bar, say
 from rlhf.curves import write_curves
 from rlhf.hf_trainer.finite_trainer import find_non_finite_state, set_learning_rate
@@ -99,10 +99,7 @@ def run_trainer(
             value = f"{trainer.state.best_metric:.4g}"
             say(f"taking step {best} of {trainer.state.global_step}, with the best {name}: {value}")
         return None
-    say(
-        f"stopped after step {trainer.state.global_step}; continue with resume=true "
-        f"run_name={config.run_name}"
-    )
+    say(f"stopped after step {trainer.state.global_step}; continue with {resume_overrides(config)}")
     return stop.signal
 
 
@@ -111,7 +108,7 @@ def _train(trainer: Trainer, checkpoint: Path | None) -> None:
     if checkpoint is None:
         trainer.train()
         return
-    fix = f"delete {checkpoint} to go on from the checkpoint before it"
+    fix = f"delete {checkpoint}; resume=auto goes on from the one before it"
     pickled = [file.name for file in checkpoint.glob("*_model*.bin*")]
     if pickled:
         raise InputError(
@@ -195,8 +192,8 @@ class CheckpointCallback(TrainerCallback):
             problem = find_non_finite_state(self.trainer)
             if problem is not None:
                 raise InputError(
-                    f"{self.checkpoint}: {problem}; delete it, and resume=true continues from the "
-                    "checkpoint before it"
+                    f"{self.checkpoint}: {problem}; delete it, and "
+                    f"{resume_overrides(self.config, 'auto')} goes on from the one before it"
                 )
             before = learning_rate(self.trainer)
             set_learning_rate(self.trainer)

@@ -39,7 +39,8 @@ def new_token_rows(
     With `peft.train_new_tokens=auto`, all of them are trained if one is the EOS, a stop string or a
     part of the chat template. New rows are equal until they are trained.
     """
-    texts = [text for text in model.special_tokens if text != tokenizer.pad_token]
+    pads_only = {tokenizer.pad_token} - {tokenizer.eos_token}
+    texts = [text for text in model.special_tokens if text not in pads_only]
     if config.train_new_tokens == "auto":
         ends, template = {tokenizer.eos_token, *stop_strings(tokenizer)}, tokenizer.chat_template
         if not any(text in ends or text in str(template) for text in texts):

@@ -34,6 +34,8 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
     values.setdefault("vocab_size", num_tokens(tokenizer))
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         values[name] = getattr(tokenizer, name)
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        values["pad_token_id"] = None  # the row of a pad token would be 0
     try:
         model_config = AutoConfig.for_model(model_type, **values)
         dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)

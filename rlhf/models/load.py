@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf.checkpoint import find_non_finite, find_non_finite_in
 from rlhf.config import InputError, ModelConfig
 from rlhf.gguf_files import is_gguf
-from rlhf.hub import Source, find_source
+from rlhf.hub import Source, find_source, read_json
 from rlhf.models.build import build_model
 from rlhf.models.dropout import disable_dropout, set_dropout
 from rlhf.models.embeddings import resize_embeddings
@@ -49,12 +49,14 @@ def load_policy(
     return _prepare(model, config, field)
 
 
-def load_reference(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Load a frozen copy of the starting policy, from disk.
+def load_reference(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, field: str = "model.path"
+) -> PreTrainedModel:
+    """Load a frozen reference, by default a copy of the starting policy, from disk.
 
     A deepcopy of a trained model would follow it: TRL patches `forward` on the instance.
     """
-    return freeze(load_policy(config, tokenizer))
+    return freeze(load_policy(config, tokenizer, field))
 
 
 def init_reward_model(
@@ -97,6 +99,15 @@ def load_reward_model(
             "with critic.init=policy"
         )
     return _prepare(model, config, field)
+
+
+def stored_stop_ids(config: ModelConfig, field: str = "model.path") -> set[int]:
+    """Return the EOS ids in the generation config of a model in a directory or on the Hub."""
+    source, ids = _find(config, field), set[int]()
+    for directory in (source.directory, *source.adapters):
+        own = read_json(directory / "generation_config.json").get("eos_token_id", [])
+        ids |= set(own) if isinstance(own, list) else {own}
+    return ids
 
 
 def freeze(model: Any) -> Any:
@@ -178,6 +189,8 @@ def _fit_tokenizer(
     which servers use, also gets the other tokens that end an answer.
     """
     resize_embeddings(model, num_tokens(tokenizer), config.shrink_embeddings)
+    table: Any = model.get_input_embeddings()
+    table.padding_idx = None  # the row of EOS is trained where EOS pads too
     holders = [model.config, getattr(model, "generation_config", None)]
     for holder in (h for h in holders if h is not None):
         holder.pad_token_id = tokenizer.pad_token_id

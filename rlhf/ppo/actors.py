@@ -52,7 +52,7 @@ from rlhf.scorers import (
     reward_models,
     score_statistics,
 )
-from rlhf.tokenizer import hash_rendering, load_tokenizer
+from rlhf.tokenizer import hash_rendering, hash_tokenizer, load_tokenizer
 
 
 @dataclass
@@ -83,11 +83,31 @@ def load_checked_tokenizer(config: PPOStageConfig) -> tuple[Any, StageRecord | N
     record = require_stage(policy, ("sft", "ppo"), "model.path", config.model.revision)
     tokenizer = load_tokenizer(config.model)
     require_same_tokenizer(tokenizer, record, "the model settings here", policy)
+    _check_reference(config, tokenizer)
     if needs_reward_model(config):
         scorer = str(first_scorer(config)[0].path)
         reward_record = require_stage(scorer, ("reward",), "scorer.path")
         require_same_tokenizer(tokenizer, reward_record, policy, scorer)
     return tokenizer, record
+
+
+def _check_reference(config: PPOStageConfig, tokenizer: Any) -> None:
+    """Require that `ppo.reference` reads token ids as the policy does."""
+    reference = config.ppo.reference
+    if reference is None:
+        return
+    record = require_stage(reference, ("sft", "ppo"), "ppo.reference")
+    theirs = record.tokenizer if record else hash_tokenizer(load_tokenizer(_reference(config)))
+    if theirs != hash_tokenizer(tokenizer):
+        raise InputError(
+            f"ppo.reference={reference} has another tokenizer (vocabulary or special tokens) than "
+            f"model.path={config.model.path}, so its log-probs are those of other texts; give a "
+            "model with the same tokenizer, or ppo.reference=null"
+        )
+
+
+def _reference(config: PPOStageConfig) -> ModelConfig:
+    return replace(config.model, path=config.ppo.reference, tokenizer=None, revision=None)
 
 
 def try_adapters(config: PPOStageConfig) -> None:
@@ -130,7 +150,9 @@ def load_actors(
         policy = add_lora(policy, config.peft, "CAUSAL_LM", config.seed, rows)
         if critic is not None:
             critic.model = add_lora(critic.model, config.peft, "SEQ_CLS", config.seed, rows)
-    else:
+    if ppo.reference is not None:
+        reference = load_reference(_reference(config), tokenizer, "ppo.reference").to(device)
+    elif not config.peft.enabled:
         reference = load_reference(config.model, tokenizer).to(device)
     for model in (policy, critic):
         if model is not None:

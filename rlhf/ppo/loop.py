@@ -31,7 +31,7 @@ from rlhf.checkpoint.state import (
     random_state,
     save_training_state,
 )
-from rlhf.config import InputError, PPOStageConfig
+from rlhf.config import InputError, PPOStageConfig, resume_overrides
 from rlhf.console import progress_bar, say, warn
 from rlhf.curves import write_curves
 from rlhf.data import Splits
@@ -87,10 +87,7 @@ class PPOLoop:
         finally:
             writer.close()
             write_curves(self.directory, "ppo", self.config.run_name)
-        say(
-            f"stopped after update {trainer.update}; continue with resume=true "
-            f"run_name={self.config.run_name}"
-        )
+        say(f"stopped after update {trainer.update}; continue with {resume_overrides(self.config)}")
         return PPOResult(
             None,
             self.last,
@@ -116,7 +113,7 @@ class PPOLoop:
             checkpoint = self.directory / f"checkpoint-{trainer.update}"
             raise InputError(
                 f"{error}; update {trainer.update} is saved in {checkpoint}: correct the cause, "
-                f"then continue with resume=true run_name={self.config.run_name}"
+                f"then continue with {resume_overrides(self.config)}"
             ) from error
 
     def _train(self, writer: MetricsWriter, stop: GracefulStop) -> bool:
@@ -203,6 +200,8 @@ class PPOLoop:
             tokenizer, figures = trainer.actors.tokenizer, metrics | {"update": chosen}
             origin = config.model.path, tokenizer, self.splits.prompts, self.splits.dropped
             record = make_record("ppo", config, *origin, figures)
+            record.reference = config.ppo.reference
+            record.reference_weights = parent_weights(record.reference)
             self._write_critic(record)  # first: a run with final/ counts as finished
             with trainer.updater.averaged_weights():
                 parts = trainer.actors.policy, config.peft, origin[0], config.model.revision

@@ -34,12 +34,9 @@ def choose_prompts(
     """
     models = reward_models(actors.scorer)
     prompts, dropped = _prompts_with_room(splits.train, models, config, actors, warns=True)
-    needed = config.ppo.batch_size // config.ppo.samples_per_prompt
-    if len(prompts) < needed:
-        why = f" ({describe_dropped(dropped)})" if dropped else ""
+    if not prompts:
         raise InputError(
-            f"ppo.batch_size={config.ppo.batch_size} needs {needed} prompts, which is more than "
-            f"the {len(prompts)} training prompts{why}; lower it or give more prompts"
+            f"no training prompt is left: {describe_dropped(dropped)}; lower ppo.response_length"
         )
     if not config.evaluation.num_prompts:
         return prompts, [], dropped

@@ -174,7 +174,8 @@ def describe_batches(
     minibatch = ppo.batch_size // ppo.num_mini_batches
     micro = math.ceil(minibatch // num_processes / ppo.micro_batch_size)
     total, trainable = parameter_count(actors.policy)
-    reference = "adapters off" if actors.reference is None else "own copy"
+    own = "adapters off" if actors.reference is None else "own copy"
+    reference = ppo.reference or own
     critic = f"no critic ({ppo.advantage})"
     if actors.critic is not None:
         critic = (
@@ -184,11 +185,14 @@ def describe_batches(
     prompts = ppo.batch_size // ppo.samples_per_prompt
     each = f" x {ppo.samples_per_prompt} responses" if ppo.samples_per_prompt > 1 else ""
     passes = ppo.num_updates * prompts / num_prompts
+    which = f"{prompts} of {num_prompts} prompts"
+    if prompts > num_prompts:
+        which = f"{num_prompts} prompts, {prompts / num_prompts:.1f} times each,"
     processes = f"{num_processes} process{'es' * (num_processes > 1)}"
     return (
         f"ppo: policy {total:,} parameters, {trainable:,} trainable (reference: {reference}); "
         f"{critic}\n"
-        f"     rollout: {prompts} of {num_prompts} prompts{each}, at most {ppo.response_length} "
+        f"     rollout: {which}{each}, at most {ppo.response_length} "
         f"tokens each; {ppo.num_updates} updates = {ppo.num_updates * ppo.batch_size} episodes = "
         f"{passes:.1f} passes over the prompts\n"
         f"     update: {ppo.num_ppo_epochs} epochs x {ppo.num_mini_batches} minibatches of "

@@ -199,7 +199,7 @@ class PPOTrainer:
         explained = float(explained_variance(rollout.values, returns, rollout.loss_mask))
         steers = explained > 0
         if steers != self.steers:
-            number = f"update {self.update + 1}: the critic explains {explained:.0%}"
+            number = f"update {self.update + 1}: the critic explains {explained:.1%}"
             say(f"{number} of the variance of the returns: {STEERING[steers]}")
         self.steers = steers
         return steers

@@ -53,8 +53,8 @@ RULES = {
         "{limit:g}: not ending pays. Lower the penalty, or set scorer.normalize=standardise"
     ),
     "eos_rate": (
-        "only {value:.0%} of the responses end with a stop token: raise ppo.response_length, lower "
-        "ppo.missing_eos_penalty, or train the SFT stage longer"
+        "only {value:.0%} of the responses end with a stop token: raise ppo.response_length, or "
+        "train the SFT stage longer{penalty}"
     ),
     "length_drift": (
         "the mean response length changed by a factor of {value:.1f} since the first update: the "
@@ -145,7 +145,10 @@ class Watchdog:
 
     def _fire(self, update: int, name: str, value: float) -> None:
         limit = self.limits[name]
-        text = RULES[name].format(value=value, limit=limit)
+        penalty = self.limits["missing_eos_penalty"]
+        stricter = "" if penalty is None else ", or lower ppo.missing_eos_penalty={:g}"
+        more = stricter.format(penalty)
+        text = RULES[name].format(value=value, limit=limit, penalty=more)
         if name not in self.fired:
             warn(f"update {update}, watchdog.{name}: {text}")
             self.fired[name] = {"updates": 0, "first": update, "worst": value}

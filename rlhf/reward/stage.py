@@ -26,7 +26,7 @@ from rlhf.checkpoint import (
     warn_about_prompts,
     write_stage,
 )
-from rlhf.config import RewardStageConfig, with_default_paths, with_learning_rates
+from rlhf.config import ModelConfig, RewardStageConfig, with_default_paths, with_learning_rates
 from rlhf.console import say
 from rlhf.data import RankedCollator, Splits, encode_ranked, load_splits, with_rows
 from rlhf.equivalence import choose_forward, require_padding
@@ -38,6 +38,7 @@ from rlhf.models import (
     init_reward_model,
     new_token_rows,
     parameter_count,
+    stored_stop_ids,
     try_settings,
     what_to_save,
 )
@@ -48,7 +49,7 @@ from rlhf.reward.report.measures import heldout_metrics
 from rlhf.reward.report.page import page_files, show_report, stored_text, terminal_text
 from rlhf.reward.report.verdict import heldout_name, make_report
 from rlhf.sampling import context_length
-from rlhf.tokenizer import load_tokenizer
+from rlhf.tokenizer import end_token_ids, load_tokenizer, pad_with_no_stop_id
 
 OTHER_FAMILY = "take a model of another family"  # where padding changes scores
 
@@ -94,6 +95,7 @@ def _train(config: RewardStageConfig, run: StageRun) -> RewardResult:
     warn_about_prompts(record_of_parent, splits.prompts)
     tokenizer = load_tokenizer(source)
     require_same_tokenizer(tokenizer, record_of_parent, "the model settings here", parent)
+    choose_pad(tokenizer, source)
     model = init_reward_model(source, tokenizer, config.seed)
     require_writable(model, tokenizer, config)
     length = row_length(config, context_length(model))
@@ -128,6 +130,17 @@ def _train(config: RewardStageConfig, run: StageRun) -> RewardResult:
     if (signal := run_trainer(trainer, config, directory, "reward")) is not None:
         return RewardResult(None, {}, stage_dir=directory, stopped_by=signal)
     return _finish(trainer, completions, splits, config, parent, directory)
+
+
+def choose_pad(tokenizer: Any, source: ModelConfig) -> None:
+    """Give a reward model a pad token that ends no answer, and say so."""
+    pad = tokenizer.pad_token
+    pad_with_no_stop_id(tokenizer, end_token_ids(tokenizer) | stored_stop_ids(source))
+    if tokenizer.pad_token != pad:
+        say(
+            f"reward: pad is {tokenizer.pad_token} (id {tokenizer.pad_token_id}) instead of {pad}: "
+            "transformers reads a score at the last token that is not pad"
+        )
 
 
 def _check_and_choose_forward(

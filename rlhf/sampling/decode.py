@@ -76,11 +76,11 @@ def sampling_for(
     """The settings for a model: its stop tokens and the stop strings of its chat template end a
     response, and its unused ids are forbidden."""
     num_logits = model.get_output_embeddings().weight.shape[0]
-    stops = StopStrings(tokenizer)
+    stops, stop_ids = StopStrings(tokenizer), stop_token_ids(model, tokenizer)
     return Sampling(
         max_new_tokens=max_new_tokens,
-        stop_ids=stop_token_ids(model, tokenizer),
-        forbidden=forbidden_token_ids(tokenizer, num_logits),
+        stop_ids=stop_ids,
+        forbidden=forbidden_token_ids(tokenizer, num_logits, stop_ids),
         temperature=temperature,
         top_p=top_p,
         top_k=top_k,

@@ -34,4 +34,4 @@ from rlhf.tokenizer.rendering import (
     render_turn,
     response_text,
 )
-from rlhf.tokenizer.special_tokens import load_tokenizer, read_tokenizer
+from rlhf.tokenizer.special_tokens import load_tokenizer, pad_with_no_stop_id, read_tokenizer

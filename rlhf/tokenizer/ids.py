@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -74,15 +75,16 @@ def num_tokens(tokenizer: Any) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def forbidden_token_ids(tokenizer: Any, num_logits: int) -> Tensor:
-    """Ids that a policy never emits: the pad token and the padded rows of the embedding table.
+def forbidden_token_ids(tokenizer: Any, num_logits: int, stop_ids: Collection[int] = ()) -> Tensor:
+    """Ids that a policy never emits: a pad token that is neither EOS nor one of the `stop_ids`, and
+    the padded rows of the embedding table.
 
     Their logits (`num_logits` of the head) become -inf both in sampling and in every log-prob.
     """
     import torch
 
     ids = set(range(num_tokens(tokenizer), num_logits))
-    if tokenizer.pad_token_id != tokenizer.eos_token_id:
+    if tokenizer.pad_token_id not in (tokenizer.eos_token_id, *stop_ids):
         ids.add(tokenizer.pad_token_id)
     return torch.tensor(sorted(ids), dtype=torch.long)
 
@@ -91,9 +93,10 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def hash_tokenizer(tokenizer: Any) -> str:
-    """Hash vocabulary and special tokens."""
-    special = sorted((key, str(value)) for key, value in tokenizer.special_tokens_map.items())
+def hash_tokenizer(tokenizer: Any, **replaced: str | None) -> str:
+    """Hash vocabulary and special tokens, as if those `replaced` were others, e.g. `pad_token`."""
+    tokens = tokenizer.special_tokens_map | replaced
+    special = sorted((key, str(value)) for key, value in tokens.items())
     return _hash(json.dumps([sorted(tokenizer.get_vocab().items()), special]))
 
 
@@ -105,11 +108,17 @@ def hash_template(tokenizer: Any) -> str:
 def hash_rendering(tokenizer: Any) -> str:
     """Hash everything that turns a conversation into token ids, with the rules that split text.
 
-    A reward model may read a policy's token ids only if both hashes match.
+    A reward model may read a policy's token ids only if both hashes match. The pad token does not
+    matter: a reward model may have another one (`pad_with_no_stop_id`).
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = {} if backend is None else json.loads(backend.to_str())
     for state in ("padding", "truncation"):  # of the latest call
         rules.pop(state, None)
-    facts = [hash_tokenizer(tokenizer), tokenizer.chat_template, rules]
+    rules["added_tokens"] = [
+        token
+        for token in rules.get("added_tokens", [])
+        if not (token["single_word"] and token["content"] == tokenizer.pad_token)
+    ]
+    facts = [hash_tokenizer(tokenizer, pad_token=None), tokenizer.chat_template, rules]
     return _hash(json.dumps(facts, sort_keys=True))

@@ -1,7 +1,11 @@
-"""Loading a tokenizer: its special tokens, a pad token and a chat template for all three stages."""
+"""Loading a tokenizer: its special tokens, a pad token and a chat template for all three stages.
+
+Any id can pad, because masks come from lengths; so no model gets a row for the sake of a pad token.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 from rlhf.config import InputError, ModelConfig, load_object
@@ -16,14 +20,13 @@ from rlhf.tokenizer.ids import token_ids
 if TYPE_CHECKING:  # commands import this room before they need transformers
     from transformers import PreTrainedTokenizerBase
 
-PAD_TOKEN = "<|pad|>"
+BYTE_FF = ("ÿ", "<0xFF>")  # as byte-level BPE and SentencePiece write it; no text has this byte
 
 
 def load_tokenizer(config: ModelConfig, field: str = "model.path") -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model, with its special tokens, a pad token and a chat template.
 
-    A missing pad token, or one equal to EOS, is replaced by a new `<|pad|>`: PPO never samples the
-    pad token, and libraries that look for "the last token that is not pad" would miss the EOS.
+    Without a pad token, EOS pads.
 
     Args:
         config: the source is `tokenizer`, else `path`: a Hub id, a directory or
@@ -41,8 +44,8 @@ def load_tokenizer(config: ModelConfig, field: str = "model.path") -> PreTrained
             f"the tokenizer of {source} has no EOS token; set it in its tokenizer_config.json"
             + (", or give model.eos_token" if prefix else "")
         )
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
     template = _chat_template(tokenizer, config, source, f"{prefix}chat_template")
     if config.stop_strings is not None:
         template = declare_stop_strings(template, config.stop_strings)
@@ -80,12 +83,40 @@ def _set_special_tokens(tokenizer: Any, config: ModelConfig, source: str) -> Non
         if token is not None:
             _require_one_id(tokenizer, name, token, source)
             tokenizer.add_special_tokens({name: token})
-    if config.pad_token is not None and config.pad_token == tokenizer.eos_token:
-        raise InputError(
-            f"model.pad_token={config.pad_token!r} is also the EOS token of {source}, but PPO "
-            "never samples the pad token: no response could end; give another one, or null for a "
-            f"new {PAD_TOKEN}"
-        )
+
+
+def pad_with_no_stop_id(tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int]) -> None:
+    """Give the tokenizer of a reward model a pad token of its vocabulary that ends no sequence, in
+    place: the classifiers of transformers read the score at the last token that is not pad.
+
+    Args:
+        stop_ids: ids that end an answer.
+    """
+    if tokenizer.pad_token_id in stop_ids:
+        pad = next(i for i in _pad_candidates(tokenizer) if i not in stop_ids)
+        token: Any = tokenizer.convert_ids_to_tokens(pad)
+        if pad not in tokenizer.added_tokens_decoder:
+            from transformers import AddedToken
+
+            # in a text it is this token only where it is a word of its own; see `hash_rendering`
+            token = AddedToken(token, single_word=True, special=True, normalized=False)
+        tokenizer.add_special_tokens({"pad_token": token})
+
+
+def _pad_candidates(tokenizer: Any) -> Iterator[int]:
+    """Yield ids, the best pads first: unknown token, unused special tokens, a byte that no text
+    has, then all ids from the last one on."""
+    if tokenizer.unk_token_id is not None:
+        yield tokenizer.unk_token_id
+    template = str(tokenizer.chat_template)
+    for i, token in sorted(tokenizer.added_tokens_decoder.items()):
+        if token.special and i != tokenizer.bos_token_id and token.content not in template:
+            yield i
+    vocabulary = tokenizer.get_vocab()
+    for token in BYTE_FF:
+        if token in vocabulary and tokenizer.decode([vocabulary[token]]) == "\ufffd":
+            yield vocabulary[token]
+    yield from sorted(vocabulary.values(), reverse=True)
 
 
 def _require_one_id(tokenizer: Any, name: str, token: str, source: str) -> None:

@@ -38,7 +38,7 @@ def test_run_keeps_the_identity_that_it_got_first(tmp_path):
 def test_used_run_directory_is_refused_and_overwrite_empties_it(inside, what, tmp_path):
     (tmp_path / "mine" / "sft" / inside).mkdir(parents=True)
     (tmp_path / "mine" / "reward").mkdir()
-    with pytest.raises(InputError, match=f"already holds {what}.*resume=true.*overwrite=true"):
+    with pytest.raises(InputError, match=f"already holds {what}.*another run_name.*overwrite=true"):
         prepare_run_directory(config_of(tmp_path), "sft")
     assert (tmp_path / "mine" / "sft" / inside).is_dir()
     directory = prepare_run_directory(config_of(tmp_path, overwrite=True), "sft")

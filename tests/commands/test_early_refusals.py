@@ -57,6 +57,11 @@ COMMANDS = {
         "data=gone.jsonl is not a file",
         "path=runs/mine/sft/final was written by the sft stage",
     ],
+    "rlhf.sft model.path=./nope trainer.learning_rate=high trainer.max_steps=0 trainer.bf16=true": [
+        "trainer.learning_rate must be a number, got 'high'",
+        "trainer.max_steps must be >= 1, or -1",
+        "trainer.bf16 cannot be set: set precision=bfloat16",
+    ],
     "rlhf.export path=./nope out=policy": ["path=./nope: no such directory"],
     "rlhf.reward.report path=./nope": ["path=./nope: no such directory"],
 }
@@ -131,6 +136,6 @@ def test_ppo_without_an_evaluation_needs_no_held_out_rows(policy_dir, tmp_path):
     (tmp_path / "one.jsonl").write_text('{"prompt": "apple"}\n')
     config.dataset.eval_path, config.evaluation.num_prompts = None, 0
     check_inputs(config, "ppo")
-    config.evaluation.num_prompts = 4
+    config.evaluation.num_prompts, config.dataset.eval_fraction = 4, 0.0
     with pytest.raises(InputError, match="no row to evaluate on"):
         check_inputs(config, "ppo")

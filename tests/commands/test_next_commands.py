@@ -17,6 +17,7 @@ from rlhf.config import (
     StageConfig,
 )
 from rlhf.export import ExportOptions
+from rlhf.generate import GenerateOptions
 from rlhf.next_commands import next_commands
 from rlhf.options import read_options
 from rlhf.reward.report.__main__ import ReportOptions
@@ -72,6 +73,8 @@ def test_after_ppo_come_a_comparison_with_the_policy_before_and_an_export(tmp_pa
     chat = read_options(ChatOptions, found["rlhf.chat"])
     run = tmp_path / "mine"
     assert (chat.path, chat.compare) == (str(run / "ppo/final"), str(run / "sft/final"))
+    answers = read_options(GenerateOptions, found["rlhf.generate"])
+    assert (answers.path, answers.out) == (str(run / "ppo/final"), str(run / "answers.jsonl"))
     export = read_options(ExportOptions, found["rlhf.export"])
     assert (export.path, export.out) == (str(run / "ppo/final"), str(run / "policy"))
 

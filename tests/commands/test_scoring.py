@@ -147,22 +147,21 @@ def test_a_file_cut_at_any_byte_is_continued_to_the_same_end(begun, tmp_path, sh
     assert f"{float(scores.mean()):.4g}" in said and str(len(scores)) in said
 
 
-def test_a_killed_command_continues_to_the_same_end(model, tmp_path):
-    file = write(tmp_path / "answers.jsonl", many_rows(600))
+def test_a_killed_command_continues_to_the_same_end(model, tmp_path, capsys):
+    file = write(tmp_path / "answers.jsonl", many_rows(200))
     command = [sys.executable, "-m", "rlhf.score", f"data={file}", f"path={model}"]
     command.append("batch_size=1")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     partial = tmp_path / "answers.scored.jsonl.partial"
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
-    while not (partial.exists() and partial.stat().st_size > 10_000):
+    while not (partial.exists() and partial.stat().st_size > 4_000):
         assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    assert 0 < partial.read_bytes().count(b"\n") < 600
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-    assert result.returncode == 0 and "continuing" in result.stdout, result.stderr
+    assert 0 < partial.read_bytes().count(b"\n") < 200
+    assert main(command[3:]) == 0 and "continuing" in capsys.readouterr().out
     again = tmp_path / "again.jsonl"
     assert main([*command[3:], f"out={again}"]) == 0
     assert (tmp_path / "answers.scored.jsonl").read_bytes() == again.read_bytes()
@@ -340,6 +339,7 @@ def test_help_of_the_stage_names_the_command(tmp_path):
     assert "python -m rlhf.score path=runs/mine/reward/final data=answers.jsonl" in result.stdout
 
 
+@pytest.mark.slow
 def test_the_old_spelling_works_and_names_the_new_one(model, tmp_path):
     write(tmp_path / "my answers.jsonl", many_rows(2))
     arguments = ["score=my answers.jsonl", f"path={model}"]

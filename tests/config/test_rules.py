@@ -53,11 +53,6 @@ BAD_VALUES = [
     ("sft", {"model.stop_strings": ["a", "a"]}, "model.stop_strings must be distinct, non-"),
     (
         "sft",
-        {"model.eos_token": "### End", "model.pad_token": "### End"},
-        "model.pad_token='### End' equals model.eos_token, but PPO never samples the pad token",
-    ),
-    (
-        "sft",
         {"model.attn_implementation": "flash"},
         "must be one of eager, sdpa, flash_attention_2",
     ),

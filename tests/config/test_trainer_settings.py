@@ -12,8 +12,8 @@ from transformers import TrainingArguments
 from trl import SFTConfig
 
 from rlhf.config import InputError, RewardStageConfig, SFTStageConfig
+from rlhf.config.trainer_values import UNUSABLE, UNUSABLE_REWARD
 from rlhf.hf_trainer import trainer_arguments
-from rlhf.hf_trainer.settings import UNUSABLE, UNUSABLE_REWARD
 
 STAGES: dict[str, Any] = {
     "sft": (SFTConfig, SFTStageConfig),

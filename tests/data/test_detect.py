@@ -54,6 +54,7 @@ def find(stage, *rows, columns=None):
         (ULTRAFEEDBACK, "messages", "pair", "prompt_completion"),
         (RANKED, None, "ranked", "prompt_completion"),
         ({**RANKED, "ranks": [0, 1]}, None, "ranked", "prompt_completion"),
+        ({**RANKED, "chosen": "Yo", "rejected": "No"}, "chosen", "ranked", "prompt_completion"),
         ({"conversations": SHAREGPT}, "sharegpt", None, "messages"),
         ({"conversations": TURNS}, "messages", None, "messages"),
         ({"question": "Hi", "answer": "Yo"}, "question_answer", None, "question_answer"),
@@ -187,6 +188,9 @@ def test_columns_are_renamed_also_nested_ones_and_their_format_comes_first(tmp_p
     row = load("reward", prompt="question", chosen="data.best", rejected="list.0.b")
     assert row["responses"] == ["Hey", "Ho"]
     assert load("ppo", prompt="answer")["prompt"] == "Yo"
+    both = {"messages": TURNS, "q": "Hi", "a": "Yo"}
+    assert find("sft", both) == ("messages", "")
+    assert find("sft", both, columns={"prompt": "q", "completion": "a"})[0] == "prompt_completion"
 
 
 def test_wrong_names_of_columns_are_refused_with_those_that_there_are(tmp_path):

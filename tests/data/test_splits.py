@@ -93,16 +93,18 @@ def test_load_splits_from_one_and_from_two_files(tmp_path):
         load_splits(config, "sft", seed=3)
 
 
+def test_single_prompt_is_trained_on_and_evaluated_on_with_a_warning(tmp_path, capsys):
+    path = write(tmp_path / "a.jsonl", [{"prompt": "p", "completion": "c"}])
+    splits = load_splits(DatasetConfig(path=path, eval_fraction=0.5), "sft", seed=1)
+    assert splits.train == splits.eval and len(splits.eval) == 1
+    assert "single prompt, which is trained on and evaluated on" in capsys.readouterr().err
+
+
 def test_an_empty_side_is_an_error(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"prompt": "p", "completion": "c"}])
     config = DatasetConfig(path=path, format="prompt_completion", eval_fraction=0.0)
     with pytest.raises(
         InputError, match="raise dataset.eval_fraction=0.0 or give dataset.eval_path"
-    ):
-        load_splits(config, "sft", seed=1)
-    config.eval_fraction = 0.5
-    with pytest.raises(
-        InputError, match="the only prompt is trained on; dataset.eval_path=.*jsonl"
     ):
         load_splits(config, "sft", seed=1)
     config.path = write(tmp_path / "b.jsonl", [{"prompt": "p", "completion": ""}])

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from helpers.runs import in_two_processes
 from helpers.tiny_ppo import make_config, write_policy
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from torch.multiprocessing import spawn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from rlhf.config import EvaluationConfig, InputError, ScorerComponent, ScorerConfig
@@ -246,7 +246,7 @@ def test_failure_on_one_process_ends_all_of_them_with_the_run_saved(policy, tmp_
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    spawn(run_rank, (port, config, tmp_path), nprocs=2)
+    in_two_processes(run_rank, port, config, tmp_path)
     checkpoint = config.stage_dir("ppo") / "checkpoint-2"
     assert (checkpoint / "manifest.json").is_file()
     for rank in (0, 1):

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers.checkpoints import take_back_end
+from helpers.checkpoints import take_back_end, write
+from helpers.tiny import tiny_tokenizer
 from helpers.tiny_ppo import make_config, write_policy
 
 from rlhf.checkpoint.ownership import seal
@@ -205,7 +206,9 @@ def test_run_without_this_stage_is_an_error(command):
 def test_run_that_never_reached_a_checkpoint_is_an_error_and_starts_with_auto(tmp_path):
     config = sft_config(runs_dir=str(tmp_path), resume=True)
     begun(sft_config(runs_dir=str(tmp_path)))
-    with pytest.raises(InputError, match="never reached a checkpoint.*resume=auto starts it again"):
+    with pytest.raises(
+        InputError, match="never reached a checkpoint.*resume=auto .*starts it again"
+    ):
         begun(config)
     config.resume = "auto"
     assert load_config(SFTStageConfig, begun(config) / "config.yaml") == config
@@ -225,6 +228,73 @@ def test_damaged_configuration_is_named(command):
         status, _, _, errors = command("sft", "resume=true", "run_name=mine")
         assert status == 2
         assert errors.startswith(f"error: {Path('runs/mine/sft/config.yaml')} is damaged (")
+
+
+# --- What a refusal proposes works ----------------------------------------------------------------
+
+
+def killed_early(config):
+    (begun(config) / "metrics.jsonl").write_text("")
+
+
+def stopped(config):
+    begun(config, 4)
+
+
+def without_checkpoints(config):
+    write(begun(config) / "final", tiny_tokenizer(), config=config)
+
+
+def finished(config):
+    directory = begun(config)
+    write(directory / "final", tiny_tokenizer(), config=config)
+    checkpoint = directory / "checkpoint-6"
+    checkpoint.mkdir()
+    save_config(config, checkpoint / "config.yaml")
+    (checkpoint / "trainer_state.json").write_text('{"epoch": 3.0}')
+    seal(checkpoint, directory)
+
+
+PROPOSALS = [  # what is there, what is typed, what the refusal proposes
+    (killed_early, "run_name=mine", "resume=auto run_name=mine"),
+    (killed_early, "resume=true run_name=mine", "resume=auto run_name=mine"),
+    (stopped, "run_name=mine", "resume=true run_name=mine"),
+    (stopped, "resume=true run_name=mine seed=9", "resume=true run_name=mine"),
+    (stopped, "resume=true run_name=mime", "resume=true run_name=mine"),  # Did you mean mine?
+    (finished, "run_name=mine", "resume=true run_name=mine trainer.num_train_epochs=6"),
+    (finished, "resume=true run_name=mine seed=9", "resume=true run_name=mine"),
+    (without_checkpoints, "run_name=mine", "overwrite=true"),
+    (without_checkpoints, "resume=true run_name=mine trainer.num_train_epochs=9", "model.path=X"),
+]
+
+
+@pytest.mark.parametrize("prepare, typed, proposed", PROPOSALS)
+def test_what_a_refusal_of_a_run_directory_proposes_is_accepted(prepare, typed, proposed, command):
+    prepare(sft_config())
+    full = ["model.path=own/model", "dataset.path=rows.jsonl", "dataset=alpaca"]
+    given = typed.split() if "resume" in typed else [typed, *full]
+    status, got, _, errors = command("sft", *given)
+    assert (status, got) == (2, None)
+    final = Path("runs/mine/sft/final")
+    proposed = proposed.replace("X", str(final))
+    assert proposed in errors or ("mime" in typed and "Did you mean mine?" in errors)
+    if proposed.startswith("model.path"):  # a new run from the result
+        shutil.copytree("own/model", final, dirs_exist_ok=True)
+        (final / "rlhf.json").unlink()
+        again = ["run_name=new", proposed, *full[1:]]
+    else:
+        again = proposed.split() if "resume" in proposed else [proposed, "run_name=mine", *full]
+    status, got, _, errors = command("sft", *again)
+    assert (status, errors) == (0, "") and got is not None
+
+
+def test_missing_stage_is_made_by_the_command_that_the_refusal_names(command):
+    begun(sft_config(runs_dir="elsewhere"), 4)
+    given = ["run_name=mine", "runs_dir=elsewhere", "dataset.path=rows.jsonl"]
+    _, _, _, errors = command("reward", *given)
+    way = "`python -m rlhf.sft resume=auto run_name=mine runs_dir=elsewhere`"
+    assert f"sft/final does not exist; finish that stage with {way}, or set" in errors
+    assert command("sft", *way.strip("`").split()[3:])[0] == 0
 
 
 # --- A real run -----------------------------------------------------------------------------------

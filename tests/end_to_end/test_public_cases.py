@@ -4,14 +4,9 @@ The scripts are not part of the project; the tests are skipped where they are no
 Run: python -m pytest tests/end_to_end/test_public_cases.py
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from helpers.commands import ROOT, run_forked
 
-ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared"
 CASES = sorted(SHARED.glob("cases/*/repro.py"))
 ARGUMENTS = {"sentencepiece_later_turns": [str(SHARED / "tokenizers/llama_tokenizer.model")]}
@@ -20,8 +15,6 @@ ARGUMENTS = {"sentencepiece_later_turns": [str(SHARED / "tokenizers/llama_tokeni
 @pytest.mark.skipif(not CASES, reason=f"{SHARED / 'cases'} is not there")
 @pytest.mark.parametrize("script", CASES, ids=lambda script: script.parent.name)
 def test_case_is_right(script, tmp_path):
-    command = [sys.executable, str(script), *ARGUMENTS.get(script.parent.name, [])]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    environment |= {"TMPDIR": str(tmp_path)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    command = [str(script), *ARGUMENTS.get(script.parent.name, [])]
+    done = run_forked(command, tmp_path, PYTHONPATH=str(ROOT), TMPDIR=str(tmp_path))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

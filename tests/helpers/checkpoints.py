@@ -15,7 +15,7 @@ from rlhf.config import SFTStageConfig, save_config
 class Model:
     """Saves one weight, as a transformers model does; `fails` after half of the work."""
 
-    dtype, config = torch.float32, PretrainedConfig()
+    dtype, config, base_model = torch.float32, PretrainedConfig(), None
 
     def __init__(self, weight=1.0, fails=False):
         self.weight, self.fails = weight, fails

@@ -1,5 +1,6 @@
 """Configurations of tests: composed as on the command line, or valid with a few changes."""
 
+import functools
 from operator import attrgetter
 
 from omegaconf import OmegaConf
@@ -9,12 +10,17 @@ from rlhf.config import CONF_DIR, STAGES, PPOStageConfig, ScorerComponent, schem
 
 def compose_stage(stage, *overrides):
     """What Hydra makes of `python -m rlhf.<stage> recipe=null ...`."""
+    return OmegaConf.to_object(_composed(stage, *overrides))
+
+
+@functools.cache
+def _composed(stage, *overrides):
     from hydra import compose, initialize_config_dir
     from hydra.core.config_store import ConfigStore
 
     ConfigStore.instance().store(name=f"{stage}_schema", node=schema(STAGES[stage]))
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):
-        return OmegaConf.to_object(compose(stage, overrides=list(overrides)))
+        return compose(stage, overrides=list(overrides))
 
 
 def valid_config(stage, changes=()):

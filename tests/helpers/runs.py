@@ -15,8 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from helpers.commands import draw_nothing
 from helpers.tiny import tiny_model, tiny_tokenizer
 
+import rlhf.curves
 from rlhf.config import (
     CheckpointConfig,
     CriticConfig,
@@ -174,6 +176,7 @@ def run_stage(config, log: str, kill_at: int, hang_at: int | None, ask: int | No
         ask: number of a signal that the run gets as it writes its first row of metrics.
     """
     gc.freeze()  # the Trainer collects garbage: half a second over all that the fork inherited
+    rlhf.curves.draw_curves = draw_nothing
     with open(log, "a") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
@@ -228,6 +231,16 @@ def train(config):
 def directory_of(config) -> Path:
     stages = {SFTStageConfig: "sft", RewardStageConfig: "reward", PPOStageConfig: "ppo"}
     return config.stage_dir(stages[type(config)])
+
+
+def in_two_processes(run_rank, *arguments) -> None:
+    """Call `run_rank(rank, *arguments)` in two processes, which both must succeed."""
+    both = [PROCESSES.Process(target=run_rank, args=(rank, *arguments)) for rank in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(120)
+    assert [process.exitcode for process in both] == [0, 0]
 
 
 def log_of(config) -> Path:

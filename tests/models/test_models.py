@@ -273,21 +273,19 @@ def test_a_tokenizer_without_eos_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("pad_token", [None, "<eos>"])
-def test_a_pad_token_is_added_when_there_is_none_of_its_own(tmp_path, pad_token):
+def test_eos_pads_if_there_is_no_pad_token_of_its_own(tmp_path, pad_token):
     tokenizer = load_tokenizer(saved_tokenizer(tmp_path, pad_token=pad_token))
-    assert tokenizer.pad_token == "<|pad|>" and tokenizer.pad_token_id == VOCAB
-    assert tokenizer.eos_token_id == EOS and len(tokenizer) == VOCAB + 1
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == EOS and len(tokenizer) == VOCAB
 
 
 def test_a_pad_token_of_its_own_is_kept(tmp_path):
     assert load_tokenizer(saved_tokenizer(tmp_path)).pad_token_id == PAD
 
 
-def test_policy_table_grows_for_an_added_pad_token(tmp_path):
+def test_policy_table_grows_for_an_added_token(tmp_path):
     model = tiny_model("gpt_neox", TOKENIZER)
-    tokenizer = tiny_tokenizer()
-    tokenizer.pad_token = None
-    config = save(tmp_path / "final", model, tokenizer=tokenizer)
+    config = save(tmp_path / "final", model, tokenizer=tiny_tokenizer())
+    config.special_tokens, config.pad_token = ["<|pad|>"], "<|pad|>"
     tokenizer = load_tokenizer(config)
     grown = load_policy(config, tokenizer)
     assert grown.config.vocab_size == VOCAB + 1 and grown.config.pad_token_id == VOCAB

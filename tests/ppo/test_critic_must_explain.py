@@ -69,10 +69,10 @@ def test_a_change_is_said_once_and_each_update_has_the_metric(trainer, capsys):
         trainer.critic_steers(rollout, rewards)
     first, second = capsys.readouterr().out.splitlines()
     assert first == (
-        "update 1: the critic explains -125% of the variance of the returns: advantages are "
+        "update 1: the critic explains -125.0% of the variance of the returns: advantages are "
         "returns minus their mean until it explains more"
     )
-    assert second.endswith("explains 75% of the variance of the returns: advantages use it now")
+    assert second.endswith("explains 75.0% of the variance of the returns: advantages use it now")
     assert trainer.step()["critic_steers"] in (0.0, 1.0)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -267,7 +268,6 @@ def test_interrupt_saves_a_checkpoint_and_says_how_to_continue(
 BAD = [
     ({"response_length": 128}, "leaves no room for a prompt in the model's context of 128"),
     ({"max_prompt_length": 120}, "exceed the model's context of 128"),
-    ({"batch_size": 64}, "is more than the .* training prompts"),
     ({"max_prompt_length": 1}, "max_prompt_length=1 leaves no row; raise it: the longest has 23"),
 ]
 
@@ -276,6 +276,18 @@ BAD = [
 def test_bad_lengths_and_sizes_are_refused_with_the_fix(policy_dir, tmp_path, knobs, message):
     with pytest.raises(InputError, match=message):
         train_ppo(make_config(policy_dir, tmp_path, **knobs))
+
+
+def test_few_prompts_are_answered_several_times_in_each_update(policy_dir, tmp_path, capsys):
+    config = make_config(policy_dir, tmp_path, batch_size=64, num_updates=1, save_rollouts=1)
+    config.dataset.max_rows = 5
+    train_ppo(config)
+    assert "rollout: 5 prompts, 12.8 times each, at most" in capsys.readouterr().out
+    file = tmp_path / "runs/run/ppo/rollouts/update-000001.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    counts = Counter(row["prompt"] for row in rows)
+    assert sorted(counts.values()) == [12, 13, 13, 13, 13]
+    assert len({row["response"] for row in rows}) > 32  # each answer is sampled by itself
 
 
 def nan_scorer(prompts, responses):

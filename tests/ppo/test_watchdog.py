@@ -151,6 +151,15 @@ def test_responses_that_do_not_end_are_named(policy_dir, tmp_path):
         assert fired(config, tmp_path, eos_rate=0.5) == expected
 
 
+@pytest.mark.parametrize("penalty", [None, -1.0])
+def test_lower_penalty_is_advised_where_there_is_one(penalty, policy_dir, tmp_path, capsys):
+    config = make_config(policy_dir, tmp_path, missing_eos_penalty=penalty)
+    metrics = {"eos_rate": 0.1, "response_length": 2.0, "kl": 0.0, "kl_std": 0.0}
+    assert "eos_rate" in Watchdog(config, tmp_path).check(1, metrics)
+    advised = "lower ppo.missing_eos_penalty=-1" in capsys.readouterr().err
+    assert advised == (penalty is not None)
+
+
 def shorter_is_better(prompts, responses):
     """A scorer that pays for brevity alone."""
     return [-len(response) / 10 for response in responses]

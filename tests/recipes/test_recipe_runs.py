@@ -273,7 +273,14 @@ def run_ppo(recipe, folder):
     return result.directory
 
 
-@pytest.mark.parametrize("recipe", FAMILY)
+# Between them: LoRA, stop strings, text mixed in, demonstrations, PPO-ptx, two reward models.
+BY_DEFAULT = {"alpaca_lora", "dolly_v2", "falcon_instruct", "hh", "instructgpt", "llama2_chat"}
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [pytest.param(name, marks=[] if name in BY_DEFAULT else pytest.mark.slow) for name in FAMILY],
+)
 def test_every_stage_of_a_recipe_runs(recipe, tmp_path):
     runs = {"sft": run_sft, "reward": run_reward, "ppo": run_ppo}
     parent = None

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.runs import in_two_processes
 from helpers.scorers import MEAN, STD, num_words, raw_scores, rendered, write_reward_model
 from helpers.tiny_ppo import make_config, make_trainer
 from safetensors.torch import load_file
-from torch.multiprocessing import spawn
 from torch.testing import assert_close
 
 from rlhf.config import InputError, ModelConfig, ScorerComponent, ScorerConfig, is_python
@@ -267,7 +267,7 @@ def test_two_processes_gather_rewards_per_token_and_components_and_whiten_all_sc
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    spawn(run_rank, (port, config, tmp_path), nprocs=2)
+    in_two_processes(run_rank, port, config, tmp_path)
     alone = torch.load(tmp_path / "one.pt")
     assert alone[0]["component_scores"].shape == (8, 2)
     assert alone[1]["component_scores"].shape == (8, 0)

@@ -93,17 +93,12 @@ def test_word_that_the_tokenizer_does_not_know_is_no_key_token(tmp_path):
         load_tokenizer(saved(tmp_path, tokenizer, pad_token="zebra"))
 
 
-def test_pad_token_that_is_eos_is_refused(tmp_path):
-    with pytest.raises(InputError, match="model.pad_token='<eos>' is also the EOS token of"):
-        load_tokenizer(saved(tmp_path, pad_token="<eos>"))
-
-
-def test_pad_token_of_choice_is_kept_and_one_that_becomes_eos_is_replaced(tmp_path):
-    config = saved(tmp_path, pad_token="<bos>")
-    tokenizer = load_tokenizer(config)
+def test_pad_token_of_choice_is_kept_and_may_be_eos(tmp_path):
+    tokenizer = load_tokenizer(saved(tmp_path, pad_token="<bos>"))
     assert (tokenizer.pad_token, tokenizer.pad_token_id, len(tokenizer)) == ("<bos>", 1, VOCAB)
-    tokenizer = load_tokenizer(saved(tmp_path, eos_token="<pad>"))
-    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, VOCAB)
+    for choice in ({"pad_token": "<eos>"}, {"eos_token": "<pad>"}):
+        tokenizer = load_tokenizer(saved(tmp_path, **choice))
+        assert tokenizer.pad_token_id == tokenizer.eos_token_id and len(tokenizer) == VOCAB
 
 
 def test_eos_token_of_choice_serves_a_tokenizer_that_has_none(tmp_path):

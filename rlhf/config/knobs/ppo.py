@@ -53,6 +53,9 @@ class PPOConfig:
     """Give the scores of a rollout mean 0 and variance 1 (Llama 2), before missing_eos_penalty."""
     clip_scores: float | None = knob(None, gt=0)
     """Then clip scores to +- this value, score units (null: off)."""
+    reference: str | None = None
+    """Hub id or directory of the KL reference, with the policy's tokenizer (null: the policy that
+    training starts from)."""
     kl_coef: float = knob(0.05, ge=0)
     """Weight of the KL penalty, score units per nat."""
     kl_estimator: str = knob("k1", choices=("k1", "k2", "k3"))

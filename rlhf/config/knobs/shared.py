@@ -40,7 +40,8 @@ class ModelConfig:
     """Replaces the tokenizer's EOS token, e.g. "### End"; must be one id (null: the tokenizer's
     own; SFT on conversations takes the token that ends every answer in the template)."""
     pad_token: str | None = None
-    """Replaces the tokenizer's pad token; must be one id (null: the tokenizer's own)."""
+    """Replaces the tokenizer's pad token; must be one id, EOS included (null: its own, else EOS).
+    A reward model replaces one that ends answers by another id of its vocabulary."""
     shrink_embeddings: bool = False
     """Cut embedding rows beyond the tokenizer's ids, e.g. Pythia's (false: tables only grow)."""
     dtype: str = knob("float32", choices=DTYPES)

@@ -85,6 +85,7 @@ def sample_policy(trainer: PPOTrainer, prompts: Sequence[dict[str, Any]]) -> Sam
 def examine_policy(trainer: PPOTrainer, samples: Samples) -> list[Finding]:
     """Examine ratio, tokenizer and stop token, on the main process."""
     tokenizer, watchdog = trainer.actors.tokenizer, trainer.config.watchdog
+    is_reference = trainer.config.ppo.reference is None
     sampling, prompts = trainer.sampling, samples.prompts[::NUM_SAMPLES]
     texts = response_texts(samples.rollout, tokenizer, samples.prompts)
 
@@ -107,19 +108,24 @@ def examine_policy(trainer: PPOTrainer, samples: Samples) -> list[Finding]:
         text = f"{stop_token.text}; the others get ppo.missing_eos_penalty={penalty:g} for a score"
         stop_token = replace(stop_token, status=FAIL, text=text)
     return [
-        examine_first_ratio(samples.ratio_off, samples.rollout, watchdog.first_ratio),
+        examine_first_ratio(samples.ratio_off, samples.rollout, watchdog.first_ratio, is_reference),
         examine_tokenizer(tokenizer, [p["prompt"] for p in prompts], texts),
         stop_token,
     ]
 
 
-def examine_first_ratio(ratio_off: float, rollout: Rollout, limit: float | None) -> Finding:
+def examine_first_ratio(
+    ratio_off: float, rollout: Rollout, limit: float | None, is_reference: bool = True
+) -> Finding:
     """Examine whether rollout and training read the same policy, and whether it is the reference.
 
     Neither `ratio_off` nor the ratio to the reference may differ from 1 by more than `limit`.
+
+    Args:
+        is_reference: False where `ppo.reference` is another model.
     """
     difference = rollout.logprobs - rollout.ref_logprobs  # 0 at masked positions
-    reference_off = float(torch.expm1(difference).abs().max())
+    reference_off = float(torch.expm1(difference).abs().max()) if is_reference else 0.0
     text = (
         f"largest |ratio - 1| {ratio_off:.2g}; KL to the reference "
         f"{float(difference.sum(dim=1).mean()):.2g} nats per response"
@@ -157,9 +163,6 @@ def examine_tokenizer(tokenizer: Any, prompts: Sequence[Any], responses: Sequenc
         fix = "use the tokenizer that the model was trained with (model.tokenizer)"
         return Finding(name, WARN, text, fix)
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
-    if pad == eos:
-        text = f"pad and EOS are the same token ({pad}); other libraries then mask EOS as padding"
-        return Finding(name, WARN, text, "give the tokenizer a pad token of its own")
     text = f"{len(prompts)} prompts and {len(responses)} responses survive text -> ids -> text"
     return Finding(name, OK, f"{text}; pad {pad}, EOS {eos}")
 
@@ -181,7 +184,7 @@ def examine_stop_token(
     """
     name = "stop token"
     if eos in sampling.forbidden.tolist():
-        text = f"EOS (id {eos}) is never sampled: it is padding, or beyond the tokenizer's ids"
+        text = f"EOS (id {eos}) is never sampled: it is beyond the tokenizer's ids"
         fix = "set the eos_token of model.tokenizer to the token that SFT responses end with"
         return Finding(name, FAIL, text, fix)
     share = float(rollout.finished.float().mean())

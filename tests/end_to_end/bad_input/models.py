@@ -133,11 +133,6 @@ CASES = [
         ("ppo.response_length=128", "127"),
     ),
     Case(
-        "more prompts per rollout than there are",
-        f"{PPO} {MINE} ppo.response_length=16 ppo.batch_size=512",
-        ("ppo.batch_size=512", "lower it"),
-    ),
-    Case(
         "a Python scorer that does not exist",
         f"{PPO} {OWN_SCORER} scorer.path=os.no",
         ("scorer.path", "os.no", "cannot be imported"),

@@ -9,26 +9,21 @@ import json
 import os
 import random
 import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers.commands import run_forked
 from helpers.preflight import constant, heldout_prompts, letters, look, noisy
+from helpers.runs import in_two_processes
 from helpers.tiny_ppo import make_config, make_trainer, write_prompts
 from safetensors.torch import load_file
-from torch.multiprocessing import spawn
 
 from rlhf.config import PeftConfig
 from rlhf.ppo import train_ppo
 from rlhf.ppo.preflight import PreflightFailed, run_preflight
 from rlhf.ppo.preflight.findings import Finding, bottom_line, lay_out
 from rlhf.ppo.result import PPOResult
-
-ROOT = Path(__file__).resolve().parents[3]
-
 
 OPTIONS = {
     "plain": {},
@@ -105,21 +100,13 @@ def test_a_failed_check_stops_the_run_before_anything_is_written(policy_dir, tmp
 
 def test_exit_status_says_whether_a_check_failed(policy_dir, tmp_path):
     for scorer, status in (("letters", 0), ("constant", 1)):
-        command = [sys.executable, "-m", "rlhf.ppo", "run_name=x", "preflight=only"]
+        command = ["-m", "rlhf.ppo", "run_name=x", "preflight=only"]
         command += [f"model.path={policy_dir}", "dataset=prompt_completion", "critic.init=policy"]
         command += [f"dataset.path={write_prompts(tmp_path / 'prompts.jsonl')}"]
         command += [f"scorer.path=python:helpers.preflight.{scorer}", "scorer.normalize=none"]
         command += ["ppo.batch_size=8", "ppo.response_length=12", "dataset.eval_fraction=0.3"]
         command += ["ppo.missing_eos_penalty=-2", "watchdog.eos_rate=null"]
-        paths = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
-        done = subprocess.run(
-            command,
-            cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        done = run_forked(command, tmp_path, 120)
         assert done.returncode == status, done.stderr
         assert "Traceback" not in done.stderr and "error:" not in done.stderr
         expected = "preflight: failed: scorer" if status else "preflight: "
@@ -171,7 +158,7 @@ def test_all_processes_come_to_the_same_end(policy_dir, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    spawn(run_rank, (port, config, tmp_path), nprocs=2)
+    in_two_processes(run_rank, port, config, tmp_path)
     one, two = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert one == two
     assert one[0] == ["ok"] * 8 and "scorer: mean score 0.25" in one[1] and one[2] == 0.0

@@ -146,5 +146,4 @@ def test_special_tokens_and_the_chat_template_are_checked():
     tokenizer.chat_template = "{% for m in messages %}<bos>{{ m.content }}{% endfor %}"
     assert examine_tokenizer(tokenizer, [talk], []).status == "ok"
     tokenizer.pad_token = tokenizer.eos_token
-    finding = examine_tokenizer(tokenizer, [talk], [])
-    assert finding.status == "WARN" and "pad and EOS are the same token (2)" in finding.text
+    assert examine_tokenizer(tokenizer, [talk], []).status == "ok"  # any id can pad
