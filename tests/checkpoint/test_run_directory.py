@@ -173,7 +173,7 @@ def test_differences_of_the_configuration_are_listed_and_only_harmless_ones_pass
     moved.precision, moved.trainer = "float32", moved.trainer | {"learning_rate": 1.0}
     with pytest.raises(InputError) as caught:
         checkpoint_to_resume(moved, directory)
-    assert '\n  precision: "auto" -> "float32"\n  trainer.learning_rate: 2e-05 -> 1.0\n' in str(
+    assert '\n  precision: "auto" -> "float32"\n  trainer.learning_rate: null -> 1.0\n' in str(
         caught.value
     )
 
