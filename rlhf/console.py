@@ -84,6 +84,8 @@ def quiet_libraries() -> None:
     import transformers
 
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\b")
+    # PEFT, of a base that is a GGUF file
+    warnings.filterwarnings("ignore", message="Could not find a config file")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
