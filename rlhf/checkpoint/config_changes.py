@@ -128,7 +128,9 @@ def refuse_end(config: StageConfig, checkpoint: Path) -> None:
 def _changed_settings(config: StageConfig, directory: Path) -> dict[str, str]:
     """Compare with the configuration in a directory: setting -> "setting: old -> new"."""
     was = read_settings(directory)
-    now = _flat(cast(dict, OmegaConf.to_container(OmegaConf.create(config_text(config)))))
+    now = _plain(config)
+    # a setting that an earlier version did not have
+    was = {key: value for key, value in _plain(type(config)()).items() if key in now} | was
     lines = {
         key: f"{key}: {_show(was, key)} -> {_show(now, key)}"
         for key in sorted(was.keys() | now.keys())
@@ -137,6 +139,10 @@ def _changed_settings(config: StageConfig, directory: Path) -> dict[str, str]:
     if TYPED in lines:
         lines[TYPED] += f" (type {TYPED}={_show(was, TYPED)} again: no file can give permission)"
     return lines
+
+
+def _plain(config: StageConfig) -> dict[str, Any]:
+    return _flat(cast(dict, OmegaConf.to_container(OmegaConf.create(config_text(config)))))
 
 
 def read_settings(directory: Path) -> dict[str, Any]:
