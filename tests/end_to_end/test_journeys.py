@@ -84,7 +84,7 @@ def output_of(command: str, folder: Path) -> str:
     lines = [line.rstrip() for line in text.replace("\r", "\n").splitlines()]
     is_bar = re.compile(r"\d+%\|| \d+/\d+ \[|^$")
     kept = [line for line in lines if not is_bar.search(line) or not line]
-    text = re.sub(r"\n{3,}", "\n\n", "\n".join(kept)).strip()
+    text = re.sub(r"\n{3,}", "\n\n", "\n".join(kept)).strip("\n")
     text = text.replace(f"{folder}/", "")
     status = f"\n{FAILED.format(process.returncode)}" if process.returncode else ""
     return f"{text}{status}\n"

@@ -247,6 +247,17 @@ def test_the_thresholds_of_the_warnings():
     assert len(with_values(0.61, 0.55)) == len(with_values(-0.61, 0.55)) == 1
 
 
+def test_fewer_than_five_prompts_get_no_verdict():
+    """All pairs wrong; the interval has no width."""
+    wrong = [0.0, 1.0], [0, 1], [3, 4]
+
+    def warnings(num):
+        return report_of(*([column] * num for column in wrong))["warnings"]
+
+    assert len(warnings(4)) == 1 and "only 4 held-out prompts" in warnings(4)[0]
+    assert "wrong way round" in warnings(5)[1]
+
+
 def test_scores_that_are_not_finite_are_refused():
     with pytest.raises(InputError, match=r"gives \[1.0, nan\] to .* prompt 2; .*float32"):
         report_of([[1.0, 2.0], [1.0, float("nan")]], [[0, 1]] * 2, [[3, 4]] * 2)

@@ -11,6 +11,7 @@ from rlhf.console import interval_text
 from rlhf.data import few_rows
 from rlhf.reward.report.measures import Report, Row, find_mistakes, measure
 
+ENOUGH = 5  # prompts, for a verdict
 LENGTH_DRIVEN = 0.6  # correlation (Spearman) of score and length within prompts
 
 
@@ -69,11 +70,14 @@ def judge(report: Report) -> list[str]:
     """List the warnings, with remedies.
 
     An accuracy is near chance if its 95 % interval reaches down to 0.5. Without pairs of similar
-    length, the rule "the longer response wins" must be below the interval of all pairs.
+    length, the rule "the longer response wins" must be below the interval of all pairs. Fewer than
+    `ENOUGH` prompts say nothing: the interval of one prompt has no width.
     """
     all_pairs, similar = report["slices"]["all"]["all"], report["slices"]["length"].get("similar")
     found, num = f"accuracy {_interval(all_pairs)}", report["num_prompts"]
     warnings = [remark] if (remark := few_rows(num, "prompt")) else []
+    if num < ENOUGH:
+        return warnings
     if all_pairs["accuracy_high"] < 0.5:
         warnings.append(
             f"the reward model orders held-out pairs the wrong way round ({found}): check that "
