@@ -125,6 +125,8 @@ def plan(options: PipelineOptions) -> list[Step]:
         is_finished = False
         if (config.stage_dir(stage) / "final").is_dir():
             is_finished = finished_run(config, stage) is not None
+        if is_finished:
+            say(f"{config.stage_dir(stage)} is finished: nothing to do")
         steps.append(Step(stage, mine, config, is_finished))
     check_together(steps, options.overrides)
     return steps

@@ -169,8 +169,9 @@ def test_wandb_offline_run_is_written_and_continued_under_the_id_of_the_run(tmp_
     resumed = MetricsWriter(tmp_path, config, "sft", run_id)
     resumed.write(2, {"loss": 0.25})
     resumed.close()
-    runs = {p.name.split("-")[-1] for p in (tmp_path / "wandb").glob("offline-run-*")}
-    assert runs == {run_id}
+    # two within one second: the second folder ends with -1
+    runs = [p.name.removesuffix("-1") for p in (tmp_path / "wandb").glob("offline-run-*")]
+    assert {name.split("-")[-1] for name in runs} == {run_id} and len(runs) == 2
     assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2]
 
 

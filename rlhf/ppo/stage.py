@@ -187,7 +187,7 @@ def describe_batches(
     passes = ppo.num_updates * prompts / num_prompts
     which = f"{prompts} of {num_prompts} prompts"
     if prompts > num_prompts:
-        which = f"{num_prompts} prompts, {prompts / num_prompts:.1f} times each,"
+        which = f"{num_prompts} prompts, {prompts / num_prompts:.1f} times each"
     processes = f"{num_processes} process{'es' * (num_processes > 1)}"
     return (
         f"ppo: policy {total:,} parameters, {trainable:,} trainable (reference: {reference}); "

@@ -229,8 +229,10 @@ def test_a_stage_that_fails_ends_it_and_the_same_command_continues(stages, capsy
 
 def test_a_finished_stage_with_other_settings_is_refused(stages, capsys):
     assert run_pipeline(PipelineOptions(["sft"], DEMO)) == 0
-    with pytest.raises(InputError, match="written with a different configuration:\n  seed: 3 -> 4"):
+    with pytest.raises(SystemExit):
         run_pipeline(PipelineOptions(overrides=["recipe=demo", "seed=4"]))
+    message = "written with a different configuration:\n  seed: 3 -> 4"
+    assert message in capsys.readouterr().err and stages.ran == ["sft"]
 
 
 def test_a_result_is_not_kept_when_what_it_started_from_is_trained_again(stages):

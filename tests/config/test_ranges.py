@@ -100,6 +100,7 @@ BAD_VALUES = [
     ("ppo", "critic.learning_rate", -1.0, "be >= 0"),
     ("ppo", "critic.warmup_updates", -1, "be >= 0"),
     ("ppo", "evaluation.num_prompts", -1, "be >= 0"),
+    ("sft", "model.forward", "packed", "be one of auto, padding_free, padded"),
     ("ppo", "ppo.temperature", 0.0, "be > 0"),
     ("ppo", "ppo.adam_epsilon", 0.0, "be > 0"),
     ("ppo", "ppo.max_grad_norm", 0.0, "be > 0"),

@@ -112,7 +112,7 @@ def test_run_whose_scorer_fails_is_saved_and_resumed_ends_as_the_whole_one(
         "the scorer failed on a batch of "
         f"{8 if fails_at in (3, 6) else 4} responses: ConnectionError: the judge is away; update "
         f"{saved} is saved in {checkpoint}: correct the cause, then continue with resume=true "
-        "run_name=run"
+        f"run_name=run runs_dir={config.runs_dir}"
     )
     assert (checkpoint / "manifest.json").is_file()
     train(dataclasses.replace(config, resume=True))
@@ -156,6 +156,7 @@ def test_prompts_without_room_in_the_reward_model_are_dropped_and_long_answers_c
 ):
     config = judged_config(policy, tmp_path, judge, preflight=True)
     config.ppo.missing_eos_penalty = -9.0
+    config.dataset.eval_fraction, config.evaluation.num_prompts = 0.3, 8
     assert train_ppo(config).directory is not None
     said = capsys.readouterr().out
     assert "dropped 2 rows: 2 leaving no room for ppo.response_length=40 tokens in the " in said

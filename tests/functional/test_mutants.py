@@ -1,7 +1,7 @@
 """Plant bugs in the formulas, one at a time: each must make a test of rlhf.functional fail.
 
 A mutant is the source of one module with one passage replaced; `mutants.txt` lists them. A process
-that has torch imported, but not rlhf, takes a copy of the package with that module and runs the
+that has torch imported takes a copy of the package with that module and runs the
 tests: those of the module first. Only a failed test counts: a mutant that cannot be imported, or
 that fails by an unknown name, is an error of the list.
 
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from helpers.processes import FORKS
 
 TESTS = Path(__file__).parent
 PACKAGE = TESTS.parents[1] / "rlhf"
@@ -76,7 +77,7 @@ class FirstFailure:
 def run_tests(directory, module, old, new):
     """Run the tests of rlhf.functional, those of `module` first, against a mutated copy of it.
 
-    Runs in a process of its own, which has not imported rlhf.
+    Runs in a process of its own.
     """
     import hypothesis
 
@@ -86,6 +87,8 @@ def run_tests(directory, module, old, new):
     source = functional / f"{module}.py"
     source.write_text(source.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
     sys.path.insert(0, str(directory))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "rlhf"]:
+        del sys.modules[name]
     imported = importlib.import_module("rlhf.functional")  # a mutant must be importable
     assert Path(imported.__file__).parent == functional, "the copy is what is tested"
 
@@ -112,11 +115,7 @@ def outcomes(tmp_path_factory, request):
     """Start the selected mutants, two at a time; return their results to wait for, by name."""
     parameters = [getattr(item, "callspec", None) for item in request.session.items]
     selected = [p.params["mutant"] for p in parameters if p and "mutant" in p.params]
-    context = multiprocessing.get_context("forkserver")
-    # Imported once for all; torch needs two of them at its first comparison and dispatch mode.
-    preload = ["torch._dynamo", "torch.distributions", "sympy", "hypothesis", "pytest"]
-    context.set_forkserver_preload(preload)
-    with context.Pool(2, maxtasksperchild=1) as pool:
+    with FORKS.Pool(2, maxtasksperchild=1) as pool:
         runs = {"control": ("tokens", "", "")}
         runs |= {mutant.name: (mutant.module, mutant.old, mutant.new) for mutant in selected}
         yield {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from helpers.commands import draw_nothing
+from helpers.processes import FORKS
 from helpers.tiny import tiny_model, tiny_tokenizer
 
 import rlhf.curves
@@ -38,9 +38,6 @@ from rlhf.metrics import read_jsonl
 
 STAGES = ("sft", "reward", "ppo")
 ACCESSES = ("open", "os.rename", "os.remove", "os.mkdir", "os.truncate", "shutil.rmtree")
-# started once, with everything imported: each run is a fork of it
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["rlhf.sft.stage", "rlhf.reward.stage", "rlhf.ppo.stage"])
 
 # --- The three runs ------------------------------------------------------------------------------
 
@@ -235,7 +232,7 @@ def directory_of(config) -> Path:
 
 def in_two_processes(run_rank, *arguments) -> None:
     """Call `run_rank(rank, *arguments)` in two processes, which both must succeed."""
-    both = [PROCESSES.Process(target=run_rank, args=(rank, *arguments)) for rank in range(2)]
+    both = [FORKS.Process(target=run_rank, args=(rank, *arguments)) for rank in range(2)]
     for process in both:
         process.start()
     for process in both:
@@ -259,7 +256,7 @@ def start(config, kill_at: int = 0, hang_at: int | None = None, ask: int | None 
     """Start a stage as a process of its own."""
     Path(config.runs_dir).mkdir(exist_ok=True, parents=True)
     arguments = (config, str(log_of(config)), kill_at, hang_at, ask)
-    process = PROCESSES.Process(target=run_stage, args=arguments)
+    process = FORKS.Process(target=run_stage, args=arguments)
     process.start()
     return process
 
@@ -295,7 +292,7 @@ def new_run(config, folder: Path, name: str, **values):
 def uninterrupted_runs(runs: Path, data: Path, policy: Path):
     """Return a function: name of a stage -> configuration, directory and `Whole` of its run."""
     found: dict[str, tuple] = {}
-    warm_up = PROCESSES.Process(target=os.getpid)  # the first process waits for the imports
+    warm_up = FORKS.Process(target=os.getpid)  # the first process waits for the imports
     warm_up.start()
     warm_up.join()
 
