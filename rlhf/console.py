@@ -85,7 +85,8 @@ def quiet_libraries() -> None:
 
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\b")
     # PEFT, of a base that is a GGUF file
-    warnings.filterwarnings("ignore", message="Could not find a config file")
+    about_base = "(Unable to fetch remote file|Could not find a config file)"
+    warnings.filterwarnings("ignore", message=about_base)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()

@@ -19,7 +19,8 @@ import time
 
 import pytest
 from helpers.checkpoints import snapshot
-from helpers.runs import PROCESSES, directory_of, new_run, outcome, start, text_of, train, wait_for
+from helpers.processes import FORKS
+from helpers.runs import directory_of, new_run, outcome, start, text_of, train, wait_for
 from helpers.scorers import policy_tokenizer, write_reward_model
 
 from rlhf.checkpoint import locked
@@ -47,8 +48,8 @@ def holder(tmp_path):
     started = []
 
     def begin(file):
-        ours, theirs = PROCESSES.Pipe()
-        process = PROCESSES.Process(target=hold, args=(file, theirs))
+        ours, theirs = FORKS.Pipe()
+        process = FORKS.Process(target=hold, args=(file, theirs))
         process.start()
         started.append((process, ours.recv()))
         return started[-1]
@@ -221,9 +222,9 @@ def test_all_processes_of_a_run_learn_that_its_directory_is_in_use(holder, whole
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ends = [PROCESSES.Pipe() for _ in range(2)]
+    ends = [FORKS.Pipe() for _ in range(2)]
     ranks = [
-        PROCESSES.Process(target=refused_rank, args=(rank, port, config, theirs))
+        FORKS.Process(target=refused_rank, args=(rank, port, config, theirs))
         for rank, (_, theirs) in enumerate(ends)
     ]
     for rank in ranks:
