@@ -50,7 +50,7 @@ def finish(config) -> None:
     assert process.exitcode == 0, text_of(config)[-3000:]
 
 
-OTHER_LIMITS = [("sft", 0.5), ("sft", 1.2), ("reward", 0.5), ("reward", 1.2), ("ppo", 0.5)]
+OTHER_LIMITS = [("sft", 0.5), ("reward", 0.5), ("reward", 1.2), ("ppo", 0.5), ("ppo", 1.2)]
 
 
 def leftovers(config) -> list[str]:
@@ -59,7 +59,7 @@ def leftovers(config) -> list[str]:
 
 @pytest.mark.parametrize(
     "stage, share",
-    [("ppo", 1.2), *(pytest.param(*other, marks=pytest.mark.slow) for other in OTHER_LIMITS)],
+    [("sft", 1.2), *(pytest.param(*other, marks=pytest.mark.slow) for other in OTHER_LIMITS)],
 )
 def test_limit_on_the_size_of_a_file_is_said_and_the_run_continues_without_it(
     stage, share, wholes, tmp_path

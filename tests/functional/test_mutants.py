@@ -5,7 +5,7 @@ that has torch imported takes a copy of the package with that module and runs th
 tests: those of the module first. Only a failed test counts: a mutant that cannot be imported, or
 that fails by an unknown name, is an error of the list.
 
-Run: pytest tests/functional/test_mutants.py    (every third mutant; needs fork)
+Run: pytest tests/functional/test_mutants.py    (every sixth mutant; needs fork)
      pytest tests/functional/test_mutants.py -m 'slow or not slow'    (all; prints what killed each)
 """
 
@@ -60,7 +60,7 @@ def read_mutants(text):
 
 MUTANTS = read_mutants((TESTS / "mutants.txt").read_text(encoding="utf-8"))
 PARAMETERS = [
-    pytest.param(mutant, id=mutant.name, marks=[pytest.mark.slow] if number % 3 else [])
+    pytest.param(mutant, id=mutant.name, marks=[pytest.mark.slow] if number % 6 else [])
     for number, mutant in enumerate(MUTANTS)
 ]
 

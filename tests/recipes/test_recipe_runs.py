@@ -274,7 +274,7 @@ def run_ppo(recipe, folder):
 
 
 # Between them: LoRA, stop strings, text mixed in, demonstrations, PPO-ptx, two reward models.
-BY_DEFAULT = {"alpaca_lora", "dolly_v2", "falcon_instruct", "hh", "instructgpt", "llama2_chat"}
+BY_DEFAULT = {"alpaca_lora", "dolly_v2", "falcon_instruct", "hh", "instructgpt"}
 
 
 @pytest.mark.parametrize(
