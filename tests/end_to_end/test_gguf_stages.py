@@ -6,6 +6,7 @@ Run: python -m pytest -m slow tests/end_to_end/test_gguf_stages.py
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 from helpers.commands import check_runs
@@ -34,12 +35,12 @@ def test_the_stages_train_smollm2_from_its_gguf_file(tmp_path):
         "ppo.num_updates=1 ppo.batch_size=4 ppo.num_ppo_epochs=1 ppo.response_length=8 "
         "ppo.learning_rate=1e-6",
     ):
-        check_runs(f"python -m {command}", tmp_path, timeout=1800)
+        check_runs(f"{sys.executable} -m {command}", tmp_path, timeout=1800)
     record = read_record(tmp_path / "runs/mine/sft/final")
     assert record is not None and record.parent_weights == hash_weights(tmp_path / "model.gguf")
     (tmp_path / "questions.txt").write_text("What is the capital of France?\n")
     check_runs(
-        "python -m rlhf.generate path=runs/mine/ppo/final prompts=questions.txt "
+        f"{sys.executable} -m rlhf.generate path=runs/mine/ppo/final prompts=questions.txt "
         "out=answers.jsonl temperature=0 response_length=16",
         tmp_path,
         timeout=600,
