@@ -152,11 +152,8 @@ AttentionMaskInterface.register(NAME, _mask)
 
 
 def is_padding_free(model: Any) -> bool:
-    """True for a model, possibly wrapped, between `enable_padding_free` and
-    `disable_padding_free`."""
-    inner = getattr(model, "module", model)
-    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
-    return hasattr(inner.base_model, "_rlhf_hooks")
+    """True for a transformers model between `enable_padding_free` and `disable_padding_free`."""
+    return hasattr(model.base_model, "_rlhf_hooks")
 
 
 def enable_padding_free(model: Any) -> None:

@@ -50,25 +50,23 @@ def forward_inputs(model: Any, input_ids: Tensor, mask: Tensor) -> dict[str, Ten
     """
     if not mask[:, 0].all():
         raise ValueError("rows must be right-padded, but some masks start with False")
-    if _joins_rows(model, mask):
+    inner = unwrap_peft(getattr(model, "module", model))
+    if is_padding_free(inner) and not mask.all():
         positions = position_ids_from_mask(mask)
         return {"input_ids": input_ids[mask][None], "position_ids": positions[mask][None]}
     inputs = {"input_ids": input_ids}
     return inputs if is_causal(model) else inputs | {"attention_mask": mask.long()}
 
 
-def _joins_rows(model: Any, mask: Tensor) -> bool:
-    return is_padding_free(model) and not bool(mask.all())
-
-
-def positions_in_hidden(model: Any, mask: Tensor, rows: Tensor, positions: Tensor) -> Any:
+def positions_in_hidden(read_ids: Tensor, mask: Tensor, rows: Tensor, positions: Tensor) -> Any:
     """Index of the hidden states of `forward_inputs` that gives those of tokens.
 
     Args:
+        read_ids: `input_ids` of `forward_inputs`, (B, L), or (1, N) without padding.
         mask: (B, L).
         rows, positions: of the tokens, of equal shape.
     """
-    if not _joins_rows(model, mask):
+    if read_ids.shape == mask.shape:
         return rows, positions
     lengths = mask.sum(dim=1)
     starts = lengths.cumsum(dim=0) - lengths
@@ -145,7 +143,7 @@ def response_logits(
     """
     inputs = forward_inputs(model, sequence_ids, mask)
     rows = torch.arange(len(positions), device=positions.device)[:, None].expand_as(positions)
-    index = positions_in_hidden(model, mask, rows, positions)
+    index = positions_in_hidden(inputs["input_ids"], mask, rows, positions)
     # The head reads a copy of the hidden states. With a slice, a frozen head would use another
     # kernel, and the KL to an equal reference would be 1e-6 instead of 0.
     head = unwrap_peft(getattr(model, "module", model)).get_output_embeddings()
