@@ -31,6 +31,7 @@ from rlhf.models import (
     forward_inputs,
     is_causal,
     is_quantized,
+    round_linear_weights,
     undo_first_pass,
     unwrap_peft,
     watch_windows,
@@ -193,6 +194,35 @@ def _try_padding_free(model: Any, tokenizer: Any) -> str | None:
     if window is not None and windows == {None}:
         return "its sliding window is in the mask alone"
     return None
+
+
+def store_as_read(model: Any, tokenizer: Any) -> str:
+    """Store the linear weights of a frozen model as autocast reads them, in place, if a few rows
+    give the same numbers to the last bit.
+
+    Args:
+        model: causal LM, `ScalarModel` or `TextModel`; it is used under this autocast from now on.
+
+    Returns:
+        "bfloat16", or "float32, because ..." with the reason.
+    """
+    kind = _device(model).type
+    stored = str(_inner(model).dtype).removeprefix("torch.")
+    if not torch.is_autocast_enabled(kind):
+        return stored
+    dtype, rows = torch.get_autocast_dtype(kind), _rows(model, tokenizer)
+    with _left_as_it_was(model):
+        expected = [_alone(model, row) for row in rows]
+        undo = round_linear_weights(model, dtype)
+        try:
+            same = all(map(torch.equal, [_alone(model, row) for row in rows], expected))
+            reason = "its numbers change"
+        except (RuntimeError, ValueError, TypeError) as error:  # code that reads a weight itself
+            same, reason = False, one_line(error)
+    if same:
+        return str(dtype).removeprefix("torch.")
+    undo()
+    return f"{stored}, because {reason} otherwise"
 
 
 class _StopFirst:

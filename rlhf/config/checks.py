@@ -141,6 +141,7 @@ def _rules(config: StageConfig) -> Iterator[str]:
         yield from _critic_rules(config)
         yield from _rollout_rules(config.ppo)
         yield from _update_rules(config.ppo)
+        yield from _frozen_rules(config)
         if config.evaluation.select == "independent_score" and config.evaluation.scorer is None:
             yield "evaluation.select=independent_score needs evaluation.scorer=module.score"
 
@@ -240,6 +241,18 @@ def _critic_rules(config: PPOStageConfig) -> Iterator[str]:
         yield "critic.must_explain=true needs a critic (ppo.advantage=gae); set it to null"
     if critic.warmup_updates and not ppo.has_critic:
         yield f"critic.warmup_updates={critic.warmup_updates} needs a critic (ppo.advantage=gae)"
+
+
+def _frozen_rules(config: PPOStageConfig) -> Iterator[str]:
+    scorer = config.scorer
+    paths = [part.path for part in scorer.components] or [scorer.path]
+    paths += [path for path in [config.evaluation.scorer] if path is not None]
+    has_reference = config.ppo.reference is not None or not config.peft.enabled
+    if config.offload_frozen and not has_reference and all(map(is_python, paths)):
+        yield (
+            "offload_frozen=true has nothing to move: with adapters, the reference is the policy "
+            "with its adapters off, and the scorer is a Python function; set it to false"
+        )
 
 
 def _rollout_rules(ppo: PPOConfig) -> Iterator[str]:

@@ -39,6 +39,7 @@ from rlhf.models.forward import (
     unwrap_peft,
     without_padding_mask,
 )
+from rlhf.models.frozen import round_linear_weights
 from rlhf.models.load import (
     freeze,
     init_reward_model,

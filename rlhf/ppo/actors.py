@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ from rlhf.config import (
 )
 from rlhf.console import say, warn
 from rlhf.data import Splits, other_columns
-from rlhf.equivalence import choose_forward, require_cache, require_padding
+from rlhf.equivalence import choose_forward, require_cache, require_padding, store_as_read
 from rlhf.models import (
     ScalarModel,
     add_lora,
@@ -66,6 +68,9 @@ class Actors:
         tokenizer: of the policy.
         tokenizer_hash: `hash_rendering` of the tokenizer; a reward model with the same hash scores
             the token ids directly.
+        frozen: how the models that do not train are stored, in words.
+        reading_device: with `offload_frozen`, where they are inside `in_use`; elsewhere they are on
+            the CPU. None: they stay where they are.
     """
 
     policy: Any
@@ -74,6 +79,20 @@ class Actors:
     scorer: Scorer
     tokenizer: Any
     tokenizer_hash: str
+    frozen: str = ""
+    reading_device: Any = None
+
+    @contextmanager
+    def in_use(self, *frozen: Any) -> Iterator[None]:
+        """Have frozen models on the GPU inside the block, if they are offloaded."""
+        moved = [] if self.reading_device is None else frozen
+        try:
+            for model in moved:
+                model.to(self.reading_device)
+            yield
+        finally:
+            for model in moved:
+                model.to("cpu")
 
 
 def load_checked_tokenizer(config: PPOStageConfig) -> tuple[Any, StageRecord | None]:
@@ -178,6 +197,34 @@ def check_promises(config: PPOStageConfig, actors: Actors, accelerator: Accelera
             if model is not None
         ]
     return forwards[0]
+
+
+def settle_frozen(
+    config: PPOStageConfig, actors: Actors, scorers: Sequence[Scorer], accelerator: Accelerator
+) -> str:
+    """Store the models that do not train in the type in which they are read, and move them to the
+    CPU with `offload_frozen`; return that in words, or "" where nothing is special.
+
+    Args:
+        scorers: those that this run has loaded; the caller's own stay as they are.
+    """
+    models = []
+    if actors.reference is not None:
+        models.append(("reference", actors.reference, actors.tokenizer))
+    models += [(m.path, m.model, m.tokenizer) for s in scorers for m in reward_models(s)]
+    with accelerator.autocast():
+        types = [f"{name} {store_as_read(model, own)}" for name, model, own in models]
+    if types and accelerator.mixed_precision == "bf16":
+        actors.frozen = ", ".join(types)
+    if not config.offload_frozen:
+        return actors.frozen
+    where = "not offloaded: all models are on the CPU"
+    if accelerator.device.type != "cpu":
+        where, actors.reading_device = "on the CPU, except while they are read", accelerator.device
+        for model in [m for _, m, _ in models] + [m.model for m in reward_models(actors.scorer)]:
+            model.to("cpu")
+    actors.frozen = "; ".join(filter(None, (actors.frozen, where)))
+    return actors.frozen
 
 
 def _show_report(path: str) -> None:

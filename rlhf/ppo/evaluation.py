@@ -74,7 +74,8 @@ class Evaluator:
         if self.independent is not None:
             sampled = actors, self.prompts, response_ids(rollout)
             score = partial(score_sampled, *sampled, self.independent, "evaluation.scorer")
-            scores = on_every_process(score, accelerator)
+            with accelerator.autocast():  # as the scorer in `collect`
+                scores = on_every_process(score, accelerator)
             figures["independent_score"] = scores.total
             scorers.append(self.independent)
             cut = cut if scores.cut is None else cut | scores.cut

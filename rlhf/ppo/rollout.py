@@ -8,7 +8,6 @@ whitening and statistics are global, and a minibatch does not depend on the numb
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Self
@@ -220,7 +219,7 @@ def collect(
         logprobs = read(lambda part: policy_logprobs(actors.policy, part, sampling)[0])
         has_own = actors.reference is not None
         reference = actors.reference if has_own else actors.policy  # with its adapters off
-        with nullcontext() if has_own else actors.policy.disable_adapter():
+        with actors.in_use(reference) if has_own else actors.policy.disable_adapter():
             ref_logprobs = read(lambda part: policy_logprobs(reference, part, sampling)[0])
         values = torch.zeros_like(logprobs)
         if with_values and actors.critic is not None:
@@ -291,7 +290,8 @@ def score_sampled(
     used = actors.scorer if scorer is None else scorer
     names = prompts[0].get("columns", {}) if prompts else {}
     columns = {name: [p["columns"][name] for p in prompts] for name in names}
-    return score_responses(used, asked, texts, field, tokens, columns)
+    with actors.in_use(*(model.model for model in reward_models(used))):
+        return score_responses(used, asked, texts, field, tokens, columns)
 
 
 def read_tokens(

@@ -33,6 +33,7 @@ from rlhf.ppo.actors import (
     load_independent_scorer,
     needs_reward_model,
     require_scorer_columns,
+    settle_frozen,
     try_adapters,
 )
 from rlhf.ppo.evaluation import Evaluator
@@ -92,10 +93,14 @@ def _train(config: PPOStageConfig, scorer: Scorer | None, run: StageRun) -> PPOR
     actors = load_actors(config, tokenizer, scorer, accelerator)
     require_writable(unwrap_peft(actors.policy), tokenizer, config)
     forward = check_promises(config, actors, accelerator)
+    loaded = [s for s in (None if scorer else actors.scorer, independent) if s is not None]
+    frozen = settle_frozen(config, actors, loaded, accelerator)
     texts = load_texts(config, tokenizer, context_length(actors.policy))
     prompts, heldout, too_long = choose_prompts(config, splits, actors, independent, num_processes)
     say(describe_batches(config, len(prompts), num_processes, actors))
     say(f"     forward: {forward}")
+    if frozen:
+        say(f"     frozen models: {frozen}")
     say(splits.describe(too_long))
     splits.dropped += too_long
 

@@ -208,6 +208,12 @@ BAD_VALUES = [
         {"scorer.path": "my/scores.py"},
         "scorer.path=my/scores.py is a file; name the function in it: scores.<function>",
     ),
+    (
+        "ppo",
+        {"offload_frozen": True, "peft.enabled": True, "scorer.path": "my_module.score"},
+        "offload_frozen=true has nothing to move: with adapters, the reference is the policy with "
+        "its adapters off, and the scorer is a Python function; set it to false",
+    ),
 ]
 MISSING_VALUES = [
     ("sft", {"dataset.path": None}, "dataset.path: file or Hub name of the rows, e.g."),

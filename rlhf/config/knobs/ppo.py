@@ -265,6 +265,9 @@ class PPOStageConfig(StageConfig):
 
     preflight: bool | str = knob(True, choices=(True, False, "only"))
     """Examine memory, ratio, tokenizer, scorer and best-of-n before training; only: then exit."""
+    offload_frozen: bool = False
+    """Keep the reference and the reward models in main memory, except while they are read; a GPU
+    then holds only what trains. No effect on a CPU."""
     ppo: PPOConfig = group(PPOConfig)
     ptx: PtxConfig = group(PtxConfig)
     scorer: ScorerConfig = group(ScorerConfig)

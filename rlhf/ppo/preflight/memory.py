@@ -52,6 +52,7 @@ class MemoryEstimate:
 
     models: dict[str, ModelMemory]  # those of policy, reference, critic, and all reward models
     sampling: int  # key-value cache and logits of one batch of the rollout, at full length
+    visiting: int = 0  # the largest of the models that `offload_frozen` keeps on the CPU
 
     def sum(self, *names: str) -> int:
         """Sum some columns over the models."""
@@ -70,7 +71,9 @@ class MemoryEstimate:
             "gradients and Adam states": self.sum("adam"),  # gradients are dropped after each step
             "the rollout's cache": self.sampling,
         }
-        return max(step, rollout, key=lambda parts: sum(parts.values()))
+        reading = rollout | {"weights": self.sum("weights") + self.visiting}
+        reading["the rollout's cache"] = 0
+        return max(step, rollout, reading, key=lambda parts: sum(parts.values()))
 
     @property
     def total(self) -> int:
@@ -129,6 +132,7 @@ def remedy(estimate: MemoryEstimate, config: PPOStageConfig) -> str:
             # the adapters stay in float32
             "model.dtype=bfloat16": lora and model.dtype in ("auto", "float32"),
             "model.quantization=4bit": lora and model.quantization is None,
+            "offload_frozen=true": torch.cuda.is_available() and not config.offload_frozen,
         },
         "gradients and Adam states": {"peft=lora": not lora},
         "activations": {
@@ -161,7 +165,7 @@ def estimate_memory(
         part: see `longest_micro_batch`.
         independent: the scorer of `evaluation.scorer`.
     """
-    actors, sampling = trainer.actors, trainer.sampling
+    actors, sampling, ppo = trainer.actors, trainer.sampling, trainer.config.ppo
     distributed = trainer.accelerator.num_processes > 1
 
     def read_policy(rows: Responses) -> int:
@@ -186,11 +190,13 @@ def estimate_memory(
     weights = [model_memory(m.model).weights for scorer in scorers for m in reward_models(scorer)]
     if weights:
         models["reward models"] = ModelMemory(sum(weights))
-    ppo = trainer.config.ppo
+    frozen = [name for name in ("reference", "reward models") if name in models]
+    away = [models.pop(name).weights for name in frozen if actors.reading_device]
     num_rows = min(ppo.rollout_batch_size, ppo.batch_size // trainer.accelerator.num_processes)
     per_row = part.sequence_ids.shape[1] * cache_bytes_per_token(actors.policy, part)
     vocabulary = actors.policy.get_output_embeddings().weight.shape[0]
-    return MemoryEstimate(models, num_rows * (per_row + vocabulary * SAMPLER_BYTES))
+    per_row += vocabulary * SAMPLER_BYTES
+    return MemoryEstimate(models, num_rows * per_row, max(away, default=0))
 
 
 def model_memory(model: Any, distributed: bool = False) -> ModelMemory:
