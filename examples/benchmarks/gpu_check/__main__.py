@@ -18,19 +18,20 @@ Run: python examples/benchmarks/gpu_check --parts tests,ppo --wheels wheels --ou
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from parts import run_all, run_part  # noqa: E402
+
 ROOT = HERE.parents[2]
 PARTS = ("tests", "demo", "ppo", "trl", "lora7b", "sft1b", "sft7b")
 LIMIT = 240  # seconds of a part
-PHASES = ("rollout", "scoring", "optimise", "step")
 OLD_TRL = "trl-1.12.0"
 
 
@@ -47,25 +48,21 @@ def main() -> int:
         parser.error(f"--parts={options.parts}: {', '.join(sorted(unknown))} is none of {PARTS}")
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    paths = install(options.wheels, out)
-    results = {}
-    for part in parts:
-        print(f"== {part}", flush=True)
-        results[part] = run_part(part, out, paths, options.dry)
-        (out / f"{part}.json").write_text(json.dumps(results[part], indent=2))
-        print(f"   {results[part]['status']}, {results[part]['seconds']:.0f} s", flush=True)
-    text = table(results)
-    (out / "table.md").write_text(text)
-    print(f"\n{text}\nfiles: {out}")
-    return int(any(result["status"] == "failed" for result in results.values()))
+    path = install(options.wheels, out)
+
+    def run(part: str) -> dict[str, Any]:
+        if part == "trl" and not (out / "site_trl").is_dir():
+            reason = f"no wheel of {OLD_TRL} in the folder of wheels; make gpu-wheels fetches it"
+            return {"status": "skipped", "seconds": 0.0, "headline": reason}
+        environment = {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "0"}
+        return run_part(part, command_of(part, out, options.dry), out, environment, LIMIT)
+
+    return run_all(parts, run, out)
 
 
-def install(wheels: Path, out: Path) -> dict[str, str]:
-    """Unpack the wheels of a folder next to the machine's own packages.
-
-    Returns:
-        PYTHONPATH of the parts under "new", and under "old" that of the part with TRL 1.12.0.
-    """
+def install(wheels: Path, out: Path) -> str:
+    """Unpack the wheels of a folder next to the machine's own packages; TRL 1.12.0 has a folder of
+    its own, `site_trl`. Return PYTHONPATH of the parts."""
     files = sorted(wheels.resolve().glob("*.whl")) if wheels.is_dir() else []
     groups = {
         "site": [f for f in files if not f.name.startswith(OLD_TRL)],
@@ -76,66 +73,30 @@ def install(wheels: Path, out: Path) -> dict[str, str]:
             command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
             command += ["--no-compile", "--upgrade", "--target", str(out / name), *map(str, group)]
             subprocess.run(command, check=True)
-    new = os.pathsep.join([str(ROOT), str(out / "site")])
-    return {"new": new, "old": os.pathsep.join([str(out / "site_trl"), new])}
+    return os.pathsep.join([str(ROOT), str(HERE.parent), str(out / "site")])
 
 
-def run_part(part: str, out: Path, paths: dict[str, str], dry: bool) -> dict[str, Any]:
-    """Run one part in a process of its own: its figures, with `status` and `seconds`."""
-    figures, log = out / f"{part}.figures.json", out / f"{part}.log"
-    figures.unlink(missing_ok=True)
-    if part == "trl" and not (out / "site_trl").is_dir():
-        reason = f"no wheel of {OLD_TRL} in the folder of wheels; make gpu-wheels fetches it"
-        return {"status": "skipped", "seconds": 0.0, "reason": reason}
-    environment = os.environ | {"PYTHONPATH": paths["old" if part == "trl" else "new"]}
-    environment |= {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "0"}
-    began = time.perf_counter()
-    with log.open("w") as stream:
-        try:
-            command = command_of(part, out, figures, dry)
-            done = subprocess.run(
-                command, cwd=out, env=environment, stdout=stream, stderr=stream, timeout=LIMIT
-            )
-            problem = f"exit status {done.returncode}" if done.returncode else None
-        except subprocess.TimeoutExpired:
-            problem = f"not done after {LIMIT} s"
-    result: dict[str, Any] = {"status": "ok", "seconds": time.perf_counter() - began}
-    if figures.is_file():
-        result |= json.loads(figures.read_text())
-        figures.unlink()
-    if problem is not None:
-        last = log.read_text(errors="replace").strip().splitlines()[-3:]
-        result |= {"status": "failed", "reason": f"{problem}: {' / '.join(last)[-400:]}"}
-    return result
-
-
-def command_of(part: str, out: Path, figures: Path, dry: bool) -> list[str]:
+def command_of(part: str, out: Path, dry: bool) -> list[str]:
     """The command of a part."""
-    python = [sys.executable]
     if part == "tests":  # in a dry run those of them that run on a CPU too
         marks = ["-k", "cpu", "-m", ""] if dry else ["-m", "gpu"]
         options = ["-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), "-c"]
         options += [str(ROOT / "pyproject.toml"), *marks]
-        return [*python, "-m", "pytest", *options, str(ROOT / "tests/gpu")]
-    script = {"demo": "demo.py", "trl": "trl_ppo.py", "sft1b": "sft.py", "sft7b": "sft.py"}
-    size = "dry" if dry else {"lora7b": "7b", "sft1b": "1b", "sft7b": "7b"}.get(part, "1.2b")
-    lora = ["--lora"] if part == "lora7b" else []
-    return [*python, str(HERE / script.get(part, "ppo.py")), "--size", size, *lora, str(figures)]
-
-
-def table(results: dict[str, dict[str, Any]]) -> str:
-    """The figures of all parts as a Markdown table."""
-    names = ("part", "status", "seconds", *(f"{p}, s" for p in PHASES), "tokens/s", "peak GiB")
-    lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
-    for part, result in results.items():
-        phases = result.get("phases", {})
-        numbers = [f"{phases[p]:.3g}" if p in phases else "" for p in PHASES]
-        for name, form in (("tokens_per_second", ",.0f"), ("peak_gib", ".1f")):
-            numbers.append(format(result[name], form) if name in result else "")
-        cells = [part, result["status"], f"{result['seconds']:.0f}", *numbers]
-        lines.append("| " + " | ".join(cells) + " |")
-    notes = [f"{part}: {r['reason']}" for part, r in results.items() if "reason" in r]
-    return "\n".join(lines) + "\n" + "".join(f"\n{note}\n" for note in notes)
+        return [sys.executable, "-m", "pytest", *options, str(ROOT / "tests/gpu")]
+    if part == "demo":
+        return [sys.executable, str(HERE / "demo.py"), *(["--dry"] if dry else [])]
+    if part.startswith("sft"):
+        size = "tiny" if dry else part.removeprefix("sft")
+        return [sys.executable, str(HERE / "sft.py"), "--size", size]
+    preset = "7b-lora" if part == "lora7b" else "1b"
+    command = [sys.executable, str(HERE.parent / "ppo_step.py"), "--preset", preset]
+    command += ["--updates", "3", "--sides", "trl" if part == "trl" else "ours"]
+    if part == "trl":
+        command += ["--trl-python", sys.executable, "--trl-path", str(out / "site_trl")]
+    if dry:
+        command += ["--preset", "tiny", "--batch", "8", "--limit", "8", "--updates", "2"]
+        command += ["--set", "peft.enabled=true"] if part == "lora7b" else []
+    return command
 
 
 if __name__ == "__main__":

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 import tempfile
 from pathlib import Path
 
 import torch
 from transformers import LlamaForCausalLM
-from world import DEVICE, SHAPES, check_finite, make_model, make_tokenizer, write
-from world import options as command_line
+from world import DEVICE, SHAPES, make_model, make_tokenizer
 
 from rlhf import SFTStageConfig, train_sft
 from rlhf.config import DatasetConfig, ModelConfig
@@ -23,13 +23,13 @@ NEEDED_7B = 110  # GiB: weights, gradients and Adam's moments in float32
 
 
 def main() -> None:
-    options = command_line()
-    size, dry = options.size, options.size == "dry"
+    size = sys.argv[-1]
+    dry = size == "tiny"
     if size == "7b":
         memory = torch.cuda.get_device_properties(0).total_memory / 2**30
         if memory < NEEDED_7B:
             reason = f"full 7 B needs {NEEDED_7B} GiB of GPU memory, this one has {memory:.0f}"
-            options.figures.write_text(json.dumps({"status": "skipped", "reason": reason}))
+            print(json.dumps({"status": "skipped", "headline": reason}))
             return
     batch_size, num_steps = (2, 4) if dry else (16 if size == "7b" else 8, 8)
     with tempfile.TemporaryDirectory() as name:
@@ -62,17 +62,12 @@ def main() -> None:
             if "loss" in row
         ]
         clock = [row["seconds"] for row in read(stage / "timings.jsonl") if "seconds" in row]
-    check_finite(rows)
     first = 2  # steps with first-use costs
     seconds = (clock[num_steps - 1] - clock[first - 1]) / (num_steps - first)
     tokens = (rows[-1]["num_tokens"] - rows[first - 1]["num_tokens"]) / (num_steps - first)
-    write(
-        options.figures,
-        phases={"step": seconds},
-        tokens_per_second=tokens / seconds,
-        steps=rows,
-        batch_size=batch_size,
-    )
+    figures = {"seconds_of_step": seconds, "tokens_per_second": tokens / seconds, "steps": rows}
+    headline = f"{tokens / seconds:,.0f} tokens/s without padding"
+    print(json.dumps({"headline": headline, "batch_size": batch_size} | figures))
 
 
 def write_world(folder: Path, size: str, num_rows: int) -> None:

@@ -1,0 +1,65 @@
+"""What the benchmarks' figures rest on. The benchmarks themselves run in `make gpu-check DRY=1`.
+
+Run: python -m pytest tests/end_to_end/test_benchmarks.py
+"""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from helpers.commands import ROOT
+from transformers import LlamaForCausalLM
+
+from rlhf.sampling import generate, sampling_for, uniform_noise
+
+FOLDER = ROOT / "examples/benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def benchmarks_importable(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    yield
+    for name in ("parts", "world", "ppo_step"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("lengths", ["full", "half"])
+def test_random_policies_of_the_benchmarks_end_as_they_say(lengths):
+    import world
+    from ppo_step import HALF
+
+    limit = 32
+    model = world.make_model(LlamaForCausalLM, "tiny", 1)
+    world.end_responses(model, HALF / limit if lengths == "half" else 0.0)
+    sampling = sampling_for(model, world.make_tokenizer("tiny"), limit, temperature=1.0)
+    prompts = world.make_prompts("tiny", 256)
+    found = generate(model, prompts, sampling, uniform_noise((0,), range(256), limit))
+    mean = sum(map(len, found.ids)) / 256
+    if lengths == "full":
+        assert mean == limit and not any(found.finished)
+    else:  # four standard errors of the mean are 2.6
+        assert abs(mean - limit / 2) < 2.6
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor(prompts[:1])).logits
+    assert logits.softmax(-1)[..., world.PAD].max() < 1e-9  # TRL may sample padding
+
+
+def test_one_part_that_fails_does_not_stop_the_others(tmp_path, capsys):
+    from parts import run_all, run_part
+
+    codes = {
+        "bad": "raise SystemExit('no such thing')",
+        "slow": "import time; time.sleep(60)",
+        "good": 'print(\'text\'); print(\'{"headline": "2 s", "x": 1}\')',
+    }
+
+    def run(name):
+        return run_part(name, [sys.executable, "-c", codes[name]], tmp_path, {}, limit=5)
+
+    assert run_all(list(codes), run, tmp_path) == 1
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert lines[2].startswith("| bad | failed |") and "no such thing" in lines[2]
+    assert lines[3].startswith("| slow | failed | 5 | not done after 5 s")
+    assert lines[4].startswith("| good | ok |") and lines[4].endswith("| 2 s |")
