@@ -73,7 +73,7 @@ def train_reward(
         InputError: bad configuration, directory or data, or another process writes to the stage's
             directory; nothing has been trained or overwritten then.
     """
-    config = with_learning_rates(with_rows(config, rows, eval_rows), say)
+    config = with_learning_rates(with_default_paths(with_rows(config, rows, eval_rows)), say)
     with open_run(config, "reward") as run:
         if run.finished is not None:
             final = run.directory / "final"
@@ -83,7 +83,7 @@ def train_reward(
 
 def _train(config: RewardStageConfig, run: StageRun) -> RewardResult:
     # Refuse early: settings and directories, before anything loads.
-    source = with_default_paths(config).model
+    source = config.model
     parent = str(source.path)
     args = trainer_arguments(TrainingArguments, config, "reward")
     record_of_parent = require_stage(parent, ("sft",), "model.path", source.revision)

@@ -25,8 +25,12 @@ from rlhf.config import (
     InputError,
     ModelConfig,
     PeftConfig,
+    PPOStageConfig,
+    RewardStageConfig,
     ScorerConfig,
     TrackerConfig,
+    default_paths,
+    load_config,
 )
 from rlhf.curves import draw_curves
 from rlhf.data import encode_prompt, encode_response
@@ -72,6 +76,16 @@ def test_each_stage_leaves_an_ordinary_directory_that_names_its_parent(runs):
     reward = json.loads((runs / "run/reward/final/rlhf.json").read_text())
     assert reward["score_std"] > 0 and 0 <= reward["metrics"]["eval_accuracy"] <= 1
     assert reward["metrics"]["eval_num_pairs"] > reward["metrics"]["eval_num_length_matched_pairs"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "kind"), [("reward", RewardStageConfig), ("ppo", PPOStageConfig)]
+)
+def test_the_configuration_of_a_run_names_the_earlier_stages_that_it_found(stage, kind, runs):
+    """So that rlhf.pipeline, which names them, can continue it."""
+    for folder in (runs / "run" / stage, runs / "run" / stage / "final"):
+        config = load_config(kind, folder / "config.yaml")
+        assert config.model.path == str(runs / "run/sft/final") and default_paths(config) == {}
 
 
 def test_reward_scores_are_the_same_by_text_by_ids_and_by_transformers_itself(runs):
