@@ -45,7 +45,7 @@ class StageRecord:
         dropped: number of rows that were left out of the data, by reason.
         score_mean: mean of the reward model's scores of `normalization.completions` (raw units); a
             critic's values are (raw - score_mean) / score_std.
-        forward: "padding-free", or "padded" and the reason.
+        forward: "padding-free", or "padded" and the reason; None for an exported checkpoint.
         frozen: how PPO stored the models that it does not train, where that is special.
         weights: SHA-256 of the directory's own safetensors files; None accepts any weights.
         metrics: final figures of the stage.
@@ -121,7 +121,7 @@ def write_record(directory: Path, record: StageRecord, model: Any) -> None:
     record.weights = hash_weights(directory)
     record.dtype = str(model.dtype).removeprefix("torch.")
     record.attn_implementation = model.config._attn_implementation
-    record.forward = getattr(model.base_model, "_rlhf_forward", None)
+    record.forward = getattr(model.base_model, "_rlhf_forward", record.forward)
     names = {file.relative_to(directory).as_posix() for file in files_of(directory)}
     record.files = sorted(names | {RECORD})
     text = json.dumps(as_written(dataclasses.asdict(record)), indent=2, allow_nan=False)

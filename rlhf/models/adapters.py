@@ -170,6 +170,8 @@ def merged(model: Any) -> PreTrainedModel:
             state[name] = tensor.to(stored)
     plain.load_state_dict(state)
     plain.generation_config = getattr(base, "generation_config", None)
+    if hasattr(base.base_model, "_rlhf_forward"):  # how it was trained, for its record
+        plain.base_model._rlhf_forward = base.base_model._rlhf_forward
     for name, parameter in plain.named_parameters():
         # Each in its own dtype: `plain.to` would round a float32 head and the rotary frequencies.
         parameter.data = parameter.data.to(state[name].dtype)

@@ -184,7 +184,9 @@ def test_ppo_checkpoint_gives_the_policy_after_that_update(kind, policy_dir, tmp
     AutoModelForCausalLM.from_pretrained(out)
     ours, theirs = read_record(out), read_record(short.directory)
     assert ours.metrics == {"update": 2}
-    assert dataclasses.replace(ours, metrics={}) == dataclasses.replace(theirs, metrics={})
+    assert theirs.forward.startswith("padded, because ")
+    known = dataclasses.replace(theirs, metrics={}, forward=None)  # no checkpoint says how
+    assert dataclasses.replace(ours, metrics={}) == known
 
 
 @pytest.mark.parametrize("kind", ["full", "lora", "lora_from_scratch"])
