@@ -43,7 +43,8 @@ def test_alpaca_eval_example_runs(tmp_path):
         RUNS=str(tmp_path / "runs"),
         SFT="trainer.max_steps=2 num_samples=2 response_length=8",
         REWARD="trainer.max_steps=2",
-        PPO="ppo.num_updates=1 ppo.batch_size=4 ppo.response_length=8 evaluation.num_prompts=2",
+        PPO="ppo.num_updates=1 ppo.batch_size=4 ppo.response_length=8 evaluation.num_prompts=2 "
+        "preflight=false",
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
     assert (tmp_path / "runs/alpaca_eval/ppo/final/model.safetensors").is_file()
