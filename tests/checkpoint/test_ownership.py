@@ -18,8 +18,13 @@ from rlhf.checkpoint import (
     prune_checkpoints,
     refuse_taken_steps,
 )
-from rlhf.checkpoint.ownership import complete_checkpoints, latest_checkpoint, own_checkpoints
-from rlhf.checkpoint.run_directory import prepare_run_directory
+from rlhf.checkpoint.ownership import (
+    clear,
+    complete_checkpoints,
+    latest_checkpoint,
+    own_checkpoints,
+)
+from rlhf.checkpoint.run_directory import prepare_run_directory, refuse_used_directory
 from rlhf.checkpoint.state import save_training_state
 from rlhf.config import InputError
 
@@ -178,10 +183,13 @@ def test_overwrite_refuses_to_delete_files_of_the_user(inside, tmp_path, tokeniz
     (directory / inside).write_text("mine")
     before = snapshot([directory])
     named = directory / ("checkpoint-9" if "9" in inside else inside)
-    with pytest.raises(
-        InputError, match=f"did not write these; move .*:\n  {re.escape(str(named))}$"
-    ):
-        prepare_run_directory(config_of(tmp_path, overwrite=True), "sft")
+    config = config_of(tmp_path, overwrite=True)
+    # when the run starts, and again right before anything is deleted
+    for refused in (lambda: refuse_used_directory(config, "sft"), lambda: clear(directory)):
+        with pytest.raises(
+            InputError, match=f"did not write these; move .*:\n  {re.escape(str(named))}$"
+        ):
+            refused()
     assert snapshot([directory]) == before
 
 

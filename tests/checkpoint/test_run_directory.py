@@ -94,6 +94,15 @@ def test_newest_checkpoints_and_their_best_are_kept(keep_last, kept, tmp_path):
     assert names(tmp_path) == [f"checkpoint-{step}" for step in kept] + ["checkpoint-best"]
 
 
+def test_the_best_of_each_kept_checkpoint_is_kept(tmp_path):
+    for step, best in {2: 2, 4: 2, 6: 6}.items():
+        make_checkpoint(tmp_path, step, best=best)
+    prune_checkpoints(tmp_path, 2)
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    prune_checkpoints(tmp_path, 1)
+    assert names(tmp_path) == ["checkpoint-6"]
+
+
 def test_what_was_left_of_a_checkpoint_goes_once_a_newer_one_is_there(tmp_path):
     (tmp_path / "run.json").write_text('{"id": "0123", "stage": "sft"}')
     for step in (3, 4, 8, 9):

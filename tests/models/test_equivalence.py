@@ -5,6 +5,7 @@ Run: pytest tests/models/test_equivalence.py
 """
 
 import json
+import math
 
 import pytest
 import torch
@@ -27,7 +28,13 @@ from rlhf.config import (
     ScorerConfig,
     SFTStageConfig,
 )
-from rlhf.equivalence import require_cache, require_packing, require_padding, tolerance
+from rlhf.equivalence import (
+    choose_forward,
+    require_cache,
+    require_packing,
+    require_padding,
+    tolerance,
+)
 from rlhf.metrics import read_jsonl
 from rlhf.models import ScalarModel, add_lora, init_reward_model
 from rlhf.ppo import train_ppo
@@ -164,6 +171,28 @@ def test_a_model_that_reads_padding_is_refused(scalar, tmp_path, monkeypatch):
     reads_padding(monkeypatch)
     with pytest.raises(InputError, match="x: Llama.* as it reads the padding of a batch"):
         require_padding(model, TOKENIZER, "x", "fix")
+
+
+@pytest.mark.parametrize("require", [require_cache, require_padding, require_packed])
+def test_a_model_whose_numbers_are_nan_is_refused(require):
+    model = tiny_model("llama", TOKENIZER)
+    nn.init.constant_(model.model.norm.weight, math.nan)
+    named = () if require is require_packed else (TOKENIZER, "x", "fix")
+    with pytest.raises(InputError, match=r"Llama.* \(its numbers change by nan"):
+        require(model, *named)
+
+
+def test_a_model_whose_numbers_or_gradients_are_nan_is_padded():
+    model = tiny_model("llama", TOKENIZER)
+    smallest = min(model.parameters(), key=torch.numel)
+    hook = smallest.register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(InputError, match="because its gradients change by nan"):
+        choose_forward(model, TOKENIZER, "padding_free")
+    hook.remove()
+    assert choose_forward(model, TOKENIZER, "padding_free") == "padding-free"
+    nn.init.constant_(model.model.norm.weight, math.nan)
+    with pytest.raises(InputError, match="see each other .its numbers change by nan"):
+        choose_forward(model, TOKENIZER, "padding_free")
 
 
 @pytest.mark.parametrize("family", ["mamba", "bloom"])
@@ -311,8 +340,17 @@ def test_training_is_the_same_with_and_without_measuring(tmp_path, monkeypatch):
     assert rows[0] == rows[1]
 
 
-def test_a_model_and_the_random_numbers_are_left_as_they_were():
-    model = tiny_model("llama", TOKENIZER, attention_dropout=0.5).train()
+def test_a_model_and_the_random_numbers_are_left_as_they_were(monkeypatch):
+    model, forward = (
+        tiny_model("llama", TOKENIZER, attention_dropout=0.5).train(),
+        nn.Linear.forward,
+    )
+
+    def drawing(self, hidden):
+        torch.rand(1)  # some models draw in evaluation mode too
+        return forward(self, hidden)
+
+    monkeypatch.setattr(nn.Linear, "forward", drawing)
     model.model.layers[0].eval()
     modes = [module.training for module in model.modules()]
     torch.manual_seed(0)
@@ -320,6 +358,7 @@ def test_a_model_and_the_random_numbers_are_left_as_they_were():
     require_cache(model, TOKENIZER, "x", "fix")
     require_padding(model, TOKENIZER, "x", "fix")
     require_packed(model)
+    assert choose_forward(model, TOKENIZER, "padding_free") == "padding-free"
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), before)
     assert all(parameter.grad is None for parameter in model.parameters())
