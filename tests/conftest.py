@@ -17,7 +17,8 @@ import pytest  # noqa: E402
 def no_pictures_of_stages():
     """Stages draw no curves, which would take as long as a tiny stage."""
     with pytest.MonkeyPatch.context() as patch:
-        if find_spec("rlhf.curves"):  # the copies of test_mutants.py hold the formulas alone
+        # the copies of test_mutants.py hold the formulas alone, and so does what tests/peers needs
+        if find_spec("rlhf.curves") and find_spec("omegaconf"):
             from helpers.commands import draw_nothing
 
             patch.setattr("rlhf.curves.draw_curves", draw_nothing)
