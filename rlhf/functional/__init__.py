@@ -49,6 +49,7 @@ from rlhf.functional.summary_statistics import (
 )
 from rlhf.functional.tokens import (
     kl_estimate,
+    logprobs_and_entropy,
     masked_mean,
     masked_sum,
     token_entropy,

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+
+LEAST = -1e4  # of a log-prob: its exp is 0, and 0 x this is 0; 0 x -inf would be nan
 
 
 def check_shapes(expected: tuple[int, ...], **tensors: Tensor) -> None:
@@ -65,62 +69,72 @@ def whiten(x: Tensor, mask: Tensor, center: bool = True) -> Tensor:
     return whitened if center else zero_masked(whitened + mean, mask)
 
 
-def _scaled_row(logits_row: Tensor, temperature: float) -> Tensor:
-    return logits_row.to(torch.float32, copy=True).div_(temperature)
+BLOCK = 256  # positions whose logits are float32 at once
 
 
-class _TokenLogprobs(torch.autograd.Function):
-    """log_softmax and gather, saving only the logits as given; upcasts one sequence at a time."""
+def _blocks(logits: Tensor) -> Iterator[tuple[int, slice]]:
+    for row in range(len(logits)):
+        for start in range(0, logits.shape[1], BLOCK):
+            yield row, slice(start, start + BLOCK)
+
+
+def _scaled_logprobs(logits: Tensor, temperature: float, forbidden: Tensor | None) -> Tensor:
+    scaled = logits.to(torch.float32, copy=True).div_(temperature)
+    if forbidden is not None and len(forbidden):
+        scaled.index_fill_(-1, forbidden, -math.inf)
+    return torch.log_softmax(scaled, dim=-1)
+
+
+class _LogprobsAndEntropy(torch.autograd.Function):
+    """Saves only the logits as given, and upcasts a block of positions at a time."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
-        ctx.save_for_backward(logits, tokens)
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        tokens: Tensor,
+        temperature: float,
+        forbidden: Tensor | None,
+        with_entropy: bool,
+    ) -> tuple[Tensor, Tensor]:
+        logprobs = torch.zeros(tokens.shape, dtype=torch.float32, device=logits.device)
+        entropy = torch.zeros_like(logprobs)
+        for block in _blocks(logits):
+            every = _scaled_logprobs(logits[block], temperature, forbidden)  # (T, V)
+            logprobs[block] = every.gather(-1, tokens[block][:, None]).squeeze(-1)
+            if with_entropy:
+                entropy[block] = -every.exp().mul_(every.clamp_(min=LEAST)).sum(-1)
+            del every  # before the next block
+        ctx.save_for_backward(logits, tokens, entropy, forbidden)
         ctx.temperature = temperature
-        logprobs = torch.empty(tokens.shape, dtype=torch.float32, device=logits.device)
-        for row in range(len(logits)):
-            row_logprobs = torch.log_softmax(_scaled_row(logits[row], temperature), dim=-1)
-            logprobs[row] = row_logprobs.gather(-1, tokens[row, :, None]).squeeze(-1)
-        return logprobs
+        ctx.set_materialize_grads(False)  # the gradient of what a loss does not read is None
+        return logprobs, entropy
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_logprobs: Tensor) -> tuple[Tensor, None, None]:
-        logits, tokens = ctx.saved_tensors
+    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> Any:
+        logits, tokens, entropy, forbidden = ctx.saved_tensors
         grad_logits = torch.empty_like(logits)
-        for row in range(len(logits)):
-            weights = (grad_logprobs[row] / ctx.temperature)[:, None]  # (T, 1)
-            grad_row = torch.softmax(_scaled_row(logits[row], ctx.temperature), dim=-1)
-            grad_row.mul_(-weights).scatter_add_(-1, tokens[row, :, None], weights)
+        grads = [
+            torch.zeros_like(entropy) if g is None else g for g in (grad_logprobs, grad_entropy)
+        ]
+        for block in _blocks(logits):
+            weights, slopes = ((grad[block] / ctx.temperature)[:, None] for grad in grads)  # (T, 1)
+            grad = _scaled_logprobs(logits[block], ctx.temperature, forbidden)
+            # d log p of the token / d logit = [it is the token's] - p
+            # d entropy / d logit = -p (log p + entropy)
+            if grad_entropy is None:
+                grad.exp_().mul_(-weights)
+            else:
+                probs = grad.exp()
+                grad.clamp_(min=LEAST).add_(entropy[block][:, None])
+                grad.mul_(slopes).add_(weights).mul_(probs).neg_()
+                del probs
+            grad.scatter_add_(-1, tokens[block][:, None], weights)
             # A position that the loss masks out gets 0 even if its logits are nan.
-            grad_logits[row] = grad_row.masked_fill_(weights == 0, 0.0)
-        return grad_logits, None, None
-
-
-class _TokenEntropy(torch.autograd.Function):
-    """Sum of entr(p) = -p log p, which is 0 at p = 0; upcasts one sequence at a time."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, temperature: float) -> Tensor:
-        entropy = torch.empty(logits.shape[:2], dtype=torch.float32, device=logits.device)
-        for row in range(len(logits)):
-            probs = torch.softmax(_scaled_row(logits[row], temperature), dim=-1)
-            entropy[row] = torch.special.entr(probs).sum(-1)
-        ctx.save_for_backward(logits, entropy)
-        ctx.temperature = temperature
-        return entropy
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_entropy: Tensor) -> tuple[Tensor, None]:
-        logits, entropy = ctx.saved_tensors
-        grad_logits = torch.empty_like(logits)
-        for row in range(len(logits)):
-            weights = (grad_entropy[row] / ctx.temperature)[:, None]  # (T, 1)
-            probs = torch.softmax(_scaled_row(logits[row], ctx.temperature), dim=-1)
-            # d entropy / d logit = -p (log p + entropy) = entr(p) - p * entropy
-            grad_row = torch.special.entr(probs).sub_(probs.mul_(entropy[row, :, None]))
-            grad_logits[row] = grad_row.mul_(weights).masked_fill_(weights == 0, 0.0)
-        return grad_logits, None
+            grad_logits[block] = grad.masked_fill_((weights == 0) & (slopes == 0), 0.0)
+            del grad  # before the next block
+        return grad_logits, None, None, None, None
 
 
 def _check_logits(logits: Tensor, temperature: float) -> None:
@@ -130,29 +144,41 @@ def _check_logits(logits: Tensor, temperature: float) -> None:
         raise ValueError(f"temperature must be > 0, got {temperature}")
 
 
-def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
-    """Compute log softmax(logits / temperature) at `tokens` without a float32 copy of the logits.
+def logprobs_and_entropy(
+    logits: Tensor,
+    tokens: Tensor,
+    temperature: float = 1.0,
+    forbidden: Tensor | None = None,
+    with_entropy: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Compute log softmax(logits / temperature) at `tokens`, and the entropy of the softmax, in one
+    pass and without a float32 copy of the logits.
 
     Args:
         logits: (B, T, V); position t predicts `tokens[:, t]`: the caller has shifted them. -inf
             forbids a token: probability and gradient 0. Not to be changed before the backward pass.
         tokens: (B, T) int64 ids in [0, V). A forbidden one gives -inf, so mask it (padding).
+        forbidden: ids whose logits count as -inf.
+        with_entropy: false gives zeros in its place.
 
-    Returns: (B, T) float32, differentiable once. The gradient has the dtype of the logits and is
-        exactly 0 where the incoming one is.
+    Returns: log-probs and entropy, nats, (B, T) float32 each, differentiable once. The gradient has
+        the dtype of the logits and is exactly 0 where the incoming ones are.
     """
     _check_logits(logits, temperature)
     check_shapes(logits.shape[:2], tokens=tokens)
-    return _TokenLogprobs.apply(logits, tokens, temperature)
+    return _LogprobsAndEntropy.apply(logits, tokens, temperature, forbidden, with_entropy)
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log-probs of `logprobs_and_entropy` alone, (B, T)."""
+    return logprobs_and_entropy(logits, tokens, temperature, with_entropy=False)[0]
 
 
 def token_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Compute the entropy of softmax(logits / temperature), (B, T) float32.
-
-    Args and gradient: as `token_logprobs`. A forbidden token adds nothing and gets gradient 0.
-    """
+    """Entropy of `logprobs_and_entropy` alone, (B, T)."""
     _check_logits(logits, temperature)
-    return _TokenEntropy.apply(logits, temperature)
+    tokens = torch.zeros(logits.shape[:2], dtype=torch.long, device=logits.device)
+    return logprobs_and_entropy(logits, tokens, temperature)[1]
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: str = "k1") -> Tensor:

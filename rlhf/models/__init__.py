@@ -7,7 +7,7 @@ the sampler pads on the left.
 
 `load` gives each role its model: `build` makes one from a configuration, `weights` reads one from
 files. `adapters` puts LoRA on a model and takes it off again.
-`forward` holds the forward passes.
+`forward` holds the forward passes, `head` the log-probs that a causal LM gives to tokens.
 
 Left out: sharded models.
 """
@@ -34,12 +34,12 @@ from rlhf.models.forward import (
     is_causal,
     position_ids_from_mask,
     prefill_inputs,
-    response_logits,
     sequence_scores,
     unwrap_peft,
     without_padding_mask,
 )
 from rlhf.models.frozen import round_linear_weights
+from rlhf.models.head import choose_chunk_tokens, chunk_tokens, ends_with_head, response_logprobs
 from rlhf.models.load import (
     freeze,
     init_reward_model,

@@ -1,12 +1,12 @@
-"""Forward passes: response logits of a policy, values of a critic, scores of a reward model.
+"""Forward passes: inputs of a model, values of a critic, scores of a reward model.
 
-Left out: generation, which is in `rlhf.sampling`.
+Left out: log-probs of a policy, which are in `head.py`, and generation, which is in
+`rlhf.sampling`.
 """
 
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -125,36 +125,6 @@ def without_padding_mask(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         hook.remove()
-
-
-def response_logits(
-    model: Any, sequence_ids: Tensor, mask: Tensor, positions: Tensor, forbidden: Tensor
-) -> Tensor:
-    """Return the logits that predict the response tokens, without computing the others.
-
-    Args:
-        model: a causal LM, possibly wrapped by PEFT or by a distributed wrapper.
-        sequence_ids, mask: (B, L) int64, right-padded, and bool.
-        positions: (B, T) int64, T < L; the position of the token before each response token.
-        forbidden: ids whose logits become -inf.
-
-    Returns:
-        (B, T, V) in the model's dtype; row t predicts response token t.
-    """
-    inputs = forward_inputs(model, sequence_ids, mask)
-    rows = torch.arange(len(positions), device=positions.device)[:, None].expand_as(positions)
-    index = positions_in_hidden(inputs["input_ids"], mask, rows, positions)
-    # The head reads a copy of the hidden states. With a slice, a frozen head would use another
-    # kernel, and the KL to an equal reference would be 1e-6 instead of 0.
-    head = unwrap_peft(getattr(model, "module", model)).get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda _, given: (given[0][index],))
-    try:
-        logits = model(**inputs, use_cache=False).logits
-    finally:
-        hook.remove()
-    if not len(forbidden):
-        return logits
-    return logits.index_fill(-1, forbidden.to(logits.device), -math.inf)
 
 
 @contextmanager

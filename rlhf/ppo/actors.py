@@ -37,6 +37,7 @@ from rlhf.equivalence import choose_forward, require_cache, require_padding, sto
 from rlhf.models import (
     ScalarModel,
     add_lora,
+    choose_chunk_tokens,
     disable_dropout,
     init_reward_model,
     load_policy,
@@ -177,6 +178,9 @@ def load_actors(
         if model is not None:
             disable_dropout(model)
             model.to(device)
+    for model in (policy, reference):
+        if model is not None:
+            choose_chunk_tokens(model, config.ppo.chunk_tokens)
     return Actors(policy, reference, critic, scorer, tokenizer, rendering)
 
 

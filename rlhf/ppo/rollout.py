@@ -21,8 +21,8 @@ from torch import Tensor
 from rlhf.config import PPOConfig
 from rlhf.data import pad
 from rlhf.distributed import on_every_process
-from rlhf.functional import final_scores, token_logprobs
-from rlhf.models import response_logits
+from rlhf.functional import final_scores
+from rlhf.models import response_logprobs
 from rlhf.ppo.actors import Actors
 from rlhf.sampling import Generation, Sampling, generate, uniform_noise
 from rlhf.scorers import Scorer, Scores, Tokens, component_names, reward_models, score_responses
@@ -323,13 +323,22 @@ def share_of(minibatch: Tensor, accelerator: Accelerator) -> Tensor:
     return minibatch[accelerator.process_index :: accelerator.num_processes]
 
 
-def policy_logprobs(model: Any, part: Responses, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Log-probs of the response tokens by the training forward pass, (B, T) float32, and the logits
-    (B, T, V) they come from."""
-    logits = response_logits(
-        model, part.sequence_ids, part.sequence_mask, part.state_positions, sampling.forbidden
+def policy_logprobs(
+    model: Any, part: Responses, sampling: Sampling, with_entropy: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Log-probs of the response tokens by the training forward pass, and the entropy at each of
+    them (else zeros); (B, T) float32 each, 0 where masked."""
+    return response_logprobs(
+        model,
+        part.sequence_ids,
+        part.sequence_mask,
+        part.state_positions,
+        part.response_ids,
+        part.response_mask,
+        sampling.forbidden,
+        sampling.temperature,
+        with_entropy,
     )
-    return token_logprobs(logits, part.response_ids, sampling.temperature), logits
 
 
 def critic_values(critic: Any, part: Responses) -> Tensor:

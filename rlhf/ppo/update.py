@@ -32,11 +32,9 @@ from rlhf.functional import (
     learning_rate_factor,
     masked_sum,
     policy_loss,
-    token_entropy,
-    token_logprobs,
     value_loss,
 )
-from rlhf.models import response_logits
+from rlhf.models import response_logprobs
 from rlhf.ppo.actors import Actors
 from rlhf.ppo.rollout import (
     Experience,
@@ -180,7 +178,7 @@ class Updater:
         """Accumulate the gradient of the clipped surrogate of one micro-batch, with the entropy
         bonus and the KL penalty if they are in the loss."""
         ppo, mask = self.config.ppo, part.loss_mask
-        logprobs, logits = policy_logprobs(self.policy, part, self.sampling)
+        logprobs, entropy = policy_logprobs(self.policy, part, self.sampling, with_entropy=True)
         loss, stats = policy_loss(
             logprobs,
             part.logprobs,
@@ -191,8 +189,6 @@ class Updater:
             denominator=denominator,
         )
         total = loss
-        with nullcontext() if ppo.entropy_coef else torch.no_grad():
-            entropy = token_entropy(logits, ppo.temperature)
         if ppo.entropy_coef:
             total = total - ppo.entropy_coef * masked_sum(entropy, mask, denominator)
         if ppo.kl_in == "loss":
@@ -331,8 +327,9 @@ def text_loss(model: Any, texts: Sequence[Sequence[int]], denominator: float) ->
     ids = pad(texts, 0, device=device)
     mask = pad([[True] * len(text) for text in texts], False, device=device)
     positions = torch.arange(ids.shape[1] - 1, device=device).expand(len(ids), -1)
-    logits = response_logits(model, ids, mask, positions, positions.new_empty(0))
-    return masked_sum(-token_logprobs(logits, ids[:, 1:]), mask[:, 1:], denominator)
+    none, wanted = positions.new_empty(0), mask[:, 1:]
+    logprobs, _ = response_logprobs(model, ids, mask, positions, ids[:, 1:], wanted, none)
+    return masked_sum(-logprobs, wanted, denominator)
 
 
 # --- Statistics ---------------------------------------------------------------------------------

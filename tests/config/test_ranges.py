@@ -56,6 +56,7 @@ BAD_VALUES = [
     ("ppo", "ppo.batch_size", 0, "be >= 1"),
     ("ppo", "ppo.num_mini_batches", 0, "be >= 1"),
     ("ppo", "ppo.micro_batch_size", 0, "be >= 1"),
+    ("ppo", "ppo.chunk_tokens", 0, "be >= 1"),
     ("ppo", "ppo.rollout_batch_size", 0, "be >= 1"),
     ("ppo", "ppo.response_length", 0, "be >= 1"),
     ("ppo", "ppo.max_prompt_length", 0, "be >= 1"),

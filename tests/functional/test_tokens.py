@@ -106,6 +106,35 @@ def test_low_precision_logits_are_read_exactly_and_get_gradients_of_their_dtype(
         assert_close(ours.grad.double(), theirs.grad, rtol=rounding, atol=1e-6)
 
 
+def test_log_probs_and_entropy_come_from_one_pass_over_many_positions():
+    logits, weights = 3 * draw(0, 2, 600, 7), draw(1, 2, 2, 600)
+    logits[0, 300] = torch.nan  # masked
+    weights[:, 0, 300] = 0
+    weights[0, 1, 400] = 0  # a position whose entropy alone is read
+    forbidden, allowed = torch.tensor([2, 5]), [0, 1, 3, 4, 6]
+    tokens = torch.randint(5, (2, 600), generator=torch.Generator().manual_seed(2))
+    ours, theirs = leaf(logits), leaf(logits[..., allowed].double())
+    ids = torch.tensor(allowed)[tokens]
+    logprobs, entropy = F.logprobs_and_entropy(ours, ids, 0.7, forbidden)
+    reference = Categorical(logits=torch.nan_to_num(theirs) / 0.7)
+    read = weights.any(dim=0)
+    loss = (torch.stack([logprobs, entropy]) * weights).where(read, 0.0).sum()
+    expected = torch.stack([reference.log_prob(tokens), reference.entropy()])
+    (expected * weights).where(read, 0.0).sum().backward()
+    loss.backward()
+    close(logprobs.detach()[read], expected[0].detach()[read])
+    close(entropy.detach()[read], expected[1].detach()[read])
+    close(ours.grad[..., allowed], theirs.grad)
+    exact(ours.grad[..., forbidden], torch.zeros(2, 600, 2))
+
+
+def test_entropy_that_nobody_asks_for_is_zero():
+    logits, tokens = draw(0, 1, 3, 5), torch.zeros(1, 3, dtype=torch.long)
+    logprobs, entropy = F.logprobs_and_entropy(logits, tokens, with_entropy=False)
+    exact(logprobs, F.logprobs_and_entropy(logits, tokens)[0])
+    exact(entropy, torch.zeros(1, 3))
+
+
 class RecordOutputs(TorchDispatchMode):
     """Note the dtype and size of every tensor that any operation returns."""
 
@@ -128,6 +157,15 @@ def test_no_float32_copy_of_low_precision_logits_is_ever_made(name):
         getattr(F, name)(logits, *arguments).sum().backward()
     assert (torch.bfloat16, logits.numel()) in record.seen, "the backward pass went unseen"
     assert max(size for dtype, size in record.seen if dtype != torch.bfloat16) == 4 * 50
+
+
+def test_at_most_a_block_of_one_long_row_is_float32_at_once():
+    logits = leaf(draw(0, 1, 600, 50).bfloat16())
+    with RecordOutputs() as record:
+        torch.cat(
+            F.logprobs_and_entropy(logits, torch.zeros(1, 600, dtype=torch.long))
+        ).sum().backward()
+    assert max(size for dtype, size in record.seen if dtype != torch.bfloat16) == 256 * 50
 
 
 @pytest.mark.parametrize("name", ["token_logprobs", "token_entropy"])

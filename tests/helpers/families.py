@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from rlhf.checkpoint import make_record, write_stage
 from rlhf.config import ModelConfig, PeftConfig, StageConfig
-from rlhf.models import ScalarModel, sequence_scores
+from rlhf.models import ScalarModel, by_row, forward_inputs, sequence_scores
 from rlhf.ppo.rollout import Responses
 from rlhf.sampling import Generation
 from rlhf.scorers import score_sequences
@@ -56,6 +56,13 @@ def positions_before_last(ids, num):
     """Positions of the tokens that predict the last `num` of each row, (B, num)."""
     width = ids.shape[1]
     return torch.arange(width - num - 1, width - 1).expand(len(ids), -1)
+
+
+def response_logits(model, ids, mask, positions, forbidden):
+    """All logits of a training forward pass, those of `positions` taken: (B, T, V)."""
+    logits = by_row(model(**forward_inputs(model, ids, mask), use_cache=False).logits, mask)
+    logits = logits[torch.arange(len(ids))[:, None], positions]
+    return logits.index_fill(-1, forbidden, -torch.inf)
 
 
 @torch.no_grad()

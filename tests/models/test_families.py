@@ -30,6 +30,7 @@ from helpers.families import (
     logits_of,
     padded,
     positions_before_last,
+    response_logits,
     rollout_of,
     save,
     scores_of,
@@ -50,7 +51,6 @@ from rlhf.models import (
     merged,
     prefill_inputs,
     resize_embeddings,
-    response_logits,
     sequence_scores,
 )
 from rlhf.ppo.rollout import critic_values, policy_logprobs

@@ -45,7 +45,7 @@ from rlhf.models import (
     parameter_count,
     position_ids_from_mask,
     resize_embeddings,
-    response_logits,
+    response_logprobs,
     sequence_scores,
 )
 from rlhf.scorers import RewardModelScorer, score_sequences
@@ -315,22 +315,6 @@ def test_eos_is_never_forbidden_even_when_it_is_the_pad_token():
     assert EOS not in forbidden_token_ids(TOKENIZER, VOCAB).tolist()
 
 
-@both_families
-def test_response_logits_are_those_of_the_full_forward_with_forbidden_ids_at_minus_infinity(family):
-    model = tiny_model(family, TOKENIZER, vocab_size=VOCAB + 4)
-    forbidden = forbidden_token_ids(TOKENIZER, VOCAB + 4)
-    ids = torch.tensor([SEQUENCES[0]])
-    with torch.no_grad():
-        actual = response_logits(
-            model, ids, torch.ones_like(ids).bool(), positions_before_last(ids, 2), forbidden
-        )
-        full = model(ids).logits[:, -3:-1]
-    allowed = torch.ones(VOCAB + 4, dtype=torch.bool)
-    allowed[forbidden] = False
-    assert (actual[..., ~allowed] == -math.inf).all()
-    close(actual[..., allowed], full[..., allowed], atol=1e-5)
-
-
 # --- LoRA ---------------------------------------------------------------------------------------
 
 
@@ -446,18 +430,24 @@ def test_a_policy_without_all_of_its_weights_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("num_response", [1, 3, 12])
-def test_a_frozen_copy_gives_bit_identical_logits(num_response):
+def test_a_frozen_copy_gives_bit_identical_log_probs(num_response):
     """torch multiplies a slice by a frozen weight otherwise than by one that trains."""
     policy = tiny_model("llama", TOKENIZER, hidden_size=128, intermediate_size=256)
     ids = torch.randint(3, 300, (64, 20), generator=torch.Generator().manual_seed(0))
-    mask, forbidden = torch.ones_like(ids, dtype=torch.bool), torch.tensor([0])
-    positions = positions_before_last(ids, num_response)
-    logits = []
+    mask, positions = (
+        torch.ones_like(ids, dtype=torch.bool),
+        positions_before_last(ids, num_response),
+    )
+    tokens, wanted = ids[:, -num_response:], mask[:, -num_response:]
+    logprobs = []
     for trains in (True, False):
         policy.requires_grad_(trains)
         with torch.no_grad():
-            logits.append(response_logits(policy, ids, mask, positions, forbidden))
-    assert torch.equal(*logits)
+            read = response_logprobs(
+                policy, ids, mask, positions, tokens, wanted, torch.tensor([0])
+            )
+            logprobs.append(read[0])
+    assert torch.equal(*logprobs) and (logprobs[0] != 0).all()
 
 
 def test_ids_are_counted_up_to_the_largest_where_some_are_left_out():

@@ -16,14 +16,13 @@ import pytest
 import torch
 from helpers.families import (
     LORA,
-    PROMPTS,
-    RESPONSES,
     SEQUENCES,
     TOKENIZER,
     close,
     exact,
     padded,
     positions_before_last,
+    response_logits,
     rollout_of,
 )
 from helpers.stages import WORLD, ppo_config, reward_config, sft_config
@@ -39,7 +38,6 @@ from rlhf.models import (
     forward_inputs,
     is_causal,
     prefill_inputs,
-    response_logits,
     sequence_scores,
 )
 from rlhf.ppo import train_ppo
@@ -219,18 +217,3 @@ def test_rows_that_start_with_padding_are_refused_where_a_model_trains_or_scores
         sequence_scores(ScalarModel(model), ids, mask)
     with pytest.raises(ValueError, match="must be right-padded"):
         response_logits(model, ids, mask, positions_before_last(ids, 2), NONE_FORBIDDEN)
-
-
-@pytest.mark.parametrize("lora", [False, True])
-def test_a_wrapped_head_reads_the_response_positions_alone(lora):
-    model = tiny_model("llama", TOKENIZER)
-    if lora:
-        model = add_lora(model, LORA, "CAUSAL_LM", seed=0)
-    rollout = rollout_of(PROMPTS, RESPONSES)
-    sizes = []
-    model.get_output_embeddings().register_forward_hook(
-        lambda _, __, logits: sizes.append(logits.shape[:2])
-    )
-    row = rollout.sequence_ids, rollout.sequence_mask, rollout.state_positions
-    logits = response_logits(model, *row, NONE_FORBIDDEN)
-    assert sizes == [rollout.response_ids.shape] == [logits.shape[:2]]

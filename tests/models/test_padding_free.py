@@ -21,6 +21,7 @@ from helpers.families import (
     exact,
     padded,
     positions_before_last,
+    response_logits,
     rollout_of,
 )
 from helpers.stages import WORLD, ppo_config, reward_config, sft_config
@@ -37,7 +38,6 @@ from rlhf.models import (
     disable_padding_free,
     forward_inputs,
     is_padding_free,
-    response_logits,
     sequence_scores,
 )
 from rlhf.models.attention import NAME

@@ -16,11 +16,10 @@ import itertools
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers.families import positions_before_last
+from helpers.families import positions_before_last, response_logits
 from helpers.tiny_ppo import make_config
 
 from rlhf.data import encode_prompts
-from rlhf.models import response_logits
 from rlhf.ppo import PPOTrainer
 from rlhf.ppo.actors import load_actors
 from rlhf.tokenizer import load_tokenizer

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.families import response_logits
 from helpers.tiny_ppo import count_ascii, make_config, make_trainer, weights
 from safetensors.torch import load_file
 
 import rlhf.ppo.trainer as ppo_trainer
 from rlhf.config import InputError, PeftConfig
 from rlhf.functional import token_logprobs
-from rlhf.models import response_logits
 from rlhf.ppo import PPOTrainer, train_ppo
 from rlhf.ppo.rollout import stream_rows
 from rlhf.ppo.update import over_steps

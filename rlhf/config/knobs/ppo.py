@@ -28,6 +28,9 @@ class PPOConfig:
     """Optimiser steps per pass; must divide batch_size."""
     micro_batch_size: int = knob(8, ge=1)
     """Sequences per training forward pass and process; changes memory and speed, not the result."""
+    chunk_tokens: int = knob(1024, ge=1)
+    """Response tokens per process whose logits exist at once; of more in a micro-batch, they are
+    computed again in the backward pass. Changes memory and speed, not the result."""
     rollout_batch_size: int = knob(64, ge=1)
     """Sequences that are decoded together, per process."""
     max_prompt_length: int | None = knob(None, ge=1)

@@ -2,8 +2,8 @@
 
     python -m rlhf.ppo recipe=demo preflight=only     examine, and train nothing
 
-Reading order: `examine` (everything in order), `memory` (does the run fit?), `samples` (policy,
-tokenizer and scorer), `findings` (what is printed).
+Reading order: `examine` (everything in order), `memory` and `longest_step` (does the run fit?),
+`samples` (policy, tokenizer and scorer), `findings` (what is printed).
 """
 
 from rlhf.ppo.preflight.examine import PreflightFailed, run_preflight

@@ -20,15 +20,8 @@ from rlhf.checkpoint.state import random_state, restore_random_state
 from rlhf.config import InputError
 from rlhf.console import say
 from rlhf.ppo.preflight.findings import FAIL, Finding, bottom_line, lay_out, mended_command
-from rlhf.ppo.preflight.memory import (
-    estimate_memory,
-    examine_longest_step,
-    examine_memory,
-    free_bytes,
-    is_out_of_memory,
-    longest_micro_batch,
-    measure_step,
-)
+from rlhf.ppo.preflight.longest_step import examine_longest_step, longest_micro_batch, measure_step
+from rlhf.ppo.preflight.memory import estimate_memory, examine_memory, free_bytes, is_out_of_memory
 from rlhf.ppo.preflight.samples import NUM_SAMPLES, examine_policy, examine_scoring, sample_policy
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.scorers import Scorer

@@ -1,18 +1,17 @@
-"""Memory of a PPO run: an estimate, what there is, and one step at the longest length, measured.
+"""Memory of a PPO run: an estimate, and what there is.
 
 In the estimate, weights, gradients and Adam states are counted, so they are exact. Activations are
 measured: what autograd keeps of one and of two rows, extended to a micro-batch. Left out, so that
 the estimate is a little low: temporaries inside operations, what gradient checkpointing recomputes,
-a Python scorer's own memory, and what the libraries take. The measured step has all of that.
+a Python scorer's own memory, and what the libraries take. The step that `longest_step.py` measures
+has all of that.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
-import time
+import sys
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,11 @@ from transformers import DynamicCache
 
 from rlhf.config import PPOStageConfig
 from rlhf.console import table
-from rlhf.models import eval_mode, prefill_inputs, unwrap_peft
+from rlhf.functional.tokens import BLOCK
+from rlhf.models import chunk_tokens, ends_with_head, eval_mode, prefill_inputs, unwrap_peft
 from rlhf.ppo.preflight.findings import FAIL, OK, WARN, Finding
-from rlhf.ppo.rollout import Experience, Responses, critic_values, policy_logprobs
+from rlhf.ppo.rollout import Responses, critic_values, policy_logprobs
 from rlhf.ppo.trainer import PPOTrainer
-from rlhf.ppo.update import text_loss
-from rlhf.sampling import Generation
 from rlhf.scorers import Scorer, reward_models
 
 FULL = 0.85  # share of the memory beyond which a run is at risk
@@ -102,11 +100,11 @@ def examine_memory(estimate: MemoryEstimate, room: int, config: PPOStageConfig) 
         f"about {size_text(estimate.total)} of {size_text(room)} ({share:.0%}); sampling alone "
         f"may take {size_text(estimate.sampling)}"
     )
-    status, fix = _judge(share, estimate, config)
+    status, fix = judge(share, estimate, config)
     return Finding("memory", status, text, fix, details)
 
 
-def _judge(share: float, estimate: MemoryEstimate, config: PPOStageConfig) -> tuple[str, str]:
+def judge(share: float, estimate: MemoryEstimate, config: PPOStageConfig) -> tuple[str, str]:
     """Turn a share of the memory into the status and the remedy of a finding."""
     status = FAIL if share > 1 else WARN if share > FULL else OK
     return status, "" if status == OK else remedy(estimate, config)
@@ -168,18 +166,17 @@ def estimate_memory(
     actors, sampling, ppo = trainer.actors, trainer.sampling, trainer.config.ppo
     distributed = trainer.accelerator.num_processes > 1
 
-    def read_policy(rows: Responses) -> int:
-        _, logits = policy_logprobs(actors.policy, rows, sampling)
-        # the backward pass has their gradient twice: before and after forbidden ids are masked
-        return 2 * logits.nbytes
+    def read_policy(rows: Responses) -> None:
+        policy_logprobs(actors.policy, rows, sampling)
 
-    def read_critic(rows: Responses) -> int:
+    def read_critic(rows: Responses) -> None:
         critic_values(actors.critic, rows)
-        return 0
 
     policy = model_memory(actors.policy, distributed)
     policy.weights += sum(t.nbytes for t in (trainer.updater.averages or {}).values())
-    policy.activations = activation_bytes(read_policy, actors.policy, part)
+    with chunk_tokens(actors.policy, sys.maxsize):  # the logits of all tokens are kept
+        policy.activations = activation_bytes(read_policy, actors.policy, part)
+    policy.activations += further_logits(trainer, part)
     models = {"policy": policy}
     if actors.reference is not None:
         models["reference"] = model_memory(actors.reference)
@@ -216,11 +213,22 @@ def model_memory(model: Any, distributed: bool = False) -> ModelMemory:
     return ModelMemory(weights, trained * (1 + distributed), 2 * trained)
 
 
-def activation_bytes(read: Callable[[Responses], int], model: Any, part: Responses) -> int:
+def further_logits(trainer: PPOTrainer, part: Responses) -> int:
+    """Bytes of a chunk of logits and of its gradient, with two blocks of it in float32, and of the
+    head's gradient by one of several chunks, less the logits of all tokens."""
+    policy, ppo = trainer.actors.policy, trainer.config.ppo
+    num_tokens, weight = int(part.lengths.sum()), policy.get_output_embeddings().weight
+    size = weight.element_size() if trainer.accelerator.mixed_precision == "no" else 2
+    chunk = min(num_tokens, ppo.chunk_tokens) if ends_with_head(policy) else num_tokens
+    logits = ((2 * chunk - num_tokens) * size + 2 * min(BLOCK, chunk) * 4) * weight.shape[0]
+    return logits + weight.nbytes * (weight.requires_grad and chunk < num_tokens)
+
+
+def activation_bytes(read: Callable[[Responses], None], model: Any, part: Responses) -> int:
     """Bytes that a forward pass keeps for the backward pass of a micro-batch.
 
     Args:
-        read: a forward pass; returns the further bytes that its backward pass takes.
+        read: a forward pass.
         part: rows of equal length; two of them are read.
     """
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -236,8 +244,8 @@ def activation_bytes(read: Callable[[Responses], int], model: Any, part: Respons
 
         rows = part.select(torch.arange(num_rows, device=part.response_ids.device))
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            further = read(rows)
-        return sum(saved.values()) + further
+            read(rows)
+        return sum(saved.values())
 
     one = kept(1)
     return one if len(part) == 1 else one + (len(part) - 1) * (kept(2) - one)
@@ -281,120 +289,3 @@ def is_out_of_memory(error: BaseException) -> bool:
     # the CPU allocator raises a plain RuntimeError
     kinds = (torch.OutOfMemoryError, MemoryError)
     return isinstance(error, kinds) or "DefaultCPUAllocator" in str(error)
-
-
-# --- The longest step -----------------------------------------------------------------------------
-
-
-@dataclass
-class Step:
-    """What one forward and backward pass of policy and critic took, the most of any process."""
-
-    seconds: float
-    rise: int | None  # bytes above what was in use before; None where the system does not tell
-    problem: str  # "out of memory", "not finite", or empty
-
-
-def examine_longest_step(
-    step: Step, estimate: MemoryEstimate, free: int, part: Responses, config: PPOStageConfig
-) -> Finding:
-    """Judge one step at the longest length; Adam's states will come on top.
-
-    Args:
-        free: bytes that this process could still get before the step.
-    """
-    name = "longest step"
-    shape = f"{len(part)} x ({part.prompt_ids.shape[1]} + {part.response_ids.shape[1]}) tokens"
-    text = f"{shape}: {step.seconds:.2f} s"
-    if step.problem == "out of memory":
-        return Finding(name, FAIL, f"{text}, out of memory", remedy(estimate, config))
-    if step.problem:
-        fix = "use precision=float32 and model.dtype=float32"
-        return Finding(name, FAIL, f"{text}, and a loss that is {step.problem}", fix)
-    if step.rise is None:
-        return Finding(name, OK, text)
-    needed = step.rise + estimate.sum("adam")
-    status, fix = _judge(needed / max(free, 1), estimate, config)
-    text += f", {size_text(step.rise)}; with Adam states {size_text(needed)} of {size_text(free)}"
-    return Finding(name, status, text, fix)
-
-
-def longest_micro_batch(trainer: PPOTrainer) -> Responses:
-    """Build the largest micro-batch that training can meet on a process: the longest prompt, and
-    responses that use the whole budget."""
-    ppo, sampling = trainer.config.ppo, trainer.sampling
-    per_minibatch = ppo.batch_size // ppo.num_mini_batches // trainer.accelerator.num_processes
-    num_rows = min(ppo.micro_batch_size, per_minibatch)
-    prompt = max((p["input_ids"] for p in trainer.prompts), key=len)
-    forbidden = set(sampling.forbidden.tolist())
-    token = next(i for i in itertools.count() if i not in forbidden)
-    ids, logprobs = [token] * sampling.max_new_tokens, [0.0] * sampling.max_new_tokens
-    sampled = Generation([ids] * num_rows, [logprobs] * num_rows, [False] * num_rows)
-    return Responses.padded([prompt] * num_rows, sampled, token, trainer.accelerator.device)
-
-
-def measure_step(trainer: PPOTrainer, part: Responses) -> Step:
-    """Make one forward and backward pass of policy and critic; weights stay, gradients are dropped.
-
-    Only the result is exchanged between processes: one that runs out of memory leaves no other
-    waiting.
-    """
-    device, problems = trainer.accelerator.device, ("", "not finite", "out of memory")
-    before = _reset_peak(device)
-    began, problem = time.perf_counter(), 0
-    try:
-        problem = 0 if _forward_and_backward(trainer, part) else 1
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        problem = 2
-    peak = _peak(device)
-    rise = -1 if before is None or peak is None else max(0, peak - before)
-    seconds = time.perf_counter() - began
-    for optimizer in trainer.updater.optimizers.values():
-        optimizer.zero_grad(set_to_none=True)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    mine = torch.tensor([[seconds, rise, problem]], dtype=torch.float64, device=device)
-    seconds, rise, problem = trainer.accelerator.gather(mine).max(dim=0).values.tolist()
-    return Step(seconds, None if rise < 0 else int(rise), problems[int(problem)])
-
-
-def _forward_and_backward(trainer: PPOTrainer, part: Responses) -> bool:
-    """Do what one micro-batch of an update does; False if a loss is not finite."""
-    updater, accelerator = trainer.updater, trainer.accelerator
-    with torch.no_grad():
-        logprobs, _ = policy_logprobs(trainer.actors.policy, part, trainer.sampling)
-    batch = Experience.of_equal_advantages(part, logprobs)  # ratios of 1, as in training
-    denominator = float(batch.loss_mask.sum())
-    losses = []
-    with ExitStack() as stack:
-        stack.enter_context(accelerator.no_sync(updater.policy))
-        if updater.critic is not None:
-            stack.enter_context(accelerator.no_sync(updater.critic))
-            losses.append(updater.critic_backward(batch, denominator)["value_loss"])
-        policy = updater.policy_backward(batch, denominator, trainer.kl_coef)
-        losses.append(policy["policy_loss"])
-        if updater.texts:
-            texts = sorted(updater.texts, key=len)[-trainer.config.ppo.micro_batch_size :]
-            loss = text_loss(updater.policy, texts, denominator)
-            accelerator.backward(trainer.config.ptx.coef * loss)
-            losses.append(loss.detach())
-    return all(bool(loss.isfinite()) for loss in losses)
-
-
-def _reset_peak(device: torch.device) -> int | None:
-    """Start measuring the highest use; return the use now."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    with suppress(OSError):  # refused in some containers: the peak is then that since the start
-        Path("/proc/self/clear_refs").write_text("5")
-    return read_kilobytes("/proc/self/status", "VmRSS")
-
-
-def _peak(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device)
-    return read_kilobytes("/proc/self/status", "VmHWM")

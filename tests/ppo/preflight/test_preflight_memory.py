@@ -17,18 +17,15 @@ from helpers.tiny import tiny_model, tiny_tokenizer
 from helpers.tiny_ppo import make_config, make_trainer
 
 from rlhf.config import PeftConfig, ScorerConfig
-from rlhf.functional import token_entropy
-from rlhf.models import disable_dropout, init_reward_model
+from rlhf.models import choose_chunk_tokens, disable_dropout, init_reward_model
 from rlhf.ppo.preflight import examine
+from rlhf.ppo.preflight.longest_step import examine_longest_step, longest_micro_batch, measure_step
 from rlhf.ppo.preflight.memory import (
     MemoryEstimate,
     ModelMemory,
     cache_bytes_per_token,
     estimate_memory,
-    examine_longest_step,
     examine_memory,
-    longest_micro_batch,
-    measure_step,
     model_memory,
 )
 from rlhf.ppo.rollout import policy_logprobs
@@ -118,20 +115,21 @@ def most_allocated(function):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
-def test_activations_are_estimated_within_a_tenth(policy_dir, tmp_path, family, attention):
-    trainer = make_trainer(make_config(policy_dir, tmp_path, micro_batch_size=4), tmp_path)
+@pytest.mark.parametrize("chunk", [64, 1024])
+def test_activations_are_estimated_within_a_tenth(policy_dir, tmp_path, family, attention, chunk):
+    config = make_config(policy_dir, tmp_path, micro_batch_size=4, chunk_tokens=chunk)
+    trainer = make_trainer(config, tmp_path)
     sizes = {"hidden_size": 128, "intermediate_size": 256, "max_position_embeddings": 256}
     model = tiny_model(family, trainer.actors.tokenizer, vocab_size=2000, **sizes)
     model.set_attn_implementation(attention)
     disable_dropout(model)
     trainer.actors.policy = model
+    choose_chunk_tokens(model, chunk)
     trainer.sampling = dataclasses.replace(trainer.sampling, max_new_tokens=96)
     part = longest_micro_batch(trainer)
 
     def step():
-        logprobs, logits = policy_logprobs(model, part, trainer.sampling)
-        with torch.no_grad():
-            token_entropy(logits)
+        logprobs, _ = policy_logprobs(model, part, trainer.sampling, with_entropy=True)
         logprobs.sum().backward()
 
     step()  # gradients exist from here on

@@ -15,7 +15,7 @@ from helpers.preflight import letters, look, scored_by
 from helpers.tiny import CORPUS, tiny_model, tiny_tokenizer
 from helpers.tiny_ppo import make_config, make_trainer, write_policy
 
-from rlhf.ppo.preflight.memory import longest_micro_batch
+from rlhf.ppo.preflight.longest_step import longest_micro_batch
 from rlhf.ppo.preflight.samples import examine_stop_token, examine_tokenizer
 from rlhf.sampling import Generation, Sampling
 
