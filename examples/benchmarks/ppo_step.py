@@ -3,7 +3,7 @@
 Held equal: the weights of policy, reference, critic and reward model, the prompts, the number of
 responses, epochs, minibatches, the learning rate, the KL coefficient, float32 (on a GPU bfloat16
 autocast on both sides), one torch thread. On a CPU the sides take turns, update by update, so that
-other load meets both; on a GPU one runs after the other.
+other load meets both, and `cpu_seconds` leaves that load out; on a GPU one runs after the other.
 
 Not equal: the random numbers; rlhf clips gradients (TRL does not); rlhf reads
 `ppo.micro_batch_size` rows at a time, TRL a whole minibatch, which it can split only by making
@@ -192,13 +192,14 @@ def run_ours(options: argparse.Namespace) -> None:
     answer({"before": memory_in_use(), "forward": forward, "weights": weights_of(actors)})
     while sys.stdin.readline():
         clock.update(rollout=0.0, scoring=0.0)
-        began = time.perf_counter()
+        began, worked = time.perf_counter(), time.process_time()
         metrics = trainer.step()
-        ended = time.perf_counter()
+        ended, worked = time.perf_counter(), time.process_time() - worked
         sampled = clock["rollout"] - clock["scoring"]
         answer(
             {
                 "seconds": ended - began,
+                "cpu_seconds": worked,
                 "rollout": sampled,
                 "scoring": trainer.collected_at - began - sampled,
                 "optimise": ended - trainer.collected_at,
@@ -296,7 +297,9 @@ def run_sides(options: argparse.Namespace, folder: Path) -> list[Side]:
 def summary(side: Side, options: argparse.Namespace, limits: dict, prompt_tokens: float) -> dict:
     """Medians without the first update, memory, and the share of the machine's rate."""
     timed = side.rows[1:] or side.rows
-    result: dict[str, Any] = {name: median(timed, name) for name in (*PHASES, "tokens")}
+    result: dict[str, Any] = {
+        name: median(timed, name) for name in (*PHASES, "cpu_seconds", "tokens")
+    }
     each, head = side.found["weights"]
     work = (
         6
@@ -323,7 +326,7 @@ def report(sides: list[Side], options: argparse.Namespace, limits: dict, prompts
     """Print the table; return what the last line holds."""
     mean = statistics.mean(map(len, prompts))
     found = {side.name: summary(side, options, limits, mean) for side in sides}
-    columns = [*PHASES, "tokens", "ms_per_token", "optimise_share", "peak_mib"]
+    columns = [*PHASES, "cpu_seconds", "tokens", "ms_per_token", "optimise_share", "peak_mib"]
     print(table(["side", *columns], [[n, *(found[n][c] for c in columns)] for n in found]))
     result: dict[str, Any] = {"ratio_to_trl": None, "memory_ratio_to_trl": None}
     main = found.get("ours", found[sides[0].name])
@@ -332,7 +335,8 @@ def report(sides: list[Side], options: argparse.Namespace, limits: dict, prompts
         ours, trl = (next(s for s in sides if s.name == name) for name in ("ours", "trl"))
         pairs = list(zip(ours.rows, trl.rows, strict=True))
         pairs = pairs[1:] or pairs
-        result["ratio_to_trl"] = statistics.median(a["seconds"] / b["seconds"] for a, b in pairs)
+        for name, clock in (("ratio_to_trl", "seconds"), ("cpu_ratio_to_trl", "cpu_seconds")):
+            result[name] = statistics.median(a[clock] / b[clock] for a, b in pairs)
         for kind in ("peak", "growth"):
             name = "memory_ratio_to_trl" if kind == "peak" else "growth_ratio_to_trl"
             result[name] = found["ours"][f"{kind}_mib"] / found["trl"][f"{kind}_mib"]
@@ -340,7 +344,8 @@ def report(sides: list[Side], options: argparse.Namespace, limits: dict, prompts
         print(
             f"\nours / TRL: time {result['ratio_to_trl']:.2f} ("
             + ", ".join(f"{name} {ratio:.2f}" for name, ratio in phases.items())
-            + f"), peak memory {result['memory_ratio_to_trl']:.2f}, "
+            + f"), CPU time {result['cpu_ratio_to_trl']:.2f}, "
+            f"peak memory {result['memory_ratio_to_trl']:.2f}, "
             f"memory beyond the loaded models {result['growth_ratio_to_trl']:.2f}"
         )
     if options.reward == "gold-count":

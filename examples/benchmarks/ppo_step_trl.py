@@ -40,7 +40,7 @@ def run_trl(options: argparse.Namespace) -> None:
         if not sys.stdin.readline():
             raise SystemExit
         mark.clear()
-        mark["began"] = time.perf_counter()
+        mark["began"], mark["worked"] = time.perf_counter(), time.process_time()
         result = generation(*arguments, **more)
         responses = result[0][:, arguments[1].shape[1] :]
         ended, width = (responses == EOS).any(1), responses.shape[1]
@@ -60,6 +60,7 @@ def run_trl(options: argparse.Namespace) -> None:
             answer(
                 {
                     "seconds": ended - mark["began"],
+                    "cpu_seconds": time.process_time() - mark["worked"],
                     "rollout": mark["generated"] - mark["began"],
                     "scoring": mark["optimise"] - mark["generated"],
                     "optimise": ended - mark["optimise"],

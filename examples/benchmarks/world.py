@@ -117,16 +117,22 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def seconds_of(function: Any, repeats: int = 5) -> float:
-    """The shortest of some calls, after one to warm up."""
+def clock() -> float:
+    """Seconds; on one thread of a CPU those of this process, so that other load does not count."""
+    alone = DEVICE == "cpu" and torch.get_num_threads() == 1
+    return time.process_time() if alone else time.perf_counter()
+
+
+def seconds_of(function: Any, repeats: int = 5, warm: int = 1) -> float:
+    """The shortest of some calls, after `warm` others."""
     times = []
-    for _ in range(repeats + 1):
+    for _ in range(repeats + warm):
         synchronize()
-        began = time.perf_counter()
+        began = clock()
         function()
         synchronize()
-        times.append(time.perf_counter() - began)
-    return min(times[1:])
+        times.append(clock() - began)
+    return min(times[warm:])
 
 
 def machine() -> dict[str, Any]:

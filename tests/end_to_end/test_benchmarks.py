@@ -21,7 +21,7 @@ FOLDER = ROOT / "examples/benchmarks"
 def benchmarks_importable(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     yield
-    for name in ("parts", "world", "ppo_step"):
+    for name in ("parts", "world", "ppo_step", "decode"):
         sys.modules.pop(name, None)
 
 
@@ -63,3 +63,21 @@ def test_one_part_that_fails_does_not_stop_the_others(tmp_path, capsys):
     assert lines[2].startswith("| bad | failed |") and "no such thing" in lines[2]
     assert lines[3].startswith("| slow | failed | 5 | not done after 5 s")
     assert lines[4].startswith("| good | ok |") and lines[4].endswith("| 2 s |")
+
+
+def test_limit_of_decoding_is_the_longer_of_reading_and_multiplying_by_hand():
+    from argparse import Namespace
+
+    import world
+    from decode import limit_seconds
+
+    model = world.make_model(LlamaForCausalLM, "tiny", 1)
+    weights = 2 * (4 * 64 * 64 + 3 * 64 * 256 + 2 * 64) + 64 + 512 * 64  # layers, norm, head
+    cache = 8 * (40 + 5) * 2 * 2 * 64  # rows x tokens x keys and values x layers x width
+    options = Namespace(preset="tiny", rows=8, tokens=10)
+    slow_memory = {"bytes_per_second": 1e3, "flops_per_second": 1e12}
+    expected = (weights + cache) * 4 / 1e3
+    assert limit_seconds(model, options, slow_memory) == pytest.approx(expected, rel=1e-12)
+    slow_matrix = {"bytes_per_second": 1e12, "flops_per_second": 1e3}
+    expected = 2 * weights * 8 / 1e3
+    assert limit_seconds(model, options, slow_matrix) == pytest.approx(expected, rel=1e-12)
