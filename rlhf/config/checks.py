@@ -142,6 +142,11 @@ def _rules(config: StageConfig) -> Iterator[str]:
         yield from _rollout_rules(config.ppo)
         yield from _update_rules(config.ppo)
         yield from _frozen_rules(config)
+        if config.ppo.micro_batch_tokens == "auto" and not config.preflight:
+            yield (
+                "ppo.micro_batch_tokens=auto is chosen by the preflight, which preflight=false "
+                "leaves out; set it to a number, e.g. 4096, or preflight=true"
+            )
         if config.evaluation.select == "independent_score" and config.evaluation.scorer is None:
             yield "evaluation.select=independent_score needs evaluation.scorer=module.score"
 
@@ -259,6 +264,14 @@ def _rollout_rules(ppo: PPOConfig) -> Iterator[str]:
     size, penalty = ppo.batch_size, ppo.missing_eos_penalty
     if isinstance(penalty, str) and penalty != "auto":
         yield f"ppo.missing_eos_penalty must be a number, null or auto, got {penalty!r}"
+    tokens, least = ppo.micro_batch_tokens, ppo.response_length + 1
+    if isinstance(tokens, str) and tokens != "auto":
+        yield f"ppo.micro_batch_tokens must be a number, auto or null, got {tokens!r}"
+    if isinstance(tokens, int) and tokens < least:
+        yield (
+            f"ppo.micro_batch_tokens={tokens} is less than a row: ppo.response_length="
+            f"{ppo.response_length} and a prompt; set it to {least} or more"
+        )
     for name in ("num_mini_batches", "samples_per_prompt"):
         number = getattr(ppo, name)
         if number >= 1 and size % number:

@@ -7,7 +7,7 @@ whitening and statistics are global, and a minibatch does not depend on the numb
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Self
@@ -111,12 +111,6 @@ class Responses:
 
         return replace(self, **{name: take(name, value) for name, value in vars(self).items()})
 
-    def micro_batches(self, size: int) -> Iterator[tuple[Tensor, Self]]:
-        """Yield (rows, part) of `size` rows each, the longest first: less padding."""
-        order = self.sequence_mask.sum(dim=1).argsort(descending=True, stable=True)
-        for rows in order.split(size):
-            yield rows, self.select(rows)
-
 
 @dataclass(frozen=True)
 class Rollout(Responses):
@@ -214,7 +208,7 @@ def collect(
         batches = minibatches or [torch.arange(len(responses), device=accelerator.device)]
 
         def read(function: Callable[[Responses], Tensor]) -> Tensor:
-            return read_tokens(responses, batches, function, ppo.micro_batch_size, accelerator)
+            return read_tokens(responses, batches, function, ppo, accelerator)
 
         logprobs = read(lambda part: policy_logprobs(actors.policy, part, sampling)[0])
         has_own = actors.reference is not None
@@ -298,7 +292,7 @@ def read_tokens(
     responses: Responses,
     minibatches: Sequence[Tensor],
     function: Callable[[Responses], Tensor],
-    micro_batch_size: int,
+    ppo: PPOConfig,
     accelerator: Accelerator,
 ) -> Tensor:
     """Apply a function of tokens to all responses; each process does its share of every minibatch.
@@ -308,19 +302,42 @@ def read_tokens(
     """
     result = torch.zeros(responses.response_ids.shape, device=accelerator.device)
     for minibatch in minibatches:
-        mine = share_of(minibatch, accelerator)
-        for rows, part in responses.select(mine).micro_batches(micro_batch_size):
+        for rows in micro_batches(responses, minibatch, ppo, accelerator):
+            part = responses.select(rows)
             width = part.response_ids.shape[1]
-            result[mine[rows], :width] = function(part).where(part.response_mask, 0.0)
+            result[rows, :width] = function(part).where(part.response_mask, 0.0)
     if accelerator.num_processes == 1:
         return result
     # the rows of the other processes are 0 here: a sum puts the shares together
     return accelerator.reduce(result, reduction="sum")
 
 
-def share_of(minibatch: Tensor, accelerator: Accelerator) -> Tensor:
-    """Rows of a minibatch that this process reads."""
-    return minibatch[accelerator.process_index :: accelerator.num_processes]
+def micro_batches(
+    responses: Responses, minibatch: Tensor, ppo: PPOConfig, accelerator: Accelerator
+) -> list[Tensor]:
+    """Rows of each forward pass of this process over its share of a minibatch, the longest first.
+
+    Shares have similar numbers of tokens, and all processes make equally many passes.
+    """
+    lengths = responses.sequence_mask.sum(dim=1)
+    order = minibatch[lengths[minibatch].argsort(descending=True, stable=True)]
+    shares = [
+        order[process :: accelerator.num_processes] for process in range(accelerator.num_processes)
+    ]
+    sizes = [passes(lengths[share].tolist(), ppo) for share in shares]
+    while len(mine := sizes[accelerator.process_index]) < max(map(len, sizes)):
+        largest = mine.index(max(mine))
+        mine[largest : largest + 1] = [mine[largest] - mine[largest] // 2, mine[largest] // 2]
+    return list(shares[accelerator.process_index].split(mine))
+
+
+def passes(lengths: Sequence[int], ppo: PPOConfig) -> list[int]:
+    """Number of rows of each forward pass, for rows whose lengths descend."""
+    sizes, start = [], 0
+    while start < len(lengths):
+        sizes.append(min(ppo.rows_of(lengths[start]), len(lengths) - start))
+        start += sizes[-1]
+    return sizes
 
 
 def policy_logprobs(

@@ -8,12 +8,13 @@ the prompts. Read on in `trainer.py` (one update: `rollout.py`, then `update.py`
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rlhf.checkpoint import StageRun, open_run, require_writable, warn_about_prompts
 from rlhf.config import (
     InputError,
+    PPOConfig,
     PPOStageConfig,
     ScorerConfig,
     is_python,
@@ -97,6 +98,7 @@ def _train(config: PPOStageConfig, scorer: Scorer | None, run: StageRun) -> PPOR
     frozen = settle_frozen(config, actors, loaded, accelerator)
     texts = load_texts(config, tokenizer, context_length(actors.policy))
     prompts, heldout, too_long = choose_prompts(config, splits, actors, independent, num_processes)
+    require_room_for_rows(config.ppo, prompts)
     say(describe_batches(config, len(prompts), num_processes, actors))
     say(f"     forward: {forward}")
     if frozen:
@@ -171,13 +173,32 @@ def require_equal_shares(config: PPOStageConfig, num_processes: int) -> None:
         )
 
 
+def require_room_for_rows(ppo: PPOConfig, prompts: Sequence[dict[str, Any]]) -> None:
+    """Require that the longest row fits into `ppo.micro_batch_tokens`."""
+    longest = max(len(prompt["input_ids"]) for prompt in prompts)
+    tokens, length = ppo.micro_batch_tokens, longest + ppo.response_length
+    if isinstance(tokens, int) and tokens < length:
+        raise InputError(
+            f"ppo.micro_batch_tokens={tokens} is less than the longest row: a prompt of {longest} "
+            f"tokens and ppo.response_length={ppo.response_length}; set it to {length} or more, or "
+            f"drop long prompts with ppo.max_prompt_length"
+        )
+
+
 def describe_batches(
     config: PPOStageConfig, num_prompts: int, num_processes: int, actors: Actors
 ) -> str:
     """Spell out what follows from the batch sizes."""
     ppo = config.ppo
     minibatch = ppo.batch_size // ppo.num_mini_batches
-    micro = math.ceil(minibatch // num_processes / ppo.micro_batch_size)
+    most, rows = ppo.micro_batch_tokens, ppo.rows_of(1)
+    if isinstance(most, int):
+        limit = f"passes of at most {most} tokens"
+    elif most == "auto":
+        limit = "passes of as many tokens as the preflight finds room for"
+    else:
+        number = math.ceil(minibatch // num_processes / rows)
+        limit = f"{number} micro-batches of at most {rows}"
     total, trainable = parameter_count(actors.policy)
     own = "adapters off" if actors.reference is None else "own copy"
     reference = ppo.reference or own
@@ -201,6 +222,5 @@ def describe_batches(
         f"tokens each; {ppo.num_updates} updates = {ppo.num_updates * ppo.batch_size} episodes = "
         f"{passes:.1f} passes over the prompts\n"
         f"     update: {ppo.num_ppo_epochs} epochs x {ppo.num_mini_batches} minibatches of "
-        f"{minibatch} = {steps} optimiser steps; {processes} x {micro} micro-batches of at most "
-        f"{ppo.micro_batch_size}"
+        f"{minibatch} = {steps} optimiser steps; {processes} x {limit}"
     )

@@ -40,9 +40,9 @@ from rlhf.ppo.rollout import (
     Experience,
     Rollout,
     critic_values,
+    micro_batches,
     minibatches,
     policy_logprobs,
-    share_of,
     stream_rows,
 )
 from rlhf.sampling import Sampling
@@ -144,13 +144,12 @@ class Updater:
     ) -> dict[str, float]:
         """Accumulate the gradients of the minibatch `rows` over micro-batches and processes; return
         its statistics, all finite."""
-        share = batch.select(share_of(rows, self.accelerator))
         num_tokens = float(batch.loss_mask[rows].sum())
         denominator = num_tokens / self.accelerator.num_processes  # distributed wrappers average
-        parts = [part for _, part in share.micro_batches(self.config.ppo.micro_batch_size)]
+        passes = micro_batches(batch, rows, self.config.ppo, self.accelerator)
         stats: Stats = {}
-        for number, part in enumerate(parts):
-            last = number == len(parts) - 1
+        for number, part in enumerate(map(batch.select, passes)):
+            last = number == len(passes) - 1
             if self.critic is not None:
                 with self._syncing(self.critic, last):
                     stats = add_stats(stats, self.critic_backward(part, denominator))
@@ -159,7 +158,7 @@ class Updater:
                 with self._syncing(self.policy, last and not self.texts):
                     stats = add_stats(stats, self.policy_backward(part, denominator, kl_coef))
         values = reduce_stats(stats, self.accelerator, num_tokens)
-        self.require_finite(values, share, update)
+        self.require_finite(values, batch.select(torch.cat(passes)), update)
         return values
 
     def critic_backward(self, part: Experience, denominator: float) -> Stats:
@@ -217,9 +216,10 @@ class Updater:
         process, world = self.accelerator.process_index, self.accelerator.num_processes
         mine = [self.texts[row] for row in rows[process::world]]
         total = torch.zeros((), device=self.accelerator.device)
-        starts = range(0, len(mine), ppo.micro_batch_size)
+        size = ppo.rows_of(ptx.max_length)
+        starts = range(0, len(mine), size)
         for start in starts:
-            part = mine[start : start + ppo.micro_batch_size]
+            part = mine[start : start + size]
             with self._syncing(self.policy, start == starts[-1]):
                 loss = text_loss(self.policy, part, num_tokens / world)
                 self.accelerator.backward(ptx.coef * loss)

@@ -205,6 +205,22 @@ BAD_VALUES = [
     ),
     (
         "ppo",
+        {"ppo.micro_batch_tokens": "many"},
+        "ppo.micro_batch_tokens must be a number, auto or null, got 'many'",
+    ),
+    (
+        "ppo",
+        {"ppo.micro_batch_tokens": 128},
+        "ppo.micro_batch_tokens=128 is less than a row: ppo.response_length=128 and a prompt; set "
+        "it to 129 or more",
+    ),
+    (
+        "ppo",
+        {"ppo.micro_batch_tokens": "auto", "preflight": False},
+        "ppo.micro_batch_tokens=auto is chosen by the preflight, which preflight=false leaves out",
+    ),
+    (
+        "ppo",
         {"scorer.path": "my/scores.py"},
         "scorer.path=my/scores.py is a file; name the function in it: scores.<function>",
     ),

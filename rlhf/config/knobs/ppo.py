@@ -26,8 +26,13 @@ class PPOConfig:
     """Passes over each rollout."""
     num_mini_batches: int = knob(1, ge=1)
     """Optimiser steps per pass; must divide batch_size."""
-    micro_batch_size: int = knob(8, ge=1)
-    """Sequences per training forward pass and process; changes memory and speed, not the result."""
+    micro_batch_size: int | None = knob(None, ge=1)
+    """Sequences per training forward pass and process; changes memory and speed, not the result
+    (null: 8, or as many as micro_batch_tokens take)."""
+    micro_batch_tokens: int | str | None = None
+    """Tokens per training forward pass and process, with prompts: fewer sequences where they are
+    long; auto: as many as memory has room for, measured by the preflight (null: auto on a GPU if
+    micro_batch_size is null, else no limit)."""
     chunk_tokens: int = knob(1024, ge=1)
     """Response tokens per process whose logits exist at once; of more in a micro-batch, they are
     computed again in the backward pass. Changes memory and speed, not the result."""
@@ -116,6 +121,14 @@ class PPOConfig:
     @property
     def has_critic(self) -> bool:
         return self.advantage == "gae"
+
+    def rows_of(self, length: int) -> int:
+        """Number of sequences of this many tokens that a training forward pass takes."""
+        tokens = self.micro_batch_tokens
+        if not isinstance(tokens, int):
+            return self.micro_batch_size or 8
+        fitting = max(1, tokens // length)
+        return min(fitting, self.micro_batch_size or fitting)
 
 
 @knobs

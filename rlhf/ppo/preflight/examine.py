@@ -20,7 +20,11 @@ from rlhf.checkpoint.state import random_state, restore_random_state
 from rlhf.config import InputError
 from rlhf.console import say
 from rlhf.ppo.preflight.findings import FAIL, Finding, bottom_line, lay_out, mended_command
-from rlhf.ppo.preflight.longest_step import examine_longest_step, longest_micro_batch, measure_step
+from rlhf.ppo.preflight.longest_step import (
+    examine_longest_step,
+    longest_micro_batch,
+    measure_longest_step,
+)
 from rlhf.ppo.preflight.memory import estimate_memory, examine_memory, free_bytes, is_out_of_memory
 from rlhf.ppo.preflight.samples import NUM_SAMPLES, examine_policy, examine_scoring, sample_policy
 from rlhf.ppo.trainer import PPOTrainer
@@ -115,6 +119,6 @@ def _examine_device(trainer: PPOTrainer, independent: Scorer | None) -> list[Fin
     estimate = estimate_memory(trainer, part, independent)
     findings = [examine_memory(estimate, free + estimate.sum("weights"), config)]
     if findings[0].status != FAIL:  # a system without swap kills the process rather than say no
-        step = measure_step(trainer, part)
+        step, part = measure_longest_step(trainer, estimate, free, part)
         findings.append(examine_longest_step(step, estimate, free, part, config))
     return findings

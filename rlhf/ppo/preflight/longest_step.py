@@ -25,6 +25,8 @@ from rlhf.ppo.trainer import PPOTrainer
 from rlhf.ppo.update import text_loss
 from rlhf.sampling import Generation
 
+MOST_TOKENS = 16384  # of a pass; more gain no speed on any GPU
+
 
 @dataclass
 class Step:
@@ -46,6 +48,8 @@ def examine_longest_step(
     name = "longest step"
     shape = f"{len(part)} x ({part.prompt_ids.shape[1]} + {part.response_ids.shape[1]}) tokens"
     text = f"{shape}: {step.seconds:.2f} s"
+    if isinstance(config.ppo.micro_batch_tokens, int):
+        text = f"ppo.micro_batch_tokens={config.ppo.micro_batch_tokens}, {text}"
     if step.problem == "out of memory":
         return Finding(name, FAIL, f"{text}, out of memory", remedy(estimate, config))
     if step.problem:
@@ -59,13 +63,47 @@ def examine_longest_step(
     return Finding(name, status, text, fix)
 
 
+def measure_longest_step(
+    trainer: PPOTrainer, estimate: MemoryEstimate, free: int, part: Responses
+) -> tuple[Step, Responses]:
+    """Measure a step on `part`. Where `ppo.micro_batch_tokens` is to be chosen, choose it before,
+    in place: half of what the estimate leaves room for, and less while a step does not fit. Return
+    the step and what was read in it.
+
+    Args:
+        free: bytes that this process can still get.
+        part: see `longest_micro_batch`.
+    """
+    ppo, length = trainer.config.ppo, part.sequence_ids.shape[1]
+    if not chooses_tokens(trainer):
+        return measure_step(trainer, part), part
+    room = free - estimate.sum("gradients", "adam")
+    activations = max(model.activations for model in estimate.models.values())
+    tokens = int(0.5 * room * len(part) * length / max(activations, 1))
+    power = 1 << max(tokens, 1).bit_length() - 1  # of two, at most `tokens`
+    ppo.micro_batch_tokens = max(length, min(power, MOST_TOKENS))
+    while True:
+        part = longest_micro_batch(trainer)
+        step = measure_step(trainer, part)
+        if step.problem != "out of memory" or len(part) == 1:
+            return step, part
+        ppo.micro_batch_tokens = max(length, ppo.micro_batch_tokens // 2)
+
+
+def chooses_tokens(trainer: PPOTrainer) -> bool:
+    """True while the preflight is to choose `ppo.micro_batch_tokens`."""
+    ppo = trainer.config.ppo
+    by_default = ppo.micro_batch_size is None and trainer.accelerator.device.type == "cuda"
+    return ppo.micro_batch_tokens == "auto" or (ppo.micro_batch_tokens is None and by_default)
+
+
 def longest_micro_batch(trainer: PPOTrainer) -> Responses:
     """Build the largest micro-batch that training can meet on a process: the longest prompt, and
     responses that use the whole budget."""
     ppo, sampling = trainer.config.ppo, trainer.sampling
     per_minibatch = ppo.batch_size // ppo.num_mini_batches // trainer.accelerator.num_processes
-    num_rows = min(ppo.micro_batch_size, per_minibatch)
     prompt = max((p["input_ids"] for p in trainer.prompts), key=len)
+    num_rows = min(ppo.rows_of(len(prompt) + sampling.max_new_tokens), per_minibatch)
     forbidden = set(sampling.forbidden.tolist())
     token = next(i for i in itertools.count() if i not in forbidden)
     ids, logprobs = [token] * sampling.max_new_tokens, [0.0] * sampling.max_new_tokens
@@ -116,7 +154,8 @@ def _forward_and_backward(trainer: PPOTrainer, part: Responses) -> bool:
         policy = updater.policy_backward(batch, denominator, trainer.kl_coef)
         losses.append(policy["policy_loss"])
         if updater.texts:
-            texts = sorted(updater.texts, key=len)[-trainer.config.ppo.micro_batch_size :]
+            num_texts = trainer.config.ppo.rows_of(trainer.config.ptx.max_length)
+            texts = sorted(updater.texts, key=len)[-num_texts:]
             loss = text_loss(updater.policy, texts, denominator)
             accelerator.backward(trainer.config.ptx.coef * loss)
             losses.append(loss.detach())

@@ -123,7 +123,9 @@ def size_text(num_bytes: float) -> str:
 def remedy(estimate: MemoryEstimate, config: PPOStageConfig) -> str:
     """Name the settings that shrink the largest part that a setting can shrink."""
     ppo, model, lora = config.ppo, config.model, config.peft.enabled
-    half = {name: getattr(ppo, name) // 2 for name in ("micro_batch_size", "rollout_batch_size")}
+    limit = "micro_batch_tokens" if isinstance(ppo.micro_batch_tokens, int) else "micro_batch_size"
+    now = {limit: getattr(ppo, limit) or ppo.rows_of(1), "size": ppo.rollout_batch_size}
+    half = {name: number // 2 for name, number in now.items()}
     settings = {
         "weights": {
             "peft=lora": not lora,  # the reference is then the policy with its adapters off
@@ -134,12 +136,10 @@ def remedy(estimate: MemoryEstimate, config: PPOStageConfig) -> str:
         },
         "gradients and Adam states": {"peft=lora": not lora},
         "activations": {
-            f"ppo.micro_batch_size={half['micro_batch_size']}": half["micro_batch_size"] > 0,
+            f"ppo.{limit}={half[limit]}": half[limit] > 0,
             "model.gradient_checkpointing=true": not model.gradient_checkpointing,
         },
-        "the rollout's cache": {
-            f"ppo.rollout_batch_size={half['rollout_batch_size']}": half["rollout_batch_size"] > 0
-        },
+        "the rollout's cache": {f"ppo.rollout_batch_size={half['size']}": half["size"] > 0},
     }
     parts = estimate.largest()
     for name in sorted(parts, key=lambda name: -parts[name]):

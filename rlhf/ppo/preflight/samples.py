@@ -54,7 +54,8 @@ def sample_policy(trainer: PPOTrainer, prompts: Sequence[dict[str, Any]]) -> Sam
     accelerator, config = trainer.accelerator, trainer.config
     rows = [prompt for prompt in prompts for _ in range(NUM_SAMPLES)]
     padded = rows + rows[-1:] * (-len(rows) % accelerator.num_processes)
-    first = min(config.ppo.micro_batch_size * accelerator.num_processes, len(padded))
+    longest = max(len(row["input_ids"]) for row in rows) + config.ppo.response_length
+    first = min(config.ppo.rows_of(longest) * accelerator.num_processes, len(padded))
     order = torch.arange(len(padded), device=accelerator.device)
     minibatches = [part for part in order.tensor_split([first]) if len(part)]
     rollout = collect(
@@ -73,9 +74,7 @@ def sample_policy(trainer: PPOTrainer, prompts: Sequence[dict[str, Any]]) -> Sam
         return policy_logprobs(trainer.actors.policy, part, trainer.sampling)[0].detach()
 
     with accelerator.autocast():  # with gradients, as in training
-        again = read_tokens(
-            rollout, minibatches[:1], read, config.ppo.micro_batch_size, accelerator
-        )
+        again = read_tokens(rollout, minibatches[:1], read, config.ppo, accelerator)
     log_ratio = (again - rollout.logprobs)[:first]
     rollout = rollout.select(order[: len(rows)])
     ratio_off = float(torch.expm1(log_ratio).abs().max())

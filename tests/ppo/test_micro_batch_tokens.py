@@ -1,0 +1,157 @@
+"""Forward passes of so many tokens: their rows, the same update, and the preflight's choice.
+
+Run: pytest tests/ppo/test_micro_batch_tokens.py
+"""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers.preflight import letters, look, scored_by
+from helpers.tiny_ppo import make_config, make_trainer, weights
+
+from rlhf.config import InputError, PPOConfig
+from rlhf.config.checks import check
+from rlhf.ppo.preflight import longest_step
+from rlhf.ppo.preflight.longest_step import Step, longest_micro_batch, measure_longest_step
+from rlhf.ppo.preflight.memory import MemoryEstimate, ModelMemory
+from rlhf.ppo.rollout import micro_batches, passes
+from rlhf.ppo.stage import require_room_for_rows
+
+
+def test_a_pass_takes_as_many_rows_as_fit_at_the_length_of_its_longest():
+    lengths = [10, 8, 8, 3, 1, 1, 1]
+    assert passes(lengths, PPOConfig(micro_batch_tokens=16)) == [1, 2, 4]
+    assert passes(lengths, PPOConfig(micro_batch_tokens=10)) == [1, 1, 1, 3, 1]
+    assert passes(lengths, PPOConfig(micro_batch_tokens=16, micro_batch_size=2)) == [1, 2, 2, 2]
+    assert passes(lengths, PPOConfig(micro_batch_tokens=1000)) == [7]
+    assert passes(lengths * 2, PPOConfig()) == [8, 6]
+
+
+@pytest.mark.parametrize("tokens", [24, 30, 100])  # a prompt has at most 12 tokens, a response 12
+def test_an_update_is_the_same_for_any_number_of_tokens(policy_dir, tmp_path, tokens):
+    results = []
+    for limits in ({"micro_batch_size": 4}, {"micro_batch_size": None}):
+        config = make_config(policy_dir, tmp_path, **limits)
+        if limits["micro_batch_size"] is None:
+            config.ppo.micro_batch_tokens = tokens
+        trainer = make_trainer(config, tmp_path)
+        start = weights(trainer)
+        metrics = [trainer.step() for _ in range(2)]
+        assert all(m["first_ratio_deviation"] == 0.0 for m in metrics)
+        results.append((weights(trainer) - start, metrics[-1]))
+    (expected, plain), (actual, other) = results
+    assert (actual - expected).norm() / expected.norm() < 1e-5
+    for name in ("policy_loss", "value_loss", "approx_kl", "entropy", "grad_norm"):
+        assert math.isclose(plain[name], other[name], rel_tol=1e-5, abs_tol=1e-6), name
+
+
+def test_processes_make_equally_many_passes_over_shares_of_similar_size(policy_dir, tmp_path):
+    trainer = make_trainer(make_config(policy_dir, tmp_path, batch_size=16), tmp_path)
+    batch, ppo = trainer.collect(), PPOConfig(micro_batch_tokens=40)
+    lengths, minibatch = batch.sequence_mask.sum(dim=1), torch.arange(12) + 2
+    shares = [
+        micro_batches(batch, minibatch, ppo, SimpleNamespace(process_index=i, num_processes=3))
+        for i in range(3)
+    ]
+    assert len({len(share) for share in shares}) == 1
+    assert sorted(int(row) for share in shares for rows in share for row in rows) == [*range(2, 14)]
+    for share in shares:
+        for rows in share:
+            assert len(rows) * int(lengths[rows].max()) <= 40
+    totals = [int(lengths[torch.cat(share)].sum()) for share in shares]
+    assert max(totals) - min(totals) <= int(lengths[minibatch].max() - lengths[minibatch].min())
+
+
+def test_a_process_splits_passes_until_it_makes_as_many_as_the_others():
+    lengths = torch.tensor([20, 1, 20, 1, 20, 1])
+    mask = torch.arange(20) < lengths[:, None]
+    batch, ppo = SimpleNamespace(sequence_mask=mask), PPOConfig(micro_batch_tokens=20)
+    # sorted, the shares have lengths 20 20 1 and 20 1 1
+    sizes = [
+        [*map(len, micro_batches(batch, torch.arange(6), ppo, of_two(process)))]
+        for process in range(2)
+    ]
+    assert sizes == [[1, 1, 1], [1, 1, 1]]
+
+
+def of_two(process):
+    return SimpleNamespace(process_index=process, num_processes=2)
+
+
+# --- The preflight's choice -----------------------------------------------------------------------
+
+
+def estimate_of(activations):
+    return MemoryEstimate({"policy": ModelMemory(0, 0, 0, activations)}, 0)
+
+
+def test_the_preflight_chooses_tokens_for_half_of_the_room_and_fewer_where_a_step_does_not_fit(
+    policy_dir, tmp_path, monkeypatch
+):
+    config = make_config(policy_dir, tmp_path, batch_size=64, micro_batch_size=None)
+    config.ppo.micro_batch_tokens = "auto"
+    trainer = make_trainer(config, tmp_path)
+    part = longest_micro_batch(trainer)
+    length = part.sequence_ids.shape[1]
+    assert len(part) == 8
+    steps = []
+
+    def measure(trainer, part, fits):
+        steps.append(len(part))
+        return Step(0.1, 5, "" if len(part) <= fits else "out of memory")
+
+    tokens = 8 * length
+    for room, fits, most in ((2 * 20 * length, 99, 20), (2 * 20 * length, 3, 20), (1, 0, 1)):
+        config.ppo.micro_batch_tokens, steps[:] = "auto", []
+        monkeypatch.setattr(
+            longest_step,
+            "measure_step",
+            lambda trainer, part, fits=fits: measure(trainer, part, fits),
+        )
+        # a byte per token
+        step, chosen = measure_longest_step(trainer, estimate_of(tokens), room, part)
+        assert steps[0] <= most and len(chosen) == steps[-1] and steps == sorted(steps)[::-1]
+        assert (step.problem == "") == (len(chosen) <= fits)
+        chosen_tokens = config.ppo.micro_batch_tokens
+        assert length <= chosen_tokens <= max(length, 20 * length)
+        assert chosen_tokens == length or chosen_tokens & (chosen_tokens - 1) == 0
+    assert len(chosen) == 1  # one row is tried in any case
+
+
+def test_the_choice_is_printed_and_trained_with(policy_dir, tmp_path, capsys):
+    trainer = scored_by(policy_dir, tmp_path, letters)
+    trainer.config.ppo.micro_batch_size, trainer.config.ppo.micro_batch_tokens = None, "auto"
+    found, _, _ = look(trainer, capsys)
+    tokens = trainer.config.ppo.micro_batch_tokens
+    assert isinstance(tokens, int) and tokens > 100
+    assert found["longest step"][1].startswith(f"ppo.micro_batch_tokens={tokens}, 4 x (")
+    trainer.step()
+
+
+def test_a_cpu_reads_eight_rows_unless_it_is_asked(policy_dir, tmp_path):
+    trainer = make_trainer(make_config(policy_dir, tmp_path, micro_batch_size=None), tmp_path)
+    assert not longest_step.chooses_tokens(trainer) and trainer.config.ppo.rows_of(999) == 8
+
+
+# --- Refusals -------------------------------------------------------------------------------------
+
+
+def test_budgets_that_no_row_fits_are_refused(policy_dir, tmp_path):
+    config = make_config(policy_dir, tmp_path, micro_batch_tokens=12)
+    with pytest.raises(InputError, match="micro_batch_tokens=12 is less than a row.*set it to 13"):
+        check(config)
+    config.ppo.micro_batch_tokens = 20
+    check(config)
+    with pytest.raises(InputError, match="a prompt of 9 tokens.*set it to 21 or more"):
+        require_room_for_rows(config.ppo, [{"input_ids": [1] * 9}, {"input_ids": [1]}])
+    require_room_for_rows(config.ppo, [{"input_ids": [1] * 8}])
+    config.ppo.micro_batch_tokens = "many"
+    with pytest.raises(InputError, match="must be a number, auto or null, got 'many'"):
+        check(config)
+    config.ppo.micro_batch_tokens = "auto"  # without the preflight
+    with pytest.raises(InputError, match="set it to a number, e.g. 4096, or preflight=true"):
+        check(config)
