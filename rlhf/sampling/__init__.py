@@ -1,12 +1,11 @@
 """Sampling responses from a policy: `generate`, with its settings and its random numbers."""
 
-from rlhf.sampling.decode import (
+from rlhf.sampling.engine import generate, stream
+from rlhf.sampling.settings import (
     Generation,
     Sampling,
     context_length,
-    generate,
     sampling_for,
     stop_token_ids,
-    stream,
     uniform_noise,
 )

@@ -1,4 +1,4 @@
-"""Tests of rlhf.sampling.decode: against transformers, a loop without a cache, and by hand.
+"""Tests of rlhf.sampling: against transformers, a loop without a cache, and by hand.
 
 Run: pytest tests/sampling/test_generation.py
 """
@@ -21,15 +21,8 @@ from rlhf.functional import final_scores
 from rlhf.models import disable_dropout
 from rlhf.ppo.actors import Actors
 from rlhf.ppo.rollout import Responses, policy_logprobs, score_sampled
-from rlhf.sampling.decode import (
-    Sampling,
-    _choose,
-    _restrict,
-    generate,
-    stop_token_ids,
-    stream,
-    uniform_noise,
-)
+from rlhf.sampling import Sampling, generate, stop_token_ids, stream, uniform_noise
+from rlhf.sampling.choice import choose, restrict
 from rlhf.tokenizer import StopStrings, declare_stop_strings, forbidden_token_ids, response_text
 
 FAMILIES = ("llama", "gpt_neox")
@@ -216,7 +209,7 @@ def test_extreme_draws_never_choose_a_token_of_probability_zero():
     sampling = Sampling(1, (), forbidden)
     for draw, expected in ((0.0, 1), (1 - 2**-53, 2)):
         noise = torch.tensor([draw], dtype=torch.float64)
-        token, logprob = _choose(logits, sampling, forbidden, noise)
+        token, logprob = choose(logits, sampling, forbidden, noise)
         assert token.item() == expected
         close = math.log(1 / (1 + math.e)) if expected == 1 else math.log(math.e / (1 + math.e))
         assert math.isclose(logprob.item(), close, rel_tol=1e-6)
@@ -415,7 +408,7 @@ FIVE = torch.tensor([[0.125, 0.5, 0.075, 0.25, 0.05]])
 
 def kept(**knobs):
     sampling = Sampling(1, (), torch.empty(0, dtype=torch.long), **knobs)
-    restricted = _restrict(FIVE.log(), sampling)[0]
+    restricted = restrict(FIVE.log(), sampling)[0]
     support = restricted.isfinite()
     assert_close(restricted[support], FIVE.log()[0][support], rtol=0, atol=0)
     return support.nonzero().flatten().tolist()
@@ -447,7 +440,7 @@ def test_restrict_keeps_the_smallest_likeliest_set(knobs, support):
 def test_top_p_that_is_reached_exactly_adds_no_further_token():
     halves = torch.tensor([[0.5, 0.5, 0.0, 0.0, 0.0]]).log()
     sampling = Sampling(1, (), torch.empty(0, dtype=torch.long), top_p=0.5)
-    assert _restrict(halves, sampling).isfinite().sum() == 1
+    assert restrict(halves, sampling).isfinite().sum() == 1
 
 
 @pytest.mark.parametrize("knobs", [{"top_k": 4}, {"top_p": 0.5}])

@@ -1,0 +1,69 @@
+"""The engine `loop`: a forward pass per token, on the growing cache of transformers.
+
+It drops rows as soon as they finish.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from rlhf.data import pad
+from rlhf.models import accepts, prefill_inputs, unwrap_peft
+from rlhf.sampling.choice import choose
+from rlhf.sampling.settings import Endings, Sampling
+
+
+class Step(NamedTuple):
+    """One token for each row that is still active.
+
+    Attributes:
+        rows: numbers of these rows.
+        tokens, logprobs: the next token of each, and its log-prob, nats.
+        done: whether the token ends the row.
+    """
+
+    rows: list[int]
+    tokens: list[int]
+    logprobs: list[float]
+    done: list[bool]
+
+
+def loop(
+    model: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, noise: Tensor | None
+) -> Iterator[Step]:
+    """Sample a response to each prompt, a token at a time, with the model in eval mode.
+
+    Args:
+        noise: (B, max_new_tokens) from `uniform_noise`; None takes the most likely token.
+    """
+    device = next(model.parameters()).device
+    tokens = pad(prompts, 0, side="left", device=device)
+    mask = pad([[True] * len(prompt) for prompt in prompts], False, side="left", device=device)
+    forbidden = sampling.forbidden.to(device)
+    noise = None if noise is None else noise.to(device)
+    active, ends = torch.arange(len(prompts), device=device), Endings(sampling, len(prompts))
+    cache = DynamicCache(config=unwrap_peft(model).config)
+    last_only = {"logits_to_keep": 1} if accepts(model, "logits_to_keep") else {}
+    for t in range(sampling.max_new_tokens):
+        inputs = prefill_inputs(model, tokens, mask)
+        if t and "position_ids" in inputs:
+            inputs["position_ids"] = inputs["position_ids"][:, -1:]
+        output = model(**inputs, **last_only, past_key_values=cache, use_cache=True)
+        draws = None if noise is None else noise[active, t]
+        token, logprob = choose(output.logits[:, -1].float(), sampling, forbidden, draws)
+        rows, chosen = active.tolist(), token.tolist()
+        done = ends(rows, chosen)
+        yield Step(rows, chosen, logprob.tolist(), done)
+        if all(done):
+            break
+        if any(done):
+            keep = torch.tensor([i for i, end in enumerate(done) if not end], device=device)
+            cache.batch_select_indices(keep)
+            active, mask, token = active[keep], mask[keep], token[keep]
+        tokens = token[:, None]
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
