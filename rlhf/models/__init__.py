@@ -12,7 +12,14 @@ files. `adapters` puts LoRA on a model and takes it off again.
 Left out: sharded models.
 """
 
-from rlhf.models.adapters import add_lora, merged, new_token_rows, what_to_save
+from rlhf.models.adapters import (
+    add_lora,
+    copy_weights,
+    merged,
+    new_token_rows,
+    plain_copy,
+    what_to_save,
+)
 from rlhf.models.attention import (
     disable_padding_free,
     enable_padding_free,

@@ -6,7 +6,7 @@ adapters from files.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -24,7 +24,8 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf.config import InputError, ModelConfig, PeftConfig, one_line
 from rlhf.hub import ADAPTER_WEIGHTS
-from rlhf.models.forward import HEAD
+from rlhf.models.attention import is_padding_free
+from rlhf.models.forward import HEAD, unwrap_peft
 from rlhf.models.quantization import dequantized_weight, is_quantized
 from rlhf.tokenizer import stop_strings
 
@@ -157,12 +158,10 @@ def merged(model: Any) -> PreTrainedModel:
     if not isinstance(model, PeftModel):
         return model
     base = cast(Any, model.get_base_model())
-    config = copy.deepcopy(base.config)
-    config.__dict__.pop("quantization_config", None)
-    plain = type(base)(config)
+    plain = type(base)(_plain_config(base))
     if any(key.startswith(f"{HEAD}.") and key.endswith(".bias") for key in base.state_dict()):
         plain.score = nn.Linear(plain.score.in_features, 1)  # the families' heads have no bias
-    state = _merged_state(base, model.active_adapter, plain)
+    state = {name: tensor.cpu() for name, tensor in _merged_weights(model, plain)}
     stored: torch.dtype = getattr(base, STORED_DTYPE, torch.float32)
     for name, tensor in state.items():
         is_wider = tensor.is_floating_point() and tensor.dtype.itemsize > stored.itemsize
@@ -178,43 +177,80 @@ def merged(model: Any) -> PreTrainedModel:
     return plain
 
 
-def _merged_state(base: Any, adapter: str, plain: nn.Module) -> dict[str, Tensor]:
-    """Return the plain model's weights on the CPU, with what the adapter adds."""
+def plain_copy(model: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """Return a second causal LM without adapters on the same device, in this type and in eval mode;
+    `copy_weights` writes its weights."""
+    base = unwrap_peft(model)
+    with torch.device(base.device):
+        plain = type(base)._from_config(
+            _plain_config(base), dtype=dtype, attn_implementation=_own_attention(base)
+        )
+    plain.generation_config = base.generation_config
+    return plain.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def copy_weights(model: Any, plain: nn.Module) -> None:
+    """Write the weights of a model, its adapters merged, into one from `plain_copy`, in place."""
+    targets = plain.state_dict()
+    for name, tensor in _merged_weights(model, plain):
+        targets[name].copy_(tensor)
+
+
+def _plain_config(base: Any) -> Any:
+    config = copy.deepcopy(base.config)
+    config.__dict__.pop("quantization_config", None)
+    return config
+
+
+def _own_attention(base: Any) -> str:
+    """The attention of a model, but for ours, which only training needs."""
+    return "sdpa" if is_padding_free(base) else base.config._attn_implementation
+
+
+def _merged_weights(model: Any, plain: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield name and value of the plain model's weights, one after the other; what the adapter adds
+    to comes a second time, with it."""
+    base = unwrap_peft(model)
     names = plain.state_dict().keys()  # leaves out adapters, and the scales of quantised weights
+    if not isinstance(model, PeftModel):
+        yield from ((k, v.detach()) for k, v in base.state_dict().items() if k in names)
+        return
+    adapter = model.active_adapter
+    packed = {name for name, module in base.named_modules() if is_quantized(module)}
     state = {}
     for key, value in base.state_dict().items():
         name = key.replace(f".modules_to_save.{adapter}", "")
         name = name.replace(".token_adapter", "").replace(".base_layer", "")
-        if name in names and ".original_module" not in key:
-            state[name] = value.detach().cpu()
+        if name in names and ".original_module" not in key and key.rpartition(".")[0] not in packed:
+            state[name] = value.detach()
+    yield from state.items()
     for name, module in base.named_modules():
         if isinstance(module, TrainableTokensLayer):
-            weight = module.get_merged_weights([adapter]).detach().cpu()
-            state[f"{name.removesuffix('.token_adapter')}.weight"] = weight
+            weight = module.get_merged_weights([adapter]).detach()
+            yield f"{name.removesuffix('.token_adapter')}.weight", weight
         elif isinstance(module, LoraLayer) and not is_quantized(module.get_base_layer()):
             # PEFT wraps a layer of experts once for each weight: experts, experts.base_layer
             key = f"{name.replace('.base_layer', '')}.{getattr(module, 'parameter_name', 'weight')}"
-            added = cast(Any, module).get_delta_weight(adapter).detach().cpu()
-            state[key] = (state[key] + added).to(state[key].dtype)
-    return state | _dequantized_state(base, adapter, plain)
+            added = cast(Any, module).get_delta_weight(adapter).detach()
+            yield key, (state[key] + added).to(state[key].dtype)
+    yield from _dequantized_weights(base, adapter, plain)
 
 
-def _dequantized_state(base: Any, adapter: str, plain: nn.Module) -> dict[str, Tensor]:
-    """Return the weights of the quantised layers in floating point, with what the adapter adds."""
-    state = {}
+def _dequantized_weights(base: Any, adapter: str, plain: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights of the quantised layers in floating point, with what the adapter adds."""
     for name, module in base.named_modules():
         layer: Any = module.get_base_layer() if isinstance(module, LoraLayer) else module
         if not is_quantized(layer) or name.endswith(".base_layer"):
             continue
-        weight = dequantized_weight(layer).cpu()
+        weight = dequantized_weight(layer)
         if layer is not module:
-            weight = weight + cast(Any, module).get_delta_weight(adapter).detach().cpu()
+            weight = weight + cast(Any, module).get_delta_weight(adapter).detach()
         if isinstance(plain.get_submodule(name), Conv1D):
             weight = weight.T.contiguous()  # GPT-2 stores its weights transposed
-        state[f"{name}.weight"] = weight.to(base.dtype)
+        yield f"{name}.weight", weight.to(base.dtype)
         if layer.bias is not None:  # bitsandbytes casts it to its compute dtype
-            state[f"{name}.bias"] = layer.bias.detach().cpu().to(base.dtype)
-    return state
+            yield f"{name}.bias", layer.bias.detach().to(base.dtype)
 
 
 # --- What a stage writes ------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Sampling responses from a policy: `generate`, with its settings and its random numbers."""
 
-from rlhf.sampling.engine import generate, stream
+from rlhf.sampling.engine import CHECK_EVERY, engine_of, generate, stream, use_engine
 from rlhf.sampling.settings import (
     Generation,
     Sampling,

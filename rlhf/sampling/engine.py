@@ -1,20 +1,81 @@
 """The way in: prompt ids in; response ids, log-probs and a `finished` flag out.
 
 Sampling is inverse-CDF with one uniform number per token, from a generator keyed by (seed, update,
-row): a response does not depend on its batch, on the number of processes, or on earlier samples.
+row): a response does not depend on its batch, on the number of processes, on earlier samples, or,
+up to rounding, on the engine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlhf.models import eval_mode
-from rlhf.sampling.loop import loop
+from rlhf.models import copy_weights, eval_mode, plain_copy, unwrap_peft
+from rlhf.sampling.graph import GraphDecoder
+from rlhf.sampling.loop import Step, loop
 from rlhf.sampling.settings import Generation, Sampling
+
+CHECK_EVERY = 8  # steps of `graph` between two looks for finished rows
+
+
+class Engine:
+    """How a model samples.
+
+    Attributes:
+        name: "loop" or "graph".
+        copy: the model that samples in place of `model`, with its weights; None if `model` does.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        name: str = "loop",
+        check_every: int = CHECK_EVERY,
+        dtype: torch.dtype | None = None,
+    ):
+        """Prepare to sample.
+
+        Args:
+            dtype: of a copy of the model that samples in its place, adapters merged; None: no copy.
+
+        Raises:
+            ValueError: the model cannot sample with this engine.
+        """
+        self.name, self.model = name, model
+        self.copy = None if dtype is None else plain_copy(model, dtype)
+        reader = self.copy or model
+        self._steps: Callable[..., Iterator[Step]] = partial(loop, reader)
+        if name == "graph":
+            self._steps = GraphDecoder(reader, check_every)
+
+    @contextmanager
+    def ready(self) -> Iterator[Callable[..., Iterator[Step]]]:
+        """Give the function that samples one batch, with the weights as they are now."""
+        if self.copy is None:
+            with eval_mode(self.model):
+                yield self._steps
+            return
+        copy_weights(self.model, self.copy)
+        with torch.autocast(self.copy.device.type, enabled=False):  # the copy has its type already
+            yield self._steps
+
+
+def use_engine(model: Any, *arguments: Any, **options: Any) -> Engine:
+    """Let `generate` and `stream` sample from a model as an `Engine` of these arguments does."""
+    inner = unwrap_peft(model)
+    inner.__dict__.pop("_rlhf_engine", None)  # the memory of the last one, first
+    inner._rlhf_engine = Engine(model, *arguments, **options)
+    return inner._rlhf_engine
+
+
+def engine_of(model: Any) -> Engine:
+    """The engine of a model: what `use_engine` has set, else `loop`."""
+    return getattr(unwrap_peft(model), "_rlhf_engine", None) or Engine(model)
 
 
 @torch.no_grad()
@@ -25,22 +86,22 @@ def generate(
     noise: Tensor | None,
     batch_size: int = 64,
 ) -> Generation:
-    """Sample one response per prompt.
+    """Sample one response per prompt, with the model's engine.
 
     Args:
         model: a causal LM (PEFT allowed, no distributed wrapper).
-        prompt_ids: token ids per prompt, not padded, not empty.
+        prompt_ids: token ids per prompt, not padded, not empty; equal ones are read once.
         noise: (B, max_new_tokens) from `uniform_noise`; None takes the most likely token.
         batch_size: sequences decoded together.
     """
     count = len(prompt_ids)
     result = Generation([[] for _ in prompt_ids], [[] for _ in prompt_ids], [False] * count)
     order = sorted(range(count), key=lambda i: len(prompt_ids[i]))  # similar lengths: less padding
-    with eval_mode(model):
+    with engine_of(model).ready() as steps:
         for start in range(0, count, batch_size):
             rows = order[start : start + batch_size]
             draws = None if noise is None else noise[rows]
-            for step in loop(model, [prompt_ids[i] for i in rows], sampling, draws):
+            for step in steps([prompt_ids[i] for i in rows], sampling, draws):
                 for active, token, logprob, done in zip(*step, strict=True):
                     result.ids[rows[active]].append(token)
                     result.logprobs[rows[active]].append(logprob)
@@ -53,6 +114,6 @@ def stream(
     model: Any, prompt_ids: Sequence[int], sampling: Sampling, noise: Tensor | None
 ) -> Iterator[int]:
     """As `generate` for one prompt, but yield each token as soon as it is chosen."""
-    with eval_mode(model):
-        for step in loop(model, [prompt_ids], sampling, noise):
+    with engine_of(model).ready() as steps:
+        for step in steps([prompt_ids], sampling, noise):
             yield step.tokens[0]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 from rlhf.data import pad
 from rlhf.models import accepts, prefill_inputs, unwrap_peft
@@ -42,28 +42,52 @@ def loop(
         noise: (B, max_new_tokens) from `uniform_noise`; None takes the most likely token.
     """
     device = next(model.parameters()).device
-    tokens = pad(prompts, 0, side="left", device=device)
-    mask = pad([[True] * len(prompt) for prompt in prompts], False, side="left", device=device)
     forbidden = sampling.forbidden.to(device)
     noise = None if noise is None else noise.to(device)
     active, ends = torch.arange(len(prompts), device=device), Endings(sampling, len(prompts))
     cache = DynamicCache(config=unwrap_peft(model).config)
-    last_only = {"logits_to_keep": 1} if accepts(model, "logits_to_keep") else {}
+    logits, mask = prefill(model, prompts, cache)
     for t in range(sampling.max_new_tokens):
-        inputs = prefill_inputs(model, tokens, mask)
-        if t and "position_ids" in inputs:
-            inputs["position_ids"] = inputs["position_ids"][:, -1:]
-        output = model(**inputs, **last_only, past_key_values=cache, use_cache=True)
         draws = None if noise is None else noise[active, t]
-        token, logprob = choose(output.logits[:, -1].float(), sampling, forbidden, draws)
+        token, logprob = choose(logits, sampling, forbidden, draws)
         rows, chosen = active.tolist(), token.tolist()
         done = ends(rows, chosen)
         yield Step(rows, chosen, logprob.tolist(), done)
-        if all(done):
+        if all(done) or t + 1 == sampling.max_new_tokens:
             break
         if any(done):
             keep = torch.tensor([i for i, end in enumerate(done) if not end], device=device)
             cache.batch_select_indices(keep)
             active, mask, token = active[keep], mask[keep], token[keep]
-        tokens = token[:, None]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        logits = _read(model, token[:, None], mask, cache)
+
+
+def prefill(model: Any, prompts: Sequence[Sequence[int]], cache: Cache) -> tuple[Tensor, Tensor]:
+    """Read the prompts into an empty cache, equal ones once.
+
+    Returns:
+        Logits of the token after each prompt, (B, V) float32, and the mask of the prompts, (B, P)
+        bool, left-padded.
+    """
+    device = next(model.parameters()).device
+    different = list(dict.fromkeys(map(tuple, prompts)))
+    tokens = pad(different, 0, side="left", device=device)
+    mask = pad([[True] * len(prompt) for prompt in different], False, side="left", device=device)
+    logits = _read(model, tokens, mask, cache)
+    if len(different) < len(prompts):
+        number = {prompt: i for i, prompt in enumerate(different)}
+        rows = torch.tensor([number[tuple(prompt)] for prompt in prompts], device=device)
+        cache.batch_select_indices(rows)
+        logits, mask = logits[rows], mask[rows]
+    return logits, mask
+
+
+def _read(model: Any, tokens: Tensor, mask: Tensor, cache: Cache) -> Tensor:
+    """Read tokens (B, N) after those in the cache; return the logits after the last, (B, V)."""
+    inputs = prefill_inputs(model, tokens, mask)
+    if "position_ids" in inputs:
+        inputs["position_ids"] = inputs["position_ids"][:, -tokens.shape[1] :]
+    last_only = {"logits_to_keep": 1} if accepts(model, "logits_to_keep") else {}
+    output = model(**inputs, **last_only, past_key_values=cache, use_cache=True)
+    return output.logits[:, -1].float()

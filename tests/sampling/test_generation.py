@@ -1,4 +1,5 @@
-"""Tests of rlhf.sampling: against transformers, a loop without a cache, and by hand.
+"""What every sampling engine must do: held against transformers, forward passes without a cache,
+and values by hand. `test_engines.py` holds the engines against one another.
 
 Run: pytest tests/sampling/test_generation.py
 """
@@ -21,7 +22,7 @@ from rlhf.functional import final_scores
 from rlhf.models import disable_dropout
 from rlhf.ppo.actors import Actors
 from rlhf.ppo.rollout import Responses, policy_logprobs, score_sampled
-from rlhf.sampling import Sampling, generate, stop_token_ids, stream, uniform_noise
+from rlhf.sampling import Sampling, generate, stop_token_ids, stream, uniform_noise, use_engine
 from rlhf.sampling.choice import choose, restrict
 from rlhf.tokenizer import StopStrings, declare_stop_strings, forbidden_token_ids, response_text
 
@@ -41,14 +42,29 @@ NONE_STOPS = (-1,)
 MANY_STOPS = (EOS, *range(3, 320, 6))  # sampled responses stop at any step, and some never
 
 
+ENGINES = [
+    pytest.param({"name": "loop"}, id="loop"),
+    pytest.param({"name": "graph", "check_every": 3}, id="graph"),
+]
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def engine(request):
+    return request.param
+
+
 @pytest.fixture(scope="module", params=FAMILIES)
-def model(request):
-    return tiny_model(request.param, TOKENIZER)
+def model(request, engine):
+    model = tiny_model(request.param, TOKENIZER)
+    use_engine(model, **engine)
+    return model
 
 
 @pytest.fixture(scope="module")
-def llama():
-    return tiny_model("llama", TOKENIZER)
+def llama(engine):
+    model = tiny_model("llama", TOKENIZER)
+    use_engine(model, **engine)
+    return model
 
 
 def sampling_for(model, stop_ids=(EOS,), budget=BUDGET, **knobs):
@@ -344,10 +360,8 @@ def test_response_ended_by_a_stop_string_is_scored_whole_and_not_penalised(llama
 @pytest.mark.parametrize("template", ["baize", "falcon", "dolly"])
 def test_what_training_ends_an_answer_with_ends_a_sampled_one(template):
     tokenizer = get_tokenizer("byte", template)
-    ids, watch = (
-        encode_response([user("Hi")], "It is\n\na fruit.", tokenizer),
-        StopStrings(tokenizer),
-    )
+    ids = encode_response([user("Hi")], "It is\n\na fruit.", tokenizer)
+    watch = StopStrings(tokenizer)
     assert [watch.end(ids[:t]) for t in range(1, len(ids) + 1)] == [*[False] * (len(ids) - 1), True]
     assert tokenizer.eos_token_id not in ids
     said = response_text(ids, tokenizer)
