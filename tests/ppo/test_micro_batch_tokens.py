@@ -6,6 +6,7 @@ Run: pytest tests/ppo/test_micro_batch_tokens.py
 from __future__ import annotations
 
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,6 @@ from helpers.preflight import letters, look, scored_by
 from helpers.tiny_ppo import make_config, make_trainer, weights
 
 from rlhf.config import InputError, PPOConfig
-from rlhf.config.checks import check
 from rlhf.ppo.preflight import longest_step
 from rlhf.ppo.preflight.longest_step import Step, longest_micro_batch, measure_longest_step
 from rlhf.ppo.preflight.memory import MemoryEstimate, ModelMemory
@@ -31,7 +31,7 @@ def test_a_pass_takes_as_many_rows_as_fit_at_the_length_of_its_longest():
     assert passes(lengths * 2, PPOConfig()) == [8, 6]
 
 
-@pytest.mark.parametrize("tokens", [24, 30, 100])  # a prompt has at most 12 tokens, a response 12
+@pytest.mark.parametrize("tokens", [24, 100])  # a prompt has at most 12 tokens, a response 12
 def test_an_update_is_the_same_for_any_number_of_tokens(policy_dir, tmp_path, tokens):
     results = []
     for limits in ({"micro_batch_size": 4}, {"micro_batch_size": None}):
@@ -107,11 +107,7 @@ def test_the_preflight_chooses_tokens_for_half_of_the_room_and_fewer_where_a_ste
     tokens = 8 * length
     for room, fits, most in ((2 * 20 * length, 99, 20), (2 * 20 * length, 3, 20), (1, 0, 1)):
         config.ppo.micro_batch_tokens, steps[:] = "auto", []
-        monkeypatch.setattr(
-            longest_step,
-            "measure_step",
-            lambda trainer, part, fits=fits: measure(trainer, part, fits),
-        )
+        monkeypatch.setattr(longest_step, "measure_step", partial(measure, fits=fits))
         # a byte per token
         step, chosen = measure_longest_step(trainer, estimate_of(tokens), room, part)
         assert steps[0] <= most and len(chosen) == steps[-1] and steps == sorted(steps)[::-1]
@@ -140,18 +136,8 @@ def test_a_cpu_reads_eight_rows_unless_it_is_asked(policy_dir, tmp_path):
 # --- Refusals -------------------------------------------------------------------------------------
 
 
-def test_budgets_that_no_row_fits_are_refused(policy_dir, tmp_path):
-    config = make_config(policy_dir, tmp_path, micro_batch_tokens=12)
-    with pytest.raises(InputError, match="micro_batch_tokens=12 is less than a row.*set it to 13"):
-        check(config)
-    config.ppo.micro_batch_tokens = 20
-    check(config)
+def test_a_budget_that_the_longest_row_exceeds_is_refused():
+    ppo = PPOConfig(micro_batch_tokens=20, response_length=12)
     with pytest.raises(InputError, match="a prompt of 9 tokens.*set it to 21 or more"):
-        require_room_for_rows(config.ppo, [{"input_ids": [1] * 9}, {"input_ids": [1]}])
-    require_room_for_rows(config.ppo, [{"input_ids": [1] * 8}])
-    config.ppo.micro_batch_tokens = "many"
-    with pytest.raises(InputError, match="must be a number, auto or null, got 'many'"):
-        check(config)
-    config.ppo.micro_batch_tokens = "auto"  # without the preflight
-    with pytest.raises(InputError, match="set it to a number, e.g. 4096, or preflight=true"):
-        check(config)
+        require_room_for_rows(ppo, [{"input_ids": [1] * 9}, {"input_ids": [1]}])
+    require_room_for_rows(ppo, [{"input_ids": [1] * 8}])
