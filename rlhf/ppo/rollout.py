@@ -189,6 +189,7 @@ def collect(
     minibatches: Sequence[Tensor] | None = None,
     with_scores: bool = True,
     with_values: bool = True,
+    with_logprobs: bool = True,
 ) -> Rollout:
     """Sample a response to each prompt, score it, and read its tokens with all models. Every
     process returns the whole batch.
@@ -200,6 +201,7 @@ def collect(
         minibatches: rows of each minibatch of the first epoch. The models read the rollout in the
             same batches as training will, so that the first ratio is exactly 1.
         with_scores, with_values: call the scorer and the critic; else their fields are 0.
+        with_logprobs: read the policy; else `logprobs` is 0 until the first epoch fills it in.
     """
     with accelerator.autocast():
         responses, scores = sample_and_score(
@@ -210,22 +212,22 @@ def collect(
         def read(function: Callable[[Responses], Tensor]) -> Tensor:
             return read_tokens(responses, batches, function, ppo, accelerator)
 
-        logprobs = read(lambda part: policy_logprobs(actors.policy, part, sampling)[0])
-        has_own = actors.reference is not None
-        reference = actors.reference if has_own else actors.policy  # with its adapters off
-        with actors.in_use(reference) if has_own else actors.policy.disable_adapter():
+        logprobs, values = torch.zeros(2, *responses.response_ids.shape, device=accelerator.device)
+        if with_logprobs:
+            logprobs = read(lambda part: policy_logprobs(actors.policy, part, sampling)[0])
+        reference = actors.reference or actors.policy  # that with its adapters off
+        with actors.in_use(reference) if actors.reference else actors.policy.disable_adapter():
             ref_logprobs = read(lambda part: policy_logprobs(reference, part, sampling)[0])
-        values = torch.zeros_like(logprobs)
         if with_values and actors.critic is not None:
             values = read(partial(critic_values, actors.critic))
-    counted = responses.response_mask.clone()
+    counted = responses.finished[:, None] | (not ppo.mask_truncated)
     return Rollout(
         **vars(responses),
         **scores,
         logprobs=logprobs,
         ref_logprobs=ref_logprobs,
         values=values,
-        loss_mask=counted & responses.finished[:, None] if ppo.mask_truncated else counted,
+        loss_mask=responses.response_mask & counted,
     )
 
 

@@ -215,6 +215,7 @@ def describe_batches(
     if prompts > num_prompts:
         which = f"{num_prompts} prompts, {prompts / num_prompts:.1f} times each"
     processes = f"{num_processes} process{'es' * (num_processes > 1)}"
+    old = "; the first epoch gives the old log-probs" if ppo.first_epoch_reads else ""
     return (
         f"ppo: policy {total:,} parameters, {trainable:,} trainable (reference: {reference}); "
         f"{critic}\n"
@@ -222,5 +223,5 @@ def describe_batches(
         f"tokens each; {ppo.num_updates} updates = {ppo.num_updates * ppo.batch_size} episodes = "
         f"{passes:.1f} passes over the prompts\n"
         f"     update: {ppo.num_ppo_epochs} epochs x {ppo.num_mini_batches} minibatches of "
-        f"{minibatch} = {steps} optimiser steps; {processes} x {limit}"
+        f"{minibatch} = {steps} optimiser steps; {processes} x {limit}{old}"
     )

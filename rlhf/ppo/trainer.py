@@ -107,7 +107,7 @@ class PPOTrainer:
         rollout = self.collect()
         kl, rewards = self.shape_rewards(rollout)
         batch = self.estimate_advantages(rollout, kl, rewards)
-        stats = self.updater.run(batch, self.update, self.kl_coef)
+        stats = self.updater.run(batch, self.update, self.kl_coef, self.reads_policy())
         return self.report(batch, stats)
 
     def collect(self) -> Rollout:
@@ -121,10 +121,16 @@ class PPOTrainer:
             ppo,
             self.accelerator,
             minibatches(ppo, (*key, 0), self.accelerator.device),
+            with_logprobs=self.reads_policy(),
         )
         self.require_finite(rollout, "logprobs", "ref_logprobs", "values", "scores")
         self.collected_at = time.perf_counter()
         return rollout
+
+    def reads_policy(self) -> bool:
+        """False if the first epoch's own forward pass gives the old log-probs of this update."""
+        waits = not self.updater.trains_policy(self.update)
+        return waits or self.saves_rollout() or not self.config.ppo.first_epoch_reads
 
     def require_finite(self, rollout: Rollout, *names: str, **others: Tensor) -> None:
         """Stop the run if fields of a rollout, or tensors computed from it, are not finite."""
@@ -228,11 +234,16 @@ class PPOTrainer:
         ppo = self.config.ppo
         return rollout.final_scores(None if ppo.whiten_scores else self.config.eos_penalty)
 
+    def saves_rollout(self) -> bool:
+        """True if this update's rollout is written to a file."""
+        every = self.config.ppo.save_rollouts
+        return every is not None and (self.update + 1) % every == 0
+
     def save_rollout(self, batch: Experience) -> None:
         """Write this update's rollout, a row per response, if `ppo.save_rollouts` asks for it."""
-        every, number = self.config.ppo.save_rollouts, self.update + 1
-        if every is None or number % every or not self.accelerator.is_main_process:
+        if not self.saves_rollout() or not self.accelerator.is_main_process:
             return
+        number = self.update + 1
         file = self.directory / "rollouts" / f"update-{number:06d}.jsonl"
         file.parent.mkdir(exist_ok=True)
         prompts = [row["prompt"] for row in self.prompts_of_update()]

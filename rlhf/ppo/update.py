@@ -98,13 +98,17 @@ class Updater:
         self.policy = accelerator.prepare_model(actors.policy)
         self.critic = None if actors.critic is None else accelerator.prepare_model(actors.critic)
 
-    def run(self, batch: Experience, update: int, kl_coef: float) -> dict[str, float]:
+    def run(
+        self, batch: Experience, update: int, kl_coef: float, has_logprobs: bool = True
+    ) -> dict[str, float]:
         """Make epochs x minibatches optimiser steps: fewer if `target_kl` is passed, and none for a
         minibatch without a token that counts. Return metrics, means over the steps.
 
         Args:
             update: number of finished updates.
             kl_coef: weight of the KL penalty, used if it is in the loss.
+            has_logprobs: false if the first minibatch, which is then the whole batch, fills in
+                `batch.logprobs`.
         """
         ppo, metrics = self.config.ppo, self._set_learning_rates(update)
         steps: list[dict[str, float]] = []
@@ -117,7 +121,8 @@ class Updater:
             if not batch.loss_mask[rows].any():
                 skipped += 1
                 continue
-            stats = self.accumulate(batch, rows, update, kl_coef)
+            fills_in = number == 0 and not has_logprobs
+            stats = self.accumulate(batch, rows, update, kl_coef, fills_in)
             if ppo.target_kl is not None and stats.get("approx_kl", 0.0) > ppo.target_kl:
                 abandoned_epochs = ppo.num_ppo_epochs - number // ppo.num_mini_batches
                 # the minibatch that went too far belongs to the record
@@ -140,14 +145,15 @@ class Updater:
         return update >= self.config.critic.warmup_updates
 
     def accumulate(
-        self, batch: Experience, rows: Tensor, update: int, kl_coef: float
+        self, batch: Experience, rows: Tensor, update: int, kl_coef: float, fills_in: bool = False
     ) -> dict[str, float]:
         """Accumulate the gradients of the minibatch `rows` over micro-batches and processes; return
-        its statistics, all finite."""
+        its statistics, all finite. `fills_in`: set `batch.logprobs` to what the policy gives."""
         num_tokens = float(batch.loss_mask[rows].sum())
         denominator = num_tokens / self.accelerator.num_processes  # distributed wrappers average
         passes = micro_batches(batch, rows, self.config.ppo, self.accelerator)
         stats: Stats = {}
+        found = torch.zeros_like(batch.logprobs)
         for number, part in enumerate(map(batch.select, passes)):
             last = number == len(passes) - 1
             if self.critic is not None:
@@ -156,7 +162,11 @@ class Updater:
             if self.trains_policy(update):
                 # with ptx the last of its micro-batches synchronises the processes
                 with self._syncing(self.policy, last and not self.texts):
-                    stats = add_stats(stats, self.policy_backward(part, denominator, kl_coef))
+                    new = self.policy_backward(part, denominator, kl_coef, fills_in)
+                    stats = add_stats(stats, new)
+                found[passes[number], : part.logprobs.shape[1]] = part.logprobs
+        if fills_in:  # the rows of the other processes are 0 here
+            batch.logprobs.copy_(self.accelerator.reduce(found, reduction="sum"))
         values = reduce_stats(stats, self.accelerator, num_tokens)
         self.require_finite(values, batch.select(torch.cat(passes)), update)
         return values
@@ -173,11 +183,15 @@ class Updater:
         clipped = stats["value_clip_fraction"]
         return {"value_loss": loss.detach(), "value_clip_fraction": clipped}
 
-    def policy_backward(self, part: Experience, denominator: float, kl_coef: float) -> Stats:
+    def policy_backward(
+        self, part: Experience, denominator: float, kl_coef: float, fills_in: bool = False
+    ) -> Stats:
         """Accumulate the gradient of the clipped surrogate of one micro-batch, with the entropy
-        bonus and the KL penalty if they are in the loss."""
+        bonus and the KL penalty if they are in the loss. `fills_in`: first set `part.logprobs`."""
         ppo, mask = self.config.ppo, part.loss_mask
         logprobs, entropy = policy_logprobs(self.policy, part, self.sampling, with_entropy=True)
+        if fills_in:
+            part.logprobs.copy_(logprobs.detach())
         loss, stats = policy_loss(
             logprobs,
             part.logprobs,

@@ -122,6 +122,13 @@ class PPOConfig:
     def has_critic(self) -> bool:
         return self.advantage == "gae"
 
+    @property
+    def first_epoch_reads(self) -> bool:
+        """True if the first epoch's own forward pass gives the old log-probs: no reward has a KL in
+        it, and the policy does not move before all responses are read."""
+        in_rewards = self.kl_in == "reward" and self.kl_coef > 0
+        return not (in_rewards or self.num_mini_batches > 1 or self.mask_truncated)
+
     def rows_of(self, length: int) -> int:
         """Number of sequences of this many tokens that a training forward pass takes."""
         tokens = self.micro_batch_tokens
