@@ -11,10 +11,12 @@ import os
 
 import pytest
 from helpers.checkpoints import config_of, make_checkpoint, names, write
+from omegaconf import OmegaConf
 
 from rlhf.checkpoint import checkpoint_to_resume, prune_checkpoints
+from rlhf.checkpoint.ownership import seal
 from rlhf.checkpoint.run_directory import finished_run, prepare_run_directory
-from rlhf.config import CheckpointConfig, InputError, TrackerConfig
+from rlhf.config import CheckpointConfig, InputError, TrackerConfig, read_yaml
 
 
 def test_new_run_directory_is_made(tmp_path):
@@ -185,6 +187,23 @@ def test_differences_of_the_configuration_are_listed_and_only_harmless_ones_pass
     assert '\n  precision: "auto" -> "float32"\n  trainer.learning_rate: null -> 1.0\n' in str(
         caught.value
     )
+
+
+def test_a_setting_that_an_older_run_did_not_have_counts_as_its_default(tmp_path, capsys):
+    config = config_of(tmp_path, resume=True)
+    directory = prepare_run_directory(config_of(tmp_path), "sft")
+    checkpoint = make_checkpoint(directory, 1, config)
+    values = read_yaml(checkpoint / "config.yaml")
+    del values["model"]["forward"], values["mix"]  # a setting and a group
+    OmegaConf.save(values, checkpoint / "config.yaml")
+    (checkpoint / "manifest.json").unlink()
+    seal(checkpoint, directory)
+    assert checkpoint_to_resume(config, directory) == checkpoint
+    assert "changed" not in capsys.readouterr().out
+    config.model.forward, config.mix.fraction = "padded", 0.5
+    with pytest.raises(InputError) as caught:
+        checkpoint_to_resume(config, directory)
+    assert '\n  mix.fraction: 0.0 -> 0.5\n  model.forward: "auto" -> "padded"\n' in str(caught.value)
 
 
 def test_another_number_of_processes_is_refused(tmp_path, monkeypatch):
