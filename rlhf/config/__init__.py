@@ -5,7 +5,7 @@ from them. Library users build a dataclass; only `rlhf.cli` knows Hydra. What th
 mapping `trainer:` may hold is decided by the libraries that receive it (see `build_arguments`).
 """
 
-from rlhf.config.checks import check, check_scorer_config, problems_of
+from rlhf.config.checks import check, check_scorer_config, has_frozen_models, problems_of
 from rlhf.config.environment import as_written, hide, remember_references
 from rlhf.config.errors import InputError, MissingValues, nearest, one_line, refuse, show
 from rlhf.config.fields import knob, sentences, value_problems, yaml_scalar

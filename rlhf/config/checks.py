@@ -248,12 +248,17 @@ def _critic_rules(config: PPOStageConfig) -> Iterator[str]:
         yield f"critic.warmup_updates={critic.warmup_updates} needs a critic (ppo.advantage=gae)"
 
 
-def _frozen_rules(config: PPOStageConfig) -> Iterator[str]:
+def has_frozen_models(config: PPOStageConfig) -> bool:
+    """True if PPO has a reference or a reward model of its own, which it does not train."""
     scorer = config.scorer
     paths = [part.path for part in scorer.components] or [scorer.path]
     paths += [path for path in [config.evaluation.scorer] if path is not None]
     has_reference = config.ppo.reference is not None or not config.peft.enabled
-    if config.offload_frozen and not has_reference and all(map(is_python, paths)):
+    return has_reference or not all(map(is_python, paths))
+
+
+def _frozen_rules(config: PPOStageConfig) -> Iterator[str]:
+    if config.offload_frozen and not has_frozen_models(config):
         yield (
             "offload_frozen=true has nothing to move: with adapters, the reference is the policy "
             "with its adapters off, and the scorer is a Python function; set it to false"

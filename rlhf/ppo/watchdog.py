@@ -54,7 +54,7 @@ RULES = {
     ),
     "eos_rate": (
         "only {value:.0%} of the responses end with a stop token: raise ppo.response_length, or "
-        "train the SFT stage longer{penalty}"
+        "train the policy longer with SFT{penalty}"
     ),
     "length_drift": (
         "the mean response length changed by a factor of {value:.1f} since the first update: the "

@@ -203,7 +203,9 @@ def test_a_setting_that_an_older_run_did_not_have_counts_as_its_default(tmp_path
     config.model.forward, config.mix.fraction = "padded", 0.5
     with pytest.raises(InputError) as caught:
         checkpoint_to_resume(config, directory)
-    assert '\n  mix.fraction: 0.0 -> 0.5\n  model.forward: "auto" -> "padded"\n' in str(caught.value)
+    assert '\n  mix.fraction: 0.0 -> 0.5\n  model.forward: "auto" -> "padded"\n' in str(
+        caught.value
+    )
 
 
 def test_another_number_of_processes_is_refused(tmp_path, monkeypatch):

@@ -25,6 +25,7 @@ from helpers.tiny import tiny_model, tiny_tokenizer
 from omegaconf import OmegaConf
 
 from rlhf.data import FORMATS, check_row
+from rlhf.demo.__main__ import closing_table
 
 README = ROOT / "README.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -186,6 +187,19 @@ def test_the_readmes_python_runs(folder, machine):
     (folder / "readme.py").write_text(code)
     printed = check_runs("python readme.py", folder, **machine)
     assert printed.rstrip().endswith("runs/short/ppo/final")
+
+
+def test_the_demos_table_has_the_rows_that_the_readme_shows(tmp_path):
+    shown = blocks(README, "")[0][1].splitlines()
+    names = "eval_independent_score eval_score eval_kl eval_win_rate update".split()
+    metrics = {"ppo": names, "reward": ["eval_accuracy", "eval_longer_wins_accuracy"]}
+    for stage, figures in metrics.items():
+        (tmp_path / stage / "final").mkdir(parents=True)
+        record = {"metrics": dict.fromkeys(figures, 0)}
+        (tmp_path / stage / "final/rlhf.json").write_text(json.dumps(record))
+    (tmp_path / "ppo/metrics.jsonl").write_text(json.dumps(dict.fromkeys(names, 0)) + "\n")
+    table = closing_table(tmp_path).partition("---\n")[2].partition("\n\n")[0].splitlines()
+    assert [re.split("  +", row)[0] for row in table] == [re.split("  +", row)[0] for row in shown]
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from rlhf.config import PPOStageConfig
+from rlhf.config import PPOStageConfig, has_frozen_models
 from rlhf.console import table
 from rlhf.functional.tokens import BLOCK
 from rlhf.models import chunk_tokens, ends_with_head, eval_mode, prefill_inputs, unwrap_peft
@@ -132,7 +132,9 @@ def remedy(estimate: MemoryEstimate, config: PPOStageConfig) -> str:
             # the adapters stay in float32
             "model.dtype=bfloat16": lora and model.dtype in ("auto", "float32"),
             "model.quantization=4bit": lora and model.quantization is None,
-            "offload_frozen=true": torch.cuda.is_available() and not config.offload_frozen,
+            "offload_frozen=true": torch.cuda.is_available()
+            and has_frozen_models(config)
+            and not config.offload_frozen,
         },
         "gradients and Adam states": {"peft=lora": not lora},
         "activations": {

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf.checkpoint import StageRecord, read_record
 from rlhf.config import InputError
 from rlhf.console import interval_text, table
 from rlhf.functional import best_of_n, best_of_n_kl, bootstrap_interval
@@ -99,8 +100,16 @@ def examine_policy(trainer: PPOTrainer, samples: Samples) -> list[Finding]:
         with trainer.accelerator.autocast():
             return budget, generate(trainer.actors.policy, ids, longer, noise, batch_size)
 
+    model = trainer.config.model
+    record = read_record(str(model.path), model.revision)
+    can_chat = bool(tokenizer.chat_template) and isinstance(prompts[0]["prompt"], str)
     stop_token = examine_stop_token(
-        tokenizer.eos_token_id, sampling, samples.rollout, watchdog.eos_rate, sample_longer
+        tokenizer.eos_token_id,
+        sampling,
+        samples.rollout,
+        watchdog.eos_rate,
+        sample_longer,
+        remedy_for_no_end(str(model.path), record, can_chat),
     )
     penalty = None if trainer.config.ppo.mask_truncated else trainer.config.eos_penalty
     if stop_token.status == WARN and penalty is not None:
@@ -172,19 +181,21 @@ def examine_stop_token(
     rollout: Rollout,
     least_share: float | None,
     sample_longer: Callable[[], tuple[int, Generation]],
+    remedy: str,
 ) -> Finding:
     """Examine whether responses can end, and do. If too few end, a larger budget tells whether the
-    budget is too small or the SFT stage at fault.
+    budget is too small or the policy at fault.
 
     Args:
         eos: id of the tokenizer's EOS.
         least_share: share of responses that ought to end; None: any.
         sample_longer: returns a larger budget, tokens, and responses within it.
+        remedy: for a policy that is at fault.
     """
     name = "stop token"
     if eos in sampling.forbidden.tolist():
         text = f"EOS (id {eos}) is never sampled: it is beyond the tokenizer's ids"
-        fix = "set the eos_token of model.tokenizer to the token that SFT responses end with"
+        fix = "set the eos_token of model.tokenizer to the token that responses end with"
         return Finding(name, FAIL, text, fix)
     share = float(rollout.finished.float().mean())
     text = (
@@ -201,10 +212,30 @@ def examine_stop_token(
         fix = f"raise ppo.response_length to about {needed}, where 95 % of these have ended"
         override = f"ppo.response_length={needed}"
     else:
-        fix = "the SFT stage is at fault: train it longer, on responses that all end with EOS"
+        fix = remedy
         override = "ppo.missing_eos_penalty=null"
     text = f"{text}; given {budget} tokens, {share:.0%} do"
     return Finding(name, WARN, text, fix, override=override)
+
+
+def remedy_for_no_end(path: str, record: StageRecord | None, can_chat: bool) -> str:
+    """Say what to do about a policy that does not end its responses, by where it comes from.
+
+    Args:
+        record: of the stage that wrote the policy; None for another model.
+        can_chat: the prompts are text, but the tokenizer has a chat template.
+    """
+    if record is not None and record.stage == "sft":
+        return "the SFT stage is at fault: train it longer, on responses that all end with EOS"
+    if record is not None:
+        return (
+            f"the PPO run that wrote {path} is at fault: start from the model that it started "
+            f"from (model.path={record.parent})"
+        )
+    remedy = f"train {path} first, on responses that all end: python -m rlhf.sft model.path={path}"
+    if can_chat:
+        remedy += "; if it is a chat model, set dataset.as_conversation=true: the prompts are text"
+    return remedy
 
 
 # --- The scorer -----------------------------------------------------------------------------------
@@ -271,7 +302,9 @@ def examine_scorer(
     name, std = "scorer", float(scores.std(unbiased=False))
     text = f"mean score {float(scores.mean()):.3g}, standard deviation {std:.3g}"
     if std <= least_std:
-        fix = "correct the scorer; if no response deserves more yet, train the SFT stage further"
+        fix = (
+            "correct the scorer; if no response deserves more yet, train the policy with SFT first"
+        )
         return Finding(name, FAIL, f"{text}: a constant, there is nothing to learn", fix)
     order = lengths.argsort(stable=True).tolist()
     short, rows = order[:4], order[:4] + order[-4:]
@@ -338,7 +371,7 @@ def examine_best_of_n(scores: Tensor, judged: Tensor | None, least_std: float) -
             f"the responses to one prompt score alike (standard deviation {std:.2g}): nothing to "
             "choose from"
         )
-        fix = "raise ppo.temperature, or train the SFT stage on more varied responses"
+        fix = "raise ppo.temperature, or train the policy with SFT on more varied responses"
         return Finding(name, WARN, text, fix, details)
     hope = f"PPO can hope for about the best of {most} ({best_of_n_kl(most):.1f} nats of KL)"
     if judged is None:

@@ -15,8 +15,10 @@ from helpers.preflight import letters, look, scored_by
 from helpers.tiny import CORPUS, tiny_model, tiny_tokenizer
 from helpers.tiny_ppo import make_config, make_trainer, write_policy
 
+from rlhf.checkpoint import make_record
+from rlhf.config import SFTStageConfig
 from rlhf.ppo.preflight.longest_step import longest_micro_batch
-from rlhf.ppo.preflight.samples import examine_stop_token, examine_tokenizer
+from rlhf.ppo.preflight.samples import examine_stop_token, examine_tokenizer, remedy_for_no_end
 from rlhf.sampling import Generation, Sampling
 
 
@@ -53,12 +55,30 @@ def ending_in(folder, stop_ids):
     return directory
 
 
-def test_a_policy_that_never_ends_is_the_sft_stages_fault(tmp_path, capsys):
-    trainer = scored_by(ending_in(tmp_path, [2]), tmp_path, letters)
+def test_a_policy_that_never_ends_is_the_fault_of_what_it_comes_from(tmp_path, capsys):
+    directory = ending_in(tmp_path, [2])
+    trainer = scored_by(directory, tmp_path, letters)
     found, bottom, _ = look(trainer, capsys)
     status, text = found["stop token"]
-    assert status == "WARN" and "given 48 tokens, " in text and "SFT stage is at fault" in text
+    assert status == "WARN" and "given 48 tokens, " in text
+    assert f"-> train {directory} first, on responses that all end: python -m rlhf.sft " in text
     assert "warning" in bottom and "failed" not in bottom
+    record = make_record("sft", SFTStageConfig(), None, trainer.actors.tokenizer)
+    (directory / "rlhf.json").write_text(json.dumps(dataclasses.asdict(record)))
+    assert (
+        "-> the SFT stage is at fault: train it longer" in look(trainer, capsys)[0]["stop token"][1]
+    )
+
+
+def test_where_a_policy_that_never_ends_comes_from_decides_the_remedy():
+    tokenizer = tiny_tokenizer()
+    sft, ppo = (make_record(s, SFTStageConfig(), "runs/a", tokenizer) for s in ("sft", "ppo"))
+    assert remedy_for_no_end("runs/x", sft, True).startswith("the SFT stage is at fault")
+    assert remedy_for_no_end("runs/x", ppo, True).endswith("started from (model.path=runs/a)")
+    for can_chat in (True, False):
+        remedy = remedy_for_no_end("some/model", None, can_chat)
+        assert "SFT stage" not in remedy and "rlhf.sft model.path=some/model" in remedy
+        assert ("set dataset.as_conversation=true" in remedy) == can_chat
 
 
 def test_a_penalty_that_most_answers_would_get_stops_with_what_mends_it(
@@ -86,7 +106,7 @@ def test_a_penalty_that_most_answers_would_get_stops_with_what_mends_it(
     assert look(trainer, capsys)[0]["stop token"][0] == "WARN"
 
 
-def test_a_budget_that_is_too_short_is_told_from_an_sft_stage_at_fault(tmp_path, capsys):
+def test_a_budget_that_is_too_short_is_told_from_a_policy_at_fault(tmp_path, capsys):
     directory = ending_in(tmp_path, [2, *range(10, 320, 10)])
     trainer = scored_by(directory, tmp_path, letters, response_length=3)
     trainer.config.watchdog.eos_rate = 0.7
@@ -110,17 +130,17 @@ def test_the_budget_that_is_advised_lets_95_percent_of_those_that_end_end(policy
     longer = Generation([[5] * n for n in lengths], [[0.0] * n for n in lengths], [True] * 22)
     longer.finished[-2:] = [False, False]  # 20 of 22 end, 19 of them within 19 tokens
     sampling = trainer.sampling
-    finding = examine_stop_token(2, sampling, rollout, 0.5, lambda: (30, longer))
+    finding = examine_stop_token(2, sampling, rollout, 0.5, lambda: (30, longer), "train it")
     assert "response_length to about 19, " in finding.remedy and "30 tokens, 91% do" in finding.text
-    finding = examine_stop_token(2, sampling, rollout, 0.95, lambda: (30, longer))
-    assert "SFT stage is at fault" in finding.remedy
+    finding = examine_stop_token(2, sampling, rollout, 0.95, lambda: (30, longer), "train it")
+    assert finding.remedy == "train it"
 
 
 def test_an_eos_that_can_never_be_sampled_fails(policy_dir, tmp_path):
     trainer = make_trainer(make_config(policy_dir, tmp_path), tmp_path)
     rollout = longest_rollout(trainer, [True] * 4)
     sampling = Sampling(10, (7,), torch.tensor([0, 7]))  # as a caller of the library may build it
-    finding = examine_stop_token(7, sampling, rollout, 0.5, None)
+    finding = examine_stop_token(7, sampling, rollout, 0.5, None, "")
     assert (
         finding.status == "FAIL" and "EOS (id 7)" in finding.text and "eos_token" in finding.remedy
     )
