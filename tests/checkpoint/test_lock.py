@@ -81,6 +81,21 @@ def test_held_lock_is_refused_with_host_and_process_and_a_dead_holders_is_free(h
     assert not file.exists()
 
 
+def test_a_child_that_leaves_the_block_leaves_the_lock_to_its_parent(tmp_path):
+    file = tmp_path / "lock"
+    try:
+        with locked(file, "x", "go"):
+            child = os.fork()
+            if not child:
+                raise SystemExit  # as a worker that fails
+            os.waitpid(child, 0)
+            with pytest.raises(InputError, match="x is in use"), locked(file, "x", "go"):
+                pass
+    except SystemExit:
+        os._exit(0)
+    assert not file.exists()
+
+
 def test_lock_is_waited_for(holder, tmp_path, capsys):
     file = tmp_path / "lock"
     process, _ = holder(file)

@@ -158,3 +158,11 @@ def test_hash_of_weights_changes_with_one_weight(tmp_path, tokenizer):
     assert hashes[0] == hashes[1] != hashes[2]
     child = make_record("reward", SFTStageConfig(), str(tmp_path / "0"), tokenizer)
     assert child.parent_weights == hashes[0]
+
+
+def test_hash_of_weights_is_of_all_shards(tmp_path):
+    for name in ("model-00001-of-00002", "model-00002-of-00002"):
+        (tmp_path / f"{name}.safetensors").write_text("a")
+    before = hash_weights(tmp_path)
+    (tmp_path / "model-00002-of-00002.safetensors").write_text("b")
+    assert hash_weights(tmp_path) != before

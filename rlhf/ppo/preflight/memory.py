@@ -126,6 +126,7 @@ def remedy(estimate: MemoryEstimate, config: PPOStageConfig) -> str:
     limit = "micro_batch_tokens" if isinstance(ppo.micro_batch_tokens, int) else "micro_batch_size"
     now = {limit: getattr(ppo, limit) or ppo.rows_of(1), "size": ppo.rollout_batch_size}
     half = {name: number // 2 for name, number in now.items()}
+    least = ppo.response_length if limit == "micro_batch_tokens" else 0  # a row is longer
     settings = {
         "weights": {
             "peft=lora": not lora,  # the reference is then the policy with its adapters off
@@ -138,7 +139,7 @@ def remedy(estimate: MemoryEstimate, config: PPOStageConfig) -> str:
         },
         "gradients and Adam states": {"peft=lora": not lora},
         "activations": {
-            f"ppo.{limit}={half[limit]}": half[limit] > 0,
+            f"ppo.{limit}={half[limit]}": half[limit] > least,
             "model.gradient_checkpointing=true": not model.gradient_checkpointing,
         },
         "the rollout's cache": {f"ppo.rollout_batch_size={half['size']}": half["size"] > 0},

@@ -125,7 +125,14 @@ FAILURES = {
 }
 for part in ("weights", "gradients", "adam", "activations", "sampling"):
     FAILURES[part] = partial(lacks, part)
-CONFIGS = {"reward model": {}, "function": PYTHON, "lora": LORA, "lora, function": PYTHON | LORA}
+CONFIGS = {
+    "reward model": {},
+    "function": PYTHON,
+    "lora": LORA,
+    "lora, function": PYTHON | LORA,
+    "tokens": {"ppo.micro_batch_tokens": 2048},
+    "tokens of a row": {"ppo.micro_batch_tokens": 64, "ppo.response_length": 48},
+}
 
 
 def found(name: str, changes: dict) -> tuple[Finding, set[str]]:
