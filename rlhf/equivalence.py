@@ -84,25 +84,28 @@ def require_cache(model: Any, tokenizer: Any, where: str, fix: str, num_rows: in
     The prompts have different lengths, and the first ends early and is dropped from the cache.
     `where` is the setting of the model, e.g. "model.path=some/model".
     """
-    prompts = _rows(model, tokenizer)[:num_rows]
+    what = "what is sampled with the cache is not what the model predicts without it"
+    _require(lambda: cache_deviation(model, tokenizer, num_rows), model, where, what, fix)
 
-    def measure() -> float:
-        none = torch.empty(0, dtype=torch.long)
-        stop = cast(Any, _StopFirst() if num_rows > 1 else None)
-        sampling = Sampling(NUM_STEPS, (-1,), none, temperature=FLAT, stop_strings=stop)
-        noise = uniform_noise((0,), range(num_rows), NUM_STEPS)
+
+def cache_deviation(model: Any, tokenizer: Any, num_rows: int) -> float:
+    """Deviation of the log-probs of sampled tokens from those that the model predicts without a
+    cache, as a share of the spread of its logits."""
+    prompts = _rows(model, tokenizer)[:num_rows]
+    stop = cast(Any, _StopFirst() if num_rows > 1 else None)
+    none = torch.empty(0, dtype=torch.long)
+    sampling = Sampling(NUM_STEPS, (-1,), none, temperature=FLAT, stop_strings=stop)
+    noise = uniform_noise((0,), range(num_rows), NUM_STEPS)
+    differences, scale = [], []
+    with _left_as_it_was(model):
         sampled = generate(model, prompts, sampling, noise)
-        differences, scale = [], []
         for prompt, ids, logprobs in zip(prompts, sampled.ids, sampled.logprobs, strict=True):
             logits = _alone(model, [*prompt, *ids])[len(prompt) - 1 : -1].float()
             expected = (logits / FLAT).log_softmax(-1).gather(-1, _tensor(model, ids)[:, None])
             differences.append(FLAT * (_tensor(model, logprobs) - expected[:, 0]))
             scale.append(logits.std(dim=-1))
-        spread = max(_rms(torch.cat(scale)), 0.1)  # nats; a flat model is compared with that
-        return _rms(torch.cat(differences)) / spread
-
-    what = "what is sampled with the cache is not what the model predicts without it"
-    _require(measure, model, where, what, fix)
+    spread = max(_rms(torch.cat(scale)), 0.1)  # nats; a flat model is compared with that
+    return _rms(torch.cat(differences)) / spread
 
 
 def require_padding(model: Any, tokenizer: Any, where: str, fix: str) -> None:

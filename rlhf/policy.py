@@ -41,6 +41,8 @@ class PolicyOptions:
     """Equal seeds give equal answers."""
     device: str | None = None
     """Device such as cpu or cuda:1 (default: a GPU if there is one)."""
+    engine: str = knob("auto", choices=("auto", "loop", "graph"))
+    """How tokens are sampled, see sampling.engine of rlhf.ppo: auto, loop or graph."""
     trust_remote_code: bool = False
     """true: the model's own Python files may run."""
 
@@ -76,17 +78,20 @@ class Policy:
         record: of the stage that wrote the model; None for a model from elsewhere.
         why_text: reason why the model continues text; None if it answers conversations.
         temperature: 0 takes the likeliest token.
+        engine: what samples, in words.
     """
 
     def __init__(self, options: PolicyOptions, path: str, field: str = "path"):
         """Load the model at `path`, which the option `field` holds."""
         check_policies(options, {field: path})
+        from rlhf.engine_choice import choose_engine
         from rlhf.equivalence import require_cache
 
         self.options, self.path = options, path
         self.model, self.tokenizer, self.record, has_template = _load(options, path, field)
         where, fix = f"{field}={path}", "take a model of another family"
         require_cache(self.model, self.tokenizer, where, fix, num_rows=1)
+        self.engine = choose_engine(self.model, self.tokenizer, options.engine, num_rows=1)
         self.why_text = None
         if options.chat_template is None:
             if not has_template:
@@ -131,6 +136,8 @@ class Policy:
             f"temperature {self.temperature:g}, top_p {s.top_p:g}, top_k {s.top_k}, "
             f"at most {s.max_new_tokens} tokens an answer"
         ]
+        if self.options.engine != "auto" or self.model.device.type != "cpu":
+            lines.append(f"  engine: {self.engine}")
         if self.why_text:
             lines.append(
                 f"  {self.why_text}: it continues each line as text and does not see earlier lines "

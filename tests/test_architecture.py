@@ -28,6 +28,7 @@ FLOORS = [
     {"models", "row_file", "inputs"},
     {"cli", "distributed", "sampling"},
     {"equivalence"},
+    {"engine_choice"},
     {"scorers", "policy"},
     {"hf_trainer", "score"},
     {"sft", "reward", "ppo"},

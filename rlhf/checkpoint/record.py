@@ -46,6 +46,7 @@ class StageRecord:
         score_mean: mean of the reward model's scores of `normalization.completions` (raw units); a
             critic's values are (raw - score_mean) / score_std.
         forward: "padding-free", or "padded" and the reason; None for an exported checkpoint.
+        sampling: the engine with which PPO sampled, with the reason where it is "loop".
         frozen: how PPO stored the models that it does not train, where that is special.
         weights: SHA-256 of the directory's own safetensors files; None accepts any weights.
         metrics: final figures of the stage.
@@ -72,6 +73,7 @@ class StageRecord:
     dtype: str | None = None
     attn_implementation: str | None = None
     forward: str | None = None
+    sampling: str | None = None
     frozen: str | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)

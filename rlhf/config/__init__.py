@@ -26,6 +26,7 @@ from rlhf.config.knobs import (
     PtxConfig,
     RewardConfig,
     RewardStageConfig,
+    SamplingConfig,
     ScorerComponent,
     ScorerConfig,
     SFTStageConfig,

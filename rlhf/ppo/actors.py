@@ -33,6 +33,7 @@ from rlhf.config import (
 )
 from rlhf.console import say, warn
 from rlhf.data import Splits, other_columns
+from rlhf.engine_choice import choose_engine
 from rlhf.equivalence import choose_forward, require_cache, require_padding, store_as_read
 from rlhf.models import (
     ScalarModel,
@@ -46,6 +47,7 @@ from rlhf.models import (
     new_token_rows,
     sample_as_trained,
     try_settings,
+    unwrap_peft,
 )
 from rlhf.scorers import (
     Scorer,
@@ -69,6 +71,7 @@ class Actors:
         tokenizer: of the policy.
         tokenizer_hash: `hash_rendering` of the tokenizer; a reward model with the same hash scores
             the token ids directly.
+        sampling: what samples from the policy, in words.
         frozen: how the models that do not train are stored, in words.
         reading_device: with `offload_frozen`, where they are inside `in_use`; elsewhere they are on
             the CPU. None: they stay where they are.
@@ -80,6 +83,7 @@ class Actors:
     scorer: Scorer
     tokenizer: Any
     tokenizer_hash: str
+    sampling: str = "loop"
     frozen: str = ""
     reading_device: Any = None
 
@@ -186,7 +190,8 @@ def load_actors(
 
 def check_promises(config: PPOStageConfig, actors: Actors, accelerator: Accelerator) -> str:
     """Require that the cache gives the policy's own logits, and that no model reads padding; the
-    scorer was examined when it was loaded. Return how the policy reads rows."""
+    scorer was examined when it was loaded. Choose how the policy reads rows, which is returned, and
+    how it samples."""
     where, fix = f"model.path={config.model.path}", "take a model of another family"
     with accelerator.autocast():
         require_cache(actors.policy, actors.tokenizer, where, fix)
@@ -200,7 +205,27 @@ def check_promises(config: PPOStageConfig, actors: Actors, accelerator: Accelera
             for model in models
             if model is not None
         ]
+        given, dtype = config.sampling, _copy_type(config, actors.policy)
+        actors.sampling = choose_engine(
+            actors.policy,
+            actors.tokenizer,
+            given.engine,
+            "sampling.engine",
+            given.check_every,
+            dtype,
+        )
     return forwards[0]
+
+
+def _copy_type(config: PPOStageConfig, policy: Any) -> torch.dtype | None:
+    """Type of the copy that samples, by `sampling.dtype`; None where the policy itself samples."""
+    inner, given = unwrap_peft(policy), config.sampling.dtype
+    if given is None:
+        kind = inner.device.type
+        serves = kind == "cuda" and torch.is_autocast_enabled(kind) and inner.dtype == torch.float32
+        return torch.bfloat16 if serves else None
+    dtype = getattr(torch, given)
+    return None if inner is policy and inner.dtype == dtype else dtype
 
 
 def settle_frozen(

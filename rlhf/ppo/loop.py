@@ -201,6 +201,7 @@ class PPOLoop:
             origin = config.model.path, tokenizer, self.splits.prompts, self.splits.dropped
             record = make_record("ppo", config, *origin, figures)
             record.reference = config.ppo.reference
+            record.sampling = trainer.actors.sampling
             record.frozen = trainer.actors.frozen or None
             record.reference_weights = parent_weights(record.reference)
             self._write_critic(record)  # first: a run with final/ counts as finished

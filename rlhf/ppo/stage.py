@@ -101,6 +101,7 @@ def _train(config: PPOStageConfig, scorer: Scorer | None, run: StageRun) -> PPOR
     require_room_for_rows(config.ppo, prompts)
     say(describe_batches(config, len(prompts), num_processes, actors))
     say(f"     forward: {forward}")
+    say(f"     sampling: {actors.sampling}")
     if frozen:
         say(f"     frozen models: {frozen}")
     say(splits.describe(too_long))

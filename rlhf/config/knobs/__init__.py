@@ -9,6 +9,7 @@ from rlhf.config.knobs.ppo import (
     PPOConfig,
     PPOStageConfig,
     PtxConfig,
+    SamplingConfig,
     ScorerComponent,
     ScorerConfig,
     WatchdogConfig,

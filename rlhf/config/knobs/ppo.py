@@ -139,6 +139,21 @@ class PPOConfig:
 
 
 @knobs
+class SamplingConfig:
+    """How fast responses are sampled; which they are stays the same, up to rounding."""
+
+    engine: str = knob("auto", choices=("auto", "loop", "graph"))
+    """loop: a forward pass per token; graph: steps on a cache of fixed size, which a GPU replays as
+    CUDA graphs; auto: graph on a GPU, if it samples what the policy predicts (measured), else loop.
+    """
+    check_every: int = knob(8, ge=1)
+    """Tokens between two looks for finished responses; graph only."""
+    dtype: str | None = knob(None, choices=("float32", "bfloat16"))
+    """Type of a copy of the policy that samples in its place, adapters merged (null: bfloat16 on a
+    GPU where a float32 policy trains with precision=bfloat16, else no copy)."""
+
+
+@knobs
 class ScorerComponent:
     """One of several scorers."""
 
@@ -292,6 +307,7 @@ class PPOStageConfig(StageConfig):
     """Keep the reference and the reward models in main memory, except while they are read; a GPU
     then holds only what trains. No effect on a CPU."""
     ppo: PPOConfig = group(PPOConfig)
+    sampling: SamplingConfig = group(SamplingConfig)
     ptx: PtxConfig = group(PtxConfig)
     scorer: ScorerConfig = group(ScorerConfig)
     critic: CriticConfig = group(CriticConfig)

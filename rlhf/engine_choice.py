@@ -1,0 +1,81 @@
+"""Which engine samples from a model: chosen when a stage or command starts, and measured.
+
+A family can have a cache that cannot have a fixed size, read sizes from the host inside a step, or
+compute something else there: what an engine samples is compared with what the model predicts
+without a cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from rlhf.config import InputError, one_line
+from rlhf.equivalence import cache_deviation, tolerance
+from rlhf.models import unwrap_peft
+from rlhf.sampling import CHECK_EVERY, use_engine
+
+
+def choose_engine(
+    model: Any,
+    tokenizer: Any,
+    wanted: str = "auto",
+    field: str = "engine",
+    check_every: int = CHECK_EVERY,
+    dtype: torch.dtype | None = None,
+    num_rows: int = 3,
+) -> str:
+    """Let `generate` sample from a causal LM with an engine, in place. `graph`, and a copy of the
+    model, must sample what the model itself predicts without a cache.
+
+    Args:
+        wanted: "auto", "loop" or "graph"; `field` is the setting that has this value.
+        dtype: of a copy that samples, see `Engine`.
+
+    Returns:
+        "graph", or "loop, because ..." with the reason, and what is special.
+
+    Raises:
+        InputError: the model cannot do what `wanted` asks for.
+    """
+    kind, name, reason = unwrap_peft(model).device.type, wanted, ""
+    if wanted == "auto":
+        name = "graph" if kind == "cuda" else "loop"
+        reason = "" if kind == "cuda" else f"{field}=auto takes it on a CPU"
+    failed = _why_not(model, tokenizer, name, check_every, dtype, num_rows)
+    if failed and wanted != "auto":
+        raise InputError(
+            f"{field}={wanted}: {type(unwrap_peft(model)).__name__} cannot sample so, because "
+            f"{failed}; set {field}=auto"
+        )
+    if failed:
+        name, reason, dtype = "loop", failed, None
+        use_engine(model)
+    parts = [f"{name}, because {reason}" if reason else name]
+    if name == "graph" and kind != "cuda":
+        parts.append("without CUDA graphs, because the policy is on a CPU")
+    if dtype is not None:
+        parts.append(f"by a copy of the policy in {str(dtype).removeprefix('torch.')}")
+    return ", ".join(parts)
+
+
+def _why_not(
+    model: Any, tokenizer: Any, name: str, check_every: int, dtype: Any, num_rows: int
+) -> str:
+    """Set the engine; return the reason where the model must not use it."""
+    try:
+        engine = use_engine(model, name, check_every, dtype)
+        if name == "loop" and dtype is None:
+            return ""  # `require_cache` has measured it
+        far = cache_deviation(model, tokenizer, num_rows)
+    except torch.OutOfMemoryError:
+        raise
+    except ValueError as error:  # of `GraphDecoder`
+        return str(error)
+    except Exception as error:  # a model can raise anything at inputs that it cannot take
+        return one_line(error)
+    limit = max(tolerance(model), tolerance(engine.copy or model))
+    if not far <= limit:  # negated, so that nan fails too
+        return f"what it samples is not what the model predicts (log-probs change by {far:.0%})"
+    return ""
