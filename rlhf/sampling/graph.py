@@ -67,7 +67,8 @@ class Buffers:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         def wide(like: Tensor) -> Tensor:
-            return like.new_zeros(num_rows, like.shape[1], length, like.shape[3])
+            shape = num_rows, like.shape[1], length, like.shape[3]
+            return torch.zeros(shape, dtype=dtype_of(cache), device=device)
 
         return cls(
             keys=[wide(layer.keys) for layer in cache.layers],
@@ -105,7 +106,7 @@ class Buffers:
         """A cache of transformers that reads and writes the first rows and tokens."""
         layers: list[Any] = []
         for keys, values, filled in zip(self.keys, self.values, self.filled, strict=True):
-            layer = StaticLayer(length)
+            layer = _Layer(length)
             layer.keys, layer.values = keys[:num_rows, :, :length], values[:num_rows, :, :length]
             layer.cumulative_length, layer.is_initialized = filled, True
             layer.dtype, layer.device, layer.batch_size = keys.dtype, keys.device, num_rows
@@ -181,7 +182,7 @@ class GraphDecoder:
         if kept is not None:
             old_rows, old_length = kept.mask.shape
             fits = num_rows <= old_rows and length <= old_length
-            if fits and kept.keys[0].dtype == cache.layers[0].keys.dtype:
+            if fits and kept.keys[0].dtype == dtype_of(cache):
                 return kept
             num_rows, length = max(num_rows, old_rows), max(length, old_length)
             self._buffers = kept = None
@@ -249,6 +250,22 @@ class GraphDecoder:
 
 
 STATIC = (StaticLayer, StaticSlidingWindowLayer)
+
+
+def dtype_of(cache: Any) -> torch.dtype:
+    """Type of the buffers for this cache. Under autocast it is that in which attention reads: keys
+    may be in float32 there, and values in bfloat16."""
+    keys = cache.layers[0].keys
+    kind = keys.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else keys.dtype
+
+
+class _Layer(StaticLayer):
+    """Keeps keys and values in the type of the buffers."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
+        buffer: Any = self.keys
+        return super().update(key_states.to(buffer.dtype), value_states.to(buffer.dtype))
 
 
 class _Step:
