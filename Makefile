@@ -57,7 +57,7 @@ wheel: $(STAMP)  ## build sdist and wheel into dist/ and check the wheel from an
 	RLHF_WHEEL_DIR=dist $(BIN)/python -m pytest -q tests/end_to_end/test_wheel.py
 
 # On the machine with the GPU: its own Python and torch, and no network. See examples/benchmarks/gpu_check.
-PARTS ?= tests,demo,ppo,trl,lora7b,decode,sft1b,sft7b
+PARTS ?= tests,demo,ppo,trl,lora7b,decode,memory7b,sft1b,sft7b
 WHEELS ?= wheels
 OUT ?= gpu_check
 GPU_PYTHON ?= 3.12

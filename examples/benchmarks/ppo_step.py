@@ -56,7 +56,7 @@ from world import (
     median,
     memory_in_use,
     num_matrix_weights,
-    peak_of_updates,
+    peak_since,
     table,
 )
 
@@ -208,7 +208,7 @@ def run_ours(options: argparse.Namespace) -> None:
                 "kl": metrics["kl"],
             }
         )
-    answer({"peak": peak_of_updates()})
+    answer({"peak": peak_since()})
 
 
 def our_config(options: argparse.Namespace) -> Any:

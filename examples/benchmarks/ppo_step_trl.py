@@ -18,16 +18,7 @@ from parts import answer
 from transformers import AutoTokenizer, LlamaForCausalLM, LlamaForSequenceClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from trl.experimental.ppo import PPOConfig, PPOTrainer
-from world import (
-    DEVICE,
-    EOS,
-    SEP,
-    SHAPES,
-    is_gold,
-    memory_in_use,
-    num_matrix_weights,
-    peak_of_updates,
-)
+from world import DEVICE, EOS, SEP, SHAPES, is_gold, memory_in_use, num_matrix_weights, peak_since
 
 
 def run_trl(options: argparse.Namespace) -> None:
@@ -97,7 +88,7 @@ def run_trl(options: argparse.Namespace) -> None:
     weights = [each + num_matrix_weights(value)[0], head]
     answer({"before": memory_in_use(), "forward": "padded", "weights": weights})
     trainer.train()
-    answer({"peak": peak_of_updates()})
+    answer({"peak": peak_since()})
 
 
 def trl_arguments(options: argparse.Namespace) -> Any:

@@ -177,7 +177,7 @@ def memory_in_use() -> float:
     return _status("VmRSS")
 
 
-def peak_of_updates() -> float:
+def peak_since() -> float:
     """Most memory since `memory_in_use`, MiB."""
     return torch.cuda.max_memory_allocated() / 2**20 if DEVICE == "cuda" else _status("VmHWM")
 

@@ -7,6 +7,7 @@ to `OUT/table.md`. The exit status is 1 where a part failed.
     tests    the tests marked gpu            demo     the demo world through the three stages
     ppo      PPO of a 1.2 B Llama            trl      the same with TRL 1.12.0, the last with PPO
     lora7b   PPO with LoRA at 7 B            decode   time per token against the card's limit
+    memory7b   peak of PPO with LoRA at 7 B against the preflight's estimate
     sft1b, sft7b   full fine-tuning with the SFT stage
 
 The machine's own Python, torch and transformers are used. What else is needed is installed from
@@ -31,7 +32,7 @@ sys.path.insert(0, str(HERE.parent))
 from parts import run_all, run_part  # noqa: E402
 
 ROOT = HERE.parents[2]
-PARTS = ("tests", "demo", "ppo", "trl", "lora7b", "decode", "sft1b", "sft7b")
+PARTS = ("tests", "demo", "ppo", "trl", "lora7b", "decode", "memory7b", "sft1b", "sft7b")
 LIMIT = 240  # seconds of a part
 OLD_TRL = "trl-1.12.0"
 
@@ -92,6 +93,10 @@ def command_of(part: str, out: Path, dry: bool) -> list[str]:
     if part == "decode":
         sizes = ["--preset", "tiny", "--rows", "2", "--tokens", "4"] if dry else ["--preset", "1b"]
         return [sys.executable, str(HERE.parent / "decode.py"), *sizes]
+    if part == "memory7b":
+        sizes = ["--batch", "8", "--limit", "8", "--cases", "peft.enabled=true"]
+        preset = ["--preset", "tiny", *sizes] if dry else ["--preset", "7b-lora", "--batch", "64"]
+        return [sys.executable, str(HERE.parent / "memory.py"), *preset]
     preset = "7b-lora" if part == "lora7b" else "1b"
     command = [sys.executable, str(HERE.parent / "ppo_step.py"), "--preset", preset]
     command += ["--updates", "3", "--sides", "trl" if part == "trl" else "ours"]

@@ -237,18 +237,18 @@ def activation_bytes(read: Callable[[Responses], None], model: Any, part: Respon
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
     def kept(num_rows: int) -> int:
-        saved: dict[int, int] = {}
+        saved: dict[int, torch.UntypedStorage] = {}
 
-        def pack(tensor: Tensor) -> Tensor:
+        def pack(tensor: Tensor) -> None:
+            # an operation that got its own result back would keep it, and itself, for ever
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in own:
-                saved[storage.data_ptr()] = storage.nbytes()  # views of one storage count once
-            return tensor
+                saved[storage.data_ptr()] = storage  # views of one storage count once
 
         rows = part.select(torch.arange(num_rows, device=part.response_ids.device))
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed):
             read(rows)
-        return sum(saved.values())
+        return sum(storage.nbytes() for storage in saved.values())
 
     one = kept(1)
     return one if len(part) == 1 else one + (len(part) - 1) * (kept(2) - one)

@@ -6,6 +6,7 @@ Run: python -m pytest tests/ppo/preflight/test_preflight_memory.py
 from __future__ import annotations
 
 import dataclasses
+import gc
 import resource
 from pathlib import Path
 
@@ -137,6 +138,21 @@ def test_activations_are_estimated_within_a_tenth(policy_dir, tmp_path, family, 
     estimate = estimate_memory(trainer, part).models["policy"].activations
     actual = most_allocated(step)
     assert 0.9 < estimate / actual <= 1.02, (estimate, actual)
+
+
+def live_bytes():
+    """Bytes of all tensors that Python still knows."""
+    gc.collect()
+    found = [x.untyped_storage() for x in gc.get_objects() if type(x) is torch.Tensor]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in found}.values())
+
+
+def test_the_estimate_keeps_no_activations(policy_dir, tmp_path):
+    trainer = make_trainer(make_config(policy_dir, tmp_path), tmp_path)
+    part = longest_micro_batch(trainer)
+    before = live_bytes()
+    estimate_memory(trainer, part)
+    assert live_bytes() == before
 
 
 def test_cache_is_two_tensors_a_layer(policy_dir, tmp_path):

@@ -1,0 +1,180 @@
+"""Peak memory of each phase of a PPO update, next to what the preflight estimated.
+
+Each case is a child process: it loads the models as the stage does, lets the preflight estimate,
+and makes two updates. Reported is the second, which has Adam's states. Prompts have 64 tokens and
+responses run to the limit, which is what the preflight reckons with. On a CPU, memory is that of
+the process beyond what it held before the models were loaded, and freed tensors are given back at
+once (by default, glibc keeps some for later); on a GPU, what torch allocated.
+
+    load       models, and the checks on them   not estimated
+    rollout    sampling and the scorer          estimate: weights, Adam's states, cache and logits
+    scoring    log-probs, reference, values     not estimated: less than the others
+    optimise   forward, backward, optimiser     estimate: weights, Adam's states, gradients,
+                                                activations
+
+Left out: several processes, evaluation, saving.
+
+Run: python examples/benchmarks/memory.py --preset small
+     python examples/benchmarks/memory.py --preset 7b-lora --cases model.dtype=bfloat16
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import ppo_step
+import torch
+from parts import Worker, answer
+from transformers.utils.logging import disable_progress_bar
+from world import DEVICE, ROOT, describe, machine, memory_in_use, peak_since, table
+
+CASES = ["", "peft.enabled=true", "ppo.micro_batch_size=2", "model.gradient_checkpointing=true"]
+PHASES = ("load", "rollout", "scoring", "optimise")
+WITHIN = 0.15  # of what was measured
+PROMPT = 64  # tokens
+GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "131072"}  # freed tensors are not kept by glibc for later
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", choices=ppo_step.LIMITS, default="small")
+    parser.add_argument("--batch", type=int, default=32, help="responses of an update")
+    parser.add_argument("--limit", type=int, help="response tokens")
+    text = "settings of each case, key=value,key=value (default: plain, LoRA, micro-batches, ...)"
+    parser.add_argument("--cases", nargs="+", help=text)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    lora = ["peft.enabled=true"] if options.preset == "7b-lora" else None
+    options.cases = options.cases or lora or CASES
+    return options
+
+
+def as_step(options: argparse.Namespace, case: str) -> argparse.Namespace:
+    """The options of `ppo_step.py` for a case."""
+    given = ["--preset", options.preset, "--sides", "ours", "--batch", str(options.batch)]
+    given += ["--updates", "2", "--set", *case.split(",")] if case else ["--updates", "2"]
+    if options.limit:
+        given += ["--limit", str(options.limit)]
+    step = ppo_step.parse(given)
+    step.folder = options.folder
+    return step
+
+
+# --- One case, in a process of its own ------------------------------------------------------------
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Answer with MiB of each phase of the second update, and with the estimates."""
+    import rlhf.ppo.rollout as rollout
+    from rlhf.distributed import make_accelerator
+    from rlhf.ppo import PPOTrainer
+    from rlhf.ppo.actors import check_promises, load_actors, load_checked_tokenizer
+    from rlhf.ppo.preflight.longest_step import longest_micro_batch, measure_step
+    from rlhf.ppo.preflight.memory import estimate_memory
+
+    config = ppo_step.our_config(as_step(options, options.cases[0]))
+    tokenizer, _ = load_checked_tokenizer(config)
+    accelerator = make_accelerator(config.precision)
+    torch.ones(64, 64, device=DEVICE).mm(torch.ones(64, 64, device=DEVICE))  # libraries load
+    before = memory_in_use()
+    actors = load_actors(config, tokenizer, None, accelerator)
+    check_promises(config, actors, accelerator)
+    peaks = {"load": peak_since()}
+    prompts = [
+        {"prompt": tokenizer.decode(ids), "input_ids": (ids * PROMPT)[:PROMPT]}
+        for ids in json.loads((options.folder / "prompts.json").read_text())
+    ]
+    trainer = PPOTrainer(config, actors, prompts, accelerator, options.folder)
+    part = longest_micro_batch(trainer)
+    estimate = estimate_memory(trainer, part)
+    step = measure_step(trainer, part)
+    sample, collect = rollout.sample_and_score, trainer.collect
+
+    def sampled(*arguments: Any, **more: Any) -> Any:
+        result = sample(*arguments, **more)
+        peaks["rollout"] = peak_since()
+        memory_in_use()
+        return result
+
+    def collected() -> Any:
+        result = collect()
+        peaks["scoring"] = peak_since()
+        memory_in_use()
+        return result
+
+    rollout.sample_and_score, trainer.collect = sampled, collected
+    for _ in range(2):
+        memory_in_use()
+        trainer.step()
+        peaks["optimise"] = peak_since()
+    kept = estimate.sum("weights", "adam")
+    held = kept + estimate.sum("gradients")
+    activations = max(model.activations for model in estimate.models.values())
+    estimates = {"rollout": kept + estimate.sampling, "optimise": held + activations}
+    answer(
+        {
+            "measured": {name: peaks[name] - before for name in PHASES},
+            "estimate": {name: number / 2**20 for name, number in estimates.items()},
+            "total_estimate": estimate.total / 2**20,
+            "longest_step": None if step.rise is None else step.rise / 2**20,
+        }
+    )
+
+
+# --- All cases ------------------------------------------------------------------------------------
+
+
+def run_case(options: argparse.Namespace, case: str, folder: Path) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--preset", options.preset, "--batch", str(options.batch)]
+    command += ["--limit", str(options.limit)] if options.limit else []
+    command += ["--threads", str(options.threads), "--folder", str(folder), "--cases", case]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", **GIVES_BACK}
+    worker = Worker(case or "plain", command, environment)
+    found = worker.end()
+    worst = max(found["measured"][name] for name in PHASES[1:])
+    return found | {"case": case or "plain", "ratio": found["total_estimate"] / worst}
+
+
+def main() -> None:
+    options = parse()
+    torch.set_num_threads(options.threads)
+    disable_progress_bar()
+    if options.folder:
+        return measure(options)
+    limits = machine()
+    print(describe(limits), flush=True)
+    results = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        ppo_step.write_world(as_step(options, ""), folder)
+        for case in options.cases:
+            results.append(run_case(options, case, folder))
+            print(f"{results[-1]['case']}: {results[-1]['ratio']:.2f}", file=sys.stderr)
+    rows = []
+    for found in results:
+        estimate, measured = found["estimate"], found["measured"]
+        cells = [f"{measured['load']:,.0f}", f"{measured['scoring']:,.0f}"]
+        for phase in ("rollout", "optimise"):
+            cells[-1:-1] = [f"{measured[phase]:,.0f} / {estimate[phase]:,.0f}"]
+        rows.append([found["case"], *cells, found["ratio"]])
+    names = ["case", "load", "rollout", "optimise", "scoring", "estimate / measured"]
+    print("MiB; measured / estimated\n")
+    print(table(names, rows))
+    wrong = [found["case"] for found in results if abs(found["ratio"] - 1) > WITHIN]
+    low, high = (f(found["ratio"] for found in results) for f in (min, max))
+    text = f"preflight estimate {low:.2f} to {high:.2f} of what was measured"
+    print(f"\n{text}" + (f"; not within {WITHIN:.0%}: {', '.join(wrong)}" if wrong else ""))
+    settings = {k: v for k, v in vars(options).items() if k != "folder"}
+    print(json.dumps({"headline": text, "cases": results, "machine": limits, "settings": settings}))
+
+
+if __name__ == "__main__":
+    main()
