@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from math import prod
@@ -27,14 +28,20 @@ def is_gguf(path: Path) -> bool:
     return path.suffix == SUFFIX
 
 
-def gguf_in(directory: Path, label: str) -> Path | None:
-    """Return the GGUF file of a directory without safetensors files; None if it has none."""
-    files = sorted(directory.glob(f"*{SUFFIX}"))
-    if not files or any(directory.glob("*.safetensors")):
+def gguf_among(names: Iterable[str], label: str) -> str | None:
+    """Return the GGUF file among the files of a model; None if it has none, or has safetensors.
+
+    Args:
+        label: the setting and its value, such as "model.path=directory".
+    """
+    names = sorted(names)
+    files = [name for name in names if name.endswith(SUFFIX)]
+    if not files or any(name.endswith(".safetensors") for name in names):
         return None
     if len(files) > 1:
-        names = ", ".join(file.name for file in files[:5])
-        raise InputError(f"{label} holds {len(files)} GGUF files ({names}); give one: {files[0]}")
+        listed = ", ".join(files[:5]) + ", ..." * (len(files) > 5)
+        one = f"{label.rstrip('/')}/{files[0]}"
+        raise InputError(f"{label} holds {len(files)} GGUF files ({listed}); give one: {one}")
     return files[0]
 
 

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from rlhf.config import InputError, one_line
-from rlhf.gguf_files import gguf_in, is_gguf, require_gguf
+from rlhf.gguf_files import gguf_among, is_gguf, require_gguf
 
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -37,45 +39,89 @@ NUM_SHOWN = 3
 
 
 def is_hub_id(path: str | Path) -> bool:
-    """True if this can only be a model on the Hub: no path on this disk, and at most one slash."""
+    """True if this can only be a model on the Hub: no path on this disk, and owner/name, or name,
+    or a GGUF file of a Hub model, owner/name/file.gguf."""
     name = str(path)
-    is_name = name.count("/") <= 1 and not name.startswith((".", "/", "~", "python:"))
-    is_name = is_name and not is_gguf(Path(name))
-    return bool(name) and is_name and not Path(name).exists()
+    if not name or name.startswith((".", "/", "~", "python:")) or Path(name).exists():
+        return False
+    if is_gguf(Path(name)):
+        return name.count("/") == 2 and not Path(name).parents[1].is_dir()
+    return name.count("/") <= 1
 
 
 def local_directory(
     path: Any, field: str, revision: str | None = None, code: bool = False, weights: bool = True
 ) -> Path:
     """Return the directory or GGUF file of a path or a Hub id; download a Hub id that is not in
-    the cache. For a directory that holds a model as GGUF only, this is the file.
+    the cache. For a directory or Hub id that holds a model as GGUF only, this is the file.
 
     Args:
         field: name of the setting that gave the path, for messages.
-        code, weights: also download Python files, weights.
+        code, weights: also download Python files, weights. Without weights, the GGUF file of a Hub
+            id may not be there yet.
     """
     directory, label = Path(str(path)), f"{field}={path}"
     if directory.is_dir():
-        return gguf_in(directory, label) or directory
+        return directory / (gguf_among((f.name for f in directory.glob("*")), label) or "")
     if directory.is_file() and is_gguf(directory):
         return directory
     if directory.is_file():
         raise InputError(f"{label} is a file; give the directory that holds it: {directory.parent}")
     if not is_hub_id(path):
         raise InputError(f"{label}: no such {'file' if is_gguf(directory) else 'directory'}")
-    from huggingface_hub import snapshot_download
-
     wanted = DOWNLOADED + (["*.safetensors"] if weights else []) + (["*.py"] if code else [])
     try:
-        snapshot = snapshot_download(
-            str(path), revision=revision, allow_patterns=wanted, ignore_patterns=NOT_DOWNLOADED
-        )
+        return _snapshot(path, label, revision, wanted, weights)
+    except InputError:
+        raise
     except Exception as error:  # a network can raise anything
+        kind = "file" if is_gguf(directory) else "directory"
         raise InputError(
-            f"{label} cannot be loaded: it is neither a directory here nor a Hub model that can be "
+            f"{label} cannot be loaded: it is neither a {kind} here nor a Hub model that can be "
             f"reached ({one_line(error)})"
         ) from error
-    return Path(snapshot)
+
+
+def _snapshot(
+    path: Any, label: str, revision: str | None, wanted: list[str], weights: bool
+) -> Path:
+    """Return the directory in the Hub's cache, or a GGUF file there."""
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    repository, file = str(path), None
+    if is_gguf(Path(repository)):
+        repository, _, file = repository.rpartition("/")
+    directory = Path(
+        snapshot_download(
+            repository, revision=revision, allow_patterns=wanted, ignore_patterns=NOT_DOWNLOADED
+        )
+    )
+    names = _names(repository, revision, directory)
+    file = file or gguf_among(names, label)
+    if file is None:
+        return directory
+    if file not in names:
+        files = ", ".join(name for name in names if is_gguf(Path(name))) or "no GGUF file"
+        raise InputError(f"{label}: there is no such file, {repository} has {files}")
+    if weights:
+        return Path(hf_hub_download(repository, file, revision=revision))
+    return directory / file
+
+
+def _names(repository: str, revision: str | None, directory: Path) -> list[str]:
+    """Names of the files of a Hub model, without those in subfolders."""
+    names = [file.name for file in directory.glob("*")]
+    if not any(name.endswith(".safetensors") for name in names):
+        with suppress(Exception):  # without a network, what the cache has is all there is
+            names = _listing(repository, revision)
+    return names
+
+
+@cache
+def _listing(repository: str, revision: str | None) -> list[str]:
+    from huggingface_hub import list_repo_files
+
+    return [name for name in list_repo_files(repository, revision=revision) if "/" not in name]
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -153,7 +199,9 @@ def find_source(path: Any, field: str, revision: str | None = None, code: bool =
 def tokenizer_directory(path: Any, field: str, revision: str | None, code: bool) -> Path:
     """Return the directory that holds the tokenizer; an adapter without one uses its base's."""
     for directory in _chain(path, field, revision, code, weights=False):
-        if is_gguf(directory) or any(True for p in TOKENIZER for _ in directory.glob(p)):
+        if is_gguf(directory):
+            return _chain(path, field, revision, code)[-1]  # the tokenizer is in that file
+        if any(True for p in TOKENIZER for _ in directory.glob(p)):
             return directory
     raise InputError(
         f"{field}={path} has no tokenizer (tokenizer.json and tokenizer_config.json); save one "

@@ -20,7 +20,8 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from rlhf.config import InputError, ModelConfig, PeftConfig, nearest
-from rlhf.hub import call_loader, config_directory
+from rlhf.gguf_files import is_gguf
+from rlhf.hub import call_loader, config_directory, find_source
 from rlhf.models.adapters import add_lora
 from rlhf.models.dropout import set_dropout
 from rlhf.tokenizer import num_tokens
@@ -103,6 +104,8 @@ def _skeleton(config: ModelConfig, task_type: str, field: str) -> PreTrainedMode
             settings: Any = AutoConfig.for_model(**config.config)
         else:
             directory = config_directory(config.path, field, config.revision, code)
+            if is_gguf(directory):  # it holds the configuration too
+                directory = find_source(config.path, field, config.revision, code).directory
             load = AutoConfig.from_pretrained
             settings = call_loader(load, directory, f"{field}={config.path}", code)
         factory: Any = AutoModelForCausalLM

@@ -16,6 +16,7 @@ pytest.importorskip("gguf", reason="pip install 'rlhf[gguf]'")
 from helpers.families import SEQUENCES, TOKENIZER, VOCAB, close, exact  # noqa: E402
 from helpers.families import logits_of as all_logits_of  # noqa: E402
 from helpers.gguf_files import write_gguf  # noqa: E402
+from helpers.stored import as_hub_id  # noqa: E402
 from helpers.tiny import tiny_model, tiny_tokenizer  # noqa: E402
 from helpers.tiny_ppo import make_config  # noqa: E402
 from helpers.tiny_sft import sft_config  # noqa: E402
@@ -28,7 +29,7 @@ from rlhf.export import ExportOptions, export  # noqa: E402
 from rlhf.generate import GenerateOptions  # noqa: E402
 from rlhf.generate import run as run_generate  # noqa: E402
 from rlhf.inputs import check_model  # noqa: E402
-from rlhf.models import init_reward_model, load_policy  # noqa: E402
+from rlhf.models import init_reward_model, load_policy, try_settings  # noqa: E402
 from rlhf.ppo import train_ppo  # noqa: E402
 from rlhf.sft import train_sft  # noqa: E402
 from rlhf.tokenizer import load_tokenizer  # noqa: E402
@@ -82,6 +83,53 @@ def test_a_directory_may_hold_the_file(file, tmp_path):
     shutil.copy(file, tmp_path / "model.gguf")
     config = ModelConfig(path=str(tmp_path))
     close(logits_of(load_policy(config, load_tokenizer(config))), logits_of(llama()))
+
+
+def test_a_hub_id_may_hold_the_file(file, hub_cache, tmp_path):
+    (tmp_path / "model").mkdir()
+    shutil.copy(file, tmp_path / "model/q8.gguf")
+    name = as_hub_id(tmp_path / "model", hub_cache)
+    for path in (name, f"{name}/q8.gguf"):
+        config = ModelConfig(path=path)
+        check_model(path, "model.path", ("sft",))
+        try_settings(config, PeftConfig(), "CAUSAL_LM")
+        close(logits_of(load_policy(config, load_tokenizer(config))), logits_of(llama()))
+    with pytest.raises(InputError, match=rf"{name}/q4.gguf: there is no .*, {name} has q8.gguf"):
+        check_model(f"{name}/q4.gguf", "model.path", ("sft",))
+    shutil.copy(file, hub_cache / f"models--someone--model/snapshots/{'a' * 40}/q4.gguf")
+    with pytest.raises(InputError, match=rf"2 GGUF .*; give one: model.path={name}/q4.gguf"):
+        check_model(name, "model.path", ("sft",))
+    close(logits_of(load_policy(config, TOKENIZER)), logits_of(llama()))
+
+
+def test_the_file_of_a_hub_id_is_downloaded_when_it_is_loaded(file, tmp_path, monkeypatch):
+    """A Hub that lists its files, and an empty cache."""
+    downloaded, snapshot = [], tmp_path / "snapshot"
+    snapshot.mkdir()
+
+    def download(repository, name, revision):
+        downloaded.append((repository, name, revision))
+        return shutil.copy(file, snapshot / name)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: str(snapshot))
+    files = ["README.md", "q8.gguf", "parts/q4.gguf"]
+    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda *a, **k: files)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    config = ModelConfig(path="some/listed", revision="v1")
+    check_model(config.path, "model.path", ("sft",), "v1")
+    assert downloaded == []
+    close(logits_of(load_policy(config, load_tokenizer(config))), logits_of(llama()))
+    assert set(downloaded) == {("some/listed", "q8.gguf", "v1")}
+
+
+@pytest.mark.parametrize(
+    "path", ["dir/x.gguf", "x.gguf", "./a/b/x.gguf", "here/b/x.gguf", "a/b/c/x.gguf"]
+)
+def test_a_path_of_a_file_that_is_missing_is_no_hub_id(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    with pytest.raises(InputError, match="no such file"):
+        check_model(path, "model.path", ("sft",))
 
 
 def test_a_reward_model_begins_with_the_weights_of_the_file(file):

@@ -13,11 +13,10 @@ import math
 import os
 import shutil
 
-import huggingface_hub
 import pytest
 import torch
 from helpers.families import LORA, SEQUENCES, TOKENIZER, close, exact, logits_of, save, scores_of
-from helpers.stored import adapted, classifier, policy, write
+from helpers.stored import adapted, as_hub_id, classifier, policy, write
 from helpers.tiny import FAMILIES, tiny_model, tiny_tokenizer
 from helpers.tiny_ppo import make_config, write_policy
 from peft import IA3Config
@@ -43,30 +42,14 @@ from rlhf.ppo import train_ppo
 from rlhf.scorers import RewardModelScorer, score_responses
 from rlhf.tokenizer import load_tokenizer
 
+pytestmark = pytest.mark.usefixtures("hub_cache")
 PROMPTS, RESPONSES = ["Name a fruit.", "Fruit?"], ["An apple.", "A car is no fruit at all."]
-
-
-@pytest.fixture(autouse=True)
-def hub_cache(tmp_path, monkeypatch):
-    """An empty Hub cache, without a network."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    return tmp_path / "hub"
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A tiny Llama with its tokenizer."""
     return write(tmp_path_factory.mktemp("base"), tiny_model("llama", TOKENIZER))
-
-
-def as_hub_id(directory, cache, name="someone/model"):
-    """Put the files of a directory into the Hub's cache, and return their Hub id."""
-    folder = cache / f"models--{name.replace('/', '--')}"
-    shutil.copytree(directory, folder / "snapshots" / ("a" * 40))
-    (folder / "refs").mkdir()
-    (folder / "refs/main").write_text("a" * 40)
-    return name
 
 
 # --- Policies -----------------------------------------------------------------------------------

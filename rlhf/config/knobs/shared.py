@@ -21,7 +21,8 @@ class ModelConfig:
     """Which model to start from, and how it is loaded."""
 
     path: str | None = None
-    """Hub id, directory or GGUF file (null: reward and ppo start from this run's SFT stage)."""
+    """Hub id, directory or GGUF file, also owner/name/file.gguf of the Hub (null: reward and ppo
+    start from this run's SFT stage)."""
     revision: str | None = None
     """Branch, tag or commit of a Hub model."""
     config: dict[str, Any] = knob({}, infinite=True)
