@@ -156,8 +156,6 @@ def _why_padded(model: Any, tokenizer: Any, wanted: str) -> str | None:
     """Make the model padding-free; return the reason where it must not be."""
     if wanted == "padded":
         return "model.forward=padded"
-    if wanted == "auto" and _device(model).type == "cpu":
-        return "model.forward=auto pads on a CPU"
     if isinstance(model, TextModel) or not is_causal(_inner(model)):
         return "it is not causal"
     try:

@@ -263,9 +263,9 @@ def test_what_is_asked_for_by_hand_is_done_or_refused():
     model = tiny_model("llama", TOKENIZER)
     assert choose_forward(model, TOKENIZER, "padded") == "padded, because model.forward=padded"
     assert not is_padding_free(model)
-    assert "on a CPU" in choose_forward(model, TOKENIZER, "auto")
-    assert choose_forward(model, TOKENIZER, "padding_free") == "padding-free"
+    assert choose_forward(model, TOKENIZER, "auto") == "padding-free" and is_padding_free(model)
     falcon = tiny_model("falcon_7b", TOKENIZER)
+    assert choose_forward(falcon, TOKENIZER, "auto") == f"padded, because {PADDED['falcon_7b']}"
     with pytest.raises(InputError, match="model.forward=padding_free: FalconForCausalLM cannot be"):
         choose_forward(falcon, TOKENIZER, "padding_free")
 

@@ -51,7 +51,7 @@ class ModelConfig:
     """Attention code: eager, sdpa or flash_attention_2 (null: the library's choice)."""
     forward: str = knob("auto", choices=("auto", "padding_free", "padded"))
     """How rows are read in training and scoring: without padding, one after the other, or padded to
-    the longest; auto: without on a GPU, if it leaves the model's numbers as they are (measured)."""
+    the longest; auto: without, if that leaves the model's numbers as they are (measured)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     quantization: str | None = knob(None, choices=("8bit", "4bit"))
