@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
 from rlhf.checkpoint import NonFiniteError, find_non_finite, optimizer_tensors
+from rlhf.hf_trainer.token_batches import split_batch
 
 MAX_SKIPPED = 20  # a loss scaler starts at 2^16 and halves: it has passed through 2^-4 by then
 
@@ -25,6 +27,7 @@ class FiniteTrainer(Trainer):
     their steps are skipped; training stops after `MAX_SKIPPED` skipped steps in a row.
     """
 
+    micro_batch_tokens: int | None = None  # None: one pass for a batch
     _step_loss: Tensor | float = 0.0  # of this step so far
     _num_skipped = 0  # steps in a row
 
@@ -34,9 +37,23 @@ class FiniteTrainer(Trainer):
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Remember the loss of each micro-batch of the step."""
-        loss = super().training_step(*args, **kwargs)
+    def training_step(
+        self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Make the forward and backward passes of a batch, and remember its loss.
+
+        The loss of a pass is its share of the mean over `num_items_in_batch`, so that shares add
+        up. Processes exchange gradients in the last pass.
+        """
+        parts: list[Any] = [inputs]
+        if self.micro_batch_tokens is not None:
+            parts = split_batch(inputs, self.micro_batch_tokens)
+        total: Tensor | float = 0.0
+        for number, part in enumerate(parts, start=1):
+            is_last = number == len(parts)
+            with nullcontext() if is_last else self.accelerator.no_sync(model):
+                total = total + super().training_step(model, part, num_items_in_batch)
+        loss = torch.as_tensor(total)
         self._step_loss = self._step_loss + loss.detach()
         return loss
 

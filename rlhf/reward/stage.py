@@ -127,6 +127,7 @@ def _train(config: RewardStageConfig, run: StageRun) -> RewardResult:
         heldout=heldout,
         batches=plan,
     )
+    trainer.micro_batch_tokens = config.micro_batch_tokens
     if (signal := run_trainer(trainer, config, directory, "reward")) is not None:
         return RewardResult(None, {}, stage_dir=directory, stopped_by=signal)
     return _finish(trainer, completions, splits, config, parent, directory)

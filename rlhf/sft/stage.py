@@ -205,6 +205,7 @@ def _make_trainer(
         eval_dataset=Dataset.from_list(heldout),
         processing_class=tokenizer,
     )
+    trainer.micro_batch_tokens = config.micro_batch_tokens
     if config.model.quantization is not None:
         for parameter in model.parameters():  # TRL rounds such adapters to bfloat16
             if parameter.requires_grad:

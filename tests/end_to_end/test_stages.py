@@ -229,7 +229,8 @@ def test_a_reward_model_with_another_tokenizer_scores_through_text(runs, tmp_pat
 
 
 def overrides_of(stage: str, runs: Path) -> list[str]:
-    """The command line that trains a stage as the fixture `runs` does, in two processes."""
+    """The command line that trains a stage as the fixture `runs` does, in two processes, whose
+    batches are read in several passes."""
     world = ["dataset.path=python:rlhf.demo.world.rows", "dataset.max_length=64"]
     world += ["dataset.max_rows=256", "dataset.max_eval_rows=32"]
     trainer = ["trainer.max_steps=16", "trainer.logging_steps=4", "trainer.eval_steps=8"]
@@ -240,11 +241,13 @@ def overrides_of(stage: str, runs: Path) -> list[str]:
         own = [f"model.config={model}", "model.tokenizer=python:rlhf.demo.world.build_tokenizer"]
         own += ["num_samples=8", "response_length=16", "trainer.learning_rate=3e-3"]
         own += ["batch_size=16", "trainer.per_device_train_batch_size=4"]  # accumulates over two
+        own += ["micro_batch_tokens=80"]
         return [*world, *trainer, *own]
     if stage == "reward":
-        own = ["trainer.learning_rate=1e-3", "batch_size=8"]
+        own = ["trainer.learning_rate=1e-3", "batch_size=8", "micro_batch_tokens=80"]
         return [*world, *trainer, *own, "trainer.per_device_train_batch_size=2", start]
     own = ["ppo.num_updates=2", "ppo.batch_size=16", "ppo.response_length=16"]
+    own += ["ppo.micro_batch_tokens=100"]
     own += ["ppo.learning_rate=1e-3", "evaluation.every=1", "evaluation.num_prompts=8"]
     own += ["evaluation.scorer=python:rlhf.demo.world.gold_scores", "checkpoint.every=1"]
     own += ["watchdog.eos_rate=null"]  # trained for 16 steps, it seldom ends its answers

@@ -49,6 +49,9 @@ class SFTStageConfig(StageConfig):
     """Rows (with packing: sequences) per optimiser step; trainer.gradient_accumulation_steps
     becomes batch_size / (trainer.per_device_train_batch_size x processes), a whole number (null:
     off)."""
+    micro_batch_tokens: int | None = knob(None, ge=1)
+    """Tokens per forward pass and process: a batch that has more is read in several passes, whose
+    gradients add up, so that the step is the same (null: in one pass)."""
     mix: MixConfig = group(MixConfig)
     num_samples: int = knob(32, ge=0)
     """Held-out prompts that are answered after training; shown, and counted for eos_rate."""

@@ -1,0 +1,97 @@
+"""A batch of the Trainer in several passes: what is in each, and that a step stays the same.
+
+Run: pytest tests/sft/test_token_batches.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from helpers.stages import WORLD, reward_config, sft_config
+from safetensors.torch import load_file
+from torch.testing import assert_close
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from rlhf.hf_trainer import finite_trainer
+from rlhf.hf_trainer.token_batches import split_batch, together
+from rlhf.metrics import read_jsonl
+from rlhf.reward import train_reward
+from rlhf.sft import train_sft
+
+
+def test_neighbours_join_while_they_fit():
+    rows = [(1, 5), (1, 4), (1, 2), (1, 1), (1, 9), (1, 1)]
+    assert together(rows, 9, padded=False) == [(0, 2), (2, 4), (4, 5), (5, 6)]
+    assert together(rows, 100, padded=False) == [(0, 6)]
+    assert together([(1, 5), (1, 4), (1, 2), (1, 1)], 10, padded=True) == [(0, 2), (2, 4)]
+    assert together([(2, 5), (3, 2), (1, 1)], 10, padded=True) == [(0, 1), (1, 3)]
+    assert together([(1, 50)], 10, padded=True) == [(0, 1)]  # it cannot be divided
+
+
+def test_rows_after_one_another_are_those_that_the_collator_makes_of_fewer_rows():
+    collator = DataCollatorForLanguageModeling(0, padding_free=True)
+    rows = [{"input_ids": ids, "labels": ids} for ids in ([1, 2, 3], [4, 5], [6], [7, 8, 9])]
+    parts = split_batch(collator(rows), 5)
+    assert len(parts) == 2
+    for part, expected in zip(parts, (collator(rows[:2]), collator(rows[2:])), strict=True):
+        assert part.keys() == expected.keys() > {"cu_seq_lens_q", "max_length_q", "seq_idx"}
+        for name, value in expected.items():
+            assert_close(part[name], value, rtol=0, atol=0)
+
+
+def test_padded_rows_are_sorted_and_lose_padding_and_groups_stay_together():
+    lengths = torch.tensor([2, 1, 5, 4, 1])
+    mask = (torch.arange(5) < lengths[:, None]).long()
+    ids = torch.arange(25).view(5, 5)
+    inputs = {"input_ids": ids, "attention_mask": mask, "labels": ids}
+    parts = split_batch(inputs, 10)
+    assert [part["input_ids"][:, 0].tolist() for part in parts] == [[10, 15], [0, 5, 20]]
+    assert [part["labels"].shape for part in parts] == [(2, 5), (3, 2)]
+    groups = {"groups": torch.tensor([0, 0, 1, 1, 1]), "ranks": torch.arange(5)}
+    parts = split_batch(inputs | groups, 10)
+    assert [part["ranks"].tolist() for part in parts] == [[2, 3, 4], [0, 1]]
+    assert [part["groups"].tolist() for part in parts] == [[1, 1, 1], [0, 0]]
+    assert parts[1]["input_ids"].shape == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "tokens"),
+    [
+        ("sft", {"forward": "padded"}, 100),
+        ("sft", {"forward": "padding_free", "packing": True}, 40),
+        ("reward", {"forward": "padding_free"}, 200),
+    ],
+)
+def test_steps_are_the_same_in_several_passes(tmp_path, monkeypatch, stage, changes, tokens):
+    number_of_parts = []
+
+    def counted(inputs, tokens):
+        parts = split_batch(inputs, tokens)
+        number_of_parts.append(len(parts))
+        return parts
+
+    monkeypatch.setattr(finite_trainer, "split_batch", counted)
+    rows = dataclasses.replace(WORLD, max_rows=24, max_eval_rows=4)
+    results = []
+    if stage == "reward":
+        train_sft(sft_config(tmp_path, dataset=rows, num_samples=0, trainer={"max_steps": 1}))
+    for limit in (None, tokens):
+        config = (sft_config if stage == "sft" else reward_config)(tmp_path, dataset=rows)
+        config.model.forward, config.micro_batch_tokens = changes["forward"], limit
+        config.trainer = config.trainer | {"max_steps": 2, "logging_steps": 1, "eval_steps": 2}
+        if stage == "sft":
+            config.num_samples, config.trainer["packing"] = 0, changes.get("packing", False)
+        config.overwrite = True
+        (train_sft if stage == "sft" else train_reward)(config)
+        directory = config.stage_dir(stage)
+        weights = load_file(directory / "final/model.safetensors")
+        results.append((read_jsonl(directory / "metrics.jsonl"), weights))
+    assert len(number_of_parts) == 2 and min(number_of_parts) > 1
+    (whole, expected), (parts, actual) = results
+    for one, other in zip(whole, parts, strict=True):
+        for key in one.keys() & {"loss", "grad_norm", "eval_loss", "accuracy", "margin"}:
+            assert other[key] == pytest.approx(one[key], rel=1e-4, abs=1e-6), key
+    for key, weight in expected.items():
+        assert_close(actual[key], weight, rtol=0, atol=2e-5)
