@@ -242,6 +242,19 @@ def _critic_rules(config: PPOStageConfig) -> Iterator[str]:
     first = config.scorer.components[0] if config.scorer.components else config.scorer
     if is_python(first.path) and critic.init == "reward" and ppo.has_critic:
         yield "critic.init=reward needs a reward model, not a Python scorer; set critic.init=policy"
+    if critic.share_trunk and critic.init not in ("policy", None):
+        yield (
+            "critic.share_trunk=true puts the value head on the policy's own trunk, but "
+            f"critic.init={critic.init} names another model; set critic.init=null, or "
+            "critic.share_trunk=false"
+        )
+    if critic.share_trunk and not ppo.has_critic:
+        yield "critic.share_trunk=true needs a critic (ppo.advantage=gae); set it to false"
+    if critic.trunk_coef != 1 and not critic.share_trunk:
+        yield (
+            f"critic.trunk_coef={critic.trunk_coef} needs critic.share_trunk=true: a critic of its "
+            "own has no gradient into the policy; set it to 1"
+        )
     if critic.must_explain and not ppo.has_critic:
         yield "critic.must_explain=true needs a critic (ppo.advantage=gae); set it to null"
     if critic.warmup_updates and not ppo.has_critic:

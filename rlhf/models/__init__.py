@@ -63,6 +63,7 @@ from rlhf.models.sampling_settings import (
     sample_as_trained,
     sampling_settings,
 )
+from rlhf.models.shared_trunk import SharedTrunk, ValueHead, token_outputs
 from rlhf.models.weights import load_adapter
 
 # Names that earlier versions had here.

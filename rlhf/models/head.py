@@ -34,6 +34,7 @@ def response_logprobs(
     forbidden: Tensor,
     temperature: float = 1.0,
     with_entropy: bool = False,
+    on_states: Callable[[Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return log-probs of response tokens, and the entropy of what could be in their place.
 
@@ -45,6 +46,7 @@ def response_logprobs(
         forbidden: ids of probability 0.
         temperature: divides the logits.
         with_entropy: false gives zeros in its place.
+        on_states: gets the hidden states of the N wanted tokens, (N, H), row by row.
 
     Returns:
         (B, T) float32 each, nats; 0 where not wanted.
@@ -58,7 +60,7 @@ def response_logprobs(
         both = logprobs_and_entropy(logits[None], ids[None], temperature, forbidden, with_entropy)
         return torch.cat(both).T  # (N, 2)
 
-    numbers = _read(model, inputs, index, asked, read)
+    numbers = _read(model, inputs, index, asked, read, on_states)
     results = numbers.new_zeros(*wanted.shape, 2).index_put((rows, steps), numbers)
     return results[..., 0], results[..., 1]
 
@@ -69,11 +71,18 @@ def _read(
     index: Any,
     tokens: Tensor,
     read: Callable[[Tensor, Tensor], Tensor],
+    on_states: Callable[[Tensor], None] | None,
 ) -> Tensor:
     """Apply `read` to logits (N, V) and tokens (N,) at an index of the hidden states."""
 
+    def choose(hidden: Tensor) -> Tensor:
+        chosen = hidden[index]
+        if on_states is not None:
+            on_states(chosen)
+        return chosen
+
     def in_chunks(head: Head, hidden: Tensor) -> Tensor:
-        size, chosen = _unwrapped(model).__dict__.get(CHUNK, CHUNK_TOKENS), hidden[index]
+        size, chosen = _unwrapped(model).__dict__.get(CHUNK, CHUNK_TOKENS), choose(hidden)
         if len(tokens) <= size:
             return read(head(chosen), tokens)
         parts = zip(chosen.split(size), tokens.split(size), strict=True)
@@ -86,7 +95,7 @@ def _read(
     if ends_with_head(model):
         with _in_place_of(head, in_chunks):
             return model(**inputs, use_cache=False).logits
-    with _in_place_of(head, lambda plain, hidden: plain(hidden[index])):
+    with _in_place_of(head, lambda plain, hidden: plain(choose(hidden))):
         return read(model(**inputs, use_cache=False).logits, tokens)
 
 

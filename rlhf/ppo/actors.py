@@ -37,6 +37,8 @@ from rlhf.engine_choice import choose_engine
 from rlhf.equivalence import choose_forward, require_cache, require_padding, store_as_read
 from rlhf.models import (
     ScalarModel,
+    SharedTrunk,
+    ValueHead,
     add_lora,
     choose_chunk_tokens,
     disable_dropout,
@@ -67,7 +69,8 @@ class Actors:
     Attributes:
         policy: unwrapped causal LM, PEFT allowed.
         reference: frozen causal LM; None if the policy with its adapters off is the reference.
-        critic: `ScalarModel`; None for estimators without one.
+        critic: `ScalarModel`; with `critic.share_trunk` a `ValueHead` on the policy's trunk; None
+            for estimators without one.
         tokenizer: of the policy.
         tokenizer_hash: `hash_rendering` of the tokenizer; a reward model with the same hash scores
             the token ids directly.
@@ -86,6 +89,15 @@ class Actors:
     sampling: str = "loop"
     frozen: str = ""
     reading_device: Any = None
+
+    @property
+    def shares_trunk(self) -> bool:
+        return isinstance(self.critic, ValueHead)
+
+    @property
+    def reader(self) -> Any:
+        """The policy, with the value head if that is on its trunk."""
+        return SharedTrunk(self.policy, self.critic) if self.shares_trunk else self.policy
 
     @contextmanager
     def in_use(self, *frozen: Any) -> Iterator[None]:
@@ -137,7 +149,7 @@ def _reference(config: PPOStageConfig) -> ModelConfig:
 def try_adapters(config: PPOStageConfig) -> None:
     """Try the adapters on policy and critic before any weights load."""
     try_settings(config.model, config.peft)
-    if config.ppo.has_critic:
+    if config.ppo.has_critic and not config.critic.share_trunk:
         source, field = critic_source(config)
         try_settings(source, config.peft, "SEQ_CLS", field)
 
@@ -168,12 +180,15 @@ def load_actors(
     ppo = config.ppo
     for line in sample_as_trained(policy, ppo.temperature, ppo.top_p, ppo.top_k):
         say(line)
-    critic = _load_critic(config, tokenizer) if ppo.has_critic else None
+    shares = config.critic.share_trunk
+    critic: Any = _load_critic(config, tokenizer) if ppo.has_critic and not shares else None
     if config.peft.enabled:
         rows = new_token_rows(tokenizer, config.model, config.peft)
         policy = add_lora(policy, config.peft, "CAUSAL_LM", config.seed, rows)
         if critic is not None:
             critic.model = add_lora(critic.model, config.peft, "SEQ_CLS", config.seed, rows)
+    if shares:
+        critic = ValueHead(policy, config.critic.trunk_coef)
     if ppo.reference is not None:
         reference = load_reference(_reference(config), tokenizer, "ppo.reference").to(device)
     elif not config.peft.enabled:
@@ -196,10 +211,11 @@ def check_promises(config: PPOStageConfig, actors: Actors, accelerator: Accelera
     with accelerator.autocast():
         require_cache(actors.policy, actors.tokenizer, where, fix)
         require_padding(actors.policy, actors.tokenizer, where, fix)
-        if actors.critic is not None:
+        critic = None if actors.shares_trunk else actors.critic
+        if critic is not None:
             where = f"critic.init={config.critic.init}"
-            require_padding(actors.critic, actors.tokenizer, where, fix)
-        models = (actors.policy, actors.reference, actors.critic)
+            require_padding(critic, actors.tokenizer, where, fix)
+        models = (actors.policy, actors.reference, critic)
         forwards = [
             choose_forward(model, actors.tokenizer, config.model.forward)
             for model in models

@@ -226,7 +226,7 @@ class PPOLoop:
         """Write the critic of the policy in `final/`, for `critic.init` of a later run; its values
         are (raw - score_mean) / score_std."""
         critic, tokenizer = self.trainer.actors.critic, self.trainer.actors.tokenizer
-        if critic is None:
+        if critic is None or self.trainer.actors.shares_trunk:
             return
         source, _ = critic_source(self.config)
         own = replace(record, stage="critic", score_mean=critic.mean, score_std=critic.std)

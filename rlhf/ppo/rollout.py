@@ -22,8 +22,8 @@ from rlhf.config import PPOConfig
 from rlhf.data import pad
 from rlhf.distributed import on_every_process
 from rlhf.functional import final_scores
-from rlhf.models import response_logprobs
 from rlhf.ppo.actors import Actors
+from rlhf.ppo.passes import critic_values, policy_logprobs, read_policy
 from rlhf.sampling import Generation, Sampling, generate, uniform_noise
 from rlhf.scorers import Scorer, Scores, Tokens, component_names, reward_models, score_responses
 from rlhf.tokenizer import response_text
@@ -214,11 +214,11 @@ def collect(
 
         logprobs, values = torch.zeros(2, *responses.response_ids.shape, device=accelerator.device)
         if with_logprobs:
-            logprobs = read(lambda part: policy_logprobs(actors.policy, part, sampling)[0])
+            logprobs, values = read_policy(actors.reader, read, sampling)
         reference = actors.reference or actors.policy  # that with its adapters off
         with actors.in_use(reference) if actors.reference else actors.policy.disable_adapter():
             ref_logprobs = read(lambda part: policy_logprobs(reference, part, sampling)[0])
-        if with_values and actors.critic is not None:
+        if with_values and actors.critic is not None and not actors.shares_trunk:
             values = read(partial(critic_values, actors.critic))
     counted = responses.finished[:, None] | (not ppo.mask_truncated)
     return Rollout(
@@ -340,29 +340,6 @@ def passes(lengths: Sequence[int], ppo: PPOConfig) -> list[int]:
         sizes.append(min(ppo.rows_of(lengths[start]), len(lengths) - start))
         start += sizes[-1]
     return sizes
-
-
-def policy_logprobs(
-    model: Any, part: Responses, sampling: Sampling, with_entropy: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Log-probs of the response tokens by the training forward pass, and the entropy at each of
-    them (else zeros); (B, T) float32 each, 0 where masked."""
-    return response_logprobs(
-        model,
-        part.sequence_ids,
-        part.sequence_mask,
-        part.state_positions,
-        part.response_ids,
-        part.response_mask,
-        sampling.forbidden,
-        sampling.temperature,
-        with_entropy,
-    )
-
-
-def critic_values(critic: Any, part: Responses) -> Tensor:
-    """Value of the state before each response token, (B, T) float32."""
-    return critic(part.sequence_ids, part.sequence_mask).gather(1, part.state_positions)
 
 
 def cut_metric(prefix: str, cut: Tensor, actors: Actors, *scorers: Scorer) -> dict[str, float]:

@@ -135,8 +135,9 @@ def with_sources(config: PPOStageConfig, scorer: Scorer | None) -> PPOStageConfi
             config.ppo.missing_eos_penalty = -1.0
     config.ppo.missing_eos_penalty = config.eos_penalty
     if config.critic.init is None:
-        config.critic.init = "policy" if is_python(first_scorer(config)[0].path) else "reward"
-        if config.critic.init == "policy" and config.ppo.has_critic:
+        own, shares = is_python(first_scorer(config)[0].path), config.critic.share_trunk
+        config.critic.init = "policy" if own or shares else "reward"
+        if own and config.ppo.has_critic and not shares:
             say("critic.init=policy: the scorer is a Python function")
     return config
 
@@ -205,9 +206,10 @@ def describe_batches(
     reference = ppo.reference or own
     critic = f"no critic ({ppo.advantage})"
     if actors.critic is not None:
-        critic = (
-            f"critic from {config.critic.init}, {parameter_count(actors.critic)[1]:,} trainable"
-        )
+        start = f"critic from {config.critic.init}"
+        if actors.shares_trunk:
+            start = "values from a head on the policy's trunk (no critic/)"
+        critic = f"{start}, {parameter_count(actors.critic)[1]:,} trainable"
     steps = ppo.num_ppo_epochs * ppo.num_mini_batches
     prompts = ppo.batch_size // ppo.samples_per_prompt
     each = f" x {ppo.samples_per_prompt} responses" if ppo.samples_per_prompt > 1 else ""
@@ -217,6 +219,7 @@ def describe_batches(
         which = f"{num_prompts} prompts, {prompts / num_prompts:.1f} times each"
     processes = f"{num_processes} process{'es' * (num_processes > 1)}"
     old = "; the first epoch gives the old log-probs" if ppo.first_epoch_reads else ""
+    old = "" if actors.shares_trunk else old
     return (
         f"ppo: policy {total:,} parameters, {trainable:,} trainable (reference: {reference}); "
         f"{critic}\n"

@@ -129,7 +129,7 @@ class PPOTrainer:
 
     def reads_policy(self) -> bool:
         """False if the first epoch's own forward pass gives the old log-probs of this update."""
-        waits = not self.updater.trains_policy(self.update)
+        waits = not self.updater.trains_policy(self.update) or self.actors.shares_trunk
         return waits or self.saves_rollout() or not self.config.ppo.first_epoch_reads
 
     def require_finite(self, rollout: Rollout, *names: str, **others: Tensor) -> None:

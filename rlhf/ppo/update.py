@@ -25,7 +25,6 @@ from torch import Tensor
 
 from rlhf.checkpoint import NonFiniteError
 from rlhf.config import PPOConfig, PPOStageConfig, learning_rates
-from rlhf.data import pad
 from rlhf.functional import (
     Stats,
     kl_estimate,
@@ -34,17 +33,9 @@ from rlhf.functional import (
     policy_loss,
     value_loss,
 )
-from rlhf.models import response_logprobs
 from rlhf.ppo.actors import Actors
-from rlhf.ppo.rollout import (
-    Experience,
-    Rollout,
-    critic_values,
-    micro_batches,
-    minibatches,
-    policy_logprobs,
-    stream_rows,
-)
+from rlhf.ppo.passes import critic_values, policy_outputs, text_loss
+from rlhf.ppo.rollout import Experience, Rollout, micro_batches, minibatches, stream_rows
 from rlhf.sampling import Sampling
 
 PTX_STREAM = 1  # keeps the order of the ptx texts apart from that of the prompts
@@ -95,8 +86,10 @@ class Updater:
         self.averages: dict[str, Tensor] | None = None
         if config.ppo.ema_decay is not None:
             self.averages = {n: p.detach().clone() for n, p in self.trainable["policy"].items()}
-        self.policy = accelerator.prepare_model(actors.policy)
-        self.critic = None if actors.critic is None else accelerator.prepare_model(actors.critic)
+        self.policy, self.critic = accelerator.prepare_model(actors.reader), None
+        self.shares_trunk = actors.shares_trunk
+        if actors.critic is not None and not actors.shares_trunk:
+            self.critic = accelerator.prepare_model(actors.critic)
 
     def run(
         self, batch: Experience, update: int, kl_coef: float, has_logprobs: bool = True
@@ -159,10 +152,13 @@ class Updater:
             if self.critic is not None:
                 with self._syncing(self.critic, last):
                     stats = add_stats(stats, self.critic_backward(part, denominator))
-            if self.trains_policy(update):
+            if (trains := self.trains_policy(update)) or self.shares_trunk:
                 # with ptx the last of its micro-batches synchronises the processes
-                with self._syncing(self.policy, last and not self.texts):
-                    new = self.policy_backward(part, denominator, kl_coef, fills_in)
+                with self._syncing(self.policy, last and not (self.texts and trains)):
+                    if trains:
+                        new = self.policy_backward(part, denominator, kl_coef, fills_in)
+                    else:
+                        new = self.head_backward(part, denominator)
                     stats = add_stats(stats, new)
                 found[passes[number], : part.logprobs.shape[1]] = part.logprobs
         if fills_in:  # the rows of the other processes are 0 here
@@ -173,15 +169,29 @@ class Updater:
 
     def critic_backward(self, part: Experience, denominator: float) -> Stats:
         """Accumulate the gradient of the value loss of one micro-batch."""
+        loss, stats = self.scaled_value_loss(critic_values(self.critic, part), part, denominator)
+        self.accelerator.backward(loss)
+        return stats
+
+    def head_backward(self, part: Experience, denominator: float) -> Stats:
+        """As `critic_backward`, for a value head on the trunk of a policy that waits. The gradients
+        of the policy are dropped; several processes need one for each weight."""
+        logprobs, _, values = policy_outputs(self.policy, part, self.sampling)
+        loss, stats = self.scaled_value_loss(values, part, denominator)
+        self.accelerator.backward(loss + 0.0 * logprobs.sum())
+        return stats
+
+    def scaled_value_loss(
+        self, values: Tensor, part: Experience, denominator: float
+    ) -> tuple[Tensor, Stats]:
+        """`ppo.vf_coef` x the value loss of one micro-batch, and its statistics."""
         ppo = self.config.ppo
-        values = critic_values(self.critic, part)
         clip = ppo.cliprange_value if self.clips_values else None
         loss, stats = value_loss(
             values, part.values, part.returns, part.loss_mask, clip, denominator=denominator
         )
-        self.accelerator.backward(ppo.vf_coef * loss)
         clipped = stats["value_clip_fraction"]
-        return {"value_loss": loss.detach(), "value_clip_fraction": clipped}
+        return ppo.vf_coef * loss, {"value_loss": loss.detach(), "value_clip_fraction": clipped}
 
     def policy_backward(
         self, part: Experience, denominator: float, kl_coef: float, fills_in: bool = False
@@ -189,7 +199,9 @@ class Updater:
         """Accumulate the gradient of the clipped surrogate of one micro-batch, with the entropy
         bonus and the KL penalty if they are in the loss. `fills_in`: first set `part.logprobs`."""
         ppo, mask = self.config.ppo, part.loss_mask
-        logprobs, entropy = policy_logprobs(self.policy, part, self.sampling, with_entropy=True)
+        logprobs, entropy, values = policy_outputs(
+            self.policy, part, self.sampling, with_entropy=True
+        )
         if fills_in:
             part.logprobs.copy_(logprobs.detach())
         loss, stats = policy_loss(
@@ -209,10 +221,14 @@ class Updater:
             difference = (logprobs - part.ref_logprobs).where(mask, 0.0)
             kl = kl_estimate(difference, torch.zeros_like(difference), ppo.kl_estimator)
             total = total + kl_coef * masked_sum(kl, mask, denominator)
+        of_values: Stats = {}
+        if self.shares_trunk:
+            loss_of_values, of_values = self.scaled_value_loss(values, part, denominator)
+            total = total + loss_of_values
         self.accelerator.backward(total)
         del stats["num_tokens"]
         total_entropy = entropy.detach().where(mask, 0.0).sum()
-        return {"policy_loss": loss.detach(), "entropy": total_entropy, **stats}
+        return {"policy_loss": loss.detach(), "entropy": total_entropy, **stats, **of_values}
 
     def accumulate_ptx(self, batch: Experience, step: int, update: int) -> dict[str, float]:
         """Accumulate the gradient of `ptx.coef` x the mean loss per token of this step's texts.
@@ -258,7 +274,7 @@ class Updater:
 
     def _step(self, minibatch: Experience, update: int) -> dict[str, float]:
         """Clip and step both models; the policy waits while the critic warms up."""
-        trains = {"critic": self.critic is not None, "policy": self.trains_policy(update)}
+        trains = {"critic": "critic" in self.optimizers, "policy": self.trains_policy(update)}
         models = [model for model in trains if trains[model]]
         norms = {}
         for model in models:
@@ -333,17 +349,6 @@ def make_optimizer(parameters: Iterable[Tensor], rate: float, ppo: PPOConfig) ->
     common: dict[str, Any] = {"betas": tuple(ppo.adam_betas), "eps": ppo.adam_epsilon}
     common["fused"] = parameters[0].is_cuda
     return torch.optim.AdamW(groups, lr=rate, weight_decay=0.0, **common)
-
-
-def text_loss(model: Any, texts: Sequence[Sequence[int]], denominator: float) -> Tensor:
-    """Sum of -log p over all tokens of texts but the first of each, divided by `denominator`."""
-    device = next(model.parameters()).device
-    ids = pad(texts, 0, device=device)
-    mask = pad([[True] * len(text) for text in texts], False, device=device)
-    positions = torch.arange(ids.shape[1] - 1, device=device).expand(len(ids), -1)
-    none, wanted = positions.new_empty(0), mask[:, 1:]
-    logprobs, _ = response_logprobs(model, ids, mask, positions, ids[:, 1:], wanted, none)
-    return masked_sum(-logprobs, wanted, denominator)
 
 
 # --- Statistics ---------------------------------------------------------------------------------

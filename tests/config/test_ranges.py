@@ -105,6 +105,7 @@ BAD_VALUES = [
     ("ppo", "ppo.learning_rate", -1e-06, "be >= 0"),
     ("ppo", "critic.learning_rate", -1.0, "be >= 0"),
     ("ppo", "critic.warmup_updates", -1, "be >= 0"),
+    ("ppo", "critic.trunk_coef", -0.5, "be >= 0"),
     ("ppo", "evaluation.num_prompts", -1, "be >= 0"),
     ("sft", "model.forward", "packed", "be one of auto, padding_free, padded"),
     ("ppo", "ppo.temperature", 0.0, "be > 0"),

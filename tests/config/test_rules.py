@@ -226,6 +226,23 @@ BAD_VALUES = [
     ),
     (
         "ppo",
+        {"critic.share_trunk": True, "critic.init": "reward"},
+        "critic.share_trunk=true puts the value head on the policy's own trunk, but critic.init="
+        "reward names another model; set critic.init=null, or critic.share_trunk=false",
+    ),
+    (
+        "ppo",
+        {"critic.share_trunk": True, "ppo.advantage": "reinforce_pp"},
+        "critic.share_trunk=true needs a critic (ppo.advantage=gae); set it to false",
+    ),
+    (
+        "ppo",
+        {"critic.trunk_coef": 0.5},
+        "critic.trunk_coef=0.5 needs critic.share_trunk=true: a critic of its own has no gradient "
+        "into the policy; set it to 1",
+    ),
+    (
+        "ppo",
         {"offload_frozen": True, "peft.enabled": True, "scorer.path": "my_module.score"},
         "offload_frozen=true has nothing to move: with adapters, the reference is the policy with "
         "its adapters off, and the scorer is a Python function; set it to false",

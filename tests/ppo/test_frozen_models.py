@@ -25,7 +25,8 @@ from rlhf.equivalence import choose_forward, store_as_read
 from rlhf.metrics import read_jsonl
 from rlhf.models import ScalarModel, forward_inputs, freeze
 from rlhf.ppo import train_ppo
-from rlhf.ppo.preflight.memory import estimate_memory, longest_micro_batch
+from rlhf.ppo.preflight.longest_step import longest_micro_batch
+from rlhf.ppo.preflight.memory import estimate_memory
 
 IDS, MASK = padded([[11, 12, 13, 14, 15, 16], [20, 21], [30, 31, 32, 33]], "right")
 
@@ -151,7 +152,8 @@ def test_offloaded_models_are_on_the_gpu_only_while_they_are_read(
 
     watch(rollout_module, "generate", "sampling")
     watch(rollout_module, "score_responses", "scoring")
-    watch(rollout_module, "policy_logprobs", "reading the policy")
+    watch(rollout_module, "policy_logprobs", "reading with another model")
+    watch(rollout_module, "read_policy", "reading the policy")
     watch(rollout_module, "critic_values", "reading the critic")
     watch(trainer.updater, "accumulate", "optimising")
     for _ in range(2):

@@ -241,6 +241,12 @@ class CriticConfig:
     reward, or policy where the scorer is a Python function)."""
     learning_rate: float | None = knob(None, ge=0)
     """Peak learning rate of the critic (null: 3e-6, with LoRA adapters 3e-4)."""
+    share_trunk: bool = False
+    """Put a new value head on the policy's own trunk: one forward and backward pass in place of
+    two, and no critic/. Another algorithm: the value loss also moves the policy."""
+    trunk_coef: float = knob(1.0, ge=0)
+    """With share_trunk: factor of the value loss's gradient into the trunk, after ppo.vf_coef (0:
+    the head alone learns values)."""
     warmup_updates: int = knob(0, ge=0)
     """Number of first updates that train only the critic."""
     must_explain: bool | None = None

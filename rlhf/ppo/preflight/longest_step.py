@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from rlhf.config import PPOStageConfig
+from rlhf.ppo.passes import policy_logprobs, text_loss
 from rlhf.ppo.preflight.findings import FAIL, OK, Finding
 from rlhf.ppo.preflight.memory import (
     MemoryEstimate,
@@ -20,9 +21,9 @@ from rlhf.ppo.preflight.memory import (
     remedy,
     size_text,
 )
-from rlhf.ppo.rollout import Experience, Responses, policy_logprobs
+from rlhf.ppo.rollout import Experience, Responses
 from rlhf.ppo.trainer import PPOTrainer
-from rlhf.ppo.update import text_loss
+from rlhf.ppo.update import LOSSES
 from rlhf.sampling import Generation
 
 MOST_TOKENS = 16384  # of a pass; more gain no speed on any GPU
@@ -152,7 +153,7 @@ def _forward_and_backward(trainer: PPOTrainer, part: Responses) -> bool:
             stack.enter_context(accelerator.no_sync(updater.critic))
             losses.append(updater.critic_backward(batch, denominator)["value_loss"])
         policy = updater.policy_backward(batch, denominator, trainer.kl_coef)
-        losses.append(policy["policy_loss"])
+        losses += [policy[name] for name in LOSSES if name in policy]
         if updater.texts:
             num_texts = trainer.config.ppo.rows_of(trainer.config.ptx.max_length)
             texts = sorted(updater.texts, key=len)[-num_texts:]

@@ -24,8 +24,9 @@ from rlhf.config import PPOStageConfig, has_frozen_models
 from rlhf.console import table
 from rlhf.functional.tokens import BLOCK
 from rlhf.models import chunk_tokens, ends_with_head, eval_mode, prefill_inputs, unwrap_peft
+from rlhf.ppo.passes import critic_values, policy_logprobs
 from rlhf.ppo.preflight.findings import FAIL, OK, WARN, Finding
-from rlhf.ppo.rollout import Responses, critic_values, policy_logprobs
+from rlhf.ppo.rollout import Responses
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.scorers import Scorer, reward_models
 
@@ -185,7 +186,8 @@ def estimate_memory(
         models["reference"] = model_memory(actors.reference)
     if actors.critic is not None:
         models["critic"] = model_memory(actors.critic, distributed)
-        models["critic"].activations = activation_bytes(read_critic, actors.critic, part)
+        if not actors.shares_trunk:
+            models["critic"].activations = activation_bytes(read_critic, actors.critic, part)
     scorers = [actors.scorer] if independent is None else [actors.scorer, independent]
     weights = [model_memory(m.model).weights for scorer in scorers for m in reward_models(scorer)]
     if weights:

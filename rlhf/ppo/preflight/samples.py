@@ -21,15 +21,9 @@ from rlhf.console import interval_text, table
 from rlhf.functional import best_of_n, best_of_n_kl, bootstrap_interval
 from rlhf.models import use_bfloat16
 from rlhf.ppo.evaluation import response_ids, response_texts
+from rlhf.ppo.passes import policy_logprobs
 from rlhf.ppo.preflight.findings import FAIL, OK, WARN, Finding
-from rlhf.ppo.rollout import (
-    Responses,
-    Rollout,
-    collect,
-    policy_logprobs,
-    read_tokens,
-    score_sampled,
-)
+from rlhf.ppo.rollout import Responses, Rollout, collect, read_tokens, score_sampled
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.sampling import Generation, Sampling, context_length, generate, uniform_noise
 from rlhf.scorers import Scorer, Scores
