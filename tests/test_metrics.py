@@ -8,8 +8,10 @@ import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from helpers.configs import valid_config
 
 from rlhf.config import InputError, SFTStageConfig, TrackerConfig, check
@@ -186,8 +188,6 @@ def test_a_tracker_that_is_not_installed_is_named_before_anything_loads(monkeypa
 
 
 def test_trackers_are_those_of_accelerate():
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-
     assert sorted(LOGGER_TYPE_TO_CLASS) == sorted(TRACKERS)
 
 
@@ -248,14 +248,35 @@ def test_a_results_metrics_are_the_rows_and_by_a_name_the_figure_of_final(tmp_pa
     assert str(StageResult(None, {}, "a table")) == "a table"
 
 
-def test_trackers_get_our_step_and_only_wandb_gets_null(tmp_path):
-    trackers = Trackers(tmp_path, SFTStageConfig(), "sft", None, 0)
-    wandb_rows, other_rows = [], []
-    trackers._wandb = SimpleNamespace(log=wandb_rows.append)
-    trackers._others = [SimpleNamespace(log=lambda row, step: other_rows.append((step, row)))]
+class Recorder:
+    """A tracker that records what accelerate's interface is asked for."""
+
+    requires_logging_directory = False
+    made: ClassVar[list] = []
+
+    def __init__(self, project):
+        self.calls = [project]
+        self.made.append(self)
+
+    def __getattr__(self, name):
+        return lambda *values, **named: self.calls.append((name, *values, named))
+
+
+def test_each_tracker_gets_our_step_and_only_wandb_gets_null(tmp_path, monkeypatch):
+    for name in ("mlflow", "clearml"):
+        monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, name, Recorder)
+    config = SFTStageConfig(tracker=TrackerConfig(names=["mlflow", "clearml"], project="mine"))
+    trackers, wandb_rows = Trackers(tmp_path, config, "sft", None, 0), []
+    trackers._wandb = SimpleNamespace(log=wandb_rows.append, finish=lambda: None)
     trackers.log(7, {"loss": 1.0, "kl": None})
+    trackers.close()
     assert wandb_rows == [{"step": 7, "loss": 1.0, "kl": None}]
-    assert other_rows == [(7, {"loss": 1.0})]
+    assert len(Recorder.made) == 2
+    for recorder in Recorder.made:
+        project, start, (stored, values, _), *others = recorder.calls
+        assert (project, start, stored) == ("mine", ("start", {}), "store_init_configuration")
+        assert values["seed"] == config.seed
+        assert others == [("log", {"loss": 1.0}, {"step": 7}), ("finish", {})]
 
 
 def test_wandb_is_silent(tmp_path):
