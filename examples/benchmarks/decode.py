@@ -43,7 +43,7 @@ from world import (
 
 from rlhf.data import pad
 from rlhf.models import freeze
-from rlhf.sampling import generate, sampling_for, uniform_noise
+from rlhf.sampling import generate, sampling_for, uniform_noise, use_engine
 
 TRANSFORMERS = "transformers"
 
@@ -51,7 +51,8 @@ TRANSFORMERS = "transformers"
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", choices=SHAPES, default="small")
-    parser.add_argument("--samplers", default=f"loop,{TRANSFORMERS}", help="loop, graph, ...")
+    default = f"loop,graph,{TRANSFORMERS}" if DEVICE == "cuda" else f"loop,{TRANSFORMERS}"
+    parser.add_argument("--samplers", default=default, help="loop, graph, ...")
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=64, help="of a response")
     parser.add_argument("--repeats", type=int, default=3)
@@ -67,11 +68,11 @@ def samplers(model: Any, options: argparse.Namespace) -> dict[str, Callable[[int
     ids = pad(prompts, tokenizer.pad_token_id, "left", model.device)
     mask = pad([[1] * len(row) for row in prompts], 0, "left", model.device)
 
-    def ours(name: str, num_tokens: int) -> Any:
-        if name != "loop":
-            from rlhf.sampling import use_engine
+    names = options.samplers.split(",")
+    engines = {name: use_engine(model, name) for name in names if name != TRANSFORMERS}
 
-            use_engine(model, name)
+    def ours(name: str, num_tokens: int) -> Any:
+        engines[name].use()  # each is kept: graphs are captured once
         sampling = sampling_for(model, tokenizer, num_tokens, temperature=1.0)
         return generate(model, prompts, sampling, noise, batch_size=options.rows)
 
@@ -88,7 +89,7 @@ def samplers(model: Any, options: argparse.Namespace) -> dict[str, Callable[[int
     def named(name: str) -> Callable[[int], Any]:
         return theirs if name == TRANSFORMERS else lambda num_tokens: ours(name, num_tokens)
 
-    return {name: named(name) for name in options.samplers.split(",")}
+    return {name: named(name) for name in names}
 
 
 def limit_seconds(model: Any, options: argparse.Namespace, limits: dict[str, Any]) -> float:

@@ -64,13 +64,16 @@ class Engine:
         with torch.autocast(self.copy.device.type, enabled=False):  # the copy has its type already
             yield self._steps
 
+    def use(self) -> Engine:
+        """Let `generate` and `stream` sample with this engine from now on."""
+        unwrap_peft(self.model)._rlhf_engine = self
+        return self
+
 
 def use_engine(model: Any, *arguments: Any, **options: Any) -> Engine:
     """Let `generate` and `stream` sample from a model as an `Engine` of these arguments does."""
-    inner = unwrap_peft(model)
-    inner.__dict__.pop("_rlhf_engine", None)  # the memory of the last one, first
-    inner._rlhf_engine = Engine(model, *arguments, **options)
-    return inner._rlhf_engine
+    unwrap_peft(model).__dict__.pop("_rlhf_engine", None)  # the memory of the last one, first
+    return Engine(model, *arguments, **options).use()
 
 
 def engine_of(model: Any) -> Engine:

@@ -28,6 +28,7 @@ from rlhf.ppo.passes import critic_values, policy_logprobs
 from rlhf.ppo.preflight.findings import FAIL, OK, WARN, Finding
 from rlhf.ppo.rollout import Responses
 from rlhf.ppo.trainer import PPOTrainer
+from rlhf.sampling import engine_of
 from rlhf.scorers import Scorer, reward_models
 
 FULL = 0.85  # share of the memory beyond which a run is at risk
@@ -195,10 +196,18 @@ def estimate_memory(
     frozen = [name for name in ("reference", "reward models") if name in models]
     away = [models.pop(name).weights for name in frozen if actors.reading_device]
     num_rows = min(ppo.rollout_batch_size, ppo.batch_size // trainer.accelerator.num_processes)
-    per_row = part.sequence_ids.shape[1] * cache_bytes_per_token(actors.policy, part)
     vocabulary = actors.policy.get_output_embeddings().weight.shape[0]
-    per_row += vocabulary * SAMPLER_BYTES
-    return MemoryEstimate(models, num_rows * per_row, max(away, default=0))
+    while_sampling = num_rows * vocabulary * SAMPLER_BYTES
+    cache = num_rows * part.sequence_ids.shape[1] * cache_bytes_per_token(actors.policy, part)
+    engine = engine_of(actors.policy)
+    if engine.name == "graph":
+        models["sampler"] = ModelMemory(cache)  # its cache stays where it is
+    else:
+        while_sampling += cache
+    if engine.copy is not None:
+        kept = models.setdefault("sampler", ModelMemory(0))
+        kept.weights += model_memory(engine.copy).weights
+    return MemoryEstimate(models, while_sampling, max(away, default=0))
 
 
 def model_memory(model: Any, distributed: bool = False) -> ModelMemory:

@@ -30,6 +30,7 @@ from rlhf.ppo.preflight.memory import (
     model_memory,
 )
 from rlhf.ppo.rollout import policy_logprobs
+from rlhf.sampling import use_engine
 from rlhf.scorers import load_scorer
 
 
@@ -73,6 +74,20 @@ def test_reward_models_that_score_and_judge_are_counted(policy_dir, tmp_path):
     for independent, number in ((None, 1), (letters, 1), (trainer.actors.scorer, 2)):
         estimate = estimate_memory(trainer, part, independent)
         assert estimate.models["reward models"] == ModelMemory(number * weights)
+
+
+def test_the_copy_and_the_cache_of_graph_stay_during_training(policy_dir, tmp_path):
+    trainer = make_trainer(make_config(policy_dir, tmp_path), tmp_path)
+    part, policy = longest_micro_batch(trainer), trainer.actors.policy
+    loop = estimate_memory(trainer, part)
+    use_engine(policy, "graph", dtype=torch.bfloat16)
+    graph = estimate_memory(trainer, part)
+    cache = loop.sampling - graph.sampling
+    per_token = cache_bytes_per_token(policy, part)
+    assert cache == 8 * part.sequence_ids.shape[1] * per_token
+    copied = nbytes({p.data_ptr(): p for p in policy.parameters()}.values()) // 2
+    assert graph.models["sampler"] == ModelMemory(cache + copied)
+    assert "sampler" not in loop.models
 
 
 def test_gradients_stand_twice_where_processes_exchange_them(policy_dir, tmp_path):
