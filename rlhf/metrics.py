@@ -71,6 +71,7 @@ METRICS: dict[str, str] = {
     "ratio": "mean probability ratio between new and old policy",
     "ratio_max": "largest ratio at any token of the update",
     "ratio_min": "smallest ratio at any token of the update",
+    "importance_weight": "mean weight of ppo.importance_correction over response tokens",
     "ptx_loss": "loss on the PPO-ptx texts, nats per token",
     "first_ratio_deviation": "largest |ratio - 1| in the first minibatch, which must be 0",
     "critic_grad_norm": "gradient norm of the critic before clipping",

@@ -31,6 +31,7 @@ from rlhf.functional.ppo_losses import (
     Stats,
     adaptive_kl_coef,
     explained_variance,
+    importance_weights,
     learning_rate_factor,
     policy_loss,
     value_loss,

@@ -14,6 +14,25 @@ from rlhf.functional.tokens import check_masked, masked_sum, zero_masked
 Stats = dict[str, Tensor]  # detached 0-d float32 tensors by name
 
 
+def importance_weights(
+    old_logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor, cap: float
+) -> Tensor:
+    """Weight of each token that a sampler drew from other probabilities than the policy's, at most
+    `cap`: min(p(policy) / p(sampler), cap), float32; 0 where masked.
+
+    Advantages times these weights have the expectation that tokens of the policy would give, up to
+    the cap, which bounds the variance, and to what was drawn before a token.
+
+    Source: Ionides 2008, "Truncated importance sampling", J. Comp. Graph. Stat. 17(2); per token,
+        as TRL's `vllm_importance_sampling_mode=token_truncate`.
+    """
+    if not cap >= 1:
+        raise ValueError(f"cap must be >= 1, got {cap}")
+    check_masked(mask, old_logprobs=old_logprobs, sampler_logprobs=sampler_logprobs)
+    log_weights = zero_masked(old_logprobs, mask) - zero_masked(sampler_logprobs, mask)
+    return zero_masked(log_weights.exp().clamp(max=cap), mask)
+
+
 def policy_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,

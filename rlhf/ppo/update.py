@@ -27,6 +27,7 @@ from rlhf.checkpoint import NonFiniteError
 from rlhf.config import PPOConfig, PPOStageConfig, learning_rates
 from rlhf.functional import (
     Stats,
+    importance_weights,
     kl_estimate,
     learning_rate_factor,
     masked_sum,
@@ -204,10 +205,15 @@ class Updater:
         )
         if fills_in:
             part.logprobs.copy_(logprobs.detach())
+        advantages, more = part.advantages, {}
+        if ppo.importance_correction is not None:
+            two = part.logprobs, part.sampler_logprobs
+            weights = importance_weights(*two, mask, ppo.importance_cap)
+            advantages, more["importance_weight"] = advantages * weights, weights.sum()
         loss, stats = policy_loss(
             logprobs,
             part.logprobs,
-            part.advantages,
+            advantages,
             mask,
             ppo.cliprange,
             dual_clip=ppo.dual_clip,
@@ -221,14 +227,13 @@ class Updater:
             difference = (logprobs - part.ref_logprobs).where(mask, 0.0)
             kl = kl_estimate(difference, torch.zeros_like(difference), ppo.kl_estimator)
             total = total + kl_coef * masked_sum(kl, mask, denominator)
-        of_values: Stats = {}
         if self.shares_trunk:
             loss_of_values, of_values = self.scaled_value_loss(values, part, denominator)
-            total = total + loss_of_values
+            total, more = total + loss_of_values, more | of_values
         self.accelerator.backward(total)
         del stats["num_tokens"]
-        total_entropy = entropy.detach().where(mask, 0.0).sum()
-        return {"policy_loss": loss.detach(), "entropy": total_entropy, **stats, **of_values}
+        stats["entropy"] = entropy.detach().where(mask, 0.0).sum()
+        return {"policy_loss": loss.detach(), **stats, **more}
 
     def accumulate_ptx(self, batch: Experience, step: int, update: int) -> dict[str, float]:
         """Accumulate the gradient of `ptx.coef` x the mean loss per token of this step's texts.

@@ -57,6 +57,8 @@ BAD_VALUES = [
     ("ppo", "ppo.num_mini_batches", 0, "be >= 1"),
     ("ppo", "ppo.micro_batch_size", 0, "be >= 1"),
     ("ppo", "ppo.chunk_tokens", 0, "be >= 1"),
+    ("ppo", "ppo.importance_correction", "sequence", "be one of truncated, null"),
+    ("ppo", "ppo.importance_cap", 0.5, "be >= 1"),
     ("sft", "micro_batch_tokens", 0, "be >= 1"),
     ("reward", "micro_batch_tokens", 0, "be >= 1"),
     ("ppo", "ppo.rollout_batch_size", 0, "be >= 1"),

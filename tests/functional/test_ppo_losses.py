@@ -16,6 +16,19 @@ from torch.nn.functional import mse_loss
 
 from rlhf import functional as F
 
+# importance_weights
+
+
+def test_importance_weights_by_hand():
+    logprobs = torch.tensor([[math.log(0.5), math.log(0.2), math.log(0.9), NAN]])
+    sampler = torch.tensor([[math.log(0.25), math.log(0.4), math.log(0.1), 0.0]])
+    mask = torch.tensor([[True, True, True, False]])
+    close(F.importance_weights(logprobs, sampler, mask, 3.0), [[2.0, 0.5, 3.0, 0.0]])
+    close(F.importance_weights(logprobs, logprobs, mask, 1.0), [[1.0, 1.0, 1.0, 0.0]])
+    with pytest.raises(ValueError, match="cap must be >= 1, got 0.5"):
+        F.importance_weights(logprobs, sampler, mask, 0.5)
+
+
 # policy_loss
 
 # Ratio and advantage of four tokens with cliprange 0.2; loss and d loss / d logprob of each.

@@ -74,6 +74,12 @@ class PPOConfig:
     """Adapt kl_coef to keep the KL at this value, nats per sequence (null: fixed kl_coef)."""
     kl_horizon: int = knob(10000, ge=1)
     """Episodes over which kl_coef adapts; larger adapts slower."""
+    importance_correction: str | None = knob(None, choices=("truncated",))
+    """truncated: weigh each token by p(policy) / p(sampler), at most importance_cap, where the
+    sampler rounds otherwise (sampling.dtype); it does not make up for top_p and top_k (null:
+    off)."""
+    importance_cap: float = knob(3.0, ge=1)
+    """Largest weight of importance_correction."""
     whiten_rewards: bool = False
     """Scale rewards to unit variance and keep their mean."""
     advantage: str = knob("gae", choices=("gae", "rloo", "grpo", "reinforce_pp"))
