@@ -17,24 +17,40 @@ from rlhf.inputs import check_inputs
 TORCH = 'raise SystemExit("torch was imported")\n'
 ROWS = "dataset=prompt_completion dataset.path=rows.jsonl run_name=new"
 COMMANDS = {
-    f"rlhf.sft model.path=./nope model.chat_template=vicunna {ROWS} dataset.path=gone.jsonl": [
+    f"rlhf.sft model.path=./nope model.chat_template=vicunna {ROWS} dataset.path=gone.jsonl "
+    "mix.fraction=0.5 mix.path=no_texts.jsonl": [
         "model.path=./nope: no such directory",
         "model.chat_template='vicunna' is neither",
         "dataset.path='gone.jsonl' is neither a file nor a directory",
+        "mix.path='no_texts.jsonl' is neither a file nor a directory",
     ],
     f"rlhf.sft model.path=runs/mine temperature=0 {ROWS} dataset.path=bad.jsonl": [
         "temperature must be > 0",
         "runs/mine/sft/final?",
         "bad.jsonl, row 1: not valid JSON",
     ],
-    f"rlhf.reward model.path=./nope {ROWS} run_name=mine": [
+    f"rlhf.reward model.path=./nope {ROWS} run_name=mine normalization.path=gone.jsonl "
+    "normalization.completions=demonstrations": [
         "model.path=./nope: no such directory",
         "field 'responses': missing or null",
         "runs/mine/reward already holds an unfinished run",
+        "normalization.path='gone.jsonl' is neither a file nor a directory",
     ],
-    f"rlhf.ppo model.path=./nope scorer.path=runs/mine/sft/final {ROWS}": [
+    f"rlhf.ppo model.path=./nope scorer.path=runs/mine/sft/final {ROWS} ppo.reference=./nowhere "
+    "evaluation.scorer=runs/mine/sft/final ptx.coef=1 ptx.path=gone.jsonl model.tokenizer=./no": [
         "model.path=./nope: no such directory",
-        "scorer.path=runs/mine/sft/final was written by the sft stage",
+        "model.tokenizer=./no: no such directory",
+        "ppo.reference=./nowhere: no such directory",
+        "\nscorer.path=runs/mine/sft/final was written by the sft stage",
+        "evaluation.scorer=runs/mine/sft/final was written by the sft stage",
+        "ptx.path='gone.jsonl' is neither a file nor a directory",
+    ],
+    "rlhf.ppo scorer.components=[{path:gone.score},{path:./nope}] dataset.path=python:gone.rows "
+    "model.tokenizer=python:gone.make run_name=new": [
+        "scorer.components[0].path='gone.score' cannot be imported",
+        "scorer.components[1].path=./nope: no such directory",
+        "dataset.path='python:gone.rows' cannot be imported",
+        "model.tokenizer='python:gone.make' cannot be imported",
     ],
     "rlhf.ppo scorer.path=my_module.score evaluation.scorer=other.score run_name=new": [
         "scorer.path='my_module.score' cannot be imported",
