@@ -8,7 +8,7 @@ STAMP := .venv/.installed
 PEERS := .venv-peers
 
 .DEFAULT_GOAL := help
-.PHONY: bad-input journeys conf gpu-check gpu-wheels help install lint format test test-slow test-peers wheel demo overoptimization clean docs test-fast test-gpu
+.PHONY: bad-input bench journeys conf gpu-check gpu-wheels help install lint format test test-slow test-peers wheel demo overoptimization clean docs test-fast test-gpu
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,9 @@ wheel: $(STAMP)  ## build sdist and wheel into dist/ and check the wheel from an
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation --outdir dist .
 	RLHF_WHEEL_DIR=dist $(BIN)/python -m pytest -q tests/end_to_end/test_wheel.py
+
+bench: $(STAMP) $(PEERS)/.installed  ## run the benchmarks at CPU size, minutes; the table is in bench/table.md
+	OMP_NUM_THREADS=1 $(BIN)/python examples/benchmarks/run_all.py --out bench
 
 # On the machine with the GPU: its own Python and torch, and no network. See examples/benchmarks/gpu_check.
 PARTS ?= tests,demo,ppo,trl,lora7b,decode,memory7b,sft1b,sft7b

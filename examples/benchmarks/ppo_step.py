@@ -232,7 +232,7 @@ def our_config(options: argparse.Namespace) -> Any:
             "kl_coef": options.kl_coef,
             "missing_eos_penalty": None,
         },
-        "critic": {"init": "policy" if gold else "reward", "learning_rate": options.lr},
+        "critic": {"learning_rate": options.lr},
         "seed": options.seed,
     }
     if not gold:

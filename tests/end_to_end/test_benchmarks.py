@@ -5,7 +5,9 @@ Run: python -m pytest tests/end_to_end/test_benchmarks.py
 
 from __future__ import annotations
 
+import importlib.util
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,13 +17,14 @@ from transformers import LlamaForCausalLM
 from rlhf.sampling import generate, sampling_for, uniform_noise
 
 FOLDER = ROOT / "examples/benchmarks"
+BENCHMARKS = [path.stem for path in FOLDER.glob("*.py")]
 
 
 @pytest.fixture(autouse=True)
 def benchmarks_importable(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     yield
-    for name in ("parts", "world", "ppo_step", "decode"):
+    for name in BENCHMARKS:
         sys.modules.pop(name, None)
 
 
@@ -81,3 +84,30 @@ def test_limit_of_decoding_is_the_longer_of_reading_and_multiplying_by_hand():
     slow_matrix = {"bytes_per_second": 1e12, "flops_per_second": 1e3}
     expected = 2 * weights * 8 / 1e3
     assert limit_seconds(model, options, slow_matrix) == pytest.approx(expected, rel=1e-12)
+
+
+def command_lines():
+    """The script and the arguments of each part of `make bench` and of `make gpu-check`."""
+    from run_all import PARTS
+
+    spec = importlib.util.spec_from_file_location("gpu_check", FOLDER / "gpu_check/__main__.py")
+    gpu_check = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(gpu_check)
+    lines = {name: [str(FOLDER / line[0]), *line[1:]] for name, line in PARTS.items()}
+    for part in gpu_check.PARTS:
+        for dry in (False, True):
+            lines[f"gpu {part}, dry={dry}"] = gpu_check.command_of(part, Path("out"), dry)[1:]
+    return {name: line for name, line in lines.items() if line[0].startswith(str(FOLDER))}
+
+
+def test_each_part_names_options_that_its_benchmark_has(monkeypatch):
+    lines = command_lines()
+    assert {"ppo", "sft", "gpu sft7b, dry=False", "gpu trl, dry=True"} <= lines.keys()
+    for name, (script, *arguments) in lines.items():
+        module = Path(script).stem
+        if module == "demo":
+            continue
+        needs_no_trl = ["--sides", "ours"] if module == "ppo_step" else []
+        monkeypatch.setattr(sys, "argv", [script, *arguments, *needs_no_trl])
+        options = importlib.import_module(module).parse()  # exits where an option is unknown
+        assert getattr(options, "folder", None) is None, name

@@ -8,7 +8,7 @@ to `OUT/table.md`. The exit status is 1 where a part failed.
     ppo      PPO of a 1.2 B Llama            trl      the same with TRL 1.12.0, the last with PPO
     lora7b   PPO with LoRA at 7 B            decode   time per token against the card's limit
     memory7b   peak of PPO with LoRA at 7 B against the preflight's estimate
-    sft1b, sft7b   full fine-tuning with the SFT stage
+    sft1b, sft7b   full fine-tuning with the SFT stage, without padding; 1 B also padded and packed
 
 The machine's own Python, torch and transformers are used. What else is needed is installed from
 the wheels of a folder, without a network; `make gpu-wheels` fills the folder. `--dry` runs every
@@ -88,8 +88,13 @@ def command_of(part: str, out: Path, dry: bool) -> list[str]:
     if part == "demo":
         return [sys.executable, str(HERE / "demo.py"), *(["--dry"] if dry else [])]
     if part.startswith("sft"):
-        size = "tiny" if dry else part.removeprefix("sft")
-        return [sys.executable, str(HERE / "sft.py"), "--size", size]
+        preset = "tiny" if dry else part.removeprefix("sft")
+        sizes = ["--rounds", "1"]
+        if dry:
+            sizes += ["--ways", "padded", "--batch", "2", "--steps", "4"]
+        elif part == "sft7b":
+            sizes += ["--ways", "padding-free"]
+        return [sys.executable, str(HERE.parent / "sft_throughput.py"), "--preset", preset, *sizes]
     if part == "decode":
         sizes = ["--preset", "tiny", "--rows", "2", "--tokens", "4"] if dry else ["--preset", "1b"]
         return [sys.executable, str(HERE.parent / "decode.py"), *sizes]
