@@ -11,6 +11,7 @@ Left out: sharded models, whose layers work only inside their wrapper.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -25,6 +26,7 @@ from rlhf.models import (
     TextModel,
     accepts,
     by_row,
+    compile_blocks,
     disable_padding_free,
     enable_padding_free,
     eval_mode,
@@ -195,6 +197,40 @@ def _try_padding_free(model: Any, tokenizer: Any) -> str | None:
     if window is not None and windows == {None}:
         return "its sliding window is in the mask alone"
     return None
+
+
+def compile_if_same(model: Any, tokenizer: Any) -> str:
+    """Compile the decoder blocks of a causal LM or `ScalarModel`, in place, if logits and a
+    gradient of a few rows stay the same up to rounding.
+
+    Returns:
+        "compiled", or "not compiled, because ..." with the reason.
+    """
+    rows = _rows(model, tokenizer)
+    trained = sorted((p for p in model.parameters() if p.requires_grad), key=torch.numel)[:1]
+
+    def measure() -> list[Tensor]:
+        with torch.no_grad():  # another graph than with gradients
+            _alone(model, rows[0])
+        numbers = [_alone(model, row).float() for row in rows]
+        loss = torch.cat([n.flatten() for n in numbers]).square().mean()
+        gradients = torch.autograd.grad(loss, trained) if trained else ()
+        return [number.detach() for number in (*numbers, *gradients)]
+
+    with _left_as_it_was(model), torch.enable_grad():
+        expected = measure()
+        undo = compile_blocks(_inner(model))
+        try:
+            far = max(_deviation([a], [b]) for a, b in zip(measure(), expected, strict=True))
+            reason = f"its numbers change by {far:.0%}"
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # the compiler can raise anything
+            far, reason = math.inf, one_line(error)
+    if far <= tolerance(model):
+        return "compiled"
+    undo()
+    return f"not compiled, because {reason}"
 
 
 def store_as_read(model: Any, tokenizer: Any) -> str:

@@ -47,6 +47,7 @@ class StageRecord:
             critic's values are (raw - score_mean) / score_std.
         forward: "padding-free", or "padded" and the reason; None for an exported checkpoint.
         sampling: the engine with which PPO sampled, with the reason where it is "loop".
+        compiled: which models PPO compiled, where it was asked to.
         frozen: how PPO stored the models that it does not train, where that is special.
         weights: SHA-256 of the directory's own safetensors files; None accepts any weights.
         metrics: final figures of the stage.
@@ -75,6 +76,7 @@ class StageRecord:
     forward: str | None = None
     sampling: str | None = None
     frozen: str | None = None
+    compiled: str | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     changes: list[dict[str, Any]] = field(default_factory=list)

@@ -27,6 +27,7 @@ from rlhf.models.attention import (
     watch_windows,
 )
 from rlhf.models.build import try_settings
+from rlhf.models.compiled import compile_blocks, why_not_compiled
 from rlhf.models.dropout import disable_dropout
 from rlhf.models.embeddings import resize_embeddings
 from rlhf.models.forward import (

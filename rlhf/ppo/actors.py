@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -34,7 +35,13 @@ from rlhf.config import (
 from rlhf.console import say, warn
 from rlhf.data import Splits, other_columns
 from rlhf.engine_choice import choose_engine
-from rlhf.equivalence import choose_forward, require_cache, require_padding, store_as_read
+from rlhf.equivalence import (
+    choose_forward,
+    compile_if_same,
+    require_cache,
+    require_padding,
+    store_as_read,
+)
 from rlhf.models import (
     ScalarModel,
     SharedTrunk,
@@ -78,6 +85,7 @@ class Actors:
         frozen: how the models that do not train are stored, in words.
         reading_device: with `offload_frozen`, where they are inside `in_use`; elsewhere they are on
             the CPU. None: they stay where they are.
+        compiled: which models run compiled blocks, in words.
     """
 
     policy: Any
@@ -89,6 +97,7 @@ class Actors:
     sampling: str = "loop"
     frozen: str = ""
     reading_device: Any = None
+    compiled: str = ""
 
     @property
     def shares_trunk(self) -> bool:
@@ -270,6 +279,22 @@ def settle_frozen(
             model.to("cpu")
     actors.frozen = "; ".join(filter(None, (actors.frozen, where)))
     return actors.frozen
+
+
+def compile_actors(actors: Actors, accelerator: Accelerator) -> str:
+    """Compile the decoder blocks of policy, reference and critic; return what came of it, with the
+    seconds that it took."""
+    began = time.perf_counter()
+    models = {"policy": actors.policy, "reference": actors.reference}
+    models |= {"critic": None if actors.shares_trunk else actors.critic}
+    with accelerator.autocast():
+        found = [
+            f"{name} {compile_if_same(model, actors.tokenizer)}"
+            for name, model in models.items()
+            if model is not None
+        ]
+    actors.compiled = ", ".join(found)
+    return f"{actors.compiled} (warm-up: {time.perf_counter() - began:.0f} s)"
 
 
 def _show_report(path: str) -> None:

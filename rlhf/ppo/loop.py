@@ -203,6 +203,7 @@ class PPOLoop:
             record.reference = config.ppo.reference
             record.sampling = trainer.actors.sampling
             record.frozen = trainer.actors.frozen or None
+            record.compiled = trainer.actors.compiled or None
             record.reference_weights = parent_weights(record.reference)
             self._write_critic(record)  # first: a run with final/ counts as finished
             with trainer.updater.averaged_weights():

@@ -24,10 +24,11 @@ from rlhf.config import (
 from rlhf.console import say
 from rlhf.data import describe_dropped, encode_texts, first_cases, load_rows, load_splits, with_rows
 from rlhf.distributed import make_accelerator
-from rlhf.models import parameter_count, unwrap_peft
+from rlhf.models import parameter_count, unwrap_peft, why_not_compiled
 from rlhf.ppo.actors import (
     Actors,
     check_promises,
+    compile_actors,
     first_scorer,
     load_actors,
     load_checked_tokenizer,
@@ -79,6 +80,8 @@ def train_ppo(
 
 def _train(config: PPOStageConfig, scorer: Scorer | None, run: StageRun) -> PPOResult:
     # Refuse early: tokenizers, adapters, batch sizes, the second scorer and the data take seconds.
+    if config.compile and (reason := why_not_compiled()):
+        raise InputError(f"compile=true: {reason}; install one, or set compile=false")
     tokenizer, parent = load_checked_tokenizer(config)
     try_adapters(config)
     accelerator = make_accelerator(config.precision)
@@ -104,6 +107,8 @@ def _train(config: PPOStageConfig, scorer: Scorer | None, run: StageRun) -> PPOR
     say(f"     sampling: {actors.sampling}")
     if frozen:
         say(f"     frozen models: {frozen}")
+    if config.compile:
+        say(f"     compile: {compile_actors(actors, accelerator)}")
     say(splits.describe(too_long))
     splits.dropped += too_long
 
