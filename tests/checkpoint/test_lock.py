@@ -14,6 +14,7 @@ import os
 import shutil
 import signal
 import socket
+import sys
 import threading
 import time
 
@@ -82,17 +83,16 @@ def test_held_lock_is_refused_with_host_and_process_and_a_dead_holders_is_free(h
 
 
 def test_a_child_that_leaves_the_block_leaves_the_lock_to_its_parent(tmp_path):
-    file = tmp_path / "lock"
+    file, parent = tmp_path / "lock", os.getpid()
     try:
         with locked(file, "x", "go"):
-            child = os.fork()
-            if not child:
-                raise SystemExit  # as a worker that fails
-            os.waitpid(child, 0)
-            with pytest.raises(InputError, match="x is in use"), locked(file, "x", "go"):
-                pass
-    except SystemExit:
-        os._exit(0)
+            if child := os.fork():
+                assert os.waitpid(child, 0)[1] == 0
+                with pytest.raises(InputError, match="x is in use"), locked(file, "x", "go"):
+                    pass
+    finally:
+        if os.getpid() != parent:  # the child, which must not go on with other tests
+            os._exit(sys.exc_info()[0] is not None)
     assert not file.exists()
 
 
