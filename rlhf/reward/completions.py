@@ -25,6 +25,7 @@ from rlhf.data import (
     load_rows,
     to_conversation,
 )
+from rlhf.engine_choice import choose_engine
 from rlhf.models import freeze, load_policy, use_bfloat16
 from rlhf.sampling import context_length, generate, sampling_for, uniform_noise
 
@@ -108,6 +109,9 @@ def _samples(
     sampling = sampling_for(policy, tokenizer, length, temperature=1.0)
     mixed = use_bfloat16(config.precision)
     with torch.autocast(state.device.type, torch.bfloat16, enabled=mixed):
+        engine = choose_engine(policy, tokenizer)
+        if state.device.type != "cpu":
+            say(f"        sampling: {engine}")
         sampled = generate(policy, [ids[i] for i in mine], sampling, noise)
     own = [
         (i, [*ids[i], *response], finished)
