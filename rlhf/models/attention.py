@@ -168,7 +168,7 @@ def enable_padding_free(model: Any) -> None:
         raise ValueError(f"its attention is {model.config._attn_implementation}, not sdpa")
     if not model._can_set_attn_implementation():
         raise ValueError("its attention cannot be replaced")
-    model.set_attn_implementation(NAME)
+    _set_attention(model, NAME)
     model.base_model._rlhf_hooks = [
         hook
         for part in {model, model.base_model}  # OPT's head calls only a part of its base model
@@ -184,7 +184,18 @@ def disable_padding_free(model: Any) -> None:
     for hook in model.base_model.__dict__.pop("_rlhf_hooks", ()):
         hook.remove()
     if model.config._attn_implementation == NAME:
-        model.set_attn_implementation("sdpa")
+        _set_attention(model, "sdpa")
+
+
+def _set_attention(model: Any, name: str) -> None:
+    """Choose the attention of all layers, also of those with a copy of the config: switching
+    dropout off gives them one."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(name)
+    for module in model.modules():
+        own = vars(module).get("config")
+        if getattr(own, "_attn_implementation", None) == before:
+            own._attn_implementation = name
 
 
 def _find_rows(base: Any, arguments: Any, keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -35,6 +35,7 @@ from rlhf.models import (
     ScalarModel,
     add_lora,
     attention,
+    disable_dropout,
     disable_padding_free,
     forward_inputs,
     is_padding_free,
@@ -305,3 +306,16 @@ def test_each_stage_trains_on_the_numbers_of_padded_rows(tmp_path):
 
 CLOSE = {"loss", "grad_norm", "eval_loss", "accuracy", "score", "kl", "policy_loss", "value_loss"}
 CLOSE |= {"eval_accuracy", "mean_token_accuracy", "entropy", "critic/grad_norm", "num_tokens"}
+
+
+@pytest.mark.parametrize(
+    ("family", "rate"), [("llama", "attention_dropout"), ("gpt2", "attn_pdrop")]
+)
+def test_a_model_whose_dropout_was_switched_off_is_read_without_padding(family, rate):
+    """Its layers then have copies of the config, which name the attention too."""
+    model = tiny_model(family, TOKENIZER, **{rate: 0.5})
+    disable_dropout(model)
+    assert choose_forward(model, TOKENIZER, "padding_free") == "padding-free"
+    disable_padding_free(model)
+    layers = [vars(module).get("config") for module in model.modules()]
+    assert {own._attn_implementation for own in layers if own is not None} == {"sdpa"}
