@@ -78,8 +78,9 @@ def measure(options: argparse.Namespace) -> None:
     from rlhf.ppo.actors import check_promises, load_actors, load_checked_tokenizer
     from rlhf.ppo.preflight.longest_step import longest_micro_batch, measure_step
     from rlhf.ppo.preflight.memory import estimate_memory
+    from rlhf.ppo.stage import with_sources
 
-    config = ppo_step.our_config(as_step(options, options.cases[0]))
+    config = with_sources(ppo_step.our_config(as_step(options, options.cases[0])), None)
     tokenizer, _ = load_checked_tokenizer(config)
     accelerator = make_accelerator(config.precision)
     torch.ones(64, 64, device=DEVICE).mm(torch.ones(64, 64, device=DEVICE))  # libraries load
