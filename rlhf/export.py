@@ -73,7 +73,7 @@ def export(options: ExportOptions) -> None:
     else:
         record = checkpoint.require_stage(path, tuple(STAGES), "path")
         model, tokenizer = load_directory(options.path, code)
-    for line in mend_sampling_settings(model):
+    for line in mend_sampling_settings(model, trains=False):
         say(line)
     if options.dtype != "auto":
         for name, parameter in model.named_parameters():

@@ -32,11 +32,14 @@ def sampling_settings(model: Any) -> dict[str, Any]:
     }
 
 
-def mend_sampling_settings(model: Any) -> list[str]:
+def mend_sampling_settings(model: Any, trains: bool = True) -> list[str]:
     """Make the generation config of a model valid, so that it can be saved, in place.
 
     Sampling settings without `do_sample` imply `do_sample=true`. They are dropped if decoding is
     greedy, by `do_sample=false` or a temperature of 0.
+
+    Args:
+        trains: also say which settings are kept, because training does not use them.
 
     Returns:
         Lines that say what was changed and what is kept; [] if the model has no settings.
@@ -55,7 +58,7 @@ def mend_sampling_settings(model: Any) -> list[str]:
         lines.append(f"set do_sample=True, which {_list(own)} needs")
     lines += _drop_refused(settings)
     kept = sampling_settings(model)
-    if kept:
+    if kept and trains:
         lines.append(f"saved with the model, but not used in training: {_list(kept)}")
     return [f"generation config: {line}" for line in lines]
 
