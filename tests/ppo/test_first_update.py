@@ -53,7 +53,7 @@ def documented(row, column):
 
 @pytest.mark.slow
 def test_the_pages_own_commands_give_its_numbers(tmp_path):
-    block = re.search(r"```bash\n(.*?)```", PAGE.read_text(), re.DOTALL)[1].replace("\\\n", " ")
+    block = re.search(r"```\n(.*?)```", PAGE.read_text(), re.DOTALL)[1].replace("\\\n", " ")
     for line in block.strip().splitlines():
         command = [sys.executable, *line.split()[1:]]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
