@@ -124,8 +124,9 @@ def write_record(directory: Path, record: StageRecord, model: Any) -> None:
     """
     record.weights = hash_weights(directory)
     record.dtype = str(model.dtype).removeprefix("torch.")
-    record.attn_implementation = model.config._attn_implementation
     record.forward = getattr(model.base_model, "_rlhf_forward", record.forward)
+    replaced = "sdpa" if record.forward == "padding-free" else None  # by our own attention
+    record.attn_implementation = replaced or model.config._attn_implementation
     names = {file.relative_to(directory).as_posix() for file in files_of(directory)}
     record.files = sorted(names | {RECORD})
     text = json.dumps(as_written(dataclasses.asdict(record)), indent=2, allow_nan=False)

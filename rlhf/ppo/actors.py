@@ -230,6 +230,9 @@ def check_promises(config: PPOStageConfig, actors: Actors, accelerator: Accelera
             for model in models
             if model is not None
         ]
+        if config.model.forward == "padded":  # reward models chose for themselves when loaded
+            for scorer in reward_models(actors.scorer):
+                choose_forward(scorer.model, scorer.tokenizer, "padded")
         given, dtype = config.sampling, _copy_type(config, actors.policy)
         actors.sampling = choose_engine(
             actors.policy,

@@ -36,7 +36,7 @@ from rlhf.equivalence import (
     tolerance,
 )
 from rlhf.metrics import read_jsonl
-from rlhf.models import ScalarModel, add_lora, init_reward_model
+from rlhf.models import ScalarModel, add_lora, enable_padding_free, init_reward_model
 from rlhf.ppo import train_ppo
 from rlhf.reward import train_reward
 from rlhf.scorers import load_scorer
@@ -235,8 +235,8 @@ def sft_config(folder, family, **trainer):
 
 def test_sft_refuses_before_anything_is_written(tmp_path):
     for family, trainer, message in (
-        ("opt", {"packing": True}, "^trainer.packing=true: OPT.*; set trainer.packing=false$"),
-        ("opt", {"padding_free": True}, "^trainer.padding_free=true: OPT.*trainer.padding_free=f"),
+        ("falcon_7b", {"packing": True}, "^trainer.packing=true: Falcon.*trainer.packing=false$"),
+        ("falcon_7b", {"padding_free": True}, "^trainer.padding_free=true: Falcon.*padding_free=f"),
         (
             "llama",
             {"packing": True, "packing_strategy": "wrapped"},
@@ -322,12 +322,24 @@ def test_a_text_model_that_reads_padding_is_no_scorer(tmp_path):
 # --- Nothing changes ------------------------------------------------------------------------------
 
 
+def padding_free(model):
+    """What is found for this family, without measuring."""
+    enable_padding_free(model)
+    return "padding-free"
+
+
+def all_padding_free(actors):
+    for model in (actors.policy, actors.reference, actors.critic.model):
+        padding_free(model)
+    return "padding-free"
+
+
 def test_training_is_the_same_with_and_without_measuring(tmp_path, monkeypatch):
     rows = []
     for name in ("measured", "not"):
         if name == "not":
-            monkeypatch.setattr(rlhf.sft.stage, "require_promises", lambda *_: None)
-            monkeypatch.setattr("rlhf.ppo.stage.check_promises", lambda *_: None)
+            monkeypatch.setattr(rlhf.sft.stage, "require_promises", lambda *a: padding_free(a[2]))
+            monkeypatch.setattr("rlhf.ppo.stage.check_promises", lambda *a: all_padding_free(a[1]))
         (tmp_path / name).mkdir()
         config = sft_config(tmp_path / name, "llama", packing=True)
         config.model.dropout = 0.1

@@ -88,7 +88,7 @@ def without_key(mask):
 def test_no_query_is_without_a_key_in_any_forward_of_the_three_stages(tmp_path, monkeypatch):
     """Training, evaluation, scoring, the preflight and PPO-ptx; the sampler is left out.
 
-    The window of the model is shorter than the padding of most rows.
+    Rows are padded. The window of the model is shorter than the padding of most rows.
     """
     values = MODEL_CONFIG | {"hidden_size": 32, "intermediate_size": 64}
     values |= {"model_type": "mistral", "sliding_window": 3}
@@ -97,6 +97,7 @@ def test_no_query_is_without_a_key_in_any_forward_of_the_three_stages(tmp_path, 
     layers, few = values["num_hidden_layers"], {"max_steps": 2, "logging_steps": 1, "eval_steps": 1}
     watched = Attention(monkeypatch)
     config = sft_config(tmp_path, model=source, dataset=rows)
+    config.model.forward = "padded"
     config.trainer |= few
     train_sft(config)
     assert not watched.bad
@@ -104,6 +105,7 @@ def test_no_query_is_without_a_key_in_any_forward_of_the_three_stages(tmp_path, 
 
     watched.layers.clear()
     config = reward_config(tmp_path, dataset=rows)
+    config.model.forward = "padded"
     config.trainer |= few
     train_reward(config)
     assert not watched.bad
@@ -115,10 +117,12 @@ def test_no_query_is_without_a_key_in_any_forward_of_the_three_stages(tmp_path, 
     ppo = PPOConfig(num_updates=1, num_ppo_epochs=1, batch_size=16, response_length=8)
     ppo.missing_eos_penalty = None  # after two steps of SFT few responses end
     ptx = PtxConfig(coef=1.0, path=str(texts), batch_size=2, max_length=32)
-    train_ppo(ppo_config(tmp_path, preflight=True, dataset=rows, ppo=ppo, ptx=ptx))
+    config = ppo_config(tmp_path, preflight=True, dataset=rows, ppo=ppo, ptx=ptx)
+    config.model.forward = "padded"
+    train_ppo(config)
     assert not watched.bad
-    # policy and critic; without gradient the reference and the reward model too
-    assert [len(watched.layers[grad]) for grad in (True, False)] == [2 * layers, 4 * layers]
+    # policy, critic, and the reward model while it is loaded; the reference without gradient too
+    assert [len(watched.layers[grad]) for grad in (True, False)] == [3 * layers, 4 * layers]
 
 
 def test_the_watch_sees_a_query_without_a_key(monkeypatch):

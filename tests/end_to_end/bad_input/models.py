@@ -58,8 +58,8 @@ CASES = [
     Case(
         "packing in a family whose rows then see each other",
         f"{SFT} model.path=model trainer.packing=true",
-        ("trainer.packing=true", "OPTForCausalLM (opt)", "set trainer.packing=false"),
-        prepare=lambda folder: write_model(folder / "model", "opt"),
+        ("trainer.packing=true", "FalconForCausalLM (falcon)", "set trainer.packing=false"),
+        prepare=lambda folder: write_model(folder / "model", "falcon_7b"),
     ),
     Case(
         "packing in a way that mixes rows",
