@@ -50,17 +50,13 @@ def finish(config) -> None:
     assert process.exitcode == 0, text_of(config)[-3000:]
 
 
-OTHER_LIMITS = [("sft", 0.5), ("reward", 0.5), ("reward", 1.2), ("ppo", 0.5), ("ppo", 1.2)]
-
-
 def leftovers(config) -> list[str]:
     return names(directory_of(config), ".*") + names(directory_of(config), "*.tmp")
 
 
-@pytest.mark.parametrize(
-    "stage, share",
-    [("sft", 1.2), *(pytest.param(*other, marks=pytest.mark.slow) for other in OTHER_LIMITS)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0.5, 1.2])
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
 def test_limit_on_the_size_of_a_file_is_said_and_the_run_continues_without_it(
     stage, share, wholes, tmp_path
 ):

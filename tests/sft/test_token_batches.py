@@ -61,7 +61,7 @@ def test_padded_rows_are_sorted_and_lose_padding_and_groups_stay_together():
     [
         ("sft", {"forward": "padded"}, 100),
         ("sft", {"forward": "padding_free", "packing": True}, 40),
-        ("reward", {"forward": "padding_free"}, 200),
+        pytest.param("reward", {"forward": "padding_free"}, 200, marks=pytest.mark.slow),
     ],
 )
 def test_steps_are_the_same_in_several_passes(tmp_path, monkeypatch, stage, changes, tokens):
