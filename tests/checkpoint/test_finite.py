@@ -182,7 +182,7 @@ def run_command(text: str, monkeypatch) -> None:
     runpy.run_module(module, run_name="__main__")
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ["sft", pytest.param("reward", marks=pytest.mark.slow)])
 def test_a_run_that_diverges_stops_and_its_advice_works(stage, data, tmp_path, monkeypatch):
     make, train = STAGES[stage]
     directory = tmp_path / "runs/run" / stage

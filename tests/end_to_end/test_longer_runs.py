@@ -51,7 +51,7 @@ def finished(wholes, tmp_path):
     return copy
 
 
-@pytest.mark.parametrize("stage", LONGER)
+@pytest.mark.parametrize("stage", ["sft", pytest.param("reward", marks=pytest.mark.slow), "ppo"])
 def test_finished_run_becomes_longer(stage, finished, tmp_path, capsys, monkeypatch):
     setting, value, old_end, new_end = LONGER[stage]
     config = finished(stage)
