@@ -16,21 +16,20 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import random
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from parts import Worker, answer
+
 ROOT = Path(__file__).resolve().parents[2]
 VOCABULARY = 2048
 SIDES = ("kwise", "pairs")
-ANSWER = "answer "
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -177,50 +176,22 @@ def measure(settings: argparse.Namespace, num_responses: int) -> None:
     answer({"growth": growth, "peak": peak / mebibyte, "loss": loss.item()})
 
 
-def answer(value: Any) -> None:
-    print(ANSWER + json.dumps(value), flush=True)
-
-
 # --- Both sides -----------------------------------------------------------------------------------
 
 
-class Side:
-    """A process that trains one side."""
-
-    def __init__(self, name: str, num_responses: int, arguments: list[str]):
-        command = [sys.executable, __file__, *arguments, "--side", name]
-        self.name, self.errors = name, tempfile.TemporaryFile("w+")
-        self.process = subprocess.Popen(
-            [*command, "--responses", str(num_responses)],
-            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.errors,
-            text=True,
-        )
-
-    def read(self) -> Any:
-        """Its next answer, past what libraries print."""
-        for line in self.process.stdout:
-            if line.startswith(ANSWER):
-                return json.loads(line.removeprefix(ANSWER))
-        self.errors.seek(0)
-        raise SystemExit(f"{self.name} failed:\n{self.errors.read()[-3000:]}")
-
-    def train_epoch(self) -> float:
-        """Seconds of one more epoch."""
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        return self.read()
+def start(name: str, num_responses: int, arguments: list[str]) -> Worker:
+    """A process that trains one side: an epoch, in seconds, each time that it is asked."""
+    command = [sys.executable, __file__, *arguments, "--side", name]
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return Worker(name, [*command, "--responses", str(num_responses)], environment)
 
 
 def compare(num_responses: int, arguments: list[str], repeats: int) -> dict[str, Any]:
     """Train both sides, in turns, so that other load meets both; their first losses must agree."""
-    sides = [Side(name, num_responses, arguments) for name in SIDES]
-    epochs = [[side.train_epoch() for side in sides] for _ in range(repeats + 1)][1:]
-    found = {side.name: side.read() for side in sides}
+    sides = [start(name, num_responses, arguments) for name in SIDES]
+    epochs = [[side.ask() for side in sides] for _ in range(repeats + 1)][1:]
+    found = {side.name: side.end() for side in sides}
     for side, seconds in zip(sides, zip(*epochs, strict=True), strict=True):
-        side.process.wait()
         found[side.name] |= {"seconds": statistics.median(seconds), "epochs": seconds}
     kwise, pairs = (found[name] for name in SIDES)
     if abs(kwise["loss"] - pairs["loss"]) > 1e-5:

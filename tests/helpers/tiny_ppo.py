@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate import Accelerator
 from helpers.tiny import tiny_model, tiny_tokenizer
@@ -20,7 +22,7 @@ from rlhf.config import (
     ScorerConfig,
 )
 from rlhf.data import encode_prompts
-from rlhf.ppo import PPOTrainer
+from rlhf.ppo import PPOResult, PPOTrainer, train_ppo
 from rlhf.ppo.actors import load_actors
 from rlhf.tokenizer import load_tokenizer
 
@@ -106,3 +108,24 @@ def move_policy(trainer, size=0.05):
         for parameter in trainer.actors.policy.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.add_(size * noise)
+
+
+class Crash(Exception):
+    """A lost machine."""
+
+
+def crashed_and_resumed(config: PPOStageConfig, monkeypatch: pytest.MonkeyPatch) -> PPOResult:
+    """The result of a run that crashes in its fourth update, and of the one that resumes it."""
+    config.run_name = "crashed"
+    step = PPOTrainer.step
+
+    def crash(self: PPOTrainer) -> dict[str, float]:
+        if self.update == 3:
+            raise Crash
+        return step(self)
+
+    monkeypatch.setattr(PPOTrainer, "step", crash)
+    with pytest.raises(Crash):
+        train_ppo(config)
+    monkeypatch.setattr(PPOTrainer, "step", step)
+    return train_ppo(dataclasses.replace(config, resume=True))

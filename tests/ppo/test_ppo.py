@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.families import response_logits
-from helpers.tiny_ppo import count_ascii, make_config, make_trainer, weights
+from helpers.tiny_ppo import count_ascii, crashed_and_resumed, make_config, make_trainer, weights
 from safetensors.torch import load_file
 
 import rlhf.ppo.trainer as ppo_trainer
@@ -194,10 +194,6 @@ def read_metrics(directory: Path) -> list[dict]:
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
-class Crash(Exception):
-    """A lost machine."""
-
-
 # the checkpoint after the second update falls into the middle of the warm-up
 WARM_UP = {"lr_warmup_updates": 3, "weight_decay": 0.1, "whiten_scores": True}
 RESUMED = [
@@ -210,19 +206,7 @@ RESUMED = [
 def test_resumed_run_equals_the_uninterrupted_run(policy_dir, tmp_path, monkeypatch, knobs):
     whole = train_ppo(make_config(policy_dir, tmp_path, **knobs))
     config = make_config(policy_dir, tmp_path, **knobs)
-    config.run_name = "crashed"
-    step = PPOTrainer.step
-
-    def crash_in_the_third_update(self):
-        if self.update == 3:
-            raise Crash
-        return step(self)
-
-    monkeypatch.setattr(PPOTrainer, "step", crash_in_the_third_update)
-    with pytest.raises(Crash):
-        train_ppo(config)
-    monkeypatch.setattr(PPOTrainer, "step", step)
-    resumed = train_ppo(dataclasses.replace(config, resume=True))
+    resumed = crashed_and_resumed(config, monkeypatch)
     one, two = (load_file(result.directory / "model.safetensors") for result in (whole, resumed))
     assert all(torch.equal(one[name], two[name]) for name in one)
     folders = [result.directory.parent for result in (whole, resumed)]

@@ -4,17 +4,15 @@ runs that warm up, resume and save as others do.
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
-from helpers.tiny_ppo import make_config, make_trainer, move_policy
+from helpers.tiny_ppo import crashed_and_resumed, make_config, make_trainer, move_policy
 from safetensors.torch import load_file
 
 from rlhf.config import PeftConfig
 from rlhf.metrics import read_jsonl
 from rlhf.models import ends_with_head
-from rlhf.ppo import PPOTrainer, train_ppo
+from rlhf.ppo import train_ppo
 from rlhf.ppo.passes import policy_logprobs, policy_outputs, text_loss
 
 
@@ -148,10 +146,6 @@ def test_texts_get_the_loss_of_the_policy_alone(policy_dir, tmp_path):
     assert not trainer.actors.critic.linear.weight.grad.any()
 
 
-class Crash(Exception):
-    """A lost machine."""
-
-
 def test_a_resumed_run_equals_the_uninterrupted_one_and_writes_no_critic(
     policy_dir, tmp_path, monkeypatch, capsys
 ):
@@ -160,19 +154,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_and_writes_no_critic(
     said = "values from a head on the policy's trunk (no critic/), 33 trainable"
     assert said in capsys.readouterr().out
     config = shared_config(policy_dir, tmp_path, **knobs)
-    config.run_name = "crashed"
-    step = PPOTrainer.step
-
-    def crash_in_the_third_update(self):
-        if self.update == 3:
-            raise Crash
-        return step(self)
-
-    monkeypatch.setattr(PPOTrainer, "step", crash_in_the_third_update)
-    with pytest.raises(Crash):
-        train_ppo(config)
-    monkeypatch.setattr(PPOTrainer, "step", step)
-    resumed = train_ppo(dataclasses.replace(config, resume=True))
+    resumed = crashed_and_resumed(config, monkeypatch)
     one, two = (load_file(result.directory / "model.safetensors") for result in (whole, resumed))
     assert all(torch.equal(one[name], two[name]) for name in one)
     folders = [result.directory.parent for result in (whole, resumed)]
