@@ -15,7 +15,6 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -53,13 +52,6 @@ def one_writer(config: StageConfig, stage: str) -> Iterator[None]:
     """
     directory, then = config.stage_dir(stage), "continue with resume=auto"
     wait = config.checkpoint.grace_seconds if config.resume == "auto" else 0.0
-    if num_processes() > 1:  # create their group, with the timeout that the Trainer would give it
-        seconds = getattr(config, "trainer", {}).get("ddp_timeout")
-        limit: dict[str, Any] = {} if seconds is None else {"timeout": timedelta(seconds=seconds)}
-        import torch
-        from accelerate import PartialState
-
-        PartialState(cpu=not torch.cuda.is_available(), **limit)
     with ExitStack() as stack:
 
         def lock() -> None:

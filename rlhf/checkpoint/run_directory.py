@@ -43,7 +43,7 @@ from rlhf.config import (
     nothing_to_resume,
     resume_overrides,
 )
-from rlhf.console import quiet_libraries, say, warn
+from rlhf.console import num_processes, quiet_libraries, say, warn
 from rlhf.metrics import append_jsonl, cut_jsonl
 
 
@@ -84,6 +84,7 @@ def open_run(config: StageConfig, stage: str, writes: bool = True) -> Iterator[S
         writes: False for a run that writes nothing; its directory is neither examined nor locked.
     """
     check(config)
+    join_group(config)
     lock = one_writer(config, stage) if writes else nullcontext()
     with lock, kept_output() as output:
         run = StageRun(config, stage, config.stage_dir(stage), output)
@@ -99,6 +100,16 @@ def open_run(config: StageConfig, stage: str, writes: bool = True) -> Iterator[S
             from accelerate import PartialState
 
             PartialState().wait_for_everyone()
+
+
+def join_group(config: StageConfig) -> None:
+    """Join the group of processes, if there are several."""
+    if num_processes() == 1 and config.distributed is None:
+        return
+    from rlhf.distributed import join_processes
+
+    # the timeout that the Trainer would give it
+    join_processes(config.distributed, getattr(config, "trainer", {}).get("ddp_timeout"))
 
 
 def refuse_used_directory(config: StageConfig, stage: str) -> None:

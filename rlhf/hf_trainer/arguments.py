@@ -19,8 +19,8 @@ from rlhf.config import (
     build_arguments,
     learning_rates,
 )
+from rlhf.distributed import use_bfloat16
 from rlhf.hf_trainer.settings import check_trainer_values, try_out
-from rlhf.models import use_bfloat16
 
 DEFAULT_LENGTH = 1024  # tokens of a row
 BEST_METRICS = {

@@ -56,7 +56,6 @@ from rlhf.models.load import (
     load_reward_model,
     parameter_count,
     stored_stop_ids,
-    use_bfloat16,
 )
 from rlhf.models.quantization import is_quantized, undo_first_pass
 from rlhf.models.sampling_settings import (

@@ -156,13 +156,6 @@ def parameter_count(model: nn.Module) -> tuple[int, int]:
     return total, trainable
 
 
-def use_bfloat16(precision: str) -> bool:
-    """Decide whether forward passes run under bfloat16 autocast; "auto": if the GPU supports it."""
-    if precision == "auto":
-        return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    return precision == "bfloat16"
-
-
 def _find(config: ModelConfig, field: str) -> Source:
     source = find_source(config.path, field, config.revision, config.trust_remote_code)
     if config.quantization is not None and source.adapters:

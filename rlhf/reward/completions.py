@@ -25,8 +25,9 @@ from rlhf.data import (
     load_rows,
     to_conversation,
 )
+from rlhf.distributed import use_bfloat16
 from rlhf.engine_choice import choose_engine
-from rlhf.models import freeze, load_policy, use_bfloat16
+from rlhf.models import freeze, load_policy
 from rlhf.sampling import context_length, generate, sampling_for, uniform_noise
 
 COMPLETIONS_KEY = (1 << 31) + 2  # names the random numbers; nothing in PPO has this key

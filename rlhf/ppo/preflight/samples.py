@@ -18,8 +18,8 @@ from torch import Tensor
 from rlhf.checkpoint import StageRecord, read_record
 from rlhf.config import InputError
 from rlhf.console import interval_text, table
+from rlhf.distributed import use_bfloat16
 from rlhf.functional import best_of_n, best_of_n_kl, bootstrap_interval
-from rlhf.models import use_bfloat16
 from rlhf.ppo.evaluation import response_ids, response_texts
 from rlhf.ppo.passes import policy_logprobs
 from rlhf.ppo.preflight.findings import FAIL, OK, WARN, Finding
