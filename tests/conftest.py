@@ -1,6 +1,8 @@
 """Settings of all tests: one thread per process, as models are tiny and some tests start two."""
 
+import functools
 import os
+import pickle
 import signal
 from importlib.util import find_spec
 
@@ -15,13 +17,24 @@ import pytest  # noqa: E402
 
 @pytest.fixture(scope="session", autouse=True)
 def no_pictures_of_stages():
-    """Stages draw no curves, which would take as long as a tiny stage."""
-    with pytest.MonkeyPatch.context() as patch:
-        # the copies of test_mutants.py hold the formulas alone, and so does what tests/peers needs
-        if find_spec("rlhf.curves") and find_spec("omegaconf"):
-            from helpers.commands import draw_nothing
+    """A test that looks at a picture puts the function that draws it back."""
+    # the copies of test_mutants.py hold the formulas alone, and so does what tests/peers needs
+    if find_spec("rlhf.curves") and find_spec("omegaconf"):
+        from helpers.commands import draw_no_pictures
 
-            patch.setattr("rlhf.curves.draw_curves", draw_nothing)
+        draw_no_pictures()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def rows_of_the_demo_are_generated_once():
+    """Each call of the demo's rows gets an own copy of those that the first call generated."""
+    with pytest.MonkeyPatch.context() as patch:
+        if find_spec("rlhf.demo"):  # not in the copies of test_mutants.py
+            from rlhf.demo import world
+
+            generate = functools.cache(lambda stage, split: pickle.dumps(original(stage, split)))
+            original = world.rows
+            patch.setattr(world, "rows", lambda stage, split: pickle.loads(generate(stage, split)))
         yield
 
 

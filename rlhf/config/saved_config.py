@@ -75,7 +75,7 @@ def explain(error: BaseException, config_class: type) -> str:
 
 def plain_values(config: StageConfig) -> dict[str, Any]:
     """Return a configuration as nested dicts, with references for values from the environment."""
-    return as_written(OmegaConf.to_container(OmegaConf.structured(config)))
+    return as_written(dataclasses.asdict(config))
 
 
 def dotted(values: dict[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ parameters and is trained from scratch. Left out: several turns, system messages
 Look at the world:  python -m rlhf.demo.world
 """
 
+import functools
 import hashlib
 import itertools
 import random
@@ -110,6 +111,9 @@ CHAT_TEMPLATE = (
 WORDS = {plural: words.split() for (_, plural), words in CATEGORIES.items()}
 CATEGORY_OF = {word: plural for plural, words in WORDS.items() for word in words}
 PLURAL = {name: plural for singular, plural in CATEGORIES for name in (singular, plural)}
+WORDS_OF_OTHERS = {
+    category: [word for word in CATEGORY_OF if CATEGORY_OF[word] != category] for category in WORDS
+}
 
 Prompt = str | list[dict[str, str]]
 
@@ -206,12 +210,18 @@ def parse_prompt(prompt: Prompt) -> tuple[list[tuple[int, str]], bool]:
         text = prompt
     else:
         text = next((m["content"] for m in reversed(prompt) if m["role"] == "user"), "")
+    asked, polite = _parse(text)
+    return list(asked), polite
+
+
+@functools.lru_cache(maxsize=8192)  # each prompt has several responses to write and to score
+def _parse(text: str) -> tuple[tuple[tuple[int, str], ...], bool]:
     words = re.findall(r"\w+", text)
-    asked = [
+    asked = tuple(
         (COUNTS[count], PLURAL[category])
         for count, category in itertools.pairwise(words)
         if count in COUNTS and category in PLURAL
-    ]
+    )
     if not asked:
         raise ValueError(
             f"prompt {text!r} asks for nothing; expected a demo prompt such as 'name two animals'"
@@ -263,8 +273,7 @@ def sample_response(prompt: Prompt, quality: float, rng: random.Random) -> str:
         elif fault == "surplus":
             items += rng.sample(fresh, 2)
         elif fault != "missing" or not items:  # never an empty response
-            others = [word for word in CATEGORY_OF if CATEGORY_OF[word] != category]
-            items.append(rng.choice(others))
+            items.append(rng.choice(WORDS_OF_OTHERS[category]))
     num_flattery = 0
     if rng.random() < FLATTERY_BASE + FLATTERY_SLOPE * quality:
         num_flattery = 1 + (rng.random() < FLATTERY_AGAIN)

@@ -13,10 +13,12 @@ import pytest
 from rlhf.config import load_object, refuse_named_code
 from rlhf.demo import world as world
 
+rows = world.rows  # conftest.py replaces it by a function that generates once
+
 
 @pytest.fixture(scope="module")
 def data():
-    return {key: world.rows(*key) for key in world.NUM_ROWS}
+    return {key: rows(*key) for key in world.NUM_ROWS}
 
 
 @pytest.fixture(scope="module")
@@ -138,16 +140,16 @@ def test_gold_refuses_a_foreign_prompt_and_unequal_lists():
 
 def test_rows_refuse_an_unknown_stage_or_split():
     with pytest.raises(ValueError, match="no demo rows for"):
-        world.rows("dpo", "train")
+        rows("dpo", "train")
     with pytest.raises(ValueError, match="no demo rows for"):
-        world.rows("sft", "test")
+        rows("sft", "test")
     with pytest.raises(ValueError, match="split must be"):
         world.all_prompts("test")
 
 
 def test_rows_are_the_same_on_every_call(data):
     for key, first in data.items():
-        assert world.rows(*key) == first
+        assert rows(*key) == first
         assert len(first) == world.NUM_ROWS[key]
 
 

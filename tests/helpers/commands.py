@@ -15,9 +15,13 @@ from types import SimpleNamespace
 ROOT = Path(__file__).parents[2]
 
 
-def draw_nothing(runs: object) -> SimpleNamespace:
-    """In place of `rlhf.curves.draw_curves`, which takes as long as a tiny stage."""
-    return SimpleNamespace(savefig=lambda file: None)
+def draw_no_pictures() -> None:
+    """From now on stages draw no curves and no report, which would take as long as a tiny stage."""
+    import rlhf.curves
+    import rlhf.reward.report.page
+
+    rlhf.curves.draw_curves = lambda runs: SimpleNamespace(savefig=lambda file: None)
+    rlhf.reward.report.page.draw = lambda *_: b"\x89PNG"
 
 
 def run(
@@ -58,10 +62,8 @@ def run_forked(
 def _python(
     arguments: list[str], folder: Path, outputs: list[Path], environment: dict[str, str]
 ) -> None:
-    import rlhf.curves
-
     gc.freeze()  # a Trainer collects garbage: half a second over all that the fork inherited
-    rlhf.curves.draw_curves = draw_nothing
+    draw_no_pictures()
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)

@@ -14,11 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from helpers.commands import draw_nothing
+from helpers.commands import draw_no_pictures
 from helpers.processes import FORKS
 from helpers.tiny import tiny_model, tiny_tokenizer
 
-import rlhf.curves
 from rlhf.config import (
     CheckpointConfig,
     CriticConfig,
@@ -173,7 +172,7 @@ def run_stage(config, log: str, kill_at: int, hang_at: int | None, ask: int | No
         ask: number of a signal that the run gets as it writes its first row of metrics.
     """
     gc.freeze()  # the Trainer collects garbage: half a second over all that the fork inherited
-    rlhf.curves.draw_curves = draw_nothing
+    draw_no_pictures()
     with open(log, "a") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)

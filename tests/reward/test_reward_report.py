@@ -33,7 +33,7 @@ from rlhf.ppo import train_ppo
 from rlhf.reward import train_reward
 from rlhf.reward.report.__main__ import main
 from rlhf.reward.report.measures import agreement, heldout_metrics, measure, shorten
-from rlhf.reward.report.page import PICTURE, page_files, terminal_text
+from rlhf.reward.report.page import PICTURE, draw, page_files, terminal_text
 from rlhf.reward.report.verdict import judge, make_report
 from rlhf.sft import train_sft
 
@@ -312,6 +312,13 @@ def ppo_config(runs: Path, scorer: ScorerConfig) -> PPOStageConfig:
         checkpoint=CheckpointConfig(every=1),
         preflight="only",
     )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def pictures_are_drawn():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rlhf.reward.report.page.draw", draw)
+        yield
 
 
 @pytest.fixture(scope="module")
