@@ -18,6 +18,7 @@ from rlhf.checkpoint import finished_run, require_stage
 from rlhf.checkpoint.lock import LOCK
 from rlhf.checkpoint.run_directory import refuse_used_directory
 from rlhf.config import (
+    EndpointConfig,
     InputError,
     ModelConfig,
     PPOStageConfig,
@@ -25,6 +26,7 @@ from rlhf.config import (
     SFTStageConfig,
     StageConfig,
     is_python,
+    is_remote,
     load_object,
     problems_of,
     refuse,
@@ -32,6 +34,7 @@ from rlhf.config import (
 )
 from rlhf.data import load_splits, resolve_format
 from rlhf.data.read import read_rows
+from rlhf.endpoint import check_endpoint
 from rlhf.hub import config_directory, find_source, is_hub_id, tokenizer_directory
 from rlhf.tokenizer import chat_template_text, named_templates
 
@@ -74,6 +77,16 @@ def check_model(
     require_stage(path, stages, field, revision)
     find = config_directory if is_hub_id(path) else find_source
     find(path, field, revision, code)
+
+
+def check_scorer(path: str, endpoint: EndpointConfig, field: str, code: bool = False) -> None:
+    """Check what a scorer's path names: something that listens, a Python function, a directory."""
+    if is_remote(path):
+        check_endpoint(path, endpoint, field)
+    elif is_python(path):
+        load_object(path, field)
+    else:
+        check_model(path, field, ("reward",), code=code)
 
 
 def check_template(name: str, source: str, field: str = "model.chat_template") -> None:
@@ -174,7 +187,4 @@ def _scorer_checks(config: PPOStageConfig, awaited: Collection[str]) -> Iterator
     for field, path in paths.items():
         if not path or path in (*awaited, "python:") or path.endswith(".py"):
             continue  # nothing to look at, or refused by a rule
-        if is_python(path):
-            yield partial(load_object, path, field)
-        else:
-            yield partial(check_model, path, field, ("reward",))
+        yield partial(check_scorer, path, config.scorer.endpoint, field)

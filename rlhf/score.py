@@ -1,12 +1,18 @@
-"""Score the rows of a file with a trained reward model.
+"""Score the rows of a file with a trained reward model, or serve it to others.
 
     python -m rlhf.score path=runs/mine/reward/final data=answers.jsonl
+    python -m rlhf.score path=my_module.my_score data=answers.jsonl
+    python -m rlhf.score path=runs/mine/reward/final serve=127.0.0.1:8123
+    python -m rlhf.score path=http://127.0.0.1:8123/score data=answers.jsonl
 
-writes `answers.scored.jsonl`: the same rows, in the same order, each with its score. Rows are JSON
-objects, one per line: `prompt` and `response` (or `messages` that end with the assistant) get a
-`score`; `prompt` and `responses` get `scores`, for best-of-n. Prompts are text or messages.
+With data= it writes `answers.scored.jsonl`: the same rows, in the same order, each with its score.
+Rows are JSON objects, one per line: `prompt` and `response` (or `messages` that end with the
+assistant) get a `score`; `prompt` and `responses` get `scores`, for best-of-n. Prompts are text or
+messages. A Python scorer, or a server, gets the other fields of the rows as columns. A stopped
+command continues when it is given again.
 
-A stopped command continues when it is given again. Left out: Python scorers and several processes.
+With serve= it scores for others over HTTP (docs/scorers.md) until Ctrl-C. Left out: several
+processes.
 """
 
 from __future__ import annotations
@@ -14,37 +20,50 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import DTYPES, NORMALIZATIONS, InputError, ScorerConfig, knob, refuse, show
+from rlhf.config import (
+    DTYPES,
+    NORMALIZATIONS,
+    EndpointConfig,
+    InputError,
+    ScorerConfig,
+    has_weights,
+    knob,
+    refuse,
+    show,
+)
 from rlhf.console import quiet_libraries, say, table
 from rlhf.data import DropRow, as_messages, as_prompt, as_text
-from rlhf.inputs import check_model, failures
+from rlhf.inputs import Check, check_scorer, failures
 from rlhf.options import check_options, run_command
 from rlhf.row_file import RowFile, chunks_of, new_file, refuse_rows
 
 KINDS = ({"prompt", "response"}, {"prompt", "responses"}, {"messages"})  # fields of a row
 
 
-@dataclass
-class ScoreOptions:
+@dataclass(kw_only=True)
+class ScoreOptions(EndpointConfig):
     """The command line."""
 
     path: str
-    """final/ of a reward stage, or any sequence classifier with one label."""
-    data: str
+    """final/ of a reward stage, any sequence classifier with one label, a Python function as
+    module.function, or the URL of a remote scorer."""
+    data: str | None = None
     """Rows to score, a .jsonl file."""
+    serve: str | None = None
+    """Address to score at for others, such as 127.0.0.1:8123, in place of data."""
     out: str | None = None
     """File to write (default: <name>.scored.jsonl in the folder of the rows)."""
     normalize: str = knob(ScorerConfig().normalize, choices=NORMALIZATIONS)
     """Scale of the scores."""
     batch_size: int = knob(ScorerConfig().batch_size, ge=1)
-    """Sequences scored together."""
+    """Sequences scored together, or sent in one request."""
     dtype: str = knob("float32", choices=DTYPES)
     """Type of the weights."""
     trust_remote_code: bool = False
@@ -75,12 +94,20 @@ def run(options: ScoreOptions) -> None:
             row cannot be scored, or the partial output belongs to other rows or another model.
     """
     check_options(options)
-    source = Path(options.data)
-    model = partial(check_model, options.path, "path", ("reward",), code=options.trust_remote_code)
-    refuse([*failures([partial(read_rows, source), model])])
+    if options.data and options.serve:
+        raise InputError("give data=<rows> or serve=<address>, not both")
+    source, code = Path(options.data or ""), options.trust_remote_code
+    if not (options.data or options.serve):
+        raise InputError("data is missing; add data=<rows to score>, or serve=127.0.0.1:8123")
+    checks: list[Check] = [partial(read_rows, source)] if options.data else []
+    checks.append(partial(check_scorer, options.path, options, "path", code))
+    refuse([*failures(checks)])
+    quiet_libraries()
+    if options.serve:
+        serve(options)
+        return
     import torch
 
-    quiet_libraries()
     out = Path(options.out or source.with_suffix(".scored.jsonl"))
     with new_file(out):
         written = _score_file(options, source, out)
@@ -91,13 +118,42 @@ def run(options: ScoreOptions) -> None:
     say(table([(len(scores), *map(float, figures))], header))
     left_out = sum("not_answered" in row for row in written)
     without = f"; {left_out} rows that were not answered have none" if left_out else ""
-    say(f"\nsaved {out}: scores by {options.path}, normalize={options.normalize}{without}")
+    say(f"\nsaved {out}: scores by {_described(options)}{without}")
+
+
+def _described(options: ScoreOptions) -> str:
+    scale = f", normalize={options.normalize}" if has_weights(options.path) else ""
+    return f"{options.path}{scale}"
+
+
+def serve(options: ScoreOptions) -> None:
+    """Score for others until Ctrl-C."""
+    from rlhf.scorers import ScoreServer
+
+    server = ScoreServer(None, str(options.serve), options.path)  # a bad address is found first
+    server.scorer = _load(options)
+    say(f"scoring at {server.url} with {_described(options)}; Ctrl-C ends it")
+    say(f"  python -m rlhf.ppo scorer.path={server.url} ...")
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        say(f"ended; {server.num_scored} responses were scored")
+    finally:
+        server.server_close()
+
+
+def _load(options: ScoreOptions) -> Any:
+    from rlhf.distributed import default_device
+    from rlhf.scorers import load_scorer
+
+    config = ScorerConfig(options.path, options.normalize, options.batch_size, endpoint=options)
+    code = options.trust_remote_code
+    return load_scorer(config, default_device(), options.dtype, "path", code)
 
 
 def _score_file(options: ScoreOptions, source: Path, out: Path) -> list[dict[str, Any]]:
     """Score the rows of `source` into `out`; return the written rows."""
     from rlhf.checkpoint import hash_weights
-    from rlhf.distributed import default_device
     from rlhf.scorers import RewardModelScorer, uncut_scores
 
     rows, digest = read_rows(source)
@@ -112,16 +168,17 @@ def _score_file(options: ScoreOptions, source: Path, out: Path) -> list[dict[str
         "dtype": options.dtype,
     }
     file = RowFile(out, made_from)
-    config = ScorerConfig(options.path, options.normalize, options.batch_size)
-    code = options.trust_remote_code
-    scorer = RewardModelScorer(config, default_device(), options.dtype, "path", code)
-    _require_fitting(rows, scorer, source)
+    scorer, name = _load(options), f"path={options.path}"
+    if isinstance(scorer, RewardModelScorer):
+        name = "the reward model"
+        _require_fitting(rows, scorer, source)
 
     def score(chunk: range) -> Iterator[dict[str, Any]]:
         part = rows[chunk.start : chunk.stop]
         prompts = [row.prompt for row in part for _ in row.responses]
         responses = [response for row in part for response in row.responses]
-        found = iter(uncut_scores(scorer, prompts, responses, "the reward model").tolist())
+        columns = columns_of(part)
+        found = iter(uncut_scores(scorer, prompts, responses, name, columns).tolist())
         for row in part:
             if not row.responses:
                 yield row.content
@@ -132,6 +189,16 @@ def _score_file(options: ScoreOptions, source: Path, out: Path) -> list[dict[str
 
     chunks = chunks_of([len(row.responses) for row in rows], options.batch_size)
     return file.write(chunks, score, len(rows), "row")
+
+
+def columns_of(rows: Sequence[ScoredRow]) -> dict[str, list[Any]]:
+    """The other fields of the rows: name -> a value for each response."""
+    names = dict.fromkeys(name for row in rows for name in row.content)
+    return {
+        name: [row.content.get(name) for row in rows for _ in row.responses]
+        for name in names
+        if not any(name in kind for kind in KINDS)
+    }
 
 
 def read_rows(source: Path) -> tuple[list[ScoredRow], str]:

@@ -21,7 +21,7 @@ FLOORS = [
     {"functional", "config"},
     {"console", "gguf_files"},
     {"trackers"},
-    {"options", "overrides", "next_commands", "metrics", "hub"},
+    {"options", "overrides", "next_commands", "metrics", "hub", "endpoint"},
     {"curves"},
     {"tokenizer", "distributed"},
     {"data", "checkpoint"},

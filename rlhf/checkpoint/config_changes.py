@@ -38,7 +38,7 @@ if TYPE_CHECKING:  # commands import this room before they need torch
 HARMLESS = (
     *("runs_dir", "run_name", "distributed", "tracker", "checkpoint", "preflight", "watchdog"),
     *("num_samples", "response_length", "temperature", "top_p", "ppo.save_rollouts"),
-    "peft.save",
+    *("peft.save", "scorer.endpoint"),
     *("reward.num_normalization_prompts", "normalization", "trainer.dataloader_num_workers"),
 )
 NOT_HARMLESS = ("watchdog.kl_budget",)  # it ends the run

@@ -6,7 +6,7 @@ mapping `trainer:` may hold is decided by the libraries that receive it (see `bu
 """
 
 from rlhf.config.checks import check, check_scorer_config, has_frozen_models, problems_of
-from rlhf.config.environment import as_written, hide, remember_references
+from rlhf.config.environment import as_written, hide, keep_secret, remember_references
 from rlhf.config.errors import InputError, MissingValues, nearest, one_line, refuse, show
 from rlhf.config.fields import knob, sentences, value_problems, yaml_scalar
 from rlhf.config.knobs import (
@@ -16,6 +16,7 @@ from rlhf.config.knobs import (
     CheckpointConfig,
     CriticConfig,
     DatasetConfig,
+    EndpointConfig,
     EvaluationConfig,
     MixConfig,
     ModelConfig,
@@ -36,7 +37,14 @@ from rlhf.config.knobs import (
     groups_of,
 )
 from rlhf.config.learning_rates import learning_rates, with_learning_rates
-from rlhf.config.objects import build_arguments, is_python, load_object, refuse_named_code
+from rlhf.config.objects import (
+    build_arguments,
+    has_weights,
+    is_python,
+    is_remote,
+    load_object,
+    refuse_named_code,
+)
 from rlhf.config.paths import CONF_DIR, default_paths, with_default_paths
 from rlhf.config.saved_config import (
     CONFIG_FILE,

@@ -21,7 +21,7 @@ from rlhf.config.knobs import (
     SFTStageConfig,
     StageConfig,
 )
-from rlhf.config.objects import is_python
+from rlhf.config.objects import has_weights, is_python
 from rlhf.config.paths import default_paths
 from rlhf.config.saved_config import config_file_of_run, resume_overrides
 from rlhf.config.trainer_values import trainer_problems
@@ -240,8 +240,9 @@ def _critic_rules(config: PPOStageConfig) -> Iterator[str]:
             f"(runs/<run_name>/ppo/critic), got {critic.init!r}"
         )
     first = config.scorer.components[0] if config.scorer.components else config.scorer
-    if is_python(first.path) and critic.init == "reward" and ppo.has_critic:
-        yield "critic.init=reward needs a reward model, not a Python scorer; set critic.init=policy"
+    if critic.init == "reward" and ppo.has_critic and not has_weights(first.path):
+        kind = "a Python" if is_python(first.path) else "a remote"
+        yield f"critic.init=reward needs a reward model, not {kind} scorer; set critic.init=policy"
     if critic.share_trunk and critic.init not in ("policy", None):
         yield (
             "critic.share_trunk=true puts the value head on the policy's own trunk, but "
@@ -267,14 +268,14 @@ def has_frozen_models(config: PPOStageConfig) -> bool:
     paths = [part.path for part in scorer.components] or [scorer.path]
     paths += [path for path in [config.evaluation.scorer] if path is not None]
     has_reference = config.ppo.reference is not None or not config.peft.enabled
-    return has_reference or not all(map(is_python, paths))
+    return has_reference or any(map(has_weights, paths))
 
 
 def _frozen_rules(config: PPOStageConfig) -> Iterator[str]:
     if config.offload_frozen and not has_frozen_models(config):
         yield (
             "offload_frozen=true has nothing to move: with adapters, the reference is the policy "
-            "with its adapters off, and the scorer is a Python function; set it to false"
+            "with its adapters off, and the scorer is no reward model; set it to false"
         )
 
 

@@ -31,10 +31,15 @@ def remember_references(written: Any, resolved: Any) -> None:
         if names:
             _written[key] = text, values[key]
         for name in names:
-            if len(os.environ.get(name, "")) >= SHORTEST:
-                _values[os.environ[name]] = f"${{oc.env:{name}}}"
+            keep_secret(name)
 
     change_leaves(written, remember)
+
+
+def keep_secret(name: str) -> None:
+    """Hide the value of an environment variable in all that is printed or written from now on."""
+    if len(os.environ.get(name, "")) >= SHORTEST:
+        _values[os.environ[name]] = f"${{oc.env:{name}}}"
 
 
 def as_written(values: Any) -> Any:

@@ -23,6 +23,16 @@ def is_python(path: str | None) -> bool:
     return name.startswith("python:") or (is_dotted and not Path(name).exists())
 
 
+def is_remote(path: str | None) -> bool:
+    """True for the URL of a remote scorer."""
+    return str(path).startswith(("http://", "https://"))
+
+
+def has_weights(path: str | None) -> bool:
+    """True for the path of a reward model: no Python scorer and no remote one."""
+    return not (is_python(path) or is_remote(path))
+
+
 def load_object(dotted: str, field_name: str) -> Any:
     """Import the Python object that the configuration key `field_name` names, such as
     `my_package.module.function`; a leading `python:` is dropped.

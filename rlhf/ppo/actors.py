@@ -323,9 +323,8 @@ def load_independent_scorer(config: PPOStageConfig, device: Any) -> Scorer | Non
     path = config.evaluation.scorer
     if path is None:
         return None
-    judge = ScorerConfig(path, "none", config.scorer.batch_size)
-    code = config.model.trust_remote_code
-    return load_scorer(judge, device, field="evaluation.scorer", trust_remote_code=code)
+    own, code = config.scorer.of_path(path, "none"), config.model.trust_remote_code
+    return load_scorer(own, device, field="evaluation.scorer", trust_remote_code=code)
 
 
 def require_scorer_columns(config: PPOStageConfig, scorer: Scorer | None, splits: Splits) -> None:

@@ -17,6 +17,7 @@ from rlhf.config import (
     PPOConfig,
     PPOStageConfig,
     ScorerConfig,
+    has_weights,
     is_python,
     with_default_paths,
     with_learning_rates,
@@ -140,10 +141,12 @@ def with_sources(config: PPOStageConfig, scorer: Scorer | None) -> PPOStageConfi
             config.ppo.missing_eos_penalty = -1.0
     config.ppo.missing_eos_penalty = config.eos_penalty
     if config.critic.init is None:
-        own, shares = is_python(first_scorer(config)[0].path), config.critic.share_trunk
+        path, shares = first_scorer(config)[0].path, config.critic.share_trunk
+        own = not has_weights(path)
         config.critic.init = "policy" if own or shares else "reward"
         if own and config.ppo.has_critic and not shares:
-            say("critic.init=policy: the scorer is a Python function")
+            kind = "is a Python function" if is_python(path) else "runs elsewhere"
+            say(f"critic.init=policy: the scorer {kind}")
     return config
 
 

@@ -11,12 +11,13 @@ the data; responses are text. The same objects serve PPO, evaluation and library
   of a column of the rows gets its B values; `**kwargs` gets all columns. One with a parameter
   `response_ids` is given the B lists of token ids (stop token included) and may return a list of
   rewards for each, one per token; their sum is the score.
+- The URL of a server that scores (`remote`); `server` serves any scorer.
 - Several of these (`scorer.components`): a weighted sum, or an ensemble's mean, min, or mean minus
   its standard deviation. A component with a `gate` counts alone where its score is bad enough
   (Llama 2's safety model).
 
 A scorer that fails, or returns anything but finite numbers, stops the run with the cause. Left out:
-remote scorers, and components that are combined themselves.
+components that are combined themselves.
 """
 
 from rlhf.scorers.call import Scorer, Scores, Tokens, score_responses, uncut_scores
@@ -29,4 +30,6 @@ from rlhf.scorers.combined import (
     reward_models,
 )
 from rlhf.scorers.functions import require_columns
+from rlhf.scorers.remote import RemoteScorer
 from rlhf.scorers.reward_model import RewardModelScorer, score_sequences, score_statistics
+from rlhf.scorers.server import ScoreServer

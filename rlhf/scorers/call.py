@@ -67,11 +67,15 @@ class BuiltInScorer:
 
 
 def uncut_scores(
-    scorer: Scorer, prompts: Sequence[Any], responses: Sequence[str], field: str
+    scorer: Scorer,
+    prompts: Sequence[Any],
+    responses: Sequence[str],
+    field: str,
+    columns: Columns = NO_COLUMNS,
 ) -> Tensor:
     """As `score_responses`, for responses given as text, (B,) float32 on the CPU; also refuse those
     that are longer, with their prompts, than a reward model's context."""
-    scores = score_responses(scorer, prompts, responses, field)
+    scores = score_responses(scorer, prompts, responses, field, columns=columns)
     if scores.cut is not None and scores.cut.any():
         raise InputError(
             f"{int(scores.cut.sum())} of {len(responses)} responses, with their prompts, exceed "

@@ -15,11 +15,13 @@ from rlhf.config import (
     ScorerConfig,
     check_scorer_config,
     is_python,
+    is_remote,
     load_object,
     one_line,
 )
 from rlhf.functional import combine_scores, component_weights, counting
 from rlhf.scorers.call import BuiltInScorer, Columns, Scorer, Scores, Tokens, score_responses
+from rlhf.scorers.remote import RemoteScorer
 from rlhf.scorers.reward_model import RewardModelScorer
 
 
@@ -138,7 +140,7 @@ def load_scorer(
     """Load what `scorer:` names: a reward model, a Python function, or several of these.
 
     Args:
-        config: `path` is the `final/` of a reward stage, a Hub id, or `module.function`;
+        config: `path` is the `final/` of a reward stage, a Hub id, `module.function`, or a URL;
             `components` names several.
         dtype: of the weights of reward models.
         field: configuration key of `path`, for messages.
@@ -157,6 +159,8 @@ def load_scorer(
         raise InputError(
             f"{field} is missing: give the final/ of a reward stage, or module.function"
         )
+    if is_remote(config.path):
+        return RemoteScorer(config, field)
     if is_python(config.path):
         return instance(load_object(config.path, field), f"{field}={config.path}")
     return RewardModelScorer(config, device, dtype, field, trust_remote_code)

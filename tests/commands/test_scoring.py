@@ -300,7 +300,6 @@ def test_a_file_without_rows_is_refused(model, tmp_path, capsys, data):
     [
         (["data=a", "path=b", "pth=c"], "unknown option 'pth'. Did you mean path"),
         (["data=a"], "path is missing; add path=<final/ of a reward stage"),
-        (["data=", "path=b"], "data is missing; add data=<rows to score"),
         (["data=a", "path=b", "normalize=x"], "normalize must be one of demo_mean_zero, sta"),
         (["data=a", "path=b", "dtype=fp16"], "dtype must be one of auto, float32, bfloat16"),
         (["data=a", "path=b", "batch_size=0"], "batch_size must be >= 1, got 0"),
@@ -311,6 +310,35 @@ def test_a_wrong_argument_is_named_with_what_is_allowed(arguments, message):
     with pytest.raises(InputError) as caught:
         read_options(ScoreOptions, arguments)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "data is missing; add data=<rows to score>, or serve=127.0.0.1:8123"),
+        (["data=a.jsonl", "serve=127.0.0.1:0"], "give data=<rows> or serve=<address>, not both"),
+        (["serve=8123"], "serve=8123 is no address; give serve=127.0.0.1:8123"),
+        (["data=a.jsonl", "path=http://127.0.0.1:1/x"], "path=http://127.0.0.1:1/x cannot be rea"),
+    ],
+)
+def test_a_scorer_is_served_or_scores_a_file(model, capsys, arguments, message):
+    assert main([f"path={model}", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_python_scorer_gets_the_columns_of_the_rows(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code = "def exact(completions, answer):\n    return map(str.count, completions, answer)\n"
+    (tmp_path / "known_answers.py").write_text(code)
+    rows = [
+        {"prompt": "a", "response": "5 or 5", "answer": "5"},
+        {"prompt": "b", "responses": ["4", "44"], "answer": "4", "id": 1},
+    ]
+    file = write(tmp_path / "answers.jsonl", rows)
+    assert main([f"data={file}", "path=known_answers.exact"]) == 0
+    assert capsys.readouterr().out.endswith("scores by known_answers.exact\n")
+    first, second = rows_of(tmp_path / "answers.scored.jsonl")
+    assert first["score"] == 2.0 and second["scores"] == [1.0, 2.0]
 
 
 def test_a_wrong_model_or_folder_is_named(model, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from rlhf.config.knobs.endpoint import EndpointConfig
 from rlhf.config.knobs.ppo import (
     NORMALIZATIONS,
     CriticConfig,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 from rlhf.config.fields import group, knob, knobs
+from rlhf.config.knobs.endpoint import EndpointConfig
 from rlhf.config.knobs.shared import StageConfig
-from rlhf.config.objects import is_python
+from rlhf.config.objects import has_weights, is_python, is_remote
 
 NORMALIZATIONS = ("demo_mean_zero", "standardise", "none")
 COMBINATIONS = ("weighted_sum", "mean", "min", "mean_minus_std")
@@ -164,7 +167,7 @@ class ScorerComponent:
     """One of several scorers."""
 
     path: str | None = None
-    """final/ of a reward stage, or a Python function as module.function."""
+    """final/ of a reward stage, a Python function as module.function, or a remote scorer's URL."""
     weight: float = 1.0
     """Factor of its scores in a weighted sum; must not be 0."""
     normalize: str | None = knob(None, choices=NORMALIZATIONS)
@@ -177,10 +180,12 @@ class ScorerComponent:
 
     @property
     def label(self) -> str:
-        """Name in metrics: that of the run, of the directory or of the Python function."""
+        """Name in metrics: that of the run, of the directory, of the Python function or the URL."""
         if self.name is not None:
             return self.name
         path = str(self.path)
+        if is_remote(path):
+            return re.sub(r"[^\w.-]+", "-", path.partition("://")[2]).strip("-")
         if is_python(path):
             return path.rpartition(".")[2]
         parts = [part for part in Path(path).parts if part not in ("reward", "final")]
@@ -192,13 +197,13 @@ class ScorerConfig:
     """What scores a response: `path`, or several `components`."""
 
     path: str | None = None
-    """final/ of a reward stage, or a Python function as module.function (null: this run's reward
-    model, or components)."""
+    """final/ of a reward stage, a Python function as module.function, or the URL of a remote scorer
+    (null: this run's reward model, or components)."""
     normalize: str = knob("demo_mean_zero", choices=NORMALIZATIONS)
     """demo_mean_zero: subtract the mean score of the reward stage's normalization.completions;
     standardise: also divide by their standard deviation; none. Reward models only."""
     batch_size: int = knob(32, ge=1)
-    """Sequences that are scored together; reward models only."""
+    """Sequences that are scored together, or sent in one request; no effect on Python scorers."""
     components: list[ScorerComponent] = knob([])
     """Several scorers in place of path: [{path: a, weight: 0.5}, {path: b, gate: 0.15}, ...]."""
     combine: str = knob("weighted_sum", choices=COMBINATIONS)
@@ -206,6 +211,7 @@ class ScorerConfig:
     (mean - std_coef x standard deviation)."""
     std_coef: float = knob(1.0, ge=0)
     """Factor of the standard deviation in mean_minus_std."""
+    endpoint: EndpointConfig = group(EndpointConfig)
 
     def __post_init__(self) -> None:
         """Accept a dict for a component, as the command line does."""
@@ -216,7 +222,11 @@ class ScorerConfig:
 
     def of_component(self, component: ScorerComponent) -> ScorerConfig:
         """Configuration of one component as a scorer of its own."""
-        return ScorerConfig(component.path, component.normalize or self.normalize, self.batch_size)
+        return self.of_path(component.path, component.normalize or self.normalize)
+
+    def of_path(self, path: str | None, normalize: str) -> ScorerConfig:
+        """Configuration of another scorer, which is asked in the same way."""
+        return ScorerConfig(path, normalize, self.batch_size, endpoint=replace(self.endpoint))
 
 
 @knobs
@@ -244,7 +254,7 @@ class CriticConfig:
     init: str | None = None
     """reward: start from the reward model (the first of scorer.components); policy: from the policy
     with a new head; or a trained critic: runs/<run_name>/ppo/critic, which every run writes (null:
-    reward, or policy where the scorer is a Python function)."""
+    reward, or policy where the scorer is no reward model)."""
     learning_rate: float | None = knob(None, ge=0)
     """Peak learning rate of the critic (null: 3e-6, with LoRA adapters 3e-4)."""
     share_trunk: bool = False
@@ -349,5 +359,5 @@ class PPOStageConfig(StageConfig):
         penalty = self.ppo.missing_eos_penalty
         if penalty == "auto":
             paths = [part.path for part in self.scorer.components] or [self.scorer.path]
-            penalty = None if all(map(is_python, paths)) else -1.0
+            penalty = -1.0 if any(map(has_weights, paths)) else None
         return None if penalty is None else float(penalty)

@@ -1,0 +1,77 @@
+"""HTTP servers in this process: a scorer's, and one that answers what a test tells it to."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+
+@contextmanager
+def running(server: Any) -> Iterator[Any]:
+    """Have a server answer inside the block."""
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+class Answers(ThreadingHTTPServer):
+    """Answers each request by the next of `answers`, the last one again and again.
+
+    An answer is a function of the request's JSON, or what is sent as it is: (status, body), or None
+    for a connection that is closed without a word.
+
+    Attributes:
+        requests: (path, headers, JSON) of each request.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, *answers: Any):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.answers, self.requests = list(answers), []
+        self.url = f"http://127.0.0.1:{self.server_port}/score"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that waits no longer has gone."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        server: Any = self.server
+        server.requests.append((self.path, dict(self.headers), body))
+        answer = server.answers.pop(0) if len(server.answers) > 1 else server.answers[0]
+        answer = answer(body) if isinstance(answer, Callable) else answer
+        if answer is None:
+            return
+        status, content, *headers = answer
+        data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in (headers or [{}])[0].items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def words(body: dict[str, Any]) -> tuple[int, Any]:
+    """Score each response by its number of words."""
+    return 200, {"scores": [len(text.split()) for text in body["responses"]]}
+
+
+def slow(body: dict[str, Any]) -> tuple[int, Any]:
+    """Answer too late for a client that waits 0.2 seconds."""
+    time.sleep(0.5)
+    return words(body)
