@@ -55,6 +55,8 @@ METRICS: dict[str, str] = {
     "response_length": "mean number of response tokens, EOS included",
     "response_length_max": "longest response, tokens",
     "sampler_gap": "largest |log-prob of the sampler - of the training forward|, nats per token",
+    "sampler_gap_mean": "mean of that difference over response tokens",
+    "sampler_gap_p999": "its 99.9th percentile over response tokens",
     "value": "mean predicted value over response tokens",
     "return": "mean return over response tokens",
     "explained_variance": "1 - Var(return - value) / Var(return), over response tokens",

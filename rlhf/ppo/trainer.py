@@ -52,6 +52,7 @@ from rlhf.ppo.rollout import (
     minibatches,
     stream_rows,
 )
+from rlhf.ppo.sampler_gap import require_sampler, sampler_gaps
 from rlhf.ppo.update import Updater
 from rlhf.sampling import sampling_for
 from rlhf.scorers import CombinedScorer, Scorer
@@ -124,6 +125,8 @@ class PPOTrainer:
             with_logprobs=self.reads_policy(),
         )
         self.require_finite(rollout, "logprobs", "ref_logprobs", "values", "scores")
+        if self.reads_policy():
+            require_sampler(rollout, self.config, self.update)
         self.collected_at = time.perf_counter()
         return rollout
 
@@ -373,7 +376,6 @@ def rollout_metrics(batch: Experience, scores: Tensor) -> dict[str, float]:
 
     k1 = per_sequence(kl_estimate(batch.logprobs, batch.ref_logprobs, "k1"))
     k3 = per_sequence(kl_estimate(batch.logprobs, batch.ref_logprobs, "k3"))
-    gap = (batch.sampler_logprobs - batch.logprobs).abs().where(mask, 0.0)
     metrics = {
         "score": float(scores.mean()),
         "score_std": float(scores.std(unbiased=False)),
@@ -384,7 +386,7 @@ def rollout_metrics(batch: Experience, scores: Tensor) -> dict[str, float]:
         "response_length": float(batch.lengths.float().mean()),
         "response_length_max": int(batch.lengths.max()),
         "eos_rate": float(finished.float().mean()),
-        "sampler_gap": float(gap.max()),
+        **sampler_gaps(batch),
     }
     if finished.any():
         metrics["finished_score"] = float(batch.scores[finished].mean())

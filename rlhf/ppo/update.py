@@ -37,6 +37,7 @@ from rlhf.functional import (
 from rlhf.ppo.actors import Actors
 from rlhf.ppo.passes import critic_values, policy_outputs, text_loss
 from rlhf.ppo.rollout import Experience, Rollout, micro_batches, minibatches, stream_rows
+from rlhf.ppo.sampler_gap import require_sampler
 from rlhf.sampling import Sampling
 
 PTX_STREAM = 1  # keeps the order of the ptx texts apart from that of the prompts
@@ -117,6 +118,8 @@ class Updater:
                 continue
             fills_in = number == 0 and not has_logprobs
             stats = self.accumulate(batch, rows, update, kl_coef, fills_in)
+            if fills_in:
+                require_sampler(batch, self.config, update)
             if ppo.target_kl is not None and stats.get("approx_kl", 0.0) > ppo.target_kl:
                 abandoned_epochs = ppo.num_ppo_epochs - number // ppo.num_mini_batches
                 # the minibatch that went too far belongs to the record

@@ -93,6 +93,7 @@ BAD_VALUES = [
     ("ppo", "watchdog.kl_budget", 0.0, "be > 0"),
     ("ppo", "watchdog.score_std", 0.0, "be > 0"),
     ("ppo", "watchdog.grad_norm", 0.0, "be > 0"),
+    ("ppo", "sampling.max_gap", 0.0, "be > 0"),
     ("ppo", "watchdog.sampler_gap", 0.0, "be > 0"),
     ("ppo", "watchdog.ratio", 1.0, "be > 1"),
     ("ppo", "watchdog.length_drift", 0.5, "be > 1"),

@@ -30,6 +30,7 @@ def fired(config, tmp_path, num_updates=1, change=None, **limits) -> set[str]:
     config.ppo.missing_eos_penalty = limits.pop("missing_eos_penalty", None)
     off = dict.fromkeys(dataclasses.asdict(config.watchdog))
     config.watchdog = dataclasses.replace(config.watchdog, **(off | limits))
+    config.sampling.max_gap = None
     trainer, watchdog = make_trainer(config, tmp_path), make_watchdog(config, tmp_path)
     if change is not None:
         change(trainer)

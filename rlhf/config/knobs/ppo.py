@@ -160,6 +160,9 @@ class SamplingConfig:
     dtype: str | None = knob(None, choices=("float32", "bfloat16"))
     """Type of a copy of the policy that samples in its place, adapters merged (null: bfloat16 on a
     GPU where a float32 policy trains with precision=bfloat16, else no copy)."""
+    max_gap: float | None = knob(1.0, gt=0)
+    """Stop the run, which can be resumed, if log-probs of sampler and policy differ by more than
+    this at one token in a thousand of an update, nats (null: off)."""
 
 
 @knobs
