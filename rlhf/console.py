@@ -87,6 +87,8 @@ def quiet_libraries() -> None:
     # PEFT, of a base that is a GGUF file
     about_base = "(Unable to fetch remote file|Could not find a config file)"
     warnings.filterwarnings("ignore", message=about_base)
+    # torch, of a sharded policy: nothing changes its outputs in place
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()

@@ -1,4 +1,5 @@
-"""Everything that differs between one process and many: their group, and errors in common.
+"""Everything that differs between one process and many: their group, who holds which weights, and
+errors in common.
 
 Weights are sharded by PyTorch FSDP2, through accelerate. A parameter is then a `DTensor`, of which
 each process holds a slice.
@@ -7,7 +8,7 @@ each process holds a slice.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -15,6 +16,10 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, gather_object
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.utils import clip_grad_norm_
 
 from rlhf.config import CONF_DIR, InputError, read_yaml
 from rlhf.console import num_processes, say
@@ -105,10 +110,10 @@ def make_accelerator(precision: str) -> Accelerator:
         InputError: one of several processes was on a different device before, or PPO cannot shard
             as the launcher asks.
     """
-    if sharding() is not None:
+    if sharding() == "DeepSpeed":
         raise InputError(
-            f"PPO does not run under {sharding()} yet; start it without: accelerate launch "
-            f"--config_file {CONF_DIR / 'accelerate' / 'ddp.yaml'} -m rlhf.ppo ..."
+            "PPO does not run under DeepSpeed; FSDP2 shards in the same way: accelerate launch "
+            f"--config_file {CONF_DIR / 'accelerate' / 'fsdp2.yaml'} -m rlhf.ppo ..."
         )
     cpu = not torch.cuda.is_available()
     state = PartialState._shared_state
@@ -119,7 +124,97 @@ def make_accelerator(precision: str) -> Accelerator:
             f"stage on {'the CPU' if cpu else 'a GPU'} cannot join it; run that stage by itself"
         )
     AcceleratorState._reset_state(reset_partial_state=other_device)
+    if state.get("distributed_type") == DistributedType.FSDP:  # else it gets no settings again
+        state["distributed_type"] = DistributedType.MULTI_GPU
     return Accelerator(cpu=cpu, mixed_precision="bf16" if use_bfloat16(precision) else "no")
+
+
+# --- Sharded weights ------------------------------------------------------------------------------
+
+
+def share(model: Any, accelerator: Accelerator) -> Any:
+    """Let all processes train a model together: DDP, or with FSDP2 a slice on each, in place.
+
+    The slices, and what is gathered of them, are float32, so that the numbers are those of one
+    process; autocast rounds as it does there. What a pass gathers is dropped after it.
+    """
+    if not accelerator.is_fsdp2:
+        return accelerator.prepare_model(model)
+    model = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+    offload = accelerator.state.fsdp_plugin.cpu_offload or OffloadPolicy()
+    blocks = set(model._no_split_modules or ())
+    units = [module for module in model.modules() if type(module).__name__ in blocks]
+    for unit in [*units, model]:
+        fully_shard(unit, reshard_after_forward=True, offload_policy=offload)
+    return model
+
+
+def clip_gradients(
+    parameters: Iterable[nn.Parameter], limit: float, accelerator: Accelerator
+) -> float:
+    """Scale the gradients of a model so that their norm, over all slices, is at most `limit`;
+    return the norm before."""
+    if not accelerator.is_fsdp2:
+        return float(accelerator.clip_grad_norm_(parameters, limit))
+    return float(whole(clip_grad_norm_(parameters, limit)))
+
+
+def describe_sharding(accelerator: Accelerator) -> str | None:
+    """How the processes share the weights that train, in words; None if each has all of them."""
+    if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        return None
+    name = "FSDP2" if accelerator.is_fsdp2 else "DeepSpeed"
+    return f"{name}, what trains in slices over {accelerator.num_processes} processes"
+
+
+def refuse_under_sharding(options: Mapping[str, Any]) -> None:
+    """Refuse what sharded training does not do yet.
+
+    Args:
+        options: setting as it is typed -> whether it is set.
+    """
+    bad = [option for option, is_set in options.items() if is_set]
+    if sharding() and bad:
+        raise InputError(
+            f"{', '.join(bad)}: not supported under {sharding()} yet; leave "
+            f"{'it' if len(bad) == 1 else 'them'} out, or start without sharding: accelerate "
+            f"launch --config_file {CONF_DIR / 'accelerate' / 'ddp.yaml'} -m rlhf.<stage> ..."
+        )
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """True if this process holds only slices of the model's weights."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered_bytes(model: nn.Module) -> int:
+    """Bytes of the largest unit of a sharded model, whose weights are whole while it runs."""
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    inner = {id(p) for unit in units if unit is not model for p in unit.parameters()}
+    rest = sum(p.nbytes for p in model.parameters() if id(p) not in inner)
+    sizes = [sum(p.nbytes for p in unit.parameters()) for unit in units if unit is not model]
+    return max([rest, *sizes])
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a tensor of which each process holds a slice; all of them must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(tensor: Tensor, other: Tensor) -> Tensor:
+    """A whole tensor, which every process has, as `other` is: whole, or this process's slice."""
+    if not isinstance(other, DTensor):
+        return tensor
+    tensor = tensor.to(other.device, other.dtype)
+    return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
+
+
+# --- Errors in common -----------------------------------------------------------------------------
 
 
 def on_every_process(task: Callable[[], Result], accelerator: Accelerator) -> Result:

@@ -51,6 +51,7 @@ ADJUSTABLE = (
     *("ppo.learning_rate", "critic.learning_rate", "ppo.lr_warmup_updates", "ppo.lr_warmup_start"),
     *("ppo.max_grad_norm", "ppo.adam_epsilon", "ppo.target_kl", "ppo.clip_scores"),
 )
+PROCESSES = "number of processes"
 FOUND = ("dataset.format",)  # settings that a stage finds if they are null
 TYPED = "model.trust_remote_code"  # a person types it each time; no file can give it
 
@@ -58,7 +59,8 @@ TYPED = "model.trust_remote_code"  # a person types it each time; no file can gi
 def is_harmless(key: str) -> bool:
     """True for a setting that does not affect what is trained."""
     groups = tuple(f"{name}." for name in HARMLESS)
-    return (key in HARMLESS or key.startswith(groups)) and key not in NOT_HARMLESS
+    harmless = key in (*HARMLESS, PROCESSES) or key.startswith(groups)
+    return harmless and key not in NOT_HARMLESS
 
 
 def refuse_changes(config: StageConfig, directory: Path) -> dict[str, str]:
@@ -86,7 +88,11 @@ def refuse_changes(config: StageConfig, directory: Path) -> dict[str, str]:
     ]
     processes = num_processes() if is_finished else manifest_of(directory)["processes"]
     if processes != num_processes():
-        refused.append(f"number of processes: {processes} -> {num_processes()}")
+        line = f"{PROCESSES}: {processes} -> {num_processes()}"
+        if isinstance(config, PPOStageConfig):  # equal up to rounding
+            lines[PROCESSES] = line
+        else:  # each has random numbers and sums of its own
+            refused.append(line)
     if refused:
         listed = "\n  ".join(refused)
         also = f" (only {', '.join(allowed)} may change after the stop)" if allowed else ""

@@ -48,6 +48,7 @@ class StageRecord:
         forward: "padding-free", or "padded" and the reason; None for an exported checkpoint.
         sampling: the engine with which PPO sampled, with the reason where it is "loop".
         compiled: which models PPO compiled, where it was asked to.
+        sharding: how processes shared the weights, where they did.
         frozen: how PPO stored the models that it does not train, where that is special.
         weights: SHA-256 of the directory's own safetensors files; None accepts any weights.
         metrics: final figures of the stage.
@@ -77,6 +78,7 @@ class StageRecord:
     sampling: str | None = None
     frozen: str | None = None
     compiled: str | None = None
+    sharding: str | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     changes: list[dict[str, Any]] = field(default_factory=list)

@@ -15,6 +15,8 @@ from rlhf.checkpoint.disk import complete_or_nothing
 from rlhf.checkpoint.finite import find_non_finite
 from rlhf.checkpoint.ownership import refuse_taken_steps, seal, step_of
 from rlhf.config import CONFIG_FILE, InputError, StageConfig, save_config
+from rlhf.console import is_main_process
+from rlhf.distributed import like, whole
 
 
 def save_training_state(
@@ -27,6 +29,9 @@ def save_training_state(
 ) -> None:
     """Write a checkpoint, complete or not at all, as safetensors and JSON; nothing is pickled.
 
+    The main process writes. Where the processes shard the weights, all of them call this, and the
+    files hold whole tensors: any number of processes can read them.
+
     Args:
         directory: `<stage directory>/checkpoint-<step>`.
         modules: name -> module (only its trainable parameters are written) or dict of tensors.
@@ -35,18 +40,20 @@ def save_training_state(
         random_numbers: `random_state` at the moment that is saved; None for now. A user's scorer
             may draw from these generators.
     """
+    files = {name: _whole(_tensors(module)) for name, module in modules.items()}
+    for name, optimizer in optimizers.items():
+        tensors = {
+            f"{index}.{key}": torch.as_tensor(value)
+            for index, values in optimizer.state_dict()["state"].items()
+            for key, value in values.items()
+        }
+        files[f"optimizer_{name}"] = _whole(tensors)
+    if not is_main_process():
+        return
     refuse_taken_steps(directory.parent, [step_of(directory)])
     with complete_or_nothing(directory) as temporary:
-        for name, module in modules.items():
-            save_file(_tensors(module), temporary / f"{name}.safetensors")
-        for name, optimizer in optimizers.items():
-            content = optimizer.state_dict()
-            tensors = {
-                f"{index}.{key}": torch.as_tensor(value).contiguous()
-                for index, values in content["state"].items()
-                for key, value in values.items()
-            }
-            save_file(tensors, temporary / f"optimizer_{name}.safetensors")
+        for name, tensors in files.items():
+            save_file(tensors, temporary / f"{name}.safetensors")
         values = {"state": state, "random": random_numbers or random_state()}
         for name, value in values.items():
             text = json.dumps(value, indent=2)
@@ -63,9 +70,12 @@ def load_training_state(
     for name, optimizer in optimizers.items():
         content = optimizer.state_dict()
         content["state"] = {}
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         tensors = _read_finite(directory / f"optimizer_{name}.safetensors")
         for key, value in tensors.items():
             index, _, entry = key.partition(".")
+            own = parameters[int(index)]
+            value = like(value, own) if value.shape == own.shape else value
             content["state"].setdefault(int(index), {})[entry] = value
         optimizer.load_state_dict(content)
     restore_random_state(json.loads((directory / "random.json").read_text(encoding="utf-8")))
@@ -85,7 +95,7 @@ def load_modules(directory: Path, modules: dict[str, Any]) -> None:
             raise InputError(f"{directory}: the {name} weights there {what}")
         with torch.no_grad():
             for key, value in own.items():
-                value.copy_(saved[key])
+                value.copy_(like(saved[key], value))
 
 
 def _read_finite(file: Path) -> dict[str, torch.Tensor]:
@@ -101,6 +111,16 @@ def _tensors(module: Any) -> dict[str, torch.Tensor]:
     if isinstance(module, dict):
         return module
     return {name: p.data for name, p in module.named_parameters() if p.requires_grad}
+
+
+def _whole(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Whole tensors, on the main process; of sharded ones, one after the other is gathered."""
+    kept = {}
+    for name, tensor in tensors.items():
+        gathered = whole(tensor)
+        if is_main_process():
+            kept[name] = gathered.contiguous() if gathered is tensor else gathered.cpu()
+    return kept
 
 
 def random_state() -> dict[str, Any]:

@@ -23,6 +23,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from rlhf.config import InputError, ModelConfig, PeftConfig, one_line
+from rlhf.console import is_main_process
+from rlhf.distributed import is_sharded, whole
 from rlhf.hub import ADAPTER_WEIGHTS
 from rlhf.models.attention import is_padding_free
 from rlhf.models.forward import HEAD, unwrap_peft
@@ -154,14 +156,20 @@ class _Rows(TrainableTokensLayer):
 def merged(model: Any) -> PreTrainedModel:
     """Return the plain model. If it has adapters, merge them into copies of the weights in main
     memory, after dequantising what bitsandbytes has quantised. The result has the type in which the
-    base is stored, if that is smaller than the one of training; a scalar head is not rounded."""
-    if not isinstance(model, PeftModel):
+    base is stored, if that is smaller than the one of training; a scalar head is not rounded.
+
+    All processes that share a sharded model call this together; only the main one gets a new model.
+    """
+    if not isinstance(model, PeftModel) and not is_sharded(model):
         return model
-    base = cast(Any, model.get_base_model())
+    base = cast(Any, unwrap_peft(model))
     plain = type(base)(_plain_config(base))
     if any(key.startswith(f"{HEAD}.") and key.endswith(".bias") for key in base.state_dict()):
         plain.score = nn.Linear(plain.score.in_features, 1)  # the families' heads have no bias
-    state = {name: tensor.cpu() for name, tensor in _merged_weights(model, plain)}
+    keeps = is_main_process() or not is_sharded(model)
+    state = {name: tensor.cpu() for name, tensor in _merged_weights(model, plain) if keeps}
+    if not keeps:
+        return base
     stored: torch.dtype = getattr(base, STORED_DTYPE, torch.float32)
     for name, tensor in state.items():
         is_wider = tensor.is_floating_point() and tensor.dtype.itemsize > stored.itemsize
@@ -214,7 +222,7 @@ def _merged_weights(model: Any, plain: nn.Module) -> Iterator[tuple[str, Tensor]
     base = unwrap_peft(model)
     names = plain.state_dict().keys()  # leaves out adapters, and the scales of quantised weights
     if not isinstance(model, PeftModel):
-        yield from ((k, v.detach()) for k, v in base.state_dict().items() if k in names)
+        yield from ((k, whole(v.detach())) for k, v in base.state_dict().items() if k in names)
         return
     adapter = model.active_adapter
     packed = {name for name, module in base.named_modules() if is_quantized(module)}
@@ -224,7 +232,7 @@ def _merged_weights(model: Any, plain: nn.Module) -> Iterator[tuple[str, Tensor]
         name = name.replace(".token_adapter", "").replace(".base_layer", "")
         if name in names and ".original_module" not in key and key.rpartition(".")[0] not in packed:
             state[name] = value.detach()
-    yield from state.items()
+    yield from ((key, whole(value)) for key, value in state.items())
     for name, module in base.named_modules():
         if isinstance(module, TrainableTokensLayer):
             weight = module.get_merged_weights([adapter]).detach()
@@ -233,7 +241,7 @@ def _merged_weights(model: Any, plain: nn.Module) -> Iterator[tuple[str, Tensor]
             # PEFT wraps a layer of experts once for each weight: experts, experts.base_layer
             key = f"{name.replace('.base_layer', '')}.{getattr(module, 'parameter_name', 'weight')}"
             added = cast(Any, module).get_delta_weight(adapter).detach()
-            yield key, (state[key] + added).to(state[key].dtype)
+            yield key, (whole(state[key]) + whole(added)).to(state[key].dtype)
     yield from _dequantized_weights(base, adapter, plain)
 
 
@@ -264,22 +272,28 @@ def what_to_save(
     There is no such function without adapters, with `peft.save=merged`, and for a base that is in
     no file. With `peft.save=adapter`, the model is not merged, because it is not written.
 
+    All processes that share a sharded model call this together; only the main one gets a model.
+
     Args:
         base: directory or Hub id of the model below the adapters; None if it was built.
     """
+    if not (is_main_process() or is_sharded(model)):
+        return model, None
     if not isinstance(model, PeftModel) or base is None or config.save == "merged":
         return merged(model), None
-    write = partial(_save_adapter, model, base, revision)
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    copies = {k: whole(v.detach()).cpu().contiguous().clone() for k, v in tensors.items()}
+    settings = copy.copy(model.active_peft_config)
+    write = partial(_save_adapter, settings, copies, base, revision)
     return cast(Any, model.get_base_model() if config.save == "adapter" else merged(model)), write
 
 
-def _save_adapter(model: PeftModel, base: str, revision: str | None, directory: Path) -> None:
+def _save_adapter(
+    settings: Any, tensors: dict[str, Tensor], base: str, revision: str | None, directory: Path
+) -> None:
     """Write adapter_model.safetensors and adapter_config.json, as PEFT reads them."""
-    settings = copy.copy(model.active_peft_config)
     local = Path(base).exists()  # PEFT would look for a relative path below the current folder
     settings.base_model_name_or_path = str(Path(base).resolve()) if local else base
     settings.revision, settings.inference_mode = revision, True
     settings.save_pretrained(str(directory))
-    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
-    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    save_file(copies, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    save_file(tensors, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})

@@ -100,7 +100,9 @@ def _read(
 
 
 def choose_chunk_tokens(model: Any, number: int) -> None:
-    """Set how many tokens of `response_logprobs` have logits at once, in place."""
+    """Set how many tokens of `response_logprobs` have logits at once, in place. It also measures
+    `ends_with_head`: a sharded model is measured before."""
+    ends_with_head(model)
     setattr(_unwrapped(model), CHUNK, number)
 
 

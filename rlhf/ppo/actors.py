@@ -233,7 +233,7 @@ def check_promises(config: PPOStageConfig, actors: Actors, accelerator: Accelera
         if config.model.forward == "padded":  # reward models chose for themselves when loaded
             for scorer in reward_models(actors.scorer):
                 choose_forward(scorer.model, scorer.tokenizer, "padded")
-        given, dtype = config.sampling, _copy_type(config, actors.policy)
+        given, dtype = config.sampling, _copy_type(config, actors.policy, accelerator.is_fsdp2)
         actors.sampling = choose_engine(
             actors.policy,
             actors.tokenizer,
@@ -245,15 +245,16 @@ def check_promises(config: PPOStageConfig, actors: Actors, accelerator: Accelera
     return forwards[0]
 
 
-def _copy_type(config: PPOStageConfig, policy: Any) -> torch.dtype | None:
-    """Type of the copy that samples, by `sampling.dtype`; None where the policy itself samples."""
+def _copy_type(config: PPOStageConfig, policy: Any, shards: bool) -> torch.dtype | None:
+    """Type of the copy that samples, by `sampling.dtype`; None where the policy itself samples.
+    With slices of it alone, it cannot."""
     inner, given = unwrap_peft(policy), config.sampling.dtype
     if given is None:
         kind = inner.device.type
         serves = kind == "cuda" and torch.is_autocast_enabled(kind) and inner.dtype == torch.float32
-        return torch.bfloat16 if serves else None
+        return torch.bfloat16 if serves else inner.dtype if shards else None
     dtype = getattr(torch, given)
-    return None if inner is policy and inner.dtype == dtype else dtype
+    return None if inner is policy and inner.dtype == dtype and not shards else dtype
 
 
 def settle_frozen(

@@ -35,6 +35,7 @@ from rlhf.config import InputError, PPOStageConfig, resume_overrides
 from rlhf.console import progress_bar, say, warn
 from rlhf.curves import write_curves
 from rlhf.data import Splits
+from rlhf.distributed import describe_sharding
 from rlhf.functional import learning_rate_factor
 from rlhf.metrics import MetricsWriter
 from rlhf.models import what_to_save
@@ -196,21 +197,7 @@ class PPOLoop:
             chosen, metrics = self.best["update"], self.best["metrics"]
             if chosen != updates_made:
                 load_modules(self.directory / f"checkpoint-{chosen}", self._modules())
-        if trainer.accelerator.is_main_process:
-            tokenizer, figures = trainer.actors.tokenizer, metrics | {"update": chosen}
-            origin = config.model.path, tokenizer, self.splits.prompts, self.splits.dropped
-            record = make_record("ppo", config, *origin, figures)
-            record.reference = config.ppo.reference
-            record.sampling = trainer.actors.sampling
-            record.frozen = trainer.actors.frozen or None
-            record.compiled = trainer.actors.compiled or None
-            record.reference_weights = parent_weights(record.reference)
-            self._write_critic(record)  # first: a run with final/ counts as finished
-            with trainer.updater.averaged_weights():
-                parts = trainer.actors.policy, config.peft, origin[0], config.model.revision
-                policy, adapter = what_to_save(*parts)
-                final = self.directory / "final"
-                write_stage(final, policy, tokenizer, config, record, write_adapter=adapter)
+        self._write_result(metrics | {"update": chosen})
         number = len(self.evaluate.prompts)
         text = closing_table(config, self.before, metrics, chosen, number)
         self._report(chosen, updates_made, text)
@@ -223,6 +210,27 @@ class PPOLoop:
             stage_dir=self.directory,
         )
 
+    def _write_result(self, figures: dict[str, float]) -> None:
+        """Write `critic/` and `final/`, on the main process; all gather what is sharded."""
+        actors, config = self.trainer.actors, self.config
+        tokenizer, origin = actors.tokenizer, config.model.path
+        record = make_record(
+            "ppo", config, origin, tokenizer, self.splits.prompts, self.splits.dropped, figures
+        )
+        record.reference = config.ppo.reference
+        record.sampling = actors.sampling
+        record.frozen = actors.frozen or None
+        record.compiled = actors.compiled or None
+        record.sharding = describe_sharding(self.trainer.accelerator)
+        record.reference_weights = parent_weights(record.reference)
+        self._write_critic(record)  # first: a run with final/ counts as finished
+        with self.trainer.updater.averaged_weights():
+            parts = actors.policy, config.peft, origin, config.model.revision
+            policy, adapter = what_to_save(*parts)
+            if self.trainer.accelerator.is_main_process:
+                final = self.directory / "final"
+                write_stage(final, policy, tokenizer, config, record, write_adapter=adapter)
+
     def _write_critic(self, record: StageRecord) -> None:
         """Write the critic of the policy in `final/`, for `critic.init` of a later run; its values
         are (raw - score_mean) / score_std."""
@@ -234,6 +242,8 @@ class PPOLoop:
         own.parent, own.parent_weights = source.path, parent_weights(source.path)
         parts = critic.model, self.config.peft, source.path, source.revision
         model, adapter = what_to_save(*parts)
+        if not self.trainer.accelerator.is_main_process:
+            return
         directory = self.directory / "critic"
         write_stage(directory, model, tokenizer, self.config, own, write_adapter=adapter)
 
@@ -261,23 +271,23 @@ class PPOLoop:
         return {name: module for name, module in modules.items() if module is not None}
 
     def _save(self) -> None:
+        state = self.trainer.state() | {
+            "before": self.before,
+            "last": self.last,
+            "best": self.best,
+            "pending": self.pending,
+            "baseline": self.evaluate.baseline,
+            "watchdog": self.watchdog.state(),
+        }
+        save_training_state(
+            self.directory / f"checkpoint-{self.trainer.update}",
+            self._modules(),
+            self.trainer.updater.optimizers,
+            state,
+            self.config,
+            self._random_state,
+        )
         if self.trainer.accelerator.is_main_process:
-            state = self.trainer.state() | {
-                "before": self.before,
-                "last": self.last,
-                "best": self.best,
-                "pending": self.pending,
-                "baseline": self.evaluate.baseline,
-                "watchdog": self.watchdog.state(),
-            }
-            save_training_state(
-                self.directory / f"checkpoint-{self.trainer.update}",
-                self._modules(),
-                self.trainer.updater.optimizers,
-                state,
-                self.config,
-                self._random_state,
-            )
             prune_checkpoints(self.directory, self.config.checkpoint.keep_last)
         self.trainer.accelerator.wait_for_everyone()
 

@@ -24,7 +24,7 @@ from rlhf.distributed import on_every_process
 from rlhf.functional import final_scores
 from rlhf.ppo.actors import Actors
 from rlhf.ppo.passes import critic_values, policy_logprobs, read_policy
-from rlhf.sampling import Generation, Sampling, generate, uniform_noise
+from rlhf.sampling import Generation, Sampling, engine_of, generate, uniform_noise
 from rlhf.scorers import Scorer, Scores, Tokens, component_names, reward_models, score_responses
 from rlhf.tokenizer import response_text
 
@@ -247,6 +247,7 @@ def sample_and_score(
     mine = [prompts[row] for row in rows]
     noise = uniform_noise(key, rows, sampling.max_new_tokens)
     ids = [prompt["input_ids"] for prompt in mine]
+    engine_of(actors.policy).gather()
     sampled = generate(actors.policy, ids, sampling, noise, ppo.rollout_batch_size)
     scores = Scores(torch.zeros(num_rows))
     if with_scores:

@@ -24,7 +24,7 @@ from rlhf.config import (
 )
 from rlhf.console import say
 from rlhf.data import describe_dropped, encode_texts, first_cases, load_rows, load_splits, with_rows
-from rlhf.distributed import make_accelerator
+from rlhf.distributed import describe_sharding, make_accelerator, refuse_under_sharding
 from rlhf.models import parameter_count, unwrap_peft, why_not_compiled
 from rlhf.ppo.actors import (
     Actors,
@@ -81,8 +81,7 @@ def train_ppo(
 
 def _train(config: PPOStageConfig, scorer: Scorer | None, run: StageRun) -> PPOResult:
     # Refuse early: tokenizers, adapters, batch sizes, the second scorer and the data take seconds.
-    if config.compile and (reason := why_not_compiled()):
-        raise InputError(f"compile=true: {reason}; install one, or set compile=false")
+    refuse_here(config)
     tokenizer, parent = load_checked_tokenizer(config)
     try_adapters(config)
     accelerator = make_accelerator(config.precision)
@@ -106,6 +105,8 @@ def _train(config: PPOStageConfig, scorer: Scorer | None, run: StageRun) -> PPOR
     say(describe_batches(config, len(prompts), num_processes, actors))
     say(f"     forward: {forward}")
     say(f"     sampling: {actors.sampling}")
+    if shards := describe_sharding(accelerator):
+        say(f"     sharding: {shards}; each gathers the copy that samples before a rollout")
     if frozen:
         say(f"     frozen models: {frozen}")
     if config.compile:
@@ -123,6 +124,19 @@ def _train(config: PPOStageConfig, scorer: Scorer | None, run: StageRun) -> PPOR
     # Train: only now is anything written to the stage's directory.
     run.begin()
     return PPOLoop(config, trainer, Evaluator(trainer, heldout, independent), splits).run()
+
+
+def refuse_here(config: PPOStageConfig) -> None:
+    """Refuse settings that this machine, or its launcher, cannot have."""
+    if config.compile and (reason := why_not_compiled()):
+        raise InputError(f"compile=true: {reason}; install one, or set compile=false")
+    refuse_under_sharding(
+        {
+            "compile=true": config.compile,
+            "critic.share_trunk=true": config.critic.share_trunk,
+            f"model.quantization={config.model.quantization}": config.model.quantization,
+        }
+    )
 
 
 def with_sources(config: PPOStageConfig, scorer: Scorer | None) -> PPOStageConfig:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from rlhf.checkpoint import NonFiniteError
 from rlhf.config import PPOConfig, PPOStageConfig, learning_rates
+from rlhf.distributed import clip_gradients, is_sharded, share
 from rlhf.functional import (
     Stats,
     importance_weights,
@@ -77,6 +78,10 @@ class Updater:
         self.rates = {"policy": rates["ppo.learning_rate"]}
         if actors.critic is not None:
             self.rates["critic"] = rates["critic.learning_rate"]
+        self.shares_trunk, self.critic = actors.shares_trunk, None
+        self.policy = share(actors.reader, accelerator)
+        if actors.critic is not None and not actors.shares_trunk:
+            self.critic = share(actors.critic, accelerator)
         self.trainable: dict[str, dict[str, torch.nn.Parameter]] = {}
         self.optimizers: dict[str, torch.optim.AdamW] = {}
         for model, rate in self.rates.items():
@@ -88,10 +93,6 @@ class Updater:
         self.averages: dict[str, Tensor] | None = None
         if config.ppo.ema_decay is not None:
             self.averages = {n: p.detach().clone() for n, p in self.trainable["policy"].items()}
-        self.policy, self.critic = accelerator.prepare_model(actors.reader), None
-        self.shares_trunk = actors.shares_trunk
-        if actors.critic is not None and not actors.shares_trunk:
-            self.critic = accelerator.prepare_model(actors.critic)
 
     def run(
         self, batch: Experience, update: int, kl_coef: float, has_logprobs: bool = True
@@ -154,11 +155,11 @@ class Updater:
         for number, part in enumerate(map(batch.select, passes)):
             last = number == len(passes) - 1
             if self.critic is not None:
-                with self._syncing(self.critic, last):
+                with self.syncing(self.critic, last):
                     stats = add_stats(stats, self.critic_backward(part, denominator))
             if (trains := self.trains_policy(update)) or self.shares_trunk:
                 # with ptx the last of its micro-batches synchronises the processes
-                with self._syncing(self.policy, last and not (self.texts and trains)):
+                with self.syncing(self.policy, last and not (self.texts and trains)):
                     if trains:
                         new = self.policy_backward(part, denominator, kl_coef, fills_in)
                     else:
@@ -258,7 +259,7 @@ class Updater:
         starts = range(0, len(mine), size)
         for start in starts:
             part = mine[start : start + size]
-            with self._syncing(self.policy, start == starts[-1]):
+            with self.syncing(self.policy, start == starts[-1]):
                 loss = text_loss(self.policy, part, num_tokens / world)
                 self.accelerator.backward(ptx.coef * loss)
             total += loss.detach()
@@ -287,8 +288,8 @@ class Updater:
         norms = {}
         for model in models:
             parameters, limit = list(self.trainable[model].values()), self.config.ppo.max_grad_norm
-            norm = self.accelerator.clip_grad_norm_(parameters, limit)
-            norms[f"{PREFIX[model]}grad_norm"] = float(norm)
+            norm = clip_gradients(parameters, limit, self.accelerator)
+            norms[f"{PREFIX[model]}grad_norm"] = norm
         self.require_finite(norms, minibatch, update)
         for model in models:
             self.optimizers[model].step()
@@ -321,9 +322,12 @@ class Updater:
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
 
-    def _syncing(self, model: Any, syncs: bool) -> AbstractContextManager[Any]:
-        """The context of a backward pass that exchanges the gradients of the processes, or not."""
-        return nullcontext() if syncs else self.accelerator.no_sync(model)
+    def syncing(self, model: Any, syncs: bool) -> AbstractContextManager[Any]:
+        """The context of a backward pass that exchanges the gradients of the processes, or not.
+        Sharded models always do: a process has no room for the gradients of whole weights."""
+        if syncs or is_sharded(model):
+            return nullcontext()
+        return self.accelerator.no_sync(model)
 
     def _set_learning_rates(self, update: int) -> dict[str, float]:
         ppo = self.config.ppo

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf.distributed import is_sharded
 from rlhf.models import copy_weights, eval_mode, plain_copy, unwrap_peft
 from rlhf.sampling.graph import GraphDecoder
 from rlhf.sampling.loop import Step, loop
@@ -60,9 +61,15 @@ class Engine:
             with eval_mode(self.model):
                 yield self._steps
             return
-        copy_weights(self.model, self.copy)
+        if not is_sharded(self.model):
+            copy_weights(self.model, self.copy)
         with torch.autocast(self.copy.device.type, enabled=False):  # the copy has its type already
             yield self._steps
+
+    def gather(self) -> None:
+        """Bring the copy of a sharded model up to date; all processes do it together."""
+        if self.copy is not None and is_sharded(self.model):
+            copy_weights(self.model, self.copy)
 
     def use(self) -> Engine:
         """Let `generate` and `stream` sample with this engine from now on."""

@@ -148,9 +148,9 @@ def _forward_and_backward(trainer: PPOTrainer, part: Responses) -> bool:
     denominator = float(batch.loss_mask.sum())
     losses = []
     with ExitStack() as stack:
-        stack.enter_context(accelerator.no_sync(updater.policy))
+        stack.enter_context(updater.syncing(updater.policy, False))
         if updater.critic is not None:
-            stack.enter_context(accelerator.no_sync(updater.critic))
+            stack.enter_context(updater.syncing(updater.critic, False))
             losses.append(updater.critic_backward(batch, denominator)["value_loss"])
         policy = updater.policy_backward(batch, denominator, trainer.kl_coef)
         losses += [policy[name] for name in LOSSES if name in policy]

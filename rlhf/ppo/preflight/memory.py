@@ -22,6 +22,7 @@ from transformers import DynamicCache
 
 from rlhf.config import PPOStageConfig, has_frozen_models
 from rlhf.console import table
+from rlhf.distributed import gathered_bytes, is_sharded, local
 from rlhf.functional.tokens import BLOCK
 from rlhf.models import chunk_tokens, ends_with_head, eval_mode, prefill_inputs, unwrap_peft
 from rlhf.ppo.passes import critic_values, policy_logprobs
@@ -178,7 +179,7 @@ def estimate_memory(
         critic_values(actors.critic, rows)
 
     policy = model_memory(actors.policy, distributed)
-    policy.weights += sum(t.nbytes for t in (trainer.updater.averages or {}).values())
+    policy.weights += sum(local(t).nbytes for t in (trainer.updater.averages or {}).values())
     with chunk_tokens(actors.policy, sys.maxsize):  # the logits of all tokens are kept
         policy.activations = activation_bytes(read_policy, actors.policy, part)
     policy.activations += further_logits(trainer, part)
@@ -218,12 +219,16 @@ def model_memory(model: Any, distributed: bool = False) -> ModelMemory:
     0.5625 bytes together.
 
     Args:
-        distributed: the buckets of DistributedDataParallel hold the gradients a second time.
+        distributed: the buckets of DistributedDataParallel hold the gradients a second time. Of a
+            sharded model, a slice is here, and the largest unit and its gradient are whole at once.
     """
-    weights = sum(p.nbytes for p in model.parameters())
+    weights = sum(local(p).nbytes for p in model.parameters())
     packed = (getattr(p, "quant_state", None) for p in model.parameters())
     weights += sum(state.absmax.nbytes for state in packed if state is not None)
-    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    trained = sum(local(p).nbytes for p in model.parameters() if p.requires_grad)
+    if is_sharded(model):
+        unit = gathered_bytes(model)
+        return ModelMemory(weights + unit, trained + unit, 2 * trained)
     return ModelMemory(weights, trained * (1 + distributed), 2 * trained)
 
 
@@ -245,7 +250,7 @@ def activation_bytes(read: Callable[[Responses], None], model: Any, part: Respon
         read: a forward pass.
         part: rows of equal length; two of them are read.
     """
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    own = {local(p).untyped_storage().data_ptr() for p in model.parameters()}
 
     def kept(num_rows: int) -> int:
         saved: dict[int, torch.UntypedStorage] = {}
