@@ -73,6 +73,7 @@ class Question:
     ids: list[int] = dataclasses.field(default_factory=list)
     budget: int = 0  # longest answer, tokens
     not_answered: str | None = None
+    responses: Any = None  # answers that the row has already: not asked for here, but in rlhf.rank
 
 
 def run(options: GenerateOptions) -> None:
@@ -180,6 +181,7 @@ def _read_row(number: int, raw: Any) -> Question:
         raise InputError(f"the row cannot be written as JSON: {error}") from error
     raw = repaired(raw, "row", [])
     question = Question(number, {n: v for n, v in raw.items() if n not in REPLACED})
+    question.responses = raw.get("responses")
     try:
         canonical = as_rows(resolve_format(found)(repaired(given, "row", [])))[0]
         check_row(canonical, "ppo")

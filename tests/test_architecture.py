@@ -33,6 +33,7 @@ FLOORS = [
     {"hf_trainer", "score"},
     {"sft", "reward", "ppo"},
     {"chat", "generate", "export", "compare", "pipeline"},
+    {"rank"},
     {"demo"},
     {"demo_world"},
     {"__init__"},

@@ -119,7 +119,9 @@ def test_the_torch_of_these_tests_cannot_be_imported(folder):
     assert done.returncode == 1 and "torch was imported" in done.stderr
 
 
-MODULES = "sft reward ppo pipeline chat score generate export compare reward.report demo".split()
+MODULES = (
+    "sft reward ppo pipeline chat score generate export compare rank reward.report demo".split()
+)
 
 
 @pytest.mark.parametrize("module", MODULES)
