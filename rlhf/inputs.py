@@ -25,6 +25,7 @@ from rlhf.config import (
     RewardStageConfig,
     SFTStageConfig,
     StageConfig,
+    is_judge,
     is_python,
     is_remote,
     load_object,
@@ -36,6 +37,7 @@ from rlhf.data import load_splits, resolve_format
 from rlhf.data.read import read_rows
 from rlhf.endpoint import check_endpoint
 from rlhf.hub import config_directory, find_source, is_hub_id, tokenizer_directory
+from rlhf.rubrics import read_rubric
 from rlhf.tokenizer import chat_template_text, named_templates
 
 MOST_BYTES = 64e6  # the rows of a larger file are read by the stage alone
@@ -80,13 +82,39 @@ def check_model(
 
 
 def check_scorer(path: str, endpoint: EndpointConfig, field: str, code: bool = False) -> None:
-    """Check what a scorer's path names: something that listens, a Python function, a directory."""
-    if is_remote(path):
+    """Check what a scorer's path names: a judge, something that listens, a Python function, or a
+    directory."""
+    if is_judge(path):
+        read_rubric(path, field)
+        check_judge(endpoint, field, code)
+    elif is_remote(path):
         check_endpoint(path, endpoint, field)
     elif is_python(path):
         load_object(path, field)
     else:
         check_model(path, field, ("reward",), code=code)
+
+
+def check_judge(endpoint: EndpointConfig, field: str, code: bool = False) -> None:
+    """Check the model that judges; `field` is the setting that asks for a judge."""
+    prefix = endpoint_prefix(field)
+    if not endpoint.model:
+        raise InputError(
+            f"a judge needs {prefix}model=<its name> and {prefix}url=<its endpoint>, such as "
+            f"http://127.0.0.1:8000/v1; or {prefix}model=<directory>"
+        )
+    if endpoint.prices and len(endpoint.prices) != 2:
+        raise InputError(f"{prefix}prices must be two numbers, got {endpoint.prices}")
+    if endpoint.url is not None:
+        check_endpoint(endpoint.url, endpoint, f"{prefix}url")
+    else:
+        check_model(endpoint.model, f"{prefix}model", ("sft", "ppo"), code=code)
+
+
+def endpoint_prefix(field: str) -> str:
+    """What the names of the endpoint's settings begin with: nothing in commands, which have them as
+    options."""
+    return "scorer.endpoint." if field.startswith(("scorer.", "evaluation.")) else ""
 
 
 def check_template(name: str, source: str, field: str = "model.chat_template") -> None:

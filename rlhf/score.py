@@ -4,6 +4,7 @@
     python -m rlhf.score path=my_module.my_score data=answers.jsonl
     python -m rlhf.score path=runs/mine/reward/final serve=127.0.0.1:8123
     python -m rlhf.score path=http://127.0.0.1:8123/score data=answers.jsonl
+    python -m rlhf.score path=judge:helpfulness model=<name> url=<endpoint> data=answers.jsonl
 
 With data= it writes `answers.scored.jsonl`: the same rows, in the same order, each with its score.
 Rows are JSON objects, one per line: `prompt` and `response` (or `messages` that end with the
@@ -34,6 +35,7 @@ from rlhf.config import (
     InputError,
     ScorerConfig,
     has_weights,
+    is_judge,
     knob,
     refuse,
     show,
@@ -43,6 +45,7 @@ from rlhf.data import DropRow, as_messages, as_prompt, as_text
 from rlhf.inputs import Check, check_scorer, failures
 from rlhf.options import check_options, run_command
 from rlhf.row_file import RowFile, chunks_of, new_file, refuse_rows
+from rlhf.rubrics import read_rubric
 
 KINDS = ({"prompt", "response"}, {"prompt", "responses"}, {"messages"})  # fields of a row
 
@@ -53,7 +56,7 @@ class ScoreOptions(EndpointConfig):
 
     path: str
     """final/ of a reward stage, any sequence classifier with one label, a Python function as
-    module.function, or the URL of a remote scorer."""
+    module.function, the URL of a remote scorer, or judge:<rubric>."""
     data: str | None = None
     """Rows to score, a .jsonl file."""
     serve: str | None = None
@@ -154,7 +157,7 @@ def _load(options: ScoreOptions) -> Any:
 def _score_file(options: ScoreOptions, source: Path, out: Path) -> list[dict[str, Any]]:
     """Score the rows of `source` into `out`; return the written rows."""
     from rlhf.checkpoint import hash_weights
-    from rlhf.scorers import RewardModelScorer, uncut_scores
+    from rlhf.scorers import RewardModelScorer, judges, uncut_scores
 
     rows, digest = read_rows(source)
     directory = Path(options.path)
@@ -167,6 +170,9 @@ def _score_file(options: ScoreOptions, source: Path, out: Path) -> list[dict[str
         "batch_size": options.batch_size,
         "dtype": options.dtype,
     }
+    if is_judge(options.path):
+        rubric = read_rubric(options.path, "path").digest
+        made_from |= {"sha256 of the rubric": rubric, "model": options.model}
     file = RowFile(out, made_from)
     scorer, name = _load(options), f"path={options.path}"
     if isinstance(scorer, RewardModelScorer):
@@ -188,7 +194,10 @@ def _score_file(options: ScoreOptions, source: Path, out: Path) -> list[dict[str
             yield row.content | ({"scores": scores} if is_list else {"score": scores[0]})
 
     chunks = chunks_of([len(row.responses) for row in rows], options.batch_size)
-    return file.write(chunks, score, len(rows), "row")
+    written = file.write(chunks, score, len(rows), "row")
+    for judge in judges(scorer):
+        say(f"{judge.summary()}\n")
+    return written
 
 
 def columns_of(rows: Sequence[ScoredRow]) -> dict[str, list[Any]]:

@@ -41,7 +41,10 @@ HARMLESS = (
     *("peft.save", "scorer.endpoint"),
     *("reward.num_normalization_prompts", "normalization", "trainer.dataloader_num_workers"),
 )
-NOT_HARMLESS = ("watchdog.kl_budget",)  # it ends the run
+NOT_HARMLESS = (
+    "watchdog.kl_budget",  # it ends the run
+    *("scorer.endpoint.model", "scorer.endpoint.max_tokens"),
+)
 # Settings that say when a run ends.
 LENGTH = ("ppo.num_updates", "watchdog.kl_budget", "trainer.max_steps", "trainer.num_train_epochs")
 # Settings that decide whether numbers overflow: they may change after a non-finite number.

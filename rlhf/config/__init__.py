@@ -38,8 +38,10 @@ from rlhf.config.knobs import (
 )
 from rlhf.config.learning_rates import learning_rates, with_learning_rates
 from rlhf.config.objects import (
+    JUDGE,
     build_arguments,
     has_weights,
+    is_judge,
     is_python,
     is_remote,
     load_object,

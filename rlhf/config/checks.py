@@ -21,7 +21,7 @@ from rlhf.config.knobs import (
     SFTStageConfig,
     StageConfig,
 )
-from rlhf.config.objects import has_weights, is_python
+from rlhf.config.objects import has_weights
 from rlhf.config.paths import default_paths
 from rlhf.config.saved_config import config_file_of_run, resume_overrides
 from rlhf.config.trainer_values import trainer_problems
@@ -241,8 +241,10 @@ def _critic_rules(config: PPOStageConfig) -> Iterator[str]:
         )
     first = config.scorer.components[0] if config.scorer.components else config.scorer
     if critic.init == "reward" and ppo.has_critic and not has_weights(first.path):
-        kind = "a Python" if is_python(first.path) else "a remote"
-        yield f"critic.init=reward needs a reward model, not {kind} scorer; set critic.init=policy"
+        yield (
+            f"critic.init=reward needs a reward model, but scorer.path={first.path} is none; set "
+            "critic.init=policy"
+        )
     if critic.share_trunk and critic.init not in ("policy", None):
         yield (
             "critic.share_trunk=true puts the value head on the policy's own trunk, but "

@@ -15,6 +15,9 @@ from rlhf.config.errors import InputError, nearest
 OWN_CODE = ("python:rlhf.demo.world.", "python:rlhf.demo_world.")  # now, and in older runs
 
 
+JUDGE = "judge:"  # begins the path of a judge
+
+
 def is_python(path: str | None) -> bool:
     """True for the path of a Python scorer: `python:module.function`, or `module.function` where no
     file or directory has that name."""
@@ -28,9 +31,14 @@ def is_remote(path: str | None) -> bool:
     return str(path).startswith(("http://", "https://"))
 
 
+def is_judge(path: str | None) -> bool:
+    """True for a judge with its rubric: `judge:helpfulness`, or `judge:<file>.yaml`."""
+    return str(path).startswith(JUDGE)
+
+
 def has_weights(path: str | None) -> bool:
-    """True for the path of a reward model: no Python scorer and no remote one."""
-    return not (is_python(path) or is_remote(path))
+    """True for the path of a reward model: no Python scorer, no remote one and no judge."""
+    return not (is_python(path) or is_remote(path) or is_judge(path))
 
 
 def load_object(dotted: str, field_name: str) -> Any:

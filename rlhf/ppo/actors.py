@@ -24,16 +24,8 @@ from rlhf.checkpoint import (
     require_stage,
     warn_about_sft_model,
 )
-from rlhf.config import (
-    InputError,
-    ModelConfig,
-    PPOStageConfig,
-    ScorerConfig,
-    is_python,
-    load_object,
-)
+from rlhf.config import InputError, ModelConfig, PPOStageConfig, ScorerConfig
 from rlhf.console import say, warn
-from rlhf.data import Splits, other_columns
 from rlhf.engine_choice import choose_engine
 from rlhf.equivalence import (
     choose_forward,
@@ -58,14 +50,7 @@ from rlhf.models import (
     try_settings,
     unwrap_peft,
 )
-from rlhf.scorers import (
-    Scorer,
-    load_scorer,
-    python_scorers,
-    require_columns,
-    reward_models,
-    score_statistics,
-)
+from rlhf.scorers import Scorer, load_scorer, reward_models, score_statistics
 from rlhf.tokenizer import hash_rendering, hash_tokenizer, load_tokenizer
 
 
@@ -317,36 +302,6 @@ def _show_report(path: str) -> None:
     say(f"reward model {path}: {summary}")
     for warning in warnings:
         warn(warning)
-
-
-def load_independent_scorer(config: PPOStageConfig, device: Any) -> Scorer | None:
-    """Load `evaluation.scorer`, if there is one; a reward model gives its raw scores."""
-    path = config.evaluation.scorer
-    if path is None:
-        return None
-    own, code = config.scorer.of_path(path, "none"), config.model.trust_remote_code
-    return load_scorer(own, device, field="evaluation.scorer", trust_remote_code=code)
-
-
-def require_scorer_columns(config: PPOStageConfig, scorer: Scorer | None, splits: Splits) -> None:
-    """Refuse Python scorers with a parameter that neither training nor held-out rows have as a
-    column. Their modules are imported, but no model is loaded.
-
-    Args:
-        scorer: replaces `config.scorer`.
-    """
-    paths = {"evaluation.scorer": config.evaluation.scorer}
-    if scorer is None:
-        parts = enumerate(config.scorer.components)
-        paths["scorer.path"] = config.scorer.path
-        paths |= {f"scorer.components[{i}].path": part.path for i, part in parts}
-    functions = {f"{f}={p}": load_object(str(p), f) for f, p in paths.items() if is_python(p)}
-    if scorer is not None:
-        functions |= python_scorers(scorer)
-    for rows in (splits.train, splits.eval):
-        for label, function in functions.items():
-            if rows:
-                require_columns(label, function, other_columns(rows))
 
 
 def needs_reward_model(config: PPOStageConfig) -> bool:

@@ -44,6 +44,7 @@ from rlhf.ppo.evaluation import Evaluator, describe_selection, selection_value
 from rlhf.ppo.result import PPOResult, closing_table
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.ppo.watchdog import Watchdog
+from rlhf.scorers import judges
 
 SHOWN = {"score": "score", "kl": "kl", "response_length": "len", "eos_rate": "eos"}
 
@@ -252,6 +253,10 @@ class PPOLoop:
             say(f"\n{closing}")
         if self.watchdog.summary():
             say(self.watchdog.summary())
+        others = [] if self.evaluate.independent is None else [self.evaluate.independent]
+        for scorer in (self.trainer.actors.scorer, *others):
+            for judge in judges(scorer):
+                say(f"\n{judge.summary()}")
         before = selection_value(self.config, self.before)
         if self.best is not None and before is not None and self.best["value"] <= before:
             warn(

@@ -33,14 +33,13 @@ from rlhf.ppo.actors import (
     first_scorer,
     load_actors,
     load_checked_tokenizer,
-    load_independent_scorer,
     needs_reward_model,
-    require_scorer_columns,
     settle_frozen,
     try_adapters,
 )
 from rlhf.ppo.evaluation import Evaluator
 from rlhf.ppo.loop import PPOLoop
+from rlhf.ppo.other_scorers import load_independent_scorer, require_scorer_columns
 from rlhf.ppo.preflight import run_preflight
 from rlhf.ppo.prompts import choose_prompts
 from rlhf.ppo.result import PPOResult, finished_result
@@ -159,8 +158,8 @@ def with_sources(config: PPOStageConfig, scorer: Scorer | None) -> PPOStageConfi
         own = not has_weights(path)
         config.critic.init = "policy" if own or shares else "reward"
         if own and config.ppo.has_critic and not shares:
-            kind = "is a Python function" if is_python(path) else "runs elsewhere"
-            say(f"critic.init=policy: the scorer {kind}")
+            kind = "a Python function" if is_python(path) else "no reward model"
+            say(f"critic.init=policy: the scorer is {kind}")
     return config
 
 

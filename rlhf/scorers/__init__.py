@@ -12,6 +12,7 @@ the data; responses are text. The same objects serve PPO, evaluation and library
   `response_ids` is given the B lists of token ids (stop token included) and may return a list of
   rewards for each, one per token; their sum is the score.
 - The URL of a server that scores (`remote`); `server` serves any scorer.
+- A language model that judges by a rubric (`judge`).
 - Several of these (`scorer.components`): a weighted sum, or an ensemble's mean, min, or mean minus
   its standard deviation. A component with a `gate` counts alone where its score is bad enough
   (Llama 2's safety model).
@@ -25,11 +26,13 @@ from rlhf.scorers.combined import (
     CombinedScorer,
     component_names,
     instance,
+    judges,
     load_scorer,
     python_scorers,
     reward_models,
 )
 from rlhf.scorers.functions import require_columns
+from rlhf.scorers.judge import Judge
 from rlhf.scorers.remote import RemoteScorer
 from rlhf.scorers.reward_model import RewardModelScorer, score_sequences, score_statistics
 from rlhf.scorers.server import ScoreServer

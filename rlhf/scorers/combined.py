@@ -14,6 +14,7 @@ from rlhf.config import (
     InputError,
     ScorerConfig,
     check_scorer_config,
+    is_judge,
     is_python,
     is_remote,
     load_object,
@@ -21,6 +22,7 @@ from rlhf.config import (
 )
 from rlhf.functional import combine_scores, component_weights, counting
 from rlhf.scorers.call import BuiltInScorer, Columns, Scorer, Scores, Tokens, score_responses
+from rlhf.scorers.judge import Judge
 from rlhf.scorers.remote import RemoteScorer
 from rlhf.scorers.reward_model import RewardModelScorer
 
@@ -104,8 +106,16 @@ def component_names(scorer: Scorer) -> tuple[str, ...]:
 
 def reward_models(scorer: Scorer) -> list[RewardModelScorer]:
     """The reward models among a scorer and its components."""
-    parts = scorer.parts.values() if isinstance(scorer, CombinedScorer) else [scorer]
-    return [part for part in parts if isinstance(part, RewardModelScorer)]
+    return [part for part in _parts(scorer) if isinstance(part, RewardModelScorer)]
+
+
+def judges(scorer: Scorer) -> list[Judge]:
+    """The judges among a scorer and its components."""
+    return [part for part in _parts(scorer) if isinstance(part, Judge)]
+
+
+def _parts(scorer: Scorer) -> list[Scorer]:
+    return [*scorer.parts.values()] if isinstance(scorer, CombinedScorer) else [scorer]
 
 
 def instance(scorer: Any, label: str = "the scorer") -> Scorer:
@@ -140,8 +150,8 @@ def load_scorer(
     """Load what `scorer:` names: a reward model, a Python function, or several of these.
 
     Args:
-        config: `path` is the `final/` of a reward stage, a Hub id, `module.function`, or a URL;
-            `components` names several.
+        config: `path` is the `final/` of a reward stage, a Hub id, `module.function`, a URL or
+            `judge:<rubric>`; `components` names several.
         dtype: of the weights of reward models.
         field: configuration key of `path`, for messages.
         trust_remote_code: whether Python files of reward models may run.
@@ -159,6 +169,8 @@ def load_scorer(
         raise InputError(
             f"{field} is missing: give the final/ of a reward stage, or module.function"
         )
+    if is_judge(config.path):
+        return Judge(config, field, trust_remote_code)
     if is_remote(config.path):
         return RemoteScorer(config, field)
     if is_python(config.path):

@@ -18,6 +18,7 @@ from functools import cache, partial
 from typing import Any
 
 from rlhf.config import InputError
+from rlhf.rubrics import Rubric
 
 RESPONSES = ("responses", "completions")  # either name is that of the responses
 GIVEN = ("prompts", *RESPONSES, "response_ids")
@@ -91,12 +92,22 @@ def call_function(
     return _wait(result) if inspect.isawaitable(result) else result
 
 
-def require_columns(label: str, function: Callable[..., Any], columns: Sequence[str]) -> None:
-    """Refuse a Python scorer with a parameter that no row has as a column.
+def require_columns(
+    label: str, function: Callable[..., Any] | Rubric, columns: Sequence[str]
+) -> None:
+    """Refuse a Python scorer with a parameter, or a rubric with a column, that no row has.
 
     Args:
         label: names the scorer in the message.
     """
+    if isinstance(function, Rubric):
+        missing = [name for name in function.columns if name not in columns]
+        if missing:
+            raise InputError(
+                f"{label}: no row has the column `{missing[0]}`, which the rubric reads; the "
+                f"columns are {', '.join(['prompt', *columns])}. Add it, or take another rubric"
+            )
+        return
     missing = [name for name in parameters_of(function).columns if name not in columns]
     if missing:
         names = ", ".join(f"`{name}`" for name in missing)

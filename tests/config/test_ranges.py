@@ -124,6 +124,11 @@ BAD_VALUES = [
     ("ppo", "ppo.lr_schedule", "cosine", "be one of linear, constant"),
     ("ppo", "scorer.normalize", "shift", "be one of demo_mean_zero, standardise, none"),
     ("ppo", "scorer.combine", "median", "be one of weighted_sum, mean, min, mean_minus_std"),
+    ("ppo", "scorer.endpoint.timeout", 0.0, "be > 0"),
+    ("ppo", "scorer.endpoint.retries", -1, "be >= 0"),
+    ("ppo", "scorer.endpoint.num_requests", 0, "be >= 1"),
+    ("ppo", "scorer.endpoint.max_tokens", 0, "be >= 1"),
+    ("ppo", "scorer.endpoint.max_unreadable", 1.5, "lie in [0, 1]"),
     ("ppo", "scorer.std_coef", -1.0, "be >= 0"),
 ]
 

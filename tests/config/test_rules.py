@@ -173,7 +173,7 @@ BAD_VALUES = [
     (
         "ppo",
         several({"path": "python:m.f"}, {"path": "b"}) | {"critic.init": "reward"},
-        "critic.init=reward needs a reward model, not a Python scorer; set critic.init=policy",
+        "critic.init=reward needs a reward model, but scorer.path=python:m.f is none; set ",
     ),
     (
         "ppo",
@@ -196,7 +196,7 @@ BAD_VALUES = [
     (
         "ppo",
         {"scorer.path": "my_module.score", "critic.init": "reward"},
-        "not a Python scorer; set critic.init=policy",
+        "is none; set critic.init=policy",
     ),
     (
         "ppo",
@@ -245,7 +245,7 @@ BAD_VALUES = [
         "ppo",
         {"offload_frozen": True, "peft.enabled": True, "scorer.path": "my_module.score"},
         "offload_frozen=true has nothing to move: with adapters, the reference is the policy with "
-        "its adapters off, and the scorer is a Python function; set it to false",
+        "its adapters off, and the scorer is no reward model; set it to false",
     ),
 ]
 MISSING_VALUES = [

@@ -9,7 +9,7 @@ from pathlib import Path
 from rlhf.config.fields import group, knob, knobs
 from rlhf.config.knobs.endpoint import EndpointConfig
 from rlhf.config.knobs.shared import StageConfig
-from rlhf.config.objects import has_weights, is_python, is_remote
+from rlhf.config.objects import JUDGE, has_weights, is_judge, is_python, is_remote
 
 NORMALIZATIONS = ("demo_mean_zero", "standardise", "none")
 COMBINATIONS = ("weighted_sum", "mean", "min", "mean_minus_std")
@@ -170,7 +170,7 @@ class ScorerComponent:
     """One of several scorers."""
 
     path: str | None = None
-    """final/ of a reward stage, a Python function as module.function, or a remote scorer's URL."""
+    """final/ of a reward stage, module.function, a remote scorer's URL, or judge:<rubric>."""
     weight: float = 1.0
     """Factor of its scores in a weighted sum; must not be 0."""
     normalize: str | None = knob(None, choices=NORMALIZATIONS)
@@ -183,10 +183,12 @@ class ScorerComponent:
 
     @property
     def label(self) -> str:
-        """Name in metrics: that of the run, of the directory, of the Python function or the URL."""
+        """Name in metrics: that of the run, directory, Python function or rubric; or the URL."""
         if self.name is not None:
             return self.name
         path = str(self.path)
+        if is_judge(path):
+            return Path(path.removeprefix(JUDGE)).name.removesuffix(".yaml")
         if is_remote(path):
             return re.sub(r"[^\w.-]+", "-", path.partition("://")[2]).strip("-")
         if is_python(path):
@@ -200,8 +202,8 @@ class ScorerConfig:
     """What scores a response: `path`, or several `components`."""
 
     path: str | None = None
-    """final/ of a reward stage, a Python function as module.function, or the URL of a remote scorer
-    (null: this run's reward model, or components)."""
+    """final/ of a reward stage, a Python function as module.function, the URL of a remote scorer,
+    or judge:<rubric> (null: this run's reward model, or components)."""
     normalize: str = knob("demo_mean_zero", choices=NORMALIZATIONS)
     """demo_mean_zero: subtract the mean score of the reward stage's normalization.completions;
     standardise: also divide by their standard deviation; none. Reward models only."""
