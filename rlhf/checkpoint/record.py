@@ -49,6 +49,7 @@ class StageRecord:
         sampling: the engine with which PPO sampled, with the reason where it is "loop".
         compiled: which models PPO compiled, where it was asked to.
         sharding: how processes shared the weights, where they did.
+        shared_base: what PPO kept on one base, where it was asked to.
         frozen: how PPO stored the models that it does not train, where that is special.
         weights: SHA-256 of the directory's own safetensors files; None accepts any weights.
         metrics: final figures of the stage.
@@ -77,6 +78,7 @@ class StageRecord:
     forward: str | None = None
     sampling: str | None = None
     frozen: str | None = None
+    shared_base: str | None = None
     compiled: str | None = None
     sharding: str | None = None
     metrics: dict[str, float] = field(default_factory=dict)

@@ -20,6 +20,7 @@ from rlhf.checkpoint.record import (
     StageRecord,
     hash_weights,
     local_copy,
+    parent_weights,
     read_record,
     write_record,
 )
@@ -194,6 +195,40 @@ def _require_same_base(adapter: Path, record: StageRecord, field: str) -> None:
             f"{adapter / RECORD} says {record.parent_weights[:12]}); set base_model_name_or_path "
             f"in {adapter / ADAPTER} to a copy of the old base"
         )
+
+
+def adapter_on_base(directory: str, field: str, base: str, revision: str | None = None) -> Path:
+    """Return where a stage, or PEFT, keeps its adapter; require that it was trained on a base.
+
+    Args:
+        field: the setting that names `directory`.
+        base, revision: directory, or Hub id and its revision.
+
+    Raises:
+        InputError: there is no adapter, or it was trained on other weights.
+    """
+    place = local_copy(directory, None)
+    kept = [f for f in (place / ADAPTER_FOLDER, place) if (f / ADAPTER).is_file()]
+    command = f"python -m rlhf.reward peft=lora model.path={base}"
+    if not kept:
+        raise InputError(
+            f"ppo.share_base=true: {field}={directory} holds no adapter, so it needs a base of its "
+            f"own; train it with `{command}`, or set ppo.share_base=false"
+        )
+    record, ours = read_record(place), parent_weights(base)
+    trained_on = str(record.parent if record else _base_of(kept[0]))
+    theirs = record.parent_weights if record else parent_weights(trained_on)
+    is_same = theirs == ours
+    if ours is None or theirs is None:  # Hub ids
+        is_same = trained_on == base and (record is None or record.revision == revision)
+    if not is_same:
+        raise InputError(
+            f"ppo.share_base=true: {field}={directory} is an adapter on "
+            f"{_with_hash(trained_on, theirs)}, but the base is model.path="
+            f"{_with_hash(base, ours)}; train it on this base with `{command}`, or set "
+            "ppo.share_base=false"
+        )
+    return kept[0]
 
 
 # --- Comparing: the user may have meant it (a warning), or it cannot work (an error) --------------

@@ -142,6 +142,7 @@ def _rules(config: StageConfig) -> Iterator[str]:
         yield from _rollout_rules(config.ppo)
         yield from _update_rules(config.ppo)
         yield from _frozen_rules(config)
+        yield from _base_rules(config)
         if config.ppo.micro_batch_tokens == "auto" and not config.preflight:
             yield (
                 "ppo.micro_batch_tokens=auto is chosen by the preflight, which preflight=false "
@@ -278,6 +279,29 @@ def _frozen_rules(config: PPOStageConfig) -> Iterator[str]:
         yield (
             "offload_frozen=true has nothing to move: with adapters, the reference is the policy "
             "with its adapters off, and the scorer is no reward model; set it to false"
+        )
+
+
+def _base_rules(config: PPOStageConfig) -> Iterator[str]:
+    reference, label = config.ppo.reference, "ppo.share_base=true"
+    if not config.ppo.share_base:
+        return
+    if not config.peft.enabled:
+        yield f"{label} trains adapters on a frozen base, not all weights; set peft=lora"
+    if reference is not None:
+        yield (
+            f"{label} makes the base without adapters the reference, but ppo.reference={reference} "
+            "is another model; set ppo.reference=null, or ppo.share_base=false"
+        )
+    if config.critic.share_trunk:
+        yield (
+            f"{label} gives the critic an adapter of its own, but critic.share_trunk=true only a "
+            "head; set one of them to false"
+        )
+    if config.offload_frozen:
+        yield (
+            f"{label} has no frozen model of its own that could leave the GPU; set "
+            "offload_frozen=false"
         )
 
 

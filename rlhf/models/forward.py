@@ -21,7 +21,8 @@ HEAD = "score"
 
 def has_linear_head(model: Any) -> bool:
     """True for a classifier with a linear head named `score`, which can be read at every token."""
-    return isinstance(getattr(model, HEAD, None), nn.Linear)
+    head = getattr(unwrap_peft(model), HEAD, None)
+    return isinstance(getattr(head, "original_module", head), nn.Linear)  # PEFT wraps a trained one
 
 
 def position_ids_from_mask(mask: Tensor) -> Tensor:

@@ -124,9 +124,14 @@ def _prepare(model: PreTrainedModel, config: ModelConfig, field: str) -> PreTrai
     if config.dropout is not None:
         set_dropout(model, config.dropout)
     if config.gradient_checkpointing:
-        new_name = getattr(model, "activation_checkpointing_enable", None)  # transformers renames
-        (new_name or model.gradient_checkpointing_enable)()
+        recompute_activations(model)
     return model
+
+
+def recompute_activations(model: PreTrainedModel) -> None:
+    """Switch gradient checkpointing on, in place."""
+    new_name = getattr(model, "activation_checkpointing_enable", None)  # transformers renames
+    (new_name or model.gradient_checkpointing_enable)()
 
 
 def _require_finite(model: PreTrainedModel, config: ModelConfig, field: str) -> None:

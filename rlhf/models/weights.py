@@ -78,9 +78,13 @@ def load_backbone(source: Source, config: ModelConfig) -> PreTrainedModel:
             "ppo.advantage=rloo ppo.samples_per_prompt=4"
         )
     if source.adapters:
-        return _with_scalar_head(load_language_model(source, config), source, config)
+        policy = load_language_model(source, config)
+        model = new_classifier(policy, source.label, config.trust_remote_code)
+        setattr(model, model.base_model_prefix, policy.base_model)
+        setattr(model, STORED_DTYPE, getattr(policy, STORED_DTYPE))
+        return model
     model, misfits = _read(AutoModelForSequenceClassification, source, config, num_labels=1)
-    _require_linear_head(model, source)
+    _require_linear_head(model, source.label)
     if source.is_classifier or f"{HEAD}.weight" not in misfits.missing:
         raise InputError(
             f"{source.label} is a sequence classifier with its own head, but must be a language "
@@ -203,11 +207,34 @@ def merge_stored_adapter(model: PreTrainedModel, directory: Path, label: str) ->
     Raises:
         InputError: the adapter belongs to another model, or is of a kind that cannot be merged.
     """
+    wrapper = put_stored_adapter(model, directory, label)
+    try:
+        return wrapper.merge_and_unload()
+    except (NotImplementedError, RuntimeError, ValueError) as error:  # forms that PEFT cannot merge
+        raise InputError(
+            f"{label}: the adapter in {directory} cannot be merged into its base "
+            f"({one_line(error)}); train one without this option, or give a whole model"
+        ) from error
+
+
+def put_stored_adapter(
+    model: PreTrainedModel,
+    directory: Path,
+    label: str,
+    task_type: str | None = None,
+    trains: bool = False,
+) -> Any:
+    """Put the adapter in a directory on a model, in place.
+
+    Args:
+        task_type: written into the adapter's settings where it is saved again.
+        trains: whether the adapter gets gradients; the model never does.
+    """
     tensors = _without_doubles(load_file(directory / ADAPTER_WEIGHTS))
     try:
         settings = PeftConfig.from_pretrained(str(directory))
         settings.task_type = None  # a wrapper without a forward pass of its own
-        settings.inference_mode = True
+        settings.inference_mode = not trains
         _fit_tables(model, tensors, settings)
         wrapper = PeftModel(model, settings)
     except (ValueError, TypeError, LookupError, AttributeError, ImportError) as error:
@@ -221,13 +248,8 @@ def merge_stored_adapter(model: PreTrainedModel, directory: Path, label: str) ->
             "train a LoRA adapter, or give a whole model"
         )
     load_adapter(wrapper, tensors, f"{label}: the adapter in {directory}")
-    try:
-        return wrapper.merge_and_unload()
-    except (NotImplementedError, RuntimeError, ValueError) as error:  # forms that PEFT cannot merge
-        raise InputError(
-            f"{label}: the adapter in {directory} cannot be merged into its base "
-            f"({one_line(error)}); train one without this option, or give a whole model"
-        ) from error
+    settings.task_type = task_type
+    return wrapper
 
 
 def load_adapter(wrapper: Any, tensors: dict[str, Tensor], label: str) -> None:
@@ -303,29 +325,32 @@ def _untie(model: Any) -> None:
 # --- The head -----------------------------------------------------------------------------------
 
 
-def _require_linear_head(model: Any, source: Source) -> None:
+def _require_linear_head(model: Any, label: str) -> None:
     if not has_linear_head(model):
         raise InputError(
-            f"{source.label}: {type(model).__name__} has no linear head named {HEAD!r} to read at "
+            f"{label}: {type(model).__name__} has no linear head named {HEAD!r} to read at "
             "each token; give a causal language model"
         )
 
 
-def _with_scalar_head(policy: Any, source: Source, settings: ModelConfig) -> PreTrainedModel:
-    """Make a classifier of a language model's backbone and a head without weights."""
+def new_classifier(policy: Any, label: str, trust_remote_code: bool) -> Any:
+    """Make a classifier with one label for a language model's backbone; it has no weights yet.
+
+    Args:
+        label: of the language model, for messages.
+    """
     config = copy.deepcopy(policy.config)
     config.num_labels = 1
+    config.__dict__.pop("quantization_config", None)
     try:
         with torch.device("meta"):
             model: Any = AutoModelForSequenceClassification.from_config(
-                config, trust_remote_code=settings.trust_remote_code
+                config, trust_remote_code=trust_remote_code
             )
     except ValueError as error:
-        raise InputError(f"{source.label} has no classifier ({one_line(error)})") from error
-    _require_linear_head(model, source)
+        raise InputError(f"{label} has no classifier ({one_line(error)})") from error
+    _require_linear_head(model, label)
     assert type(model.base_model) is type(policy.base_model)
-    setattr(model, model.base_model_prefix, policy.base_model)
-    setattr(model, STORED_DTYPE, getattr(policy, STORED_DTYPE))
     return model
 
 

@@ -10,21 +10,16 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from transformers import PreTrainedModel
 
-from rlhf.checkpoint import (
-    StageRecord,
-    read_record,
-    require_same_tokenizer,
-    require_same_weights,
-    require_stage,
-    warn_about_sft_model,
-)
-from rlhf.config import InputError, ModelConfig, PPOStageConfig, ScorerConfig
+from rlhf.checkpoint import StageRecord, require_same_tokenizer, require_stage, warn_about_sft_model
+from rlhf.config import InputError, ModelConfig, PPOStageConfig
 from rlhf.console import say, warn
 from rlhf.engine_choice import choose_engine
 from rlhf.equivalence import (
@@ -35,22 +30,28 @@ from rlhf.equivalence import (
     store_as_read,
 )
 from rlhf.models import (
-    ScalarModel,
     SharedTrunk,
     ValueHead,
     add_lora,
     choose_chunk_tokens,
     disable_dropout,
-    init_reward_model,
     load_policy,
     load_reference,
-    load_reward_model,
     new_token_rows,
+    own_parameters,
+    parameter_count,
     sample_as_trained,
     try_settings,
     unwrap_peft,
 )
-from rlhf.scorers import Scorer, load_scorer, reward_models, score_statistics
+from rlhf.ppo.critic import (
+    critic_source,
+    first_scorer,
+    load_critic,
+    load_on_base,
+    needs_reward_model,
+)
+from rlhf.scorers import Scorer, load_scorer, reward_models
 from rlhf.tokenizer import hash_rendering, hash_tokenizer, load_tokenizer
 
 
@@ -70,6 +71,8 @@ class Actors:
         frozen: how the models that do not train are stored, in words.
         reading_device: with `offload_frozen`, where they are inside `in_use`; elsewhere they are on
             the CPU. None: they stay where they are.
+        shared_base: which models are adapters on the policy's base, in words; "" without
+            `ppo.share_base`.
         compiled: which models run compiled blocks, in words.
     """
 
@@ -82,6 +85,7 @@ class Actors:
     sampling: str = "loop"
     frozen: str = ""
     reading_device: Any = None
+    shared_base: str = ""
     compiled: str = ""
 
     @property
@@ -153,33 +157,28 @@ def load_actors(
 ) -> Actors:
     """Load policy, reference, critic and scorer, without dropout, on this process's device."""
     device = accelerator.device
+    policy, reference = load_policy(config.model, tokenizer), None
+    base = policy.to(device) if config.ppo.share_base else None
     if scorer is None:
         code = config.model.trust_remote_code
-        scorer = load_scorer(config.scorer, device, trust_remote_code=code)
+        load = None if base is None else partial(load_on_base, config, base)
+        scorer = load_scorer(config.scorer, device, trust_remote_code=code, load=load)
     if needs_reward_model(config) and reward_models(scorer)[0].scores_texts:
         raise InputError(
             f"critic.init=reward: the reward model {reward_models(scorer)[0].path} scores a text "
             "as a whole and has no value for each token; set critic.init=policy"
         )
     rendering = hash_rendering(tokenizer)
-    for reward_model in reward_models(scorer):
-        _show_report(reward_model.path)
-        warn_about_sft_model(reward_model.path, str(config.model.path))
-        if reward_model.tokenizer_hash != rendering:
-            say(
-                f"{reward_model.path} has another tokenizer or chat template than the policy: it "
-                "scores the text of the responses, which its own tokenizer and template encode"
-            )
-    policy, reference = load_policy(config.model, tokenizer), None
+    _show_reward_models(config, scorer, rendering)
     ppo = config.ppo
     for line in sample_as_trained(policy, ppo.temperature, ppo.top_p, ppo.top_k):
         say(line)
     shares = config.critic.share_trunk
-    critic: Any = _load_critic(config, tokenizer) if ppo.has_critic and not shares else None
+    critic: Any = load_critic(config, tokenizer, base) if ppo.has_critic and not shares else None
     if config.peft.enabled:
         rows = new_token_rows(tokenizer, config.model, config.peft)
         policy = add_lora(policy, config.peft, "CAUSAL_LM", config.seed, rows)
-        if critic is not None:
+        if critic is not None and isinstance(critic.model, PreTrainedModel):  # without an adapter
             critic.model = add_lora(critic.model, config.peft, "SEQ_CLS", config.seed, rows)
     if shares:
         critic = ValueHead(policy, config.critic.trunk_coef)
@@ -194,7 +193,26 @@ def load_actors(
     for model in (policy, reference):
         if model is not None:
             choose_chunk_tokens(model, config.ppo.chunk_tokens)
-    return Actors(policy, reference, critic, scorer, tokenizer, rendering)
+    actors = Actors(policy, reference, critic, scorer, tokenizer, rendering)
+    if base is not None:
+        actors.shared_base = describe_base(actors)
+    return actors
+
+
+def describe_base(actors: Actors) -> str:
+    """Say which models are adapters on the policy's base, and how large base and adapters are."""
+    scorers = [model.model for model in reward_models(actors.scorer)]
+    names, own = ["policy", "reference"], 0
+    for name, model in (("critic", actors.critic), *(("reward model", m) for m in scorers)):
+        parameters = {} if model is None else own_parameters(model, actors.policy)
+        if model is not None and len(parameters) < len(list(model.parameters())):
+            names.append(name)
+            own += sum(parameter.numel() for parameter in parameters.values())
+    total, trained = parameter_count(actors.policy)
+    return (
+        f"{total - trained:,} frozen parameters in memory once, for {', '.join(names)}; the "
+        f"adapters and heads on them have {trained + own:,}"
+    )
 
 
 def check_promises(config: PPOStageConfig, actors: Actors, accelerator: Accelerator) -> str:
@@ -286,6 +304,18 @@ def compile_actors(actors: Actors, accelerator: Accelerator) -> str:
     return f"{actors.compiled} (warm-up: {time.perf_counter() - began:.0f} s)"
 
 
+def _show_reward_models(config: PPOStageConfig, scorer: Scorer, rendering: str) -> None:
+    """Say what each reward model's report says, and how it differs from the policy."""
+    for reward_model in reward_models(scorer):
+        _show_report(reward_model.path)
+        warn_about_sft_model(reward_model.path, str(config.model.path))
+        if reward_model.tokenizer_hash != rendering:
+            say(
+                f"{reward_model.path} has another tokenizer or chat template than the policy: it "
+                "scores the text of the responses, which its own tokenizer and template encode"
+            )
+
+
 def _show_report(path: str) -> None:
     """Say the summary and the warnings of the reward model's report, if there is one."""
     file = Path(path) / "report.json"
@@ -302,52 +332,3 @@ def _show_report(path: str) -> None:
     say(f"reward model {path}: {summary}")
     for warning in warnings:
         warn(warning)
-
-
-def needs_reward_model(config: PPOStageConfig) -> bool:
-    """True if there is a critic that starts from the reward model."""
-    return config.ppo.has_critic and config.critic.init == "reward"
-
-
-def first_scorer(config: PPOStageConfig) -> tuple[ScorerConfig, float]:
-    """The scorer, or the first of several, and its weight."""
-    scorer = config.scorer
-    if not scorer.components:
-        return scorer, 1.0
-    return scorer.of_component(scorer.components[0]), scorer.components[0].weight
-
-
-def critic_source(config: PPOStageConfig) -> tuple[ModelConfig, str]:
-    """The model that the critic starts from, and the setting that names it."""
-    path, field = config.critic.init, "critic.init"
-    if path == "policy":
-        return config.model, "model.path"
-    if path == "reward":
-        path, field = str(first_scorer(config)[0].path), "scorer.path"
-    return replace(config.model, path=path, tokenizer=None, revision=None), field
-
-
-def _load_critic(config: PPOStageConfig, tokenizer: Any) -> ScalarModel:
-    """Start the critic from the policy, from the first reward model (IG, N+), whose normalised
-    scores it then predicts, or from the `critic/` that an earlier PPO run wrote."""
-    init = str(config.critic.init)  # the stage has set it
-    source, field = critic_source(config)
-    if init == "policy":
-        model = init_reward_model(source, tokenizer, config.seed)
-        head: Any = model.score
-        torch.nn.init.zeros_(head.weight)  # random values explain less than a constant does
-        return ScalarModel(model)
-    if init == "reward":
-        scorer, weight = first_scorer(config)
-        mean, std = score_statistics(scorer, read_record(str(scorer.path)))
-        return ScalarModel(load_reward_model(source), mean, std / weight)
-    record = read_record(init)
-    if record is None or record.stage != "critic" or record.score_mean is None:
-        raise InputError(
-            f"critic.init={init} is no critic of a PPO run; give runs/<run_name>/ppo/critic, "
-            "critic.init=reward or critic.init=policy"
-        )
-    require_same_weights(init, record, field)
-    require_same_tokenizer(tokenizer, record, str(config.model.path), init)
-    model = load_reward_model(source, field=field)
-    return ScalarModel(model, record.score_mean, record.score_std or 1.0)

@@ -39,7 +39,7 @@ from rlhf.distributed import describe_sharding
 from rlhf.functional import learning_rate_factor
 from rlhf.metrics import MetricsWriter
 from rlhf.models import what_to_save
-from rlhf.ppo.actors import critic_source
+from rlhf.ppo.critic import critic_source
 from rlhf.ppo.evaluation import Evaluator, describe_selection, selection_value
 from rlhf.ppo.result import PPOResult, closing_table
 from rlhf.ppo.trainer import PPOTrainer
@@ -220,6 +220,7 @@ class PPOLoop:
         )
         record.reference = config.ppo.reference
         record.sampling = actors.sampling
+        record.shared_base = actors.shared_base or None
         record.frozen = actors.frozen or None
         record.compiled = actors.compiled or None
         record.sharding = describe_sharding(self.trainer.accelerator)
@@ -239,6 +240,7 @@ class PPOLoop:
         if critic is None or self.trainer.actors.shares_trunk:
             return
         source, _ = critic_source(self.config)
+        source = self.config.model if self.config.ppo.share_base else source  # the adapter's base
         own = replace(record, stage="critic", score_mean=critic.mean, score_std=critic.std)
         own.parent, own.parent_weights = source.path, parent_weights(source.path)
         parts = critic.model, self.config.peft, source.path, source.revision

@@ -30,13 +30,12 @@ from rlhf.ppo.actors import (
     Actors,
     check_promises,
     compile_actors,
-    first_scorer,
     load_actors,
     load_checked_tokenizer,
-    needs_reward_model,
     settle_frozen,
     try_adapters,
 )
+from rlhf.ppo.critic import first_scorer, needs_reward_model, require_same_base
 from rlhf.ppo.evaluation import Evaluator
 from rlhf.ppo.loop import PPOLoop
 from rlhf.ppo.other_scorers import load_independent_scorer, require_scorer_columns
@@ -82,6 +81,7 @@ def _train(config: PPOStageConfig, scorer: Scorer | None, run: StageRun) -> PPOR
     # Refuse early: tokenizers, adapters, batch sizes, the second scorer and the data take seconds.
     refuse_here(config)
     tokenizer, parent = load_checked_tokenizer(config)
+    require_same_base(config)
     try_adapters(config)
     accelerator = make_accelerator(config.precision)
     num_processes = accelerator.num_processes
@@ -96,12 +96,15 @@ def _train(config: PPOStageConfig, scorer: Scorer | None, run: StageRun) -> PPOR
     actors = load_actors(config, tokenizer, scorer, accelerator)
     require_writable(unwrap_peft(actors.policy), tokenizer, config)
     forward = check_promises(config, actors, accelerator)
-    loaded = [s for s in (None if scorer else actors.scorer, independent) if s is not None]
+    own = None if scorer is not None or config.ppo.share_base else actors.scorer
+    loaded = [s for s in (own, independent) if s is not None]
     frozen = settle_frozen(config, actors, loaded, accelerator)
     texts = load_texts(config, tokenizer, context_length(actors.policy))
     prompts, heldout, too_long = choose_prompts(config, splits, actors, independent, num_processes)
     require_room_for_rows(config.ppo, prompts)
     say(describe_batches(config, len(prompts), num_processes, actors))
+    if actors.shared_base:
+        say(f"     one base: {actors.shared_base}")
     say(f"     forward: {forward}")
     say(f"     sampling: {actors.sampling}")
     if shards := describe_sharding(accelerator):
@@ -133,6 +136,7 @@ def refuse_here(config: PPOStageConfig) -> None:
         {
             "compile=true": config.compile,
             "critic.share_trunk=true": config.critic.share_trunk,
+            "ppo.share_base=true": config.ppo.share_base,
             f"model.quantization={config.model.quantization}": config.model.quantization,
         }
     )

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rlhf.config import (
     InputError,
+    ModelConfig,
     ScorerConfig,
     check_scorer_config,
     is_judge,
@@ -146,6 +147,7 @@ def load_scorer(
     dtype: str = "float32",
     field: str = "scorer.path",
     trust_remote_code: bool = False,
+    load: Callable[[ModelConfig, str], Any] | None = None,
 ) -> Scorer:
     """Load what `scorer:` names: a reward model, a Python function, or several of these.
 
@@ -155,13 +157,14 @@ def load_scorer(
         dtype: of the weights of reward models.
         field: configuration key of `path`, for messages.
         trust_remote_code: whether Python files of reward models may run.
+        load: (model settings, field) -> the reward model; None reads whole models.
     """
     check_scorer_config(config)
     if config.components:
         parts = {}
         for i, part in enumerate(config.components):
             own, field = config.of_component(part), f"scorer.components[{i}].path"
-            parts[part.label] = load_scorer(own, device, dtype, field, trust_remote_code)
+            parts[part.label] = load_scorer(own, device, dtype, field, trust_remote_code, load)
         weights = [part.weight for part in config.components]
         gates = [part.gate for part in config.components]
         return CombinedScorer(parts, weights, config.combine, config.std_coef, gates)
@@ -175,4 +178,4 @@ def load_scorer(
         return RemoteScorer(config, field)
     if is_python(config.path):
         return instance(load_object(config.path, field), f"{field}={config.path}")
-    return RewardModelScorer(config, device, dtype, field, trust_remote_code)
+    return RewardModelScorer(config, device, dtype, field, trust_remote_code, load)

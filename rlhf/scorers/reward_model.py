@@ -5,7 +5,8 @@ Left out: training them (`rlhf.reward`), and several of them as one (`rlhf.score
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ class RewardModelScorer(BuiltInScorer):
         dtype: str = "float32",
         field: str = "scorer.path",
         trust_remote_code: bool = False,
+        load: Callable[[ModelConfig, str], Any] | None = None,
     ):
         """Load the model, its tokenizer and its score statistics.
 
@@ -62,6 +64,7 @@ class RewardModelScorer(BuiltInScorer):
             config: `path` is the `final/` of a reward stage, or any one-label sequence classifier.
             field: configuration key of `path`, for messages.
             trust_remote_code: whether Python files of the model may run.
+            load: (model settings, field) -> the model; None reads a whole one.
 
         Raises:
             InputError: not a reward model, or without the statistics that `normalize` needs.
@@ -70,7 +73,7 @@ class RewardModelScorer(BuiltInScorer):
         record = require_stage(config.path, ("reward",), field)
         mean, std = score_statistics(config, record, field)
         source = ModelConfig(path=config.path, dtype=dtype, trust_remote_code=trust_remote_code)
-        model = load_reward_model(source, field, encoders=True)
+        model = (load or partial(load_reward_model, encoders=True))(source, field)
         self.scores_texts = not has_linear_head(model)
         scalar: Any = TextModel if self.scores_texts else ScalarModel
         self.model = freeze(scalar(model, mean, std)).to(device)

@@ -247,6 +247,29 @@ BAD_VALUES = [
         "offload_frozen=true has nothing to move: with adapters, the reference is the policy with "
         "its adapters off, and the scorer is no reward model; set it to false",
     ),
+    (
+        "ppo",
+        {"ppo.share_base": True},
+        "ppo.share_base=true trains adapters on a frozen base, not all weights; set peft=lora",
+    ),
+    (
+        "ppo",
+        {"ppo.share_base": True, "peft.enabled": True, "ppo.reference": "elsewhere"},
+        "ppo.share_base=true makes the base without adapters the reference, but ppo.reference="
+        "elsewhere is another model; set ppo.reference=null, or ppo.share_base=false",
+    ),
+    (
+        "ppo",
+        {"ppo.share_base": True, "peft.enabled": True, "critic.share_trunk": True},
+        "ppo.share_base=true gives the critic an adapter of its own, but critic.share_trunk=true "
+        "only a head; set one of them to false",
+    ),
+    (
+        "ppo",
+        {"ppo.share_base": True, "peft.enabled": True, "offload_frozen": True},
+        "ppo.share_base=true has no frozen model of its own that could leave the GPU; set "
+        "offload_frozen=false",
+    ),
 ]
 MISSING_VALUES = [
     ("sft", {"dataset.path": None}, "dataset.path: file or Hub name of the rows, e.g."),

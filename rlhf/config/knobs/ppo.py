@@ -67,6 +67,9 @@ class PPOConfig:
     reference: str | None = None
     """Hub id or directory of the KL reference, with the policy's tokenizer (null: the policy that
     training starts from)."""
+    share_base: bool = False
+    """Hold one frozen base in memory: policy, critic and reward models are LoRA adapters on it, and
+    the reference is the base alone. Needs peft=lora, here and in the reward stage."""
     kl_coef: float = knob(0.05, ge=0)
     """Weight of the KL penalty, score units per nat."""
     kl_estimator: str = knob("k1", choices=("k1", "k2", "k3"))

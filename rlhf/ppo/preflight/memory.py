@@ -24,7 +24,14 @@ from rlhf.config import PPOStageConfig, has_frozen_models
 from rlhf.console import table
 from rlhf.distributed import gathered_bytes, is_sharded, local
 from rlhf.functional.tokens import BLOCK
-from rlhf.models import chunk_tokens, ends_with_head, eval_mode, prefill_inputs, unwrap_peft
+from rlhf.models import (
+    chunk_tokens,
+    ends_with_head,
+    eval_mode,
+    own_parameters,
+    prefill_inputs,
+    unwrap_peft,
+)
 from rlhf.ppo.passes import critic_values, policy_logprobs
 from rlhf.ppo.preflight.findings import FAIL, OK, WARN, Finding
 from rlhf.ppo.rollout import Responses
@@ -187,11 +194,12 @@ def estimate_memory(
     if actors.reference is not None:
         models["reference"] = model_memory(actors.reference)
     if actors.critic is not None:
-        models["critic"] = model_memory(actors.critic, distributed)
+        models["critic"] = model_memory(actors.critic, distributed, actors.policy)
         if not actors.shares_trunk:
             models["critic"].activations = activation_bytes(read_critic, actors.critic, part)
     scorers = [actors.scorer] if independent is None else [actors.scorer, independent]
-    weights = [model_memory(m.model).weights for scorer in scorers for m in reward_models(scorer)]
+    readers = [m.model for scorer in scorers for m in reward_models(scorer)]
+    weights = [model_memory(model, besides=actors.policy).weights for model in readers]
     if weights:
         models["reward models"] = ModelMemory(sum(weights))
     frozen = [name for name in ("reference", "reward models") if name in models]
@@ -211,7 +219,7 @@ def estimate_memory(
     return MemoryEstimate(models, while_sampling, max(away, default=0))
 
 
-def model_memory(model: Any, distributed: bool = False) -> ModelMemory:
+def model_memory(model: Any, distributed: bool = False, besides: Any = None) -> ModelMemory:
     """Count weights, gradients and Adam states (two moments, without the step counters).
 
     Weights that `model.quantization` has packed count at their packed size. 8bit: 1 byte a number,
@@ -221,11 +229,14 @@ def model_memory(model: Any, distributed: bool = False) -> ModelMemory:
     Args:
         distributed: the buckets of DistributedDataParallel hold the gradients a second time. Of a
             sharded model, a slice is here, and the largest unit and its gradient are whole at once.
+        besides: a model whose weights are counted already: with `ppo.share_base` the policy.
     """
-    weights = sum(local(p).nbytes for p in model.parameters())
-    packed = (getattr(p, "quant_state", None) for p in model.parameters())
+    named = model.named_parameters() if besides is None else own_parameters(model, besides).items()
+    parameters = [parameter for _, parameter in named]
+    weights = sum(local(p).nbytes for p in parameters)
+    packed = (getattr(p, "quant_state", None) for p in parameters)
     weights += sum(state.absmax.nbytes for state in packed if state is not None)
-    trained = sum(local(p).nbytes for p in model.parameters() if p.requires_grad)
+    trained = sum(local(p).nbytes for p in parameters if p.requires_grad)
     if is_sharded(model):
         unit = gathered_bytes(model)
         return ModelMemory(weights + unit, trained + unit, 2 * trained)

@@ -1,0 +1,123 @@
+"""Where the critic of a PPO run starts: at the reward model, at the policy, or at the critic of an
+earlier run. With `ppo.share_base`, critic and reward models are adapters on the policy's base.
+
+`actors.py` calls this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf.checkpoint import (
+    adapter_on_base,
+    read_record,
+    require_same_tokenizer,
+    require_same_weights,
+)
+from rlhf.config import InputError, ModelConfig, PPOStageConfig, ScorerConfig, has_weights
+from rlhf.models import ScalarModel, init_reward_model, load_reward_model, scalar_role, stored_role
+from rlhf.scorers import score_statistics
+
+
+def needs_reward_model(config: PPOStageConfig) -> bool:
+    """True if there is a critic that starts from the reward model."""
+    return config.ppo.has_critic and config.critic.init == "reward"
+
+
+def first_scorer(config: PPOStageConfig) -> tuple[ScorerConfig, float]:
+    """The scorer, or the first of several, and its weight."""
+    scorer = config.scorer
+    if not scorer.components:
+        return scorer, 1.0
+    return scorer.of_component(scorer.components[0]), scorer.components[0].weight
+
+
+def critic_source(config: PPOStageConfig) -> tuple[ModelConfig, str]:
+    """The model that the critic starts from, and the setting that names it."""
+    path, field = config.critic.init, "critic.init"
+    if path == "policy":
+        return config.model, "model.path"
+    if path == "reward":
+        path, field = str(first_scorer(config)[0].path), "scorer.path"
+    return replace(config.model, path=path, tokenizer=None, revision=None), field
+
+
+def load_critic(config: PPOStageConfig, tokenizer: Any, base: Any = None) -> ScalarModel:
+    """Start the critic from the policy, from the first reward model (IG, N+), whose normalised
+    scores it then predicts, or from the `critic/` that an earlier PPO run wrote.
+
+    Args:
+        base: the policy without adapters, whose layers the critic takes; None loads its own.
+    """
+    init = str(config.critic.init)  # the stage has set it
+    source, field = critic_source(config)
+    if init == "policy":
+        if base is not None:
+            return ScalarModel(scalar_role(base, config.model))
+        model = init_reward_model(source, tokenizer, config.seed)
+        head: Any = model.score
+        torch.nn.init.zeros_(head.weight)  # random values explain less than a constant does
+        return ScalarModel(model)
+    if init == "reward":
+        scorer, weight = first_scorer(config)
+        mean, std = score_statistics(scorer, read_record(str(scorer.path)))
+        std = std / weight
+    else:
+        record = read_record(init)
+        if record is None or record.stage != "critic" or record.score_mean is None:
+            raise InputError(
+                f"critic.init={init} is no critic of a PPO run; give runs/<run_name>/ppo/critic, "
+                "critic.init=reward or critic.init=policy"
+            )
+        require_same_weights(init, record, field)
+        require_same_tokenizer(tokenizer, record, str(config.model.path), init)
+        mean, std = record.score_mean, record.score_std or 1.0
+    if base is not None:
+        return ScalarModel(load_on_base(config, base, source, field, trains=True), mean, std)
+    return ScalarModel(load_reward_model(source, field=field), mean, std)
+
+
+# --- Adapters on the policy's base ----------------------------------------------------------------
+
+
+def require_same_base(config: PPOStageConfig) -> None:
+    """With `ppo.share_base`, require that reward models and critic are adapters on the policy's
+    base; nothing is loaded."""
+    if not config.ppo.share_base:
+        return
+    for path, field in _adapted(config):
+        _adapter(config, path, field)
+
+
+def _adapted(config: PPOStageConfig) -> Iterator[tuple[str, str]]:
+    """Yield path and setting of what must be an adapter."""
+    scorers = {f"scorer.components[{i}]": c.path for i, c in enumerate(config.scorer.components)}
+    for name, path in (scorers or {"scorer": config.scorer.path}).items():
+        if has_weights(path):
+            yield str(path), f"{name}.path"
+    if config.ppo.has_critic and config.critic.init not in ("policy", "reward"):
+        yield str(config.critic.init), "critic.init"
+
+
+def _adapter(config: PPOStageConfig, path: str, field: str) -> Path:
+    return adapter_on_base(path, field, str(config.model.path), config.model.revision)
+
+
+def load_on_base(
+    config: PPOStageConfig, base: Any, source: ModelConfig, field: str, trains: bool = False
+) -> Any:
+    """Load a reward model or critic as an adapter on the layers of the policy.
+
+    Args:
+        base: the policy without adapters.
+        source: its path names the stage that keeps the adapter.
+        field: the setting that gave the path.
+    """
+    path = str(source.path)
+    adapter = _adapter(config, path, field)
+    return stored_role(base, config.model, adapter, f"{field}={path}", trains)
