@@ -40,6 +40,7 @@ def ask(url: str, body: Any, endpoint: EndpointConfig, field: str) -> Any:
     """Send a JSON body to a URL and return the JSON that comes back.
 
     Args:
+        body: None asks with GET.
         field: configuration key that holds the URL, for messages.
 
     Raises:
@@ -62,7 +63,7 @@ def ask(url: str, body: Any, endpoint: EndpointConfig, field: str) -> Any:
 
 
 def _ask_once(url: str, body: Any, endpoint: EndpointConfig, where: str) -> Any:
-    data = json.dumps(body, default=str).encode()
+    data = None if body is None else json.dumps(body, default=str).encode()
     headers = {"Content-Type": "application/json", "Accept": "application/json"}
     key = api_key(endpoint)
     if key is not None:

@@ -14,7 +14,9 @@ import torch
 from rlhf.config import InputError, one_line
 from rlhf.equivalence import cache_deviation, tolerance
 from rlhf.models import unwrap_peft
-from rlhf.sampling import CHECK_EVERY, use_engine
+from rlhf.sampling import CHECK_EVERY, VLLM, use_engine
+
+MOST_TEMPERATURE = 2.0  # that vLLM takes
 
 
 def choose_engine(
@@ -58,6 +60,31 @@ def choose_engine(
     if dtype is not None:
         parts.append(f"by a copy of the policy in {str(dtype).removeprefix('torch.')}")
     return ", ".join(parts)
+
+
+def choose_server(model: Any, tokenizer: Any, server: VLLM, dtype: torch.dtype | None) -> str:
+    """Let `generate` sample from a causal LM by a vLLM server, in place; return that in words.
+
+    Raises:
+        InputError: the server does not answer, or does not sample what the model predicts.
+    """
+    engine = use_engine(model, "vllm", dtype=dtype, server=server)
+    said = server.begin(engine.copy or model, tokenizer)
+    far = cache_deviation(model, tokenizer, 3, MOST_TEMPERATURE)
+    limit = max(tolerance(model), tolerance(engine.copy or model))
+    if not far <= limit:  # negated, so that nan fails too
+        raise InputError(
+            f"sampling.engine=vllm: log-probs of {server.url} are not those of the policy (they "
+            f"differ by {far:.2%} of the spread of the logits; rounding explains {limit:.2%}): it "
+            "has other weights, rounds otherwise or gives raw log-probs; start it with "
+            f"--logprobs-mode processed_logprobs --dtype {type_name(engine.copy or model)}"
+        )
+    return f"{said} (weights in {type_name(engine.copy or model)}; a probe differs by {far:.1e})"
+
+
+def type_name(model: Any) -> str:
+    """Type of a model's weights, such as "float32"."""
+    return str(unwrap_peft(model).dtype).removeprefix("torch.")
 
 
 def _why_not(

@@ -90,21 +90,23 @@ def require_cache(model: Any, tokenizer: Any, where: str, fix: str, num_rows: in
     _require(lambda: cache_deviation(model, tokenizer, num_rows), model, where, what, fix)
 
 
-def cache_deviation(model: Any, tokenizer: Any, num_rows: int) -> float:
+def cache_deviation(model: Any, tokenizer: Any, num_rows: int, temperature: float = FLAT) -> float:
     """Deviation of the log-probs of sampled tokens from those that the model predicts without a
     cache, as a share of the spread of its logits."""
     prompts = _rows(model, tokenizer)[:num_rows]
     stop = cast(Any, _StopFirst() if num_rows > 1 else None)
     none = torch.empty(0, dtype=torch.long)
-    sampling = Sampling(NUM_STEPS, (-1,), none, temperature=FLAT, stop_strings=stop)
+    sampling = Sampling(NUM_STEPS, (-1,), none, temperature, stop_strings=stop)
     noise = uniform_noise((0,), range(num_rows), NUM_STEPS)
     differences, scale = [], []
     with _left_as_it_was(model):
         sampled = generate(model, prompts, sampling, noise)
         for prompt, ids, logprobs in zip(prompts, sampled.ids, sampled.logprobs, strict=True):
             logits = _alone(model, [*prompt, *ids])[len(prompt) - 1 : -1].float()
-            expected = (logits / FLAT).log_softmax(-1).gather(-1, _tensor(model, ids)[:, None])
-            differences.append(FLAT * (_tensor(model, logprobs) - expected[:, 0]))
+            expected = (
+                (logits / temperature).log_softmax(-1).gather(-1, _tensor(model, ids)[:, None])
+            )
+            differences.append(temperature * (_tensor(model, logprobs) - expected[:, 0]))
             scale.append(logits.std(dim=-1))
     spread = max(_rms(torch.cat(scale)), 0.1)  # nats; a flat model is compared with that
     return _rms(torch.cat(differences)) / spread

@@ -39,6 +39,7 @@ from rlhf.endpoint import check_endpoint
 from rlhf.hub import config_directory, find_source, is_hub_id, tokenizer_directory
 from rlhf.rubrics import read_rubric
 from rlhf.tokenizer import chat_template_text, named_templates
+from rlhf.vllm_server import check_server
 
 MOST_BYTES = 64e6  # the rows of a larger file are read by the stage alone
 PARENTS = {"sft": ("sft", "ppo"), "reward": ("sft",), "ppo": ("sft", "ppo")}
@@ -152,6 +153,7 @@ def _checks(config: StageConfig, stage: str, awaited: Collection[str]) -> Iterat
     if isinstance(config, PPOStageConfig):
         if (reference := config.ppo.reference) is not None and reference not in awaited:
             yield partial(check_model, reference, "ppo.reference", PARENTS["ppo"])
+        yield partial(check_server, config.sampling)
         yield from _scorer_checks(config, awaited)
 
 

@@ -22,7 +22,7 @@ FLOORS = [
     {"console", "gguf_files"},
     {"trackers"},
     {"options", "overrides", "next_commands", "metrics", "hub", "endpoint", "rubrics"},
-    {"curves"},
+    {"curves", "vllm_server"},
     {"tokenizer", "distributed"},
     {"data", "checkpoint"},
     {"models", "row_file", "inputs"},

@@ -38,6 +38,8 @@ if TYPE_CHECKING:  # commands import this room before they need torch
 HARMLESS = (
     *("runs_dir", "run_name", "distributed", "tracker", "checkpoint", "preflight", "watchdog"),
     *("num_samples", "response_length", "temperature", "top_p", "ppo.save_rollouts"),
+    *("sampling.url", "sampling.vllm_python", "sampling.vllm_args", "sampling.weights_dir"),
+    "sampling.max_gap",
     *("peft.save", "scorer.endpoint"),
     *("reward.num_normalization_prompts", "normalization", "trainer.dataloader_num_workers"),
 )

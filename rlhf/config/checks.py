@@ -17,6 +17,7 @@ from rlhf.config.knobs import (
     PPOConfig,
     PPOStageConfig,
     RewardStageConfig,
+    SamplingConfig,
     ScorerConfig,
     SFTStageConfig,
     StageConfig,
@@ -140,6 +141,7 @@ def _rules(config: StageConfig) -> Iterator[str]:
         yield from _scorer_rules(config.scorer)
         yield from _critic_rules(config)
         yield from _rollout_rules(config.ppo)
+        yield from _sampling_rules(config.sampling, config.ppo)
         yield from _update_rules(config.ppo)
         yield from _frozen_rules(config)
         yield from _base_rules(config)
@@ -337,6 +339,35 @@ def _rollout_rules(ppo: PPOConfig) -> Iterator[str]:
             "ppo.mask_truncated=true and ppo.whiten_rewards=true give truncated responses no "
             f"rewards, but ppo.advantage={ppo.advantage} compares other responses with them; set "
             "ppo.whiten_rewards=false"
+        )
+
+
+def _sampling_rules(sampling: SamplingConfig, ppo: PPOConfig) -> Iterator[str]:
+    url, python = sampling.url, sampling.vllm_python
+    if sampling.engine != "vllm":
+        for name in ("url", "vllm_python", "vllm_args", "weights_dir"):
+            if value := getattr(sampling, name):
+                yield (
+                    f"sampling.{name}={show(value)} is for sampling.engine=vllm, but "
+                    f"sampling.engine={sampling.engine}; set sampling.engine=vllm, or leave "
+                    f"sampling.{name} out"
+                )
+        return
+    if url is None and python is None:
+        yield (
+            "sampling.engine=vllm needs a server: give sampling.url=http://127.0.0.1:8000 of one "
+            "that runs, or sampling.vllm_python=<python of an environment with vLLM> to start one"
+        )
+    if url is not None and python is not None:
+        yield f"give sampling.url={url} or sampling.vllm_python={python}, not both"
+    if sampling.vllm_args and python is None:
+        yield "sampling.vllm_args are for a server that the run starts: give sampling.vllm_python"
+    if ppo.temperature > 2:
+        yield f"sampling.engine=vllm: ppo.temperature is at most 2 in vLLM, got {ppo.temperature}"
+    if ppo.top_p != 1.0 or ppo.top_k != 0:
+        yield (
+            f"sampling.engine=vllm: ppo.top_p={ppo.top_p} and ppo.top_k={ppo.top_k} also change "
+            "the log-probs that vLLM gives; leave them at 1.0 and 0, or take sampling.engine=auto"
         )
 
 

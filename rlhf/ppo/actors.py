@@ -14,14 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from rlhf.checkpoint import StageRecord, require_same_tokenizer, require_stage, warn_about_sft_model
 from rlhf.config import InputError, ModelConfig, PPOStageConfig
 from rlhf.console import say, warn
-from rlhf.engine_choice import choose_engine
 from rlhf.equivalence import (
     choose_forward,
     compile_if_same,
@@ -42,7 +40,6 @@ from rlhf.models import (
     parameter_count,
     sample_as_trained,
     try_settings,
-    unwrap_peft,
 )
 from rlhf.ppo.critic import (
     critic_source,
@@ -217,8 +214,7 @@ def describe_base(actors: Actors) -> str:
 
 def check_promises(config: PPOStageConfig, actors: Actors, accelerator: Accelerator) -> str:
     """Require that the cache gives the policy's own logits, and that no model reads padding; the
-    scorer was examined when it was loaded. Choose how the policy reads rows, which is returned, and
-    how it samples."""
+    scorer was examined when it was loaded. Choose how the policy reads rows, which is returned."""
     where, fix = f"model.path={config.model.path}", "take a model of another family"
     with accelerator.autocast():
         require_cache(actors.policy, actors.tokenizer, where, fix)
@@ -236,28 +232,7 @@ def check_promises(config: PPOStageConfig, actors: Actors, accelerator: Accelera
         if config.model.forward == "padded":  # reward models chose for themselves when loaded
             for scorer in reward_models(actors.scorer):
                 choose_forward(scorer.model, scorer.tokenizer, "padded")
-        given, dtype = config.sampling, _copy_type(config, actors.policy, accelerator.is_fsdp2)
-        actors.sampling = choose_engine(
-            actors.policy,
-            actors.tokenizer,
-            given.engine,
-            "sampling.engine",
-            given.check_every,
-            dtype,
-        )
     return forwards[0]
-
-
-def _copy_type(config: PPOStageConfig, policy: Any, shards: bool) -> torch.dtype | None:
-    """Type of the copy that samples, by `sampling.dtype`; None where the policy itself samples.
-    With slices of it alone, it cannot."""
-    inner, given = unwrap_peft(policy), config.sampling.dtype
-    if given is None:
-        kind = inner.device.type
-        serves = kind == "cuda" and torch.is_autocast_enabled(kind) and inner.dtype == torch.float32
-        return torch.bfloat16 if serves else inner.dtype if shards else None
-    dtype = getattr(torch, given)
-    return None if inner is policy and inner.dtype == dtype and not shards else dtype
 
 
 def settle_frozen(

@@ -42,8 +42,9 @@ from rlhf.ppo.other_scorers import load_independent_scorer, require_scorer_colum
 from rlhf.ppo.preflight import run_preflight
 from rlhf.ppo.prompts import choose_prompts
 from rlhf.ppo.result import PPOResult, finished_result
+from rlhf.ppo.sampler import choose_sampler, sampling_server
 from rlhf.ppo.trainer import PPOTrainer
-from rlhf.sampling import context_length
+from rlhf.sampling import VLLM, context_length
 from rlhf.scorers import Scorer, instance, reward_models
 
 
@@ -74,10 +75,13 @@ def train_ppo(
     with open_run(config, "ppo", writes=config.preflight != "only") as run:
         if run.finished is not None:
             return finished_result(config, run.finished.metrics, run.directory)
-        return _train(config, scorer, run)
+        with sampling_server(config) as server:
+            return _train(config, scorer, run, server)
 
 
-def _train(config: PPOStageConfig, scorer: Scorer | None, run: StageRun) -> PPOResult:
+def _train(
+    config: PPOStageConfig, scorer: Scorer | None, run: StageRun, server: VLLM | None
+) -> PPOResult:
     # Refuse early: tokenizers, adapters, batch sizes, the second scorer and the data take seconds.
     refuse_here(config)
     tokenizer, parent = load_checked_tokenizer(config)
@@ -96,6 +100,7 @@ def _train(config: PPOStageConfig, scorer: Scorer | None, run: StageRun) -> PPOR
     actors = load_actors(config, tokenizer, scorer, accelerator)
     require_writable(unwrap_peft(actors.policy), tokenizer, config)
     forward = check_promises(config, actors, accelerator)
+    choose_sampler(config, actors, accelerator, server)
     own = None if scorer is not None or config.ppo.share_base else actors.scorer
     loaded = [s for s in (own, independent) if s is not None]
     frozen = settle_frozen(config, actors, loaded, accelerator)

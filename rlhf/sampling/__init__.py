@@ -9,3 +9,4 @@ from rlhf.sampling.settings import (
     stop_token_ids,
     uniform_noise,
 )
+from rlhf.sampling.vllm import VLLM

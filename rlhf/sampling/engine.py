@@ -20,6 +20,7 @@ from rlhf.models import copy_weights, eval_mode, plain_copy, unwrap_peft
 from rlhf.sampling.graph import GraphDecoder
 from rlhf.sampling.loop import Step, loop
 from rlhf.sampling.settings import Generation, Sampling
+from rlhf.sampling.vllm import VLLM
 
 CHECK_EVERY = 8  # steps of `graph` between two looks for finished rows
 
@@ -28,8 +29,9 @@ class Engine:
     """How a model samples.
 
     Attributes:
-        name: "loop" or "graph".
+        name: "loop", "graph" or "vllm".
         copy: the model that samples in place of `model`, with its weights; None if `model` does.
+        server: the vLLM server that samples, with the weights of the copy or the model.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class Engine:
         name: str = "loop",
         check_every: int = CHECK_EVERY,
         dtype: torch.dtype | None = None,
+        server: VLLM | None = None,
     ):
         """Prepare to sample.
 
@@ -47,7 +50,9 @@ class Engine:
         Raises:
             ValueError: the model cannot sample with this engine.
         """
-        self.name, self.model = name, model
+        self.name, self.model, self.server = name, model, server
+        if dtype is None and server is not None and unwrap_peft(model) is not model:
+            dtype = unwrap_peft(model).dtype  # it takes no adapters
         self.copy = None if dtype is None else plain_copy(model, dtype)
         reader = self.copy or model
         self._steps: Callable[..., Iterator[Step]] = partial(loop, reader)
@@ -57,12 +62,16 @@ class Engine:
     @contextmanager
     def ready(self) -> Iterator[Callable[..., Iterator[Step]]]:
         """Give the function that samples one batch, with the weights as they are now."""
+        if self.copy is not None and not is_sharded(self.model):
+            copy_weights(self.model, self.copy)
+        if self.server is not None:
+            self.server.load(self.copy or self.model)
+            yield self.server
+            return
         if self.copy is None:
             with eval_mode(self.model):
                 yield self._steps
             return
-        if not is_sharded(self.model):
-            copy_weights(self.model, self.copy)
         with torch.autocast(self.copy.device.type, enabled=False):  # the copy has its type already
             yield self._steps
 
@@ -102,12 +111,14 @@ def generate(
         model: a causal LM (PEFT allowed, no distributed wrapper).
         prompt_ids: token ids per prompt, not padded, not empty; equal ones are read once.
         noise: (B, max_new_tokens) from `uniform_noise`; None takes the most likely token.
-        batch_size: sequences decoded together.
+        batch_size: sequences decoded together; a server gets all of them and decides.
     """
     count = len(prompt_ids)
     result = Generation([[] for _ in prompt_ids], [[] for _ in prompt_ids], [False] * count)
     order = sorted(range(count), key=lambda i: len(prompt_ids[i]))  # similar lengths: less padding
-    with engine_of(model).ready() as steps:
+    engine = engine_of(model)
+    batch_size = batch_size if engine.server is None else max(count, 1)
+    with engine.ready() as steps:
         for start in range(0, count, batch_size):
             rows = order[start : start + batch_size]
             draws = None if noise is None else noise[rows]

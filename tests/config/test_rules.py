@@ -270,6 +270,34 @@ BAD_VALUES = [
         "ppo.share_base=true has no frozen model of its own that could leave the GPU; set "
         "offload_frozen=false",
     ),
+    (
+        "ppo",
+        {"sampling.engine": "loop", "sampling.url": "http://127.0.0.1:8000"},
+        "sampling.url='http://127.0.0.1:8000' is for sampling.engine=vllm, but sampling.engine="
+        "loop; set sampling.engine=vllm, or leave sampling.url out",
+    ),
+    ("ppo", {"sampling.engine": "vllm"}, "needs a server: give sampling.url=http://127.0.0.1:8000"),
+    (
+        "ppo",
+        {"sampling.engine": "vllm", "sampling.url": "http://a", "sampling.vllm_python": "python"},
+        "give sampling.url=http://a or sampling.vllm_python=python, not both",
+    ),
+    (
+        "ppo",
+        {"sampling.engine": "vllm", "sampling.url": "http://a", "sampling.vllm_args": ["-a"]},
+        "sampling.vllm_args are for a server that the run starts: give sampling.vllm_python",
+    ),
+    (
+        "ppo",
+        {"sampling.engine": "vllm", "sampling.url": "http://a", "ppo.temperature": 2.5},
+        "sampling.engine=vllm: ppo.temperature is at most 2 in vLLM, got 2.5",
+    ),
+    (
+        "ppo",
+        {"sampling.engine": "vllm", "sampling.url": "http://a", "ppo.top_k": 5}
+        | {"ppo.allow_off_policy_sampling": True},
+        "ppo.top_p=1.0 and ppo.top_k=5 also change the log-probs that vLLM gives; leave them at",
+    ),
 ]
 MISSING_VALUES = [
     ("sft", {"dataset.path": None}, "dataset.path: file or Hub name of the rows, e.g."),

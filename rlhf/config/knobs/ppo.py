@@ -154,15 +154,26 @@ class PPOConfig:
 class SamplingConfig:
     """How fast responses are sampled; which they are stays the same, up to rounding."""
 
-    engine: str = knob("auto", choices=("auto", "loop", "graph"))
+    engine: str = knob("auto", choices=("auto", "loop", "graph", "vllm"))
     """loop: a forward pass per token; graph: steps on a cache of fixed size, which a GPU replays as
-    CUDA graphs; auto: graph on a GPU, if it samples what the policy predicts (measured), else loop.
-    """
+    CUDA graphs; vllm: a vLLM server (url or vllm_python), which draws other tokens of the same
+    distribution; auto: graph on a GPU, if it samples what the policy predicts (measured), else
+    loop."""
     check_every: int = knob(8, ge=1)
     """Tokens between two looks for finished responses; graph only."""
     dtype: str | None = knob(None, choices=("float32", "bfloat16"))
     """Type of a copy of the policy that samples in its place, adapters merged (null: bfloat16 on a
     GPU where a float32 policy trains with precision=bfloat16, else no copy)."""
+    url: str | None = None
+    """vLLM server that was started in developer mode (VLLM_SERVER_DEV_MODE=1) with --logprobs-mode
+    processed_logprobs, e.g. http://127.0.0.1:8000."""
+    vllm_python: str | None = None
+    """In place of url: python of an environment with vLLM; the run starts a server with it."""
+    vllm_args: list[str] = knob([])
+    """Further arguments of that server, e.g. [--gpu-memory-utilization,"0.3"]."""
+    weights_dir: str | None = None
+    """Folder through which the weights reach the server, under the same path on both sides (null: a
+    temporary one of this machine)."""
     max_gap: float | None = knob(1.0, gt=0)
     """Stop the run, which can be resumed, if log-probs of sampler and policy differ by more than
     this at one token in a thousand of an update, nats (null: off)."""

@@ -211,7 +211,7 @@ def estimate_memory(
     engine = engine_of(actors.policy)
     if engine.name == "graph":
         models["sampler"] = ModelMemory(cache)  # its cache stays where it is
-    else:
+    elif engine.server is None:
         while_sampling += cache
     if engine.copy is not None:
         kept = models.setdefault("sampler", ModelMemory(0))
