@@ -44,7 +44,7 @@ from rlhf.ppo.prompts import choose_prompts
 from rlhf.ppo.result import PPOResult, finished_result
 from rlhf.ppo.sampler import choose_sampler, sampling_server
 from rlhf.ppo.trainer import PPOTrainer
-from rlhf.sampling import VLLM, context_length
+from rlhf.sampling import context_length
 from rlhf.scorers import Scorer, instance, reward_models
 
 
@@ -79,9 +79,7 @@ def train_ppo(
             return _train(config, scorer, run, server)
 
 
-def _train(
-    config: PPOStageConfig, scorer: Scorer | None, run: StageRun, server: VLLM | None
-) -> PPOResult:
+def _train(config: PPOStageConfig, scorer: Scorer | None, run: StageRun, server: Any) -> PPOResult:
     # Refuse early: tokenizers, adapters, batch sizes, the second scorer and the data take seconds.
     refuse_here(config)
     tokenizer, parent = load_checked_tokenizer(config)
