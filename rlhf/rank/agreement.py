@@ -92,14 +92,19 @@ def pairwise_agreement(prompts: Sequence[Sequence[Ranks]]) -> Estimate:
     Args:
         prompts: as in `ordinal_alpha`.
     """
-    return share([[*_agreements(prompt)] for prompt in prompts])
+    return share(
+        [
+            [one for a, b in combinations(prompt, 2) for one in agreements(a, b)]
+            for prompt in prompts
+        ]
+    )
 
 
-def _agreements(prompt: Sequence[Ranks]) -> Iterator[float]:
-    for a, b in combinations(prompt, 2):
-        for i, j in combinations(range(len(a)), 2):
-            first, second = np.sign(a[i] - a[j]), np.sign(b[i] - b[j])
-            yield 1 - abs(first - second) / 2
+def agreements(a: Ranks, b: Ranks) -> Iterator[float]:
+    """For each pair of answers: 1 if two rankings order it alike, 0.5 if one says tie, else 0."""
+    for i, j in combinations(range(len(a)), 2):
+        first, second = (a[i] > a[j]) - (a[i] < a[j]), (b[i] > b[j]) - (b[i] < b[j])
+        yield 1 - abs(first - second) / 2
 
 
 def share(prompts: Sequence[Sequence[float]]) -> Estimate:
@@ -117,10 +122,12 @@ def _with_interval(parts: np.ndarray, statistic: Callable[[np.ndarray], np.ndarr
         return Estimate(math.nan, math.nan, math.nan)
     value = float(statistic(parts.sum(0, keepdims=True))[0])
     random = np.random.default_rng(0)
-    found = [
-        statistic(random.multinomial(num, [1 / num] * num, AT_A_TIME) @ parts)
-        for _ in range(NUM_RESAMPLES // AT_A_TIME)
-    ]
+    starts = num * np.arange(AT_A_TIME)[:, None]
+    found = []
+    for _ in range(NUM_RESAMPLES // AT_A_TIME):
+        drawn = (random.integers(num, size=(AT_A_TIME, num)) + starts).ravel()
+        counts = np.bincount(drawn, minlength=num * AT_A_TIME).reshape(AT_A_TIME, num)
+        found.append(statistic(counts.astype(float) @ parts))
     known = np.concatenate(found)
     known = known[np.isfinite(known)]
     if num < 2 or not len(known):

@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any
 
 from rlhf.console import interval_text, table
-from rlhf.rank.agreement import Estimate, ordinal_alpha, pairwise_agreement, share
+from rlhf.rank.agreement import Estimate, agreements, ordinal_alpha, pairwise_agreement, share
 from rlhf.rank.store import Judgement
 
 Report = dict[str, Any]
@@ -86,9 +86,10 @@ def _of_annotator(name: str, judgements: Sequence[Judgement]) -> dict[str, Any]:
     """Counts of one annotator, and agreement with the others."""
     own = {j.task.number: j.ranks for j in judgements if j.annotator == name and j.ranks}
     with_others = [
-        pairwise_agreement([[own[one.task.number], one.ranks]]).value
+        alike
         for one in judgements
         if one.ranks and one.annotator != name and one.task.number in own
+        for alike in agreements(own[one.task.number], one.ranks)
     ]
     seconds = [j.seconds for j in judgements if j.annotator == name and j.kind == "ranking"]
     kinds = Counter(j.kind for j in judgements if j.annotator == name)

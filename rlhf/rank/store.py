@@ -311,13 +311,19 @@ class Store:
         query = """SELECT COALESCE(SUM(kind = 'ranking'), 0), COALESCE(SUM(kind = 'skip'), 0),
             COALESCE(SUM(kind = 'flag'), 0) FROM judgements WHERE annotator = ? AND NOT undone"""
         ((ranked, skipped, flagged),) = self._rows(query, annotator)
-        ((tasks,),) = self._rows("SELECT COUNT(*) FROM tasks")
+        query = """SELECT COUNT(*), (SELECT COUNT(DISTINCT task) FROM judgements
+            WHERE kind = 'flag' AND NOT undone) FROM tasks"""
+        ((tasks, left_out),) = self._rows(query)
         ((all_ranked,),) = self._rows(
             "SELECT COUNT(*) FROM judgements WHERE kind = 'ranking' AND NOT undone"
         )
         return {
             **{"ranked": ranked, "skipped": skipped, "flagged": flagged},
-            **{"tasks": tasks, "all_ranked": all_ranked, "wanted": tasks * self.overlap},
+            **{
+                "tasks": tasks,
+                "all_ranked": all_ranked,
+                "wanted": (tasks - left_out) * self.overlap,
+            },
         }
 
 
