@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import clip_grad_norm_
 
 from rlhf.config import CONF_DIR, InputError, read_yaml
-from rlhf.console import num_processes, say
+from rlhf.console import is_main_process, num_processes, say
 
 Result = TypeVar("Result")
 RAM_EFFICIENT = "FSDP_CPU_RAM_EFFICIENT_LOADING"
@@ -83,6 +83,8 @@ def join_processes(launch: str | None = None, timeout_seconds: float | None = No
             "fsdp_version: 1 is not supported; set fsdp_version: 2 in the file of accelerate "
             f"launch, or take {CONF_DIR / 'accelerate' / 'fsdp2.yaml'}"
         )
+    if sharding() == "FSDP":  # with another type, accelerate starts no gloo next to NCCL
+        os.environ["FSDP_STATE_DICT_TYPE"] = "FULL_STATE_DICT"
     if sharding() == "FSDP" and os.environ.get(RAM_EFFICIENT, "false").lower() == "true":
         say("fsdp_cpu_ram_efficient_loading: off; each process checks the weights that it loads")
         os.environ[RAM_EFFICIENT] = "false"
@@ -141,7 +143,9 @@ def share(model: Any, accelerator: Accelerator) -> Any:
     if not accelerator.is_fsdp2:
         return accelerator.prepare_model(model)
     model = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
-    offload = accelerator.state.fsdp_plugin.cpu_offload or OffloadPolicy()
+    plugin = accelerator.state.fsdp_plugin
+    offload = plugin.cpu_offload or OffloadPolicy()
+    plugin.auto_wrap_policy = None  # of accelerate, which would look for units again
     blocks = set(model._no_split_modules or ())
     units = [module for module in model.modules() if type(module).__name__ in blocks]
     for unit in [*units, model]:
@@ -204,6 +208,43 @@ def gathered_bytes(model: nn.Module) -> int:
 def whole(tensor: Tensor) -> Tensor:
     """The whole of a tensor of which each process holds a slice; all of them must ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gather_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Whole tensors, on the main process; of sharded ones, one after the other is gathered into its
+    main memory. Tied weights stay one tensor."""
+    kept: dict[str, Tensor] = {}
+    slices: dict[int, Tensor] = {}
+    for name, tensor in tensors.items():
+        gathered = whole(tensor)
+        if not is_main_process():
+            continue
+        if isinstance(tensor, DTensor):
+            kept[name] = slices.setdefault(tensor.to_local().data_ptr(), gathered.cpu())
+        else:
+            kept[name] = tensor.contiguous()
+    return kept
+
+
+def whole_state(optimizer: Any) -> dict[str, Any]:
+    """The state of an optimiser with whole tensors, on the main process."""
+    content = optimizer.state_dict()
+    state = {
+        index: {k: whole(v).cpu() if isinstance(v, DTensor) else v for k, v in values.items()}
+        for index, values in content["state"].items()
+    }
+    return content | {"state": state if is_main_process() else {}}
+
+
+def load_optimizer(optimizer: Any, content: dict[str, Any]) -> None:
+    """Give an optimiser a state with whole tensors; its weights may be in slices."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, values in content["state"].items():
+        own = parameters[int(index)]
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.shape == own.shape:
+                values[name] = like(value, own)
+    optimizer.load_state_dict(content)
 
 
 def like(tensor: Tensor, other: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from rlhf.checkpoint.finite import find_non_finite
 from rlhf.checkpoint.ownership import refuse_taken_steps, seal, step_of
 from rlhf.config import CONFIG_FILE, InputError, StageConfig, save_config
 from rlhf.console import is_main_process
-from rlhf.distributed import like, whole
+from rlhf.distributed import gather_tensors, like, load_optimizer
 
 
 def save_training_state(
@@ -40,14 +40,14 @@ def save_training_state(
         random_numbers: `random_state` at the moment that is saved; None for now. A user's scorer
             may draw from these generators.
     """
-    files = {name: _whole(_tensors(module)) for name, module in modules.items()}
+    files = {name: gather_tensors(_tensors(module)) for name, module in modules.items()}
     for name, optimizer in optimizers.items():
         tensors = {
             f"{index}.{key}": torch.as_tensor(value)
             for index, values in optimizer.state_dict()["state"].items()
             for key, value in values.items()
         }
-        files[f"optimizer_{name}"] = _whole(tensors)
+        files[f"optimizer_{name}"] = gather_tensors(tensors)
     if not is_main_process():
         return
     refuse_taken_steps(directory.parent, [step_of(directory)])
@@ -70,14 +70,11 @@ def load_training_state(
     for name, optimizer in optimizers.items():
         content = optimizer.state_dict()
         content["state"] = {}
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         tensors = _read_finite(directory / f"optimizer_{name}.safetensors")
         for key, value in tensors.items():
             index, _, entry = key.partition(".")
-            own = parameters[int(index)]
-            value = like(value, own) if value.shape == own.shape else value
             content["state"].setdefault(int(index), {})[entry] = value
-        optimizer.load_state_dict(content)
+        load_optimizer(optimizer, content)
     restore_random_state(json.loads((directory / "random.json").read_text(encoding="utf-8")))
     return json.loads((directory / "state.json").read_text(encoding="utf-8"))
 
@@ -111,16 +108,6 @@ def _tensors(module: Any) -> dict[str, torch.Tensor]:
     if isinstance(module, dict):
         return module
     return {name: p.data for name, p in module.named_parameters() if p.requires_grad}
-
-
-def _whole(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Whole tensors, on the main process; of sharded ones, one after the other is gathered."""
-    kept = {}
-    for name, tensor in tensors.items():
-        gathered = whole(tensor)
-        if is_main_process():
-            kept[name] = gathered.contiguous() if gathered is tensor else gathered.cpu()
-    return kept
 
 
 def random_state() -> dict[str, Any]:

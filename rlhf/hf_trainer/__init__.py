@@ -8,7 +8,6 @@ numbers that are not finite away from the weights.
 from rlhf.hf_trainer.arguments import (
     as_in_training,
     describe_batches,
-    is_sharded,
     row_length,
     trainer_arguments,
 )

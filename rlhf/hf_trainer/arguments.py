@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +18,7 @@ from rlhf.config import (
     build_arguments,
     learning_rates,
 )
-from rlhf.distributed import use_bfloat16
+from rlhf.distributed import refuse_under_sharding, use_bfloat16
 from rlhf.hf_trainer.settings import check_trainer_values, try_out
 
 DEFAULT_LENGTH = 1024  # tokens of a row
@@ -41,6 +40,13 @@ def trainer_arguments(
     Raises:
         InputError: the stage cannot use a value.
     """
+    refuse_under_sharding(
+        {
+            f"micro_batch_tokens={config.micro_batch_tokens}": config.micro_batch_tokens,
+            f"model.quantization={config.model.quantization}": config.model.quantization,
+            "trainer.load_best_model_at_end=true": config.trainer.get("load_best_model_at_end"),
+        }
+    )
     given = config.trainer | {"learning_rate": learning_rates(config)["trainer.learning_rate"]}
     check_trainer_values(factory, given, stage)
     if given.get("fp16") and use_bfloat16(config.precision):
@@ -122,12 +128,6 @@ def _pop_load_best(values: dict[str, Any], stage: str) -> bool:
             "trainer.eval_strategy to steps or epoch"
         )
     return load_best
-
-
-def is_sharded(args: TrainingArguments) -> bool:
-    """True if the Trainer will spread the weights of a model over the processes."""
-    flags = (os.environ.get(f"ACCELERATE_USE_{name}") for name in ("FSDP", "DEEPSPEED"))
-    return bool(args.fsdp or args.deepspeed) or "true" in flags
 
 
 @contextmanager

@@ -14,12 +14,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
 from rlhf.checkpoint import NonFiniteError, find_non_finite, optimizer_tensors
+from rlhf.hf_trainer.sharded_trainer import ShardedTrainer
 from rlhf.hf_trainer.token_batches import split_batch
 
 MAX_SKIPPED = 20  # a loss scaler starts at 2^16 and halves: it has passed through 2^-4 by then
 
 
-class FiniteTrainer(Trainer):
+class FiniteTrainer(ShardedTrainer):
     """A Trainer that stops on all processes before a loss or gradient that is not finite reaches
     the weights, and saves no weight or optimiser state that is not finite.
 

@@ -54,6 +54,7 @@ from rlhf.config import InputError, RewardStageConfig, SFTStageConfig, resume_ov
 from rlhf.console import is_main_process, progress_bar, say
 from rlhf.curves import write_curves
 from rlhf.hf_trainer.finite_trainer import find_non_finite_state, set_learning_rate
+from rlhf.hf_trainer.sharded_trainer import ShardedTrainer
 from rlhf.metrics import METRICS, MetricsWriter
 
 SHOWN = ("loss", "accuracy", "eval_loss", "eval_accuracy")
@@ -115,6 +116,8 @@ def _train(trainer: Trainer, checkpoint: Path | None) -> None:
             f"{checkpoint} holds pickled weights ({', '.join(sorted(pickled))}), which no run of "
             f"ours writes; {fix}"
         )
+    if isinstance(trainer, ShardedTrainer):
+        trainer.checkpoint = checkpoint
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint))
     except (pickle.UnpicklingError, EOFError) as error:

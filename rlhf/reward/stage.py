@@ -29,8 +29,9 @@ from rlhf.checkpoint import (
 from rlhf.config import ModelConfig, RewardStageConfig, with_default_paths, with_learning_rates
 from rlhf.console import say
 from rlhf.data import RankedCollator, Splits, encode_ranked, load_splits, with_rows
+from rlhf.distributed import describe_sharding
 from rlhf.equivalence import choose_forward, require_padding
-from rlhf.hf_trainer import as_in_training, is_sharded, row_length, run_trainer, trainer_arguments
+from rlhf.hf_trainer import as_in_training, row_length, run_trainer, trainer_arguments
 from rlhf.metrics import StageResult
 from rlhf.models import (
     ScalarModel,
@@ -148,8 +149,6 @@ def _check_and_choose_forward(
     model: Any, tokenizer: Any, config: RewardStageConfig, args: TrainingArguments, where: str
 ) -> str:
     """Require that padding changes no score; return how training will read rows."""
-    if is_sharded(args):
-        return "padded, because the model is sharded"
     with as_in_training(model, config, args):
         scalar = ScalarModel(model)
         require_padding(scalar, tokenizer, where, OTHER_FAMILY)
@@ -177,9 +176,10 @@ def _finish(
     record.metrics = heldout_metrics(scores, heldout)
     report = make_report(scores, heldout, splits.eval, tokenizer, heldout_name(config.dataset))
     final = directory / "final"
+    model, adapter = what_to_save(scalar.model, config.peft, parent, config.model.revision)
+    record.sharding = describe_sharding(trainer.accelerator)
     if PartialState().is_main_process:
         files = page_files(report, scores, heldout)
-        model, adapter = what_to_save(scalar.model, config.peft, parent, config.model.revision)
         write_stage(final, model, tokenizer, config, record, files, adapter)
         say(
             f"scores of the {config.normalization.completions}: mean {record.score_mean:.3f}, std "

@@ -41,13 +41,13 @@ from rlhf.data import (
     prompt_of,
     with_rows,
 )
+from rlhf.distributed import describe_sharding, is_sharded
 from rlhf.equivalence import choose_forward, require_cache, require_packing, require_padding
 from rlhf.hf_trainer import (
     FiniteTrainer,
     as_in_training,
     best_step,
     describe_batches,
-    is_sharded,
     row_length,
     run_trainer,
     trainer_arguments,
@@ -57,6 +57,7 @@ from rlhf.models import (
     add_lora,
     load_policy,
     mend_sampling_settings,
+    merged,
     new_token_rows,
     parameter_count,
     try_settings,
@@ -216,8 +217,6 @@ def _make_trainer(
 def require_promises(config: SFTStageConfig, args: SFTConfig, model: Any, tokenizer: Any) -> str:
     """Measure on the model that padding, packing and sampling work, on the device of training.
     Return how the model reads rows."""
-    if is_sharded(args):
-        return "padded, because the model is sharded"
     family = f"model.path={config.model.path}"
     with as_in_training(model, config, args):
         require_padding(model, tokenizer, family, "take a model of another family")
@@ -262,10 +261,16 @@ def _finish(
     trainer: SFTTrainer, tokenizer: Any, splits: Splits, config: SFTStageConfig, directory: Path
 ) -> SFTResult:
     """Answer some held-out prompts, write `final/`, and show the result."""
-    policy = trainer.accelerator.unwrap_model(trainer.model)
+    policy: Any = trainer.accelerator.unwrap_model(trainer.model)
     policy.__dict__.pop("forward", None)  # TRL patches forward on the instance
     metrics, samples = _last_evaluation(trainer), []
-    if PartialState().is_main_process:
+    parts = policy, config.peft, config.model.path, config.model.revision
+    model, adapter = what_to_save(*parts)
+    is_main = PartialState().is_main_process
+    if is_sharded(policy):
+        policy = merged(policy)  # the main process samples alone
+        policy = policy.to(trainer.args.device) if is_main else policy
+    if is_main:
         prompted = [row for row in splits.eval if not is_text(row)]
         rows = different_prompts(prompted)[: config.num_samples]
         samples = sample_responses(policy, tokenizer, rows, config)
@@ -280,7 +285,7 @@ def _finish(
         append_jsonl(directory / "samples.jsonl", samples)
         origin = config.model.path, tokenizer, splits.prompts
         record = make_record("sft", config, *origin, splits.dropped, metrics)
-        model, adapter = what_to_save(policy, config.peft, origin[0], config.model.revision)
+        record.sharding = describe_sharding(trainer.accelerator)
         final = directory / "final"
         write_stage(final, model, tokenizer, config, record, write_adapter=adapter)
     heldout: Any = trainer.eval_dataset

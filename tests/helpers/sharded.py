@@ -25,9 +25,15 @@ def join(rank: int, world: int, port: int, shards: bool) -> None:
     from accelerate import PartialState
     from accelerate.utils import DistributedType
 
+    plain = PartialState.__init__
+
+    def init(self, *arguments, **options):
+        plain(self, *arguments, **options)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = init
     os.environ |= launch_environment("fsdp2")
-    PartialState(cpu=True)
-    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
 def free_port() -> int:
