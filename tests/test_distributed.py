@@ -12,10 +12,13 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
+from trl import SFTConfig
 
 import rlhf.distributed
-from rlhf.config import CONF_DIR, InputError
+from rlhf.config import CONF_DIR, InputError, PPOConfig, PPOStageConfig, SFTStageConfig
 from rlhf.distributed import join_processes, launch_environment
+from rlhf.hf_trainer import trainer_arguments
+from rlhf.ppo.stage import refuse_here
 
 FILES = sorted((CONF_DIR / "accelerate").glob("*.yaml"))
 SAID = ("ACCELERATE_USE_FSDP", "FSDP_")
@@ -90,3 +93,19 @@ def test_sharding_needs_several_processes(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(InputError, match="distributed=fsdp2 shards .* torchrun --nproc-per-node"):
         join_processes("fsdp2")
+
+
+def test_what_sharded_training_does_not_do_is_refused(monkeypatch):
+    as_launched(monkeypatch, DistributedType.MULTI_GPU, ACCELERATE_USE_FSDP="true")
+    config = PPOStageConfig(ppo=PPOConfig(share_base=True))
+    config.critic.share_trunk, config.sampling.engine = True, "vllm"
+    with pytest.raises(InputError) as caught:
+        refuse_here(config)
+    assert str(caught.value).startswith(
+        "critic.share_trunk=true, ppo.share_base=true, sampling.engine=vllm: not supported under "
+        "FSDP yet; leave them out, or start without sharding: accelerate launch"
+    )
+    with pytest.raises(InputError, match="^micro_batch_tokens=64: not supported under FSDP yet"):
+        trainer_arguments(SFTConfig, SFTStageConfig(micro_batch_tokens=64), "sft")
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    refuse_here(config)

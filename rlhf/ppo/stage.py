@@ -140,6 +140,7 @@ def refuse_here(config: PPOStageConfig) -> None:
             "compile=true": config.compile,
             "critic.share_trunk=true": config.critic.share_trunk,
             "ppo.share_base=true": config.ppo.share_base,
+            "sampling.engine=vllm": config.sampling.engine == "vllm",
             f"model.quantization={config.model.quantization}": config.model.quantization,
         }
     )
