@@ -25,7 +25,7 @@ from pathlib import Path
 from rlhf.config import InputError
 from rlhf.console import say
 from rlhf.options import check_options, run_command
-from rlhf.rank.answers import check_models, make_tasks
+from rlhf.rank.answers import check_models, make_tasks, read_questions
 from rlhf.rank.export import demonstrations_file, export
 from rlhf.rank.options import RankOptions
 from rlhf.rank.report import make_report, report_text, save_report
@@ -46,22 +46,25 @@ def run(options: RankOptions) -> None:
     check_models(options)
     source = Path(options.prompts).expanduser()
     out = Path(options.out or source.with_suffix(".rankings.jsonl"))
+    if out.suffix != ".jsonl":
+        raise InputError(f"out={out} is the file of the rankings; give out={out.stem}.jsonl")
     store_file = out.with_suffix(".sqlite")
     with ExitStack() as stack:
         socket = None
         if options.serve:
             check_server(options.host, options.token)
             socket = stack.enter_context(bound(options.host, options.port))
+            questions, digest = read_questions(options)
         stack.enter_context(disk_errors(out.parent, "give the same command again"))
         lock = out.with_name(f".{out.name}.lock")
         stack.enter_context(locked(lock, f"out={out}", "use its page, or another out=<file>"))
         store = stack.enter_context(closing(_open(options, out, store_file)))
-        make_tasks(options, store)
 
         def write() -> None:
             export(store, out)
 
         if socket is not None:
+            make_tasks(options, store, questions, digest)
             serve(store, socket, options.host, options.token, options.annotators, write)
         write()
         _conclude(store, out)

@@ -30,15 +30,25 @@ FREE = {"prompts", "out", "device", "trust_remote_code", "engine", "batch_size",
 FREE |= {"reward_models", "overlap", "annotators", "host", "port", "token", "serve"}
 
 
-def make_tasks(options: RankOptions, store: Store) -> None:
-    """Fill a store with the tasks of a file, or check that it holds them.
+def read_questions(options: RankOptions) -> tuple[list[Question], str]:
+    """Read the prompts and the answers that they have; return them and the SHA-256 of the file.
 
     Raises:
-        InputError: a prompt cannot be read, has no answers, or the store was made from others.
+        InputError: a prompt cannot be read, or has no answers and there is no policy.
     """
     source = Path(options.prompts).expanduser()
     questions, digest = read_prompts(source)
     _check_own_answers(questions, source, options.path)
+    return questions, digest
+
+
+def make_tasks(options: RankOptions, store: Store, questions: list[Question], digest: str) -> None:
+    """Fill a store with the tasks of a file, or check that it holds them.
+
+    Raises:
+        InputError: people have nothing to rank, or the store was made from other prompts.
+    """
+    source = Path(options.prompts).expanduser()
     _require_same(store, options, digest)
     if not store.fact("complete"):
         for number, path in enumerate(options.path or []):
@@ -72,7 +82,7 @@ def _require_same(store: Store, options: RankOptions, digest: str) -> None:
         if Path(path).exists():
             made_from[f"sha256 of the weights of {path}"] = hash_weights(Path(path))
     before = store.fact("made_from")
-    if before is None:
+    if store.is_empty():
         store.set_fact("made_from", made_from)
         return
     names = dict.fromkeys([*before, *made_from])
@@ -87,6 +97,9 @@ def _require_same(store: Store, options: RankOptions, digest: str) -> None:
 
 
 def _check_own_answers(questions: list[Question], source: Path, path: list[str] | None) -> None:
+    if path is None and all(question.responses is None for question in questions):
+        fix = "add path=<policy>, which answers them, or give rows with `responses`"
+        raise InputError(f"prompts={source} has no answers to rank; {fix}")
     problems = []
     for question in questions:
         given, row = question.responses, f"row {question.number + 1}"

@@ -161,6 +161,11 @@ class Store:
         with self._transaction() as db:
             db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, json.dumps(value)))
 
+    def is_empty(self) -> bool:
+        """True if there are neither tasks nor answers."""
+        query = "SELECT EXISTS (SELECT 1 FROM tasks) OR EXISTS (SELECT 1 FROM samples)"
+        return not self._rows(query)[0][0]
+
     def samples(self, policy: int) -> dict[int, Any]:
         """Answers of a policy that were saved: number of the task -> what was saved."""
         rows = self._rows("SELECT task, answers FROM samples WHERE policy = ?", policy)

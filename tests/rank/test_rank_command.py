@@ -196,6 +196,13 @@ def test_the_python_of_the_page_runs(capsys):
     assert capsys.readouterr().out == "[0, 0]\n"
 
 
+def test_a_file_that_was_mended_can_be_given_again(command):
+    file_of("answers.jsonl", ANSWERED[2:3])
+    assert command("prompts=answers.jsonl")[0] == 2
+    file_of("answers.jsonl", ANSWERED)
+    assert command("prompts=answers.jsonl")[0] == 0
+
+
 # --- Bad input ------------------------------------------------------------------------------------
 
 
@@ -203,7 +210,8 @@ def test_the_python_of_the_page_runs(capsys):
     ("arguments", "message"),
     [
         (["prompts=none.jsonl"], "prompts=none.jsonl is not a file"),
-        (["prompts=prompts.jsonl"], "row 1: it has no `responses`; add path=<policy>"),
+        (["prompts=prompts.jsonl"], "prompts=prompts.jsonl has no answers to rank; add path="),
+        (["prompts=half.jsonl"], "row 2: it has no `responses`; add path=<policy>"),
         (["prompts=many.jsonl"], "row 1: `responses` must be 2 to 9 texts"),
         (["prompts=equal.jsonl"], "has nothing to rank: no two different answers (1)"),
         (["prompts=a.jsonl", "samples_per_prompt=10"], "samples_per_prompt must lie in [2, 9]"),
@@ -216,11 +224,13 @@ def test_the_python_of_the_page_runs(capsys):
             "host=no.such.host is not an address",
         ),
         (["prompts=a.jsonl", "out=taken.jsonl"], "taken.jsonl exists already"),
+        (["prompts=a.jsonl", "out=mine.sqlite"], "give out=mine.jsonl"),
         (["prompts=a.jsonl", "serve=false"], "nothing was ranked yet; leave serve=false out"),
     ],
 )
 def test_bad_input_gets_one_clear_line(command, arguments, message):
     file_of("prompts.jsonl", [{"prompt": "Hi"}])
+    file_of("half.jsonl", [*ANSWERED[:1], {"prompt": "Hi"}])
     file_of("many.jsonl", [{"prompt": "Hi", "responses": ["a"] * 10}])
     file_of("equal.jsonl", [{"prompt": "Hi", "responses": ["a", "a "]}])
     file_of("a.jsonl", ANSWERED)
@@ -228,6 +238,7 @@ def test_bad_input_gets_one_clear_line(command, arguments, message):
     status, _, errors = command(*arguments)
     assert status == 2 and message in errors
     assert rows_of("taken.jsonl") == [{"mine": 1}]
+    assert not Path("prompts.rankings.sqlite").exists()
 
 
 def test_a_port_in_use_is_refused_before_anything_is_sampled(command):
