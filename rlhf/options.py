@@ -129,7 +129,9 @@ def _parse(name: str, kind: Any, text: str) -> Any:
 def help_text(usage: str, options: type) -> str:
     """What `--help` prints: the usage, and each option with its sentence and default."""
     about = sentences(options)
-    fields = sorted(dataclasses.fields(options), key=_is_required, reverse=True)
+    own = vars(options).get("__annotations__", {})  # before those that other commands have too
+    order = sorted(dataclasses.fields(options), key=lambda field: field.name not in own)
+    fields = sorted(order, key=_is_required, reverse=True)
     labels = ["..." if field.name == OVERRIDES else field.name for field in fields]
     width = max(map(len, labels)) + 6
     lines = [

@@ -60,6 +60,9 @@ class RowFile:
         self.rows: list[dict[str, Any]] = []
         if not self._partial.exists():
             return
+        if not self._partial.stat().st_size:
+            self._partial.unlink()  # nothing was made, so that nothing binds the next command
+            return
         fix = f"delete {self._partial} to start afresh"
         try:
             before = json.loads(self._identity.read_text(encoding="utf-8"))

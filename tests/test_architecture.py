@@ -35,6 +35,7 @@ FLOORS = [
     {"sft", "reward", "ppo"},
     {"chat", "generate", "export", "compare", "pipeline"},
     {"rank"},
+    {"evaluate"},
     {"demo"},
     {"demo_world"},
     {"__init__"},

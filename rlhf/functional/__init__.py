@@ -57,3 +57,11 @@ from rlhf.functional.tokens import (
     token_logprobs,
     whiten,
 )
+from rlhf.functional.win_rates import (
+    Corrected,
+    LengthControlled,
+    geometric_mean,
+    length_controlled,
+    prediction_powered_mean,
+    win_rate,
+)

@@ -1,0 +1,51 @@
+"""Measure whether a model is better than another, or how good a reward model is.
+
+    python -m rlhf.evaluate a=runs/mine/sft/final b=runs/mine/ppo/final prompts=prompts.jsonl by=scorer scorer=runs/gold/reward/final
+    python -m rlhf.evaluate a=a.jsonl b=b.jsonl by=judge model=Qwen/Qwen3-8B url=http://127.0.0.1:8000/v1
+    python -m rlhf.evaluate mode=rewardbench path=runs/mine/reward/final data=reward_bench.jsonl
+
+`mode=pairwise` lets both models answer the prompts, or reads files of answers (`prompt` and
+`response`, as rlhf.generate writes them, or AlpacaEval's `instruction` and `output`). A judge is
+asked in both orders, and an answer that wins in one order only is a tie. It writes, into out:
+
+    a.jsonl, b.jsonl    the answers of models
+    judgements.jsonl    each comparison; `gold=<file>` takes rows of it with `gold` filled in
+    report.json, .md    the figures, and the most instructive comparisons
+
+`mode=rewardbench` gives the accuracy of a reward model by subset, and on pairs of similar length. A
+stopped command continues when it is given again.
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import sys
+
+from rlhf.evaluate.options import EvaluateOptions, check
+from rlhf.options import run_command
+
+
+def run(options: EvaluateOptions) -> None:
+    """Run the mode.
+
+    Raises:
+        InputError: a bad option, or models, rows or judgements that cannot be used.
+    """
+    check(options)
+    if options.mode == "pairwise":
+        from rlhf.evaluate.pairwise import compare_models
+
+        compare_models(options)
+    else:
+        from rlhf.evaluate.rewardbench import measure_scorer
+
+        measure_scorer(options)
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command; return its exit status."""
+    again = "interrupted; the same command continues"
+    return run_command(str(__doc__), EvaluateOptions, run, arguments, again)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

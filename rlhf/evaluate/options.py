@@ -1,0 +1,108 @@
+"""The command line of `python -m rlhf.evaluate`, and its checks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rlhf.config import (
+    JUDGE,
+    NORMALIZATIONS,
+    EndpointConfig,
+    InputError,
+    ScorerConfig,
+    knob,
+    refuse,
+)
+
+MODES = ("pairwise", "rewardbench")
+
+
+@dataclass(kw_only=True)
+class EvaluateOptions(EndpointConfig):
+    """The command line."""
+
+    mode: str = knob("pairwise", choices=MODES)
+    """pairwise: compare the answers of two models; rewardbench: measure a reward model on pairs."""
+    a: str | None = None
+    """pairwise: the baseline: a model, or a .jsonl file of its answers."""
+    b: str | None = None
+    """pairwise: the model that is compared with it, or its answers."""
+    prompts: str | None = None
+    """pairwise: prompts that models answer, as in rlhf.generate."""
+    by: str = knob("judge", choices=("judge", "scorer"))
+    """pairwise: judge: a language model compares the answers, in both orders; scorer: the higher
+    score wins."""
+    rubric: str = "helpfulness"
+    """by=judge: what is compared: a name in conf/judge/, or a .yaml file."""
+    scorer: str | None = None
+    """by=scorer: a reward model, module.function, a URL, or judge:<rubric>."""
+    gold: str | None = None
+    """pairwise: .jsonl file of rows with `prompt` and `gold` (a, b or tie), by people: corrects the
+    win rate for the errors of the judge."""
+    path: str | None = None
+    """rewardbench: the reward model, module.function, or a URL."""
+    data: str | None = None
+    """rewardbench: rows with `prompt`, `chosen`, `rejected` and `subset`."""
+    out: str | None = None
+    """Folder to write (default: evaluation-<mode>)."""
+    response_length: int = knob(256, ge=1)
+    """pairwise: longest answer of a model, tokens."""
+    temperature: float | None = knob(None, ge=0)
+    """pairwise: of the answers (default: each model's generation config, else 1)."""
+    system: str | None = None
+    """pairwise: system message of the answers."""
+    seed: int = knob(1, ge=0)
+    """Equal seeds give equal answers."""
+    normalize: str = knob("none", choices=NORMALIZATIONS)
+    """Scale of the scores of a reward model."""
+    batch_size: int = knob(32, ge=1)
+    """Sequences that are sampled or scored together."""
+    trust_remote_code: bool = False
+    """true: the models' own Python files may run."""
+
+    @property
+    def folder(self) -> str:
+        return self.out or f"evaluation-{self.mode}"
+
+    def scorer_config(self, path: str) -> ScorerConfig:
+        return ScorerConfig(path, self.normalize, self.batch_size, endpoint=self)
+
+    @property
+    def judge_path(self) -> str:
+        return f"{JUDGE}{self.rubric.removeprefix(JUDGE)}"
+
+
+def check(options: EvaluateOptions) -> None:
+    """Refuse options of which the mode cannot be made."""
+    problems = _pairwise(options) if options.mode == "pairwise" else _rewardbench(options)
+    refuse([*problems])
+
+
+def _pairwise(options: EvaluateOptions) -> Iterator[str]:
+    for name in ("a", "b"):
+        if not getattr(options, name):
+            yield f"{name} is missing; add {name}=<a model, or a .jsonl file of answers>"
+    if options.by == "scorer" and not options.scorer:
+        yield "by=scorer needs scorer=<a reward model, module.function, a URL or judge:<rubric>>"
+    if options.by == "judge" and options.scorer:
+        yield f"scorer={options.scorer} needs by=scorer"
+    models = [path for path in (options.a, options.b) if path and not is_answers(path)]
+    if models and not options.prompts:
+        yield f"prompts is missing; add prompts=<what {' and '.join(models)} should answer>"
+
+
+def _rewardbench(options: EvaluateOptions) -> Iterator[str]:
+    if not options.path:
+        yield "path is missing; add path=<the reward model>"
+    if not options.data:
+        yield "data is missing; add data=<rows with prompt, chosen, rejected, subset>"
+
+
+def is_answers(path: str) -> bool:
+    """True for a file of answers; anything else is a model."""
+    return path.endswith((".jsonl", ".json", ".csv", ".parquet"))
+
+
+def already_there(folder: str) -> InputError:
+    return InputError(f"out={folder} has a result already; delete it, or give another out=<folder>")
