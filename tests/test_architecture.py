@@ -33,7 +33,7 @@ FLOORS = [
     {"scorers"},
     {"hf_trainer", "score"},
     {"sft", "reward", "ppo"},
-    {"chat", "generate", "export", "compare", "pipeline"},
+    {"chat", "generate", "export", "compare", "pipeline", "plan"},
     {"rank"},
     {"evaluate"},
     {"demo"},

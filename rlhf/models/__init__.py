@@ -7,6 +7,7 @@ the sampler pads on the left.
 
 `load` gives each role its model: `build` makes one from a configuration, `weights` reads one from
 files. `adapters` puts LoRA on a model and takes it off again.
+`footprint` counts the memory of a model.
 `forward` holds the forward passes, `head` the log-probs that a causal LM gives to tokens.
 
 Left out: sharded models.
@@ -30,12 +31,14 @@ from rlhf.models.build import try_settings
 from rlhf.models.compiled import compile_blocks, why_not_compiled
 from rlhf.models.dropout import disable_dropout
 from rlhf.models.embeddings import resize_embeddings
+from rlhf.models.footprint import ModelMemory, kept_bytes, model_memory
 from rlhf.models.forward import (
     HEAD,
     ScalarModel,
     TextModel,
     accepts,
     by_row,
+    decoder_blocks,
     eval_mode,
     forward_inputs,
     has_linear_head,

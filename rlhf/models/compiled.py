@@ -12,10 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import Cache
 
-from rlhf.models.forward import unwrap_peft
+from rlhf.models.forward import decoder_blocks, unwrap_peft
 
 
 def why_not_compiled() -> str | None:
@@ -31,9 +30,7 @@ def compile_blocks(model: Any) -> Callable[[], None]:
 
     Returns: a function that puts the plain blocks back.
     """
-    inner = unwrap_peft(model)
-    names = set(inner._no_split_modules or ())
-    blocks = [m for m in inner.modules() if type(m).__name__ in names and _has_no_block(m, names)]
+    blocks = decoder_blocks(unwrap_peft(model))
 
     def undo() -> None:
         for block in blocks:
@@ -42,10 +39,6 @@ def compile_blocks(model: Any) -> Callable[[], None]:
     for block in blocks:
         block.forward = _choose(block.forward)
     return undo
-
-
-def _has_no_block(module: nn.Module, names: set[str]) -> bool:
-    return not any(type(m).__name__ in names for m in module.modules() if m is not module)
 
 
 def _choose(plain: Callable[..., Any]) -> Callable[..., Any]:

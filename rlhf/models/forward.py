@@ -196,6 +196,17 @@ def sequence_scores(model: nn.Module, sequence_ids: Tensor, mask: Tensor) -> Ten
     return values.gather(1, last[:, None]).squeeze(1)
 
 
+def decoder_blocks(model: Any) -> list[nn.Module]:
+    """Return the decoder blocks of a transformers model."""
+    names = set(model._no_split_modules or ())
+
+    def is_block(module: nn.Module) -> bool:
+        return type(module).__name__ in names
+
+    blocks = [module for module in model.modules() if is_block(module)]
+    return [b for b in blocks if not any(is_block(m) for m in b.modules() if m is not b)]
+
+
 def unwrap_peft(model: Any) -> Any:
     """Return the transformers model inside a PEFT wrapper (its adapters stay active)."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -13,22 +13,24 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import DynamicCache
 
 from rlhf.config import PPOStageConfig, has_frozen_models
 from rlhf.console import table
-from rlhf.distributed import gathered_bytes, is_sharded, local
+from rlhf.distributed import local
 from rlhf.functional.tokens import BLOCK
 from rlhf.models import (
+    ModelMemory,
     chunk_tokens,
     ends_with_head,
     eval_mode,
-    own_parameters,
+    kept_bytes,
+    model_memory,
     prefill_inputs,
     unwrap_peft,
 )
@@ -42,16 +44,6 @@ from rlhf.scorers import Scorer, reward_models
 FULL = 0.85  # share of the memory beyond which a run is at risk
 # while sampling, for each number of the vocabulary: logits and log-probs in float32, three float64
 SAMPLER_BYTES = 2 * 4 + 3 * 8
-
-
-@dataclass
-class ModelMemory:
-    """Bytes of one model on this process."""
-
-    weights: int
-    gradients: int = 0
-    adam: int = 0
-    activations: int = 0  # of one micro-batch
 
 
 @dataclass
@@ -219,30 +211,6 @@ def estimate_memory(
     return MemoryEstimate(models, while_sampling, max(away, default=0))
 
 
-def model_memory(model: Any, distributed: bool = False, besides: Any = None) -> ModelMemory:
-    """Count weights, gradients and Adam states (two moments, without the step counters).
-
-    Weights that `model.quantization` has packed count at their packed size. 8bit: 1 byte a number,
-    without the scales (one a row). 4bit: half a byte and a float32 scale for each 64 numbers,
-    0.5625 bytes together.
-
-    Args:
-        distributed: the buckets of DistributedDataParallel hold the gradients a second time. Of a
-            sharded model, a slice is here, and the largest unit and its gradient are whole at once.
-        besides: a model whose weights are counted already: with `ppo.share_base` the policy.
-    """
-    named = model.named_parameters() if besides is None else own_parameters(model, besides).items()
-    parameters = [parameter for _, parameter in named]
-    weights = sum(local(p).nbytes for p in parameters)
-    packed = (getattr(p, "quant_state", None) for p in parameters)
-    weights += sum(state.absmax.nbytes for state in packed if state is not None)
-    trained = sum(local(p).nbytes for p in parameters if p.requires_grad)
-    if is_sharded(model):
-        unit = gathered_bytes(model)
-        return ModelMemory(weights + unit, trained + unit, 2 * trained)
-    return ModelMemory(weights, trained * (1 + distributed), 2 * trained)
-
-
 def further_logits(trainer: PPOTrainer, part: Responses) -> int:
     """Bytes of a chunk of logits and of its gradient, with two blocks of it in float32, and of the
     head's gradient by one of several chunks, less the logits of all tokens."""
@@ -261,21 +229,10 @@ def activation_bytes(read: Callable[[Responses], None], model: Any, part: Respon
         read: a forward pass.
         part: rows of equal length; two of them are read.
     """
-    own = {local(p).untyped_storage().data_ptr() for p in model.parameters()}
 
     def kept(num_rows: int) -> int:
-        saved: dict[int, torch.UntypedStorage] = {}
-
-        def pack(tensor: Tensor) -> None:
-            # an operation that got its own result back would keep it, and itself, for ever
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                saved[storage.data_ptr()] = storage  # views of one storage count once
-
         rows = part.select(torch.arange(num_rows, device=part.response_ids.device))
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed):
-            read(rows)
-        return sum(storage.nbytes() for storage in saved.values())
+        return kept_bytes(partial(read, rows), model)
 
     one = kept(1)
     return one if len(part) == 1 else one + (len(part) - 1) * (kept(2) - one)

@@ -1,0 +1,69 @@
+"""Memory of one model: weights, gradients, Adam states, and what autograd keeps of a forward pass.
+
+All of it can be counted on a model without weights, too (`torch._subclasses.FakeTensorMode`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf.distributed import gathered_bytes, is_sharded, local
+from rlhf.models.roles import own_parameters
+
+
+@dataclass
+class ModelMemory:
+    """Bytes of one model on this process."""
+
+    weights: int
+    gradients: int = 0
+    adam: int = 0
+    activations: int = 0  # of one micro-batch
+
+
+def model_memory(model: Any, distributed: bool = False, besides: Any = None) -> ModelMemory:
+    """Count weights, gradients and Adam states (two moments, without the step counters).
+
+    Weights that `model.quantization` has packed count at their packed size. 8bit: 1 byte a number,
+    without the scales (one a row). 4bit: half a byte and a float32 scale for each 64 numbers,
+    0.5625 bytes together.
+
+    Args:
+        distributed: the buckets of DistributedDataParallel hold the gradients a second time. Of a
+            sharded model, a slice is here, and the largest unit and its gradient are whole at once.
+        besides: a model whose weights are counted already: with `ppo.share_base` the policy.
+    """
+    named = model.named_parameters() if besides is None else own_parameters(model, besides).items()
+    parameters = [parameter for _, parameter in named]
+    weights = sum(local(p).nbytes for p in parameters)
+    packed = (getattr(p, "quant_state", None) for p in parameters)
+    weights += sum(state.absmax.nbytes for state in packed if state is not None)
+    trained = sum(local(p).nbytes for p in parameters if p.requires_grad)
+    if is_sharded(model):
+        unit = gathered_bytes(model)
+        return ModelMemory(weights + unit, trained + unit, 2 * trained)
+    return ModelMemory(weights, trained * (1 + distributed), 2 * trained)
+
+
+def kept_bytes(forward: Callable[[], object], model: Any) -> int:
+    """Bytes that a forward pass keeps for the backward pass, without the model's own weights."""
+
+    def name(tensor: Tensor) -> int:
+        return local(tensor).untyped_storage()._cdata  # a model without weights has no data_ptr
+
+    own = {name(parameter) for parameter in model.parameters()}
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> None:
+        # an operation that got its own result back would keep it, and itself, for ever
+        if name(tensor) not in own:
+            saved[name(tensor)] = tensor.untyped_storage()  # views of one storage count once
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed):
+        forward()
+    return sum(storage.nbytes() for storage in saved.values())

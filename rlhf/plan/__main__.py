@@ -1,0 +1,163 @@
+"""What a run needs: memory, what fits, time and cost. Loads no weights.
+
+    python -m rlhf.plan model=llama-7b stage=ppo gpus=8 card=h100 price_per_hour=2.5
+    python -m rlhf.plan model=runs/mine/sft/final stage=ppo memory=24 lora=true
+    python -m rlhf.plan model=EleutherAI/pythia-2.8b stage=sft gpus=4 card=a100
+
+A model is a known size (llama-7b, pythia-12b, ...), a directory, a config.json or a Hub id. Memory
+is counted on the model's own code; time is a bound of the card, divided by utilisation.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from rlhf.config import STAGES, knob
+from rlhf.console import quiet_libraries, say, table
+from rlhf.options import check_options, run_command
+from rlhf.plan.cards import CARDS, Card
+
+if TYPE_CHECKING:
+    from rlhf.plan.launches import Setting
+    from rlhf.plan.roles import Measured
+
+HOUR = 3600  # seconds
+
+
+@dataclass
+class PlanOptions:
+    """The command line."""
+
+    model: str
+    """Known size, directory, config.json or Hub id."""
+    stage: str = knob("ppo", choices=STAGES)
+    """Stage to plan."""
+    gpus: int = knob(1, ge=1)
+    """Number of GPUs."""
+    card: str = knob("h100", choices=tuple(CARDS))
+    """GPU: its arithmetic, bandwidth and memory."""
+    memory: float | None = knob(None, gt=0)
+    """Memory of a GPU, GB (null: that of the card)."""
+    lora: bool = False
+    """true: as peft=lora."""
+    dtype: str = knob("float32", choices=("float32", "bfloat16"))
+    """Type of the stored weights of what trains, as model.dtype."""
+    checkpointing: bool = False
+    """true: as model.gradient_checkpointing=true."""
+    critic: bool = True
+    """false: PPO without a critic, such as ppo.advantage=rloo."""
+    offload_frozen: bool = False
+    """true: reference and reward model are in main memory, except while they are read."""
+    prompt_length: int = knob(256, ge=1)
+    """Tokens of a prompt; in SFT and reward, of the first part of a row."""
+    response_length: int = knob(256, ge=1)
+    """Tokens of a response."""
+    sampled_rows: int = knob(64, ge=1)
+    """Responses that one GPU samples together, as ppo.rollout_batch_size."""
+    rows: int = knob(256_000, ge=1)
+    """Rows, or episodes of PPO, to reckon the time of."""
+    epochs: int = knob(4, ge=1)
+    """Passes over the rows; in PPO, over each rollout."""
+    utilisation: float = knob(0.4, gt=0, le=1)
+    """Share of the card's limits that a run reaches."""
+    price_per_hour: float | None = knob(None, ge=0)
+    """Price of one GPU for an hour."""
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command; return its exit status."""
+    return run_command(str(__doc__), PlanOptions, run, arguments)
+
+
+def run(options: PlanOptions) -> None:
+    """Print what a run needs.
+
+    Raises:
+        InputError: a value is not allowed, or the model is unknown or cannot be reckoned.
+    """
+    check_options(options)
+    quiet_libraries()
+    from rlhf.plan.launches import Setting
+    from rlhf.plan.roles import measure
+    from rlhf.plan.sizes import find_settings
+    from rlhf.plan.work import Shape, seconds_of_phases
+
+    card = CARDS[options.card]
+    names = [field.name for field in fields(Setting)]
+    setting = Setting(**{name: getattr(options, name) for name in names})
+    model = measure(find_settings(options.model), setting.length, options.lora, options.dtype)
+    say(
+        f"{options.model}: {model.parameters / 1e9:.3f} B parameters, {model.trained / 1e9:.3f} B "
+        f"of them trained; rows of {setting.prompt_length} + {setting.response_length} tokens\n"
+    )
+    _show_memory(model, setting, options.memory or card.memory)
+    phases = seconds_of_phases(Shape.of(model), setting, card, options.rows, options.epochs)
+    _show_time(phases, setting, options)
+    _show_known(options, card)
+
+
+def _show_memory(model: Measured, setting: Setting, memory: float) -> None:
+    """Print the memory of each role, then what fits."""
+    from rlhf.plan.launches import LAUNCHES, estimate, main_memory, rows_that_fit
+
+    parts: list[tuple[Any, ...]] = []
+    fits: list[tuple[Any, ...]] = []
+    for launch in LAUNCHES if setting.gpus > 1 else LAUNCHES[:1]:
+        found = estimate(model, setting, launch)
+        for role, part in found.models.items():
+            sizes = (part.weights, part.gradients, part.adam, part.activations)
+            parts.append((launch, role, *(round(size / 1e9, 1) for size in sizes)))
+        rows = rows_that_fit(model, setting, launch, int(memory * 1e9))
+        outside = main_memory(model, setting) if launch == "fsdp2_offload" else 0
+        gigabytes = [round(size / 1e9, 1) for size in (found.total, outside)]
+        fits.append((launch, *gigabytes, "yes" if rows else "no", rows, rows * setting.length))
+    columns = ("weights", "gradients", "Adam", "activations of a row")
+    say(table(parts, ("GB of each GPU", "", *columns)))
+    header = ("GB of each GPU, 1 row", "GB of main memory", f"fits {memory:.0f} GB")
+    say("\n" + table(fits, ("", *header, "rows at once", "tokens")))
+
+
+def _show_time(phases: dict[str, float], setting: Setting, options: PlanOptions) -> None:
+    """Print hours, rate and cost of the run."""
+    total = sum(phases.values())
+    times = [
+        (phase, seconds / HOUR, seconds / options.utilisation / HOUR)
+        for phase, seconds in [*phases.items(), ("all", total)]
+    ]
+    what = "episodes" if options.stage == "ppo" else "rows"
+    header = f"hours for {options.rows:,} {what} on {options.gpus} x {options.card}"
+    columns = ("at the card's limits", f"at {options.utilisation:.0%} of them")
+    say("\n" + table(times, (header, *columns)))
+    rate = options.rows * setting.length / total
+    say(f"\nat most {rate:,.0f} tokens/s, about {rate * options.utilisation:,.0f}")
+    if options.price_per_hour is not None:
+        say(f"cost: about {_cost(total, options):,.0f}")
+
+
+def _show_known(options: PlanOptions, card: Card) -> None:
+    """Print hours and cost of published runs on these GPUs."""
+    from rlhf.plan.launches import Setting
+    from rlhf.plan.sizes import find_settings
+    from rlhf.plan.work import KNOWN, Shape, seconds_of_phases
+
+    rows = []
+    for run in KNOWN:
+        size = run.prompt, run.response
+        setting = Setting(run.stage, options.gpus, *size, False, "float32", False, True, False, 64)
+        shape = Shape.of_settings(find_settings(run.size))
+        total = sum(seconds_of_phases(shape, setting, card, run.rows, run.epochs).values())
+        cost = None if options.price_per_hour is None else round(_cost(total, options))
+        rows.append((run.name, run.rows, run.epochs, total / options.utilisation / HOUR, cost))
+    columns = ("rows or episodes", "epochs", f"hours at {options.utilisation:.0%}", "cost")
+    say("\n" + table(rows, (f"on {options.gpus} x {options.card}", *columns)))
+
+
+def _cost(seconds: float, options: PlanOptions) -> float:
+    assert options.price_per_hour is not None
+    return seconds / options.utilisation / HOUR * options.gpus * options.price_per_hour
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,23 @@
+"""GPUs, as their makers' data sheets have them."""
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Card:
+    """Limits of a GPU."""
+
+    tera: float  # operations per second in bfloat16, without sparsity, 1e12
+    bandwidth: float  # GB/s
+    memory: float  # GB
+
+
+CARDS = {
+    "h200": Card(989, 4800, 141),
+    "h100": Card(989, 3350, 80),
+    "a100": Card(312, 2039, 80),
+    "a100-40gb": Card(312, 1555, 40),
+    "l40s": Card(362, 864, 48),
+    "a10": Card(125, 600, 24),
+    "rtx4090": Card(165, 1008, 24),
+}

@@ -1,0 +1,102 @@
+"""Memory of one GPU of several, under each file of `conf/accelerate/`.
+
+ddp            each GPU holds all of it; buckets hold the gradients a second time
+zero2          gradients and Adam's states in slices (Rajbhandari et al. 2020)
+fsdp2          weights in slices too; blocks are whole, in bfloat16, while they are used
+fsdp2_offload  as fsdp2, but the slices are in main memory
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rlhf.models import ModelMemory
+from rlhf.plan.roles import FLOAT, HALF, Measured
+from rlhf.ppo.preflight.memory import FULL, MemoryEstimate
+
+LAUNCHES = ("ddp", "zero2", "fsdp2", "fsdp2_offload")
+
+
+@dataclass
+class Setting:
+    """What the memory of a stage depends on, next to the model."""
+
+    stage: str
+    gpus: int
+    prompt_length: int  # tokens
+    response_length: int
+    lora: bool
+    dtype: str  # of the stored weights of what trains
+    checkpointing: bool
+    critic: bool
+    offload_frozen: bool
+    sampled_rows: int  # of the rollout, on one GPU
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row."""
+        return self.prompt_length + self.response_length
+
+
+def estimate(model: Measured, setting: Setting, launch: str, rows: int = 1) -> MemoryEstimate:
+    """Estimate the memory of one GPU, with passes over `rows` rows at a time."""
+    train = _trained(model, setting, launch)
+    read = (
+        setting.response_length if setting.stage == "ppo" else setting.length
+    )  # tokens with logits
+    kept = model.kept(rows, setting.checkpointing) + train.activations
+    policy = ModelMemory(train.weights, train.gradients, train.adam, kept)
+    if setting.stage != "reward":
+        policy.activations += model.logits(rows * read)
+    if setting.stage != "ppo":
+        return MemoryEstimate({"model": policy}, 0)
+    models = {"policy": policy}
+    if setting.critic:
+        models["critic"] = ModelMemory(train.weights, train.gradients, train.adam, kept)
+    frozen = ModelMemory(HALF * model.parameters)
+    if not setting.offload_frozen:
+        models["reward model"] = frozen
+    if not (setting.offload_frozen or setting.lora):  # with LoRA: the policy with its adapters off
+        models["reference"] = frozen
+    cache = setting.sampled_rows * setting.length * model.cache_per_token
+    copy = HALF * model.parameters if setting.dtype == "float32" else 0
+    models["sampler"] = ModelMemory(copy + cache)
+    return MemoryEstimate(models, 0, frozen.weights if setting.offload_frozen else 0)
+
+
+def _trained(model: Measured, setting: Setting, launch: str) -> ModelMemory:
+    """A model that trains; its activations are those that do not depend on rows."""
+    gradients = FLOAT * model.trained
+    n = setting.gpus
+    if launch == "ddp":
+        return ModelMemory(model.weights, gradients * (1 + (n > 1)), 2 * gradients, model.copies)
+    if launch == "zero2":
+        return ModelMemory(model.weights, gradients // n, 2 * gradients // n, model.copies)
+    # the block in use, the next one, the gradient of one; embeddings and head for the whole pass
+    outer = model.parameters - model.num_blocks * model.block
+    used = (2 * HALF + FLOAT) * model.block + HALF * max(outer, 0)
+    if launch == "fsdp2_offload":
+        return ModelMemory(0, 0, 0, used)
+    return ModelMemory(model.weights // n, gradients // n, 2 * gradients // n, used)
+
+
+def main_memory(model: Measured, setting: Setting) -> int:
+    """Bytes that all processes of `fsdp2_offload` keep in main memory."""
+    num_models = 1 + (setting.critic and setting.stage == "ppo")
+    return num_models * (model.weights + 3 * FLOAT * model.trained)
+
+
+def rows_that_fit(model: Measured, setting: Setting, launch: str, memory: int) -> int:
+    """The most rows at a time that leave some memory free; 0 if one does not fit."""
+    room = FULL * memory
+
+    def fits(rows: int) -> bool:
+        return estimate(model, setting, launch, rows).total <= room
+
+    low, high = 0, 1
+    while high <= 4096 and fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

@@ -1,0 +1,171 @@
+"""Memory of the models of a stage on one GPU, counted on models without weights.
+
+A model is built under torch's FakeTensorMode, where tensors have shapes and types but no numbers.
+Its own forward pass then says what autograd keeps of one and of two rows, under bfloat16 autocast
+as on a GPU. Attention keeps what FlashAttention keeps: queries, keys, values, the result, and one
+number per query. A family whose attention cannot be replaced keeps what its own code keeps.
+
+Left out: temporaries inside operations, CUDA's own memory (about 1 GiB), and fragmentation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+)
+
+from rlhf.config import InputError, PeftConfig, one_line
+from rlhf.functional.tokens import BLOCK
+from rlhf.models import add_lora, decoder_blocks, kept_bytes, model_memory, unwrap_peft
+
+ATTENTION = "rlhf_plan"
+CHUNK = 1024  # ppo.chunk_tokens
+HALF, FLOAT = 2, 4  # bytes of a number in bfloat16 and in float32
+
+
+class _Flash(torch.autograd.Function):
+    """Attention without numbers, which keeps what FlashAttention keeps (Dao et al. 2022)."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        rows, heads, length, _ = query.shape
+        result = query.new_empty(rows, length, heads, value.shape[-1])
+        ctx.save_for_backward(
+            query, key, value, result, query.new_empty(rows, heads, length).float()
+        )
+        return result
+
+
+def _attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **others: Any
+) -> tuple[Any, None]:
+    return _Flash.apply(query, key, value), None
+
+
+AttentionInterface.register(ATTENTION, _attention)
+AttentionMaskInterface.register(ATTENTION, lambda *_, **__: None)
+
+
+@dataclass
+class Measured:
+    """A causal language model that trains. A scalar model differs from it by its small head."""
+
+    parameters: int
+    trained: int
+    weights: int  # bytes, as stored
+    copies: int  # bytes that autocast makes of weights, for one forward and backward pass
+    per_row: int  # bytes that autograd keeps of a row in the decoder blocks
+    input_per_row: int  # bytes of the input of one block; float32, as residuals are under autocast
+    cache_per_token: int  # bytes of keys and values
+    num_blocks: int
+    block: int  # parameters of the largest one
+    hidden: int
+    vocabulary: int
+
+    def kept(self, rows: int, checkpointing: bool) -> int:
+        """Bytes that autograd keeps of rows; with checkpointing, the input of each block, and what
+        one block keeps while it is computed again."""
+        if not checkpointing:
+            return rows * self.per_row
+        return rows * (self.num_blocks * self.input_per_row + self.per_row // self.num_blocks)
+
+    def logits(self, tokens: int) -> int:
+        """Bytes of the logits of a chunk in bfloat16, of their gradient, and of float32 blocks."""
+        chunk = min(tokens, CHUNK)
+        return (2 * chunk * HALF + 2 * min(BLOCK, chunk) * 4) * self.vocabulary
+
+
+def measure(settings: PreTrainedConfig, length: int, lora: bool, dtype: str) -> Measured:
+    """Measure a causal language model that trains on rows of `length` tokens.
+
+    Args:
+        lora: only adapters train, on all linear layers with the rank of `peft=lora`.
+        dtype: type of the stored weights; adapters are float32.
+
+    Raises:
+        InputError: the model's own code needs real numbers.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        try:
+            model = _build(settings, lora, dtype)
+            one, two = (_kept(model, rows, length) for rows in (1, 2))
+            cache = _cache_bytes(model)
+        except Exception as error:  # a model's own code can raise anything without numbers
+            raise InputError(
+                f"{settings.model_type}: memory cannot be reckoned from the configuration alone "
+                f"({one_line(error)}); preflight=only measures it on the model"
+            ) from error
+        plain = unwrap_peft(model)
+        blocks, hidden = decoder_blocks(plain), settings.get_text_config().hidden_size
+        memory = model_memory(model)
+        return Measured(
+            parameters=sum(p.numel() for p in model.parameters()),
+            trained=memory.gradients // FLOAT,
+            weights=memory.weights,
+            copies=2 * one - two,
+            per_row=two - one,
+            input_per_row=FLOAT * length * hidden,
+            cache_per_token=cache,
+            num_blocks=len(blocks),
+            block=max(sum(p.numel() for p in block.parameters()) for block in blocks),
+            hidden=hidden,
+            vocabulary=plain.get_output_embeddings().weight.shape[0],
+        )
+
+
+def _build(settings: PreTrainedConfig, lora: bool, dtype: str) -> Any:
+    """Build a model on the meta device, which PEFT can adapt, and give it tensors without numbers
+    of a CPU, which has autocast."""
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(settings, dtype=getattr(torch, dtype))
+        model.set_attn_implementation(ATTENTION)
+        if lora:
+            model = add_lora(model, PeftConfig(enabled=True), "CAUSAL_LM")
+    fakes: dict[int, Any] = {}  # tied weights stay one tensor
+    for module in model.modules():
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is None:
+                continue
+            own = id(tensor)
+            if own not in fakes:
+                fakes[own] = torch.empty(tensor.shape, dtype=tensor.dtype)
+                if isinstance(tensor, nn.Parameter):
+                    kind = torch.float32 if lora and tensor.requires_grad else tensor.dtype
+                    fakes[own] = nn.Parameter(fakes[own].to(kind), tensor.requires_grad)
+            place = module._parameters if name in module._parameters else module._buffers
+            place[name] = fakes[own]
+    return model.eval()  # dropout would keep its masks, and the stages switch it off
+
+
+def _forward(model: Any, rows: int, length: int, **options: Any) -> Any:
+    """Read rows. Without a mask most families look at the numbers of the positions; with a mask of
+    four dimensions they do not, but others take only one of two."""
+    ids = torch.zeros(rows, length, dtype=torch.long)
+    trunk = unwrap_peft(model).base_model
+    with torch.autocast("cpu", torch.bfloat16):
+        try:
+            return trunk(input_ids=ids, **options)
+        except DataDependentOutputException:
+            mask = torch.ones(1, 1, length, length, dtype=torch.bool)
+            return trunk(input_ids=ids, attention_mask=mask, **options)
+
+
+def _kept(model: Any, rows: int, length: int) -> int:
+    return kept_bytes(lambda: _forward(model, rows, length, use_cache=False), model)
+
+
+@torch.no_grad()
+def _cache_bytes(model: Any) -> int:
+    """Bytes of keys and values of a token."""
+    cache = _forward(model, 1, 16, use_cache=True).past_key_values
+    tensors = (t for layer in cache.layers for t in vars(layer).values() if torch.is_tensor(t))
+    return sum(t.nbytes for t in tensors) // 16

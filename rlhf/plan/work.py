@@ -1,0 +1,109 @@
+"""Time of a run: its arithmetic and its memory traffic, against those of a card.
+
+With N parameters, a token costs 2 N operations forward and 4 N backward (Kaplan et al. 2020), and
+attention 4 x blocks x hidden x length forward and twice that backward (Chowdhery et al. 2022,
+appendix B; half of it is masked, and counted). With LoRA the backward pass needs no gradients of
+the frozen weights: 2 N. Gradient checkpointing reads forward once more. A sampling step reads the
+weights and the cache once, in bfloat16, and takes at least as long as that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from rlhf.models import decoder_blocks
+from rlhf.plan.cards import Card
+from rlhf.plan.launches import Setting
+from rlhf.plan.roles import HALF, Measured
+
+
+@dataclass
+class Known:
+    """A published run. Tokens of a row are our assumption."""
+
+    name: str
+    size: str
+    stage: str
+    rows: int  # examples, or episodes
+    epochs: int
+    prompt: int
+    response: int = 0
+
+
+# Rows and epochs are those of the sources that docs/recipes.md names; InstructGPT had no 70 B.
+KNOWN = (
+    Known("Alpaca 7B, SFT", "llama-7b", "sft", 52_002, 3, 115),
+    Known("Vicuna 13B, SFT", "llama-13b", "sft", 70_000, 3, 2048),
+    Known("Dolly 12B, SFT", "pythia-12b", "sft", 15_011, 2, 200),
+    Known("InstructGPT 1.3B, PPO", "opt-1.3b", "ppo", 256_000, 4, 256, 256),
+    Known("InstructGPT 6B, PPO", "opt-6.7b", "ppo", 256_000, 4, 256, 256),
+    Known("InstructGPT's episodes at 70B, PPO", "llama-2-70b", "ppo", 256_000, 4, 256, 256),
+)
+
+
+@dataclass
+class Shape:
+    """What the arithmetic of a model depends on."""
+
+    parameters: int
+    blocks: int
+    hidden: int
+    cache_per_token: int
+
+    @classmethod
+    def of(cls, model: Measured) -> Shape:
+        return cls(model.parameters, model.num_blocks, model.hidden, model.cache_per_token)
+
+    @classmethod
+    def of_settings(cls, settings: PreTrainedConfig) -> Shape:
+        """Count a model's parameters, and two numbers per value of the cache of each token."""
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(settings)
+        heads = getattr(settings, "num_key_value_heads", None) or settings.num_attention_heads
+        width = settings.hidden_size // settings.num_attention_heads * heads
+        blocks = len(decoder_blocks(model))
+        parameters = sum(p.numel() for p in model.parameters())
+        return cls(parameters, blocks, settings.hidden_size, 2 * HALF * blocks * width)
+
+    def forward(self, tokens: float, length: int) -> float:
+        """Operations of a forward pass over tokens, in rows of a length."""
+        return tokens * (2 * self.parameters + 4 * self.blocks * self.hidden * length)
+
+
+def train_operations(shape: Shape, setting: Setting, tokens: float) -> float:
+    """Operations of a forward and a backward pass."""
+    forward = shape.forward(tokens, setting.length)
+    backward = forward if setting.lora else 2 * forward
+    return forward * (1 + setting.checkpointing) + backward
+
+
+def seconds_of_phases(
+    shape: Shape, setting: Setting, card: Card, rows: int, epochs: int
+) -> dict[str, float]:
+    """Seconds of each phase on all GPUs together, at the limits of the card.
+
+    Args:
+        rows: examples, or episodes of PPO.
+        epochs: passes over the examples; in PPO, over each rollout.
+    """
+    rate = card.tera * 1e12 * setting.gpus
+    tokens = rows * setting.length
+    trained = train_operations(shape, setting, tokens * epochs)
+    if setting.stage != "ppo":
+        return {"train": trained / rate}
+    forward = shape.forward(tokens, setting.length)
+    num_models = 1 + setting.critic
+    step = setting.sampled_rows * setting.gpus  # rows of one sampling step
+    context = setting.prompt_length + setting.response_length / 2
+    traffic = HALF * shape.parameters + setting.sampled_rows * context * shape.cache_per_token
+    decode = max(traffic / (card.bandwidth * 1e9), shape.forward(step, int(context)) / rate)
+    prefill = shape.forward(rows * setting.prompt_length, setting.prompt_length) / rate
+    return {
+        "sample": prefill + rows / step * setting.response_length * decode,
+        # old log-probs, reference, reward model, and the critic's values
+        "score": (2 + num_models) * forward / rate,
+        "train": num_models * trained / rate,
+    }

@@ -1,0 +1,166 @@
+"""What a run needs, reckoned from a configuration: sizes as published, memory against a real step.
+
+Run: python -m pytest tests/commands/test_plan.py
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers.commands import ROOT
+from torch.distributed._tools.mem_tracker import MemTracker
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from rlhf.plan.__main__ import main
+from rlhf.plan.cards import Card
+from rlhf.plan.launches import LAUNCHES, Setting, estimate, rows_that_fit
+from rlhf.plan.roles import Measured, measure
+from rlhf.plan.sizes import SIZES
+from rlhf.plan.work import Shape, seconds_of_phases, train_operations
+
+# from the papers and model cards, 1e9
+PUBLISHED = {
+    "llama-7b": 6.738,
+    "llama-13b": 13.016,
+    "llama-33b": 32.529,
+    "llama-65b": 65.286,
+    "llama-2-70b": 68.977,
+    "pythia-410m": 0.405,
+    "pythia-1.4b": 1.415,
+    "pythia-2.8b": 2.775,
+    "pythia-6.9b": 6.857,
+    "pythia-12b": 11.846,
+    "opt-1.3b": 1.316,
+    "opt-6.7b": 6.658,
+    "gpt-j-6b": 6.051,
+    "falcon-7b": 6.922,
+    "smollm2-135m": 0.1345,
+}
+TINY = {
+    "llama": dict(hidden_size=64, intermediate_size=160, num_hidden_layers=3),
+    "gpt_neox": dict(hidden_size=64, intermediate_size=256, num_hidden_layers=3),
+    "opt": dict(
+        hidden_size=64, word_embed_proj_dim=64, ffn_dim=256, num_hidden_layers=3, dropout=0.0
+    ),
+}
+SETTING = Setting("sft", 1, 24, 40, False, "float32", False, True, False, 4)
+
+
+def tiny(family: str) -> object:
+    shape = dict(num_attention_heads=4, vocab_size=128, max_position_embeddings=128)
+    return AutoConfig.for_model(family, **shape, **TINY[family])
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_known_sizes_have_the_published_number_of_parameters(name):
+    assert Shape.of_settings(AutoConfig.for_model(**SIZES[name])).parameters == pytest.approx(
+        PUBLISHED[name] * 1e9, rel=1e-3
+    )
+
+
+def measured_peak(family: str, rows: int, length: int, checkpointing: bool) -> int:
+    """Bytes at the peak of the second training step of a real model, without its head."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny(family), attn_implementation="sdpa")
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    tracker = MemTracker()
+    tracker.track_external(model, optimizer)
+    ids = torch.randint(0, 128, (rows, length))
+    with tracker:
+        for _ in range(2):
+            for _ in range(2):  # gradients of the first micro-batch are there in the second
+                with torch.autocast("cpu", torch.bfloat16):
+                    hidden = model.base_model(ids, use_cache=False).last_hidden_state
+                hidden.float().sum().backward()
+                tracker.reset_mod_stats()
+            optimizer.step()
+            optimizer.zero_grad()
+    return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+
+
+@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("rows, checkpointing", [(1, False), (16, False), (16, True)])
+def test_memory_is_that_of_a_real_step(family, rows, checkpointing):
+    setting = replace(SETTING, checkpointing=checkpointing)
+    model = measure(tiny(family), setting.length, lora=False, dtype="float32")
+    found = estimate(model, setting, "ddp", rows)
+    without_head = found.total - model.logits(rows * setting.length)
+    peak = measured_peak(family, rows, setting.length, checkpointing)
+    assert without_head == pytest.approx(peak, rel=0.15)
+
+
+def counted(**values) -> Measured:
+    """A model of round numbers."""
+    given = dict(parameters=100, trained=100, weights=400, copies=30, per_row=50, input_per_row=2)
+    rest = dict(cache_per_token=1, num_blocks=5, block=10, hidden=8, vocabulary=0)
+    return Measured(**given | rest | values)
+
+
+def test_each_launch_holds_what_its_scheme_says():
+    eight = replace(SETTING, gpus=8)
+    parts = {name: estimate(counted(), eight, name).models["model"] for name in LAUNCHES}
+    sizes = {n: (p.weights, p.gradients, p.adam, p.activations) for n, p in parts.items()}
+    # the gradient twice in buckets; a pass keeps 50 of a row and the copies of weights
+    assert sizes["ddp"] == (400, 800, 800, 80) and sizes["zero2"] == (400, 50, 100, 80)
+    # two blocks and the rest of 50 numbers in bfloat16, one block's gradient in float32
+    assert sizes["fsdp2"] == (50, 50, 100, 50 + 40 + 40 + 100)
+    assert sizes["fsdp2_offload"] == (0, 0, 0, 230)
+    alone = estimate(counted(), SETTING, "ddp").models["model"]
+    assert alone.gradients == 400
+    files = {file.stem for file in (ROOT / "conf/accelerate").glob("*.yaml")}
+    assert set(LAUNCHES) <= files
+
+
+def test_ppo_holds_its_roles_and_lora_no_reference():
+    ppo = replace(SETTING, stage="ppo")
+    models = estimate(counted(), ppo, "ddp").models
+    assert list(models) == ["policy", "critic", "reward model", "reference", "sampler"]
+    assert models["reference"].weights == 200  # bfloat16
+    assert models["sampler"].weights == 200 + 4 * 64  # and the cache of four rows
+    half = estimate(counted(), replace(ppo, dtype="bfloat16"), "ddp")
+    assert half.models["sampler"].weights == 4 * 64  # the policy itself samples
+    away = estimate(counted(), replace(ppo, offload_frozen=True), "ddp")
+    assert list(away.models) == ["policy", "critic", "sampler"] and away.visiting == 200
+    lora = estimate(counted(trained=4), replace(ppo, lora=True, critic=False), "ddp").models
+    assert list(lora) == ["policy", "reward model", "sampler"] and lora["policy"].adam == 32
+
+
+def test_rows_that_fit_are_as_many_as_leave_room():
+    model = counted()
+    memory = 10_000
+    rows = rows_that_fit(model, SETTING, "ddp", memory)
+    fits = [estimate(model, SETTING, "ddp", n).total <= 0.85 * memory for n in (rows, rows + 1)]
+    assert fits == [True, False]
+    assert rows_that_fit(model, SETTING, "ddp", 1000) == 0
+
+
+def test_time_is_the_arithmetic_and_the_traffic_of_each_phase():
+    card = Card(tera=1e-9, bandwidth=1e-6, memory=1)  # 1,000 operations and 1,000 bytes a second
+    shape = Shape(parameters=100, blocks=0, hidden=0, cache_per_token=0)
+    sft = replace(SETTING, prompt_length=10, response_length=0)
+    assert seconds_of_phases(shape, sft, card, 5, 2)["train"] == pytest.approx(60)
+    assert train_operations(shape, replace(sft, lora=True), 1) == 400
+    assert train_operations(shape, replace(sft, checkpointing=True), 1) == 800
+    ppo = replace(SETTING, stage="ppo", prompt_length=10, response_length=10, gpus=2)
+    found = seconds_of_phases(shape, ppo, card, rows=8, epochs=4)
+    # 8 rows are one step on two GPUs of 4: 1,600 operations or 200 bytes; then 10 tokens
+    assert found["sample"] == pytest.approx(8 * 10 * 200 / 2000 + 10 * 8 * 200 / 2000)
+    assert found["score"] == pytest.approx(4 * 8 * 20 * 200 / 2000)
+    assert found["train"] == pytest.approx(2 * 4 * 8 * 20 * 600 / 2000)
+    slow = Card(tera=1, bandwidth=1e-6, memory=1)
+    assert seconds_of_phases(shape, ppo, slow, 8, 4)["sample"] == pytest.approx(10 * 200 / 1000)
+
+
+def test_command_plans_a_directory_and_names_what_it_does_not_know(tmp_path, capsys):
+    tiny("llama").save_pretrained(tmp_path)
+    few = ["prompt_length=24", "response_length=40"]
+    assert main([f"model={tmp_path}/config.json", "gpus=2", "price_per_hour=2", *few]) == 0
+    out = capsys.readouterr().out
+    assert "rows of 24 + 40 tokens" in out and "fsdp2_offload" in out and "cost: about 0" in out
+    assert "InstructGPT 6B, PPO" in out and "reward model" in out
+    assert main(["model=llama-7"]) == 2
+    assert "Did you mean llama-7b" in capsys.readouterr().err
+    assert main(["model=llama-7b", "card=h10"]) == 2
+    assert "h100" in capsys.readouterr().err
