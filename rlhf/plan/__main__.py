@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from rlhf.config import STAGES, knob
+from rlhf.config import STAGES, InputError, knob
 from rlhf.console import quiet_libraries, say, table
 from rlhf.options import check_options, run_command
 from rlhf.plan.cards import CARDS, Card
@@ -50,6 +50,8 @@ class PlanOptions:
     """false: PPO without a critic, such as ppo.advantage=rloo."""
     offload_frozen: bool = False
     """true: reference and reward model are in main memory, except while they are read."""
+    share_base: bool = False
+    """true: as ppo.share_base, adapters of each role on one base; needs lora=true."""
     prompt_length: int = knob(256, ge=1)
     """Tokens of a prompt; in SFT and reward, of the first part of a row."""
     response_length: int = knob(256, ge=1)
@@ -78,6 +80,8 @@ def run(options: PlanOptions) -> None:
         InputError: a value is not allowed, or the model is unknown or cannot be reckoned.
     """
     check_options(options)
+    if options.share_base and not options.lora:
+        raise InputError("share_base=true keeps adapters on one base; set lora=true")
     quiet_libraries()
     from rlhf.plan.launches import Setting
     from rlhf.plan.roles import measure
@@ -100,11 +104,11 @@ def run(options: PlanOptions) -> None:
 
 def _show_memory(model: Measured, setting: Setting, memory: float) -> None:
     """Print the memory of each role, then what fits."""
-    from rlhf.plan.launches import LAUNCHES, estimate, main_memory, rows_that_fit
+    from rlhf.plan.launches import estimate, launches, main_memory, rows_that_fit
 
     parts: list[tuple[Any, ...]] = []
     fits: list[tuple[Any, ...]] = []
-    for launch in LAUNCHES if setting.gpus > 1 else LAUNCHES[:1]:
+    for launch in launches(setting):
         found = estimate(model, setting, launch)
         for role, part in found.models.items():
             sizes = (part.weights, part.gradients, part.adam, part.activations)
@@ -145,7 +149,9 @@ def _show_known(options: PlanOptions, card: Card) -> None:
     rows = []
     for run in KNOWN:
         size = run.prompt, run.response
-        setting = Setting(run.stage, options.gpus, *size, False, "float32", False, True, False, 64)
+        setting = Setting(
+            run.stage, options.gpus, *size, False, "float32", False, True, False, False, 64
+        )
         shape = Shape.of_settings(find_settings(run.size))
         total = sum(seconds_of_phases(shape, setting, card, run.rows, run.epochs).values())
         cost = None if options.price_per_hour is None else round(_cost(total, options))

@@ -30,12 +30,20 @@ class Setting:
     checkpointing: bool
     critic: bool
     offload_frozen: bool
+    share_base: bool  # one base in memory, with LoRA adapters for each role
     sampled_rows: int  # of the rollout, on one GPU
 
     @property
     def length(self) -> int:
         """Tokens of a row."""
         return self.prompt_length + self.response_length
+
+
+def launches(setting: Setting) -> tuple[str, ...]:
+    """The files that the stage takes; those that shard need several GPUs."""
+    if setting.gpus == 1 or setting.share_base:
+        return LAUNCHES[:1]
+    return tuple(x for x in LAUNCHES if not (x == "zero2" and setting.stage == "ppo"))
 
 
 def estimate(model: Measured, setting: Setting, launch: str, rows: int = 1) -> MemoryEstimate:
@@ -51,9 +59,11 @@ def estimate(model: Measured, setting: Setting, launch: str, rows: int = 1) -> M
     if setting.stage != "ppo":
         return MemoryEstimate({"model": policy}, 0)
     models = {"policy": policy}
+    adapters = FLOAT * model.trained
     if setting.critic:
-        models["critic"] = ModelMemory(train.weights, train.gradients, train.adam, kept)
-    frozen = ModelMemory(HALF * model.parameters)
+        weights = adapters if setting.share_base else train.weights
+        models["critic"] = ModelMemory(weights, train.gradients, train.adam, kept)
+    frozen = ModelMemory(adapters if setting.share_base else HALF * model.parameters)
     if not setting.offload_frozen:
         models["reward model"] = frozen
     if not (setting.offload_frozen or setting.lora):  # with LoRA: the policy with its adapters off

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf.plan.__main__ import main
 from rlhf.plan.cards import Card
-from rlhf.plan.launches import LAUNCHES, Setting, estimate, rows_that_fit
+from rlhf.plan.launches import LAUNCHES, Setting, estimate, launches, rows_that_fit
 from rlhf.plan.roles import Measured, measure
 from rlhf.plan.sizes import SIZES
 from rlhf.plan.work import Shape, seconds_of_phases, train_operations
@@ -43,7 +43,15 @@ TINY = {
         hidden_size=64, word_embed_proj_dim=64, ffn_dim=256, num_hidden_layers=3, dropout=0.0
     ),
 }
-SETTING = Setting("sft", 1, 24, 40, False, "float32", False, True, False, 4)
+SLOW_CASES = [
+    ("llama", 1, False),
+    ("llama", 16, True),
+    ("gpt_neox", 16, False),
+    ("gpt_neox", 16, True),
+    ("opt", 1, False),
+    ("opt", 16, False),
+]
+SETTING = Setting("sft", 1, 24, 40, False, "float32", False, True, False, False, 4)
 
 
 def tiny(family: str) -> object:
@@ -80,8 +88,15 @@ def measured_peak(family: str, rows: int, length: int, checkpointing: bool) -> i
     return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
 
 
-@pytest.mark.parametrize("family", TINY)
-@pytest.mark.parametrize("rows, checkpointing", [(1, False), (16, False), (16, True)])
+@pytest.mark.parametrize(
+    "family, rows, checkpointing",
+    [
+        ("gpt_neox", 1, False),  # weights and Adam's states are most of it
+        ("llama", 16, False),
+        ("opt", 16, True),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_CASES),
+    ],
+)
 def test_memory_is_that_of_a_real_step(family, rows, checkpointing):
     setting = replace(SETTING, checkpointing=checkpointing)
     model = measure(tiny(family), setting.length, lora=False, dtype="float32")
@@ -123,6 +138,14 @@ def test_ppo_holds_its_roles_and_lora_no_reference():
     assert half.models["sampler"].weights == 4 * 64  # the policy itself samples
     away = estimate(counted(), replace(ppo, offload_frozen=True), "ddp")
     assert list(away.models) == ["policy", "critic", "sampler"] and away.visiting == 200
+    one = estimate(counted(trained=4), replace(ppo, lora=True, share_base=True), "ddp").models
+    assert (one["critic"].weights, one["reward model"].weights, one["policy"].weights) == (
+        16,
+        16,
+        400,
+    )
+    assert launches(replace(ppo, gpus=2)) == ("ddp", "fsdp2", "fsdp2_offload")
+    assert launches(ppo) == ("ddp",)
     lora = estimate(counted(trained=4), replace(ppo, lora=True, critic=False), "ddp").models
     assert list(lora) == ["policy", "reward model", "sampler"] and lora["policy"].adam == 32
 
@@ -160,6 +183,8 @@ def test_command_plans_a_directory_and_names_what_it_does_not_know(tmp_path, cap
     out = capsys.readouterr().out
     assert "rows of 24 + 40 tokens" in out and "fsdp2_offload" in out and "cost: about 0" in out
     assert "InstructGPT 6B, PPO" in out and "reward model" in out
+    assert main([f"model={tmp_path}", "share_base=true"]) == 2
+    assert "set lora=true" in capsys.readouterr().err
     assert main(["model=llama-7"]) == 2
     assert "Did you mean llama-7b" in capsys.readouterr().err
     assert main(["model=llama-7b", "card=h10"]) == 2
