@@ -9,10 +9,11 @@ random order, without the names of models. It writes
 
     <name>.rankings.jsonl                 for python -m rlhf.reward dataset=ranked
     <name>.rankings.demonstrations.jsonl  answers that people wrote, for python -m rlhf.sft
+    <name>.rankings.conversations.jsonl   conversations that people wrote, for python -m rlhf.sft
     <name>.rankings.report.json           counts, agreement, and which policy wins
     <name>.rankings.sqlite                everything; a kill at any moment loses no submission
 
-The same command continues. Left out: a chat in which a person plays both sides.
+The same command continues. Left out: a chat with a model, which is `python -m rlhf.chat`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from rlhf.config import InputError
 from rlhf.console import say
 from rlhf.options import check_options, run_command
 from rlhf.rank.answers import check_models, make_tasks, read_questions
-from rlhf.rank.export import demonstrations_file, export
+from rlhf.rank.export import export, written_files
 from rlhf.rank.options import RankOptions
 from rlhf.rank.report import make_report, report_text, save_report
 from rlhf.rank.server import bound, check_server, serve
@@ -73,7 +74,7 @@ def run(options: RankOptions) -> None:
 def _open(options: RankOptions, out: Path, file: Path) -> Store:
     """Open the store, whose files may be written again; files of others may not."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    for taken in (out, demonstrations_file(out)):
+    for taken in (out, *written_files(out)):
         if not file.exists() and os.path.lexists(taken):
             raise InputError(f"{taken} exists already; delete it, or give another out=<file>")
     if not options.serve and not file.exists():
@@ -84,14 +85,12 @@ def _open(options: RankOptions, out: Path, file: Path) -> Store:
 def _conclude(store: Store, out: Path) -> None:
     judgements = store.judgements()
     without = sum((store.fact("without") or {}).values())
-    report = make_report(judgements, len(store.tasks()), without)
+    report = make_report(judgements, len(store.tasks()), without, len(store.conversations()))
     file = out.with_name(f"{out.stem}.report.json")
     save_report(report, file)
     say(report_text(report))
-    written = [out, file]
-    if demonstrations_file(out).exists():
-        written.insert(1, demonstrations_file(out))
-    say(f"saved {', '.join(map(str, written))}")
+    written = [one for one in written_files(out) if one.exists()]
+    say(f"saved {', '.join(map(str, [out, *written, file]))}")
     if report["num_rankings"]:
         say(f"next: python -m rlhf.reward dataset=ranked dataset.path={out} model.path=<model>")
 

@@ -9,6 +9,7 @@ are let in.
     POST /api/submit  {annotator, token, kind, ...}  -> takes a judgement
     POST /api/undo    {annotator}                    -> takes the last one back
     POST /api/report  {annotator}                    -> agreement so far
+    POST /api/write   {annotator, token, messages}   -> takes a conversation that a person wrote
 
 Left out: accounts with passwords, TLS (put a reverse proxy or an SSH tunnel before it).
 """
@@ -43,7 +44,7 @@ from rlhf.rank.store import Refused, Showing, Store
 
 PAGE = Path(__file__).with_name("page")
 FILES = {"": ("index.html", "text/html"), "rank.css": ("rank.css", "text/css")}
-FILES |= {"rank.js": ("rank.js", "text/javascript")}
+FILES |= {name: (name, "text/javascript") for name in ("rank.js", "drag.js", "write.js")}
 COOKIE = "rlhf_rank"
 LARGEST_BODY = 2_000_000  # bytes
 LONGEST_NAME = 60  # characters
@@ -119,7 +120,7 @@ class Desk:
         self._report: tuple[int, dict[str, Any]] = (-1, {})
         self.asked: dict[str, Callable[[str, dict[str, Any]], dict[str, Any]]] = {
             **{"next": self._next, "submit": self._submit},
-            **{"undo": self._undo, "report": self._live},
+            **{"undo": self._undo, "report": self._live, "write": self._write},
         }
 
     async def answer(self, request: Request) -> Response:
@@ -164,6 +165,14 @@ class Desk:
         if not self.store.undo(annotator):
             raise Refused("There is nothing to undo.")
         return self._next(annotator, {})
+
+    def _write(self, annotator: str, body: dict[str, Any]) -> dict[str, Any]:
+        turns = body.get("messages")
+        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+            raise Refused("The conversation is not a list of turns.")
+        messages = [{name: _text(turn, name) for name in ("role", "content")} for turn in turns]
+        self.store.save_conversation(_text(body, "token"), annotator, messages)
+        return {}
 
     def _live(self, annotator: str, body: dict[str, Any]) -> dict[str, Any]:
         changes = self.store.changes()

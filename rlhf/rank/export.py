@@ -2,6 +2,7 @@
 
     rankings.jsonl                  for rlhf.reward dataset=ranked: one row per ranking
     rankings.demonstrations.jsonl   for rlhf.sft: answers that people wrote
+    rankings.conversations.jsonl    for rlhf.sft: conversations that people wrote, both sides
 
 Rankings of flagged prompts are left out.
 """
@@ -20,15 +21,17 @@ def export(store: Store, out: Path) -> None:
     """Write the files; a reader sees the old or the new one, never a part."""
     judgements = store.judgements()
     _write(out, ranked_rows(judgements))
-    demonstrations = [*demonstration_rows(judgements)]
-    file = demonstrations_file(out)
-    if demonstrations or file.exists():  # an empty one if the only one was undone
-        _write(file, demonstrations)
+    written = [[*demonstration_rows(judgements)], store.conversations()]
+    for file, rows in zip(written_files(out), written, strict=True):
+        if rows or file.exists():  # an empty one if the only one was undone
+            _write(file, rows)
 
 
-def demonstrations_file(out: Path) -> Path:
-    """Where the demonstrations are, next to the rankings."""
-    return out.with_name(f"{out.stem}.demonstrations.jsonl")
+def written_files(out: Path) -> list[Path]:
+    """Where answers and conversations that people wrote are, next to the rankings."""
+    return [
+        out.with_name(f"{out.stem}.{name}.jsonl") for name in ("demonstrations", "conversations")
+    ]
 
 
 def ranked_rows(judgements: Sequence[Judgement]) -> Iterable[dict[str, Any]]:

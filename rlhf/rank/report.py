@@ -33,12 +33,15 @@ def live_report(judgements: Sequence[Judgement]) -> Report:
     }
 
 
-def make_report(judgements: Sequence[Judgement], num_tasks: int, without: int) -> Report:
+def make_report(
+    judgements: Sequence[Judgement], num_tasks: int, without: int, written: int
+) -> Report:
     """Everything that the command shows and saves.
 
     Args:
         num_tasks: prompts that people can be asked.
         without: prompts of the file that they cannot, e.g. because all answers are equal.
+        written: conversations that people wrote.
     """
     reasons = Counter(one.reason or "no reason" for one in judgements if one.kind == "flag")
     return {
@@ -47,6 +50,7 @@ def make_report(judgements: Sequence[Judgement], num_tasks: int, without: int) -
         **live_report(judgements),
         "num_skipped": sum(one.kind == "skip" for one in judgements),
         "num_demonstrations": sum(one.demonstration is not None for one in judgements),
+        "num_conversations": written,
         "flags": dict(reasons.most_common()),
         "policies": policy_wins(judgements),
     }
@@ -116,7 +120,8 @@ def report_text(report: Report) -> str:
     lines = [
         f"{report['num_prompts']:,} of {report['num_tasks']:,} prompts ranked, "
         f"{report['num_rankings']:,} rankings; {report['num_skipped']:,} skipped, "
-        f"{report['num_demonstrations']:,} demonstrations"
+        f"{report['num_demonstrations']:,} demonstrations, "
+        f"{report['num_conversations']:,} conversations"
     ]
     if report["annotators"]:
         people = [[one[key] for key in keys] for one in report["annotators"]]

@@ -44,6 +44,9 @@ CREATE TABLE IF NOT EXISTS judgements (
     number INTEGER PRIMARY KEY AUTOINCREMENT, token TEXT NOT NULL UNIQUE,
     task INTEGER NOT NULL REFERENCES tasks, annotator TEXT NOT NULL, kind TEXT NOT NULL,
     content TEXT NOT NULL, at REAL NOT NULL, undone INTEGER NOT NULL DEFAULT 0);
+CREATE TABLE IF NOT EXISTS conversations (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, token TEXT NOT NULL UNIQUE,
+    annotator TEXT NOT NULL, messages TEXT NOT NULL, at REAL NOT NULL);
 CREATE UNIQUE INDEX IF NOT EXISTS once ON judgements (task, annotator) WHERE NOT undone;
 CREATE INDEX IF NOT EXISTS by_annotator ON judgements (annotator);
 """
@@ -308,8 +311,35 @@ class Store:
         return [_judgement(tasks[row[0]], *row[1:]) for row in self._rows(query)]
 
     def changes(self) -> int:
-        """A number that grows with every judgement and every undo."""
-        return int(self._rows("SELECT COUNT(*) + SUM(undone) FROM judgements")[0][0] or 0)
+        """A number that grows with every judgement, every undo and every conversation."""
+        query = """SELECT (SELECT COUNT(*) + COALESCE(SUM(undone), 0) FROM judgements)
+            + (SELECT COUNT(*) FROM conversations)"""
+        return int(self._rows(query)[0][0])
+
+    def save_conversation(
+        self, token: str, annotator: str, messages: Sequence[Mapping[str, str]]
+    ) -> None:
+        """Save a conversation that an annotator wrote, both sides; once for each token.
+
+        Raises:
+            Refused: it does not alternate between user and assistant, or a turn is empty.
+        """
+        roles = [message["role"] for message in messages]
+        if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
+            raise Refused(
+                "A conversation goes from user to assistant, and ends with the assistant."
+            )
+        if not all(message["content"].strip() for message in messages):
+            raise Refused("A turn is empty: write it, or take its round out.")
+        row = (token, annotator, json.dumps(messages), time.time())
+        columns = "token, annotator, messages, at"
+        with self._transaction() as db:
+            db.execute(f"INSERT OR IGNORE INTO conversations ({columns}) VALUES (?, ?, ?, ?)", row)
+
+    def conversations(self) -> list[dict[str, Any]]:
+        """The conversations that people wrote: `messages` and `annotator`."""
+        rows = self._rows("SELECT messages, annotator FROM conversations ORDER BY number")
+        return [{"messages": json.loads(messages), "annotator": name} for messages, name in rows]
 
     def progress(self, annotator: str) -> dict[str, int]:
         """Counts for the page: of this annotator, and of all."""

@@ -123,10 +123,7 @@ def texts(page) -> list[str]:
 
 
 def ranked(page, number: int) -> None:
-    page.wait_for_function(
-        "n => document.getElementById('progress-text').textContent.startsWith(n + ' ranked')",
-        arg=number,
-    )
+    page.locator("#progress-text", has_text=re.compile(f"^{number} ranked")).wait_for()
 
 
 def press_shortest_first(page) -> None:
@@ -164,7 +161,7 @@ def test_with_the_keyboard_alone_a_person_ranks_ties_edits_undoes_skips_and_flag
     page.keyboard.press("Enter")
     ranked(page, 2)
     page.keyboard.press("s")
-    page.wait_for_function("document.querySelector('#prompt').innerText.includes('Question 3')")
+    page.locator("#prompt", has_text="Question 3").wait_for()
     page.keyboard.press("f")
     page.keyboard.press("ArrowDown")
     page.keyboard.press("Enter")
@@ -299,6 +296,30 @@ def test_a_kill_loses_nothing_and_the_page_goes_on_by_itself(serve, open_page):
     assert [len(set(row["ranks"])) for row in server.rankings()] == [3] * 5 + [2]
     written = (server.folder / "answers.rankings.demonstrations.jsonl").read_text()
     assert "Half a sent" in written
+
+
+def test_a_person_plays_both_sides_of_a_conversation(serve, open_page):
+    server = serve(rows(2))
+    page = open_page(server, "Ann")
+    page.keyboard.press("w")
+    page.keyboard.type("What is 1 + 1?")
+    page.keyboard.press("Tab")
+    page.keyboard.type("It is 2.")
+    page.reload()
+    page.wait_for_selector(".card")
+    page.keyboard.press("w")
+    assert page.locator("#turns textarea").nth(1).input_value() == "It is 2."
+    page.click("#more")
+    assert page.locator("#save").is_disabled()
+    page.keyboard.type("And 2 + 2?")
+    page.locator("#turns textarea").nth(3).fill("4")
+    keep_picture(page, "write")
+    page.click("#save")
+    page.wait_for_selector("#write-dialog", state="hidden")
+    server.end()
+    written = (server.folder / "answers.rankings.conversations.jsonl").read_text()
+    said = [message["content"] for message in json.loads(written)["messages"]]
+    assert said == ["What is 1 + 1?", "It is 2.", "And 2 + 2?", "4"]
 
 
 @pytest.mark.parametrize("width", [320, 390])

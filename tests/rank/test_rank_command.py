@@ -90,7 +90,9 @@ def test_rows_with_answers_need_no_model_and_become_rankings_that_stages_read(co
     status, output, errors = command("prompts=answers.jsonl")
     assert status == 0, errors
     assert "1 prompts are not shown: no two different answers (1)" in output
-    assert "3 of 3 prompts ranked, 3 rankings; 0 skipped, 3 demonstrations" in output
+    assert (
+        "3 of 3 prompts ranked, 3 rankings; 0 skipped, 3 demonstrations, 0 conversations" in output
+    )
     assert "a wins 0.00 of its pairs with b" in output
     rows = rows_of("answers.rankings.jsonl")
     assert rows[0] == {
@@ -116,6 +118,16 @@ def test_the_same_judgements_give_the_same_bytes(command, people):
         Path(name).unlink()
     assert command("prompts=answers.jsonl", "serve=false")[0] == 0
     assert [Path(name).read_bytes() for name in names] == before
+
+
+def test_conversations_that_people_wrote_are_rows_for_sft(command, people):
+    file_of("answers.jsonl", ANSWERED)
+    turns = [{"role": role, "content": role} for role in ("user", "assistant")]
+    people.append(lambda store: store.save_conversation("token", "ann", turns))
+    assert "answers.rankings.conversations.jsonl" in command("prompts=answers.jsonl")[1]
+    written = DatasetConfig(path="answers.rankings.conversations.jsonl", eval_fraction=0.0)
+    (row,) = load_splits(written, "sft", 1, needs_eval=False).train
+    assert row["messages"] == turns
 
 
 def test_the_same_command_continues_and_flagged_prompts_are_left_out(command, people):

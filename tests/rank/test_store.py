@@ -163,6 +163,24 @@ def test_another_order_shows_other_tasks_first(store):
     assert [rank(store, "ann") for _ in range(4)] == [3, 1, 2, 0]
 
 
+def test_a_conversation_is_saved_once_and_only_if_it_is_whole(store):
+    turns = [{"role": role, "content": f"I am the {role}"} for role in ("user", "assistant")]
+    before = store.changes()
+    for _ in range(2):
+        store.save_conversation("token", "ann", turns * 2)
+    assert store.conversations() == [{"messages": turns * 2, "annotator": "ann"}]
+    assert store.changes() == before + 1
+    for bad in (
+        [],
+        turns[:1],
+        turns[::-1],
+        [*turns, turns[0]],
+        [turns[0], {**turns[1], "content": " "}],
+    ):
+        with pytest.raises(Refused):
+            store.save_conversation("other", "ann", bad)
+
+
 def test_a_store_that_is_opened_again_continues(store):
     rank(store, "ann")
     open_task = store.next("ann")
