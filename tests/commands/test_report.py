@@ -1,0 +1,120 @@
+"""The page of a run, from written files alone.
+
+Run: python -m pytest tests/commands/test_report.py
+"""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from rlhf.config import PPOConfig, PPOStageConfig, SFTStageConfig, save_config
+from rlhf.options import run_command
+from rlhf.report.__main__ import ReportOptions, run
+
+MARKUP = "<script>alert(1)</script><img src=http://x/y.png>"
+VERSIONS = {"rlhf": "0.1.0"}
+
+
+def write_stage(config, stage: str, rows: list[dict], metrics: dict | None, **files) -> None:
+    directory = Path(config.runs_dir) / config.run_name / stage
+    directory.mkdir(parents=True)
+    save_config(config, directory / "config.yaml")
+    for name, lines in {"metrics": rows, **files}.items():
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (directory / f"{name}.jsonl").write_text(text)
+    if metrics is not None:
+        (directory / "final").mkdir()
+        record = {"metrics": metrics, "seed": 1, "parent": "runs/a/sft/final", "versions": VERSIONS}
+        (directory / "final/rlhf.json").write_text(json.dumps(record))
+
+
+def sample(step: int, prompt: str, response: str, **values) -> dict:
+    turn = [{"role": "user", "content": prompt}]
+    more = {"finished": True, "score": 0.5} | values
+    return {"step": step, "prompt": turn, "response": response, **more}
+
+
+def ppo_run(folder: Path, metrics: dict | None) -> Path:
+    config = PPOStageConfig(runs_dir=str(folder), run_name="mine", ppo=PPOConfig(kl_coef=0.123))
+    rows = [
+        {"step": 0, "eval_score": -1.0, "eval_kl": 0.0},
+        {"step": 2, "score": 0.1, "eval_score": 0.5, "eval_kl": 4.0},
+        {"step": 4, "score": 0.2, "eval_score": 0.4, "eval_kl": 9.0},
+    ]
+    samples = [
+        sample(0, "What is red?", "before <b>bold</b>", score=-1.0),
+        sample(2, "What is red?", MARKUP, finished=False),
+        sample(4, "What is red?", "of a later update"),
+        sample(2, "no answer before", "only after"),
+    ]
+    watchdog = [{"step": 3, "message": "the length runs away <x>"}]
+    timings = [{"step": n, "seconds": 2.0 * n, "collect_seconds": 0.5} for n in (1, 2)]
+    files = {"samples": samples, "watchdog": watchdog, "timings": timings}
+    write_stage(config, "ppo", rows, metrics, **files)
+    return folder / "mine"
+
+
+@pytest.fixture
+def command(capsys):
+    def run_it(*arguments):
+        return run_command("", ReportOptions, run, list(arguments)), *capsys.readouterr()
+
+    return run_it
+
+
+def test_the_page_shows_results_answers_and_what_was_set(tmp_path, command):
+    found = {"eval_score": 0.5, "eval_score_low": 0.25, "eval_score_high": 0.75, "update": 2}
+    directory = ppo_run(tmp_path, found)
+    status, output, _ = command("run_name=mine", f"runs_dir={tmp_path}")
+    assert status == 0 and str(directory / "report.html") in output
+    page = (directory / "report.html").read_text()
+    assert "0.5 [0.25, 0.75]" in page and "the length runs away &lt;x&gt;" in page
+    assert "<td>ppo.kl_coef</td><td>0.123</td>" in page and "<td>run_name</td>" not in page
+    assert "before &lt;b&gt;bold&lt;/b&gt;" in page and "cut at the limit" in page
+    assert "of a later update" not in page  # final/ is update 2
+    assert page.index("only after") < page.index("Warnings")
+    assert "in all: 4 s" in page and "rollouts: 1 s" in page
+    assert page.count("<img") == 2  # curves, and score against KL
+
+
+def test_what_a_model_wrote_is_not_executed_and_nothing_is_fetched(tmp_path, command):
+    directory = ppo_run(tmp_path, {"eval_score": 0.5, "update": 2})
+    assert command(f"path={directory}", f"out={tmp_path}/new/page.html")[0] == 0
+    page = (tmp_path / "new/page.html").read_text()
+    assert "<script" not in page and "&lt;script&gt;alert(1)" in page
+    assert "default-src 'none'" in page
+    assert not re.findall(r'<[^>]* (?:src|href)="(?!data:|#)', page)
+    assert len(re.findall("<img [^>]*src=", page)) == 2
+
+
+def test_a_run_that_has_not_finished_has_a_page_too(tmp_path, command):
+    directory = ppo_run(tmp_path, None)
+    sft = SFTStageConfig(runs_dir=str(tmp_path), run_name="mine")
+    write_stage(sft, "sft", [], None)  # it has just begun
+    assert command(f"path={directory}")[0] == 0
+    page = (directory / "report.html").read_text()
+    assert "not finished: step 4" in page and "not finished: step 0" in page
+    assert "of a later update" in page  # the latest
+
+
+def test_the_reward_models_report_is_in_the_page(tmp_path, monkeypatch):
+    from rlhf.report.__main__ import section
+
+    config = SFTStageConfig(runs_dir=str(tmp_path), run_name="mine")
+    write_stage(config, "reward", [{"step": 1, "loss": 0.5}], {"eval_accuracy": 0.75})
+    monkeypatch.setattr("rlhf.report.__main__.stored_text", lambda final: f"table of {final.name}")
+    found = section("reward", tmp_path / "mine/reward")
+    assert found["report"] == "table of final" and found["report_picture"] is None
+    assert ("eval_accuracy", "0.75", "accuracy on held-out rows or prompts") in found["results"]
+
+
+def test_bad_arguments_are_one_line_each(tmp_path, command):
+    assert command()[::2] == (2, "error: give run_name=<run>, or path=<directory of a run>\n")
+    status, _, errors = command("run_name=none", f"runs_dir={tmp_path}")
+    assert status == 2 and "no such directory" in errors
+    (tmp_path / "file").touch()
+    directory = ppo_run(tmp_path, None)
+    status, _, errors = command(f"path={directory}", f"out={tmp_path}/file/page.html")
+    assert status == 2 and errors.count("\n") == 1 and "cannot be written" in errors
