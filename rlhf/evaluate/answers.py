@@ -85,8 +85,6 @@ def _rows(options: EvaluateOptions, name: str, folder: Path) -> list[dict[str, A
         file = folder / f"{name}.jsonl"
         if not file.is_file():
             _answer(options, path, file)
-    elif not file.is_file():
-        raise InputError(f"{name}={path} is not a file")
     rows = []
     for where, row in read_rows(str(file), "train", "ppo", name):
         if not isinstance(row, dict) or None in (_first(row, PROMPT), _first(row, RESPONSE)):

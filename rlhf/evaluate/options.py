@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 from rlhf.config import (
     JUDGE,
@@ -14,6 +16,7 @@ from rlhf.config import (
     knob,
     refuse,
 )
+from rlhf.inputs import Check, check_model, check_scorer, failures
 
 MODES = ("pairwise", "rewardbench")
 
@@ -74,12 +77,13 @@ class EvaluateOptions(EndpointConfig):
 
 
 def check(options: EvaluateOptions) -> None:
-    """Refuse options of which the mode cannot be made."""
-    problems = _pairwise(options) if options.mode == "pairwise" else _rewardbench(options)
-    refuse([*problems])
+    """Refuse options with which the mode cannot be run; no model is loaded."""
+    is_pairwise = options.mode == "pairwise"
+    refuse([*(_missing_in_pairwise(options) if is_pairwise else _missing_in_rewardbench(options))])
+    refuse([*failures(_pairwise_checks(options) if is_pairwise else _rewardbench_checks(options))])
 
 
-def _pairwise(options: EvaluateOptions) -> Iterator[str]:
+def _missing_in_pairwise(options: EvaluateOptions) -> Iterator[str]:
     for name in ("a", "b"):
         if not getattr(options, name):
             yield f"{name} is missing; add {name}=<a model, or a .jsonl file of answers>"
@@ -92,11 +96,35 @@ def _pairwise(options: EvaluateOptions) -> Iterator[str]:
         yield f"prompts is missing; add prompts=<what {' and '.join(models)} should answer>"
 
 
-def _rewardbench(options: EvaluateOptions) -> Iterator[str]:
+def _pairwise_checks(options: EvaluateOptions) -> Iterator[Check]:
+    code = options.trust_remote_code
+    for name in ("a", "b", "prompts", "gold"):
+        path = getattr(options, name)
+        if path and (is_answers(path) or name in ("prompts", "gold")):
+            yield partial(_check_file, path, name)
+        elif path:
+            yield partial(check_model, path, name, ("sft", "ppo"), code=code)
+    if options.by == "scorer":
+        yield partial(check_scorer, str(options.scorer), options, "scorer", code)
+    else:
+        yield partial(check_scorer, options.judge_path, options, "rubric", code)
+
+
+def _missing_in_rewardbench(options: EvaluateOptions) -> Iterator[str]:
     if not options.path:
         yield "path is missing; add path=<the reward model>"
     if not options.data:
         yield "data is missing; add data=<rows with prompt, chosen, rejected, subset>"
+
+
+def _rewardbench_checks(options: EvaluateOptions) -> Iterator[Check]:
+    yield partial(_check_file, str(options.data), "data")
+    yield partial(check_scorer, str(options.path), options, "path", options.trust_remote_code)
+
+
+def _check_file(path: str, field: str) -> None:
+    if not Path(path).expanduser().is_file():
+        raise InputError(f"{field}={path} is not a file")
 
 
 def is_answers(path: str) -> bool:

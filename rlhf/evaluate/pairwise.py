@@ -7,23 +7,21 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlhf.config import InputError, refuse, show
+from rlhf.config import InputError, show
 from rlhf.console import quiet_libraries, say, warn
 from rlhf.data import read_rows
 from rlhf.evaluate.answers import Pair, begin, key_of, load_pairs
-from rlhf.evaluate.options import EvaluateOptions, already_there, is_answers
+from rlhf.evaluate.options import EvaluateOptions, already_there
 from rlhf.evaluate.report import figures_of, markdown, show_figures
 from rlhf.functional import wins
-from rlhf.inputs import Check, check_model, check_scorer, failures
 from rlhf.scorers import Judge, judges, load_scorer, score_responses
 
 LABELS = {"a": 0.0, "tie": 0.5, "b": 1.0}
@@ -62,13 +60,12 @@ class Judgement:
 
 def compare_models(options: EvaluateOptions) -> None:
     """Compare two models, write the judgements and the report, and print the table."""
-    refuse([*failures(_checks(options))])
+    gold = read_gold(options.gold) if options.gold else {}
     quiet_libraries()
     folder = Path(options.folder)
     if (folder / "report.json").exists():
         raise already_there(str(folder))
     begin(options, folder)
-    gold = read_gold(options.gold) if options.gold else {}
     pairs = load_pairs(options, folder)
     judgements, scorer = judge_pairs(options, pairs)
     text = "".join(json.dumps(j.row, ensure_ascii=False) + "\n" for j in judgements)
@@ -90,20 +87,6 @@ def _described(options: EvaluateOptions) -> str:
     if options.by == "scorer":
         return str(options.scorer)
     return f"{options.model}, {options.rubric}"
-
-
-def _checks(options: EvaluateOptions) -> Iterator[Check]:
-    code = options.trust_remote_code
-    for name in ("a", "b"):
-        path = str(getattr(options, name))
-        if not is_answers(path):
-            yield partial(check_model, path, name, ("sft", "ppo"), code=code)
-    if options.by == "scorer":
-        yield partial(check_scorer, str(options.scorer), options, "scorer", code)
-    else:
-        yield partial(check_scorer, options.judge_path, options, "rubric", code)
-    if options.gold:
-        yield partial(read_gold, options.gold)
 
 
 def judge_pairs(options: EvaluateOptions, pairs: Sequence[Pair]) -> tuple[list[Judgement], Any]:

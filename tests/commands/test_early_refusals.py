@@ -73,6 +73,13 @@ COMMANDS = {
         "data=gone.jsonl is not a file",
         "path=runs/mine/sft/final was written by the sft stage",
     ],
+    "rlhf.evaluate a=./nope b=gone.jsonl prompts=no.jsonl by=scorer scorer=runs/mine/sft/final": [
+        "a=./nope: no such directory",
+        "b=gone.jsonl is not a file",
+        "prompts=no.jsonl is not a file",
+        "scorer=runs/mine/sft/final was written by the sft stage",
+    ],
+    "rlhf.score path=judge:kindness model=x data=rows.jsonl": ["there is no rubric"],
     "rlhf.sft model.path=./nope trainer.learning_rate=high trainer.max_steps=0 trainer.bf16=true": [
         "trainer.learning_rate must be a number, got 'high'",
         "trainer.max_steps must be >= 1, or -1",
@@ -120,8 +127,8 @@ def test_the_torch_of_these_tests_cannot_be_imported(folder):
 
 
 MODULES = (
-    "sft reward ppo pipeline chat score generate export compare rank reward.report demo".split()
-)
+    "sft reward ppo pipeline chat score evaluate generate export compare rank reward.report demo"
+).split()
 
 
 @pytest.mark.parametrize("module", MODULES)
