@@ -11,6 +11,7 @@ asked in both orders, and an answer that wins in one order only is a tie. It wri
     a.jsonl, b.jsonl    the answers of models
     judgements.jsonl    each comparison; `gold=<file>` takes rows of it with `gold` filled in
     report.json, .md    the figures, and the most instructive comparisons
+    report.png          the win rates, where matplotlib is there
 
 `mode=rewardbench` gives the accuracy of a reward model by subset, and on pairs of similar length. A
 stopped command continues when it is given again.

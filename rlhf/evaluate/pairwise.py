@@ -17,10 +17,11 @@ from torch import Tensor
 
 from rlhf.config import InputError, show
 from rlhf.console import quiet_libraries, say, warn
+from rlhf.curves import plot_hint
 from rlhf.data import read_rows
 from rlhf.evaluate.answers import Pair, begin, key_of, load_pairs
 from rlhf.evaluate.options import EvaluateOptions, already_there
-from rlhf.evaluate.report import figures_of, markdown, show_figures
+from rlhf.evaluate.report import draw, figures_of, markdown, show_figures
 from rlhf.functional import wins
 from rlhf.scorers import Judge, judges, load_scorer, score_responses
 
@@ -74,13 +75,17 @@ def compare_models(options: EvaluateOptions) -> None:
     names = {"a": str(options.a), "b": str(options.b)}
     report = names | {"by": _described(options)} | figures_of(judgements, labels)
     (folder / "report.md").write_text(markdown(report, judgements), encoding="utf-8")
+    hint = plot_hint("report.png")
+    if "win_rate" in report and not hint:
+        draw(report).savefig(folder / "report.png")
     part = folder / "report.json.partial"
     part.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     os.replace(part, folder / "report.json")
     show_figures(report)
     for judge in judges(scorer):
         say(judge.summary())
-    say(f"\nsaved {folder}/: report.json, report.md, judgements.jsonl")
+    picture = "" if hint else ", report.png"
+    say(f"\nsaved {folder}/: report.json, report.md{picture}, judgements.jsonl")
 
 
 def _described(options: EvaluateOptions) -> str:

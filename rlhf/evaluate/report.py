@@ -169,6 +169,29 @@ def markdown(figures: Figures, judgements: Sequence[Judgement]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def draw(figures: Figures) -> Any:
+    """Draw the win rates with their intervals; return a matplotlib figure."""
+    from matplotlib.figure import Figure
+
+    equal = figures["length_controlled"]
+    rates = {"as judged": figures["win_rate"]}
+    if abs(equal["length"]) <= SEPARATED:
+        rates["at equal length"] = equal | {"mean": equal["win_rate"]}
+    if figures.get("trust"):
+        rates["corrected by gold labels"] = figures["trust"]["win_rate"]
+    figure = Figure(figsize=(6.5, 1.2 + 0.5 * len(rates)), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    for row, rate in enumerate(reversed(rates.values())):
+        axes.plot([rate["low"], rate["high"]], [row, row], color="tab:blue", linewidth=2)
+        axes.plot(rate["mean"], row, "o", color="tab:blue")
+        axes.annotate(f"{rate['mean']:.2f}", (rate["mean"], row + 0.14), ha="center")
+    axes.axvline(0.5, color="grey", linestyle=":")
+    axes.set_yticks(range(len(rates)), [*reversed(rates)])
+    axes.set(xlim=(0, 1), ylim=(-0.6, len(rates) - 0.4), xlabel="win rate of b, 95 % intervals")
+    axes.set_title(f"a: {figures['a']}    b: {figures['b']}", fontsize="medium")
+    return figure
+
+
 def examples(judgements: Sequence[Judgement]) -> dict[str, list[Judgement]]:
     """The most instructive comparisons: wins that length does not explain, by a scorer those with
     the largest gap; and those where the order decided."""

@@ -6,6 +6,7 @@ Run: python -m pytest tests/commands/test_evaluate.py
 from __future__ import annotations
 
 import json
+import os
 import re
 
 import pytest
@@ -113,6 +114,7 @@ def test_gold_labels_correct_a_biased_judge(capsys):
     assert found["win_rate"]["low"] > 0.6
     trust = found["trust"]
     assert trust["num_gold"] == 20 and trust["agreement"]["mean"] == pytest.approx(3 / 20)
+    assert os.path.getsize("evaluation-pairwise/report.png") > 1000
     assert trust["win_rate"]["mean"] < 0.1 and trust["win_rate"]["high"] < 0.5
     said = capsys.readouterr().out
     assert "1 of 21 gold labels belong to other prompts" in said and "a is better" in said

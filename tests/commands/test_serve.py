@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.import_utils import is_serve_available
 
 from rlhf.checkpoint import make_record, write_stage
-from rlhf.config import StageConfig
+from rlhf.config import EndpointConfig, ScorerConfig, StageConfig
+from rlhf.scorers import load_scorer
 from rlhf.tokenizer import chat_template_text
 
 pytestmark = pytest.mark.skipif(
@@ -105,3 +106,21 @@ def test_served_answer_is_the_greedy_one_of_transformers(messages, stage, server
     contents = [piece.choices[0].delta.content or "" for piece in pieces]
     # a character that stays incomplete at the very end is not streamed by them
     assert "".join(contents).rstrip("\ufffd") == expected.rstrip("\ufffd")
+
+
+def test_a_served_model_judges_by_its_greedy_answer(stage, server, tmp_path):
+    rubric = tmp_path / "short.yaml"
+    rubric.write_text(
+        "version: 1\nrate: '{{ prompt }} {{ response }}'\ncompare: '{{ a }} {{ b }}'\n"
+    )
+    endpoint = EndpointConfig(
+        model=str(stage), url=f"{server}/v1", max_tokens=8, cache=str(tmp_path / "answers")
+    )
+    endpoint.max_unreadable = 1.0  # a random model gives no verdict
+    judge = load_scorer(ScorerConfig(f"judge:{rubric}", endpoint=endpoint))
+    assert judge(["Name a fruit."], ["An apple."]).tolist() == [1.0]
+    (answer,) = judge.answers(["Name a fruit. An apple."])
+    question = {"role": "user", "content": "Name a fruit. An apple."}
+    assert answer == greedy(stage, [question], 8)
+    assert (judge.num_asked, judge.num_known, judge.num_unreadable) == (1, 1, 1)
+    assert min(judge.tokens) > 0
