@@ -181,7 +181,7 @@ def _read_row(number: int, raw: Any) -> Question:
         raise InputError(f"the row cannot be written as JSON: {error}") from error
     raw = repaired(raw, "row", [])
     question = Question(number, {n: v for n, v in raw.items() if n not in REPLACED})
-    question.responses = raw.get("responses")
+    question.responses = [] if raw.get("not_answered") else raw.get("responses")
     try:
         canonical = as_rows(resolve_format(found)(repaired(given, "row", [])))[0]
         check_row(canonical, "ppo")

@@ -109,7 +109,7 @@ def _check_own_answers(questions: list[Question], source: Path, path: list[str] 
                 problems.append(
                     f"{row}: it has no `responses`; add path=<policy>, which answers the prompts"
                 )
-        elif not texts or not 2 <= len(given) <= MOST:
+        elif given and (not texts or not 2 <= len(given) <= MOST):
             problems.append(f"{row}: `responses` must be 2 to {MOST} texts, got {show(given)}")
     refuse_rows(problems, f"prompts={source}, nothing is shown")
 
@@ -165,6 +165,8 @@ def _task(options: RankOptions, store: Store, question: Question) -> Task | str:
     if question.not_answered is not None:
         return question.not_answered
     prompt, given = question.prompt, question.responses
+    if given == []:
+        return "not answered in the file"
     models = question.kept.get("models")
     if given is None:
         found = [store.samples(i)[question.number] for i in range(len(options.path or []))]

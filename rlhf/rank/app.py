@@ -11,7 +11,7 @@ are let in.
     POST /api/report  {annotator}                    -> agreement so far
     POST /api/write   {annotator, token, messages}   -> takes a conversation that a person wrote
 
-Left out: accounts with passwords, TLS (put a reverse proxy or an SSH tunnel before it).
+Left out: accounts with passwords, TLS (an SSH tunnel has it).
 """
 
 from __future__ import annotations
@@ -277,7 +277,8 @@ class Guard:
         given = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
         if _equal(given, self.token):
             answer = RedirectResponse("/", 303)
-            answer.set_cookie(COOKIE, self.cookie, httponly=True, samesite="strict")
+            # not "strict": a browser that follows a link in a mail would not send it
+            answer.set_cookie(COOKIE, self.cookie, httponly=True, samesite="lax")
             return answer
         cookies = SimpleCookie(Headers(scope=scope).get("cookie", ""))
         if COOKIE in cookies and _equal(cookies[COOKIE].value, self.cookie):

@@ -21,9 +21,11 @@ from rlhf.data import load_splits
 from rlhf.options import read_options, run_command
 from rlhf.rank.__main__ import RankOptions, run
 from rlhf.rank.answers import Answerer
-from rlhf.rank.store import Store
+from rlhf.rank.export import demonstration_rows, ranked_rows
+from rlhf.rank.store import Store, Task
 
 PAGE = Path(__file__).parents[2] / "docs/ranking.md"
+EXPORTED = (ranked_rows, demonstration_rows)
 ANSWERED = [
     {"prompt": "Name a fruit.", "responses": ["An apple.", "A dog.", ""], "id": 7},
     {"prompt": [{"role": "user", "content": "Name a tool."}], "responses": ["A saw.", "Red"]},
@@ -147,6 +149,15 @@ def test_the_same_command_continues_and_flagged_prompts_are_left_out(command, pe
     assert [row["annotator"] for row in rows_of("answers.rankings.jsonl")] == ["ann", "bob"]
 
 
+def test_a_ranking_of_a_prompt_that_somebody_else_flagged_is_left_out(tmp_path):
+    store = Store(tmp_path / "flagged.sqlite", overlap=2)
+    store.add([Task(i, "q", ["a", "b"]) for i in range(2)])
+    shortest_first(store, "ann")
+    assert [len(list(rows(store.judgements()))) for rows in EXPORTED] == [2, 0]
+    store.submit(store.next("bob").token, "bob", "flag", demonstration="half a sentence")
+    assert [len(list(rows(store.judgements()))) for rows in EXPORTED] == [1, 0]
+
+
 def test_two_policies_compete_and_a_stopped_sampling_continues(policy, command, monkeypatch):
     shutil.copytree(policy, "other")
     file_of("prompts.jsonl", [{"prompt": f"Name {i} things."} for i in range(20)])
@@ -206,6 +217,14 @@ def test_the_python_of_the_page_runs(capsys):
     ((_, code),) = blocks(PAGE, "python")
     exec(code, {})
     assert capsys.readouterr().out == "[0, 0]\n"
+
+
+def test_the_file_of_rlhf_generate_is_read_and_unanswered_rows_are_counted(command):
+    row = {"prompt": "Hi", "response": "", "not_answered": "the prompt is too long"}
+    file_of("answers.jsonl", [*ANSWERED[:2], row, {"prompt": "Hello", "responses": []}])
+    status, output, errors = command("prompts=answers.jsonl")
+    assert status == 0, errors
+    assert "2 prompts are not shown: not answered in the file (2)" in output
 
 
 def test_a_file_that_was_mended_can_be_given_again(command):
