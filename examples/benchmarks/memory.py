@@ -34,7 +34,14 @@ from parts import Worker, answer
 from transformers.utils.logging import disable_progress_bar
 from world import DEVICE, ROOT, describe, machine, memory_in_use, peak_since, table
 
-CASES = ["", "peft.enabled=true", "ppo.micro_batch_size=2", "model.gradient_checkpointing=true"]
+SHARED = "peft.enabled=true,ppo.share_base=true"
+CASES = [
+    "",
+    "peft.enabled=true",
+    SHARED,
+    "ppo.micro_batch_size=2",
+    "model.gradient_checkpointing=true",
+]
 PHASES = ("load", "rollout", "scoring", "optimise")
 WITHIN = 0.15  # of what was measured
 PROMPT = 64  # tokens
@@ -51,7 +58,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    lora = ["peft.enabled=true"] if options.preset == "7b-lora" else None
+    lora = ["peft.enabled=true", SHARED] if options.preset == "7b-lora" else None
     options.cases = options.cases or lora or CASES
     return options
 
@@ -65,6 +72,20 @@ def as_step(options: argparse.Namespace, case: str) -> argparse.Namespace:
     step = ppo_step.parse(given)
     step.folder = options.folder
     return step
+
+
+def write_adapter(folder: Path) -> None:
+    """Write a reward model's adapter on the policy, which `ppo.share_base` reads."""
+    from rlhf.config import ModelConfig, PeftConfig
+    from rlhf.models import add_lora, load_policy, scalar_role, what_to_save
+    from rlhf.tokenizer import load_tokenizer
+
+    config, lora = ModelConfig(path=str(folder / "policy")), PeftConfig(enabled=True)
+    model = scalar_role(load_policy(config, load_tokenizer(config)), config)
+    write = what_to_save(add_lora(model, lora, "SEQ_CLS", seed=1), lora, config.path)[1]
+    assert write is not None
+    (folder / "reward/adapter").mkdir()
+    write(folder / "reward/adapter")
 
 
 # --- One case, in a process of its own ------------------------------------------------------------
@@ -156,6 +177,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         ppo_step.write_world(as_step(options, ""), folder)
+        write_adapter(folder)
         for case in options.cases:
             results.append(run_case(options, case, folder))
             print(f"{results[-1]['case']}: {results[-1]['ratio']:.2f}", file=sys.stderr)

@@ -19,7 +19,7 @@ from rlhf.checkpoint import (
     require_same_tokenizer,
     require_same_weights,
 )
-from rlhf.config import InputError, ModelConfig, PPOStageConfig, ScorerConfig, has_weights
+from rlhf.config import InputError, ModelConfig, PPOStageConfig, ScorerConfig, check, has_weights
 from rlhf.models import ScalarModel, init_reward_model, load_reward_model, scalar_role, stored_role
 from rlhf.scorers import score_statistics
 
@@ -92,6 +92,17 @@ def require_same_base(config: PPOStageConfig) -> None:
         return
     for path, field in _adapted(config):
         _adapter(config, path, field)
+
+
+def could_share_base(config: PPOStageConfig) -> bool:
+    """True if `ppo.share_base=true` would save the memory of a model and be accepted."""
+    trial = replace(config, ppo=replace(config.ppo, share_base=True))
+    try:
+        check(trial)
+        require_same_base(trial)
+    except InputError:
+        return False
+    return not config.ppo.share_base and (config.ppo.has_critic or any(_adapted(config)))
 
 
 def _adapted(config: PPOStageConfig) -> Iterator[tuple[str, str]]:

@@ -34,6 +34,7 @@ from rlhf.models import (
     prefill_inputs,
     unwrap_peft,
 )
+from rlhf.ppo.critic import could_share_base
 from rlhf.ppo.passes import critic_values, policy_logprobs
 from rlhf.ppo.preflight.findings import FAIL, OK, WARN, Finding
 from rlhf.ppo.rollout import Responses
@@ -132,12 +133,13 @@ def remedy(estimate: MemoryEstimate, config: PPOStageConfig) -> str:
     settings = {
         "weights": {
             "peft=lora": not lora,  # the reference is then the policy with its adapters off
+            "ppo.share_base=true": could_share_base(config),
             # the adapters stay in float32
             "model.dtype=bfloat16": lora and model.dtype in ("auto", "float32"),
             "model.quantization=4bit": lora and model.quantization is None,
             "offload_frozen=true": torch.cuda.is_available()
             and has_frozen_models(config)
-            and not config.offload_frozen,
+            and not (config.offload_frozen or ppo.share_base),
         },
         "gradients and Adam states": {"peft=lora": not lora},
         "activations": {

@@ -201,12 +201,12 @@ REMEDIES = [
     (
         {"weights": 300, "adam": 10},
         {"lora": True},
-        "weights: set model.dtype=bfloat16 or model.quantization=4bit",
+        "weights: set ppo.share_base=true or model.dtype=bfloat16",
     ),
     (
         {"weights": 300, "adam": 10},
         {"lora": True, "dtype": "bfloat16"},
-        "weights: set model.quantization=4bit",
+        "weights: set ppo.share_base=true or model.quantization=4bit",
     ),
     ({"activations": 300, "adam": 10}, {}, "set ppo.micro_batch_size=1 or model.gradient_check"),
     (
@@ -228,6 +228,7 @@ REMEDIES = [
             "lora": True,
             "dtype": "bfloat16",
             "quantization": "4bit",
+            "share_base": True,
         },
         "take a smaller model",
     ),
@@ -243,6 +244,7 @@ def test_too_little_memory_names_the_knob_of_the_largest_part(
     config.model.gradient_checkpointing = knobs.get("checkpointing", False)
     config.model.dtype = knobs.get("dtype", "float32")
     config.model.quantization = knobs.get("quantization")
+    config.ppo.share_base = knobs.get("share_base", False)
     estimate = estimate_of(**sizes)
     assert estimate.total == sum(sizes.values())
     for room, status in ((1.01, "WARN"), (0.99, "FAIL"), (1.2, "ok")):
