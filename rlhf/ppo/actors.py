@@ -66,8 +66,8 @@ class Actors:
             the token ids directly.
         sampling: what samples from the policy, in words.
         frozen: how the models that do not train are stored, in words.
-        reading_device: with `offload_frozen`, where they are inside `in_use`; elsewhere they are on
-            the CPU. None: they stay where they are.
+        reading_device: with `offload_frozen`, and for models that will be sharded: where they are
+            inside `in_use`; elsewhere they are on the CPU. None: they stay where they are.
         shared_base: which models are adapters on the policy's base, in words; "" without
             `ppo.share_base`.
         compiled: which models run compiled blocks, in words.
@@ -95,9 +95,9 @@ class Actors:
         return SharedTrunk(self.policy, self.critic) if self.shares_trunk else self.policy
 
     @contextmanager
-    def in_use(self, *frozen: Any) -> Iterator[None]:
-        """Have frozen models on the GPU inside the block, if they are offloaded."""
-        moved = [] if self.reading_device is None else frozen
+    def in_use(self, *models: Any) -> Iterator[None]:
+        """Have models on the GPU inside the block, if they wait on the CPU."""
+        moved = [] if self.reading_device is None else models
         try:
             for model in moved:
                 model.to(self.reading_device)
@@ -152,8 +152,10 @@ def try_adapters(config: PPOStageConfig) -> None:
 def load_actors(
     config: PPOStageConfig, tokenizer: Any, scorer: Scorer | None, accelerator: Accelerator
 ) -> Actors:
-    """Load policy, reference, critic and scorer, without dropout, on this process's device."""
+    """Load policy, reference, critic and scorer, without dropout, on this process's device. Models
+    that will be sharded, and the reference, wait on the CPU: a GPU has no room for all of them."""
     device = accelerator.device
+    waits_on: Any = "cpu" if accelerator.is_fsdp2 else device
     policy, reference = load_policy(config.model, tokenizer), None
     base = policy.to(device) if config.ppo.share_base else None
     if scorer is None:
@@ -180,17 +182,18 @@ def load_actors(
     if shares:
         critic = ValueHead(policy, config.critic.trunk_coef)
     if ppo.reference is not None:
-        reference = load_reference(_reference(config), tokenizer, "ppo.reference").to(device)
+        reference = load_reference(_reference(config), tokenizer, "ppo.reference").to(waits_on)
     elif not config.peft.enabled:
-        reference = load_reference(config.model, tokenizer).to(device)
+        reference = load_reference(config.model, tokenizer).to(waits_on)
     for model in (policy, critic):
         if model is not None:
             disable_dropout(model)
-            model.to(device)
+            model.to(waits_on)
     for model in (policy, reference):
         if model is not None:
             choose_chunk_tokens(model, config.ppo.chunk_tokens)
     actors = Actors(policy, reference, critic, scorer, tokenizer, rendering)
+    actors.reading_device = device if accelerator.is_fsdp2 else None
     if base is not None:
         actors.shared_base = describe_base(actors)
     return actors
@@ -216,19 +219,20 @@ def check_promises(config: PPOStageConfig, actors: Actors, accelerator: Accelera
     """Require that the cache gives the policy's own logits, and that no model reads padding; the
     scorer was examined when it was loaded. Choose how the policy reads rows, which is returned."""
     where, fix = f"model.path={config.model.path}", "take a model of another family"
+    own = {where: actors.policy, "the reference": actors.reference}
+    if not actors.shares_trunk:
+        own[f"critic.init={config.critic.init}"] = actors.critic
+    forwards, tokenizer = [], actors.tokenizer
     with accelerator.autocast():
-        require_cache(actors.policy, actors.tokenizer, where, fix)
-        require_padding(actors.policy, actors.tokenizer, where, fix)
-        critic = None if actors.shares_trunk else actors.critic
-        if critic is not None:
-            where = f"critic.init={config.critic.init}"
-            require_padding(critic, actors.tokenizer, where, fix)
-        models = (actors.policy, actors.reference, critic)
-        forwards = [
-            choose_forward(model, actors.tokenizer, config.model.forward)
-            for model in models
-            if model is not None
-        ]
+        for name, model in own.items():
+            if model is None:
+                continue
+            with actors.in_use(model):
+                if model is actors.policy:
+                    require_cache(model, tokenizer, name, fix)
+                if model is not actors.reference:
+                    require_padding(model, tokenizer, name, fix)
+                forwards.append(choose_forward(model, tokenizer, config.model.forward))
         if config.model.forward == "padded":  # reward models chose for themselves when loaded
             for scorer in reward_models(actors.scorer):
                 choose_forward(scorer.model, scorer.tokenizer, "padded")
@@ -249,10 +253,16 @@ def settle_frozen(
         models.append(("reference", actors.reference, actors.tokenizer))
     models += [(m.path, m.model, m.tokenizer) for s in scorers for m in reward_models(s)]
     with accelerator.autocast():
-        types = [f"{name} {store_as_read(model, own)}" for name, model, own in models]
+        types = []
+        for name, model, own in models:
+            with actors.in_use(*([model] if model is actors.reference else [])):
+                types.append(f"{name} {store_as_read(model, own)}")
     if types and accelerator.mixed_precision == "bf16":
         actors.frozen = ", ".join(types)
+    home, actors.reading_device = actors.reading_device, None
     if not config.offload_frozen:
+        if home is not None and actors.reference is not None:
+            actors.reference.to(home)
         return actors.frozen
     where = "not offloaded: all models are on the CPU"
     if accelerator.device.type != "cpu":

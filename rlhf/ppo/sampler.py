@@ -32,7 +32,7 @@ def choose_sampler(
 ) -> None:
     """Choose how the policy samples, and set `actors.sampling` to that in words."""
     given, policy, tokenizer = config.sampling, actors.policy, actors.tokenizer
-    with accelerator.autocast():
+    with accelerator.autocast(), actors.in_use(policy):
         dtype = _copy_type(config, policy, accelerator.is_fsdp2)
         if server is not None:
             actors.sampling = choose_server(policy, tokenizer, server, dtype)

@@ -34,7 +34,7 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # weights after three steps: Adam divides 
 # metrics that depend on rounding, or that TRL averages over processes rather than tokens
 LOOSE = ("sampler_gap", "mean_token_accuracy", "seconds", "tokens_per_second")
 FILES = {
-    "sft": ["final/model.safetensors", "checkpoint-3/model.safetensors"],
+    "sft": ["final/model.safetensors"],
     "reward": ["final/model.safetensors"],
     "ppo": ["final/model.safetensors", "critic/model.safetensors"],
 }
@@ -105,7 +105,7 @@ def test_stages_in_slices_give_the_result_of_one_process_and_ppo_resumes_in_one(
         record = json.loads((directory_of(in_two(config)) / "final/rlhf.json").read_text())
         assert record["sharding"] == "FSDP2, what trains in slices over 2 processes"
         assert record["forward"] == "padding-free"
-    assert_same(sft, in_two(sft))
+    assert_same(sft, in_two(sft), "checkpoint-3/model.safetensors")
     assert_same(reward, in_two(reward), "final/adapter/adapter_model.safetensors")
     assert_same(ppo, in_two(ppo), *SAVED)
 
@@ -126,7 +126,8 @@ def test_more_settings_in_slices_give_the_result_of_one_process(tmp_path):
     )
     padded.model.gradient_checkpointing = True
     tuned = dataclasses.replace(sft, run_name="tuned", peft=LORA)
-    tuned.model = dataclasses.replace(ppo.model)
+    tuned.model = dataclasses.replace(ppo.model)  # its tokenizer makes more tokens
+    tuned.dataset = dataclasses.replace(sft.dataset, max_length=128)
     configs = reward, adapters, padded, tuned
     train_all(*configs)
     log = tmp_path / "log"
