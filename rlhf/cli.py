@@ -7,11 +7,14 @@ Left out: the `key=value` options of all other commands (`rlhf.options`).
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import sys
 import time
+import traceback
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any, NoReturn
 
 from omegaconf import OmegaConf
@@ -159,6 +162,7 @@ def _run(run: Run, config: StageConfig) -> None:
         stopped_by = run(config)
     except InputError as error:
         message = str(error)
+        _tell_launcher(message)
         # Most errors occur on all processes. The first process prints and exits, and the launcher
         # then ends the others before they print.
         if not is_main_process():
@@ -167,11 +171,22 @@ def _run(run: Run, config: StageConfig) -> None:
         print(f"error: {hide(message)}", file=sys.stderr, flush=True)
         raise SystemExit(2) from error
     except Exception:
+        _tell_launcher(traceback.format_exc())
         if not is_main_process():
             print(f"error on rank {rank}:", file=sys.stderr)  # the traceback follows
         raise
     if stopped_by is not None:
         raise SystemExit(128 + stopped_by)
+
+
+def _tell_launcher(text: str) -> None:
+    """Give torchrun or accelerate launch the text of an error. Their last lines name the rank that
+    failed first, and show its text."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file is not None:
+        extra = {"py_callstack": hide(text), "timestamp": str(int(time.time()))}
+        content = {"message": {"message": hide(text), "extraInfo": extra}}
+        Path(file).write_text(json.dumps(content), encoding="utf-8")
 
 
 def _as_dataclass(node: Any, config_class: type[StageConfig]) -> StageConfig:

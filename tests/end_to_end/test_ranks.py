@@ -3,6 +3,7 @@
 Run: python -m pytest tests/end_to_end/test_ranks.py
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -63,6 +64,8 @@ def test_error_of_a_stage_has_its_rank(error, status, printed, tmp_path, monkeyp
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(rlhf.cli, "REPEAT_SECONDS", 0.0)
     monkeypatch.setattr("sys.argv", ["rlhf.sft"])
+    for_launcher = tmp_path / "error.json"  # torchrun ends with the rank and this text
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(for_launcher))
 
     def run(config):
         raise error
@@ -71,3 +74,5 @@ def test_error_of_a_stage_has_its_rank(error, status, printed, tmp_path, monkeyp
         hydra_main("sft", run)
     assert getattr(stop.value, "code", None) == status
     assert capfd.readouterr().err.startswith(printed)
+    told = json.loads(for_launcher.read_text())["message"]["extraInfo"]["py_callstack"]
+    assert told.rstrip().endswith(str(error))
