@@ -133,7 +133,8 @@ class ServerProcess:
             return ""
         lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
         lines = [line for line in lines if "WARNING" not in line and "INFO" not in line]
-        errors = [found[0] for line in lines if (found := re.search(r"\w*[Ee]rror: .*", line))]
+        telling = re.compile(r"\w*[Ee]rror: .*|Worker proc.* died .*")
+        errors = [found[0] for line in lines if (found := telling.search(line))]
         said = f"; it said: {errors[0][:400]}" if errors else ""
         return f"the vLLM server ended with status {self._process.returncode}{said}"
 

@@ -312,6 +312,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(json.dumps(known[self.path]).encode())
     def do_POST(self):
+        print("WARNING [a.py:1] limits can cause OSError: too many files", file=sys.stderr)
         print("RuntimeError: out of memory", file=sys.stderr, flush=True)
         os._exit(3)
 
