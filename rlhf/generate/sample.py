@@ -23,7 +23,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ from rlhf.console import say
 from rlhf.data import BadRow, DropRow, check_row, prompt_of, read_rows, repaired, resolve_format
 from rlhf.data.detect import ORDER, reads
 from rlhf.data.rows import as_rows
-from rlhf.options import check_options, run_command
+from rlhf.options import check_options
 from rlhf.policy import Policy, PolicyOptions
 from rlhf.row_file import RowFile, chunks_of, new_file, refuse_rows
 
@@ -324,8 +323,3 @@ class Answerer:
             row = {"response": texts[i][best], "ended": ended[i][best]}
             rows.append(row | {"best_of_score": float(of_question[best])})
         return rows
-
-
-if __name__ == "__main__":
-    again = "interrupted; the same command continues"
-    raise SystemExit(run_command(str(__doc__), GenerateOptions, run, sys.argv[1:], again))

@@ -1,0 +1,6 @@
+"""Data from models: `python -m rlhf.generate` and its modes.
+
+Left out: the page in which people rank the answers (`rlhf.rank`).
+"""
+
+from rlhf.generate.sample import Answerer, GenerateOptions, Question, read_prompts, run
