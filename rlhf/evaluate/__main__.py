@@ -2,6 +2,7 @@
 
     python -m rlhf.evaluate a=runs/mine/sft/final b=runs/mine/ppo/final prompts=prompts.jsonl by=scorer scorer=runs/gold/reward/final
     python -m rlhf.evaluate a=a.jsonl b=b.jsonl by=judge model=Qwen/Qwen3-8B url=http://127.0.0.1:8000/v1
+    python -m rlhf.evaluate a=a.jsonl b=b.jsonl by=people
     python -m rlhf.evaluate mode=rewardbench path=runs/mine/reward/final data=reward_bench.jsonl
 
 `mode=pairwise` lets both models answer the prompts, or reads files of answers (`prompt` and

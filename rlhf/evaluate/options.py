@@ -33,13 +33,17 @@ class EvaluateOptions(EndpointConfig):
     """pairwise: the model that is compared with it, or its answers."""
     prompts: str | None = None
     """pairwise: prompts that models answer, as in rlhf.generate."""
-    by: str = knob("judge", choices=("judge", "scorer"))
+    by: str = knob("judge", choices=("judge", "scorer", "people"))
     """pairwise: judge: a language model compares the answers, in both orders; scorer: the higher
-    score wins."""
+    score wins; people: in the page of rlhf.rank, blind, until Ctrl-C."""
     rubric: str = "helpfulness"
     """by=judge: what is compared: a name in conf/judge/, or a .yaml file."""
     scorer: str | None = None
     """by=scorer: a reward model, module.function, a URL, or judge:<rubric>."""
+    port: int = knob(8765, ge=0, le=65535)
+    """by=people: port of the page."""
+    serve: bool = True
+    """by=people: false: only read what people said so far."""
     gold: str | None = None
     """pairwise: .jsonl file of rows with `prompt` and `gold` (a, b or tie), by people: corrects the
     win rate for the errors of the judge."""
@@ -89,7 +93,7 @@ def _missing_in_pairwise(options: EvaluateOptions) -> Iterator[str]:
             yield f"{name} is missing; add {name}=<a model, or a .jsonl file of answers>"
     if options.by == "scorer" and not options.scorer:
         yield "by=scorer needs scorer=<a reward model, module.function, a URL or judge:<rubric>>"
-    if options.by == "judge" and options.scorer:
+    if options.by != "scorer" and options.scorer:
         yield f"scorer={options.scorer} needs by=scorer"
     models = [path for path in (options.a, options.b) if path and not is_answers(path)]
     if models and not options.prompts:
@@ -106,7 +110,7 @@ def _pairwise_checks(options: EvaluateOptions) -> Iterator[Check]:
             yield partial(check_model, path, name, ("sft", "ppo"), code=code)
     if options.by == "scorer":
         yield partial(check_scorer, str(options.scorer), options, "scorer", code)
-    else:
+    elif options.by == "judge":
         yield partial(check_scorer, options.judge_path, options, "rubric", code)
 
 

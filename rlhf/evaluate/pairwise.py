@@ -1,6 +1,6 @@
-"""`mode=pairwise`: which of two models answers better, by a judge or a scorer, and how sure it is.
+"""`mode=pairwise`: which of two models answers better, by a judge, a scorer or people.
 
-Left out: people as judges, and more than two models at once.
+Left out: more than two models at once.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,9 @@ from rlhf.console import quiet_libraries, say, warn
 from rlhf.curves import plot_hint
 from rlhf.data import read_rows
 from rlhf.evaluate.answers import Pair, begin, key_of, load_pairs
+from rlhf.evaluate.judgement import Judgement
 from rlhf.evaluate.options import EvaluateOptions, already_there
+from rlhf.evaluate.people import by_people
 from rlhf.evaluate.report import draw, figures_of, markdown, show_figures
 from rlhf.functional import wins
 from rlhf.scorers import Judge, judges, load_scorer, score_responses
@@ -29,46 +30,20 @@ LABELS = {"a": 0.0, "tie": 0.5, "b": 1.0}
 AT_ONCE = 64  # comparisons between two looks at what was found
 
 
-@dataclass
-class Judgement:
-    """A comparison.
-
-    Attributes:
-        winner: a, b or tie; None where the judge gave no verdict.
-        verdicts: by=judge: with a shown first, and with b shown first.
-        reasons: the judge's whole answers.
-        scores: by=scorer: of a and of b.
-    """
-
-    prompt: Any
-    a: str
-    b: str
-    winner: str | None
-    verdicts: tuple[str | None, str | None] | None = None
-    reasons: tuple[str, str] | None = None
-    scores: tuple[float, float] | None = None
-
-    @property
-    def consistent(self) -> bool:
-        return self.verdicts is None or self.verdicts[0] == self.verdicts[1]
-
-    @property
-    def row(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self).items() if value is not None} | {
-            "winner": self.winner
-        }
-
-
 def compare_models(options: EvaluateOptions) -> None:
     """Compare two models, write the judgements and the report, and print the table."""
     gold = read_gold(options.gold) if options.gold else {}
     quiet_libraries()
     folder = Path(options.folder)
-    if (folder / "report.json").exists():
+    if (folder / "report.json").exists() and options.by != "people":  # who may go on
         raise already_there(str(folder))
     begin(options, folder)
     pairs = load_pairs(options, folder)
-    judgements, scorer = judge_pairs(options, pairs)
+    scorer: Any = None
+    if options.by == "people":
+        judgements = by_people(options, pairs, folder)
+    else:
+        judgements, scorer = judge_pairs(options, pairs)
     text = "".join(json.dumps(j.row, ensure_ascii=False) + "\n" for j in judgements)
     (folder / "judgements.jsonl").write_text(text, encoding="utf-8")
     labels = match_gold(judgements, gold)
@@ -89,9 +64,8 @@ def compare_models(options: EvaluateOptions) -> None:
 
 
 def _described(options: EvaluateOptions) -> str:
-    if options.by == "scorer":
-        return str(options.scorer)
-    return f"{options.model}, {options.rubric}"
+    by = {"scorer": options.scorer, "people": "people"}
+    return str(by.get(options.by, f"{options.model}, {options.rubric}"))
 
 
 def judge_pairs(options: EvaluateOptions, pairs: Sequence[Pair]) -> tuple[list[Judgement], Any]:

@@ -14,7 +14,7 @@ from rlhf.functional import bootstrap_interval, length_controlled, prediction_po
 from rlhf.rubrics import as_dialogue
 
 if TYPE_CHECKING:
-    from rlhf.evaluate.pairwise import Judgement
+    from rlhf.evaluate.judgement import Judgement
 
 NUM_EXAMPLES, NUM_CHARACTERS = 3, 1200
 SEPARATED = 6  # coefficient of the length that only verdicts with hardly an exception give

@@ -17,7 +17,7 @@ from helpers.scorers import policy_tokenizer, write_reward_model
 from helpers.tiny_ppo import write_policy, write_prompts
 
 from rlhf.evaluate.__main__ import main
-from rlhf.evaluate.pairwise import Judgement
+from rlhf.evaluate.judgement import Judgement
 from rlhf.evaluate.report import conclusion, examples, figures_of
 from rlhf.evaluate.rewardbench import SECTIONS, measure, read_pairs
 from rlhf.reward.report.measures import ranked_pairs
@@ -157,6 +157,27 @@ calls: list[int] = []
 def test_equal_answers_are_a_tie_whatever_the_rounding():
     assert main([*two_files(), "by=scorer", f"scorer=python:{__name__}.noisy"]) == 0
     assert [report()[name] for name in ("wins_a", "ties", "wins_b")] == [0, 5, 35]
+
+
+def test_people_compare_blind_and_go_on_later(monkeypatch, capsys):
+    """The real command of the page without its server, and then what people said."""
+    arguments = [*two_files(8), "by=people"]
+    assert main([*arguments, "serve=false"]) == 2
+    assert "nothing was ranked yet; leave serve=false out" in capsys.readouterr().err
+    with open("evaluation-pairwise/pairs.jsonl") as file:
+        rows = [json.loads(line) for line in file]
+    assert len(rows) == 7 and all(row.keys() == {"prompt", "responses"} for row in rows)
+
+    def rank(options):
+        ranks = [[[0, 1]], [[1, 0]], [[0, 0]], [[0, 1], [1, 0]], [[1, 0], [1, 0], [0, 1]]]
+        said = [row | {"ranks": r} for row, rs in zip(rows, ranks, strict=False) for r in rs]
+        write(options.out, said)
+
+    monkeypatch.setattr("rlhf.evaluate.people.rank", rank)
+    assert main(arguments) == 0
+    found = report()
+    assert [found[name] for name in ("wins_a", "ties", "wins_b")] == [1, 3, 2]
+    assert found["without_verdict"] == 2
 
 
 def test_vicunas_ratio_follows_from_its_totals():
