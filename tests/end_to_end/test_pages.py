@@ -35,9 +35,8 @@ OTHERS = [
 PAGES = [README, *OTHERS, *DOCS]
 BAD_INPUT = {ROOT / "docs/bad-input.md"}  # its settings are wrong on purpose
 # Pages with commands that train, in an order in which later ones find what earlier ones made.
-TRAINING_PAGES = (
-    "getting-started sft reward-models using-the-result checkpoints ppo scaling extending".split()
-)
+TRAINING_PAGES = """getting-started sft reward-models using-the-result checkpoints ppo scaling
+    planning extending""".split()
 # What makes the commands of docs/ small enough for a test: values in a copy of conf/.
 DATASET = {"max_length": 128, "max_rows": 64, "max_eval_rows": 8, "eval_fraction": 0.3}
 SMALL = {
