@@ -1,8 +1,8 @@
 """Everything that differs between one process and many: their group, who holds which weights, and
 errors in common.
 
-Weights are sharded by PyTorch FSDP2, through accelerate. A parameter is then a `DTensor`, of which
-each process holds a slice.
+Weights are sharded by PyTorch FSDP2, through accelerate. A parameter is then a `DTensor`:
+each process holds a slice of it.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ def gathered_bytes(model: nn.Module) -> int:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor of which each process holds a slice; all of them must ask."""
+    """The whole of a tensor that is in slices on the processes; all of them must ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

@@ -18,11 +18,11 @@ from rlhf.config import InputError, show
 from rlhf.console import quiet_libraries, say, warn
 from rlhf.curves import plot_hint
 from rlhf.data import read_rows
-from rlhf.evaluate.answers import Pair, begin, key_of, load_pairs
+from rlhf.evaluate.figures import draw, figures_of, markdown, show_figures
 from rlhf.evaluate.judgement import Judgement
 from rlhf.evaluate.options import EvaluateOptions, already_there
+from rlhf.evaluate.pairs import Pair, begin, key_of, load_pairs
 from rlhf.evaluate.people import by_people
-from rlhf.evaluate.report import draw, figures_of, markdown, show_figures
 from rlhf.functional import wins
 from rlhf.scorers import Judge, judges, load_scorer, score_responses
 

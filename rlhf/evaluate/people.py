@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rlhf.data import read_rows
-from rlhf.evaluate.answers import Pair, key_of
 from rlhf.evaluate.judgement import Judgement
 from rlhf.evaluate.options import EvaluateOptions
+from rlhf.evaluate.pairs import Pair, key_of
 from rlhf.rank.__main__ import run as rank
 from rlhf.rank.options import RankOptions
 

@@ -20,8 +20,8 @@ from rlhf.options import check_options, run_command
 from rlhf.plan.cards import CARDS, Card
 
 if TYPE_CHECKING:
+    from rlhf.plan.counting import Measured
     from rlhf.plan.launches import Setting
-    from rlhf.plan.roles import Measured
 
 HOUR = 3600  # seconds
 
@@ -83,8 +83,8 @@ def run(options: PlanOptions) -> None:
     if options.share_base and not options.lora:
         raise InputError("share_base=true keeps adapters on one base; set lora=true")
     quiet_libraries()
+    from rlhf.plan.counting import measure
     from rlhf.plan.launches import Setting
-    from rlhf.plan.roles import measure
     from rlhf.plan.sizes import find_settings
     from rlhf.plan.work import Shape, seconds_of_phases
 

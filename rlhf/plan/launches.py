@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rlhf.models import ModelMemory
-from rlhf.plan.roles import FLOAT, HALF, Measured
+from rlhf.plan.counting import FLOAT, HALF, Measured
 from rlhf.ppo.preflight.memory import FULL, MemoryEstimate
 
 LAUNCHES = ("ddp", "zero2", "fsdp2", "fsdp2_offload")

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from rlhf.models import decoder_blocks
 from rlhf.plan.cards import Card
+from rlhf.plan.counting import HALF, Measured
 from rlhf.plan.launches import Setting
-from rlhf.plan.roles import HALF, Measured
 
 
 @dataclass

@@ -39,8 +39,8 @@ from starlette.routing import Route
 
 from rlhf.data import whole_characters
 from rlhf.rank.render import to_html, visible
-from rlhf.rank.report import live_report
 from rlhf.rank.store import Refused, Showing, Store
+from rlhf.rank.summary import live_report
 
 PAGE = Path(__file__).with_name("page")
 FILES = {"": ("index.html", "text/html"), "rank.css": ("rank.css", "text/css")}

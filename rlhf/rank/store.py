@@ -10,7 +10,7 @@ Nothing is deleted; an undone judgement stays in the file, marked.
     store.submit(showing.token, "ann", "ranking", ranks=[0] * len(showing.cards))
     store.judgements()
 
-Left out: the web page (`app`), the sampling of answers (`answers`), exports (`export`).
+Left out: the web page (`app`), the sampling of answers (`tasks`), exports (`ranked_rows`).
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ the data; responses are text. The same objects serve PPO, evaluation and library
   of a column of the rows gets its B values; `**kwargs` gets all columns. One with a parameter
   `response_ids` is given the B lists of token ids (stop token included) and may return a list of
   rewards for each, one per token; their sum is the score.
-- The URL of a server that scores (`remote`); `server` serves any scorer.
+- The URL of a server that scores (`remote`); `scoring_server` serves any scorer.
 - A language model that judges by a rubric (`judge`).
 - Several of these (`scorer.components`): a weighted sum, or an ensemble's mean, min, or mean minus
   its standard deviation. A component with a `gate` counts alone where its score is bad enough
@@ -35,4 +35,4 @@ from rlhf.scorers.functions import require_columns
 from rlhf.scorers.judge import Judge
 from rlhf.scorers.remote import RemoteScorer
 from rlhf.scorers.reward_model import RewardModelScorer, score_sequences, score_statistics
-from rlhf.scorers.server import ScoreServer
+from rlhf.scorers.scoring_server import ScoreServer

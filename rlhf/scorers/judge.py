@@ -30,7 +30,7 @@ from rlhf.scorers.answer_file import Answer, AnswerFile
 from rlhf.scorers.call import BuiltInScorer, Columns, Scores, Tokens
 from rlhf.scorers.remote import at_once
 
-FEWEST = 20  # judgements of which a share is taken
+FEWEST = 20  # judgements; a share of fewer says nothing
 
 
 class Judge(BuiltInScorer):

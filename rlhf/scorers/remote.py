@@ -2,7 +2,7 @@
 
     {"prompts": [...], "responses": [...], "columns": {"answer": [...]}}  ->  {"scores": [...]}
 
-`rlhf.scorers.server` is a server for any of our scorers; one of your own may be in any language.
+`rlhf.scorers.scoring_server` serves any of our scorers; one of your own may be in any language.
 """
 
 from __future__ import annotations

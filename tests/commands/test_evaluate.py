@@ -17,8 +17,8 @@ from helpers.scorers import policy_tokenizer, write_reward_model
 from helpers.tiny_ppo import write_policy, write_prompts
 
 from rlhf.evaluate.__main__ import main
+from rlhf.evaluate.figures import conclusion, examples, figures_of
 from rlhf.evaluate.judgement import Judgement
-from rlhf.evaluate.report import conclusion, examples, figures_of
 from rlhf.evaluate.rewardbench import SECTIONS, measure, read_pairs
 from rlhf.reward.report.measures import ranked_pairs
 
@@ -36,7 +36,7 @@ def write(name, rows):
 
 
 def two_files(num=40):
-    """Answers of which b's are longer in three of four rows, and the same in one of eight."""
+    """Answers; those of b are longer in three of four rows, and the same in one of eight."""
     a, b = [], []
     for i in range(num):
         own = "a b c" if i % 4 else "a b c d e"
@@ -186,7 +186,7 @@ def test_vicunas_ratio_follows_from_its_totals():
     figures = {"a": "ChatGPT", "b": "Vicuna-13B", "by": "judge:helpfulness"} | figures_of(
         judgements
     )
-    from rlhf.evaluate.report import rows_of
+    from rlhf.evaluate.figures import rows_of
 
     assert dict(rows_of(figures))["total score of a, of b"] == "693, 638 (b has 92.1% of a)"
 

@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf.plan.__main__ import main
 from rlhf.plan.cards import Card
+from rlhf.plan.counting import Measured, measure
 from rlhf.plan.launches import LAUNCHES, Setting, estimate, launches, rows_that_fit
-from rlhf.plan.roles import Measured, measure
 from rlhf.plan.sizes import SIZES
 from rlhf.plan.work import Shape, seconds_of_phases, train_operations
 

@@ -20,9 +20,9 @@ from rlhf.config import DatasetConfig
 from rlhf.data import load_splits
 from rlhf.options import read_options, run_command
 from rlhf.rank.__main__ import RankOptions, run
-from rlhf.rank.answers import Answerer
-from rlhf.rank.export import demonstration_rows, ranked_rows
+from rlhf.rank.ranked_rows import demonstration_rows, ranked_rows
 from rlhf.rank.store import Store, Task
+from rlhf.rank.tasks import Answerer
 
 PAGE = Path(__file__).parents[2] / "docs/ranking.md"
 EXPORTED = (ranked_rows, demonstration_rows)

@@ -72,7 +72,7 @@ def _pair(a: dict[str, Any], b: dict[str, Any]) -> Pair:
 
 
 def key_of(prompt: Any) -> str:
-    """Name a prompt by its text, whatever system message a model adds."""
+    """Name a prompt by its text; the system message that a model adds does not matter."""
     if isinstance(prompt, str):
         return prompt.strip()
     return as_dialogue([turn for turn in prompt if turn["role"] != "system"]).strip()

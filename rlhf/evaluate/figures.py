@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 NUM_EXAMPLES, NUM_CHARACTERS = 3, 1200
 SEPARATED = 6  # coefficient of the length that only verdicts with hardly an exception give
-FEW = 30  # prompts, of which an interval says little
+FEW = 30  # prompts; an interval of fewer says little
 Figures = dict[str, Any]  # the keys of report.json
 
 
