@@ -42,6 +42,7 @@ pipeline "evaluation.scorer=${run}_judge/reward/final" "${@:2}"
 count="$(grep -c '"step": 0,' "$run/ppo/samples.jsonl")"
 head -n "$count" "$run/ppo/samples.jsonl" >"$run/before.jsonl"
 tail -n "$count" "$run/ppo/samples.jsonl" >"$run/after.jsonl"
-"$PYTHON" -m rlhf.evaluate by=scorer "scorer=${run}_judge/reward/final" "a=$run/before.jsonl" "b=$run/after.jsonl" \
-    "out=$run/evaluation"
+[ -f "$run/evaluation/report.json" ] ||
+    "$PYTHON" -m rlhf.evaluate by=scorer "scorer=${run}_judge/reward/final" "a=$run/before.jsonl" "b=$run/after.jsonl" \
+        "out=$run/evaluation"
 "$PYTHON" -m rlhf.report "path=$run"
