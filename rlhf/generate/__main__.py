@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from rlhf.generate import sample
+from rlhf.generate import sample, self_instruct
 from rlhf.options import run_command
 
-MODES = {"sample": (sample, sample.GenerateOptions)}
+MODES: dict[str, tuple[Any, Any]] = {
+    "sample": (sample, sample.GenerateOptions),
+    "self_instruct": (self_instruct, self_instruct.SelfInstructOptions),
+}
 AGAIN = "interrupted; the same command continues"
 
 

@@ -2,6 +2,8 @@
 
     python -m rlhf.generate path=runs/mine/ppo/final prompts=prompts.jsonl out=answers.jsonl
 
+That is mode=sample. `mode=self_instruct --help` is about new tasks after the pattern of a few.
+
 Rows are those that PPO reads: with a `prompt` (text or messages), `messages`, whose last answer is
 left out, or an `instruction`, for example. A .txt file has one prompt per line. Written rows keep
 their other columns and have

@@ -85,6 +85,9 @@ COMMANDS = {
         "trainer.max_steps must be >= 1, or -1",
         "trainer.bf16 cannot be set: set precision=bfloat16",
     ],
+    "rlhf.generate mode=self_instruct path=runs/mine/reward seeds=rows.jsonl": [
+        "path=runs/mine/reward"
+    ],
     "rlhf.export path=./nope out=policy": ["path=./nope: no such directory"],
     "rlhf.reward.report path=./nope": ["path=./nope: no such directory"],
 }
