@@ -6,12 +6,13 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from rlhf.generate import sample, self_instruct
+from rlhf.generate import sample, self_chat, self_instruct
 from rlhf.options import run_command
 
 MODES: dict[str, tuple[Any, Any]] = {
     "sample": (sample, sample.GenerateOptions),
     "self_instruct": (self_instruct, self_instruct.SelfInstructOptions),
+    "self_chat": (self_chat, self_chat.SelfChatOptions),
 }
 AGAIN = "interrupted; the same command continues"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -70,6 +71,12 @@ def check_author(options: AuthorOptions) -> None:
     if not options.model:
         raise InputError(f"model is missing; add model=<name of the model at {options.url}>")
     check_endpoint(str(options.url), options.endpoint, "url")
+
+
+def refusal(reply: Reply) -> str | None:
+    """Why there is no answer, in words that are the same for prompts of all lengths."""
+    text = "is longer than the model's context; fewer or shorter examples fit"
+    return reply.refused and re.sub(r"has \d+ tokens, the model's context \d+", text, reply.refused)
 
 
 class Author:

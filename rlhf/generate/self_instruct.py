@@ -33,7 +33,7 @@ import numpy as np
 from rlhf.config import InputError, knob
 from rlhf.console import progress_bar, say, warn
 from rlhf.data import read_rows
-from rlhf.generate.author import Author, AuthorOptions, Reply, check_author
+from rlhf.generate.author import Author, AuthorOptions, Reply, check_author, refusal
 from rlhf.generate.tasks import (
     BLACKLIST,
     Earlier,
@@ -176,7 +176,7 @@ class Writer:
         first, continues = options.num_seeds + 1, self.author.continues
         read = read_list(reply.text, first, options.list_length, continues, reply.ended)
         if not read:
-            self.dropped[f"answers without a task ({reply.refused or 'no list in them'})"] += 1
+            self.dropped[f"answers without a task ({refusal(reply) or 'no list in them'})"] += 1
         for task in read:
             fault = task if isinstance(task, str) else self.rules.fault(task)
             if fault is not None:

@@ -222,7 +222,7 @@ def test_an_endpoint_writes_rows_that_sft_reads(seeds, tmp_path, capsys):
 
 
 def test_the_command_of_the_page_runs(seeds, tmp_path, capsys, monkeypatch):
-    [command] = commands(PAGE)
+    command = commands(PAGE)[0]
     monkeypatch.chdir(tmp_path)
     with running(Answers(lists)) as server:
         command = command.replace("http://127.0.0.1:8000", server.url)
@@ -313,7 +313,10 @@ def test_wrong_input_is_refused_in_one_line(seeds, tmp_path, capsys):
             in capsys.readouterr().err
         )
     assert main(["mode=self_instuct", "path=a"]) == 2
-    assert "mode=self_instuct is not one of sample, self_instruct" in capsys.readouterr().err
+    assert (
+        "mode=self_instuct is not one of sample, self_instruct, self_chat"
+        in capsys.readouterr().err
+    )
 
 
 def test_each_mode_has_its_own_help(capsys):
