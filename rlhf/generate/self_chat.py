@@ -109,7 +109,8 @@ def _rows(
             if messages:
                 yield {"topic": topic, "messages": messages}
             else:
-                dropped[f"without an answer ({refusal(reply) or 'no transcript'})"] += 1
+                why = "no transcript" if reply.ended else "cut off by response_length"
+                dropped[f"without an answer ({refusal(reply) or why})"] += 1
             bar.update(1)
     bar.close()
 

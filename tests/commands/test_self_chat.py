@@ -96,6 +96,16 @@ def test_the_command_of_the_page_runs(tmp_path, capsys, monkeypatch):
     assert len(Path("chats.jsonl").read_text().splitlines()) == 1
 
 
+def test_a_transcript_that_is_cut_off_is_counted_as_such(tmp_path, capsys):
+    (tmp_path / "q.txt").write_text("A fruit?\n")
+    status, answer = chat("[|AI|] An app")
+    answer["choices"][0]["finish_reason"] = "length"
+    with running(Answers((status, answer))) as server:
+        given = [f"url={server.url}", "model=m", f"prompts={tmp_path}/q.txt"]
+        assert main(["mode=self_chat", *given]) == 2
+    assert "1  without an answer (cut off by response_length)" in capsys.readouterr().err
+
+
 def test_a_directory_whose_context_is_too_short_says_so(tmp_path, capsys):
     policy = write(tmp_path / "final", random_policy())
     (tmp_path / "q.jsonl").write_text('{"prompt": [{"role": "user", "content": "A fruit?"}]}\n')
