@@ -181,7 +181,7 @@ def test_wrong_input_is_one_line_and_status_2(
     # the stages that a run starts from
     for before in ("sft", "reward"):
         (tmp_path / f"runs/demo/{before}/final").mkdir(parents=True)
-    monkeypatch.setattr("rlhf.inputs.check_model", lambda *_: None)
+    monkeypatch.setattr("rlhf.inputs.check_model", lambda *_, **__: None)
     status, output, errors = command(stage, "--config-dir", own, *args)
     (line,) = errors.splitlines()
     assert line.startswith(f"error: {message}")
@@ -354,7 +354,7 @@ def test_a_sweep_prefers_its_own_stages_and_given_paths(tmp_path):
 def test_a_sweep_is_refused_before_its_first_job_if_any_job_cannot_work(
     args, message, command, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("rlhf.inputs.check_model", lambda *_: None)
+    monkeypatch.setattr("rlhf.inputs.check_model", lambda *_, **__: None)
     row = '{"prompt": "Name a fruit.", "completion": "An apple."}\n'
     (tmp_path / "rows.jsonl").write_text(row.replace("a fruit", "fruit 1") + row)
     common = ["dataset=prompt_completion", "dataset.path=rows.jsonl", "dataset.eval_fraction=0.5"]
