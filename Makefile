@@ -67,7 +67,7 @@ $(VLLM)/.installed:
 wheel: $(STAMP)  ## build sdist and wheel into dist/ and check the wheel from an empty directory
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation --outdir dist .
-	RLHF_WHEEL_DIR=dist $(BIN)/python -m pytest -q tests/end_to_end/test_wheel.py
+	RLHF_WHEEL_DIR=dist $(BIN)/python -m pytest -q -m slow tests/end_to_end/test_wheel.py
 
 bench: $(STAMP) $(PEERS)/.installed  ## run the benchmarks at CPU size, minutes; the table is in bench/table.md
 	OMP_NUM_THREADS=1 $(BIN)/python examples/benchmarks/run_all.py --out bench

@@ -47,7 +47,9 @@ def kill_and_resume(stage, wholes, folder, num_kills, seed) -> tuple[int, int]:
     return at_files, runs
 
 
-@pytest.mark.parametrize("stage", ["sft", pytest.param("reward", marks=pytest.mark.slow), "ppo"])
+@pytest.mark.parametrize(
+    "stage", [*(pytest.param(x, marks=pytest.mark.slow) for x in ("sft", "reward")), "ppo"]
+)
 def test_killed_runs_end_as_if_they_had_never_stopped(stage, wholes, tmp_path, capsys):
     num_kills = 2
     at_files, runs = kill_and_resume(stage, wholes, tmp_path, num_kills, seed=len(stage))

@@ -1,7 +1,7 @@
 """The wheel, used the way a stranger uses it: from a folder unrelated to the checkout.
 
 Builds the sdist and, from it, the wheel; unzips the wheel and runs the three commands against that
-copy. Leaves out what the commands do once they train. Run: pytest tests/end_to_end/test_wheel.py
+copy. Leaves out what the commands do once they train. Run: make wheel
 """
 
 import os
@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.slow  # `make wheel` runs them
 
 
 def run_python(*args: str, cwd: Path, pythonpath: Path) -> str:
