@@ -48,7 +48,8 @@ class _Flash(torch.autograd.Function):
 def _attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **others: Any
 ) -> tuple[Any, None]:
-    return _Flash.apply(query, key, value), None
+    half = (x.to(torch.bfloat16) for x in (query, key, value))  # as autocast does
+    return _Flash.apply(*half), None
 
 
 AttentionInterface.register(ATTENTION, _attention)

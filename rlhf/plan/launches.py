@@ -78,13 +78,15 @@ def _trained(model: Measured, setting: Setting, launch: str) -> ModelMemory:
     """A model that trains; its activations are those that do not depend on rows."""
     gradients = FLOAT * model.trained
     n = setting.gpus
+    # with checkpointing, autocast's copies of a block's weights go with its activations
+    copies = model.copies // (model.num_blocks if setting.checkpointing else 1)
     if launch == "ddp":
-        return ModelMemory(model.weights, gradients * (1 + (n > 1)), 2 * gradients, model.copies)
+        return ModelMemory(model.weights, gradients * (1 + (n > 1)), 2 * gradients, copies)
     if launch == "zero2":
-        return ModelMemory(model.weights, gradients // n, 2 * gradients // n, model.copies)
+        return ModelMemory(model.weights, gradients // n, 2 * gradients // n, copies)
     # the block in use, the next one, the gradient of one; embeddings and head for the whole pass
     outer = model.parameters - model.num_blocks * model.block
-    used = (2 * HALF + FLOAT) * model.block + HALF * max(outer, 0)
+    used = FLOAT * (3 * model.block + max(outer, 0)) + copies
     if launch == "fsdp2_offload":
         return ModelMemory(0, 0, 0, used)
     return ModelMemory(model.weights // n, gradients // n, 2 * gradients // n, used)
