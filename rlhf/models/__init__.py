@@ -7,10 +7,10 @@ the sampler pads on the left.
 
 `load` gives each role its model: `build` makes one from a configuration, `weights` reads one from
 files. `adapters` puts LoRA on a model and takes it off again.
-`footprint` counts the memory of a model.
+`roles` puts several models on the layers of one base, `footprint` counts the memory of a model.
 `forward` holds the forward passes, `head` the log-probs that a causal LM gives to tokens.
 
-Left out: sharded models.
+Left out: slices of models on several processes (`rlhf.distributed`).
 """
 
 from rlhf.models.adapters import (
