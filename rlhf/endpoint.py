@@ -16,10 +16,10 @@ import time
 import urllib.error
 import urllib.request
 from http.client import HTTPException
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from rlhf.config import EndpointConfig, InputError, keep_secret
+from rlhf.config import EndpointConfig, InputError, keep_secret, show
 from rlhf.console import warn
 
 PASSING = (408, 425, 429, 500, 502, 503, 504)  # what may be over in a moment
@@ -60,6 +60,35 @@ def ask(url: str, body: Any, endpoint: EndpointConfig, field: str) -> Any:
             time.sleep(min(wait if failure.wait is None else failure.wait, LONGEST_WAIT))
             wait *= 2
     raise AssertionError
+
+
+class Completion(NamedTuple):
+    """The answer of a chat model."""
+
+    text: str
+    is_whole: bool  # False: cut at max_tokens
+    tokens_in: int
+    tokens_out: int
+
+
+def chat_url(base: str) -> str:
+    """Where an OpenAI-compatible endpoint completes chats."""
+    base = base.rstrip("/")
+    return base if base.endswith("/completions") else f"{base}/chat/completions"
+
+
+def complete_chat(url: str, body: Any, endpoint: EndpointConfig, field: str) -> Completion:
+    """Ask for a chat completion; arguments and errors are those of `ask`."""
+    answer = ask(url, body, endpoint, field)
+    try:
+        choice, usage = answer["choices"][0], answer.get("usage") or {}
+        text = str(choice["message"]["content"] or "")
+        tokens = [int(usage.get(f"{name}_tokens") or 0) for name in ("prompt", "completion")]
+        return Completion(text, choice.get("finish_reason") != "length", *tokens)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"{field}={url} answered {show(answer)}; expected a chat completion"
+        ) from error
 
 
 def _ask_once(url: str, body: Any, endpoint: EndpointConfig, where: str) -> Any:

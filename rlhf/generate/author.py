@@ -15,8 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlhf.config import EndpointConfig, InputError, knob, show
-from rlhf.endpoint import ask, check_endpoint
+from rlhf.config import EndpointConfig, InputError, knob
+from rlhf.endpoint import chat_url, check_endpoint, complete_chat
 from rlhf.generate.sample import Answerer, GenerateOptions, Question
 from rlhf.policy import PolicyOptions, check_policies
 
@@ -176,17 +176,6 @@ class Author:
         }
         if options.top_p is not None:
             body["top_p"] = options.top_p
-        url = str(options.url).rstrip("/")
-        if not url.endswith("/completions"):
-            url = f"{url}/chat/completions"
-        answer = ask(url, body, options.endpoint, "url")
-        try:
-            choice, usage = answer["choices"][0], answer.get("usage") or {}
-            text = str(choice["message"]["content"] or "")
-            reply = Reply(text, choice.get("finish_reason") != "length")
-            tokens = [int(usage.get(f"{name}_tokens") or 0) for name in ("prompt", "completion")]
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(
-                f"url={url} answered {show(answer)}; expected a chat completion"
-            ) from error
-        self._keep(key, reply, tokens)
+        found = complete_chat(chat_url(str(options.url)), body, options.endpoint, "url")
+        tokens = found.tokens_in, found.tokens_out
+        self._keep(key, Reply(found.text, found.is_whole), tokens)

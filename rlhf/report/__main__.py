@@ -34,6 +34,7 @@ from rlhf.metrics import METRICS as MEANINGS
 from rlhf.metrics import read_jsonl
 from rlhf.options import run_command
 from rlhf.reward.report.page import stored_text
+from rlhf.rubrics import as_dialogue
 
 TITLES = {"sft": "Supervised fine-tuning", "reward": "Reward model", "ppo": "PPO"}
 OTHERS = {"update": "update that became final/"}  # results that are no metrics
@@ -114,8 +115,8 @@ def section(stage: str, directory: Path) -> dict[str, Any]:
         "report": stored_text(directory / "final") if stage == "reward" else "",
         "report_picture": _uri(report.read_bytes(), "png") if report.is_file() else None,
         "answers": answers(directory, record),
-        "warnings": _read(directory / "watchdog.jsonl")[-MAX_WARNINGS:],
-        "timings": _timings(_read(directory / "timings.jsonl")),
+        "warnings": read_jsonl(directory / "watchdog.jsonl")[-MAX_WARNINGS:],
+        "timings": _timings(read_jsonl(directory / "timings.jsonl")),
         "changed": list(changed_settings(stage, directory)),
         "settings": (directory / CONFIG_FILE).read_text(encoding="utf-8"),
     }
@@ -149,10 +150,6 @@ def _read_record(directory: Path) -> dict[str, Any] | None:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
-def _read(file: Path) -> list[dict[str, Any]]:
-    return read_jsonl(file) if file.is_file() else []
-
-
 def _latest(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The latest held-out metrics of a stage that has not finished."""
     return {name: row[name] for row in rows for name in row if name.startswith("eval_")}
@@ -175,27 +172,18 @@ def _timings(rows: list[dict[str, Any]]) -> dict[str, str]:
 
 def answers(directory: Path, record: dict[str, Any] | None) -> list[Answer]:
     """Pair the answers to the first prompts before training with those of the result."""
-    rows = _read(directory / "samples.jsonl")
+    rows = read_jsonl(directory / "samples.jsonl")
     if not rows:
         return []
     steps = [row.get("step", 0) for row in rows]
     shown = (record or {}).get("metrics", {}).get("update", max(steps))
     by_step: dict[int, dict[str, dict[str, Any]]] = {}
     for step, row in zip(steps, rows, strict=True):
-        by_step.setdefault(step, {}).setdefault(prompt_text(row["prompt"]), row)
+        by_step.setdefault(step, {}).setdefault(as_dialogue(row["prompt"]), row)
     before = by_step[min(steps)] if min(steps) < shown else {}
     after = by_step.get(shown) or by_step[max(steps)]
     found = [Answer(prompt, before.get(prompt), row) for prompt, row in after.items()]
     return found[:MAX_ANSWERS]
-
-
-def prompt_text(prompt: Any) -> str:
-    """A prompt as one text; each turn of a conversation begins with its role."""
-    if isinstance(prompt, str):
-        return prompt
-    if len(prompt) == 1:
-        return str(prompt[0]["content"])
-    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
 
 
 # --- Pictures -------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ import torch
 
 from rlhf.checkpoint import hash_weights
 from rlhf.config import EndpointConfig, InputError, ScorerConfig, show
-from rlhf.endpoint import ask
+from rlhf.endpoint import chat_url, complete_chat
 from rlhf.inputs import check_judge, endpoint_prefix
 from rlhf.policy import Policy, PolicyOptions
 from rlhf.rubrics import LOWEST, read_choice, read_rating, read_rubric
@@ -149,9 +149,8 @@ class EndpointModel:
 
     def __init__(self, endpoint: EndpointConfig, field: str):
         self.endpoint, self.field = endpoint, field
-        base = str(endpoint.url).rstrip("/")
-        self.url = base if base.endswith("/completions") else f"{base}/chat/completions"
-        self.identity = [base, endpoint.model]
+        self.url = chat_url(str(endpoint.url))
+        self.identity = [str(endpoint.url).rstrip("/"), endpoint.model]
 
     def ask(self, texts: Sequence[str], keep: Any) -> list[Answer]:
         """Answers to messages of the user, several at once; `keep` gets each as it comes."""
@@ -170,16 +169,8 @@ class EndpointModel:
             "temperature": 0.0,
             "max_tokens": self.endpoint.max_tokens,
         }
-        answer = ask(self.url, body, self.endpoint, self.field)
-        try:
-            content = answer["choices"][0]["message"]["content"]
-            usage = answer.get("usage") or {}
-            tokens = [int(usage.get(f"{name}_tokens") or 0) for name in ("prompt", "completion")]
-            return Answer(str(content or ""), *tokens)
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(
-                f"{self.field}={self.url} answered {show(answer)}; expected a chat completion"
-            ) from error
+        found = complete_chat(self.url, body, self.endpoint, self.field)
+        return Answer(found.text, found.tokens_in, found.tokens_out)
 
 
 class LocalModel:
