@@ -67,3 +67,9 @@ def kept_bytes(forward: Callable[[], object], model: Any) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed):
         forward()
     return sum(storage.nbytes() for storage in saved.values())
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of the keys and values in a cache of transformers."""
+    tensors = (t for layer in cache.layers for t in vars(layer).values() if torch.is_tensor(t))
+    return sum(tensor.nbytes for tensor in tensors)

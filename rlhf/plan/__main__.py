@@ -148,10 +148,7 @@ def _show_known(options: PlanOptions, card: Card) -> None:
 
     rows = []
     for run in KNOWN:
-        size = run.prompt, run.response
-        setting = Setting(
-            run.stage, options.gpus, *size, False, "float32", False, True, False, False, 64
-        )
+        setting = Setting(run.stage, options.gpus, run.prompt, run.response)
         shape = Shape.of_settings(find_settings(run.size))
         total = sum(seconds_of_phases(shape, setting, card, run.rows, run.epochs).values())
         cost = None if options.price_per_hour is None else round(_cost(total, options))

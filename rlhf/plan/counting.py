@@ -25,7 +25,7 @@ from transformers import (
 
 from rlhf.config import InputError, PeftConfig, one_line
 from rlhf.functional.tokens import BLOCK
-from rlhf.models import add_lora, decoder_blocks, kept_bytes, model_memory, unwrap_peft
+from rlhf.models import add_lora, cache_bytes, decoder_blocks, kept_bytes, model_memory, unwrap_peft
 
 ATTENTION = "rlhf_plan"
 CHUNK = 1024  # ppo.chunk_tokens
@@ -168,5 +168,4 @@ def _kept(model: Any, rows: int, length: int) -> int:
 def _cache_bytes(model: Any) -> int:
     """Bytes of keys and values of a token."""
     cache = _forward(model, 1, 16, use_cache=True).past_key_values
-    tensors = (t for layer in cache.layers for t in vars(layer).values() if torch.is_tensor(t))
-    return sum(t.nbytes for t in tensors) // 16
+    return cache_bytes(cache) // 16

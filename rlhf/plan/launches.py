@@ -25,13 +25,13 @@ class Setting:
     gpus: int
     prompt_length: int  # tokens
     response_length: int
-    lora: bool
-    dtype: str  # of the stored weights of what trains
-    checkpointing: bool
-    critic: bool
-    offload_frozen: bool
-    share_base: bool  # one base in memory, with LoRA adapters for each role
-    sampled_rows: int  # of the rollout, on one GPU
+    lora: bool = False
+    dtype: str = "float32"  # of the stored weights of what trains
+    checkpointing: bool = False
+    critic: bool = True
+    offload_frozen: bool = False
+    share_base: bool = False  # one base in memory, with LoRA adapters for each role
+    sampled_rows: int = 64  # of the rollout, on one GPU
 
     @property
     def length(self) -> int:

@@ -51,7 +51,7 @@ SLOW_CASES = [
     ("opt", 1, True),
     ("opt", 16, True),
 ]
-SETTING = Setting("sft", 1, 24, 40, False, "float32", False, True, False, False, 4)
+SETTING = Setting("sft", 1, 24, 40, sampled_rows=4)
 
 
 def tiny(family: str) -> object:

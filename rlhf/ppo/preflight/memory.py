@@ -26,6 +26,7 @@ from rlhf.distributed import local
 from rlhf.functional.tokens import BLOCK
 from rlhf.models import (
     ModelMemory,
+    cache_bytes,
     chunk_tokens,
     ends_with_head,
     eval_mode,
@@ -247,10 +248,7 @@ def cache_bytes_per_token(model: Any, part: Responses) -> int:
     cache = DynamicCache(config=unwrap_peft(model).config)
     with eval_mode(model):  # gradient checkpointing drops the cache
         model(**prefill_inputs(model, ids, mask), past_key_values=cache, use_cache=True)
-    kept = sum(
-        t.nbytes for layer in cache.layers for t in vars(layer).values() if torch.is_tensor(t)
-    )
-    return -(-kept // ids.shape[1])
+    return -(-cache_bytes(cache) // ids.shape[1])
 
 
 # --- What there is --------------------------------------------------------------------------------
