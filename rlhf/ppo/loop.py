@@ -214,10 +214,21 @@ class PPOLoop:
     def _write_result(self, figures: dict[str, float]) -> None:
         """Write `critic/` and `final/`, on the main process; all gather what is sharded."""
         actors, config = self.trainer.actors, self.config
-        tokenizer, origin = actors.tokenizer, config.model.path
-        record = make_record(
-            "ppo", config, origin, tokenizer, self.splits.prompts, self.splits.dropped, figures
-        )
+        # elsewhere None: it takes hashes of whole models
+        record = self._record(figures) if self.trainer.accelerator.is_main_process else None
+        self._write_critic(record)  # first: a run with final/ counts as finished
+        with self.trainer.updater.averaged_weights():
+            parts = actors.policy, config.peft, config.model.path, config.model.revision
+            policy, adapter = what_to_save(*parts)
+            if record is not None:
+                final, tokenizer = self.directory / "final", actors.tokenizer
+                write_stage(final, policy, tokenizer, config, record, write_adapter=adapter)
+
+    def _record(self, figures: dict[str, float]) -> StageRecord:
+        """What `final/rlhf.json` says."""
+        actors, config = self.trainer.actors, self.config
+        origin = config.model.path, actors.tokenizer, self.splits.prompts, self.splits.dropped
+        record = make_record("ppo", config, *origin, figures)
         record.reference = config.ppo.reference
         record.sampling = actors.sampling
         record.shared_base = actors.shared_base or None
@@ -225,15 +236,9 @@ class PPOLoop:
         record.compiled = actors.compiled or None
         record.sharding = describe_sharding(self.trainer.accelerator)
         record.reference_weights = parent_weights(record.reference)
-        self._write_critic(record)  # first: a run with final/ counts as finished
-        with self.trainer.updater.averaged_weights():
-            parts = actors.policy, config.peft, origin, config.model.revision
-            policy, adapter = what_to_save(*parts)
-            if self.trainer.accelerator.is_main_process:
-                final = self.directory / "final"
-                write_stage(final, policy, tokenizer, config, record, write_adapter=adapter)
+        return record
 
-    def _write_critic(self, record: StageRecord) -> None:
+    def _write_critic(self, record: StageRecord | None) -> None:
         """Write the critic of the policy in `final/`, for `critic.init` of a later run; its values
         are (raw - score_mean) / score_std."""
         critic, tokenizer = self.trainer.actors.critic, self.trainer.actors.tokenizer
@@ -241,12 +246,12 @@ class PPOLoop:
             return
         source, _ = critic_source(self.config)
         source = self.config.model if self.config.ppo.share_base else source  # the adapter's base
-        own = replace(record, stage="critic", score_mean=critic.mean, score_std=critic.std)
-        own.parent, own.parent_weights = source.path, parent_weights(source.path)
         parts = critic.model, self.config.peft, source.path, source.revision
         model, adapter = what_to_save(*parts)
-        if not self.trainer.accelerator.is_main_process:
+        if record is None:
             return
+        own = replace(record, stage="critic", score_mean=critic.mean, score_std=critic.std)
+        own.parent, own.parent_weights = source.path, parent_weights(source.path)
         directory = self.directory / "critic"
         write_stage(directory, model, tokenizer, self.config, own, write_adapter=adapter)
 
