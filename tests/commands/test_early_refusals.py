@@ -11,7 +11,15 @@ import pytest
 from helpers.commands import run
 from helpers.tiny_ppo import make_config
 
-from rlhf.config import InputError
+from rlhf.config import (
+    DatasetConfig,
+    EvaluationConfig,
+    InputError,
+    ModelConfig,
+    PPOConfig,
+    PPOStageConfig,
+    ScorerConfig,
+)
 from rlhf.inputs import check_inputs
 
 TORCH = 'raise SystemExit("torch was imported")\n'
@@ -167,3 +175,64 @@ def test_ppo_without_an_evaluation_needs_no_held_out_rows(policy_dir, tmp_path):
     config.evaluation.num_prompts, config.dataset.eval_fraction = 4, 0.0
     with pytest.raises(InputError, match="no row to evaluate on"):
         check_inputs(config, "ppo")
+
+
+# --- What is looked at, and what is not -----------------------------------------------------------
+
+
+POLICY, SCORER = "runs/new/sft/final", "runs/new/reward/final"
+
+
+def ppo_after_the_earlier_stages(**values) -> PPOStageConfig:
+    """PPO of a run whose other stages have not ended."""
+    values = {"dataset": DatasetConfig("owner/rows"), "scorer": ScorerConfig(SCORER)} | values
+    return PPOStageConfig(
+        run_name="new",
+        model=ModelConfig(POLICY, chat_template="named_by_its_tokenizer"),
+        ppo=PPOConfig(reference=POLICY),
+        evaluation=EvaluationConfig(scorer=SCORER),
+        **values,
+    )
+
+
+@pytest.mark.parametrize("path", ["owner/rows", "large.jsonl"])
+def test_the_name_of_a_format_is_checked_where_only_the_stage_reads_the_rows(
+    path, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("rlhf.inputs.MOST_BYTES", 5)
+    (tmp_path / "large.jsonl").write_text("not read")
+    config = ppo_after_the_earlier_stages(dataset=DatasetConfig(path, format="prompts_only"))
+    with pytest.raises(InputError, match="^dataset.format='prompts_only' is neither one of"):
+        check_inputs(config, "ppo", ["sft", "reward"])
+    config.dataset.format = "prompt_completion"
+    check_inputs(config, "ppo", ["sft", "reward"])
+
+
+@pytest.mark.parametrize("setting", ["path", "eval_path", "format"])
+def test_a_function_for_rows_that_cannot_be_imported_is_named_by_its_setting(setting):
+    value = "gone.read" if setting == "format" else "python:gone.rows"
+    config = ppo_after_the_earlier_stages()
+    setattr(config.dataset, setting, value)
+    with pytest.raises(InputError, match=f"^dataset.{setting}='{value}' cannot be imported"):
+        check_inputs(config, "ppo", ["sft", "reward"])
+
+
+def test_only_what_an_earlier_stage_of_the_pipeline_makes_may_be_missing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def missing(config: PPOStageConfig, *earlier: str) -> list[str]:
+        try:
+            check_inputs(config, "ppo", earlier)
+        except InputError as error:
+            return [line.split("=")[0] for line in str(error).splitlines()]
+        return []
+
+    config, scorers = ppo_after_the_earlier_stages(), ["scorer.path", "evaluation.scorer"]
+    assert missing(config, "sft", "reward") == []
+    assert missing(config, "sft") == scorers
+    assert missing(config) == ["model.path", "model.chat_template", "ppo.reference", *scorers]
+    parts = [{"path": SCORER}, {"path": "runs/old/reward/final"}]
+    config = ppo_after_the_earlier_stages(scorer=ScorerConfig(components=parts))
+    config.ppo.reference = "runs/old/sft/final"
+    assert missing(config, "sft", "reward") == ["ppo.reference", "scorer.components[1].path"]
