@@ -364,8 +364,9 @@ def headline(result: dict[str, Any], main: dict[str, Any]) -> str:
     text += f"; optimise at {main['optimise_share']:.0%} of the machine's rate"
     if result["ratio_to_trl"] is None:
         return text
-    ratios = result["ratio_to_trl"], result["memory_ratio_to_trl"]
-    return "{:.2f} of TRL's time, {:.2f} of its memory; ".format(*ratios) + text
+    ratios = (result[f"{name}ratio_to_trl"] for name in ("", "cpu_", "memory_"))
+    words = "{:.2f} of TRL's time ({:.2f} of its CPU time), {:.2f} of its memory; "
+    return words.format(*ratios) + text
 
 
 def main() -> None:

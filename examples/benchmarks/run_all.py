@@ -20,9 +20,9 @@ SMALL = ["--preset", "small"]
 PARTS = {
     "ppo": ["ppo_step.py", *SMALL, "--batch", "16"],
     "ppo-half": ["ppo_step.py", *SMALL, "--batch", "16", "--lengths", "half"],
-    "ppo-half-padding-free": [
+    "ppo-half-shared-trunk": [
         *("ppo_step.py", *SMALL, "--batch", "16", "--lengths", "half"),
-        *("--set", "model.forward=padding_free"),
+        *("--set", "critic.share_trunk=true"),
     ],
     "decode": ["decode.py", *SMALL, "--rows", "32", "--tokens", "32"],
     "memory": ["memory.py", *SMALL, "--batch", "16"],

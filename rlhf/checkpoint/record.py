@@ -48,6 +48,7 @@ class StageRecord:
         forward: "padding-free", or "padded" and the reason; None for an exported checkpoint.
         sampling: the engine with which PPO sampled, with the reason where it is "loop".
         compiled: which models PPO compiled, where it was asked to.
+        optimizer: which models PPO updated in one kernel, if any.
         sharding: how processes shared the weights, where they did.
         shared_base: what PPO kept on one base, where it was asked to.
         frozen: how PPO stored the models that it does not train, where that is special.
@@ -80,6 +81,7 @@ class StageRecord:
     frozen: str | None = None
     shared_base: str | None = None
     compiled: str | None = None
+    optimizer: str | None = None
     sharding: str | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)

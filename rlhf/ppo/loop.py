@@ -41,6 +41,7 @@ from rlhf.metrics import MetricsWriter
 from rlhf.models import what_to_save
 from rlhf.ppo.critic import critic_source
 from rlhf.ppo.evaluation import Evaluator, describe_selection, selection_value
+from rlhf.ppo.optimizer import describe_optimizers
 from rlhf.ppo.result import PPOResult, closing_table
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.ppo.watchdog import Watchdog
@@ -76,6 +77,8 @@ class PPOLoop:
         """Train to the end, or until interrupted; write `final/`."""
         trainer = self.trainer
         self._resume()
+        if kernels := describe_optimizers(trainer.updater.optimizers):
+            say(f"optimiser: {kernels}")
         writer = MetricsWriter(self.directory, self.config, "ppo", run_id(self.directory))
         try:
             with GracefulStop(self.config.checkpoint.grace_seconds, self.directory) as stop:
@@ -234,6 +237,7 @@ class PPOLoop:
         record.shared_base = actors.shared_base or None
         record.frozen = actors.frozen or None
         record.compiled = actors.compiled or None
+        record.optimizer = describe_optimizers(self.trainer.updater.optimizers) or None
         record.sharding = describe_sharding(self.trainer.accelerator)
         record.reference_weights = parent_weights(record.reference)
         return record

@@ -12,7 +12,7 @@ Sources: N = "The N implementation details of RLHF with PPO" (ICLR blog track 20
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rlhf.checkpoint import NonFiniteError
-from rlhf.config import PPOConfig, PPOStageConfig, learning_rates
+from rlhf.config import PPOStageConfig, learning_rates
 from rlhf.distributed import clip_gradients, is_sharded, share
 from rlhf.functional import (
     Stats,
@@ -36,6 +36,7 @@ from rlhf.functional import (
     value_loss,
 )
 from rlhf.ppo.actors import Actors
+from rlhf.ppo.optimizer import make_optimizer
 from rlhf.ppo.passes import critic_values, policy_outputs, text_loss
 from rlhf.ppo.rollout import Experience, Rollout, micro_batches, minibatches, stream_rows
 from rlhf.ppo.sampler_gap import require_sampler
@@ -340,27 +341,6 @@ class Updater:
             for group in self.optimizers[model].param_groups:
                 group["lr"] = rate * factor
         return rates
-
-
-def make_optimizer(parameters: Iterable[Tensor], rate: float, ppo: PPOConfig) -> torch.optim.AdamW:
-    """Make the optimiser of a model.
-
-    Weight decay applies to matrices only: weights of linear layers (the scalar head's and LoRA's
-    too) and embeddings. Biases and norms have one dimension and no decay, as in transformers.
-
-    On a GPU, one kernel updates all weights (`fused`); its results differ from those of the loop by
-    rounding. A CPU takes the loop, so that figures stay as published; a step is a small part there.
-
-    Source: eps 1e-5, no decay: N, N+. Betas 0.9, 0.95: IG; with decay 0.1: Llama 2 (2307.09288).
-    """
-    parameters = list(parameters)
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": ppo.weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1]},
-    ]
-    common: dict[str, Any] = {"betas": tuple(ppo.adam_betas), "eps": ppo.adam_epsilon}
-    common["fused"] = parameters[0].is_cuda
-    return torch.optim.AdamW(groups, lr=rate, weight_decay=0.0, **common)
 
 
 # --- Statistics ---------------------------------------------------------------------------------

@@ -1,7 +1,4 @@
-"""The optimiser of policy and critic: one kernel on a GPU, the plain loop on a CPU.
-
-The kernel exists for CPUs too, which is how it is held against the loop here.
-"""
+"""The optimiser of policy and critic: one kernel on a GPU and for large models, else the loop."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rlhf.checkpoint.state import load_training_state, save_training_state
 from rlhf.config import PPOConfig, PPOStageConfig
-from rlhf.ppo.update import make_optimizer
+from rlhf.ppo.optimizer import describe_optimizers, make_optimizer
 
 DEVICES = [pytest.param("cuda", marks=pytest.mark.gpu), "cpu"]
 
@@ -39,11 +36,29 @@ def with_one_kernel(parameters):
     return optimizer
 
 
-def test_the_optimiser_is_one_kernel_on_a_gpu_alone():
-    assert not make_optimizer(make_parameters(), 1e-2, PPOConfig()).defaults["fused"]
+def optimizer_of(shape, device="cpu", fused_adam=None):
+    parameter = torch.empty(shape, device=device, requires_grad=True)
+    return make_optimizer([parameter], 1e-2, PPOConfig(fused_adam=fused_adam))
+
+
+def test_one_kernel_updates_large_models_and_those_on_a_gpu_unless_told_otherwise():
+    assert not optimizer_of((999, 1000)).defaults["fused"]
     with FakeTensorMode():  # tensors that say they are on a GPU
-        on_gpu = [torch.empty(3, 3, device="cuda", requires_grad=True)]
-        assert make_optimizer(on_gpu, 1e-2, PPOConfig()).defaults["fused"]
+        assert optimizer_of((3, 3), "cuda").defaults["fused"]
+        assert not optimizer_of((3, 3), "cuda", fused_adam=False).defaults["fused"]
+    large = optimizer_of((1000, 1000))
+    assert large.defaults["fused"]
+    assert not optimizer_of((1000, 1000), fused_adam=False).defaults["fused"]
+    assert optimizer_of((3, 3), fused_adam=True).defaults["fused"]
+
+
+def test_what_is_printed_names_the_models_that_one_kernel_updates():
+    small, large = optimizer_of((3, 3)), optimizer_of((3, 3), fused_adam=True)
+    assert describe_optimizers({"policy": small, "critic": small}) == ""
+    assert describe_optimizers({"policy": small, "critic": large}).startswith(
+        "AdamW in one kernel for critic (ppo.fused_adam=false"
+    )
+    assert "for policy and critic (" in describe_optimizers({"policy": large, "critic": large})
 
 
 @pytest.mark.parametrize("device", DEVICES)

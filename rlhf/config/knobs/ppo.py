@@ -120,6 +120,9 @@ class PPOConfig:
     """Two betas of AdamW, for policy and critic, each in [0, 1) (InstructGPT: [0.9, 0.95])."""
     adam_epsilon: float = knob(1e-5, gt=0)
     """Epsilon of AdamW, for policy and critic."""
+    fused_adam: bool | None = None
+    """Update all weights of a model in one kernel; numbers change by rounding (null: on a GPU, and
+    on a CPU for models that train at least a million weights)."""
     weight_decay: float = knob(0.0, ge=0)
     """Weight decay of matrices; biases and norms have none."""
     max_grad_norm: float = knob(1.0, gt=0)
