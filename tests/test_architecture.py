@@ -19,7 +19,7 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 # From the ground up. A module imports only from floors below its own; every module has a floor.
 FLOORS = [
     {"functional", "config"},
-    {"console", "gguf_files"},
+    {"console", "gguf_files", "slurm"},
     {"trackers"},
     {"options", "overrides", "next_commands", "metrics", "hub", "endpoint", "rubrics"},
     {"curves", "vllm_server"},
