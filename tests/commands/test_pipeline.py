@@ -185,17 +185,22 @@ def finish(step) -> None:
 def stages(folder, monkeypatch):
     """Plays the stages: the names of those that ran; `fail` maps a stage to its exit status."""
 
-    played = SimpleNamespace(ran=[], fail={})
+    played = SimpleNamespace(ran=[], fail={}, steps={})
+
+    def remembered_plan(options):
+        steps = plan(options)
+        played.steps = {step.stage: step for step in steps}
+        return steps
 
     def run_stage(stage, arguments):
         played.ran.append(stage)
+        assert arguments == played.steps[stage].arguments
         if stage in played.fail:
             return played.fail[stage]
-        overrides = [f"{stage}.{a}" for a in arguments if not a.startswith("recipe=")]
-        (step,) = plan(PipelineOptions([stage], ["recipe=demo", *overrides]))
-        finish(step)
+        finish(played.steps[stage])
         return 0
 
+    monkeypatch.setattr(rlhf.pipeline, "plan", remembered_plan)
     monkeypatch.setattr(rlhf.pipeline, "run_stage", run_stage)
     return played
 

@@ -180,10 +180,14 @@ def test_the_readmes_stages_run_with_the_real_defaults(tmp_path, machine):
     run_stages_of_readme(write_files(tmp_path), machine)
 
 
-def test_the_readmes_python_runs(folder, machine):
+@pytest.mark.parametrize("num_updates", [1, pytest.param(20, marks=pytest.mark.slow)])
+def test_the_readmes_python_runs(num_updates, folder, machine):
     ((_, code),) = blocks(README, "python")
     assert len([line for line in code.splitlines() if line.strip()]) <= 12
+    assert "num_updates=20)" in code
+    code = code.replace("num_updates=20)", f"num_updates={num_updates})")
     (folder / "readme.py").write_text(code)
+    shutil.rmtree(folder / "runs/short", ignore_errors=True)
     printed = check_runs("python readme.py", folder, **machine)
     assert printed.rstrip().endswith("runs/short/ppo/final")
 
