@@ -6,13 +6,15 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from rlhf.generate import sample, self_chat, self_instruct
+from rlhf.generate import sample, score_rows, self_chat, self_instruct, two_agents
 from rlhf.options import run_command
 
 MODES: dict[str, tuple[Any, Any]] = {
     "sample": (sample, sample.GenerateOptions),
     "self_instruct": (self_instruct, self_instruct.SelfInstructOptions),
     "self_chat": (self_chat, self_chat.SelfChatOptions),
+    "two_agents": (two_agents, two_agents.TwoAgentsOptions),
+    "score_rows": (score_rows, score_rows.ScoreRowsOptions),
 }
 AGAIN = "interrupted; the same command continues"
 

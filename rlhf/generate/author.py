@@ -1,24 +1,33 @@
-"""A language model that writes data: one of our directories, or one behind an endpoint.
+"""A language model that writes data, and what all modes that ask one share: begin, save, report.
 
-Every answer goes into `<out>.answers.sqlite` as soon as it is there. A command that is given again,
-after a stop or with another num_rows, asks for those alone that are not in it.
+The model is one of our directories, or one behind an endpoint. Every answer goes into
+`<out>.answers.sqlite` as soon as it is there. A command that is given again, after a stop or with
+another num_rows, asks for those alone that are not in it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf.config import EndpointConfig, InputError, knob
+from rlhf.console import say
 from rlhf.endpoint import chat_url, check_endpoint, complete_chat
 from rlhf.generate.sample import Answerer, GenerateOptions, Question
+from rlhf.options import check_options
 from rlhf.policy import PolicyOptions, check_policies
+from rlhf.row_file import new_file
+
+THOUGHTS_END = "</think>"  # what a model thinks before its answer is not read
 
 
 @dataclass(kw_only=True)
@@ -31,6 +40,8 @@ class AuthorOptions(PolicyOptions):
     """Or an OpenAI-compatible endpoint that writes, such as http://127.0.0.1:8000/v1."""
     model: str | None = None
     """Name of the model at url."""
+    out: str | None = None
+    """File to write."""
     key_env: str | None = None
     """Environment variable that holds the key of the endpoint; the key is never written."""
     timeout: float = knob(300.0, gt=0)
@@ -55,22 +66,79 @@ class Reply(NamedTuple):
     ended: bool  # by itself, not by the longest length
     refused: str | None = None
 
+    @property
+    def said(self) -> str:
+        """The answer without what the model thought before it."""
+        return self.text.rpartition(THOUGHTS_END)[2].strip()
 
-def check_author(options: AuthorOptions) -> None:
+
+@contextmanager
+def begun(
+    options: AuthorOptions, source: str, suffix: str, read: Callable[[Path], Any]
+) -> Iterator[tuple[Path, Any, Author]]:
+    """Begin a command: check its options, read its rows, load the model, and say what was found.
+
+    Args:
+        source: file of the rows.
+        suffix: of the file to write, where `out` is not given.
+
+    Returns:
+        Path of the file to write, the rows, and the model; other processes are kept from the file.
+    """
+    check_options(options)
+    check_author(options)
+    file = Path(source).expanduser()
+    out = Path(options.out or file.with_suffix(suffix))
+    with new_file(out):
+        rows = read(file)
+        with closing(Author(options, out)) as author:
+            say(f"{author.describe()}\n{len(rows):,} rows in {file}")
+            yield out, rows, author
+
+
+def save_rows(out: Path, rows: Iterable[dict[str, Any]]) -> int:
+    """Write rows as they come, and give the file its name; return their number.
+
+    Without any row there is no file: the caller says why.
+    """
+    partial, count = out.with_name(f"{out.name}.partial"), 0
+    with partial.open("w", encoding="utf-8") as stream:
+        for row in rows:
+            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+            stream.flush()
+            count += 1
+        os.fsync(stream.fileno())
+    os.replace(partial, out) if count else partial.unlink()
+    return count
+
+
+def left_out(dropped: Counter[str]) -> str:
+    """What was left out and why, for the end of a line."""
+    reasons = [f"\n  {count:>6,}  {reason}" for reason, count in dropped.most_common()]
+    return f"; left out:{''.join(reasons)}" if reasons else ""
+
+
+def check_author(options: AuthorOptions, prefix: str = "") -> None:
     """Check, before a model loads, that there is one, and one only.
+
+    Args:
+        prefix: of the names of its options, for messages.
 
     Raises:
         InputError: says what is wrong.
     """
+    path, url, model = (f"{prefix}{name}" for name in ("path", "url", "model"))
     if bool(options.path) == bool(options.url):
         given = "both are given" if options.path else "neither is given"
-        raise InputError(f"add path=<model directory>, or url=<endpoint> and model=<name>; {given}")
+        raise InputError(
+            f"add {path}=<model directory>, or {url}=<endpoint> and {model}=<name>; {given}"
+        )
     if options.path:
-        check_policies(options, {"path": options.path})
+        check_policies(options, {path: options.path})
         return
     if not options.model:
-        raise InputError(f"model is missing; add model=<name of the model at {options.url}>")
-    check_endpoint(str(options.url), options.endpoint, "url")
+        raise InputError(f"{model} is missing; add {model}=<name of the model at {options.url}>")
+    check_endpoint(str(options.url), options.endpoint, url)
 
 
 def refusal(reply: Reply) -> str | None:
@@ -80,9 +148,10 @@ def refusal(reply: Reply) -> str | None:
 
 
 class Author:
-    """A model that answers numbered prompts; each answer is kept.
+    """A model that answers numbered prompts, texts or conversations; each answer is kept.
 
     Attributes:
+        stop: texts at which an endpoint ends an answer.
         continues: the model continues text; it answers no conversation.
         num_asked, num_known: answers that the model gave, and those that the file had.
     """
@@ -92,7 +161,7 @@ class Author:
         from rlhf.checkpoint import hash_weights
         from rlhf.scorers.answer_file import AnswerFile
 
-        self.options = options
+        self.options, self.stop = options, list[str]()
         self.answerer: Any = None
         self.temperature, identity = options.temperature, [options.url, options.model]
         if options.path:
@@ -129,18 +198,20 @@ class Author:
         """Close the file of answers."""
         self.file.database.close()
 
-    def ask(self, first: int, prompts: Sequence[str]) -> list[Reply]:
-        """Answers to prompts, numbered from `first`; a number and its prompt are asked once."""
+    def ask(self, numbers: Sequence[int], prompts: Sequence[Any]) -> list[Reply]:
+        """Answers to prompts; a number, which chooses the random ones, and its prompt are asked
+        once."""
+        identity = [*self.identity, *([self.stop] if self.stop and self.answerer is None else [])]
         keys = [
-            self.file.key([*self.identity, number], prompt)
-            for number, prompt in enumerate(prompts, start=first)
+            self.file.key([*identity, number], prompt)
+            for number, prompt in zip(numbers, prompts, strict=True)
         ]
         known = self.file.read(keys)
         missing = [i for i, key in enumerate(keys) if key not in known]
         self.num_asked += len(missing)
         self.num_known += len(keys) - len(missing)
         if missing and self.answerer is not None:
-            self._sample(first, prompts, keys)
+            self._sample(numbers, prompts, keys)
         elif missing:
             self._request([(keys[i], prompts[i]) for i in missing])
         found = self.file.read(keys)
@@ -151,31 +222,36 @@ class Author:
 
         self.file.write(key, Answer(json.dumps(reply._asdict()), *tokens))
 
-    def _sample(self, first: int, prompts: Sequence[str], keys: Sequence[str]) -> None:
+    def _sample(self, numbers: Sequence[int], prompts: Sequence[Any], keys: Sequence[str]) -> None:
         """Answer all prompts, also those that are known: batches stay as they were."""
-        questions = [Question(first + i, {}, prompt) for i, prompt in enumerate(prompts)]
+        pairs = zip(numbers, prompts, strict=True)
+        questions = [Question(number, {}, prompt) for number, prompt in pairs]
         self.answerer.prepare(questions, Path("prompts"))
         for key, row in zip(keys, self.answerer(questions), strict=True):
             reply = Reply(row["response"], row.get("ended", True), row.get("not_answered"))
             self._keep(key, reply)
 
-    def _request(self, asked: Sequence[tuple[str, str]]) -> None:
+    def _request(self, asked: Sequence[tuple[str, Any]]) -> None:
         """Ask the endpoint, several prompts at once; keep each answer as it comes."""
         from rlhf.scorers.remote import at_once
 
         at_once([partial(self._request_one, *one) for one in asked], self.options.num_requests)
 
-    def _request_one(self, key: str, prompt: str) -> None:
+    def _request_one(self, key: str, prompt: Any) -> None:
         options, system = self.options, self.options.system
-        messages = [{"role": "system", "content": system}] if system is not None else []
-        body = {
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if system is not None:
+            turns = [{"role": "system", "content": system}, *turns]
+        body: dict[str, Any] = {
             "model": options.model,
-            "messages": [*messages, {"role": "user", "content": prompt}],
+            "messages": turns,
             "temperature": self.temperature,
             "max_tokens": options.response_length,
         }
         if options.top_p is not None:
             body["top_p"] = options.top_p
+        if self.stop:
+            body["stop"] = self.stop
         found = complete_chat(chat_url(str(options.url)), body, options.endpoint, "url")
         tokens = found.tokens_in, found.tokens_out
         self._keep(key, Reply(found.text, found.is_whole), tokens)

@@ -3,7 +3,8 @@
     python -m rlhf.generate path=runs/mine/ppo/final prompts=prompts.jsonl out=answers.jsonl
 
 That is mode=sample. `mode=self_instruct --help` is about new tasks after the pattern of a few,
-`mode=self_chat --help` about conversations that begin with given questions.
+`mode=self_chat --help` about conversations that begin with given questions,
+`mode=two_agents --help` about those of two models, `mode=score_rows --help` about scores.
 
 Rows are those that PPO reads: with a `prompt` (text or messages), `messages`, whose last answer is
 left out, or an `instruction`, for example. A .txt file has one prompt per line. Written rows keep

@@ -14,22 +14,17 @@ question. A stopped command continues when it is given again; all answers of the
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rlhf.config import InputError, knob
 from rlhf.console import progress_bar, say
-from rlhf.generate.author import Author, AuthorOptions, Reply, check_author, refusal
+from rlhf.generate.author import Author, AuthorOptions, Reply, begun, left_out, refusal, save_rows
 from rlhf.generate.sample import Question, read_prompts
-from rlhf.options import check_options
-from rlhf.row_file import new_file
 
 PROMPT = """\
 Below is the beginning of a transcript: a person talks with an assistant. Lines of the person \
@@ -65,47 +60,37 @@ def run(options: SelfChatOptions) -> None:
         InputError: a value is not allowed, the output exists already, the questions cannot be read,
             the endpoint fails, or no transcript has an answer.
     """
-    check_options(options)
-    check_author(options)
-    source = Path(options.prompts).expanduser()
-    out = Path(options.out or source.with_suffix(".chats.jsonl"))
-    with new_file(out):
-        questions, _ = read_prompts(source)
-        dropped: Counter[str] = Counter()
-        with closing(Author(options, out)) as author:
-            say(author.describe())
-            rows = list(_rows(questions, options, author, dropped))
-        listed = "".join(f"\n  {count:>6,}  {why}" for why, count in dropped.most_common())
-        line = f"{len(rows):,} conversations from {len(questions):,} questions"
-        line += f"; left out:{listed}" if listed else ""
+    dropped: Counter[str] = Counter()
+    with begun(options, options.prompts, ".chats.jsonl", questions_of) as (out, questions, author):
+        rows = list(_rows(questions, options, author, dropped))
+        line = f"{len(rows):,} conversations from {len(questions):,} questions{left_out(dropped)}"
         if not rows:
             raise InputError(f"no conversation was written; {line}")
-        partial = out.with_name(f"{out.name}.partial")
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, out)
+        save_rows(out, rows)
     num_turns = sum(len(row["messages"]) for row in rows) / 2 / len(rows)
     known = f", {author.num_known:,} answers known before" if author.num_known else ""
     say(f"{line}\n{num_turns:.1f} questions a conversation{known}\nsaved {out}")
+
+
+def questions_of(source: Path) -> list[Question]:
+    """The questions that begin conversations."""
+    return read_prompts(source)[0]
 
 
 def _rows(
     questions: list[Question], options: SelfChatOptions, author: Author, dropped: Counter[str]
 ) -> Iterator[dict[str, Any]]:
     bar = progress_bar(len(questions), 0, "conversation")
-    topics = {question.number: _topic(question) for question in questions}
-    for question in questions:
-        if topics[question.number] is None:
-            dropped[f"questions without text ({question.not_answered or 'no user turn'})"] += 1
-    asked = [(number, topic) for number, topic in topics.items() if topic]
+    asked = topics_of(questions, dropped)
     for start in range(0, len(asked), author.num_together):
         part = asked[start : start + author.num_together]
         prompts = []
-        for _, topic in part:
+        for topic in part:
             prompt = PROMPT.format(question=topic, turns=options.max_turns)
             prompts.append(prompt if author.continues else prompt + TO_BEGIN)
-        for (_, topic), reply in zip(part, author.ask(start, prompts), strict=True):
-            messages = read_transcript(str(topic), reply, options.max_turns, author.continues)
+        replies = author.ask(range(start, start + len(part)), prompts)
+        for topic, reply in zip(part, replies, strict=True):
+            messages = read_transcript(topic, reply, options.max_turns, author.continues)
             if messages:
                 yield {"topic": topic, "messages": messages}
             else:
@@ -113,6 +98,17 @@ def _rows(
                 dropped[f"without an answer ({refusal(reply) or why})"] += 1
             bar.update(1)
     bar.close()
+
+
+def topics_of(questions: list[Question], dropped: Counter[str]) -> list[str]:
+    """The texts of the questions; those without one are counted."""
+    topics = []
+    for question in questions:
+        if topic := _topic(question):
+            topics.append(topic)
+        else:
+            dropped[f"questions without text ({question.not_answered or 'no user turn'})"] += 1
+    return topics
 
 
 def _topic(question: Question) -> str | None:
@@ -132,7 +128,7 @@ def read_transcript(
 
     A transcript may begin with the question again. Returns [] where there is no answer to it.
     """
-    before, *parts = MARKER.split(reply.text.rpartition("</think>")[2])
+    before, *parts = MARKER.split(reply.said)
     turns = list(zip(parts[::2], parts[1::2], strict=True))
     if (continues or not turns or turns[0][0] == "Human") and before.strip():
         turns.insert(0, ("AI", before))  # the prompt ends with the marker of the assistant

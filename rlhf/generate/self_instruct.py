@@ -19,12 +19,10 @@ A stopped command continues when it is given again; all answers of the model are
 
 from __future__ import annotations
 
-import json
-import os
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +31,7 @@ import numpy as np
 from rlhf.config import InputError, knob
 from rlhf.console import progress_bar, say, warn
 from rlhf.data import read_rows
-from rlhf.generate.author import Author, AuthorOptions, Reply, check_author, refusal
+from rlhf.generate.author import Author, AuthorOptions, Reply, begun, left_out, refusal, save_rows
 from rlhf.generate.tasks import (
     BLACKLIST,
     Earlier,
@@ -43,8 +41,7 @@ from rlhf.generate.tasks import (
     read_list,
     require_rapidfuzz,
 )
-from rlhf.options import check_options
-from rlhf.row_file import new_file, refuse_rows
+from rlhf.row_file import refuse_rows
 
 
 @dataclass(kw_only=True)
@@ -60,7 +57,8 @@ class SelfInstructOptions(AuthorOptions):
     num_seeds: int = knob(3, ge=1)
     """Seeds that a prompt shows."""
     list_length: int = knob(20, ge=2)
-    """Tasks in the list that the model completes, with the seeds."""
+    """Number at which the list ends: the model completes the tasks after the seeds, before this
+    number."""
     similarity: float = knob(0.7, gt=0, le=1)
     """An instruction with this ROUGE-L F or more to a seed or an earlier task is left out."""
     min_words: int = knob(4, ge=1)
@@ -85,21 +83,18 @@ def run(options: SelfInstructOptions) -> None:
         InputError: a value is not allowed, the output exists already, the seeds cannot be read, the
             endpoint fails, or the model writes no task that passes.
     """
-    check_options(options)
-    if options.list_length <= options.num_seeds:
+    if options.list_length < options.num_seeds + 2:
         raise InputError(
-            f"list_length={options.list_length} must be more than num_seeds={options.num_seeds}"
+            f"list_length={options.list_length} leaves no room after num_seeds="
+            f"{options.num_seeds}; give list_length={options.num_seeds + 2} or more"
         )
     require_rapidfuzz()
-    check_author(options)
-    source = Path(options.seeds).expanduser()
-    out = Path(options.out or source.with_suffix(".new.jsonl"))
-    with new_file(out):
-        seeds = read_seeds(source, options)
-        with closing(Author(options, out)) as author:
-            say(f"{author.describe()}\n{len(seeds):,} seeds in {source}")
-            writer = Writer(options, seeds, author)
-            _write(writer, out)
+    read = partial(read_seeds, options=options)
+    with begun(options, options.seeds, ".new.jsonl", read) as (out, seeds, author):
+        author.stop = [f"\n{options.list_length}."]
+        writer = Writer(options, seeds, author)
+        if not save_rows(out, _with_bar(writer)):
+            raise InputError(f"no task passed; {writer.summary()}")
     if writer.num_kept < options.num_rows:
         warn(
             f"{options.patience} answers in a row had no new task, so that there are "
@@ -108,20 +103,12 @@ def run(options: SelfInstructOptions) -> None:
     say(f"{writer.summary()}\nsaved {out}")
 
 
-def _write(writer: Writer, out: Path) -> None:
-    partial = out.with_name(f"{out.name}.partial")
+def _with_bar(writer: Writer) -> Iterator[dict[str, Any]]:
     bar = progress_bar(writer.options.num_rows, 0, "task")
-    with partial.open("w", encoding="utf-8") as stream:
-        for row in writer.rows():
-            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
-            stream.flush()
-            bar.update(1)
-        os.fsync(stream.fileno())
+    for row in writer.rows():
+        bar.update(1)
+        yield row
     bar.close()
-    if not writer.num_kept:
-        partial.unlink()
-        raise InputError(f"no task passed; {writer.summary()}")
-    os.replace(partial, out)
 
 
 class Writer:
@@ -159,8 +146,8 @@ class Writer:
     def _replies(self) -> Iterator[Reply]:
         first, count = 0, self.author.num_together
         while True:
-            prompts = [self._prompt(number) for number in range(first, first + count)]
-            yield from self.author.ask(first, prompts)
+            numbers = range(first, first + count)
+            yield from self.author.ask(numbers, [self._prompt(number) for number in numbers])
             first += count
 
     def _prompt(self, number: int) -> str:
@@ -199,9 +186,8 @@ class Writer:
         """What was asked, kept and dropped."""
         author = self.author
         known = f" ({author.num_known:,} known before)" if author.num_known else ""
-        line = f"{self.num_kept:,} new tasks from {self.num_answers:,} answers{known}"
-        reasons = [f"\n  {count:>6,}  {reason}" for reason, count in self.dropped.most_common()]
-        return line + (f"; left out:{''.join(reasons)}" if reasons else "")
+        answers = f"{self.num_answers:,} answers{known}"
+        return f"{self.num_kept:,} new tasks from {answers}{left_out(self.dropped)}"
 
 
 # --- Seeds ----------------------------------------------------------------------------------------

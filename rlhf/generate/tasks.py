@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rlhf.config import InputError
+from rlhf.generate.author import THOUGHTS_END
 
 PROMPT = """\
 Below is the beginning of a list of {total} tasks for an assistant that reads and writes text. \
@@ -35,7 +36,6 @@ HEADER = re.compile(
     r"^[#*\s]*(\d+)\s*[.)][*\s]*(Instruction|Input|Output)\s*:[*]*[ \t]*", re.M | re.I
 )
 SEPARATOR = re.compile(r"^\s*#{3,}\s*$", re.M)
-THOUGHTS_END = "</think>"
 BLACKLIST = (
     "image images graph graphs picture pictures file files map maps draw plot video audio music "
     "flowchart diagram"
@@ -80,6 +80,7 @@ def read_list(text: str, first: int, total: int, continues: bool, ended: bool) -
 
     Args:
         first: number of the first task that was asked for.
+        total: number at which the list ends; it is not read, nor what comes after it.
         ended: the answer ended by itself; else its last task may be cut off and is not taken.
     """
     text = text.rpartition(THOUGHTS_END)[2]
@@ -91,7 +92,7 @@ def read_list(text: str, first: int, total: int, continues: bool, ended: bool) -
         end = headers[i + 1].start() if i + 1 < len(headers) else len(text)
         name = header[2].lower()
         if name == "instruction":
-            if int(header[1]) > total:  # more than was asked for, often a second list
+            if int(header[1]) >= total:  # where the list ends, as in Alpaca's generator
                 ended = True
                 break
             found.append({})

@@ -85,9 +85,9 @@ def test_tasks_are_read_from_a_list():
 
 
 def test_what_is_cut_off_or_too_much_or_without_form_is_no_task():
-    text = f"{item(19, 'A')}\n{item(20, 'B')}"
+    text = f"{item(18, 'A')}\n{item(19, 'B')}"
     assert read_list(text, 4, 20, False, ended=False)[1] == CUT
-    assert len(read_list(f"{text}\n{item(21, 'C')}", 4, 20, False, ended=False)) == 2
+    assert len(read_list(f"{text}\n{item(20, 'C')}", 4, 20, False, ended=False)) == 2
     [fault] = read_list("4. Instruction: Say hello.\n4. Input: x", 4, 20, False, True)
     assert fault == "not in the form that was asked for"
     assert read_list("I cannot do that.", 4, 20, False, True) == []
@@ -202,9 +202,9 @@ def test_an_endpoint_writes_rows_that_sft_reads(seeds, tmp_path, capsys):
     assert rows[0]["most_similar"] in {*(row["instruction"] for row in SEEDS)}
     path, _, body = server.requests[0]
     assert path == "/score/chat/completions" and body["messages"][0]["content"] == "Be brief."
-    assert (body["temperature"], body["max_tokens"]) == (1.0, 3072)
+    assert (body["temperature"], body["max_tokens"], body["stop"]) == (1.0, 3072, ["\n20."])
     for line in (
-        "3 seeds in",
+        "3 rows in",
         "3 new tasks from 2 answers; left out:",
         "     2  cut off by the end of the answer",
         "     2  an instruction of fewer than 4 words",
@@ -298,7 +298,7 @@ def test_wrong_input_is_refused_in_one_line(seeds, tmp_path, capsys):
         f"seeds={seeds}": "add path=<model directory>, or url=<endpoint> and model=<name>; neither",
         f"seeds={seeds} url=http://127.0.0.1:9": "model is missing; add model=<name of the model",
         f"seeds={seeds} path=./nope": "path=./nope: no such directory",
-        f"seeds={seeds} path=a list_length=3": "list_length=3 must be more than num_seeds=3",
+        f"seeds={seeds} path=a list_length=4": "no room after num_seeds=3; give list_length=5",
         "path=a": "seeds is missing; add seeds=<tasks to begin with",
     }.items():
         assert main(["mode=self_instruct", *arguments.split()]) == 2
@@ -314,7 +314,7 @@ def test_wrong_input_is_refused_in_one_line(seeds, tmp_path, capsys):
         )
     assert main(["mode=self_instuct", "path=a"]) == 2
     assert (
-        "mode=self_instuct is not one of sample, self_instruct, self_chat"
+        "mode=self_instuct is not one of sample, self_instruct, self_chat, two_agents"
         in capsys.readouterr().err
     )
 
