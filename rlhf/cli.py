@@ -39,7 +39,7 @@ from rlhf.config import (
     schema,
     stage_help,
 )
-from rlhf.console import is_main_process, print_help, say
+from rlhf.console import is_main_process, num_processes, print_help, say
 from rlhf.overrides import job_name, jobs, require_distinct, swept_keys, unreadable, wrong_overrides
 from rlhf.slurm import group_of_tasks
 
@@ -207,6 +207,8 @@ def _run(run: Run, config: StageConfig) -> None:
     except InputError as error:
         message = str(error)
         _tell_launcher(message)
+        if failures := _failures():
+            failures.report(error)
         # Most errors occur on all processes. The first process prints and exits, and the launcher
         # then ends the others before they print.
         if not is_main_process():
@@ -214,13 +216,34 @@ def _run(run: Run, config: StageConfig) -> None:
             message = f"rank {rank}: {message.removeprefix(f'rank {rank}: ')}"
         print(f"error: {hide(message)}", file=sys.stderr, flush=True)
         raise SystemExit(2) from error
-    except Exception:
+    except Exception as error:
+        failures = _failures()
+        if failures and failures.lost_the_others(error):
+            _end_without_the_others(failures.blame(error), error)
         _tell_launcher(traceback.format_exc())
-        if not is_main_process():
-            print(f"error on rank {rank}:", file=sys.stderr)  # the traceback follows
+        if failures:
+            failures.report(error)
+        if num_processes() > 1:
+            where = failures.phase_of(error) if failures else "before training"
+            print(f"error on rank {rank} ({where}):", file=sys.stderr)  # the traceback follows
         raise
     if stopped_by is not None:
         raise SystemExit(128 + stopped_by)
+
+
+def _end_without_the_others(message: str, error: Exception) -> NoReturn:
+    """Exit where another process has gone; the last line of the first process says which, and why.
+    The traceback would only show where this one waited."""
+    _tell_launcher(message)
+    if not is_main_process():
+        time.sleep(REPEAT_SECONDS)
+    print(f"error: {hide(message)}", file=sys.stderr, flush=True)
+    raise SystemExit(1) from error
+
+
+def _failures() -> Any:
+    """The module that tells the other processes; None without them, and before they have met."""
+    return sys.modules.get("rlhf.failures") if num_processes() > 1 else None
 
 
 def _tell_launcher(text: str) -> None:
@@ -352,7 +375,11 @@ def name_sweep_run(config: StageConfig, swept: list[str], typed: list[str]) -> N
 
 
 def _exit(message: str, status: int = 2) -> NoReturn:
-    """Print an error of the command line once, because all processes meet the same one."""
-    if is_main_process():
-        print(f"error: {hide(message)}", file=sys.stderr)
+    """Print an error of the command line. All processes meet the same one, unless their hosts
+    differ: see `_run`."""
+    if not is_main_process():
+        _tell_launcher(message)
+        time.sleep(REPEAT_SECONDS)
+        message = f"rank {os.environ['RANK']}: {message}"
+    print(f"error: {hide(message)}", file=sys.stderr)
     raise SystemExit(status)

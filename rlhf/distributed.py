@@ -1,5 +1,6 @@
-"""Everything that differs between one process and many: their group, who holds which weights, and
-errors in common.
+"""What differs between one process and many: their group, and who holds which weights.
+
+The errors of one of them are in `failures.py`.
 
 Weights are sharded by PyTorch FSDP2, through accelerate. A parameter is then a `DTensor`:
 each process holds a slice of it.
@@ -8,14 +9,14 @@ each process holds a slice of it.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -24,7 +25,6 @@ from torch.nn.utils import clip_grad_norm_
 from rlhf.config import CONF_DIR, InputError, read_yaml
 from rlhf.console import is_main_process, num_processes, say
 
-Result = TypeVar("Result")
 RAM_EFFICIENT = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
 
@@ -253,28 +253,3 @@ def like(tensor: Tensor, other: Tensor) -> Tensor:
         return tensor
     tensor = tensor.to(other.device, other.dtype)
     return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
-
-
-# --- Errors in common -----------------------------------------------------------------------------
-
-
-def on_every_process(task: Callable[[], Result], accelerator: Accelerator) -> Result:
-    """Run a task; bad input that ends it on one process ends it on all of them.
-
-    Otherwise the other processes would wait for the failed one, and none could save.
-
-    Raises:
-        InputError: that of the first process that failed, with its number.
-    """
-    if accelerator.num_processes == 1:
-        return task()
-    error: InputError | None = None
-    try:
-        result = task()
-    except InputError as caught:
-        error = caught
-    messages = gather_object([None if error is None else str(error)])
-    for rank, message in enumerate(messages):
-        if message is not None:
-            raise InputError(f"rank {rank}: {message}") from error
-    return result

@@ -23,7 +23,7 @@ FLOORS = [
     {"trackers"},
     {"options", "overrides", "next_commands", "metrics", "hub", "endpoint", "rubrics"},
     {"curves", "vllm_server"},
-    {"tokenizer", "distributed"},
+    {"tokenizer", "distributed", "failures"},
     {"data", "checkpoint"},
     {"models", "row_file", "inputs"},
     {"cli", "sampling"},

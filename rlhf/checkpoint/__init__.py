@@ -4,6 +4,7 @@
 - The run directory: `run_directory` begins, resumes and ends a run, `config_changes` says which
   settings may change then, `ownership` tells and deletes what the run wrote, `lock` keeps others
   out.
+- `hosts` copies between hosts that share no file system.
 - Checkpoints: `disk` writes whole directories, `state` is the content of a PPO checkpoint. Only
   `state`, which is not imported here, needs torch.
 - What can stop a run: `interruption` (signals), `finite` (nan), `disk` (no space).
@@ -23,6 +24,7 @@ from rlhf.checkpoint.finite import (
     find_non_finite_in,
     optimizer_tensors,
 )
+from rlhf.checkpoint.hosts import collect_from_hosts, copy_to_all_hosts
 from rlhf.checkpoint.interruption import GracefulStop
 from rlhf.checkpoint.lock import locked
 from rlhf.checkpoint.ownership import (

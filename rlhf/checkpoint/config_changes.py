@@ -36,7 +36,8 @@ if TYPE_CHECKING:  # commands import this room before they need torch
 
 # Settings, or groups of them, that may change on resume because they do not affect the result.
 HARMLESS = (
-    *("runs_dir", "run_name", "distributed", "tracker", "checkpoint", "preflight", "watchdog"),
+    *("runs_dir", "run_name", "distributed", "distributed_timeout", "tracker", "checkpoint"),
+    *("preflight", "watchdog"),
     *("num_samples", "response_length", "temperature", "top_p", "ppo.save_rollouts"),
     *("sampling.url", "sampling.vllm_python", "sampling.vllm_args", "sampling.weights_dir"),
     "sampling.max_gap",

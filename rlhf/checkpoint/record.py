@@ -112,7 +112,7 @@ def make_record(
         prompts=prompts,
         dropped=dict(dropped or {}),
         metrics=metrics or {},
-        versions={name: _version(name) for name in PACKAGES},
+        versions=versions(),
         changes=read_jsonl(config.stage_dir(stage) / CHANGES),
     )
 
@@ -156,6 +156,11 @@ def local_copy(path: str | Path, revision: str | None, weights: bool = False) ->
         return local_directory(path, "path", revision, weights=weights)
     except InputError:  # loading the model fails next and explains it
         return Path(path)
+
+
+def versions() -> dict[str, str]:
+    """The versions of the packages that decide on a run's numbers."""
+    return {name: _version(name) for name in PACKAGES}
 
 
 def _version(package: str) -> str:

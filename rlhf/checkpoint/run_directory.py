@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rlhf.checkpoint.config_changes import LENGTH, is_harmless, length_of, refuse_changes
 from rlhf.checkpoint.disk import find_damage, read_manifest, write_whole
+from rlhf.checkpoint.hosts import copy_to_all_hosts
 from rlhf.checkpoint.lock import on_main_process, one_writer
 from rlhf.checkpoint.output import OUTPUT, OutputLog, kept_output
 from rlhf.checkpoint.ownership import (
@@ -31,7 +32,7 @@ from rlhf.checkpoint.ownership import (
     step_of,
     write_identity,
 )
-from rlhf.checkpoint.record import CHANGES, RECORD, StageRecord, read_record
+from rlhf.checkpoint.record import CHANGES, RECORD, StageRecord, read_record, versions
 from rlhf.config import (
     CONFIG_FILE,
     InputError,
@@ -39,8 +40,10 @@ from rlhf.config import (
     check,
     config_file_of_run,
     config_text,
+    dotted,
     load_config,
     nothing_to_resume,
+    plain_values,
     resume_overrides,
 )
 from rlhf.console import num_processes, quiet_libraries, say, warn
@@ -90,6 +93,7 @@ def open_run(config: StageConfig, stage: str, writes: bool = True) -> Iterator[S
         run = StageRun(config, stage, config.stage_dir(stage), output)
         quiet_libraries()
         if writes:
+            copy_to_all_hosts(run.directory)
             run.finished = finished_run(config, stage)
             if run.finished is None:
                 refuse_used_directory(config, stage)
@@ -103,13 +107,15 @@ def open_run(config: StageConfig, stage: str, writes: bool = True) -> Iterator[S
 
 
 def join_group(config: StageConfig) -> None:
-    """Join the group of processes, if there are several."""
+    """Join the group of processes, if there are several, and require that all have the same
+    configuration and packages."""
     if num_processes() == 1 and config.distributed is None:
         return
     from rlhf.distributed import join_processes
+    from rlhf.failures import require_equal
 
-    # the timeout that the Trainer would give it
-    join_processes(config.distributed, getattr(config, "trainer", {}).get("ddp_timeout"))
+    join_processes(config.distributed, config.distributed_timeout)
+    require_equal(dotted(plain_values(config)) | versions())
 
 
 def refuse_used_directory(config: StageConfig, stage: str) -> None:

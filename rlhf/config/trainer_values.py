@@ -38,6 +38,7 @@ enable_jit_checkpoint: the stage saves on SIGTERM already; see checkpoint.grace_
 fsdp fsdp_config deepspeed parallelism_config accelerator_config: choose it with
   `accelerate config`, and start the stage with `accelerate launch`
 local_rank: start the stage with torchrun or `accelerate launch`
+ddp_timeout: set distributed_timeout instead
 ddp_find_unused_parameters: every parameter that is trained is used in every step
 save_strategy save_steps save_total_limit save_only_model save_on_each_node: set checkpoint.every
   and checkpoint.keep_last instead
@@ -81,7 +82,7 @@ _RANGES: list[tuple[type, Limits, str]] = [
         int,
         Limits(ge=1),
         "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
-        "eval_accumulation_steps torch_empty_cache_steps pad_to_multiple_of ddp_timeout",
+        "eval_accumulation_steps torch_empty_cache_steps pad_to_multiple_of",
     ),
     (int, Limits(ge=0), "dataloader_num_workers"),
     (int, Limits(), "max_steps"),

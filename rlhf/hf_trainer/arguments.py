@@ -87,6 +87,7 @@ def _decided_by_stage(
         # it would replace a nan in the logged loss; a loss scaler skips such steps
         "logging_nan_inf_filter": has_loss_scaler,
         "ddp_find_unused_parameters": False,
+        "ddp_timeout": config.distributed_timeout,
         "save_strategy": "steps",
         "save_steps": config.checkpoint_every,
         "save_total_limit": None,  # it would delete by name, whoever wrote it

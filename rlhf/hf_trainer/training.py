@@ -44,6 +44,8 @@ from rlhf.checkpoint import (
     GracefulStop,
     NonFiniteError,
     checkpoint_to_resume,
+    collect_from_hosts,
+    copy_to_all_hosts,
     explain_stop,
     prune_checkpoints,
     publish,
@@ -53,6 +55,7 @@ from rlhf.checkpoint import (
 from rlhf.config import InputError, RewardStageConfig, SFTStageConfig, resume_overrides, save_config
 from rlhf.console import is_main_process, progress_bar, say
 from rlhf.curves import write_curves
+from rlhf.failures import NOTE
 from rlhf.hf_trainer.finite_trainer import find_non_finite_state, set_learning_rate
 from rlhf.hf_trainer.sharded_trainer import ShardedTrainer
 from rlhf.metrics import METRICS, MetricsWriter
@@ -91,6 +94,9 @@ def run_trainer(
             dtype = next(trainer.model.parameters()).dtype
             step = trainer.state.global_step + 1
             raise explain_stop(config, directory, error, step, True, dtype) from error
+        except Exception as error:
+            error.add_note(f"{NOTE}step {trainer.state.global_step + 1}")
+            raise
         finally:
             writer.close()
             write_curves(directory, stage, config.run_name)
@@ -236,6 +242,7 @@ class CheckpointCallback(TrainerCallback):
         best = best_step(args, state)
         save_sums(self.trainer, written)
         PartialState().wait_for_everyone()  # every process has written its part
+        collect_from_hosts(written)
         if is_main_process():
             save_config(self.config, written / "config.yaml")
             publish(written, self.directory / written.name, best)
@@ -243,6 +250,8 @@ class CheckpointCallback(TrainerCallback):
         if best is not None:
             state.best_model_checkpoint = str(self.directory / f"checkpoint-{best}")
         PartialState().wait_for_everyone()  # the checkpoint has its name
+        if best == state.global_step:  # all processes load it at the end
+            copy_to_all_hosts(self.directory / written.name)
 
 
 def learning_rate(trainer: Trainer) -> float:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rlhf.config import PPOStageConfig
-from rlhf.distributed import on_every_process
+from rlhf.failures import on_every_process
 from rlhf.functional import bootstrap_interval, wins
 from rlhf.ppo.rollout import Responses, collect, component_scores, cut_metric, score_sampled
 from rlhf.ppo.trainer import PPOTrainer

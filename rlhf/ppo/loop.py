@@ -15,6 +15,7 @@ from rlhf.checkpoint import (
     NonFiniteError,
     StageRecord,
     checkpoint_to_resume,
+    copy_to_all_hosts,
     describe_saved,
     explain_stop,
     make_record,
@@ -36,6 +37,7 @@ from rlhf.console import progress_bar, say, warn
 from rlhf.curves import write_curves
 from rlhf.data import Splits
 from rlhf.distributed import describe_sharding
+from rlhf.failures import phase
 from rlhf.functional import learning_rate_factor
 from rlhf.metrics import MetricsWriter
 from rlhf.models import what_to_save
@@ -179,7 +181,8 @@ class PPOLoop:
     def _evaluate(self, writer: MetricsWriter) -> dict[str, float]:
         if not self.evaluate.prompts:
             return {}
-        metrics, samples = self.evaluate()
+        with phase(f"evaluation after update {self.trainer.update}"):
+            metrics, samples = self.evaluate()
         writer.write(self.trainer.update, metrics)
         writer.write_samples(self.trainer.update, self.samples_file, samples)
         return metrics
@@ -200,8 +203,11 @@ class PPOLoop:
         if self.best is not None:
             chosen, metrics = self.best["update"], self.best["metrics"]
             if chosen != updates_made:
-                load_modules(self.directory / f"checkpoint-{chosen}", self._modules())
-        self._write_result(metrics | {"update": chosen})
+                best = self.directory / f"checkpoint-{chosen}"
+                copy_to_all_hosts(best)
+                load_modules(best, self._modules())
+        with phase("writing final/"):
+            self._write_result(metrics | {"update": chosen})
         number = len(self.evaluate.prompts)
         text = closing_table(config, self.before, metrics, chosen, number)
         self._report(chosen, updates_made, text)
@@ -295,17 +301,19 @@ class PPOLoop:
             "baseline": self.evaluate.baseline,
             "watchdog": self.watchdog.state(),
         }
-        save_training_state(
-            self.directory / f"checkpoint-{self.trainer.update}",
-            self._modules(),
-            self.trainer.updater.optimizers,
-            state,
-            self.config,
-            self._random_state,
-        )
-        if self.trainer.accelerator.is_main_process:
-            prune_checkpoints(self.directory, self.config.checkpoint.keep_last)
-        self.trainer.accelerator.wait_for_everyone()
+        checkpoint = self.directory / f"checkpoint-{self.trainer.update}"
+        with phase(f"saving {checkpoint.name}"):
+            save_training_state(
+                checkpoint,
+                self._modules(),
+                self.trainer.updater.optimizers,
+                state,
+                self.config,
+                self._random_state,
+            )
+            if self.trainer.accelerator.is_main_process:
+                prune_checkpoints(self.directory, self.config.checkpoint.keep_last)
+            self.trainer.accelerator.wait_for_everyone()
 
     def _resume(self) -> None:
         checkpoint = checkpoint_to_resume(self.config, self.directory)

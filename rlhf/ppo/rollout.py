@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rlhf.config import PPOConfig
 from rlhf.data import pad
-from rlhf.distributed import on_every_process
+from rlhf.failures import on_every_process, phase
 from rlhf.functional import final_scores
 from rlhf.ppo.actors import Actors
 from rlhf.ppo.passes import critic_values, policy_logprobs, read_policy
@@ -247,11 +247,14 @@ def sample_and_score(
     mine = [prompts[row] for row in rows]
     noise = uniform_noise(key, rows, sampling.max_new_tokens)
     ids = [prompt["input_ids"] for prompt in mine]
-    engine_of(actors.policy).gather()
-    sampled = generate(actors.policy, ids, sampling, noise, ppo.rollout_batch_size)
+    with phase("sampling"):
+        engine_of(actors.policy).gather()
+        sampled = generate(actors.policy, ids, sampling, noise, ppo.rollout_batch_size)
     scores = Scores(torch.zeros(num_rows))
     if with_scores:
-        scores = on_every_process(partial(score_sampled, actors, mine, sampled.ids), accelerator)
+        score = partial(score_sampled, actors, mine, sampled.ids)
+        with phase("scoring"):
+            scores = on_every_process(score, accelerator)
     parts = [totals.tolist() for totals in scores.components.values()]
     fields: dict[str, list[Any]] = {
         "scores": scores.total.tolist(),

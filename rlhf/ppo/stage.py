@@ -25,6 +25,7 @@ from rlhf.config import (
 from rlhf.console import say
 from rlhf.data import describe_dropped, encode_texts, first_cases, load_rows, load_splits, with_rows
 from rlhf.distributed import describe_sharding, make_accelerator, refuse_under_sharding
+from rlhf.failures import same_rows
 from rlhf.models import parameter_count, unwrap_peft, why_not_compiled
 from rlhf.ppo.actors import (
     Actors,
@@ -90,7 +91,7 @@ def _train(config: PPOStageConfig, scorer: Scorer | None, run: StageRun, server:
     require_equal_shares(config, num_processes)
     independent = load_independent_scorer(config, accelerator.device)
     before = getattr(parent, "prompts", None)
-    splits = load_splits(config.dataset, "ppo", config.seed, config.needs_eval, before)
+    splits = same_rows(load_splits(config.dataset, "ppo", config.seed, config.needs_eval, before))
     warn_about_prompts(parent, splits.prompts)
     require_scorer_columns(config, scorer, splits)
 
@@ -108,8 +109,7 @@ def _train(config: PPOStageConfig, scorer: Scorer | None, run: StageRun, server:
     say(describe_batches(config, len(prompts), num_processes, actors))
     if actors.shared_base:
         say(f"     one base: {actors.shared_base}")
-    say(f"     forward: {forward}")
-    say(f"     sampling: {actors.sampling}")
+    say(f"     forward: {forward}\n     sampling: {actors.sampling}")
     if shards := describe_sharding(accelerator):
         say(f"     sharding: {shards}; each gathers the copy that samples before a rollout")
     if frozen:

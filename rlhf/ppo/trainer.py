@@ -27,6 +27,7 @@ from torch import Tensor
 
 from rlhf.config import InputError, PPOConfig, PPOStageConfig
 from rlhf.console import say
+from rlhf.failures import phase
 from rlhf.functional import (
     Moments,
     adaptive_kl_coef,
@@ -105,11 +106,13 @@ class PPOTrainer:
 
     def step(self) -> dict[str, float]:
         """Make one PPO update and return its metrics (names of `metrics.METRICS`)."""
-        rollout = self.collect()
-        kl, rewards = self.shape_rewards(rollout)
-        batch = self.estimate_advantages(rollout, kl, rewards)
-        stats = self.updater.run(batch, self.update, self.kl_coef, self.reads_policy())
-        return self.report(batch, stats)
+        with phase(f"update {self.update + 1}"):
+            rollout = self.collect()
+            kl, rewards = self.shape_rewards(rollout)
+            batch = self.estimate_advantages(rollout, kl, rewards)
+            with phase("training"):
+                stats = self.updater.run(batch, self.update, self.kl_coef, self.reads_policy())
+            return self.report(batch, stats)
 
     def collect(self) -> Rollout:
         """Sample `samples_per_prompt` responses to each of this update's prompts and score them."""

@@ -31,6 +31,7 @@ from rlhf.console import say
 from rlhf.data import RankedCollator, Splits, encode_ranked, load_splits, with_rows
 from rlhf.distributed import describe_sharding
 from rlhf.equivalence import choose_forward, require_padding
+from rlhf.failures import same_rows
 from rlhf.hf_trainer import as_in_training, row_length, run_trainer, trainer_arguments
 from rlhf.metrics import StageResult
 from rlhf.models import (
@@ -92,7 +93,7 @@ def _train(config: RewardStageConfig, run: StageRun) -> RewardResult:
 
     # Load rows, tokenizer and model, and refuse what only they show.
     before = getattr(record_of_parent, "prompts", None)
-    splits = load_splits(config.dataset, "reward", config.seed, parent_prompts=before)
+    splits = same_rows(load_splits(config.dataset, "reward", config.seed, parent_prompts=before))
     warn_about_prompts(record_of_parent, splits.prompts)
     tokenizer = load_tokenizer(source)
     require_same_tokenizer(tokenizer, record_of_parent, "the model settings here", parent)

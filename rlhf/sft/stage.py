@@ -43,6 +43,7 @@ from rlhf.data import (
 )
 from rlhf.distributed import describe_sharding, is_sharded
 from rlhf.equivalence import choose_forward, require_cache, require_packing, require_padding
+from rlhf.failures import same_rows
 from rlhf.hf_trainer import (
     FiniteTrainer,
     as_in_training,
@@ -130,7 +131,7 @@ def _train(config: SFTStageConfig, run: StageRun) -> SFTResult:
 
     # Load the data, the tokenizer and the model.
     before = getattr(record, "prompts", None)
-    splits = load_splits(config.dataset, "sft", config.seed, parent_prompts=before)
+    splits = same_rows(load_splits(config.dataset, "sft", config.seed, parent_prompts=before))
     tokenizer = load_sft_tokenizer(config.model, splits.prompts)
     warn_about_template(record, tokenizer, parent)
     token_rows = _trained_token_rows(config, tokenizer)

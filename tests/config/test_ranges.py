@@ -20,6 +20,7 @@ BAD_VALUES = [
     ("sft", "precision", "fp16", "be one of auto, float32, bfloat16"),
     ("sft", "resume", "yes", "be one of true, false, auto"),
     ("sft", "distributed", "fsdp", "be one of fsdp2, fsdp2_offload, null"),
+    ("ppo", "distributed_timeout", 0, "be >= 1"),
     ("sft", "checkpoint.every", 0, "be >= 1"),
     ("sft", "checkpoint.keep_last", 0, "be >= 1"),
     ("sft", "checkpoint.grace_seconds", 0.0, "lie in (0, 31536000]"),

@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from rlhf.config import EvaluationConfig, InputError, ScorerComponent, ScorerConfig
-from rlhf.distributed import on_every_process
+from rlhf.failures import on_every_process
 from rlhf.metrics import read_jsonl
 from rlhf.ppo import train_ppo
 from rlhf.scorers import load_scorer, score_responses, score_sequences, uncut_scores

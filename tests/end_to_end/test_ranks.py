@@ -55,12 +55,12 @@ def test_error_on_one_process_is_printed_once_and_ends_all(failing, rank, tmp_pa
     [
         (InputError("no room"), 2, "error: rank 1: no room\n"),
         (InputError("rank 1: no room"), 2, "error: rank 1: no room\n"),
-        (KeyError("mine"), None, "error on rank 1:\n"),
+        (KeyError("mine"), None, "error on rank 1 (before training):\n"),
     ],
 )
 def test_error_of_a_stage_has_its_rank(error, status, printed, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    for name, value in {"HYDRA_FULL_ERROR": "0", "RANK": "1"}.items():
+    for name, value in {"HYDRA_FULL_ERROR": "0", "RANK": "1", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(rlhf.cli, "REPEAT_SECONDS", 0.0)
     monkeypatch.setattr("sys.argv", ["rlhf.sft"])

@@ -178,6 +178,8 @@ class StageConfig:
     distributed: str | None = knob(None, choices=("fsdp2", "fsdp2_offload"))
     """Under torchrun: shard what trains over the processes, as conf/accelerate/<name>.yaml says
     (null: whole models on each, or what accelerate launch says)."""
+    distributed_timeout: int = knob(1800, ge=1)
+    """Seconds that a process waits for another one before the run ends with an error."""
     model: ModelConfig = group(ModelConfig)
     dataset: DatasetConfig = group(DatasetConfig)
     peft: PeftConfig = group(PeftConfig)

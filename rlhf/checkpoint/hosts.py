@@ -1,0 +1,87 @@
+"""Stage directories of hosts that share no file system: the first host writes, and the others get
+copies of what they read.
+
+On a shared file system nobody misses a file, and nothing is copied.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rlhf.checkpoint.disk import files_of
+from rlhf.console import is_main_process, num_processes, say
+
+CHUNK = 2**26  # bytes that are sent at once
+
+
+def copy_to_all_hosts(directory: Path) -> None:
+    """Give each host the files of a directory that the main process has and the host has not; all
+    processes call this."""
+    if num_processes() == 1:
+        return
+    from accelerate.utils import broadcast_object_list, gather_object
+
+    listed: list[Any] = [_sizes(directory) if is_main_process() else None]
+    broadcast_object_list(listed)
+    sizes: dict[str, int] = listed[0]
+    own = _sizes(directory)
+    missing = [name for name, size in sizes.items() if own.get(name) != size]
+    wanted = set(gather_object(missing))
+    if wanted:
+        say(f"{directory} is not on all hosts: sending {len(wanted)} files to the others")
+    writes = int(os.environ.get("LOCAL_RANK", "0")) == 0  # one process of each host
+    for name in sorted(wanted):
+        _receive(directory / name, sizes[name], writes and name in missing)
+
+
+def collect_from_hosts(directory: Path) -> None:
+    """Give the main process the small files of a directory that it has not, from other hosts; all
+    processes call this."""
+    if num_processes() == 1:
+        return
+    from accelerate.utils import broadcast_object_list, gather_object
+
+    listed: list[Any] = [_sizes(directory) if is_main_process() else None]
+    broadcast_object_list(listed)
+    names = [name for name in _sizes(directory) if name not in listed[0]]
+    for name, content in gather_object([(n, (directory / n).read_bytes()) for n in names]):
+        if is_main_process():
+            _write(directory / name, iter([content]))
+
+
+def _sizes(directory: Path) -> dict[str, int]:
+    """The sizes of the files of a directory, without hidden ones such as the lock, bytes."""
+    names = {file.relative_to(directory): file for file in files_of(directory)}
+    is_hidden = {name: any(part.startswith(".") for part in name.parts) for name in names}
+    return {n.as_posix(): file.stat().st_size for n, file in names.items() if not is_hidden[n]}
+
+
+def _receive(file: Path, size: int, writes: bool) -> None:
+    """Broadcast a file of the main process; `writes`: keep it here."""
+    from accelerate.utils import broadcast_object_list
+
+    def chunks() -> Iterator[bytes]:
+        stream = file.open("rb") if is_main_process() else None
+        for _ in range(0, max(size, 1), CHUNK):
+            chunk: list[Any] = [stream.read(CHUNK) if stream else None]
+            broadcast_object_list(chunk)
+            yield chunk[0]
+        if stream:
+            stream.close()
+
+    if writes:
+        _write(file, chunks())
+    else:
+        for _ in chunks():
+            pass
+
+
+def _write(file: Path, chunks: Iterator[bytes]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    with temporary.open("wb") as stream:
+        stream.writelines(chunks)
+    os.replace(temporary, file)

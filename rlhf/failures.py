@@ -1,0 +1,173 @@
+"""Errors of one of several processes: all end together, and the first process says which one
+failed, in which phase, and why.
+
+A process that fails leaves its error in the store of the group. One that loses the others looks for
+it there. Left out: ending processes that do not notice; launchers, and the timeout of the group
+(`distributed_timeout`), do that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from accelerate.utils import gather_object
+from torch.distributed.distributed_c10d import _get_default_store
+
+from rlhf.config import InputError, one_line, show
+from rlhf.console import is_main_process, num_processes
+
+Result = TypeVar("Result")
+Rows = TypeVar("Rows")  # `rlhf.data.Splits`
+NOTE = "phase: "  # begins the notes of an exception that say what the process did
+WORD_SECONDS = 5.0  # in which a process that fails says so
+GO_ON = "the same command with resume=auto goes on from the newest checkpoint"
+
+
+# --- The same on all ------------------------------------------------------------------------------
+
+
+def require_equal(values: Mapping[str, Any]) -> None:
+    """Require that all processes have the same values.
+
+    Args:
+        values: setting or file -> what each process has of it.
+
+    Raises:
+        InputError: on all processes; names what differs, with the two ranks.
+    """
+    if num_processes() == 1:
+        return
+    everyone = gather_object([dict(values)])
+    lines = []
+    for name in dict.fromkeys(name for own in everyone for name in own):
+        given = [own.get(name) for own in everyone]
+        other = next((rank for rank, value in enumerate(given) if value != given[0]), None)
+        if other is not None:
+            both = f"{show(given[0])} on rank 0, {show(given[other])} on rank {other}"
+            lines.append(f"{name}: {both}")
+    if lines:
+        listed = "\n  ".join(lines)
+        raise InputError(
+            f"the processes were not started alike:\n  {listed}\n"
+            "Give all of them the same command, settings and files"
+        )
+
+
+def same_rows(splits: Rows) -> Rows:
+    """Require that all processes have read the same rows of `dataset:`; return them."""
+    found: Any = splits
+    if num_processes() > 1:
+        given = {"rows of dataset.path": found.train, "held-out rows": found.eval}
+        require_equal({name: fingerprint(rows) for name, rows in given.items()})
+    return splits
+
+
+def fingerprint(rows: list[Any]) -> str:
+    """Number and hash of rows."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, default=repr).encode())
+    return f"{len(rows)} with SHA-256 {digest.hexdigest()[:12]}..."
+
+
+# --- Who failed -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Say in an exception what the process did in this block, such as "scoring"."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"{NOTE}{name}")
+        raise
+
+
+def phase_of(error: Exception) -> str:
+    """What the process did when the exception was raised: "scoring, update 3"."""
+    notes = [note for note in getattr(error, "__notes__", []) if note.startswith(NOTE)]
+    return ", ".join(note.removeprefix(NOTE) for note in notes) or "before training"
+
+
+def on_every_process(task: Callable[[], Result], accelerator: Any) -> Result:
+    """Run a task; bad input that ends it on one process ends it on all of them.
+
+    Otherwise the other processes would wait for the failed one, and none could save.
+
+    Raises:
+        InputError: that of the first process that failed, with its number.
+    """
+    if accelerator.num_processes == 1:
+        return task()
+    error: InputError | None = None
+    try:
+        result = task()
+    except InputError as caught:
+        error = caught
+    messages = gather_object([None if error is None else str(error)])
+    for rank, message in enumerate(messages):
+        if message is not None:
+            raise InputError(f"rank {rank}: {message}") from error
+    return result
+
+
+def lost_the_others(error: Exception) -> bool:
+    """True if an exception says that another process does not answer: gloo has no type for it."""
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
+
+
+def report(error: Exception) -> str:
+    """Leave the error of this process where the first one looks for it; return it in one line."""
+    rank = int(os.environ.get("RANK", "0"))
+    what = str(error) if isinstance(error, InputError) else one_line(error)
+    text = f"rank {rank} ({phase_of(error)}): {what}"
+    if dist.is_initialized():
+        with suppress(Exception):  # the process that holds the store may have gone
+            _get_default_store().set(_key(rank), f"{lost_the_others(error):d}{text}")
+    return text
+
+
+def blame(error: Exception) -> str:
+    """What a process that lost the others prints last: on the first process, the error of the one
+    that failed, if it left one."""
+    own = report(error)
+    if not is_main_process():
+        return f"{own}; another process failed, was killed or cannot be reached"
+    words = _words_of_others()
+    causes = [word[1:] for _, word in sorted(words.items()) if word[0] == "0"]
+    silent = [str(rank) for rank in range(1, num_processes()) if rank not in words]
+    if causes:
+        return f"{causes[0]}; {GO_ON}"
+    if not silent:
+        return f"{own}; {GO_ON}"
+    return (
+        f"no word from rank {', '.join(silent)}: killed (main memory may have run out), hanging, "
+        f"or on a host that cannot be reached; {own}; {GO_ON}"
+    )
+
+
+def _key(rank: int) -> str:
+    return f"rlhf/failed/{rank}"
+
+
+def _words_of_others() -> dict[int, str]:
+    """What the other processes have left, by rank, as soon as one of them names a cause."""
+    words: dict[int, str] = {}
+    deadline = time.monotonic() + WORD_SECONDS
+    with suppress(Exception):
+        store = _get_default_store()
+        while len(words) < num_processes() - 1 and time.monotonic() < deadline:
+            for rank in range(1, num_processes()):
+                if rank not in words and store.check([_key(rank)]):
+                    words[rank] = store.get(_key(rank)).decode()
+            if any(word[0] == "0" for word in words.values()):
+                break
+            time.sleep(0.1)
+    return words
