@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import CONFIG_FILE, STAGES, InputError, dotted, read_yaml, yaml_scalar
+from rlhf.config import CONFIG_FILE, STAGES, InputError, dotted, nearest, read_yaml, yaml_scalar
 from rlhf.console import say, table
 from rlhf.curves import draw_curves, plot_hint
 from rlhf.metrics import read_jsonl
@@ -59,7 +59,7 @@ def find_stages(path: Path) -> Stages:
     """The directories of a run's stages, by stage.
 
     Raises:
-        InputError: there is no run; the message names those in the directory.
+        InputError: there is no run; the message names those in the directory or the nearest one.
     """
     path = path.parent if path.name == "final" else path
     if (path / METRICS).is_file() and path.name in STAGES:
@@ -68,7 +68,8 @@ def find_stages(path: Path) -> Stages:
     if found:
         return found
     if not path.is_dir():
-        raise InputError(f"path={path}: no such directory")
+        others = {str(file.parents[1]) for file in path.parent.glob(f"*/*/{METRICS}")}
+        raise InputError(f"path={path}: no such directory.{nearest(str(path), others)}")
     inside = sorted({file.parents[1] for file in path.glob(f"*/*/{METRICS}")})
     hint = f"; did you mean path=[{','.join(map(str, inside[:8]))}]?" if inside else ""
     expected = " or ".join(f"{stage}/{METRICS}" for stage in STAGES)

@@ -17,7 +17,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from rlhf.config import InputError, one_line
+from rlhf.config import InputError, nearest, one_line
 from rlhf.gguf_files import gguf_among, is_gguf, require_gguf
 
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -76,9 +76,10 @@ def local_directory(
         raise
     except Exception as error:  # a network can raise anything
         kind = "file" if is_gguf(directory) else "directory"
+        here = map(str, directory.parent.glob("*")) if "/" in str(path) else []
         raise InputError(
             f"{label} cannot be loaded: it is neither a {kind} here nor a Hub model that can be "
-            f"reached ({one_line(error)})"
+            f"reached ({one_line(error)}).{nearest(str(path), here)}"
         ) from error
 
 

@@ -124,6 +124,7 @@ def test_a_run_without_a_stage_or_an_end_is_compared_as_far_as_it_goes(command, 
     ("path", "message"),
     [
         ("{runs}/nowhere", "path={runs}/nowhere: no such directory"),
+        ("{runs}/oen", "path={runs}/oen: no such directory. Did you mean {runs}/one"),
         ("{runs}", "did you mean path=[{runs}/one,{runs}/two]?"),
         ("", "path is missing; add path=<runs or stages to compare, such as [runs/a,runs/b]>"),
     ],

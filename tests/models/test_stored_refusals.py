@@ -451,3 +451,12 @@ def test_a_family_without_a_classifier_has_no_reward_model(tmp_path, monkeypatch
     write(tmp_path / "mamba", model)
     with pytest.raises(InputError, match="no sequence classifier for model_type=mamba, but"):
         init_reward_model(ModelConfig(path="mamba"), TOKENIZER, seed=0)
+
+
+def test_a_misspelt_directory_is_taken_for_a_hub_id_and_the_message_names_the_nearest(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "runs/mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"model\.path=runs/mien .* Did you mean runs/mine\?"):
+        load_tokenizer(ModelConfig(path="runs/mien"))
