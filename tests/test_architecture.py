@@ -29,7 +29,7 @@ FLOORS = [
     {"cli", "sampling"},
     {"equivalence"},
     {"engine_choice"},
-    {"policy"},
+    {"policy", "web"},
     {"scorers"},
     {"hf_trainer", "score"},
     {"sft", "reward", "ppo"},

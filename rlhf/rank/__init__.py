@@ -2,7 +2,7 @@
 
     tasks        a file of prompts -> tasks in a store
     store        tasks, queues of annotators, judgements: one SQLite file
-    app, server  the web page over a store; `page/` has its files, `render` its texts
+    app, serving the web page over a store; `page/` has its files
     ranked_rows  judgements -> rankings.jsonl and demonstrations
     summary      agreement, and which policy wins; `agreement` has the formulas
 
@@ -10,6 +10,7 @@ Other commands use the parts: add tasks to a `Store`, `serve` it, read `store.ju
 Serving needs the extra `web`; a store needs nothing.
 """
 
-from rlhf.rank.server import bound, check_server, serve
-from rlhf.rank.store import Judgement, Refused, Showing, Store, Task
+from rlhf.rank.serving import serve
+from rlhf.rank.store import Judgement, Showing, Store, Task
 from rlhf.rank.summary import make_report, policy_wins, report_text
+from rlhf.web.server import Refused, bound, check_server

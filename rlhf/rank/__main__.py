@@ -28,10 +28,11 @@ from rlhf.console import say
 from rlhf.options import check_options, run_command
 from rlhf.rank.options import RankOptions
 from rlhf.rank.ranked_rows import export, written_files
-from rlhf.rank.server import bound, check_server, serve
+from rlhf.rank.serving import serve
 from rlhf.rank.store import Store
 from rlhf.rank.summary import make_report, report_text, save_report
 from rlhf.rank.tasks import check_models, make_tasks, read_questions
+from rlhf.web.server import bound, check_server
 
 
 def run(options: RankOptions) -> None:

@@ -1,9 +1,7 @@
 """The web page in which people rank answers: a small ASGI app on Starlette, plain files in `page/`.
 
-Names of models never reach the browser, and no HTML of a model does (`render`). Every request must
-name a host of this machine, and every change must come from the page itself: so no other web site
-can read or judge through a visitor's browser. With a token, only browsers that were opened with it
-are let in.
+Names of models never reach the browser, and no HTML of a model does (`rlhf.web.render`). Who may
+ask is decided by `rlhf.web.guard`.
 
     POST /api/next    {annotator, skipped}           -> the task that is shown, or done
     POST /api/submit  {annotator, token, kind, ...}  -> takes a judgement
@@ -11,54 +9,33 @@ are let in.
     POST /api/report  {annotator}                    -> agreement so far
     POST /api/write   {annotator, token, messages}   -> takes a conversation that a person wrote
 
-Left out: accounts with passwords, TLS (an SSH tunnel has it).
+Left out: accounts with passwords.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import ipaddress
-import json
-import secrets
-import socket
 import sqlite3
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
-from http.cookies import SimpleCookie
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import Headers
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from rlhf.data import whole_characters
-from rlhf.rank.render import to_html, visible
-from rlhf.rank.store import Refused, Showing, Store
+from rlhf.rank.store import Showing, Store
 from rlhf.rank.summary import live_report
+from rlhf.web.guard import Guard, files, read_body, text_of
+from rlhf.web.render import both, visible
+from rlhf.web.server import Refused
 
 PAGE = Path(__file__).with_name("page")
-FILES = {"": ("index.html", "text/html"), "rank.css": ("rank.css", "text/css")}
-FILES |= {name: (name, "text/javascript") for name in ("rank.js", "drag.js", "write.js")}
-COOKIE = "rlhf_rank"
-LARGEST_BODY = 2_000_000  # bytes
 LONGEST_NAME = 60  # characters
 EXPORT_SECONDS = 1.0
-HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
-    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
-    "frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cross-Origin-Opener-Policy": "same-origin",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Cache-Control": "no-store",
-}
 
 
 def make_app(
@@ -73,8 +50,7 @@ def make_app(
     Args:
         export: writes files of the judgements; it is called when the app starts, within a second of
             a change, and when the app ends.
-        host: address that it is served on; its name is allowed in requests.
-        token: secret that lets a browser in; None lets every browser of this machine in.
+        host, token: as in `Guard`.
         annotators: names that may rank; None allows any name.
     """
     desk = Desk(store, annotators)
@@ -86,11 +62,8 @@ def make_app(
         task.cancel()
         await run_in_threadpool(export)
 
-    routes = [
-        Route("/api/{name}", desk.answer, methods=["POST"]),
-        Route("/{name:path}", _file, methods=["GET"]),
-    ]
-    return Guard(Starlette(routes=routes, lifespan=exporting), host, token)
+    routes = [Route("/api/{name}", desk.answer, methods=["POST"]), files(PAGE)]
+    return Guard(Starlette(routes=routes, lifespan=exporting), "rank", host, token)
 
 
 async def _export_changes(store: Store, export: Callable[[], None]) -> None:
@@ -103,13 +76,6 @@ async def _export_changes(store: Store, export: Callable[[], None]) -> None:
                 await run_in_threadpool(export)
                 exported = changes
         await asyncio.sleep(EXPORT_SECONDS)
-
-
-async def _file(request: Request) -> Response:
-    name, kind = FILES.get(request.path_params["name"], ("", ""))
-    if not name:
-        return PlainTextResponse("There is no such page.", 404)
-    return Response((PAGE / name).read_bytes(), media_type=kind)
 
 
 class Desk:
@@ -126,7 +92,7 @@ class Desk:
     async def answer(self, request: Request) -> Response:
         """Answer one request of the page, in JSON; an error is {"error": text}."""
         try:
-            body = await _body(request)
+            body = await read_body(request)
             asked = self.asked.get(request.path_params["name"])
             if asked is None:
                 return JSONResponse({"error": "The page is older than the server: reload it."}, 404)
@@ -138,7 +104,7 @@ class Desk:
             return JSONResponse({"error": what}, 503)
 
     def _annotator(self, body: dict[str, Any]) -> str:
-        name = " ".join(visible(_text(body, "annotator")).split())
+        name = " ".join(visible(text_of(body, "annotator")).split())
         if not name or len(name) > LONGEST_NAME:
             raise Refused(f"Give a name of at most {LONGEST_NAME} characters.")
         if self.annotators is not None and name not in self.annotators:
@@ -156,9 +122,9 @@ class Desk:
         ranks = body.get("ranks") or []
         if not isinstance(ranks, list) or not all(type(r) is int and abs(r) < 1000 for r in ranks):
             raise Refused("The ranks must be whole numbers, one for each answer.")
-        text = _text(body, "demonstration").strip() or None
-        token, kind = _text(body, "token"), _text(body, "kind")
-        self.store.submit(token, annotator, kind, ranks, _text(body, "reason").strip(), text)
+        text = text_of(body, "demonstration").strip() or None
+        token, kind = text_of(body, "token"), text_of(body, "kind")
+        self.store.submit(token, annotator, kind, ranks, text_of(body, "reason").strip(), text)
         return self._next(annotator, {})
 
     def _undo(self, annotator: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -170,8 +136,8 @@ class Desk:
         turns = body.get("messages")
         if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
             raise Refused("The conversation is not a list of turns.")
-        messages = [{name: _text(turn, name) for name in ("role", "content")} for turn in turns]
-        self.store.save_conversation(_text(body, "token"), annotator, messages)
+        messages = [{name: text_of(turn, name) for name in ("role", "content")} for turn in turns]
+        self.store.save_conversation(text_of(body, "token"), annotator, messages)
         return {}
 
     def _live(self, annotator: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -179,28 +145,6 @@ class Desk:
         if self._report[0] != changes:
             self._report = (changes, live_report(self.store.judgements()))
         return self._report[1]
-
-
-async def _body(request: Request) -> dict[str, Any]:
-    if request.headers.get("content-type", "").partition(";")[0] != "application/json":
-        raise Refused("The request is not JSON.")
-    data = b""
-    async for piece in request.stream():
-        data += piece
-        if len(data) > LARGEST_BODY:
-            raise Refused(f"The text is too long: at most {LARGEST_BODY:,} bytes are taken.")
-    try:
-        body = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise Refused("The request is not JSON.") from error
-    if not isinstance(body, dict):
-        raise Refused("The request is not a JSON object.")
-    return body
-
-
-def _text(body: dict[str, Any], name: str) -> str:
-    value = body.get(name)
-    return whole_characters(value) if isinstance(value, str) else ""
 
 
 def _shown(showing: Showing) -> dict[str, Any]:
@@ -211,80 +155,7 @@ def _shown(showing: Showing) -> dict[str, Any]:
     return {
         "token": showing.token,
         "number": showing.task.number + 1,
-        "prompt": [{"role": turn["role"], **_both(turn["content"])} for turn in turns],
-        "cards": [_both(text) for text in texts],
+        "prompt": [{"role": turn["role"], **both(turn["content"])} for turn in turns],
+        "cards": [both(text) for text in texts],
         "before": showing.before,
     }
-
-
-def _both(text: str) -> dict[str, str]:
-    return {"html": to_html(text), "text": text, "plain": visible(text)}
-
-
-class Guard:
-    """Lets requests pass that come from the page, on a name of this machine, with the token."""
-
-    def __init__(self, app: Any, host: str, token: str | None):
-        self.app, self.token = app, token
-        self.cookie = hashlib.sha256(f"rlhf.rank {token}".encode()).hexdigest()
-        self.hosts = {"localhost", host.lower(), socket.gethostname().lower()}
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Answer a request, or pass it on."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-
-        async def with_headers(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                more = [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]
-                message["headers"] = [*message.get("headers", []), *more]
-            await send(message)
-
-        answer = self._refusal(scope) or self._admission(scope) or self.app
-        await answer(scope, receive, with_headers)
-
-    def _refusal(self, scope: Any) -> Response | None:
-        """Refuse names of other hosts (DNS rebinding) and changes that other sites ask for."""
-        headers = Headers(scope=scope)
-        host = headers.get("host", "")
-        if not self._is_ours(host):
-            return PlainTextResponse(f"This page is not served as {host!r}.", 421)
-        origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
-            return PlainTextResponse("Requests of other web sites are refused.", 403)
-        if headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
-            if scope["method"] != "GET" or scope["path"] != "/":  # a link to the page is fine
-                return PlainTextResponse("Requests of other web sites are refused.", 403)
-        return None
-
-    def _is_ours(self, host: str) -> bool:
-        try:
-            name = (urlsplit(f"//{host}").hostname or "").lower()
-        except ValueError:
-            return False
-        try:
-            address = ipaddress.ip_address(name)
-        except ValueError:
-            return name in self.hosts
-        # no other site has an address for its name; without a token only loopback is served
-        return address.is_loopback or self.token is not None
-
-    def _admission(self, scope: Any) -> Response | None:
-        """With the token in the address, set a cookie; without both, ask for the token."""
-        if self.token is None:
-            return None
-        given = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
-        if _equal(given, self.token):
-            answer = RedirectResponse("/", 303)
-            # not "strict": a browser that follows a link in a mail would not send it
-            answer.set_cookie(COOKIE, self.cookie, httponly=True, samesite="lax")
-            return answer
-        cookies = SimpleCookie(Headers(scope=scope).get("cookie", ""))
-        if COOKIE in cookies and _equal(cookies[COOKIE].value, self.cookie):
-            return None
-        return PlainTextResponse("Open the page with ?token=<the token of the server>.", 401)
-
-
-def _equal(given: str, token: str) -> bool:
-    return secrets.compare_digest(given.encode(), token.encode())

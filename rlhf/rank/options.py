@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from rlhf.config import knob
 from rlhf.policy import PolicyOptions
+from rlhf.web.server import ServerOptions
 
 
 @dataclass(kw_only=True)
-class RankOptions(PolicyOptions):
+class RankOptions(ServerOptions, PolicyOptions):
     """The command line."""
 
     path: list[str] | None = None  # type: ignore[assignment]
@@ -32,11 +33,5 @@ class RankOptions(PolicyOptions):
     """Annotators who rank each prompt; 2 or more show how far they agree."""
     annotators: list[str] | None = None
     """Names of the annotators (default: anybody who gives a name)."""
-    host: str = "127.0.0.1"
-    """Address of the page; one that other machines reach needs token=."""
-    port: int = knob(8765, ge=0, le=65535)
-    """Port of the page; 0 takes a free one."""
-    token: str | None = None
-    """Secret that a browser must be opened with, at least 8 characters."""
     serve: bool = True
     """false: only write the files of what is ranked so far."""

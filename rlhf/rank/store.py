@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config import InputError
+from rlhf.web.server import Refused
 
 KINDS = ("ranking", "skip", "flag")
 RESERVED_SECONDS = 1800.0  # how long a task that was shown waits for its annotator
@@ -61,10 +62,6 @@ WHERE tasks.number NOT IN (SELECT task FROM showings WHERE annotator = :annotato
             WHERE k.task = tasks.number AND k.kind = 'ranking' AND NOT k.undone)
         + (SELECT COUNT(*) FROM showings WHERE task = tasks.number AND at > :fresh AND {OPEN})
 ORDER BY position, tasks.number LIMIT 1"""
-
-
-class Refused(Exception):
-    """What a browser asked for cannot be done; the message is for the person who sees the page."""
 
 
 @dataclass

@@ -125,7 +125,10 @@ def test_control_characters_do_not_reach_the_terminal():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "path is missing; add path=<stage directory, other model directory or Hub id>"),
+        (
+            [],
+            "path is missing; add path=<stage directory, other model directory or Hub id; several",
+        ),
         (["runs/x"], "cannot read 'runs/x'; write key=value, e.g. path=runs/x"),
         (["path=x", "temprature=1"], "unknown option 'temprature'. Did you mean temperature or "),
         (["path=x", "seed=1.5"], "seed must be of type int, got '1.5'"),

@@ -49,7 +49,7 @@ def test_after_sft_come_chat_reward_and_ppo_with_its_names_and_rows(tmp_path):
     config = SFTStageConfig(run_name="mine", runs_dir=str(tmp_path), dataset=DATA)
     found, run = commands(config), {"run_name": "mine", "runs_dir": str(tmp_path)}
     options = read_options(ChatOptions, found["rlhf.chat"])
-    assert options.path == str(tmp_path / "mine/sft/final")
+    assert options.path == [str(tmp_path / "mine/sft/final")]
     assert overrides(found["rlhf.reward"]) == run | {"dataset.path": "preferences.jsonl"}
     own = {"scorer.path": "my_module.my_score"}
     assert overrides(found["rlhf.ppo"]) == run | ROWS | own
@@ -72,7 +72,7 @@ def test_after_ppo_come_a_comparison_with_the_policy_before_and_an_export(tmp_pa
     found = commands(PPOStageConfig(run_name="mine", runs_dir=str(tmp_path)))
     chat = read_options(ChatOptions, found["rlhf.chat"])
     run = tmp_path / "mine"
-    assert (chat.path, chat.compare) == (str(run / "ppo/final"), str(run / "sft/final"))
+    assert (chat.path, chat.compare) == ([str(run / "ppo/final")], str(run / "sft/final"))
     answers = read_options(GenerateOptions, found["rlhf.generate"])
     assert (answers.path, answers.out) == (str(run / "ppo/final"), str(run / "answers.jsonl"))
     export = read_options(ExportOptions, found["rlhf.export"])

@@ -15,8 +15,9 @@ import torch
 from helpers.stages import ppo_config, reward_config, sft_config
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, pipeline
 
+from rlhf.chat import Chat, ChatOptions
 from rlhf.checkpoint import read_record
 from rlhf.config import CriticConfig, InputError, ModelConfig, PeftConfig, ScorerConfig
 from rlhf.export import ExportOptions, export
@@ -215,3 +216,49 @@ def test_a_base_that_has_changed_or_gone_is_refused_with_the_fix(base, alone, tm
     shutil.rmtree(copy)
     with pytest.raises(InputError, match="correct .*adapter_config.json: base_model_name_or_path="):
         train_sft(again)
+
+
+# --- transformers.pipeline ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "kind, folder",
+    [
+        ("full", "."),
+        ("both", "sft/final"),
+        ("both", "ppo/final"),
+        ("alone", "sft/final"),
+        ("alone", "ppo/final"),
+    ],
+)
+def test_a_pipeline_of_transformers_answers_as_rlhf_does(kind, folder, base, both, alone):
+    path = {"full": base, "both": both, "alone": alone}[kind] / folder
+    pipe = pipeline("text-generation", model=str(path), device="cpu")
+    found = pipe(PROMPT, max_new_tokens=8, do_sample=False)[0]["generated_text"]
+    chat = Chat(ChatOptions(path=str(path), temperature=0, response_length=8, device="cpu"))
+    answer = "".join(chat.ask(PROMPT[0]["content"], 0))
+    assert found == [*PROMPT, {"role": "assistant", "content": answer}] and answer
+
+
+@pytest.mark.parametrize("folder", ["reward/final", "ppo/critic"])
+def test_a_pipeline_of_transformers_scores_as_rlhf_does(folder, both):
+    path = str(both / folder)
+    config = ModelConfig(path=path, dtype="auto")
+    tokenizer = load_tokenizer(config)
+    texts = [
+        tokenizer.apply_chat_template(
+            [*PROMPT, {"role": "assistant", "content": answer}], tokenize=False
+        )
+        for answer in ("dog cat .", "red dog wolf .")
+    ]
+    pipe = pipeline("text-classification", model=path, device="cpu", function_to_apply="none")
+    found = [one["score"] for one in pipe(texts, batch_size=2)]
+    ids = [tokenizer(text, return_tensors="pt") for text in texts]
+    model = AutoModelForSequenceClassification.from_pretrained(path).eval()
+    with torch.no_grad():
+        expected = [model(**one).logits.item() for one in ids]
+    assert found == pytest.approx(expected, rel=1e-5, abs=1e-5) and found[0] != found[1]
+    if folder == "reward/final":
+        scorer = load_scorer(ScorerConfig(path=path, normalize="none"))
+        scores = scorer([PROMPT] * 2, ["dog cat .", "red dog wolf ."])
+        assert found == pytest.approx(scores.tolist(), rel=0.05, abs=0.05)

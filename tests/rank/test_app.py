@@ -13,9 +13,9 @@ import pytest
 from starlette.testclient import TestClient
 
 import rlhf.rank.app
-from rlhf.rank.app import FILES, PAGE, make_app
-from rlhf.rank.render import LONGEST, to_html
+from rlhf.rank.app import PAGE, make_app
 from rlhf.rank.store import Store, Task
+from rlhf.web.render import LONGEST, to_html
 
 MARKUP = (
     "<script>alert(1)</script> <img src=x onerror=alert(1)> ![i](http://e.vil/pixel.png) "
@@ -89,14 +89,14 @@ def test_a_very_long_answer_is_shown_as_it_is():
 
 def test_the_files_of_the_page_have_no_code_in_them_that_its_policy_forbids(store):
     page = client(store)
-    for name in FILES:
+    for name in ("", "base.css", "base.js", *(file.name for file in PAGE.iterdir())):
         answer = page.get(f"/{name}")
         assert answer.status_code == 200
         policy = answer.headers["content-security-policy"]
         assert "default-src 'none'; script-src 'self'" in policy and "unsafe" not in policy
     html = (PAGE / "index.html").read_text()
     assert "<style" not in html and "style=" not in html and "onclick" not in html
-    assert html.count("<script") == html.count(" defer></script>") == 3
+    assert html.count("<script") == html.count(" defer></script>") == 4
     assert page.get("/store.py").status_code == page.get("/../store.py").status_code == 404
 
 

@@ -7,21 +7,15 @@ tests/rank/test_browser.py; SCREENSHOTS=<folder> keeps pictures to look at.
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from helpers.browsers import Served, keep_picture, launched
 
 from rlhf.rank.store import Store
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).resolve().parents[2]
-CHROMIUM = shutil.which("chromium")
 MARKUP = (
     "<script>document.title = 'owned'</script><img src=x onerror=\"document.title='owned'\">"
     "<svg onload=\"document.title='owned'\"> [link](javascript:document.title='owned') "
@@ -31,45 +25,14 @@ MARKUP = (
 
 @pytest.fixture(scope="module")
 def browser():
-    playwright = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("chromium is not installed")
-    with playwright.sync_playwright() as player:
-        yield player.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    yield from launched()
 
 
-class Server:
+class Server(Served):
     """The command in a folder; it may be killed and given again."""
 
     def __init__(self, folder: Path, *arguments: str):
-        self.folder, self.arguments, self.port = folder, arguments, 0
-        self.start()
-
-    def start(self):
-        command = [sys.executable, "-m", "rlhf.rank", "prompts=answers.jsonl", f"port={self.port}"]
-        self.process = subprocess.Popen(
-            [*command, *self.arguments],
-            cwd=self.folder,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for line in self.process.stdout:
-            if found := re.search(r"rank at (http://127\.0\.0\.1:(\d+)/\S*)", line):
-                self.address, self.port = found[1], int(found[2])
-                return
-        raise AssertionError(f"the server ended with {self.process.wait()}")
-
-    def kill(self):
-        self.process.kill()
-        self.process.wait()
-
-    def end(self) -> str:
-        """Ctrl-C; return what it prints."""
-        self.process.send_signal(signal.SIGINT)
-        output, _ = self.process.communicate(timeout=30)
-        assert self.process.returncode == 0
-        return output
+        super().__init__(folder, "rlhf.rank", "prompts=answers.jsonl", *arguments)
 
     def rankings(self) -> list[dict]:
         lines = (self.folder / "answers.rankings.jsonl").read_text(encoding="utf-8").splitlines()
@@ -131,11 +94,6 @@ def press_shortest_first(page) -> None:
     for card in order:
         page.keyboard.press(str(card + 1))
     page.keyboard.press("Enter")
-
-
-def keep_picture(page, name: str) -> None:
-    if folder := os.environ.get("SCREENSHOTS"):
-        page.screenshot(path=Path(folder) / f"{name}.png")
 
 
 def test_with_the_keyboard_alone_a_person_ranks_ties_edits_undoes_skips_and_flags(serve, open_page):

@@ -282,10 +282,10 @@ def test_a_port_in_use_is_refused_before_anything_is_sampled(command):
 
 
 def test_a_missing_library_names_the_extra(command, monkeypatch):
-    import rlhf.rank.server
+    import rlhf.web.server
 
     file_of("answers.jsonl", ANSWERED)
-    monkeypatch.setattr(rlhf.rank.server, "find_spec", lambda name: None)
+    monkeypatch.setattr(rlhf.web.server, "find_spec", lambda name: None)
     status, _, errors = command("prompts=answers.jsonl")
     assert status == 2 and "pip install 'rlhf[web]'" in errors
 

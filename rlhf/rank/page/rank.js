@@ -1,8 +1,6 @@
-// The page in which a person ranks answers. The server renders all texts (no HTML of a model gets
-// here) and owns the queue; this file keeps the order of the cards, and drafts until they are saved.
+// The page in which a person ranks answers. The server owns the queue; this file keeps the order of the cards, and drafts until they are saved.
 "use strict";
 
-const $ = (id) => document.getElementById(id);
 const RETRY = 3000; // milliseconds between tries when the server does not answer
 
 let annotator = ""; // name
@@ -57,11 +55,6 @@ async function change(name, body) {
   }
 }
 
-function banner(text) {
-  $("banner").hidden = !text;
-  $("banner").textContent = text;
-}
-
 // --- Drafts, which survive a closed tab -----------------------------------------------------------
 
 const key = (token) => `rlhf-rank ${token}`;
@@ -72,14 +65,6 @@ function remember() {
 
 function forget(token) {
   store((kept) => kept.removeItem(key(token)));
-}
-
-function store(use) {
-  try {
-    return use(localStorage);
-  } catch {
-    return null; // the browser does not allow it: the page works without
-  }
 }
 
 function restore() {
@@ -149,20 +134,6 @@ function describe(card) {
 
 // --- Drawing --------------------------------------------------------------------------------------
 
-function make(tag, properties = {}, ...children) {
-  const element = Object.assign(document.createElement(tag), properties);
-  element.append(...children);
-  return element;
-}
-
-function textOf(one) {
-  const element = make("div", { className: "text", dir: "auto" });
-  if (!one.text.trim()) element.append(make("p", { className: "quiet", textContent: "(empty)" }));
-  else if (plain) element.append(make("pre", { className: "plain", dir: "auto", textContent: one.plain }));
-  else element.innerHTML = one.html; // rendered by the server, without any HTML of the text
-  return element;
-}
-
 function show(found) {
   task = found.task;
   const { ranked, skipped, flagged, tasks, all_ranked, wanted } = found.progress;
@@ -194,7 +165,7 @@ function drawTask() {
     ...prompt.map((turn) => {
       const element = make("div", { className: `turn ${turn.role}` });
       if (named) element.append(make("span", { className: "role", textContent: roles[turn.role] || turn.role }));
-      element.append(textOf(turn));
+      element.append(textOf(turn, plain));
       return element;
     }),
   );
@@ -203,7 +174,7 @@ function drawTask() {
       const chip = make("button", { type: "button", className: "chip", textContent: card + 1 });
       chip.dataset.card = card;
       const head = make("div", { className: "card-head" }, chip, make("span", { className: "place" }));
-      const element = make("li", { className: "card" }, head, textOf(one));
+      const element = make("li", { className: "card" }, head, textOf(one, plain));
       element.addEventListener("click", (event) => {
         const selected = !getSelection().isCollapsed;
         if (!selected && !justDragged() && !event.target.closest("a, button")) pick(card);

@@ -1,22 +1,40 @@
-"""Serving a store on an address of this machine, until Ctrl-C."""
+"""Serving a page on an address of this machine, until Ctrl-C. Who may ask is decided by `guard`.
+
+This file needs no library of the extra `web` before `serve`.
+"""
 
 from __future__ import annotations
 
 import errno
 import ipaddress
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 from urllib.parse import quote
 
-from rlhf.config import InputError
-from rlhf.console import say
-from rlhf.rank.store import Store
+from rlhf.config import InputError, knob
 
 LIBRARIES = ("starlette", "uvicorn", "markdown_it")
 SHORTEST_TOKEN = 8
+
+
+class Refused(Exception):
+    """What a browser asked for cannot be done; the message is for the person who sees the page."""
+
+
+@dataclass(kw_only=True)
+class ServerOptions:
+    """Options of every command that serves a page."""
+
+    host: str = "127.0.0.1"
+    """Address of the page; one that other machines reach needs token=."""
+    port: int = knob(8765, ge=0, le=65535)
+    """Port of the page; 0 takes a free one."""
+    token: str | None = None
+    """Secret that a browser must be opened with, at least 8 characters."""
 
 
 def check_server(host: str, token: str | None) -> None:
@@ -64,29 +82,13 @@ def bound(host: str, port: int) -> Iterator[socket.socket]:
         yield taken
 
 
-def serve(
-    store: Store,
-    taken: socket.socket,
-    host: str,
-    token: str | None = None,
-    annotators: Sequence[str] | None = None,
-    export: Callable[[], None] = lambda: None,
-) -> None:
-    """Serve the page until Ctrl-C.
-
-    Args:
-        taken: the bound socket.
-        host, token, annotators, export: as in `make_app`.
-    """
+def serve(app: Any, taken: socket.socket) -> None:
+    """Serve an ASGI app on a bound socket until Ctrl-C."""
     import uvicorn
 
-    from rlhf.rank.app import make_app
-
-    app = make_app(store, export, host, token, annotators)
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, timeout_graceful_shutdown=3, ws="none"
     )
-    say(f"rank at {address_of(taken, host, token)} (Ctrl-C ends; the same command continues)")
     with suppress(KeyboardInterrupt):
         uvicorn.Server(config).run(sockets=[taken])
 

@@ -28,6 +28,11 @@ def to_html(text: str) -> str:
     return visible(str(_markdown().render(text)))  # again: of an entity such as &#x202e;
 
 
+def both(text: str) -> dict[str, str]:
+    """A text as pages get it: rendered, as it is, and with all characters visible."""
+    return {"html": to_html(text), "text": text, "plain": visible(text)}
+
+
 def visible(text: str) -> str:
     """Replace characters that cannot be seen by their code, such as [U+202E]."""
     lines = text.replace("\r\n", "\n")

@@ -1,42 +1,49 @@
-"""Talk to a policy in the terminal: python -m rlhf.chat path=runs/demo/sft/final
+"""A model and its side of a conversation; the options of `python -m rlhf.chat`.
 
-Answers are sampled by the same loop as in PPO, and printed as they come. When the context is full,
-the oldest rounds are left out. Questions can be piped in, one per line: answers go to stdout,
-remarks to stderr. Each line is a conversation of its own, unless one_conversation=true.
-
-/reset forgets the conversation, /undo forgets its last round, /exit or Ctrl-D leaves. Ctrl-C stops
-an answer; the part that was printed stays in the conversation.
-
-A model continues each line as text if it has no chat template or was trained on text prompts.
+Left out: where questions come from (`terminal`, `web`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import io
-import re
 import sys
-from collections.abc import Iterator
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from rlhf.config import nearest
+from rlhf.config import knob
 from rlhf.data import whole_characters
-from rlhf.options import check_options, run_command
-from rlhf.policy import Policy, PolicyOptions, check_policies
+from rlhf.policy import Policy, PolicyOptions
+from rlhf.web.server import ServerOptions
 
-COMMANDS = ("/reset", "/undo", "/exit")
 INCOMPLETE = "\ufffd"  # a decoder's sign for bytes that do not (or not yet) form a character
 
 
 @dataclass
-class ChatOptions(PolicyOptions):
+class ChatOptions(ServerOptions, PolicyOptions):
     """The command line."""
 
+    path: list[str]  # type: ignore[assignment]
+    """Stage directory, other model directory or Hub id; several that are compared: [a,b]."""
     compare: str | None = None
-    """A second model; it answers every question too and has a history of its own."""
+    """A second model, as in path=[a,b]."""
     one_conversation: bool = False
     """true: the lines that are piped in are one conversation."""
+    web: bool = False
+    """true: serve a page in the browser, on this machine."""
+    out: str = "chat.rankings.jsonl"
+    """With web=true: file of the answers that you marked, for python -m rlhf.reward."""
+    port: int = knob(8766, ge=0, le=65535)
+    """Port of the page; 0 takes a free one."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.path, str):  # of a caller in Python
+            self.path = [self.path]
+
+    @property
+    def models(self) -> dict[str, str]:
+        """Name of an option -> the model that it names."""
+        found = {f"path[{i}]" if i else "path": path for i, path in enumerate(self.path)}
+        return found | ({"compare": self.compare} if self.compare else {})
 
 
 def note(text: str) -> None:
@@ -44,20 +51,24 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-# --- One model and its conversation -------------------------------------------------------------
-
-
 class Chat(Policy):
     """A model, and its side of the conversation.
 
     Attributes:
+        note: what gets remarks, such as that the context is full.
         rounds: (question, answer) pairs, oldest first; empty if lines are continued as text.
         cut_off: True if the last answer used up its budget.
     """
 
-    def __init__(self, options: ChatOptions, field: str = "path"):
-        """Load the model that `field` of the options names."""
-        super().__init__(options, str(getattr(options, field)), field)
+    def __init__(self, options: ChatOptions, path: str | None = None, field: str = "path"):
+        """Load a model.
+
+        Args:
+            path: None for the first one of the options.
+            field: option that names it, for messages.
+        """
+        super().__init__(options, path or options.path[0], field)
+        self.note: Callable[[str], None] = note
         self.rounds: list[tuple[str, str]] = []
         self.cut_off = False
         self._said_full = False
@@ -73,7 +84,7 @@ class Chat(Policy):
         question = whole_characters(question)
         prompt_ids, room = self.prompt(question)
         if room < 1:
-            note(
+            self.note(
                 f"[not answered: the question has {len(prompt_ids)} tokens, but the model's "
                 f"context has {len(prompt_ids) + room}]"
             )
@@ -133,7 +144,9 @@ class Chat(Policy):
             ids = self.encode(question, kept)
         if len(ids) < context:
             if len(kept) < len(self.rounds) and not self._said_full:
-                note(f"[the context of {context} tokens is full: the oldest rounds are left out]")
+                self.note(
+                    f"[the context of {context} tokens is full: the oldest rounds are left out]"
+                )
                 self._said_full = True
             self.rounds = kept
         return ids, context - len(ids)
@@ -155,80 +168,3 @@ class Chat(Policy):
     def reset(self) -> None:
         """Forget the conversation."""
         self.rounds, self._said_full = [], False
-
-
-# --- The terminal -------------------------------------------------------------------------------
-
-
-def talk(options: ChatOptions) -> None:
-    """Answer the lines that are typed or piped in, until they end."""
-    check_options(options)
-    fields = [field for field in ("path", "compare") if getattr(options, field)]
-    check_policies(options, {field: getattr(options, field) for field in fields})
-    chats = [Chat(options, field) for field in fields]
-    for chat in chats:
-        note(chat.describe())
-    interactive = sys.stdin.isatty()
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")  # bytes that are not UTF-8 become U+FFFD
-    if interactive:
-        with suppress(ImportError):  # not on every system; for editing and history of the line
-            import readline  # noqa: F401
-        note(f"{' '.join(COMMANDS)}; Ctrl-C stops an answer, Ctrl-D leaves")
-    for number, line in enumerate(_lines(interactive)):
-        command = line.strip()
-        if command == "/exit":
-            return
-        if command in ("/undo", "/reset"):
-            for chat in chats:
-                chat.undo() if command == "/undo" else chat.reset()
-            note(f"[{min(len(chat.rounds) for chat in chats)} rounds remembered]")
-        elif re.fullmatch(r"/\w+", command):
-            note(f"[unknown command {command}.{nearest(command, COMMANDS)}]")
-        elif command:
-            for chat in chats:
-                if not interactive and not options.one_conversation:
-                    chat.reset()
-                if len(chats) > 1:
-                    print(f"--- {chat.path}", flush=True)
-                _answer(chat, line if chat.why_text else command, number, interactive)
-
-
-def _lines(interactive: bool) -> Iterator[str]:
-    while True:
-        try:
-            yield input("> " if interactive else "")
-        except EOFError:
-            if interactive:
-                note("")  # so that the shell's prompt begins a line
-            return
-        except KeyboardInterrupt:
-            if not interactive:
-                raise
-            note("\n[Ctrl-D or /exit leaves]")
-
-
-def _answer(chat: Chat, question: str, number: int, interactive: bool) -> None:
-    with closing(chat.ask(question, number)) as pieces:  # type: ignore[type-var]
-        try:
-            for piece in pieces:
-                print(printable(piece), end="", flush=True)
-        except KeyboardInterrupt:
-            if not interactive:
-                raise
-            note(" [stopped]")
-            return
-    print(flush=True)
-    if chat.cut_off:
-        note(
-            f"[cut off: response_length={chat.sampling.max_new_tokens}, or the end of the context]"
-        )
-
-
-def printable(text: str) -> str:
-    """Replace control characters: with them a model could control the terminal."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", INCOMPLETE, text)
-
-
-if __name__ == "__main__":
-    raise SystemExit(run_command(str(__doc__), ChatOptions, talk, sys.argv[1:]))

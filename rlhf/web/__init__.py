@@ -1,0 +1,1 @@
+"""What the pages of `rlhf.rank` and `rlhf.chat web=true` share: server, guard, Markdown, style."""
