@@ -95,6 +95,7 @@ def run_trainer(
             step = trainer.state.global_step + 1
             raise explain_stop(config, directory, error, step, True, dtype) from error
         except Exception as error:
+            metrics.close_bar()
             error.add_note(f"{NOTE}step {trainer.state.global_step + 1}")
             raise
         finally:

@@ -136,26 +136,25 @@ class PPOLoop:
         if self.pending is not None:
             last, interrupted = self._end_update(writer, stop, **self.pending)
         began = time.perf_counter()
-        bar = progress_bar(config.ppo.num_updates, trainer.update, "update")
-        while trainer.update < config.ppo.num_updates and not last and not interrupted:
-            started = time.perf_counter()
-            metrics = trainer.step()
-            ended, collected = time.perf_counter(), trainer.collected_at
-            num_tokens = metrics["response_length"] * config.ppo.batch_size
-            metrics |= {
-                "collect_seconds": collected - started,
-                "optimize_seconds": ended - collected,
-                "tokens_per_second": num_tokens / (ended - started),
-                "seconds": ended - began,
-            }
-            shown = {short: f"{metrics[name]:.3g}" for name, short in SHOWN.items()}
-            bar.set_postfix(shown, refresh=False)
-            bar.update(1)
-            writer.write(trainer.update, metrics)
-            over_budget = "kl_budget" in self.watchdog.check(trainer.update, metrics)
-            self._random_state = random_state()
-            last, interrupted = self._end_update(writer, stop, over_budget)
-        bar.close()
+        with progress_bar(config.ppo.num_updates, trainer.update, "update") as bar:
+            while trainer.update < config.ppo.num_updates and not last and not interrupted:
+                started = time.perf_counter()
+                metrics = trainer.step()
+                ended, collected = time.perf_counter(), trainer.collected_at
+                num_tokens = metrics["response_length"] * config.ppo.batch_size
+                metrics |= {
+                    "collect_seconds": collected - started,
+                    "optimize_seconds": ended - collected,
+                    "tokens_per_second": num_tokens / (ended - started),
+                    "seconds": ended - began,
+                }
+                shown = {short: f"{metrics[name]:.3g}" for name, short in SHOWN.items()}
+                bar.set_postfix(shown, refresh=False)
+                bar.update(1)
+                writer.write(trainer.update, metrics)
+                over_budget = "kl_budget" in self.watchdog.check(trainer.update, metrics)
+                self._random_state = random_state()
+                last, interrupted = self._end_update(writer, stop, over_budget)
         return interrupted
 
     def _end_update(

@@ -1,0 +1,123 @@
+"""One of two processes fails, whole models (DDP) or slices (FSDP2) on each: both end by themselves,
+without a launcher, and the last line of the first names the rank, the phase and the error.
+
+What the processes say to each other is tested in one process in tests/test_failures.py.
+
+Run: python -m pytest tests/end_to_end/test_failing_ranks.py -m slow
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+from helpers.runs import (
+    directory_of,
+    lengths,
+    outcome,
+    ppo_config,
+    train,
+    write_random_policy,
+    write_rows,
+)
+from helpers.sharded import in_group, text_of
+
+from rlhf.cli import _run
+from rlhf.config import ScorerConfig
+
+pytestmark = pytest.mark.slow
+ROWS = [{"prompt": f"Name a fruit {i}"} for i in range(24)]
+SHARDS = pytest.mark.parametrize("shards", [False, True], ids=["ddp", "fsdp2"])
+
+
+def command(config, how: str, folder) -> None:
+    """A run from the command line whose second process fails in its second update, or reads a bad
+    row before."""
+    from rlhf.ppo.update import Updater
+
+    rank, plain = int(os.environ["RANK"]), Updater.accumulate
+    os.chdir(folder / f"host-{rank}")
+    asked = {"SIGTERM to one": [1], "SIGTERM to all": [0, 1]}.get(how, [])
+
+    def accumulate(self, batch, rows, update, *rest, **options):
+        if update == 1 and rank == 1 and how == "memory":
+            raise torch.OutOfMemoryError("planted")
+        if update == 1 and rank == 1 and how == "SIGKILL":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if update == 1 and rank in asked:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(self, batch, rows, update, *rest, **options)
+
+    Updater.accumulate = accumulate
+    _run(lambda config: train(config).stopped_by, config)
+
+
+def fails_on_one(prompts, responses):
+    """Score by length; fail on the second process in the second update."""
+    fails_on_one.calls = getattr(fails_on_one, "calls", 0) + 1
+    if fails_on_one.calls == 2 and os.environ["RANK"] == "1":
+        raise ConnectionError("the judge is away")
+    return lengths(prompts, responses)
+
+
+def config_in(folder):
+    """Three updates on rows that each host has in a file of its own."""
+    for rank in (0, 1):
+        (folder / f"host-{rank}").mkdir(exist_ok=True)
+        write_rows(folder / f"host-{rank}" / "rows.jsonl", ROWS)
+    config = ppo_config(folder / "runs", folder, write_random_policy(folder / "policy"))
+    config.dataset.path, config.dataset.on_bad_row = "rows.jsonl", "stop"
+    config.scorer = ScorerConfig("python:helpers.runs.lengths", normalize="none")
+    config.ppo.num_updates, config.ppo.num_ppo_epochs = 3, 1
+    config.evaluation.every, config.checkpoint.every = 3, 100
+    return config
+
+
+FAILURES = {
+    "row": ("error: rank 1 (before training): ", "rows.jsonl"),
+    "rows": ("error: the processes were not started alike:\n  rows of dataset.path: ", "on rank 1"),
+    "scorer": ("error: rank 1: the scorer failed ", "the judge is away"),
+    "memory": ("error: rank 1 (training, update 2): OutOfMemoryError: planted", "resume=auto"),
+    "SIGKILL": ("error: no word from rank 1: killed", "; rank 0 (training, update 2): "),
+}
+
+
+@SHARDS
+@pytest.mark.parametrize("how", FAILURES)
+def test_failure_of_one_process_ends_both_and_the_first_names_it(how, shards, tmp_path):
+    config = config_in(tmp_path)
+    if how.startswith("row"):
+        row = {"prompt": 3} if how == "row" else {"prompt": "Another one"}
+        write_rows(tmp_path / "host-1/rows.jsonl", [*ROWS[:-1], row])
+    if how == "scorer":
+        config.scorer.path = f"python:{__name__}.fails_on_one"
+    log = tmp_path / "log"
+    codes = in_group(command, config, how, tmp_path, log=log, shards=shards, seconds=120)
+    assert codes[0] in (1, 2), (codes, text_of(log))
+    assert codes[1] == -signal.SIGKILL if how == "SIGKILL" else codes[1] in (1, 2), codes
+    begins, holds = FAILURES[how]
+    first = (tmp_path / "log-0").read_text()
+    last = first[first.rindex("error: ") :]
+    assert last.startswith(begins) and holds in last, first[-3000:]
+    assert how == "rows" or last.count("\n") == 1, last
+    assert "Traceback" not in first, first
+
+
+@SHARDS
+@pytest.mark.parametrize("how", ["SIGTERM to one", "SIGTERM to all"])
+def test_sigterm_saves_on_all_processes_and_the_run_goes_on_bit_identically(how, shards, tmp_path):
+    config, log = config_in(tmp_path), tmp_path / "log"
+    assert in_group(command, config, "", tmp_path, log=log, shards=shards) == [0, 0], text_of(log)
+    expected = outcome(config)
+    shutil.rmtree(directory_of(config))
+    config = dataclasses.replace(config, resume="auto")
+    codes = in_group(command, config, how, tmp_path, log=log, shards=shards, seconds=120)
+    assert codes == [128 + signal.SIGTERM] * 2, text_of(log)
+    assert (directory_of(config) / "checkpoint-2/manifest.json").is_file()
+    assert in_group(command, config, "", tmp_path, log=log, shards=shards) == [0, 0], text_of(log)
+    assert "resuming from" in text_of(log)
+    assert outcome(config) == expected
