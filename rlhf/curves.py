@@ -38,6 +38,11 @@ PANELS: dict[str, list[tuple[str, str]]] = {
         ("explained variance of the critic", "explained_variance"),
     ],
 }
+# title of a panel of the frontier, metric of PPO's evaluations, name in best-of-n
+FRONTIER = [
+    ("score that PPO trains on", "eval_score", "proxy"),
+    ("trusted score (gold, evaluation.scorer)", "eval_independent_score", "gold"),
+]
 Points = tuple[list[float], list[float]]  # steps, values
 
 
@@ -105,6 +110,62 @@ def _legend(labels: list[str]) -> list[Any]:
     ]
     held_out = Line2D([], [], color="grey", marker="o", linestyle="--", label="held-out, 95 %")
     return [*runs, Line2D([], [], color="grey", label="training"), held_out]
+
+
+def draw_frontier(rows: list[dict[str, Any]], best_of_n: list[dict[str, Any]] | None = None) -> Any:
+    """Draw scores against the square root of the KL to the policy before PPO, a panel for each
+    scorer; return a matplotlib figure, or None where there are fewer than two points.
+
+    Args:
+        rows: of PPO's `metrics.jsonl`; those of an evaluation are drawn.
+        best_of_n: of `diagnosis.json`: `kl`, and `proxy` and `gold` with their intervals.
+
+    Source: Gao et al. 2022 (arXiv 2210.10760), figure 1.
+    """
+    from matplotlib.figure import Figure
+
+    best, points = best_of_n or [], [row for row in rows if row.get("eval_kl") is not None]
+    panels = [
+        (title, metric, name)
+        for title, metric, name in FRONTIER
+        if any(row.get(metric) is not None for row in points) or best
+    ]
+    if len(points) < 2 and len(best) < 2:
+        return None
+    figure = Figure(figsize=(4.6 * len(panels) + 0.6, 3.4), dpi=90, layout="constrained")
+    for axis, (title, metric, name) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+    ):
+        own = [row for row in points if row.get(metric) is not None]
+        if own:
+            _draw_bars(axis, [_bar(row, metric) for row in own], "PPO, held-out prompts", "C0")
+        if best:
+            bars = [
+                (row["kl"], *(row[name][end] for end in ("mean", "low", "high"))) for row in best
+            ]
+            _draw_bars(axis, bars, "best of n of the policy before PPO", "C1")
+        axis.set_title(title, fontsize=9)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+        axis.legend(fontsize=8, frameon=False)
+    figure.supxlabel(
+        "square root of the KL to the policy before PPO, nats per response", fontsize=9
+    )
+    return figure
+
+
+def _bar(row: dict[str, Any], metric: str) -> tuple[float, ...]:
+    """KL, mean, and the ends of the interval where there is one."""
+    value = row[metric]
+    return row["eval_kl"], value, *(row.get(f"{metric}_{end}", value) for end in ("low", "high"))
+
+
+def _draw_bars(axis: Any, bars: list[tuple[float, ...]], label: str, color: str) -> None:
+    distance = [max(0.0, bar[0]) ** 0.5 for bar in bars]
+    axis.plot(distance, [bar[1] for bar in bars], "o-", color=color, markersize=4, label=label)
+    low, high = ([bar[i] for bar in bars] for i in (2, 3))
+    axis.vlines(distance, low, high, color=color, alpha=0.4, linewidth=1)
 
 
 def plot_hint(picture: str) -> str:

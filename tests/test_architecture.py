@@ -34,7 +34,7 @@ FLOORS = [
     {"hf_trainer", "score"},
     {"sft", "reward", "ppo"},
     {"chat", "generate", "export", "compare", "pipeline", "plan"},
-    {"rank", "report"},
+    {"rank", "report", "diagnose"},
     {"evaluate"},
     {"demo"},
     {"demo_world"},

@@ -38,6 +38,20 @@ from rlhf.functional.ppo_losses import (
 )
 from rlhf.functional.reward_loss import ranking_loss
 from rlhf.functional.scores import combine_scores, component_weights, counting
+from rlhf.functional.stage_gains import (
+    Estimate,
+    Levels,
+    TurningPoint,
+    WeakestLink,
+    best_of_n_at_kl,
+    estimate,
+    pair_agreement,
+    resampled_means,
+    score_levels,
+    swap_gains,
+    turning_point,
+    weakest_link,
+)
 from rlhf.functional.summary_statistics import (
     best_of_n,
     best_of_n_kl,

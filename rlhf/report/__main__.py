@@ -29,7 +29,7 @@ from rlhf.config import (
     yaml_scalar,
 )
 from rlhf.console import interval_text, say
-from rlhf.curves import draw_curves, plot_hint
+from rlhf.curves import draw_curves, draw_frontier, plot_hint
 from rlhf.metrics import METRICS as MEANINGS
 from rlhf.metrics import read_jsonl
 from rlhf.options import run_command
@@ -40,6 +40,7 @@ TITLES = {"sft": "Supervised fine-tuning", "reward": "Reward model", "ppo": "PPO
 OTHERS = {"update": "update that became final/"}  # results that are no metrics
 MAX_ANSWERS = 8  # shown of a stage
 MAX_WARNINGS = 20
+DIAGNOSIS = "diagnosis/diagnosis.json"  # of rlhf.diagnose, in the directory of the run
 
 
 @dataclass
@@ -101,7 +102,7 @@ def section(stage: str, directory: Path) -> dict[str, Any]:
     """Collect what the page shows of a stage."""
     rows = read_jsonl(directory / METRICS)
     record = _read_record(directory)
-    frontier = _frontier(rows) if stage == "ppo" else None
+    frontier = _frontier(rows, directory) if stage == "ppo" else None
     report = directory / "final/report.png"
     return {
         "stage": stage,
@@ -193,30 +194,15 @@ def _curves(stage: str, directory: Path) -> str | None:
     return None if plot_hint("") else _picture(draw_curves({stage: {stage: directory}}))
 
 
-def _frontier(rows: list[dict[str, Any]]) -> str | None:
-    """Draw the held-out scores against the square root of the KL; None if there are too few."""
-    points = [row for row in rows if row.get("eval_kl") is not None]
-    if len(points) < 2 or plot_hint(""):
+def _frontier(rows: list[dict[str, Any]], directory: Path) -> str | None:
+    """Draw the held-out scores against the square root of the KL, with best-of-n where the run was
+    diagnosed; None if there are too few points."""
+    if plot_hint(""):
         return None
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 3.4), dpi=90, layout="constrained")
-    axis = figure.subplots()
-    distance = [max(0.0, row["eval_kl"]) ** 0.5 for row in points]
-    for name, label in (
-        ("eval_score", "score that PPO trains on"),
-        ("eval_independent_score", "score by evaluation.scorer"),
-    ):
-        known = [i for i, row in enumerate(points) if row.get(name) is not None]
-        if known:
-            values = [points[i][name] for i in known]
-            axis.plot([distance[i] for i in known], values, marker="o", markersize=4, label=label)
-    axis.set_xlabel("square root of KL(policy || reference), nats per response", fontsize=9)
-    axis.set_ylabel("held-out score", fontsize=9)
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(fontsize=9, frameon=False)
-    return _picture(figure)
+    file = directory.parent / DIAGNOSIS
+    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    figure = draw_frontier(rows, found.get("best_of_n") if found.get("gold") else None)
+    return _picture(figure) if figure else None
 
 
 def _picture(figure: Any) -> str:
