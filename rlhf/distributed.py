@@ -186,6 +186,21 @@ def refuse_under_sharding(options: Mapping[str, Any]) -> None:
         )
 
 
+def refuse_zero3(plugin: Any, stage: str) -> None:
+    """Refuse DeepSpeed ZeRO-3: no process has whole weights, which a stage checks and writes.
+
+    Args:
+        plugin: the Trainer's `deepspeed_plugin`; None without DeepSpeed.
+    """
+    if plugin is not None and plugin.zero_stage == 3:
+        raise InputError(
+            f"zero_stage: 3: under DeepSpeed ZeRO-3 no process has the whole weights that {stage} "
+            "checks, merges and writes to final/; FSDP2 shards weights too: accelerate launch "
+            f"--config_file {CONF_DIR / 'accelerate' / 'fsdp2.yaml'} -m rlhf.{stage} ..., or set "
+            "zero_stage: 2"
+        )
+
+
 def is_sharded(model: nn.Module) -> bool:
     """True if this process holds only slices of the model's weights."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())

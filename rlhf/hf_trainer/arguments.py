@@ -18,7 +18,7 @@ from rlhf.config import (
     build_arguments,
     learning_rates,
 )
-from rlhf.distributed import refuse_under_sharding, use_bfloat16
+from rlhf.distributed import refuse_under_sharding, refuse_zero3, use_bfloat16
 from rlhf.hf_trainer.settings import check_trainer_values, try_out
 
 DEFAULT_LENGTH = 1024  # tokens of a row
@@ -58,6 +58,7 @@ def trainer_arguments(
     load_best = _pop_load_best(values, stage)
     decided = _decided_by_stage(factory, config, stage, bool(values.get("fp16")))
     args = build_arguments(factory, values, decided | reserved)
+    refuse_zero3(args.deepspeed_plugin, stage)
     try_out(args)
     # set after the fact: as an argument it would want evaluations at every checkpoint, and we add a
     # checkpoint to every evaluation that is the best
