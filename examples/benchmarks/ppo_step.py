@@ -159,9 +159,7 @@ def run_ours(options: argparse.Namespace) -> None:
     from rlhf.ppo.stage import with_sources
 
     def gold_count(prompts: list[str], responses: list[str]) -> list[float]:
-        words = [[int(word[1:]) for word in response.split()] for response in responses]
-        good = [is_gold(torch.tensor(ids), SHAPES[options.preset][4]).sum() for ids in words]
-        return [float(count) / options.limit for count in good]
+        return [gold_share(response, options) for response in responses]
 
     scorer = gold_count if options.reward == "gold-count" else None
     config = with_sources(our_config(options), scorer)
@@ -209,6 +207,13 @@ def run_ours(options: argparse.Namespace) -> None:
             }
         )
     answer({"peak": peak_since()})
+
+
+def gold_share(response: str, options: argparse.Namespace) -> float:
+    """Gold tokens of a response, divided by the limit; words such as <sep> are none."""
+    ids = [int(word[1:]) for word in response.split() if word.startswith("t")]
+    good = is_gold(torch.tensor(ids, dtype=torch.long), SHAPES[options.preset][4])
+    return float(good.sum()) / options.limit
 
 
 def our_config(options: argparse.Namespace) -> Any:

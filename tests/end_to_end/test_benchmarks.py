@@ -86,6 +86,40 @@ def test_limit_of_decoding_is_the_longer_of_reading_and_multiplying_by_hand():
     assert limit_seconds(model, options, slow_matrix) == pytest.approx(expected, rel=1e-12)
 
 
+def test_the_gold_share_counts_words_of_the_first_eighth_and_no_special_tokens():
+    from argparse import Namespace
+
+    from ppo_step import gold_share
+
+    options = Namespace(preset="tiny", limit=32)  # 512 words: gold are t4 to t67
+    assert gold_share("t4 <sep> t67 t68 <bos> t511 t30", options) == 3 / 32
+    assert gold_share("", options) == 0.0
+
+
+def test_a_token_costs_the_seconds_of_all_updates_over_their_tokens(monkeypatch):
+    from argparse import Namespace
+
+    import episodes
+
+    updates = [{"seconds": 9.0, "cpu_seconds": 2.0, "tokens": 100.0}]
+    updates.append({"seconds": 9.0, "cpu_seconds": 4.0, "tokens": 200.0})
+    row = {"updates": updates}
+    monkeypatch.setattr(episodes, "DEVICE", "cpu")
+    episodes.summarize(row, Namespace(threads=1))
+    assert (row["tokens"], row["seconds"]) == (150.0, 3.0)
+    assert row["ms_per_token"] == pytest.approx(20.0)
+
+
+def test_the_episodes_are_updates_of_our_side_with_as_many_responses(monkeypatch):
+    import episodes
+    import ppo_step
+
+    monkeypatch.setattr(sys, "argv", ["episodes.py", "--set", "ppo.lam=1"])
+    options = ppo_step.parse(episodes.command_of(episodes.parse(), 128))
+    assert (options.batch, options.sides, options.set) == (128, "ours", ["ppo.lam=1"])
+    assert options.lengths == "half"
+
+
 def command_lines():
     """The script and the arguments of each part of `make bench` and of `make gpu-check`."""
     from run_all import PARTS
