@@ -15,6 +15,7 @@ import socket
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from http.client import HTTPException
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -36,12 +37,19 @@ class Passing(Exception):
         self.wait = wait
 
 
-def ask(url: str, body: Any, endpoint: EndpointConfig, field: str) -> Any:
+def ask(
+    url: str,
+    body: Any,
+    endpoint: EndpointConfig,
+    field: str,
+    retried: Callable[[], None] = lambda: None,
+) -> Any:
     """Send a JSON body to a URL and return the JSON that comes back.
 
     Args:
         body: None asks with GET.
         field: configuration key that holds the URL, for messages.
+        retried: called before each further try.
 
     Raises:
         InputError: what the endpoint said, after `endpoint.retries` more tries where that may help.
@@ -59,6 +67,7 @@ def ask(url: str, body: Any, endpoint: EndpointConfig, field: str) -> Any:
                 warn(f"{where} {failure}; trying again, at most {endpoint.retries} times")
             time.sleep(min(wait if failure.wait is None else failure.wait, LONGEST_WAIT))
             wait *= 2
+            retried()
     raise AssertionError
 
 

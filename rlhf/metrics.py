@@ -1,7 +1,8 @@
 """Recorded numbers: the table of metric names, `metrics.jsonl`, `timings.jsonl`, Weights & Biases.
 
 `METRICS` lists every name that a stage may write, with its meaning and unit; any other name is an
-error. Equal runs write equal bytes to `metrics.jsonl`, so wall-clock times go to `timings.jsonl`.
+error. Equal runs write equal bytes to `metrics.jsonl`, so wall-clock times, and what a judge's file
+of answers saves, go to `timings.jsonl`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from rlhf.console import is_main_process
 from rlhf.trackers import Trackers
 
 TIMINGS = frozenset({"seconds", "tokens_per_second", "collect_seconds", "optimize_seconds"})
+# what is asked depends on the answers that were kept before, and on failures of a server
+_ASKED = "judge_asked judge_known judge_tokens judge_cost remote_requests remote_retries".split()
+ASKED = frozenset([*_ASKED, *(f"eval_{name}" for name in _ASKED)])
 METRICS: dict[str, str] = {
     # all stages
     "step": "optimiser steps (sft, reward) or PPO updates finished",
@@ -63,6 +67,13 @@ METRICS: dict[str, str] = {
     "critic_steers": "1 if the advantages of this update used the critic, 0 if it ex"
     "plained nothing (critic.must_explain)",
     "advantage_std": "standard deviation of the advantages before whitening",
+    "judge_unreadable": "judgements without a verdict, which count as the lowest score",
+    "judge_asked": "answers that a judge gave; in timings.jsonl, as the next five",
+    "judge_known": "answers of a judge that its file had, so that it was not asked",
+    "judge_tokens": "tokens that the judge read and wrote for these, as it says",
+    "judge_cost": "their cost by scorer.endpoint.prices",
+    "remote_requests": "requests to remote scorers",
+    "remote_retries": "further tries of requests that failed",
     # ppo, of the optimiser steps
     "policy_loss": "clipped surrogate loss, mean over response tokens and steps",
     "value_loss": "value loss (half the squared error), mean over response tokens and steps",
@@ -90,8 +101,11 @@ METRICS: dict[str, str] = {
     "eval_win_rate": "share of held-out prompts whose answer beats the one before training, by "
     "evaluation.scorer or else the training scorer (a tie counts one half)",
 }
-_HELD_OUT = """loss mean_token_accuracy entropy num_tokens accuracy margin score kl response_length
-    eos_rate cut_rate""".split()
+_HELD_OUT = (
+    """loss mean_token_accuracy entropy num_tokens accuracy margin score kl response_length
+    eos_rate cut_rate judge_unreadable""".split()
+    + _ASKED
+)
 METRICS |= {f"eval_{name}": f"{name} on held-out rows or prompts" for name in _HELD_OUT}
 METRICS |= {
     f"eval_{name}_{side}": f"{side} end of the 95 % bootstrap interval of eval_{name}"
@@ -133,7 +147,8 @@ class MetricsWriter:
             return
         row = {name: _json_value(value) for name, value in values.items() if name != "step"}
         for file, is_timing in (("metrics.jsonl", False), ("timings.jsonl", True)):
-            kept = {name: value for name, value in row.items() if (name in TIMINGS) == is_timing}
+            may_differ = TIMINGS | ASKED
+            kept = {name: row[name] for name in row if (name in may_differ) == is_timing}
             if kept:
                 self._write(file, step, kept)
         self._trackers.log(step, row)

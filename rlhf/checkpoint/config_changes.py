@@ -1,9 +1,10 @@
 """Which settings may change when a run is resumed, and which should after a non-finite number.
 
-A run may become longer, finished or not: `resume=true` accepts new values of `LENGTH` settings. A
-run that meets a non-finite number writes `stopped.json`. While its newest checkpoint is older than
-the stop, `resume=true` accepts new values of `ADJUSTABLE` settings. `changes.jsonl` lists what
-changed; later checkpoints and `rlhf.json` repeat it.
+A run may become longer, finished or not: `resume=true` accepts new values of `LENGTH` settings, and
+another URL of a scorer (`SERVED`): its server may listen elsewhere now. A run that meets a
+non-finite number writes `stopped.json`. While its newest checkpoint is older than the stop,
+`resume=true` accepts new values of `ADJUSTABLE` settings. `changes.jsonl` lists what changed; later
+checkpoints and `rlhf.json` repeat it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from rlhf.config import (
     StageConfig,
     config_text,
     dotted,
+    is_remote,
     learning_rates,
     one_line,
     read_yaml,
@@ -58,6 +60,7 @@ ADJUSTABLE = (
     *("ppo.max_grad_norm", "ppo.adam_epsilon", "ppo.target_kl", "ppo.clip_scores"),
 )
 PROCESSES = "number of processes"
+SERVED = ("scorer.path", "evaluation.scorer")  # URLs: the same server may listen elsewhere
 FOUND = ("dataset.format",)  # settings that a stage finds if they are null
 TYPED = "model.trust_remote_code"  # a person types it each time; no file can give it
 
@@ -76,8 +79,9 @@ def refuse_changes(config: StageConfig, directory: Path) -> dict[str, str]:
         directory: the checkpoint where the run continues, or the `final/` of a finished run.
 
     Returns:
-        The accepted changes: setting -> "setting: old -> new". They are harmless, in `LENGTH`, or
-        in `ADJUSTABLE` if the run stopped at a non-finite number after the checkpoint.
+        The accepted changes: setting -> "setting: old -> new". They are harmless, in `LENGTH`,
+        URLs of `SERVED`, or in `ADJUSTABLE` if the run stopped at a non-finite number after the
+        checkpoint.
     """
     lines = _changed_settings(config, directory)
     is_finished = directory.name == "final"
@@ -88,7 +92,7 @@ def refuse_changes(config: StageConfig, directory: Path) -> dict[str, str]:
         allowed = ADJUSTABLE
     if not is_finished and lines.keys() & set(LENGTH):
         refuse_end(config, directory)
-    may_change = allowed + LENGTH
+    may_change = allowed + LENGTH + _moved(config, directory)
     refused = [
         line for key, line in lines.items() if not is_harmless(key) and key not in may_change
     ]
@@ -109,6 +113,12 @@ def refuse_changes(config: StageConfig, directory: Path) -> dict[str, str]:
             "another run_name"
         )
     return lines
+
+
+def _moved(config: StageConfig, directory: Path) -> tuple[str, ...]:
+    """The scorers that are URLs, before and now."""
+    was, now = read_settings(directory), _plain(config)
+    return tuple(key for key in SERVED if is_remote(was.get(key)) and is_remote(now.get(key)))
 
 
 def length_of(config: StageConfig) -> tuple[str, float]:

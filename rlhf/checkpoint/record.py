@@ -47,6 +47,7 @@ class StageRecord:
             critic's values are (raw - score_mean) / score_std.
         forward: "padding-free", or "padded" and the reason; None for an exported checkpoint.
         sampling: the engine with which PPO sampled, with the reason where it is "loop".
+        scoring: when PPO scored the responses, where the scorer is not in its own processes.
         compiled: which models PPO compiled, where it was asked to.
         optimizer: which models PPO updated in one kernel, if any.
         sharding: how processes shared the weights, where they did.
@@ -78,6 +79,7 @@ class StageRecord:
     attn_implementation: str | None = None
     forward: str | None = None
     sampling: str | None = None
+    scoring: str | None = None
     frozen: str | None = None
     shared_base: str | None = None
     compiled: str | None = None

@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf.checkpoint.config_changes import LENGTH, is_harmless, length_of, refuse_changes
+from rlhf.checkpoint.config_changes import LENGTH, SERVED, is_harmless, length_of, refuse_changes
 from rlhf.checkpoint.disk import find_damage, read_manifest, write_whole
 from rlhf.checkpoint.hosts import copy_to_all_hosts
 from rlhf.checkpoint.lock import on_main_process, one_writer
@@ -230,6 +230,7 @@ def _resume(config: StageConfig, directory: Path) -> Path | None:
     changed = refuse_changes(config, intact) if intact else {}
     for key, line in changed.items():
         effect = "the end of the run" if key in LENGTH else "after the stop"
+        effect = "where the scorer listens" if key in SERVED else effect
         effect = "without effect on what is trained" if is_harmless(key) else effect
         say(f"changed, {effect}: {line}")
     for checkpoint, problem in damaged.items():

@@ -19,6 +19,7 @@ from rlhf.config import (
 from rlhf.inputs import Check, check_model, check_scorer, failures
 
 MODES = ("pairwise", "rewardbench")
+REPORT = "report.json"
 
 
 @dataclass(kw_only=True)
@@ -84,7 +85,16 @@ def check(options: EvaluateOptions) -> None:
     """Refuse options with which the mode cannot be run; no model is loaded."""
     is_pairwise = options.mode == "pairwise"
     refuse([*(_missing_in_pairwise(options) if is_pairwise else _missing_in_rewardbench(options))])
-    refuse([*failures(_pairwise_checks(options) if is_pairwise else _rewardbench_checks(options))])
+    if not is_finished(options):  # else no model is needed any more
+        refuse(
+            [*failures(_pairwise_checks(options) if is_pairwise else _rewardbench_checks(options))]
+        )
+
+
+def is_finished(options: EvaluateOptions) -> bool:
+    """True if the output folder has its report; people may always go on."""
+    goes_on = options.mode == "pairwise" and options.by == "people"
+    return (Path(options.folder) / REPORT).is_file() and not goes_on
 
 
 def _missing_in_pairwise(options: EvaluateOptions) -> Iterator[str]:
@@ -134,7 +144,3 @@ def _check_file(path: str, field: str) -> None:
 def is_answers(path: str) -> bool:
     """True for a file of answers; anything else is a model."""
     return path.endswith((".jsonl", ".json", ".csv", ".parquet"))
-
-
-def already_there(folder: str) -> InputError:
-    return InputError(f"out={folder} has a result already; delete it, or give another out=<folder>")

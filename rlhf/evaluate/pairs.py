@@ -12,12 +12,21 @@ from typing import Any
 from rlhf.config import InputError
 from rlhf.console import say
 from rlhf.data import read_rows
-from rlhf.evaluate.options import EvaluateOptions, is_answers
+from rlhf.evaluate.options import REPORT, EvaluateOptions, is_answers, is_finished
 from rlhf.generate import GenerateOptions
 from rlhf.generate import run as generate
 from rlhf.rubrics import as_dialogue
 
 PROMPT, RESPONSE = ("prompt", "instruction"), ("response", "output")
+# what a report depends on, by mode: options, and those of them that may name files
+MADE_FROM = {
+    "pairwise": (
+        "a b prompts gold rubric scorer by model url max_tokens response_length temperature system "
+        "seed normalize",
+        "a b prompts gold",
+    ),
+    "rewardbench": ("path data normalize model url max_tokens", "data"),
+}
 
 
 @dataclass
@@ -111,11 +120,15 @@ def _answer(options: EvaluateOptions, path: str, file: Path) -> None:
 # --- Continuing -----------------------------------------------------------------------------------
 
 
-def begin(options: EvaluateOptions, folder: Path) -> None:
-    """Note what the files in a folder are made from; refuse to continue with something else."""
-    names = "a b prompts rubric scorer by model url max_tokens response_length temperature system"
-    now: dict[str, Any] = {n: getattr(options, n) for n in (*names.split(), "seed", "normalize")}
-    for name in ("a", "b", "prompts"):
+def begin(options: EvaluateOptions, folder: Path) -> dict[str, Any] | None:
+    """Note what the files in a folder are made from; refuse to continue with something else.
+
+    Returns:
+        The report of the same command, if it is finished.
+    """
+    names, files = MADE_FROM[options.mode]
+    now: dict[str, Any] = {name: getattr(options, name) for name in names.split()}
+    for name in files.split():
         file = Path(str(getattr(options, name)))
         if file.is_file():
             now[f"sha256 of {name}"] = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -126,9 +139,15 @@ def begin(options: EvaluateOptions, folder: Path) -> None:
     except (OSError, ValueError) as error:
         raise InputError(f"out={folder} cannot be used ({error})") from error
     changed = [f"{n}: {before.get(n)} -> {now[n]}" for n in now if before.get(n) != now[n]]
-    if changed:
+    keeps_parts = options.mode == "pairwise" or is_finished(options)
+    if changed and keeps_parts:
         listed = "\n  ".join(changed)
         raise InputError(
             f"out={folder} was begun with other values; give another out=<folder>:\n  {listed}"
         )
     note.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
+    if not is_finished(options):
+        return None
+    say(f"{folder}/ is finished; this is its report, and another out=<folder> starts a new one\n")
+    report: dict[str, Any] = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    return report

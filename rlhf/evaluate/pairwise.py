@@ -6,7 +6,6 @@ Left out: more than two models at once.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf.checkpoint.disk import write_whole
 from rlhf.config import InputError, show
 from rlhf.console import quiet_libraries, say, warn
 from rlhf.curves import plot_hint
 from rlhf.data import read_rows
 from rlhf.evaluate.figures import draw, figures_of, markdown, show_figures
 from rlhf.evaluate.judgement import Judgement
-from rlhf.evaluate.options import EvaluateOptions, already_there
+from rlhf.evaluate.options import REPORT, EvaluateOptions
 from rlhf.evaluate.pairs import Pair, begin, key_of, load_pairs
 from rlhf.evaluate.people import by_people
 from rlhf.functional import wins
@@ -31,13 +31,14 @@ AT_ONCE = 64  # comparisons between two looks at what was found
 
 
 def compare_models(options: EvaluateOptions) -> None:
-    """Compare two models, write the judgements and the report, and print the table."""
+    """Compare two models, write the judgements and the report, and print the table; of a finished
+    comparison only print it."""
     gold = read_gold(options.gold) if options.gold else {}
     quiet_libraries()
     folder = Path(options.folder)
-    if (folder / "report.json").exists() and options.by != "people":  # who may go on
-        raise already_there(str(folder))
-    begin(options, folder)
+    if (finished := begin(options, folder)) is not None:
+        show_figures(finished)
+        return
     pairs = load_pairs(options, folder)
     scorer: Any = None
     if options.by == "people":
@@ -53,9 +54,7 @@ def compare_models(options: EvaluateOptions) -> None:
     hint = plot_hint("report.png")
     if "win_rate" in report and not hint:
         draw(report).savefig(folder / "report.png")
-    part = folder / "report.json.partial"
-    part.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, folder / "report.json")
+    write_whole(folder / REPORT, json.dumps(report, indent=2) + "\n")
     show_figures(report)
     for judge in judges(scorer):
         say(judge.summary())

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
+from rlhf.checkpoint.disk import write_whole
 from rlhf.config import InputError
 from rlhf.console import interval_text, quiet_libraries, say, table
 from rlhf.data import as_prompt, as_text, read_rows
-from rlhf.evaluate.options import EvaluateOptions, already_there
+from rlhf.evaluate.options import REPORT, EvaluateOptions
+from rlhf.evaluate.pairs import begin
 from rlhf.functional import bootstrap_interval, geometric_mean
 from rlhf.reward.report.measures import Pairs, ranked_pairs
 from rlhf.scorers import load_scorer, score_responses
@@ -48,14 +50,16 @@ AT_ONCE = 256  # rows that are scored between two lines of progress
 
 
 def measure_scorer(options: EvaluateOptions) -> None:
-    """Score the rows, write `report.json`, and print the table."""
+    """Score the rows, write `report.json`, and print the table; of a finished measurement only
+    print it."""
     from rlhf.distributed import default_device
 
     path, code = str(options.path), options.trust_remote_code
     rows = read_pairs(str(options.data))
-    out = Path(options.folder) / "report.json"
-    if out.exists():
-        raise already_there(options.folder)
+    folder = Path(options.folder)
+    if (finished := begin(options, folder)) is not None:
+        show(finished)
+        return
     quiet_libraries()
     config = options.scorer_config(path)
     scorer = load_scorer(config, default_device(), field="path", trust_remote_code=code)
@@ -67,10 +71,9 @@ def measure_scorer(options: EvaluateOptions) -> None:
     pairs = ranked_pairs(list(found.total.view(-1, 2)), ranked)
     report = {"path": path, "data": options.data} | measure(pairs, [row["subset"] for row in rows])
     report["num_cut"] = 0 if found.cut is None else int(found.cut.sum())
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_whole(folder / REPORT, json.dumps(report, indent=2) + "\n")
     show(report)
-    say(f"\nsaved {out}")
+    say(f"\nsaved {folder / REPORT}")
 
 
 def read_pairs(path: str) -> list[dict[str, Any]]:

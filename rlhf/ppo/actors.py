@@ -71,6 +71,8 @@ class Actors:
         shared_base: which models are adapters on the policy's base, in words; "" without
             `ppo.share_base`.
         compiled: which models run compiled blocks, in words.
+        score_group: number of responses that are scored at once while others are sampled; 0: all
+            are scored after sampling.
     """
 
     policy: Any
@@ -84,6 +86,7 @@ class Actors:
     reading_device: Any = None
     shared_base: str = ""
     compiled: str = ""
+    score_group: int = 0
 
     @property
     def shares_trunk(self) -> bool:

@@ -18,7 +18,8 @@ from torch import Tensor
 from rlhf.config import PPOStageConfig
 from rlhf.failures import on_every_process
 from rlhf.functional import bootstrap_interval, wins
-from rlhf.ppo.rollout import Responses, collect, component_scores, cut_metric, score_sampled
+from rlhf.ppo.rollout import Responses, collect, component_scores, cut_metric
+from rlhf.ppo.scoring import score_sampled, scorer_counts
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.scorers import Scorer
 from rlhf.tokenizer import response_text
@@ -55,6 +56,12 @@ class Evaluator:
             Metrics `eval_<figure>` with their 95 % bounds under `_low` and `_high`, and one row per
             prompt for `samples.jsonl`.
         """
+        scorers = self.trainer.actors.scorer, self.independent
+        with scorer_counts(scorers, self.trainer.accelerator) as counts:
+            metrics, samples = self._evaluate()
+        return metrics | {f"eval_{name}": count for name, count in counts.items()}, samples
+
+    def _evaluate(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
         trainer, actors, ppo = self.trainer, self.trainer.actors, self.trainer.config.ppo
         key, accelerator = (trainer.config.seed, EVALUATION_KEY), trainer.accelerator
         with trainer.updater.averaged_weights():

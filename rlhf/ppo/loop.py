@@ -45,6 +45,7 @@ from rlhf.ppo.critic import critic_source
 from rlhf.ppo.evaluation import Evaluator, describe_selection, selection_value
 from rlhf.ppo.optimizer import describe_optimizers
 from rlhf.ppo.result import PPOResult, closing_table
+from rlhf.ppo.scoring import describe_scoring
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.ppo.watchdog import Watchdog
 from rlhf.scorers import judges
@@ -238,7 +239,7 @@ class PPOLoop:
         origin = config.model.path, actors.tokenizer, self.splits.prompts, self.splits.dropped
         record = make_record("ppo", config, *origin, figures)
         record.reference = config.ppo.reference
-        record.sampling = actors.sampling
+        record.sampling, record.scoring = actors.sampling, describe_scoring(config, actors)
         record.shared_base = actors.shared_base or None
         record.frozen = actors.frozen or None
         record.compiled = actors.compiled or None

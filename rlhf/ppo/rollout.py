@@ -24,9 +24,9 @@ from rlhf.failures import on_every_process, phase
 from rlhf.functional import final_scores
 from rlhf.ppo.actors import Actors
 from rlhf.ppo.passes import critic_values, policy_logprobs, read_policy
+from rlhf.ppo.scoring import score_sampled, score_while_sampling
 from rlhf.sampling import Generation, Sampling, engine_of, generate, uniform_noise
-from rlhf.scorers import Scorer, Scores, Tokens, component_names, reward_models, score_responses
-from rlhf.tokenizer import response_text
+from rlhf.scorers import Scorer, Scores, component_names, reward_models
 
 
 @dataclass(frozen=True)
@@ -247,12 +247,16 @@ def sample_and_score(
     mine = [prompts[row] for row in rows]
     noise = uniform_noise(key, rows, sampling.max_new_tokens)
     ids = [prompt["input_ids"] for prompt in mine]
+    sample = partial(generate, actors.policy, ids, sampling, noise, ppo.rollout_batch_size)
     with phase("sampling"):
         engine_of(actors.policy).gather()
-        sampled = generate(actors.policy, ids, sampling, noise, ppo.rollout_batch_size)
+        if with_scores and actors.score_group:
+            sampled, score = score_while_sampling(actors, mine, sample)
+        else:
+            sampled = sample()
+            score = partial(score_sampled, actors, mine, sampled.ids)
     scores = Scores(torch.zeros(num_rows))
     if with_scores:
-        score = partial(score_sampled, actors, mine, sampled.ids)
         with phase("scoring"):
             scores = on_every_process(score, accelerator)
     parts = [totals.tolist() for totals in scores.components.values()]
@@ -271,27 +275,6 @@ def sample_and_score(
     fields["dense_rewards"] = [row + [0.0] * (width - len(row)) for row in fields["dense_rewards"]]
     scored = {name: torch.tensor(rows, device=accelerator.device) for name, rows in fields.items()}
     return responses, scored
-
-
-def score_sampled(
-    actors: Actors,
-    prompts: Sequence[dict[str, Any]],
-    responses: list[list[int]],
-    scorer: Scorer | None = None,
-    field: str = "the scorer",
-) -> Scores:
-    """Score sampled responses, on the CPU, without the penalty for a missing EOS.
-
-    A given `scorer` replaces the one that PPO trains on; messages call it `field`.
-    """
-    tokens = Tokens([p["input_ids"] for p in prompts], responses, actors.tokenizer_hash)
-    asked, pairs = [p["prompt"] for p in prompts], zip(responses, prompts, strict=True)
-    texts = [response_text(ids, actors.tokenizer, p["prompt"]) for ids, p in pairs]
-    used = actors.scorer if scorer is None else scorer
-    names = prompts[0].get("columns", {}) if prompts else {}
-    columns = {name: [p["columns"][name] for p in prompts] for name in names}
-    with actors.in_use(*(model.model for model in reward_models(used))):
-        return score_responses(used, asked, texts, field, tokens, columns)
 
 
 def read_tokens(

@@ -44,9 +44,12 @@ from rlhf.ppo.preflight import run_preflight
 from rlhf.ppo.prompts import choose_prompts
 from rlhf.ppo.result import PPOResult, finished_result
 from rlhf.ppo.sampler import choose_sampler, sampling_server
+from rlhf.ppo.scoring import choose_scoring
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.sampling import context_length
 from rlhf.scorers import Scorer, instance, reward_models
+
+GATHERS = "each gathers the copy that samples before a rollout"
 
 
 def train_ppo(
@@ -107,15 +110,13 @@ def _train(config: PPOStageConfig, scorer: Scorer | None, run: StageRun, server:
     prompts, heldout, too_long = choose_prompts(config, splits, actors, independent, num_processes)
     require_room_for_rows(config.ppo, prompts)
     say(describe_batches(config, len(prompts), num_processes, actors))
-    if actors.shared_base:
-        say(f"     one base: {actors.shared_base}")
-    say(f"     forward: {forward}\n     sampling: {actors.sampling}")
-    if shards := describe_sharding(accelerator):
-        say(f"     sharding: {shards}; each gathers the copy that samples before a rollout")
-    if frozen:
-        say(f"     frozen models: {frozen}")
-    if config.compile:
-        say(f"     compile: {compile_actors(actors, accelerator)}")
+    compiled = compile_actors(actors, accelerator) if config.compile else ""
+    scoring, shards = choose_scoring(config, actors), describe_sharding(accelerator)
+    chosen: dict[str, str | None] = {"one base": actors.shared_base}
+    chosen |= {"forward": forward, "sampling": actors.sampling}
+    chosen |= {"scoring": scoring, "sharding": shards and f"{shards}; {GATHERS}"}
+    chosen |= {"frozen models": frozen, "compile": compiled}
+    say("\n".join(f"     {name}: {text}" for name, text in chosen.items() if text))
     say(splits.describe(too_long))
     splits.dropped += too_long
 

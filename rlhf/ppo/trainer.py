@@ -54,6 +54,7 @@ from rlhf.ppo.rollout import (
     stream_rows,
 )
 from rlhf.ppo.sampler_gap import require_sampler, sampler_gaps
+from rlhf.ppo.scoring import scorer_counts
 from rlhf.ppo.update import Updater
 from rlhf.sampling import sampling_for
 from rlhf.scorers import CombinedScorer, Scorer
@@ -73,6 +74,7 @@ class PPOTrainer:
         kl_coef: weight of the KL penalty now; changes with `ppo.kl_target` only.
         score_moments: of all scores so far; used with `ppo.scale_scores`.
         collected_at: `time.perf_counter()` at the end of the latest `collect`.
+        scorer_counts: what judges and remote scorers were asked in it.
         steers: whether the latest advantages used the critic; None without `critic.must_explain`.
     """
 
@@ -102,6 +104,7 @@ class PPOTrainer:
         self.kl_coef = ppo.kl_coef
         self.score_moments = Moments()
         self.collected_at = 0.0
+        self.scorer_counts: dict[str, float] = {}
         self.steers: bool | None = None
 
     def step(self) -> dict[str, float]:
@@ -117,16 +120,12 @@ class PPOTrainer:
     def collect(self) -> Rollout:
         """Sample `samples_per_prompt` responses to each of this update's prompts and score them."""
         ppo, key = self.config.ppo, (self.config.seed, self.update)
-        rollout = collect(
-            self.actors,
-            self.prompts_of_update(),
-            key,
-            self.sampling,
-            ppo,
-            self.accelerator,
-            minibatches(ppo, (*key, 0), self.accelerator.device),
-            with_logprobs=self.reads_policy(),
-        )
+        with scorer_counts([self.actors.scorer], self.accelerator) as self.scorer_counts:
+            rollout = collect(
+                *(self.actors, self.prompts_of_update(), key, self.sampling, ppo, self.accelerator),
+                minibatches(ppo, (*key, 0), self.accelerator.device),
+                with_logprobs=self.reads_policy(),
+            )
         self.require_finite(rollout, "logprobs", "ref_logprobs", "values", "scores")
         if self.reads_policy():
             require_sampler(rollout, self.config, self.update)
@@ -225,6 +224,7 @@ class PPOTrainer:
             | component_metrics(batch, self.actors.scorer)
             | cut_metric("", batch.cut, self.actors, self.actors.scorer)
             | rollout_metrics(batch, self.reported_scores(batch))
+            | self.scorer_counts
             | {"kl_coef": self.kl_coef}
             | ({} if self.steers is None else {"critic_steers": float(self.steers)})
         )

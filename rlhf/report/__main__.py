@@ -158,6 +158,7 @@ def _latest(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _timings(rows: list[dict[str, Any]]) -> dict[str, str]:
     """Sums of the seconds of each phase, and the mean rate."""
+    rows = [row for row in rows if "seconds" in row]  # others have counts alone
     if not rows:
         return {}
     found = {"in all": f"{rows[-1]['seconds']:,.0f} s"}

@@ -104,6 +104,7 @@ def generate(
     sampling: Sampling,
     noise: Tensor | None,
     batch_size: int = 64,
+    ended: Callable[[int, list[int]], None] = lambda row, ids: None,
 ) -> Generation:
     """Sample one response per prompt, with the model's engine.
 
@@ -112,6 +113,7 @@ def generate(
         prompt_ids: token ids per prompt, not padded, not empty; equal ones are read once.
         noise: (B, max_new_tokens) from `uniform_noise`; None takes the most likely token.
         batch_size: sequences decoded together; a server gets all of them and decides.
+        ended: called with the number and the ids of each response as soon as it is complete.
     """
     count = len(prompt_ids)
     result = Generation([[] for _ in prompt_ids], [[] for _ in prompt_ids], [False] * count)
@@ -127,6 +129,11 @@ def generate(
                     result.ids[rows[active]].append(token)
                     result.logprobs[rows[active]].append(logprob)
                     result.finished[rows[active]] = done
+                    if done:
+                        ended(rows[active], result.ids[rows[active]])
+            for row in rows:
+                if not result.finished[row]:
+                    ended(row, result.ids[row])
     return result
 
 

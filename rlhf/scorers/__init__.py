@@ -21,7 +21,7 @@ A scorer that fails, or returns anything but finite numbers, stops the run with 
 components that are combined themselves.
 """
 
-from rlhf.scorers.call import Scorer, Scores, Tokens, score_responses, uncut_scores
+from rlhf.scorers.call import Scorer, Scores, Tokens, counts_of, score_responses, uncut_scores
 from rlhf.scorers.combined import (
     CombinedScorer,
     component_names,
@@ -36,3 +36,4 @@ from rlhf.scorers.judge import Judge
 from rlhf.scorers.remote import RemoteScorer
 from rlhf.scorers.reward_model import RewardModelScorer, score_sequences, score_statistics
 from rlhf.scorers.scoring_server import ScoreServer
+from rlhf.scorers.while_sampling import ScoresInTheBackground

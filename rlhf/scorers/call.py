@@ -53,7 +53,14 @@ class Scores:
 
 
 class BuiltInScorer:
-    """A scorer of this package: it can be given token ids, and returns `Scores`."""
+    """A scorer of this package: it can be given token ids, and returns `Scores`.
+
+    Attributes:
+        num_at_once: calls of `score` that may be under way while this process does something else;
+            0 where it needs the process itself.
+    """
+
+    num_at_once = 0
 
     def __call__(self, prompts: Sequence[Any], responses: Sequence[str]) -> Tensor:
         """Score complete responses given as text, (B,) float32 on the CPU."""
@@ -64,6 +71,15 @@ class BuiltInScorer:
     ) -> Scores:
         """See `score_responses`."""
         raise NotImplementedError
+
+    def counts(self) -> dict[str, float]:
+        """What it was asked so far, by the names of metrics; empty for one that does not count."""
+        return {}
+
+
+def counts_of(scorer: Any) -> dict[str, float]:
+    """The counts of a scorer; a Python function and None have none."""
+    return scorer.counts() if isinstance(scorer, BuiltInScorer) else {}
 
 
 def uncut_scores(

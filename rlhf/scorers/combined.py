@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,7 +23,15 @@ from rlhf.config import (
     one_line,
 )
 from rlhf.functional import combine_scores, component_weights, counting
-from rlhf.scorers.call import BuiltInScorer, Columns, Scorer, Scores, Tokens, score_responses
+from rlhf.scorers.call import (
+    BuiltInScorer,
+    Columns,
+    Scorer,
+    Scores,
+    Tokens,
+    counts_of,
+    score_responses,
+)
 from rlhf.scorers.judge import Judge
 from rlhf.scorers.remote import RemoteScorer
 from rlhf.scorers.reward_model import RewardModelScorer
@@ -46,6 +55,7 @@ class CombinedScorer(BuiltInScorer):
             gates: see `rlhf.functional.counting`; None for a scorer without one, empty for none.
         """
         self.parts, self.combine, self.std_coef = parts, combine, std_coef
+        self.num_at_once = min(getattr(part, "num_at_once", 0) for part in parts.values())
         self.weights = torch.tensor(weights)
         self.gates = torch.tensor([gate or 0.0 for gate in gates or [None] * len(parts)])
 
@@ -84,6 +94,13 @@ class CombinedScorer(BuiltInScorer):
             torch.stack([weight[name][row] * part[row] for name, part in dense.items()]).sum(dim=0)
             for row in range(weights.shape[1])
         ]
+
+    def counts(self) -> dict[str, float]:
+        """The counts of all parts together."""
+        totals: Counter[str] = Counter()
+        for part in self.parts.values():
+            totals.update(counts_of(part))
+        return dict(totals)
 
     def counting(self, totals: Tensor) -> Tensor:
         """Tell which components count for which response, (K, B) bool, from their (K, B) scores."""

@@ -57,6 +57,7 @@ class Judge(BuiltInScorer):
         self.model: Any = None
         if self.endpoint.url is not None:
             self.model = EndpointModel(self.endpoint, f"{prefix}url")
+            self.num_at_once = 1  # two calls might pay for the same question
         else:
             self.model = LocalModel(config, f"{prefix}model", trust_remote_code)
         self.file = AnswerFile(self.endpoint.cache, f"{prefix}cache")
@@ -130,6 +131,19 @@ class Judge(BuiltInScorer):
             )
         return found
 
+    def counts(self) -> dict[str, float]:
+        """Judgements and answers so far, by the names of metrics."""
+        return {
+            "judge_unreadable": self.num_unreadable,
+            "judge_asked": self.num_asked,
+            "judge_known": self.num_known,
+            "judge_tokens": sum(self.tokens),
+        } | ({"judge_cost": self.cost()} if self.endpoint.prices else {})
+
+    def cost(self) -> float:
+        """What the answers cost, by `endpoint.prices`."""
+        return sum(n * p / 1e6 for n, p in zip(self.tokens, self.endpoint.prices, strict=False))
+
     def summary(self) -> str:
         """What the judge did, in one line."""
         parts = [
@@ -137,8 +151,7 @@ class Judge(BuiltInScorer):
         ]
         parts.append(f"{self.num_unreadable:,} of {self.num_judged:,} without a verdict")
         if any(self.tokens):
-            cost = [n * p / 1e6 for n, p in zip(self.tokens, self.endpoint.prices, strict=False)]
-            money = f", costing {sum(cost):.4g}" if cost else ""
+            money = f", costing {self.cost():.4g}" if self.endpoint.prices else ""
             parts.append(f"{self.tokens[0]:,} tokens read and {self.tokens[1]:,} written{money}")
         name = f"{self.rubric.name} (version {self.rubric.version})"
         return f"judge {self.endpoint.model}, {name}: {'; '.join(parts)}"

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -22,7 +23,11 @@ Result = TypeVar("Result")
 
 
 class RemoteScorer(BuiltInScorer):
-    """A scorer behind a URL; it gets texts, and so scores complete responses."""
+    """A scorer behind a URL; it gets texts, and so scores complete responses.
+
+    Attributes:
+        num_requests, num_retries: requests so far, and further tries of those that failed.
+    """
 
     def __init__(self, config: ScorerConfig, field: str = "scorer.path"):
         """Check that something listens at `config.path`.
@@ -32,6 +37,9 @@ class RemoteScorer(BuiltInScorer):
         """
         self.url, self.field = str(config.path), field
         self.endpoint, self.batch_size = config.endpoint, config.batch_size
+        self.num_at_once = self.endpoint.num_requests
+        self.num_requests = self.num_retries = 0
+        self._lock = threading.Lock()
         check_endpoint(self.url, self.endpoint, field)
 
     def score(
@@ -50,8 +58,19 @@ class RemoteScorer(BuiltInScorer):
         scores = torch.tensor([score for scores in batches for score in scores])
         return Scores(require_valid_scores(scores, responses, f"{self.field}={self.url}"))
 
+    def counts(self) -> dict[str, float]:
+        """Requests so far, by the names of metrics."""
+        return {"remote_requests": self.num_requests, "remote_retries": self.num_retries}
+
+    def _count(self, requests: int = 0, retries: int = 0) -> None:
+        with self._lock:
+            self.num_requests += requests
+            self.num_retries += retries
+
     def _scores(self, body: dict[str, Any]) -> list[float]:
-        answer = ask(self.url, body, self.endpoint, self.field)
+        self._count(requests=1)
+        retried = partial(self._count, retries=1)
+        answer = ask(self.url, body, self.endpoint, self.field, retried)
         scores = answer.get("scores") if isinstance(answer, dict) else None
         count, where = len(body["responses"]), f"{self.field}={self.url}"
         if not isinstance(scores, list) or any(type(score) not in (int, float) for score in scores):

@@ -99,8 +99,21 @@ def test_a_stopped_evaluation_asks_nothing_twice(capsys):
         server.answers[:] = [prefers_long_answers]
         before = len(server.requests)
         assert judged(server) == 0 and len(server.requests) == before + 70 - 20
-        assert judged(server) == 2
-    assert "out=evaluation-pairwise has a result already" in capsys.readouterr().err
+
+
+def test_a_finished_evaluation_shows_its_table_again_and_asks_nothing(capsys):
+    with running(Answers(prefers_long_answers)) as server:
+        assert judged(server) == 0
+        table = capsys.readouterr().out.partition("\njudge ")[0]
+    written = os.stat("evaluation-pairwise/report.json").st_mtime_ns
+    assert judged(server) == 0  # which is not there any more
+    said = capsys.readouterr().out
+    assert said.startswith("evaluation-pairwise/ is finished; this is its report, and another out=")
+    assert said.endswith(f"{table}\n") and "win rate of b" in table
+    gold = write("gold.jsonl", [{"prompt": "question 1", "gold": "a"}])
+    assert judged(server, f"gold={gold}") == 2
+    assert "gold: None -> gold.jsonl" in capsys.readouterr().err
+    assert os.stat("evaluation-pairwise/report.json").st_mtime_ns == written
 
 
 def test_gold_labels_correct_a_biased_judge(capsys):
@@ -271,6 +284,12 @@ def test_rewardbench_gives_accuracy_by_subset_and_at_equal_length(capsys):
     said = capsys.readouterr().out
     assert re.search(r"easy +6 +1 \[1, 1\] +- +0 +1\n", said)
     assert "geometric mean of the subsets: 0.354" in said and "RewardBench score" not in said
+    assert main(arguments) == 0
+    again = capsys.readouterr().out
+    assert again.startswith("evaluation-rewardbench/ is finished") and "easy " in again
+    write("bench.jsonl", rows[1:])
+    assert main(arguments) == 2
+    assert "begun with other values" in capsys.readouterr().err
 
 
 def test_the_sections_weigh_their_subsets_as_rewardbench_does():

@@ -21,7 +21,8 @@ from rlhf.data import encode_prompt, encode_response
 from rlhf.functional import final_scores
 from rlhf.models import disable_dropout
 from rlhf.ppo.actors import Actors
-from rlhf.ppo.rollout import Responses, policy_logprobs, score_sampled
+from rlhf.ppo.rollout import Responses, policy_logprobs
+from rlhf.ppo.scoring import score_sampled
 from rlhf.sampling import Sampling, generate, stop_token_ids, stream, uniform_noise, use_engine
 from rlhf.sampling.choice import choose, restrict
 from rlhf.tokenizer import StopStrings, declare_stop_strings, forbidden_token_ids, response_text
@@ -76,8 +77,7 @@ def plain_logits(model, ids):
     """Logits after one unpadded sequence, without a cache; the pad token is forbidden. (V,)"""
     with torch.no_grad():
         logits = model(torch.tensor([ids]), use_cache=False).logits[0, -1].float()
-    logits[PAD] = -math.inf
-    return logits
+    return logits.index_fill(0, torch.tensor([PAD]), -math.inf)
 
 
 def staggered_stop_ids(model):

@@ -247,12 +247,21 @@ def test_ppo_trains_on_two_rubrics_of_a_judge(policy_dir, tmp_path, capsys):
                 ScorerComponent("judge:helpfulness"),
                 ScorerComponent("judge:harmlessness", weight=0.5),
             ],
-            endpoint=EndpointConfig(model="wise", url=server.url),
+            endpoint=EndpointConfig(model="wise", url=server.url, prices=[1.0, 1.0]),
         )
         result = train_ppo(config)
         rows = [json.loads(line) for line in (result.directory.parent / "metrics.jsonl").open()]
         (row,) = (row for row in rows if "score/helpfulness" in row)
         assert 1 <= row["score/helpfulness"] == row["score/harmlessness"] <= 10
+        assert row["judge_unreadable"] == row["eval_judge_unreadable"] == 0
+        (counts,) = (
+            row
+            for row in map(json.loads, (result.directory.parent / "timings.jsonl").open())
+            if row["step"] == 1
+        )
+        assert counts["judge_asked"] + counts["judge_known"] == 2 * config.ppo.batch_size
+        assert counts["judge_cost"] == pytest.approx(counts["judge_tokens"] / 1e6)
+        assert counts["judge_asked"] > 0 < counts["judge_tokens"]
         assert capsys.readouterr().out.count("(version 1): ") == 2
         config.scorer.components[0].path = "judge:correctness"
         config.run_name = "other"

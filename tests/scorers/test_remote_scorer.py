@@ -18,7 +18,9 @@ from helpers.tiny_ppo import make_config
 from torch.testing import assert_close
 
 import rlhf.endpoint
+from rlhf.checkpoint import read_record
 from rlhf.config import EndpointConfig, InputError, ScorerConfig, hide
+from rlhf.metrics import read_jsonl
 from rlhf.ppo import train_ppo
 from rlhf.scorers import ScoreServer, load_scorer, score_responses
 
@@ -74,8 +76,10 @@ PASSING = [(503, {"error": "busy"}), (429, b"slow down", {"Retry-After": "0"}), 
 @pytest.mark.parametrize("failure", [*PASSING, None, (200, b"")], ids=str)
 def test_a_failure_that_passes_is_tried_again(failure, capsys):
     with running(Answers(failure, failure, words)) as server:
-        assert remote(server.url)(PROMPTS[:1], ["a b"]).tolist() == [2.0]
+        scorer = remote(server.url)
+        assert scorer(PROMPTS[:1], ["a b"]).tolist() == [2.0]
     assert len(server.requests) == 3
+    assert scorer.counts() == {"remote_requests": 1, "remote_retries": 2}
     assert capsys.readouterr().err.count("trying again, at most 2 times") == 1
 
 
@@ -208,20 +212,52 @@ def dies_after(num_requests):
     return answer
 
 
-def test_ppo_trains_on_a_remote_scorer_and_resumes_after_it_died(policy_dir, tmp_path):
+def test_ppo_scores_while_it_samples_and_resumes_at_another_port(policy_dir, tmp_path, capsys):
+    """Two requests for an evaluation of 4 responses and three for an update of 8: the server dies
+    in the middle of the third update. The numbers are those of the same scorer in the process."""
+
     def config(name, url, **changes):
         made = make_config(policy_dir, tmp_path, missing_eos_penalty=None)
         made.run_name = name
         if url:
-            made.scorer = ScorerConfig(url, endpoint=EndpointConfig(retries=0))
+            endpoint = EndpointConfig(retries=0, num_requests=1)
+            made.scorer = ScorerConfig(url, batch_size=3, endpoint=endpoint)
         for key, value in changes.items():
             setattr(made, key, value)
         return made
 
     expected = train_ppo(config("local", None)).directory.parent / "metrics.jsonl"
-    with running(Answers(dies_after(4))) as server:
+    with running(Answers(dies_after(2 + 3 + 3 + 2 + 1))) as server:
         with pytest.raises(InputError, match="'out of memory'.*; update 2 is saved in .*continue"):
             train_ppo(config("remote", server.url))
-        server.answers[:] = [dies_after(99)]
+        died_at = server.url
+    scoring = "while others are sampled, in groups of 3, at most 1 group at once"
+    assert f"     scoring: {scoring}\n" in capsys.readouterr().out
+    with running(Answers(dies_after(99))) as server:
         directory = train_ppo(config("remote", server.url, resume=True)).directory
+    moved = f'scorer.path: "{died_at}" -> "{server.url}"'
+    assert f"changed, where the scorer listens: {moved}\n" in capsys.readouterr().out
+    record = read_record(directory)
+    assert record.scoring == scoring
+    assert record.changes == [{"after_step": 2, "changed": [moved]}]
     assert (directory.parent / "metrics.jsonl").read_text() == expected.read_text()
+    counts = [row for row in read_jsonl(directory.parent / "timings.jsonl") if row["step"] == 4]
+    assert counts[0]["remote_requests"] == 3 and counts[0]["eval_remote_requests"] == 2
+    assert counts[0]["remote_retries"] == 0
+
+
+def test_scores_may_wait_for_the_last_response(policy_dir, tmp_path, capsys):
+    config = make_config(policy_dir, tmp_path, num_updates=1, missing_eos_penalty=None)
+    with running(Answers(dies_after(99))) as server:
+        config.scorer = ScorerConfig(server.url, while_sampling=False)
+        record = read_record(train_ppo(config).directory)
+    assert record.scoring == "after sampling (scorer.while_sampling=false)"
+    assert f"     scoring: {record.scoring}\n" in capsys.readouterr().out
+
+
+def test_a_url_may_not_become_another_kind_of_scorer(policy_dir, tmp_path):
+    config = make_config(policy_dir, tmp_path, num_updates=1)
+    train_ppo(config)
+    config.resume, config.scorer.path = True, "http://127.0.0.1:1/score"
+    with pytest.raises(InputError, match="different configuration:\n  scorer.path: "):
+        train_ppo(config)

@@ -16,7 +16,7 @@ from rlhf.config import CONF_DIR, InputError, ModelConfig, ScorerConfig, StageCo
 from rlhf.data import encode_prompt, encode_response
 from rlhf.models import init_reward_model, load_policy
 from rlhf.ppo.actors import Actors
-from rlhf.ppo.rollout import score_sampled
+from rlhf.ppo.scoring import score_sampled
 from rlhf.sampling import sampling_for
 from rlhf.scorers import RewardModelScorer, score_sequences
 from rlhf.tokenizer import (

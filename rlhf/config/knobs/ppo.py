@@ -233,6 +233,9 @@ class ScorerConfig:
     (mean - std_coef x standard deviation)."""
     std_coef: float = knob(1.0, ge=0)
     """Factor of the standard deviation in mean_minus_std."""
+    while_sampling: bool = True
+    """Remote scorers and judges behind an endpoint: score responses that have ended while others
+    are sampled, batch_size at a time."""
     endpoint: EndpointConfig = group(EndpointConfig)
 
     def __post_init__(self) -> None:

@@ -23,7 +23,8 @@ from rlhf.functional import best_of_n, best_of_n_kl, bootstrap_interval
 from rlhf.ppo.evaluation import response_ids, response_texts
 from rlhf.ppo.passes import policy_logprobs
 from rlhf.ppo.preflight.findings import FAIL, OK, WARN, Finding
-from rlhf.ppo.rollout import Responses, Rollout, collect, read_tokens, score_sampled
+from rlhf.ppo.rollout import Responses, Rollout, collect, read_tokens
+from rlhf.ppo.scoring import score_sampled
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.sampling import Generation, Sampling, context_length, generate, uniform_noise
 from rlhf.scorers import Scorer, Scores
