@@ -195,6 +195,7 @@ def run_stage(config, log: str, kill_at: int, hang_at: int | None, ask: int | No
     if hang_at is not None:
         hang(hang_at)
     result = train(config)
+    ask = None  # the metrics are read below, by all processes
     print(f"printed:\n{result}\nresult={result.directory}, accesses={accesses}", flush=True)
     assert result.metrics == read_jsonl(directory_of(config) / "metrics.jsonl") != []
     sys.exit(128 + result.stopped_by if result.stopped_by else 0)

@@ -468,11 +468,11 @@ def test_two_processes_under_a_budget_give_the_result_of_one_and_resume_bit_iden
 
 @pytest.mark.slow
 def test_the_benchmark_compares_the_same_work_and_writes_ratios(tmp_path):
-    size = "--responses 3 --prompts 2 --repeats 1 --hidden 32 --layers 1 --out numbers.json".split()
+    size = "--responses 3 --prompts 2 --repeats 1 --hidden 32 --layers 1".split()
     command = [sys.executable, str(ROOT / "examples/benchmarks/reward_kwise.py"), *size]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]  # also where the two losses differ
-    (result,) = json.loads((tmp_path / "numbers.json").read_text())["results"]
+    (result,) = json.loads(done.stdout.splitlines()[-1])["results"]
     seconds = [result[side]["seconds"] for side in ("kwise", "pairs")]
     assert result["time_ratio"] == pytest.approx(seconds[0] / seconds[1])
     assert f"| 3 | 0.50 | {result['time_ratio']:.2f} |" in done.stdout
