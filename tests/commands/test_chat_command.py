@@ -61,23 +61,17 @@ def command(monkeypatch, capfd):
     return run
 
 
-def test_piped_questions_are_answered_in_turn_each_by_itself(policy):
+def test_piped_questions_are_answered_in_turn_each_by_itself(policy, command, monkeypatch):
     path = os.path.relpath(policy, ROOT)
-    done = subprocess.run(
-        [sys.executable, "-m", "rlhf.chat", f"path={path}", "response_length=9", "seed=3"],
-        cwd=ROOT,
-        input="Name a fruit.\n\nAnother.\n",
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=100,
-    )
+    monkeypatch.chdir(ROOT)
+    arguments = (f"path={path}", "response_length=9", "seed=3")
+    status, output, errors = command(*arguments, lines="Name a fruit.\n\nAnother.\n")
     chat = chat_with(policy, response_length=9, seed=3)
     expected = [answer_of(chat, "Name a fruit.", 0)]
     chat.reset()
     expected.append(answer_of(chat, "Another.", 2))
-    assert (done.returncode, done.stdout) == (0, "".join(printable(a) + "\n" for a in expected))
-    title, *rest = done.stderr.splitlines()
+    assert (status, output) == (0, "".join(printable(a) + "\n" for a in expected))
+    title, *rest = errors.splitlines()
     assert title.startswith(f"{path}: sft stage, LlamaForCausalLM, 41,120 parameters on ")
     assert all(line.startswith("[cut off: response_length=9") for line in rest)
 

@@ -1,6 +1,7 @@
 """`transformers serve` on a stage directory: its answer is what transformers generates there.
 
-Needs `pip install transformers[serving]`. Run: python -m pytest tests/commands/test_serve.py
+Needs `pip install transformers[serving]`.
+Run: python -m pytest -m slow tests/commands/test_serve.py
 """
 
 from __future__ import annotations
@@ -25,9 +26,12 @@ from rlhf.config import EndpointConfig, ScorerConfig, StageConfig
 from rlhf.scorers import load_scorer
 from rlhf.tokenizer import chat_template_text
 
-pytestmark = pytest.mark.skipif(
-    not is_serve_available(), reason="needs fastapi, uvicorn, openai: transformers[serving]"
-)
+pytestmark = [
+    pytest.mark.slow,  # what a served model is asked and answers: tests/scorers/test_judge.py
+    pytest.mark.skipif(
+        not is_serve_available(), reason="needs fastapi, uvicorn, openai: transformers[serving]"
+    ),
+]
 QUESTION = {"role": "user", "content": "Name a fruit."}
 DIALOGUE = [
     {"role": "system", "content": "Be brief."},

@@ -126,11 +126,10 @@ def test_ppo_writes_metrics_and_fixed_samples_at_every_evaluation(runs):
     assert prompts[0] == prompts[1] == prompts[2] and len(prompts[0]) == 8
 
 
-def test_lora_in_all_three_stages_hands_over_plain_merged_models(tmp_path):
+def test_lora_in_all_three_stages_hands_over_plain_merged_models(runs, tmp_path):
     peft = PeftConfig(enabled=True, r=4, dropout=0.1)
-    train_sft(sft_config(tmp_path))
-    base = load_file(tmp_path / "run/sft/final/model.safetensors")
-    source = ModelConfig(path=str(tmp_path / "run/sft/final"))
+    base = load_file(runs / "run/sft/final/model.safetensors")
+    source = ModelConfig(path=str(runs / "run/sft/final"))
     sft = sft_config(tmp_path, run_name="lora", peft=peft, model=source)
     train_sft(sft)
     adapted = load_file(tmp_path / "lora/sft/final/model.safetensors")

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import re
 import shutil
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -323,7 +324,7 @@ def pictures_are_drawn():
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """A folder with an SFT stage and reward stages of two seeds, `run` and `two`."""
+    """A folder with an SFT stage and a reward stage; `said.txt`: what the latter printed."""
     folder = tmp_path_factory.mktemp("runs")
     sft = SFTStageConfig(
         runs_dir=str(folder),
@@ -336,9 +337,8 @@ def runs(tmp_path_factory) -> Path:
     )
     sft.trainer |= {"max_steps": 8, "learning_rate": 3e-3}
     train_sft(sft)
-    train_reward(reward_config(folder))
-    source = ModelConfig(path=str(folder / "run/sft/final"))
-    train_reward(reward_config(folder, run_name="two", seed=2, model=source))
+    with (folder / "said.txt").open("w") as said, redirect_stdout(said), redirect_stderr(said):
+        train_reward(reward_config(folder))
     return folder
 
 
@@ -346,7 +346,7 @@ def read_report(final: Path) -> dict:
     return json.loads((final / "report.json").read_text(encoding="utf-8"))
 
 
-def test_the_stage_writes_the_report_beside_the_model(runs, tmp_path, capsys):
+def test_the_stage_writes_the_report_beside_the_model(runs):
     final = runs / "run/reward/final"
     report, record = read_report(final), json.loads((final / "rlhf.json").read_text())
     piece, similar = report["slices"]["all"]["all"], report["slices"]["length"]["similar"]
@@ -360,14 +360,9 @@ def test_the_stage_writes_the_report_beside_the_model(runs, tmp_path, capsys):
     assert report["mistakes"][0]["better"]["response"] in " ".join(page.split())
     assert (final / PICTURE).read_bytes()[:4] == b"\x89PNG"
     assert len(terminal_text(report).splitlines()) < 20
-    capsys.readouterr()
-    source = ModelConfig(path=str(runs / "run/sft/final"))
-    train_reward(reward_config(tmp_path, model=source))
-    shown = capsys.readouterr()
-    assert terminal_text(report) in shown.out and "with report.md and report.png" in shown.out
-    assert all(f"warning: {warning}\n" in shown.err for warning in report["warnings"])
-    again = tmp_path / "run/reward/final"
-    assert all((again / name).read_bytes() == (final / name).read_bytes() for name in FILES)
+    said = (runs / "said.txt").read_text()
+    assert terminal_text(report) in said and "with report.md and report.png" in said
+    assert all(f"warning: {warning}\n" in said for warning in report["warnings"])
 
 
 def test_without_matplotlib_the_stage_says_once_how_to_get_the_picture(runs, tmp_path, capsys):
@@ -385,9 +380,13 @@ def test_without_matplotlib_the_stage_says_once_how_to_get_the_picture(runs, tmp
 
 @pytest.mark.slow
 def test_the_command_makes_the_same_report_and_adds_the_agreement_of_two_seeds(runs, tmp_path):
-    one, two = runs / "run/reward/final", runs / "two/reward/final"
+    one = runs / "run/reward/final"
+    source = ModelConfig(path=str(runs / "run/sft/final"))
+    two = train_reward(reward_config(tmp_path / "two", seed=2, model=source)).directory
     assert main([f"path={one}", f"out={tmp_path}"]) == 0
     assert all((tmp_path / name).read_bytes() == (one / name).read_bytes() for name in FILES)
+    again = train_reward(reward_config(tmp_path / "again", model=source)).directory
+    assert all((again / name).read_bytes() == (one / name).read_bytes() for name in FILES)
     assert main([f"path={one}", f"out={tmp_path}", f"compare=[{two},{one}]"]) == 0
     report = read_report(tmp_path)
     other, itself = report.pop("agreement")
