@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from rlhf.config import (
 )
 from rlhf.inputs import Check, check_model, check_scorer, failures
 
-MODES = ("pairwise", "rewardbench")
+MODES = ("pairwise", "rewardbench", "lm_eval")
 REPORT = "report.json"
 
 
@@ -27,7 +27,8 @@ class EvaluateOptions(EndpointConfig):
     """The command line."""
 
     mode: str = knob("pairwise", choices=MODES)
-    """pairwise: compare the answers of two models; rewardbench: measure a reward model on pairs."""
+    """pairwise: compare the answers of two models; rewardbench: measure a reward model on pairs;
+    lm_eval: the tasks of lm-evaluation-harness."""
     a: str | None = None
     """pairwise: the baseline: a model, or a .jsonl file of its answers."""
     b: str | None = None
@@ -49,17 +50,23 @@ class EvaluateOptions(EndpointConfig):
     """pairwise: .jsonl file of rows with `prompt` and `gold` (a, b or tie), by people: corrects the
     win rate for the errors of the judge."""
     path: str | None = None
-    """rewardbench: the reward model, module.function, or a URL."""
+    """rewardbench: the reward model, module.function, or a URL; lm_eval: the model."""
+    tasks: list[str] = field(default_factory=list)
+    """lm_eval: names of tasks, or .yaml files of your own, such as [arc_easy,mine.yaml]."""
+    num_fewshot: int | None = knob(None, ge=0)
+    """lm_eval: examples before each question (default: that of the task)."""
+    limit: int | None = knob(None, ge=1)
+    """lm_eval: the first rows of each task only."""
     data: str | None = None
     """rewardbench: rows with `prompt`, `chosen`, `rejected` and `subset`."""
     out: str | None = None
-    """Folder to write (default: evaluation-<mode>)."""
+    """Folder to write (default: evaluation-<mode>; lm_eval: the model's own directory)."""
     response_length: int = knob(256, ge=1)
     """pairwise: longest answer of a model, tokens."""
     temperature: float | None = knob(None, ge=0)
     """pairwise: of the answers (default: each model's generation config, else 1)."""
     system: str | None = None
-    """pairwise: system message of the answers."""
+    """pairwise, lm_eval: system message of the answers."""
     seed: int = knob(1, ge=0)
     """Equal seeds give equal answers."""
     normalize: str = knob("none", choices=NORMALIZATIONS)
@@ -83,18 +90,16 @@ class EvaluateOptions(EndpointConfig):
 
 def check(options: EvaluateOptions) -> None:
     """Refuse options with which the mode cannot be run; no model is loaded."""
-    is_pairwise = options.mode == "pairwise"
-    refuse([*(_missing_in_pairwise(options) if is_pairwise else _missing_in_rewardbench(options))])
+    missing, checks = RULES[options.mode]
+    refuse([*missing(options)])
     if not is_finished(options):  # else no model is needed any more
-        refuse(
-            [*failures(_pairwise_checks(options) if is_pairwise else _rewardbench_checks(options))]
-        )
+        refuse([*failures(checks(options))])
 
 
 def is_finished(options: EvaluateOptions) -> bool:
-    """True if the output folder has its report; people may always go on."""
-    goes_on = options.mode == "pairwise" and options.by == "people"
-    return (Path(options.folder) / REPORT).is_file() and not goes_on
+    """True if the output folder has its report; people may always go on, and so may lm_eval."""
+    goes_on = options.mode == "lm_eval" or (options.mode == "pairwise" and options.by == "people")
+    return not goes_on and (Path(options.folder) / REPORT).is_file()
 
 
 def _missing_in_pairwise(options: EvaluateOptions) -> Iterator[str]:
@@ -136,9 +141,33 @@ def _rewardbench_checks(options: EvaluateOptions) -> Iterator[Check]:
     yield partial(check_scorer, str(options.path), options, "path", options.trust_remote_code)
 
 
+def _missing_in_lm_eval(options: EvaluateOptions) -> Iterator[str]:
+    if not options.path:
+        yield "path is missing; add path=<a model, such as runs/mine/ppo/final>"
+    if not options.tasks:
+        yield "tasks is missing; add tasks=[<names of lm-eval's tasks, or .yaml files>]"
+
+
+def _lm_eval_checks(options: EvaluateOptions) -> Iterator[Check]:
+    from rlhf.evaluate.harness import is_task_file, require_harness
+
+    yield require_harness
+    path, code = str(options.path), options.trust_remote_code
+    yield partial(check_model, path, "path", ("sft", "ppo"), code=code)
+    for task in filter(is_task_file, options.tasks):
+        yield partial(_check_file, task, "tasks")
+
+
 def _check_file(path: str, field: str) -> None:
     if not Path(path).expanduser().is_file():
         raise InputError(f"{field}={path} is not a file")
+
+
+RULES = {
+    "pairwise": (_missing_in_pairwise, _pairwise_checks),
+    "rewardbench": (_missing_in_rewardbench, _rewardbench_checks),
+    "lm_eval": (_missing_in_lm_eval, _lm_eval_checks),
+}
 
 
 def is_answers(path: str) -> bool:
