@@ -11,11 +11,11 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DeepSpeedPlugin, DistributedType
-from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from accelerate.utils.launch import prepare_multi_gpu_env
 from trl import SFTConfig
 
 import rlhf.distributed
-from rlhf.config import CONF_DIR, InputError, PPOConfig, PPOStageConfig, SFTStageConfig
+from rlhf.config import CONF_DIR, InputError, PPOConfig, PPOStageConfig, SFTStageConfig, read_yaml
 from rlhf.distributed import join_processes, launch_environment, refuse_zero3
 from rlhf.hf_trainer import trainer_arguments
 from rlhf.ppo.stage import refuse_here
@@ -49,16 +49,12 @@ def test_torchrun_with_distributed_shards_as_accelerate_launch_does(name, monkey
     assert ours["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"
 
 
-def test_deepspeed_itself_reads_the_zero2_file(monkeypatch):
+def test_deepspeed_itself_reads_the_zero2_file():
     pytest.importorskip("deepspeed")
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    given = ["--config_file", str(CONF_DIR / "accelerate/zero2.yaml"), "script.py"]
-    args, *_ = _validate_launch_command(launch_command_parser().parse_args(given))
-    _, variables = prepare_deepspeed_cmd_env(args)
-    for name in [name for name in variables if name.startswith("ACCELERATE_")]:
-        monkeypatch.setenv(name, variables[name])
-    values = DeepSpeedPlugin().deepspeed_config
+    settings = read_yaml(CONF_DIR / "accelerate" / "zero2.yaml")["deepspeed_config"]
+    values = DeepSpeedPlugin(**settings).deepspeed_config
     batch = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 8}
     rest = {"gradient_accumulation_steps": 1, "gradient_clipping": 1.0}
     parsed = DeepSpeedConfig(values | batch | rest)
