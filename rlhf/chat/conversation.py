@@ -36,8 +36,8 @@ class ChatOptions(ServerOptions, PolicyOptions):
     """Port of the page; 0 takes a free one."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.path, str):  # of a caller in Python
-            self.path = [self.path]
+        if not isinstance(self.path, list):  # of a caller in Python
+            self.path = [str(self.path)]
 
     @property
     def models(self) -> dict[str, str]:

@@ -150,7 +150,7 @@ def test_the_page_fits_a_phone(serve, open_page, scheme):
     page = open_page(server, viewport=size, color_scheme=scheme, has_touch=True)
     ask(page, "A_very_long_word" * 9)
     page.locator(".card-foot").nth(1).wait_for()
-    page.locator("text=Better").nth(1).tap()
+    page.get_by_label("Answer 2: better").tap()
     page.locator(".card.best", has_text="red").wait_for()
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     keep_picture(page, f"chat-phone-{scheme}")

@@ -227,17 +227,17 @@ def test_a_base_that_has_changed_or_gone_is_refused_with_the_fix(base, alone, tm
         ("full", "."),
         ("both", "sft/final"),
         ("both", "ppo/final"),
-        ("alone", "sft/final"),
-        ("alone", "ppo/final"),
+        ("alone", "sft/final"),  # on a whole model; transformers loads no adapter on an adapter
     ],
 )
 def test_a_pipeline_of_transformers_answers_as_rlhf_does(kind, folder, base, both, alone):
     path = {"full": base, "both": both, "alone": alone}[kind] / folder
     pipe = pipeline("text-generation", model=str(path), device="cpu")
-    found = pipe(PROMPT, max_new_tokens=8, do_sample=False)[0]["generated_text"]
+    question = {"role": "user", "content": "name three animals that are red"}
+    found = pipe([question], max_new_tokens=8, do_sample=False)[0]["generated_text"]
     chat = Chat(ChatOptions(path=str(path), temperature=0, response_length=8, device="cpu"))
-    answer = "".join(chat.ask(PROMPT[0]["content"], 0))
-    assert found == [*PROMPT, {"role": "assistant", "content": answer}] and answer
+    answer = "".join(chat.ask(question["content"], 0))
+    assert found == [question, {"role": "assistant", "content": answer}]
 
 
 @pytest.mark.parametrize("folder", ["reward/final", "ppo/critic"])
