@@ -157,8 +157,8 @@ def draw_frontier(rows: list[dict[str, Any]], best_of_n: list[dict[str, Any]] | 
 
 def _bar(row: dict[str, Any], metric: str) -> tuple[float, ...]:
     """KL, mean, and the ends of the interval where there is one."""
-    value = row[metric]
-    return row["eval_kl"], value, *(row.get(f"{metric}_{end}", value) for end in ("low", "high"))
+    ends = (row.get(f"{metric}_{end}") for end in ("low", "high"))
+    return row["eval_kl"], row[metric], *(row[metric] if end is None else end for end in ends)
 
 
 def _draw_bars(axis: Any, bars: list[tuple[float, ...]], label: str, color: str) -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from rlhf.config import PPOConfig, PPOStageConfig, SFTStageConfig, save_config
+from rlhf.curves import draw_frontier
 from rlhf.options import run_command
-from rlhf.report.__main__ import ReportOptions, run
+from rlhf.report.__main__ import ReportOptions, _frontier, run
 
 MARKUP = "<script>alert(1)</script><img src=http://x/y.png>"
 VERSIONS = {"rlhf": "0.1.0"}
@@ -77,6 +78,35 @@ def test_the_page_shows_results_answers_and_what_was_set(tmp_path, command):
     assert page.index("only after") < page.index("Warnings")
     assert "in all: 4 s" in page and "rollouts: 1 s" in page
     assert page.count("<img") == 2  # curves, and score against KL
+
+
+def test_a_diagnosed_run_has_best_of_n_next_to_ppo(tmp_path):
+    directory = ppo_run(tmp_path, {"eval_score": 0.5, "update": 2})
+    point = {"mean": 0.5, "low": 0.4, "high": 0.6}
+    best = [{"kl": kl, "proxy": point, "gold": point} for kl in (0.0, 1.0)]
+    (directory / "diagnosis").mkdir()
+    file = directory / "diagnosis/diagnosis.json"
+    file.write_text(json.dumps({"gold": "my.gold", "best_of_n": best}))
+    with_best = _frontier([], directory / "ppo")
+    assert with_best.startswith("data:image/svg")
+    file.write_text(json.dumps({"gold": None, "best_of_n": best}))
+    assert _frontier([], directory / "ppo") is None
+
+
+def test_the_frontier_has_a_panel_for_each_scorer_and_a_line_for_ppo_and_best_of_n():
+    rows = [{"eval_kl": 4.0, "eval_score": 1.0, "eval_score_low": None}, {"loss": 1.0}]
+    best = [
+        {
+            "kl": 1.0,
+            "proxy": dict.fromkeys(("mean", "low", "high"), 2.0),
+            "gold": dict.fromkeys(("mean", "low", "high"), 3.0),
+        }
+    ] * 2
+    proxy, gold = draw_frontier(rows, best).axes
+    assert [line.get_xydata()[0].tolist() for line in proxy.lines] == [[2, 1], [1, 2]]
+    assert [line.get_xydata()[0].tolist() for line in gold.lines] == [[1, 3]]
+    (only,) = draw_frontier([*rows, *rows]).axes
+    assert only.get_title() == "score that PPO trains on"
 
 
 def test_what_a_model_wrote_is_not_executed_and_nothing_is_fetched(tmp_path, command):
