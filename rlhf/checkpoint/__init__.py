@@ -45,6 +45,7 @@ from rlhf.checkpoint.record import (
 )
 from rlhf.checkpoint.run_directory import StageRun, checkpoint_to_resume, finished_run, open_run
 from rlhf.checkpoint.stage_directory import (
+    adapter_and_base,
     adapter_on_base,
     describe_saved,
     require_same_tokenizer,

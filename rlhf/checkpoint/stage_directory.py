@@ -207,8 +207,7 @@ def adapter_on_base(directory: str, field: str, base: str, revision: str | None 
     Raises:
         InputError: there is no adapter, or it was trained on other weights.
     """
-    place = local_copy(directory, None)
-    kept = [f for f in (place / ADAPTER_FOLDER, place) if (f / ADAPTER).is_file()]
+    place, kept = local_copy(directory, None), _adapters_in(directory)
     command = f"python -m rlhf.reward peft=lora model.path={base}"
     if not kept:
         raise InputError(
@@ -229,6 +228,38 @@ def adapter_on_base(directory: str, field: str, base: str, revision: str | None 
             "ppo.share_base=false"
         )
     return kept[0]
+
+
+def _adapters_in(directory: str) -> list[Path]:
+    place = local_copy(directory, None)
+    return [f for f in (place / ADAPTER_FOLDER, place) if (f / ADAPTER).is_file()]
+
+
+def adapter_and_base(directory: str, field: str) -> tuple[Path, str]:
+    """Return where a stage, or PEFT, keeps its adapter, and directory or Hub id of the base.
+
+    Args:
+        field: the setting that names `directory`.
+
+    Raises:
+        InputError: there is no adapter, or its base has changed since.
+    """
+    kept = _adapters_in(directory)
+    if not kept:
+        raise InputError(
+            f"ppo.base=stacked: {field}={directory} holds no adapter that could stay apart from "
+            "its base; train it with `python -m rlhf.sft peft=lora`, or set ppo.base=merged"
+        )
+    base, record = str(_base_of(kept[0])), read_record(directory)
+    ours = parent_weights(base)
+    if record is not None and ours is not None and ours != record.parent_weights:
+        raise InputError(
+            f"ppo.base=stacked: {field}={directory} was trained from "
+            f"{_with_hash(str(record.parent), record.parent_weights)}, but now the base of its "
+            f"adapter is {_with_hash(base, ours)}; set base_model_name_or_path in "
+            f"{kept[0] / ADAPTER} to a copy of the old base, or set ppo.base=merged"
+        )
+    return kept[0], base
 
 
 # --- Comparing: the user may have meant it (a warning), or it cannot work (an error) --------------

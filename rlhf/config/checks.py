@@ -287,6 +287,8 @@ def _frozen_rules(config: PPOStageConfig) -> Iterator[str]:
 def _base_rules(config: PPOStageConfig) -> Iterator[str]:
     reference, label = config.ppo.reference, "ppo.share_base=true"
     if not config.ppo.share_base:
+        if config.ppo.base == "stacked":
+            yield "ppo.base=stacked says what one base for all roles holds; set ppo.share_base=true"
         return
     if not config.peft.enabled:
         yield f"{label} trains adapters on a frozen base, not all weights; set peft=lora"

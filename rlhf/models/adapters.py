@@ -29,6 +29,7 @@ from rlhf.hub import ADAPTER_WEIGHTS
 from rlhf.models.attention import is_padding_free
 from rlhf.models.forward import HEAD, unwrap_peft
 from rlhf.models.quantization import dequantized_weight, is_quantized
+from rlhf.models.stacked import kept_delta
 from rlhf.tokenizer import stop_strings
 
 STORED_DTYPE = "_rlhf_stored_dtype"  # attribute of a model: the type of the weights in its files
@@ -241,7 +242,13 @@ def _merged_weights(model: Any, plain: nn.Module) -> Iterator[tuple[str, Tensor]
             # PEFT wraps a layer of experts once for each weight: experts, experts.base_layer
             key = f"{name.replace('.base_layer', '')}.{getattr(module, 'parameter_name', 'weight')}"
             added = cast(Any, module).get_delta_weight(adapter).detach()
-            yield key, (whole(state[key]) + whole(added)).to(state[key].dtype)
+            kept = kept_delta(module.get_base_layer())
+            added = whole(added) if kept is None else whole(added) + kept
+            yield key, (whole(state[key]) + added).to(state[key].dtype)
+        elif (kept := kept_delta(module)) is not None and f"{name}.weight" in state:
+            # no adapter that trains is on this layer
+            value = state[f"{name}.weight"]
+            yield f"{name}.weight", (value + kept).to(value.dtype)
     yield from _dequantized_weights(base, adapter, plain)
 
 
@@ -252,6 +259,8 @@ def _dequantized_weights(base: Any, adapter: str, plain: nn.Module) -> Iterator[
         if not is_quantized(layer) or name.endswith(".base_layer"):
             continue
         weight = dequantized_weight(layer)
+        if (kept := kept_delta(layer)) is not None:
+            weight = weight + kept
         if layer is not module:
             weight = weight + cast(Any, module).get_delta_weight(adapter).detach()
         if isinstance(plain.get_submodule(name), Conv1D):

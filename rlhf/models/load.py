@@ -23,12 +23,22 @@ from rlhf.models.dropout import disable_dropout, set_dropout
 from rlhf.models.embeddings import resize_embeddings
 from rlhf.models.forward import HEAD, has_linear_head
 from rlhf.models.quantization import require_quantized
-from rlhf.models.weights import linear_head, load_backbone, load_classifier, load_language_model
+from rlhf.models.stacked import keep_apart
+from rlhf.models.weights import (
+    linear_head,
+    load_backbone,
+    load_classifier,
+    load_language_model,
+    put_stored_adapter,
+)
 from rlhf.tokenizer import end_token_ids, num_tokens
 
 
 def load_policy(
-    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, field: str = "model.path"
+    config: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    field: str = "model.path",
+    stacked: Path | None = None,
 ) -> PreTrainedModel:
     """Load or build a causal language model whose embedding table covers the tokenizer.
 
@@ -36,6 +46,7 @@ def load_policy(
         config: `path` is a Hub id, a directory or a GGUF file; adapters are merged into their base.
             Without a path, the model is built from `config.config` with random weights.
         field: configuration key of `path`, for messages.
+        stacked: an adapter that stays apart from the model, frozen.
 
     Raises:
         InputError: `path` holds no language model in safetensors files, or a setting of the model
@@ -46,6 +57,9 @@ def load_policy(
     else:
         model = load_language_model(_find(config, field), config)
     _fit_tokenizer(model, tokenizer, config)
+    if stacked is not None:
+        label = f"the adapter in {stacked}"
+        model = keep_apart(put_stored_adapter(model, stacked, label), label)
     return _prepare(model, config, field)
 
 

@@ -25,24 +25,26 @@ from rlhf.config import InputError, ModelConfig
 from rlhf.models.adapters import STORED_DTYPE
 from rlhf.models.forward import HEAD, unwrap_peft
 from rlhf.models.load import recompute_activations
+from rlhf.models.stacked import without_adapter
 from rlhf.models.weights import linear_head, new_classifier, put_stored_adapter
 
 # What loaders set on a quantised model, and PEFT reads.
 MARKS = (STORED_DTYPE, "is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized", "hf_quantizer")
 
 
-def scalar_role(base: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
+def scalar_role(base: PreTrainedModel, config: ModelConfig, bare: bool = False) -> PreTrainedModel:
     """Return a classifier with one label on the layers of a causal LM; its float32 head is 0.
 
     Args:
         base: without adapters. It may get them later, and so may the result.
+        bare: leave out the adapter that the layers keep (`ppo.base=stacked`).
 
     Raises:
         InputError: the family has no classifier with a linear head.
     """
     label = f"ppo.share_base=true: model.path={config.path}"
     model = new_classifier(base, label, config.trust_remote_code)
-    _tie(model.base_model, base.base_model)
+    _tie(model.base_model, base.base_model, bare)
     width = getattr(model, HEAD).in_features
     model.score = linear_head(torch.zeros(1, width), device=base.device)
     for name in MARKS:
@@ -61,7 +63,12 @@ def scalar_role(base: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
 
 
 def stored_role(
-    base: PreTrainedModel, config: ModelConfig, adapter: Path, label: str, trains: bool = False
+    base: PreTrainedModel,
+    config: ModelConfig,
+    adapter: Path,
+    label: str,
+    trains: bool = False,
+    bare: bool = False,
 ) -> Any:
     """Return the reward model or critic whose adapter and head are in a directory, on the layers of
     a causal LM.
@@ -70,8 +77,9 @@ def stored_role(
         base: without adapters.
         label: the setting that names the directory and its value, for messages.
         trains: whether adapter and head get gradients.
+        bare: see `scalar_role`.
     """
-    return put_stored_adapter(scalar_role(base, config), adapter, label, "SEQ_CLS", trains)
+    return put_stored_adapter(scalar_role(base, config, bare), adapter, label, "SEQ_CLS", trains)
 
 
 def own_parameters(model: nn.Module, base: nn.Module) -> dict[str, nn.Parameter]:
@@ -80,7 +88,7 @@ def own_parameters(model: nn.Module, base: nn.Module) -> dict[str, nn.Parameter]
     return {name: p for name, p in model.named_parameters() if id(p) not in shared}
 
 
-def _tie(target: nn.Module, source: nn.Module) -> None:
+def _tie(target: nn.Module, source: nn.Module, bare: bool) -> None:
     """Give a module the tensors of another one of the same kind, in place.
 
     A layer without layers inside, such as a linear one, is taken whole: a quantised one keeps more
@@ -90,6 +98,6 @@ def _tie(target: nn.Module, source: nn.Module) -> None:
     target._buffers.update(source._buffers)
     for name, child in source.named_children():
         if any(True for _ in child.children()):
-            _tie(target.get_submodule(name), child)
+            _tie(target.get_submodule(name), child, bare)
         elif [*child.parameters(), *child.buffers()]:
-            setattr(target, name, child)
+            setattr(target, name, without_adapter(child) if bare else child)

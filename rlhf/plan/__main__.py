@@ -52,6 +52,8 @@ class PlanOptions:
     """true: reference and reward model are in main memory, except while they are read."""
     share_base: bool = False
     """true: as ppo.share_base, adapters of each role on one base; needs lora=true."""
+    stacked: bool = False
+    """true: as ppo.base=stacked, the adapter of SFT apart from that base; needs share_base=true."""
     prompt_length: int = knob(256, ge=1)
     """Tokens of a prompt; in SFT and reward, of the first part of a row."""
     response_length: int = knob(256, ge=1)
@@ -82,6 +84,8 @@ def run(options: PlanOptions) -> None:
     check_options(options)
     if options.share_base and not options.lora:
         raise InputError("share_base=true keeps adapters on one base; set lora=true")
+    if options.stacked and not options.share_base:
+        raise InputError("stacked=true says what one base for all roles holds; set share_base=true")
     quiet_libraries()
     from rlhf.plan.counting import measure
     from rlhf.plan.launches import Setting

@@ -31,6 +31,7 @@ class Setting:
     critic: bool = True
     offload_frozen: bool = False
     share_base: bool = False  # one base in memory, with LoRA adapters for each role
+    stacked: bool = False  # the adapter of SFT apart from that base
     sampled_rows: int = 64  # of the rollout, on one GPU
 
     @property
@@ -60,6 +61,8 @@ def estimate(model: Measured, setting: Setting, launch: str, rows: int = 1) -> M
         return MemoryEstimate({"model": policy}, 0)
     models = {"policy": policy}
     adapters = FLOAT * model.trained
+    if setting.stacked:  # of the same rank
+        models["adapter of SFT"] = ModelMemory(adapters)
     if setting.critic:
         weights = adapters if setting.share_base else train.weights
         models["critic"] = ModelMemory(weights, train.gradients, train.adam, kept)

@@ -33,7 +33,6 @@ from rlhf.models import (
     add_lora,
     choose_chunk_tokens,
     disable_dropout,
-    load_policy,
     load_reference,
     new_token_rows,
     own_parameters,
@@ -44,6 +43,8 @@ from rlhf.models import (
 from rlhf.ppo.critic import (
     critic_source,
     first_scorer,
+    is_on_stacked_base,
+    load_base,
     load_critic,
     load_on_base,
     needs_reward_model,
@@ -159,7 +160,7 @@ def load_actors(
     that will be sharded, and the reference, wait on the CPU: a GPU has no room for all of them."""
     device = accelerator.device
     waits_on: Any = "cpu" if accelerator.is_fsdp2 else device
-    policy, reference = load_policy(config.model, tokenizer), None
+    policy, reference = load_base(config, tokenizer), None
     base = policy.to(device) if config.ppo.share_base else None
     if scorer is None:
         code = config.model.trust_remote_code
@@ -199,6 +200,8 @@ def load_actors(
     actors.reading_device = device if accelerator.is_fsdp2 else None
     if base is not None:
         actors.shared_base = describe_base(actors)
+        if ppo.base == "stacked":
+            actors.shared_base += f"; the adapter of {config.model.path} stays apart from the base"
     return actors
 
 
@@ -296,7 +299,8 @@ def _show_reward_models(config: PPOStageConfig, scorer: Scorer, rendering: str) 
     """Say what each reward model's report says, and how it differs from the policy."""
     for reward_model in reward_models(scorer):
         _show_report(reward_model.path)
-        warn_about_sft_model(reward_model.path, str(config.model.path))
+        if not is_on_stacked_base(config, reward_model.path):
+            warn_about_sft_model(reward_model.path, str(config.model.path))
         if reward_model.tokenizer_hash != rendering:
             say(
                 f"{reward_model.path} has another tokenizer or chat template than the policy: it "

@@ -7,6 +7,7 @@ earlier run. With `ppo.share_base`, critic and reward models are adapters on the
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,22 @@ from typing import Any
 import torch
 
 from rlhf.checkpoint import (
+    adapter_and_base,
     adapter_on_base,
+    parent_weights,
     read_record,
     require_same_tokenizer,
     require_same_weights,
 )
 from rlhf.config import InputError, ModelConfig, PPOStageConfig, ScorerConfig, check, has_weights
-from rlhf.models import ScalarModel, init_reward_model, load_reward_model, scalar_role, stored_role
+from rlhf.models import (
+    ScalarModel,
+    init_reward_model,
+    load_policy,
+    load_reward_model,
+    scalar_role,
+    stored_role,
+)
 from rlhf.scorers import score_statistics
 
 
@@ -85,11 +95,25 @@ def load_critic(config: PPOStageConfig, tokenizer: Any, base: Any = None) -> Sca
 # --- Adapters on the policy's base ----------------------------------------------------------------
 
 
+def load_base(config: PPOStageConfig, tokenizer: Any) -> Any:
+    """Load the policy without adapters of its own. With `ppo.base=stacked`, that of SFT is apart
+    from the base."""
+    if config.ppo.base == "merged":
+        return load_policy(config.model, tokenizer)
+    adapter, below = adapter_and_base(str(config.model.path), "model.path")
+    source = replace(config.model, path=below, revision=None)
+    model = load_policy(source, tokenizer, stacked=adapter)
+    model.name_or_path = str(config.model.path)
+    return model
+
+
 def require_same_base(config: PPOStageConfig) -> None:
     """With `ppo.share_base`, require that reward models and critic are adapters on the policy's
     base; nothing is loaded."""
     if not config.ppo.share_base:
         return
+    if config.ppo.base == "stacked":
+        adapter_and_base(str(config.model.path), "model.path")
     for path, field in _adapted(config):
         _adapter(config, path, field)
 
@@ -115,8 +139,35 @@ def _adapted(config: PPOStageConfig) -> Iterator[tuple[str, str]]:
         yield str(config.critic.init), "critic.init"
 
 
-def _adapter(config: PPOStageConfig, path: str, field: str) -> Path:
-    return adapter_on_base(path, field, str(config.model.path), config.model.revision)
+def _adapter(config: PPOStageConfig, path: str, field: str) -> tuple[Path, str]:
+    """Where the adapter is, and the base that it was trained on: `model.path`, or with
+    `ppo.base=stacked` also the base below the adapter of SFT."""
+    if config.ppo.base == "stacked":
+        _, below = adapter_and_base(str(config.model.path), "model.path")
+        with suppress(InputError):
+            return adapter_on_base(path, field, below), below
+    base = str(config.model.path)
+    return adapter_on_base(path, field, base, config.model.revision), base
+
+
+def is_on_stacked_base(config: PPOStageConfig, path: str) -> bool:
+    """True if, with `ppo.base=stacked`, a reward model was trained on the base below the adapter of
+    SFT, so not on what SFT made."""
+    record = read_record(path)
+    if config.ppo.base == "merged" or record is None:
+        return False
+    _, below = adapter_and_base(str(config.model.path), "model.path")
+    return (parent_weights(below) or below) in (record.parent_weights, record.parent)
+
+
+def critic_base(config: PPOStageConfig) -> tuple[str | None, str | None]:
+    """The model that the critic's adapter is on, and its revision."""
+    source, field = critic_source(config)
+    if not config.ppo.share_base:
+        return source.path, source.revision
+    model = config.model
+    base = model.path if field == "model.path" else _adapter(config, str(source.path), field)[1]
+    return base, model.revision if base == model.path else None
 
 
 def load_on_base(
@@ -130,5 +181,6 @@ def load_on_base(
         field: the setting that gave the path.
     """
     path = str(source.path)
-    adapter = _adapter(config, path, field)
-    return stored_role(base, config.model, adapter, f"{field}={path}", trains)
+    adapter, below = _adapter(config, path, field)
+    bare = below != config.model.path
+    return stored_role(base, config.model, adapter, f"{field}={path}", trains, bare)

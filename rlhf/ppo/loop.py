@@ -41,7 +41,7 @@ from rlhf.failures import phase
 from rlhf.functional import learning_rate_factor
 from rlhf.metrics import MetricsWriter
 from rlhf.models import what_to_save
-from rlhf.ppo.critic import critic_source
+from rlhf.ppo.critic import critic_base
 from rlhf.ppo.evaluation import Evaluator, describe_selection, selection_value
 from rlhf.ppo.optimizer import describe_optimizers
 from rlhf.ppo.result import PPOResult, closing_table
@@ -254,14 +254,12 @@ class PPOLoop:
         critic, tokenizer = self.trainer.actors.critic, self.trainer.actors.tokenizer
         if critic is None or self.trainer.actors.shares_trunk:
             return
-        source, _ = critic_source(self.config)
-        source = self.config.model if self.config.ppo.share_base else source  # the adapter's base
-        parts = critic.model, self.config.peft, source.path, source.revision
-        model, adapter = what_to_save(*parts)
+        base, revision = critic_base(self.config)
+        model, adapter = what_to_save(critic.model, self.config.peft, base, revision)
         if record is None:
             return
         own = replace(record, stage="critic", score_mean=critic.mean, score_std=critic.std)
-        own.parent, own.parent_weights = source.path, parent_weights(source.path)
+        own.parent, own.parent_weights = base, parent_weights(base)
         directory = self.directory / "critic"
         write_stage(directory, model, tokenizer, self.config, own, write_adapter=adapter)
 

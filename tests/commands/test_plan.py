@@ -145,6 +145,8 @@ def test_ppo_holds_its_roles_and_lora_no_reference():
         16,
         400,
     )
+    sft = replace(ppo, lora=True, share_base=True, stacked=True)
+    assert estimate(counted(trained=4), sft, "ddp").models["adapter of SFT"].weights == 16
     assert launches(replace(ppo, gpus=2)) == ("ddp", "fsdp2", "fsdp2_offload")
     assert launches(ppo) == ("ddp",)
     lora = estimate(counted(trained=4), replace(ppo, lora=True, critic=False), "ddp").models

@@ -75,6 +75,28 @@ def test_the_first_host_of_a_list_of_nodes_leads(nodes, first):
     assert first_host(nodes) == first
 
 
+@pytest.mark.slow
+def test_two_tasks_train_one_model_together(tmp_path):
+    step = TASK | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "127.0.0.1"}
+    step |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    given = "-m rlhf.sft recipe=demo run_name=two resume=auto trainer.max_steps=2 num_samples=0"
+    tasks = [
+        subprocess.Popen(
+            [sys.executable, *given.split()],
+            cwd=tmp_path,
+            env=os.environ | step | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    said = [task.communicate(timeout=500)[0] for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], said
+    assert "2 processes" in said[0] and "saved" not in said[1]
+    assert (tmp_path / "runs/two/sft/final/model.safetensors").is_file()
+
+
 # --- The batch script -----------------------------------------------------------------------------
 
 

@@ -70,6 +70,9 @@ class PPOConfig:
     share_base: bool = False
     """Hold one frozen base in memory: policy, critic and reward models are LoRA adapters on it, and
     the reference is the base alone. Needs peft=lora, here and in the reward stage."""
+    base: str = knob("merged", choices=("merged", "stacked"))
+    """With share_base, after SFT with LoRA: merge its adapter into the base, or keep it on the base
+    that SFT started from, frozen, below the policy's."""
     kl_coef: float = knob(0.05, ge=0)
     """Weight of the KL penalty, score units per nat."""
     kl_estimator: str = knob("k1", choices=("k1", "k2", "k3"))
