@@ -65,6 +65,7 @@ BAD_VALUES = [
     ("reward", "micro_batch_tokens", 0, "be >= 1"),
     ("ppo", "ppo.rollout_batch_size", 0, "be >= 1"),
     ("ppo", "sampling.engine", "graphs", "be one of auto, loop, graph, vllm"),
+    ("ppo", "ppo.base", "alone", "be one of merged, stacked"),
     ("ppo", "sampling.check_every", 0, "be >= 1"),
     ("ppo", "sampling.dtype", "float16", "be one of float32, bfloat16, null"),
     ("ppo", "ppo.response_length", 0, "be >= 1"),

@@ -249,6 +249,11 @@ BAD_VALUES = [
     ),
     (
         "ppo",
+        {"ppo.base": "stacked"},
+        "ppo.base=stacked says what one base for all roles holds; set ppo.share_base=true",
+    ),
+    (
+        "ppo",
         {"ppo.share_base": True},
         "ppo.share_base=true trains adapters on a frozen base, not all weights; set peft=lora",
     ),

@@ -100,7 +100,9 @@ def test_logits_and_gradients_are_those_of_the_merged_base(family, tmp_path):
         torch.testing.assert_close(ours, theirs, **close)
     torch.testing.assert_close(outputs[0], outputs[2], **close)
     assert (outputs[0] - outputs[1]).abs().max() > 1e-2  # the policy's own adapter
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-5)
+    largest = max(float(gradient.abs().max()) for gradient in gradients[0].values())
+    close = {"rtol": 0, "atol": 1e-5 * largest}
+    torch.testing.assert_close(gradients[0], gradients[1], **close)
 
 
 def test_a_run_has_the_numbers_of_one_on_the_merged_base(sft_dir, tmp_path):
@@ -111,7 +113,8 @@ def test_a_run_has_the_numbers_of_one_on_the_merged_base(sft_dir, tmp_path):
     for one, two in zip(*metrics, strict=True):
         assert one.keys() == two.keys() and one["score_std"] > 0
         for name, value in one.items():
-            assert value == pytest.approx(two[name], rel=1e-4, abs=1e-5), name
+            rounding = 1e-4 if name.startswith("sampler_gap") else 1e-5
+            assert value == pytest.approx(two[name], rel=1e-4, abs=rounding), name
     assert metrics[0][-1]["kl"] != 0
 
 
@@ -131,10 +134,10 @@ def test_the_reward_model_may_be_on_the_base_that_sft_started_from(
     apart = load_reward_model(ModelConfig(path=reward_dir)).eval()
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
-        score = actors.scorer.model(ids).logits
-        torch.testing.assert_close(score, apart(ids).logits, rtol=1e-5, atol=1e-5)
-        value = actors.critic(ids, ids > 0)[:, -1:]
-        torch.testing.assert_close(value, (score - 0.5) / 2.0, rtol=1e-5, atol=1e-5)
+        score = (apart(ids).logits - 0.5) / 2.0  # standardised
+        for model in (actors.scorer.model, actors.critic):
+            found = model(ids, ids > 0)[:, -1:]
+            torch.testing.assert_close(found, score, rtol=1e-5, atol=1e-5)
     models = (actors.policy, actors.critic, actors.scorer.model)
     own = [{p.data_ptr() for p in model.parameters()} for model in models]
     backbone = {
