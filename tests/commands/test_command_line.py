@@ -209,9 +209,15 @@ def test_python_scorer_without_a_function_is_refused(command):
     assert "scorer.path: a function, e.g. scorer.path=my_module.my_score" in errors
 
 
-def test_only_the_first_rank_prints_the_error(command, monkeypatch):
+def test_another_rank_prints_the_error_with_its_number_after_the_first_had_its_say(
+    command, monkeypatch
+):
+    waited = []
+    monkeypatch.setattr("rlhf.cli.time.sleep", waited.append)
     monkeypatch.setenv("RANK", "1")
-    assert command("ppo", "ppo.kl_coeff=0.1") == (2, "", "")
+    status, output, errors = command("ppo", "ppo.kl_coeff=0.1")
+    assert (status, output, waited) == (2, "", [3.0])
+    assert errors.startswith("error: rank 1: unknown key 'ppo.kl_coeff'.")
 
 
 # --- What is composed -----------------------------------------------------------------------------

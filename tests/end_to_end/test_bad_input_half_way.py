@@ -131,8 +131,9 @@ def test_scorer_that_fails_again_after_a_resume_leaves_the_checkpoint(policy, tm
 def test_scorer_that_fails_before_the_first_update_leaves_nothing_to_resume(policy, tmp_path):
     config = flaky_config(policy, tmp_path, "run")
     for fails_at in (1, 2):
-        with pytest.raises(InputError, match="the judge is away$"):
+        with pytest.raises(InputError) as caught:
             train(dataclasses.replace(config, overwrite=True), fails_at)
+        assert str(caught.value).endswith("the judge is away")
         assert not list(config.stage_dir("ppo").glob("checkpoint-*"))
 
 

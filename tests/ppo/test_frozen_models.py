@@ -20,6 +20,7 @@ from transformers import AutoModelForSequenceClassification
 
 import rlhf.equivalence as equivalence
 import rlhf.ppo.rollout as rollout_module
+import rlhf.ppo.scoring as scoring_module
 from rlhf.config import InputError, ScorerConfig
 from rlhf.equivalence import choose_forward, store_as_read
 from rlhf.metrics import read_jsonl
@@ -151,7 +152,7 @@ def test_offloaded_models_are_on_the_gpu_only_while_they_are_read(
         monkeypatch.setattr(holder, function, watched)
 
     watch(rollout_module, "generate", "sampling")
-    watch(rollout_module, "score_responses", "scoring")
+    watch(scoring_module, "score_responses", "scoring")
     watch(rollout_module, "policy_logprobs", "reading with another model")
     watch(rollout_module, "read_policy", "reading the policy")
     watch(rollout_module, "critic_values", "reading the critic")
