@@ -35,8 +35,7 @@ format: $(STAMP)  ## rewrite the sources as `make lint` wants them
 
 test-fast: $(STAMP)  ## run the unit tests (after every edit, under a minute)
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile tests/test_architecture.py \
-		tests/test_metrics.py tests/config tests/functional tests/tokenizer tests/data \
-		--ignore tests/functional/test_mutants.py
+		tests/test_metrics.py tests/config tests/functional tests/tokenizer tests/data
 
 test: $(STAMP)  ## run the default tests (offline, CPU, minutes)
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder

@@ -95,7 +95,7 @@ def small_disk(tmp_path):
 @pytest.mark.parametrize(
     "stage, num_checkpoints",
     [
-        ("sft", 0.4),
+        pytest.param("sft", 0.4, marks=pytest.mark.slow),
         pytest.param("sft", 1.5, marks=pytest.mark.slow),
         pytest.param("ppo", 1.5, marks=pytest.mark.slow),
     ],

@@ -226,6 +226,7 @@ class Terminal:
         os.close(self.descriptor)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(tmp_path):
     model = scripted("abcdefghij", max_position_embeddings=100_000)  # which never stops

@@ -92,7 +92,7 @@ def measured_peak(family: str, rows: int, length: int, checkpointing: bool) -> i
     "family, rows, checkpointing",
     [
         ("gpt_neox", 1, False),  # weights and Adam's states are most of it
-        ("llama", 16, True),
+        pytest.param("llama", 16, True, marks=pytest.mark.slow),
         *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_CASES),
     ],
 )

@@ -147,6 +147,7 @@ def test_a_file_cut_at_any_byte_is_continued_to_the_same_end(begun, tmp_path, sh
     assert f"{float(scores.mean()):.4g}" in said and str(len(scores)) in said
 
 
+@pytest.mark.slow
 def test_a_killed_command_continues_to_the_same_end(model, tmp_path, capsys):
     file = write(tmp_path / "answers.jsonl", many_rows(200))
     command = [sys.executable, "-m", "rlhf.score", f"data={file}", f"path={model}"]

@@ -49,6 +49,7 @@ def test_random_policies_of_the_benchmarks_end_as_they_say(lengths):
     assert logits.softmax(-1)[..., world.PAD].max() < 1e-9  # TRL may sample padding
 
 
+@pytest.mark.slow
 def test_one_part_that_fails_does_not_stop_the_others(tmp_path, capsys):
     from parts import run_all, run_part
 

@@ -255,15 +255,19 @@ def finished(config):
     seal(checkpoint, directory)
 
 
+def _slow(*case):
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
 PROPOSALS = [  # what is there, what is typed, what the refusal proposes
-    (killed_early, "run_name=mine", "resume=auto run_name=mine"),
-    (killed_early, "resume=true run_name=mine", "resume=auto run_name=mine"),
+    _slow(killed_early, "run_name=mine", "resume=auto run_name=mine"),
+    _slow(killed_early, "resume=true run_name=mine", "resume=auto run_name=mine"),
     (stopped, "run_name=mine", "resume=true run_name=mine"),
-    (stopped, "resume=true run_name=mine seed=9", "resume=true run_name=mine"),
+    _slow(stopped, "resume=true run_name=mine seed=9", "resume=true run_name=mine"),
     (stopped, "resume=true run_name=mime", "resume=true run_name=mine"),  # Did you mean mine?
     (finished, "run_name=mine", "resume=true run_name=mine trainer.num_train_epochs=6"),
-    (finished, "resume=true run_name=mine seed=9", "resume=true run_name=mine"),
-    (without_checkpoints, "run_name=mine", "overwrite=true"),
+    _slow(finished, "resume=true run_name=mine seed=9", "resume=true run_name=mine"),
+    _slow(without_checkpoints, "run_name=mine", "overwrite=true"),
     (without_checkpoints, "resume=true run_name=mine trainer.num_train_epochs=9", "model.path=X"),
 ]
 

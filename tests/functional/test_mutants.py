@@ -5,8 +5,7 @@ that has torch imported takes a copy of the package with that module and runs th
 tests: those of the module first. Only a failed test counts: a mutant that cannot be imported, or
 that fails by an unknown name, is an error of the list.
 
-Run: pytest tests/functional/test_mutants.py    (every sixth mutant; needs fork)
-     pytest tests/functional/test_mutants.py -m 'slow or not slow'    (all; prints what killed each)
+Run: pytest -m slow tests/functional/test_mutants.py    (needs fork; prints what killed each)
 """
 
 from __future__ import annotations
@@ -59,10 +58,8 @@ def read_mutants(text):
 
 
 MUTANTS = read_mutants((TESTS / "mutants.txt").read_text(encoding="utf-8"))
-PARAMETERS = [
-    pytest.param(mutant, id=mutant.name, marks=[pytest.mark.slow] if number % 6 else [])
-    for number, mutant in enumerate(MUTANTS)
-]
+PARAMETERS = [pytest.param(mutant, id=mutant.name) for mutant in MUTANTS]
+pytestmark = pytest.mark.slow
 
 
 class FirstFailure:
@@ -149,7 +146,6 @@ def test_a_planted_bug_makes_a_test_fail(mutant, outcomes):
     assert outcome.error not in ("NameError", "UnboundLocalError", "ImportError"), outcome.output
 
 
-@pytest.mark.slow
 def test_the_list_of_mutants_is_printed(outcomes, capsys):
     killed = 0
     lines = []

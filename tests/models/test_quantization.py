@@ -271,7 +271,8 @@ def weights_after_resuming(train, config, final):
     return load_file(final / "model.safetensors")
 
 
-@pytest.mark.parametrize("quantization", ["4bit", pytest.param("8bit", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
 def test_all_stages_train_adapters_on_a_quantised_base(quantization, folder, saved):
     base = saved("llama", quantization)
     sft = SFTStageConfig(**settings(folder, quantization, "sft", base), num_samples=0)
