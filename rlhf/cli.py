@@ -1,7 +1,7 @@
 """The command line of the three stages: Hydra composes the configuration, and an error of the user
 becomes one clear message.
 
-Left out: the `key=value` options of all other commands (`rlhf.options`).
+Left out: the `key=value` options of all other commands (`rlhf.option_parser`).
 """
 
 from __future__ import annotations

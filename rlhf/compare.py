@@ -18,7 +18,7 @@ from rlhf.config import CONFIG_FILE, STAGES, InputError, dotted, nearest, read_y
 from rlhf.console import say, table
 from rlhf.curves import draw_curves, plot_hint
 from rlhf.metrics import read_jsonl
-from rlhf.options import run_command
+from rlhf.option_parser import run_command
 
 METRICS = "metrics.jsonl"
 # settings that differ between any two runs, or say how a run was started

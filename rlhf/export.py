@@ -33,7 +33,7 @@ from rlhf.config import (
 )
 from rlhf.console import quiet_libraries, say
 from rlhf.hub import local_directory
-from rlhf.options import check_options, run_command
+from rlhf.option_parser import check_options, run_command
 
 ITS_MODEL = "its model.path"  # in messages: the setting of the checkpoint's run
 

@@ -35,7 +35,7 @@ from rlhf.config import (
 )
 from rlhf.data import load_splits, resolve_format
 from rlhf.data.read import read_rows
-from rlhf.endpoint import check_endpoint
+from rlhf.http_endpoint import check_endpoint
 from rlhf.hub import config_directory, find_source, is_hub_id, tokenizer_directory
 from rlhf.rubrics import read_rubric
 from rlhf.tokenizer import chat_template_text, named_templates

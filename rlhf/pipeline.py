@@ -37,7 +37,7 @@ from rlhf.checkpoint import finished_run
 from rlhf.cli import hydra_main
 from rlhf.config import STAGES, InputError, StageConfig, config_keys, nearest, suggest
 from rlhf.console import say, table
-from rlhf.options import run_command
+from rlhf.option_parser import run_command
 
 # settings of the model that SFT stores with its result: the later stages read them there
 STORED = {

@@ -43,7 +43,7 @@ from rlhf.config import (
 from rlhf.console import quiet_libraries, say, table
 from rlhf.data import DropRow, as_messages, as_prompt, as_text
 from rlhf.inputs import Check, check_scorer, failures
-from rlhf.options import check_options, run_command
+from rlhf.option_parser import check_options, run_command
 from rlhf.row_file import RowFile, chunks_of, new_file, refuse_rows
 from rlhf.rubrics import read_rubric
 

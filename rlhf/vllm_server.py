@@ -18,7 +18,7 @@ from pathlib import Path
 
 from rlhf.config import EndpointConfig, InputError, SamplingConfig
 from rlhf.console import num_processes
-from rlhf.endpoint import ask, check_endpoint
+from rlhf.http_endpoint import ask, check_endpoint
 
 MODULE = "vllm.entrypoints.openai.api_server"
 ENDPOINT = EndpointConfig(timeout=600.0, retries=3)

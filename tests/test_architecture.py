@@ -1,5 +1,5 @@
 """The shape of the package, read from its sources: imports run one way, files and functions are
-short, no module hides another package.
+short, no module hides another package, no two files of different jobs share a name.
 
 Run: python -m pytest tests/test_architecture.py
 """
@@ -8,6 +8,7 @@ import ast
 import re
 import sys
 import tomllib
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ FLOORS = [
     {"functional", "config"},
     {"console", "gguf_files", "slurm"},
     {"trackers"},
-    {"options", "overrides", "next_commands", "metrics", "hub", "endpoint", "rubrics"},
+    {"option_parser", "overrides", "next_commands", "metrics", "hub", "http_endpoint", "rubrics"},
     {"curves", "vllm_server"},
     {"tokenizer", "distributed", "failures"},
     {"data", "checkpoint"},
@@ -41,6 +42,15 @@ FLOORS = [
     {"__init__"},
 ]
 FLOOR = {module: number for number, floor in enumerate(FLOORS) for module in floor}
+
+
+SAME_JOB = {  # files of these names do one job, each for its stage or command
+    "__init__.py",
+    "__main__.py",
+    "stage.py",
+    "options.py",
+    "serving.py",
+}
 
 
 def module_of(path):
@@ -69,6 +79,11 @@ def test_imports_are_found_at_the_top_and_inside_functions():
 
 def test_every_module_has_a_floor():
     assert {module_of(path) for path in FILES} == set(FLOOR)
+
+
+def test_files_of_different_jobs_have_different_names():
+    names = Counter(path.name for path in FILES)
+    assert {name for name, number in names.items() if number > 1} <= SAME_JOB
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -21,8 +21,8 @@ from typing import Any
 from rlhf.config import EndpointConfig, knob
 from rlhf.console import say
 from rlhf.demo.world import gold_score
-from rlhf.endpoint import ask
-from rlhf.options import run_command
+from rlhf.http_endpoint import ask
+from rlhf.option_parser import run_command
 
 
 @dataclass

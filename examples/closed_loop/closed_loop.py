@@ -39,7 +39,7 @@ from rlhf.config import InputError, knob
 from rlhf.console import say
 from rlhf.curves import plot_hint
 from rlhf.demo.world import rows
-from rlhf.options import run_command
+from rlhf.option_parser import run_command
 from rlhf.pipeline import route, run_stage
 from rlhf.rank import check_server
 

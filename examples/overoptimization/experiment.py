@@ -27,7 +27,7 @@ from pathlib import Path
 from rlhf.config import InputError, PPOStageConfig, load_config
 from rlhf.console import say
 from rlhf.curves import plot_hint
-from rlhf.options import run_command
+from rlhf.option_parser import run_command
 from rlhf.pipeline import route, run_stage
 
 KL_COEFS = [0.0, 0.02, 0.05, 0.15, 0.5]

@@ -24,7 +24,7 @@ import sys
 
 from rlhf.chat.conversation import ChatOptions
 from rlhf.chat.terminal import talk
-from rlhf.options import run_command
+from rlhf.option_parser import run_command
 
 
 def run(options: ChatOptions) -> None:

@@ -9,7 +9,7 @@ from rlhf.chat.conversation import Chat, ChatOptions
 from rlhf.chat.rankings import Rankings
 from rlhf.config import InputError
 from rlhf.console import say
-from rlhf.options import check_options
+from rlhf.option_parser import check_options
 from rlhf.policy import check_policies
 from rlhf.web.server import address_of, bound, check_server, serve
 

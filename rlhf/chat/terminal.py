@@ -10,7 +10,7 @@ from contextlib import closing, suppress
 
 from rlhf.chat.conversation import INCOMPLETE, Chat, ChatOptions, note
 from rlhf.config import nearest
-from rlhf.options import check_options
+from rlhf.option_parser import check_options
 from rlhf.policy import check_policies
 
 COMMANDS = ("/reset", "/undo", "/exit")

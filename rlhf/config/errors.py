@@ -1,6 +1,6 @@
 """The errors that a user's input can cause, and helpers for their messages.
 
-`rlhf.cli` and `rlhf.options` print the message of an `InputError` without a traceback.
+`rlhf.cli` and `rlhf.option_parser` print the message of an `InputError` without a traceback.
 """
 
 import difflib

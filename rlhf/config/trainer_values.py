@@ -1,7 +1,7 @@
 """What is wrong under `trainer:`, as far as this can be said without transformers and TRL.
 
 Tables hold the arguments that a stage cannot use, with what to do instead, and types and ranges;
-all others are passed on. `rlhf.hf_trainer.settings` asks the libraries about the rest.
+all others are passed on. `rlhf.hf_trainer.trial` asks the libraries about the rest.
 """
 
 from __future__ import annotations

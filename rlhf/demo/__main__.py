@@ -15,7 +15,7 @@ from typing import Any
 
 from rlhf.console import table
 from rlhf.metrics import read_jsonl
-from rlhf.options import run_command
+from rlhf.option_parser import run_command
 from rlhf.pipeline import PipelineOptions
 from rlhf.pipeline import run as run_pipeline
 

@@ -24,7 +24,7 @@ import sys
 
 from rlhf.diagnose.diagnosis import diagnose
 from rlhf.diagnose.options import DiagnoseOptions
-from rlhf.options import run_command
+from rlhf.option_parser import run_command
 
 
 def run(options: DiagnoseOptions) -> None:

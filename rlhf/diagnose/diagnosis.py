@@ -11,7 +11,7 @@ from rlhf.console import quiet_libraries, say
 from rlhf.curves import plot_hint
 from rlhf.diagnose.options import DiagnoseOptions, Subject, find_subject
 from rlhf.metrics import read_jsonl
-from rlhf.options import check_options
+from rlhf.option_parser import check_options
 
 REPORT, PICTURE = "diagnosis.json", "diagnosis.png"
 
@@ -30,10 +30,10 @@ def diagnose(options: DiagnoseOptions) -> dict:
     except OSError as error:
         raise InputError(f"out={folder} cannot be made: {error.strerror}") from error
     quiet_libraries()
-    from rlhf.diagnose.findings import findings_of
+    from rlhf.diagnose.answers import measure
     from rlhf.diagnose.remedies import commands, verdict
-    from rlhf.diagnose.samples import measure
     from rlhf.diagnose.show import show
+    from rlhf.diagnose.weakest_link import findings_of
 
     found = findings_of(measure(options, subject), subject)
     found |= {"verdict": verdict(found), "commands": commands(found, subject)}

@@ -16,8 +16,8 @@ from rlhf.config import (
     resume_overrides,
 )
 from rlhf.console import interval_text
-from rlhf.diagnose.findings import Findings
 from rlhf.diagnose.options import Subject
+from rlhf.diagnose.weakest_link import Findings
 
 NAMES = {"sft": "the SFT policy", "reward": "the reward model", "ppo": "PPO"}
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from rlhf.console import interval_text, say, table
 from rlhf.curves import draw_frontier
-from rlhf.diagnose.findings import Findings
 from rlhf.diagnose.remedies import NAMES, stopping_text, verdict
+from rlhf.diagnose.weakest_link import Findings
 
 SWAPS = {
     "sft": "known-good answers for the SFT policy's best",

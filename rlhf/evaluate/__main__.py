@@ -26,7 +26,7 @@ from __future__ import annotations
 import sys
 
 from rlhf.evaluate.options import EvaluateOptions, check
-from rlhf.options import run_command
+from rlhf.option_parser import run_command
 
 
 def run(options: EvaluateOptions) -> None:

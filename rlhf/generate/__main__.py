@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rlhf.generate import sample, score_rows, self_chat, self_instruct, two_agents
-from rlhf.options import run_command
+from rlhf.option_parser import run_command
 
 MODES: dict[str, tuple[Any, Any]] = {
     "sample": (sample, sample.GenerateOptions),

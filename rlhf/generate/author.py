@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 
 from rlhf.config import EndpointConfig, InputError, knob
 from rlhf.console import say
-from rlhf.endpoint import chat_url, check_endpoint, complete_chat
 from rlhf.generate.sample import Answerer, GenerateOptions, Question
-from rlhf.options import check_options
+from rlhf.http_endpoint import chat_url, check_endpoint, complete_chat
+from rlhf.option_parser import check_options
 from rlhf.policy import PolicyOptions, check_policies
 from rlhf.row_file import new_file
 

@@ -38,7 +38,7 @@ from rlhf.console import say
 from rlhf.data import BadRow, DropRow, check_row, prompt_of, read_rows, repaired, resolve_format
 from rlhf.data.detect import ORDER, reads
 from rlhf.data.rows import as_rows
-from rlhf.options import check_options
+from rlhf.option_parser import check_options
 from rlhf.policy import Policy, PolicyOptions
 from rlhf.row_file import RowFile, chunks_of, new_file, refuse_rows
 

@@ -38,7 +38,7 @@ from rlhf.generate.author import (
     save_rows,
 )
 from rlhf.generate.self_chat import questions_of, topics_of
-from rlhf.options import check_options
+from rlhf.option_parser import check_options
 
 END = "[END]"
 PERSONA = f"""\

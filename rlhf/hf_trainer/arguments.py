@@ -19,7 +19,7 @@ from rlhf.config import (
     learning_rates,
 )
 from rlhf.distributed import refuse_under_sharding, refuse_zero3, use_bfloat16
-from rlhf.hf_trainer.settings import check_trainer_values, try_out
+from rlhf.hf_trainer.trial import check_trainer_values, try_out
 
 DEFAULT_LENGTH = 1024  # tokens of a row
 BEST_METRICS = {

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf.config import STAGES, InputError, knob
 from rlhf.console import quiet_libraries, say, table
-from rlhf.options import check_options, run_command
+from rlhf.option_parser import check_options, run_command
 from rlhf.plan.cards import CARDS, Card
 
 if TYPE_CHECKING:

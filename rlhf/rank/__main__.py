@@ -25,7 +25,7 @@ from pathlib import Path
 
 from rlhf.config import InputError
 from rlhf.console import say
-from rlhf.options import check_options, run_command
+from rlhf.option_parser import check_options, run_command
 from rlhf.rank.options import RankOptions
 from rlhf.rank.ranked_rows import export, written_files
 from rlhf.rank.serving import serve

@@ -32,7 +32,7 @@ from rlhf.console import interval_text, say
 from rlhf.curves import draw_curves, draw_frontier, plot_hint
 from rlhf.metrics import METRICS as MEANINGS
 from rlhf.metrics import read_jsonl
-from rlhf.options import run_command
+from rlhf.option_parser import run_command
 from rlhf.reward.report.page import stored_text
 from rlhf.rubrics import as_dialogue
 

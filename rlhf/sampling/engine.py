@@ -18,8 +18,8 @@ from torch import Tensor
 from rlhf.distributed import is_sharded
 from rlhf.models import copy_weights, eval_mode, plain_copy, unwrap_peft
 from rlhf.sampling.graph import GraphDecoder
-from rlhf.sampling.loop import Step, loop
 from rlhf.sampling.settings import Generation, Sampling
+from rlhf.sampling.token_loop import Step, loop
 from rlhf.sampling.vllm import VLLM
 
 CHECK_EVERY = 8  # steps of `graph` between two looks for finished rows

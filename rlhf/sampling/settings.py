@@ -1,6 +1,6 @@
 """What a response is sampled with: settings, random numbers, and what ends it.
 
-Left out: the sampling itself (`engine`, `loop`).
+Left out: the sampling itself (`engine`, `token_loop`).
 """
 
 from __future__ import annotations

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from rlhf.config import InputError, SamplingConfig, show
 from rlhf.console import say
-from rlhf.endpoint import ask
-from rlhf.sampling.loop import Step
+from rlhf.http_endpoint import ask
 from rlhf.sampling.settings import Endings, Sampling
+from rlhf.sampling.token_loop import Step
 from rlhf.vllm_server import ENDPOINT, ServerProcess, check_server, model_and_version
 
 MOST_REQUESTS = 128  # under way at once; the server decides how many it decodes together

@@ -21,7 +21,7 @@ import torch
 
 from rlhf.checkpoint import hash_weights
 from rlhf.config import EndpointConfig, InputError, ScorerConfig, show
-from rlhf.endpoint import chat_url, complete_chat
+from rlhf.http_endpoint import chat_url, complete_chat
 from rlhf.inputs import check_judge, endpoint_prefix
 from rlhf.policy import Policy, PolicyOptions
 from rlhf.rubrics import LOWEST, read_choice, read_rating, read_rubric

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from rlhf.config import InputError, ScorerConfig, show
-from rlhf.endpoint import ask, check_endpoint
+from rlhf.http_endpoint import ask, check_endpoint
 from rlhf.scorers.call import BuiltInScorer, Columns, Scores, Tokens, require_valid_scores
 
 Result = TypeVar("Result")

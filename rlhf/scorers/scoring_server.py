@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from rlhf.config import InputError, one_line
-from rlhf.endpoint import MOST_BYTES
+from rlhf.http_endpoint import MOST_BYTES
 from rlhf.scorers.call import Scorer, score_responses
 
 

@@ -23,7 +23,7 @@ from rlhf.chat import ChatOptions, printable, talk
 from rlhf.config import ModelConfig
 from rlhf.generate import GenerateOptions
 from rlhf.models import init_reward_model
-from rlhf.options import run_command
+from rlhf.option_parser import run_command
 from rlhf.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,7 +10,7 @@ from helpers.tiny import tiny_model
 
 import rlhf.chat
 from rlhf.chat import ChatOptions, talk
-from rlhf.options import run_command
+from rlhf.option_parser import run_command
 
 
 def test_bytes_and_halves_of_characters_that_are_no_text_are_answered(tmp_path, monkeypatch, capfd):

@@ -20,7 +20,7 @@ from rlhf.chat.rankings import Rankings
 from rlhf.chat.web import PAGE, Room, make_app
 from rlhf.config import DatasetConfig, InputError
 from rlhf.data import load_splits
-from rlhf.options import read_options
+from rlhf.option_parser import read_options
 
 
 class Speaker:

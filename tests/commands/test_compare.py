@@ -14,7 +14,7 @@ from rlhf.compare import CompareOptions, run
 from rlhf.config import PPOConfig, PPOStageConfig, SFTStageConfig, save_config
 from rlhf.curves import PANELS, draw_curves, write_curves
 from rlhf.metrics import METRICS
-from rlhf.options import run_command
+from rlhf.option_parser import run_command
 
 SFT_ROWS = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 2, "eval_loss": 2.5}]
 PPO_ROWS = [

@@ -17,11 +17,11 @@ from helpers.tiny_ppo import write_policy, write_prompts
 from rlhf.config import PPOStageConfig, ScorerConfig
 from rlhf.demo.world import MODEL_CONFIG, rows
 from rlhf.diagnose import DiagnoseOptions, diagnose
-from rlhf.diagnose.findings import findings_of
+from rlhf.diagnose.answers import Judging, Ranked, Scored, on_rankings
 from rlhf.diagnose.options import Subject, columns_of, find_subject, good_answers
 from rlhf.diagnose.remedies import commands, stopping_text, verdict
-from rlhf.diagnose.samples import Judging, Ranked, Scored, on_rankings
-from rlhf.options import run_command
+from rlhf.diagnose.weakest_link import findings_of
+from rlhf.option_parser import run_command
 from rlhf.reward import train_reward
 from rlhf.sft import train_sft
 

@@ -25,7 +25,7 @@ from rlhf.config import EvaluationConfig, ModelConfig, StageConfig
 from rlhf.config import PeftConfig as LoraSettings
 from rlhf.export import ExportOptions, export
 from rlhf.models import init_reward_model, load_reward_model
-from rlhf.options import run_command
+from rlhf.option_parser import run_command
 from rlhf.ppo import train_ppo
 from rlhf.sft import train_sft
 from rlhf.tokenizer import load_tokenizer

@@ -19,7 +19,7 @@ from rlhf.config import ModelConfig, ScorerConfig
 from rlhf.data import encode_prompt
 from rlhf.generate import GenerateOptions, run
 from rlhf.models import load_policy
-from rlhf.options import run_command
+from rlhf.option_parser import run_command
 from rlhf.sampling import generate, sampling_for, uniform_noise
 from rlhf.scorers import load_scorer
 from rlhf.tokenizer import load_tokenizer

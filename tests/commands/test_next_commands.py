@@ -19,7 +19,7 @@ from rlhf.config import (
 from rlhf.export import ExportOptions
 from rlhf.generate import GenerateOptions
 from rlhf.next_commands import next_commands
-from rlhf.options import read_options
+from rlhf.option_parser import read_options
 from rlhf.reward.report.__main__ import ReportOptions
 
 DATA = DatasetConfig(

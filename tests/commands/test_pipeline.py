@@ -21,7 +21,7 @@ import pytest
 import rlhf.pipeline
 from rlhf.checkpoint import StageRecord, read_record
 from rlhf.config import STAGES, InputError, save_config
-from rlhf.options import help_text, read_options, run_command
+from rlhf.option_parser import help_text, read_options, run_command
 from rlhf.pipeline import PipelineOptions, owners, plan, route
 from rlhf.pipeline import run as run_pipeline
 

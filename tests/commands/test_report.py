@@ -11,7 +11,7 @@ import pytest
 
 from rlhf.config import PPOConfig, PPOStageConfig, SFTStageConfig, save_config
 from rlhf.curves import draw_frontier
-from rlhf.options import run_command
+from rlhf.option_parser import run_command
 from rlhf.report.__main__ import ReportOptions, _frontier, run
 
 MARKUP = "<script>alert(1)</script><img src=http://x/y.png>"

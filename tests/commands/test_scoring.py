@@ -22,7 +22,7 @@ from helpers.tiny import tiny_tokenizer
 
 import rlhf.row_file
 from rlhf.config import InputError
-from rlhf.options import read_options
+from rlhf.option_parser import read_options
 from rlhf.score import ScoreOptions, main, read_rows
 from rlhf.tokenizer import chat_template_text
 

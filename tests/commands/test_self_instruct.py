@@ -22,7 +22,7 @@ from rlhf.config import DatasetConfig
 from rlhf.data import load_splits
 from rlhf.generate.__main__ import main
 from rlhf.generate.self_instruct import SelfInstructOptions, read_seeds
-from rlhf.generate.tasks import CUT, Earlier, Rules, Task, prompt_of_list, read_list
+from rlhf.generate.written_tasks import CUT, Earlier, Rules, Task, prompt_of_list, read_list
 
 pytest.importorskip("rapidfuzz")
 
@@ -273,7 +273,7 @@ def test_a_directory_continues_after_a_stop_with_the_same_bytes(
     arguments = ["mode=self_instruct", f"path={policy}", f"seeds={seeds}", "response_length=12"]
     arguments += ["num_seeds=1", "num_rows=5", "batch_size=2", "keep_non_ascii=true", "min_words=1"]
     arguments += ["chat_template=plain", "blacklist=[]"]
-    monkeypatch.setattr("rlhf.generate.tasks.PROMPT", "")
+    monkeypatch.setattr("rlhf.generate.written_tasks.PROMPT", "")
     assert main([*arguments, f"out={tmp_path}/whole.jsonl"]) == 0, capsys.readouterr().err
     answers = tmp_path / "whole.jsonl.answers.sqlite"
     with sqlite3.connect(answers) as database:  # as a kill after three answers leaves it

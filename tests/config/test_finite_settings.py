@@ -19,7 +19,7 @@ from rlhf.config import (
     check,
     check_scorer_config,
 )
-from rlhf.options import check_options, read_options
+from rlhf.option_parser import check_options, read_options
 
 
 def complete(stage: str) -> StageConfig:

@@ -112,7 +112,7 @@ def test_a_value_that_one_stage_cannot_use_is_refused(stage, trainer, message):
 
 
 def test_what_is_not_installed_or_has_no_gpu_is_named(monkeypatch):
-    monkeypatch.setattr("rlhf.hf_trainer.settings.find_spec", lambda name: None)
+    monkeypatch.setattr("rlhf.hf_trainer.trial.find_spec", lambda name: None)
     with pytest.raises(InputError, match="needs liger-kernel, .* pip install liger-kernel, or"):
         build("sft", use_liger_kernel=True)
     if not torch.cuda.is_available():

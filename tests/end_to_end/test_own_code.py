@@ -22,7 +22,7 @@ from rlhf.checkpoint.disk import write_manifest
 from rlhf.config import InputError, ModelConfig, PPOStageConfig, save_config
 from rlhf.export import ExportOptions, export
 from rlhf.models import init_reward_model, load_policy, load_reward_model
-from rlhf.options import read_options, run_command
+from rlhf.option_parser import read_options, run_command
 from rlhf.ppo import train_ppo
 from rlhf.reward.report.__main__ import main as report
 from rlhf.score import main as score

@@ -20,7 +20,7 @@ from rlhf.tokenizer import load_tokenizer
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
-    monkeypatch.setattr("rlhf.endpoint.FIRST_WAIT", 0.0)
+    monkeypatch.setattr("rlhf.http_endpoint.FIRST_WAIT", 0.0)
 
 
 def test_a_run_whose_server_dies_continues_with_another_one(policy_dir, tmp_path, capsys):

@@ -18,7 +18,7 @@ from helpers.scorers import policy_tokenizer, write_reward_model
 import rlhf.rank.__main__ as command_module
 from rlhf.config import DatasetConfig
 from rlhf.data import load_splits
-from rlhf.options import read_options, run_command
+from rlhf.option_parser import read_options, run_command
 from rlhf.rank.__main__ import RankOptions, run
 from rlhf.rank.ranked_rows import demonstration_rows, ranked_rows
 from rlhf.rank.store import Store, Task

@@ -43,7 +43,7 @@ def llama():
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
-    monkeypatch.setattr("rlhf.endpoint.FIRST_WAIT", 0.0)
+    monkeypatch.setattr("rlhf.http_endpoint.FIRST_WAIT", 0.0)
 
 
 def client_of(server, **knobs):

@@ -13,7 +13,7 @@ from helpers.endpoints import Answers, running
 from helpers.judging import chat, prefers_long_answers
 from helpers.tiny_ppo import make_config, write_policy
 
-import rlhf.endpoint
+import rlhf.http_endpoint
 from rlhf.config import CONF_DIR, EndpointConfig, InputError, ScorerComponent, ScorerConfig
 from rlhf.inputs import check_inputs
 from rlhf.ppo import train_ppo
@@ -28,7 +28,7 @@ RESPONSES = ["an apple {{ 7 }}", "saw"]
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(rlhf.endpoint, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(rlhf.http_endpoint, "FIRST_WAIT", 0.01)
 
 
 def judge(server, rubric="helpfulness", **endpoint):

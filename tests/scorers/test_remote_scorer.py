@@ -17,7 +17,7 @@ from helpers.scorers import PROMPTS, RESPONSES
 from helpers.tiny_ppo import make_config
 from torch.testing import assert_close
 
-import rlhf.endpoint
+import rlhf.http_endpoint
 from rlhf.checkpoint import read_record
 from rlhf.config import EndpointConfig, InputError, ScorerConfig, hide
 from rlhf.metrics import read_jsonl
@@ -29,7 +29,7 @@ HTML = b"<!DOCTYPE html><html><head><title>Login\n page</title></head></html>"
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
-    monkeypatch.setattr(rlhf.endpoint, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(rlhf.http_endpoint, "FIRST_WAIT", 0.01)
 
 
 def remote(url, batch_size=2, **endpoint):

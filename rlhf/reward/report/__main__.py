@@ -24,7 +24,7 @@ from rlhf.config import (
     refuse_named_code,
 )
 from rlhf.inputs import check_model
-from rlhf.options import run_command
+from rlhf.option_parser import run_command
 from rlhf.overrides import wrong_overrides
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf.diagnose.answers import Ranked, Scored
 from rlhf.diagnose.options import Subject
-from rlhf.diagnose.samples import Ranked, Scored
 from rlhf.functional import (
     Estimate,
     Levels,

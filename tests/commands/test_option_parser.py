@@ -7,7 +7,7 @@ import pytest
 from rlhf.chat import ChatOptions
 from rlhf.config import InputError
 from rlhf.generate import GenerateOptions
-from rlhf.options import read_options
+from rlhf.option_parser import read_options
 from rlhf.pipeline import PipelineOptions
 from rlhf.score import ScoreOptions
 
