@@ -18,7 +18,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import clip_grad_norm_
 
@@ -134,23 +134,34 @@ def make_accelerator(precision: str) -> Accelerator:
 # --- Sharded weights ------------------------------------------------------------------------------
 
 
-def share(model: Any, accelerator: Accelerator) -> Any:
-    """Let all processes train a model together: DDP, or with FSDP2 a slice on each, in place.
+def slice_weights(model: Any, on_cpu: bool) -> None:
+    """Let FSDP2 give each process a slice of every weight of a model, in place. Weights on the meta
+    device stay there.
 
     The slices, and what is gathered of them, are float32, so that the numbers are those of one
     process; autocast rounds as it does there. What a pass gathers is dropped after it.
+
+    Args:
+        on_cpu: slices wait in main memory, where passes run on a GPU.
     """
-    if not accelerator.is_fsdp2:
-        return accelerator.prepare_model(model)
-    model = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
-    plugin = accelerator.state.fsdp_plugin
-    offload = plugin.cpu_offload or OffloadPolicy()
-    plugin.auto_wrap_policy = None  # of accelerate, which would look for units again
     blocks = set(model._no_split_modules or ())
     units = [module for module in model.modules() if type(module).__name__ in blocks]
+    offload = CPUOffloadPolicy(torch.cuda.is_available()) if on_cpu else OffloadPolicy()
     for unit in [*units, model]:
         fully_shard(unit, reshard_after_forward=True, offload_policy=offload)
-    return model
+
+
+def offloads() -> bool:
+    """True if the launcher asks that slices wait in main memory."""
+    return os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true"
+
+
+def share(model: Any, accelerator: Accelerator) -> Any:
+    """Let all processes train a model together: with DDP, or in the slices that they have."""
+    if not accelerator.is_fsdp2:
+        return accelerator.prepare_model(model)
+    accelerator.state.fsdp_plugin.auto_wrap_policy = None  # it would look for units again
+    return accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
 
 
 def clip_gradients(
@@ -209,6 +220,58 @@ def is_sharded(model: nn.Module) -> bool:
 def local(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def own_rows(tensor: Tensor) -> tuple[int, int]:
+    """First and last + 1 of the rows of a tensor that this process holds.
+
+    5 rows over 4 processes: 0 to 2, 2 to 4, 4 to 5, 5 to 5
+    """
+    if not isinstance(tensor, DTensor):
+        return 0, len(tensor)
+    mesh = tensor.device_mesh
+    each = -(-len(tensor) // mesh.size())
+    first, end = (min(each * (mesh.get_local_rank() + i), len(tensor)) for i in (0, 1))
+    return first, end
+
+
+def read_rows(target: Tensor, stored: Any) -> None:
+    """Copy this process's rows of a stored tensor, in place. Rows that a table has beyond those of
+    its file are their mean.
+
+    Args:
+        target: a parameter, in slices or whole.
+        stored: of `safe_open(...).get_slice`.
+    """
+    first, end = own_rows(target)
+    mine, rows = local(target), stored.get_shape()[0]
+    known = max(0, min(end, rows) - first)
+    if known:
+        mine[:known] = stored[first : first + known].to(mine)
+    if known < end - first:
+        mine[known:] = stored[:].to(mine).mean(dim=0)
+
+
+def read_stored(file: Any, name: str, other: Tensor) -> Tensor:
+    """A tensor in a safetensors file, or this process's slice of it, if `other` is a slice of a
+    tensor of that shape.
+
+    Args:
+        file: of `safe_open`.
+    """
+    if not isinstance(other, DTensor) or [*other.shape] != file.get_slice(name).get_shape():
+        return file.get_tensor(name)
+    result = torch.empty_like(other)
+    read_rows(result, file.get_slice(name))
+    return result
+
+
+def compute_device(model: nn.Module) -> torch.device:
+    """Where a model's passes run; slices of it may wait elsewhere."""
+    parameter = next(model.parameters())
+    if isinstance(parameter, DTensor) and parameter.device_mesh.device_type == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return parameter.device if parameter.device.type != "meta" else torch.device("cpu")
 
 
 def gathered_bytes(model: nn.Module) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from rlhf.config import InputError, one_line
+from rlhf.distributed import compute_device
 from rlhf.equivalence import cache_deviation, tolerance
 from rlhf.models import unwrap_peft
 from rlhf.sampling import CHECK_EVERY, VLLM, use_engine
@@ -41,7 +42,7 @@ def choose_engine(
     Raises:
         InputError: the model cannot do what `wanted` asks for.
     """
-    kind, name, reason = unwrap_peft(model).device.type, wanted, ""
+    kind, name, reason = compute_device(model).type, wanted, ""
     if wanted == "auto":
         name = "graph" if kind == "cuda" else "loop"
         reason = "" if kind == "cuda" else f"{field}=auto takes it on a CPU"
@@ -95,6 +96,7 @@ def _why_not(
         engine = use_engine(model, name, check_every, dtype)
         if name == "loop" and dtype is None:
             return ""  # `require_cache` has measured it
+        engine.gather()
         far = cache_deviation(model, tokenizer, num_rows)
     except torch.OutOfMemoryError:
         raise

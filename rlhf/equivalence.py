@@ -6,7 +6,7 @@ different numbers. Each function reads a few short rows in one of these ways and
 refuses the model if the results differ. A list of families is not enough: attention
 implementations, versions and models with their own code differ.
 
-Left out: sharded models, whose layers work only inside their wrapper.
+Of a model in slices, the processes read the same rows together.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from typing import Any, cast
 
 import torch
 from accelerate.utils import send_to_device
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf.config import InputError, one_line
+from rlhf.distributed import compute_device, is_sharded, whole
 from rlhf.models import (
     ScalarModel,
     TextModel,
@@ -63,7 +64,7 @@ def require_packing(
     examples = [_packed([row]) for row in fillers] + [_packed(rows)]
 
     def measure() -> float:
-        inputs = send_to_device(collator(examples), _device(model))
+        inputs = send_to_device(collator(examples), compute_device(model))
         del inputs["labels"]
         kept = inputs["input_ids"].shape[1] - sum(map(len, fillers))  # padding at the end included
         only = {"logits_to_keep": kept} if accepts(model, "logits_to_keep") else {}
@@ -160,7 +161,8 @@ def _why_padded(model: Any, tokenizer: Any, wanted: str) -> str | None:
     """Make the model padding-free; return the reason where it must not be."""
     if wanted == "padded":
         return "model.forward=padded"
-    if isinstance(model, TextModel) or not is_causal(_inner(model)):
+    reader = _inner(model).base_model if isinstance(model, ScalarModel) else model
+    if isinstance(model, TextModel) or not is_causal(reader):
         return "it is not causal"
     try:
         with _left_as_it_was(model), torch.enable_grad():
@@ -182,8 +184,7 @@ def _try_padding_free(model: Any, tokenizer: Any) -> str | None:
     trained = sorted((p for p in model.parameters() if p.requires_grad), key=torch.numel)[:1]
 
     def gradient(numbers: Tensor) -> Tensor:
-        loss = numbers.float().square().mean()
-        return torch.autograd.grad(loss, trained)[0].flatten()
+        return _gradient(numbers.float().square().mean(), trained[0], model).flatten()
 
     expected = [_alone(model, row) for row in rows]
     wanted = gradient(torch.cat(expected)) if trained else None
@@ -199,6 +200,17 @@ def _try_padding_free(model: Any, tokenizer: Any) -> str | None:
     if window is not None and windows == {None}:
         return "its sliding window is in the mask alone"
     return None
+
+
+def _gradient(loss: Tensor, parameter: nn.Parameter, model: Any) -> Tensor:
+    if not is_sharded(model):
+        return torch.autograd.grad(loss, parameter)[0]
+    loss.backward()  # gradients of slices exist only there
+    assert parameter.grad is not None
+    found = whole(parameter.grad)
+    for other in model.parameters():
+        other.grad = None
+    return found
 
 
 def compile_if_same(model: Any, tokenizer: Any) -> str:
@@ -245,7 +257,7 @@ def store_as_read(model: Any, tokenizer: Any) -> str:
     Returns:
         "bfloat16", or "float32, because ..." with the reason.
     """
-    kind = _device(model).type
+    kind = compute_device(model).type
     stored = str(_inner(model).dtype).removeprefix("torch.")
     if not torch.is_autocast_enabled(kind):
         return stored
@@ -310,7 +322,7 @@ def tolerance(model: Any) -> float:
     if any(is_quantized(module) for module in model.modules()):
         return 0.25
     inner = _inner(model)
-    kind, dtypes = inner.device.type, [inner.dtype]
+    kind, dtypes = compute_device(inner).type, [inner.dtype]
     if torch.is_autocast_enabled(kind):
         dtypes.append(torch.get_autocast_dtype(kind))
     if kind == "cuda" and torch.get_float32_matmul_precision() != "highest":
@@ -321,7 +333,7 @@ def tolerance(model: Any) -> float:
 @contextmanager
 def _left_as_it_was(model: Any) -> Iterator[None]:
     """Without dropout and gradients; restore modes, random numbers and 8-bit layers at the end."""
-    device = _device(model)
+    device = compute_device(model)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.no_grad(), eval_mode(model):
         yield
@@ -372,8 +384,4 @@ def _rms(numbers: Tensor) -> float:
 
 
 def _tensor(model: Any, values: Any) -> Tensor:
-    return torch.tensor(values, device=_device(model))
-
-
-def _device(model: Any) -> torch.device:
-    return next(model.parameters()).device
+    return torch.tensor(values, device=compute_device(model))

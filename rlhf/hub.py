@@ -175,6 +175,7 @@ class Source:
     directory: Path  # of the whole model, below any adapters; or its GGUF file
     adapters: tuple[Path, ...]  # their directories, in the order of merging
     is_classifier: bool  # a sequence classifier, such as a reward model; else a language model
+    in_slices: bool = False  # no weight is read before each process can read its slice
 
 
 def find_source(path: Any, field: str, revision: str | None = None, code: bool = False) -> Source:

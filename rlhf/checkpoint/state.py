@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from rlhf.checkpoint.disk import complete_or_nothing
 from rlhf.checkpoint.finite import find_non_finite
 from rlhf.checkpoint.ownership import refuse_taken_steps, seal, step_of
 from rlhf.config import CONFIG_FILE, InputError, StageConfig, save_config
 from rlhf.console import is_main_process
-from rlhf.distributed import gather_tensors, like, load_optimizer
+from rlhf.distributed import read_stored, whole
+
+# Names of types in the header of a safetensors file.
+TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def save_training_state(
@@ -30,7 +38,7 @@ def save_training_state(
     """Write a checkpoint, complete or not at all, as safetensors and JSON; nothing is pickled.
 
     The main process writes. Where the processes shard the weights, all of them call this, and the
-    files hold whole tensors: any number of processes can read them.
+    files hold whole tensors, gathered one after the other: any number of processes can read them.
 
     Args:
         directory: `<stage directory>/checkpoint-<step>`.
@@ -40,26 +48,51 @@ def save_training_state(
         random_numbers: `random_state` at the moment that is saved; None for now. A user's scorer
             may draw from these generators.
     """
-    files = {name: gather_tensors(_tensors(module)) for name, module in modules.items()}
+    files = {name: _tensors(module) for name, module in modules.items()}
     for name, optimizer in optimizers.items():
-        tensors = {
+        files[f"optimizer_{name}"] = {
             f"{index}.{key}": torch.as_tensor(value)
             for index, values in optimizer.state_dict()["state"].items()
             for key, value in values.items()
         }
-        files[f"optimizer_{name}"] = gather_tensors(tensors)
     if not is_main_process():
+        for tensors in files.values():
+            _save_tensors(tensors, None)
         return
     refuse_taken_steps(directory.parent, [step_of(directory)])
     with complete_or_nothing(directory) as temporary:
         for name, tensors in files.items():
-            save_file(tensors, temporary / f"{name}.safetensors")
+            _save_tensors(tensors, temporary / f"{name}.safetensors")
         values = {"state": state, "random": random_numbers or random_state()}
         for name, value in values.items():
             text = json.dumps(value, indent=2)
             (temporary / f"{name}.json").write_text(text, encoding="utf-8")
         save_config(config, temporary / CONFIG_FILE)
         seal(temporary, directory.parent, (state.get("best") or {}).get("update"))
+
+
+def _save_tensors(tensors: Mapping[str, Tensor], file: Path | None) -> None:
+    """Write whole tensors as safetensors. Sharded ones are gathered and written one after the
+    other: all processes call this, the main one with a file, and it holds one of them at a time."""
+    if not any(isinstance(tensor, DTensor) for tensor in tensors.values()):
+        if file is not None:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+        return
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        kind, begin = TYPES[tensor.dtype], end
+        end += tensor.numel() * tensor.itemsize
+        header[name] = {"dtype": kind, "shape": [*tensor.shape], "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with nullcontext() if file is None else open(file, "wb") as stream:
+        if stream is not None:
+            stream.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            gathered = whole(tensor)
+            if stream is not None:
+                numbers = gathered.detach().cpu().reshape(-1).view(torch.uint8)
+                stream.write(numbers.numpy().data)
 
 
 def load_training_state(
@@ -70,11 +103,14 @@ def load_training_state(
     for name, optimizer in optimizers.items():
         content = optimizer.state_dict()
         content["state"] = {}
-        tensors = _read_finite(directory / f"optimizer_{name}.safetensors")
-        for key, value in tensors.items():
-            index, _, entry = key.partition(".")
-            content["state"].setdefault(int(index), {})[entry] = value
-        load_optimizer(optimizer, content)
+        own = [p.detach() for group in optimizer.param_groups for p in group["params"]]
+        file = directory / f"optimizer_{name}.safetensors"
+        with safe_open(file, framework="pt") as saved:
+            for key in saved.keys():
+                index, _, entry = key.partition(".")
+                value = _read_finite(file, saved, key, own[int(index)])
+                content["state"].setdefault(int(index), {})[entry] = value
+        optimizer.load_state_dict(content)
     restore_random_state(json.loads((directory / "random.json").read_text(encoding="utf-8")))
     return json.loads((directory / "state.json").read_text(encoding="utf-8"))
 
@@ -86,25 +122,26 @@ def load_modules(directory: Path, modules: dict[str, Any]) -> None:
         InputError: the checkpoint belongs to another model, or a tensor in it is not finite.
     """
     for name, module in modules.items():
-        saved, own = _read_finite(directory / f"{name}.safetensors"), _tensors(module)
-        if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in own.items()}:
-            what = "belong to another model or adapter configuration"
-            raise InputError(f"{directory}: the {name} weights there {what}")
-        with torch.no_grad():
+        file, own = directory / f"{name}.safetensors", _tensors(module)
+        with safe_open(file, framework="pt") as saved, torch.no_grad():
+            shapes = {key: saved.get_slice(key).get_shape() for key in saved.keys()}
+            if shapes != {key: [*value.shape] for key, value in own.items()}:
+                what = "belong to another model or adapter configuration"
+                raise InputError(f"{directory}: the {name} weights there {what}")
             for key, value in own.items():
-                value.copy_(like(saved[key], value))
+                value.copy_(_read_finite(file, saved, key, value))
 
 
-def _read_finite(file: Path) -> dict[str, torch.Tensor]:
-    """Read a safetensors file; an older version may have written non-finite numbers."""
-    tensors = load_file(file)
-    if problem := find_non_finite(tensors.items()):
+def _read_finite(file: Path, saved: Any, key: str, own: Tensor) -> Tensor:
+    """Read a tensor; an older version may have written non-finite numbers."""
+    value = read_stored(saved, key, own)
+    if problem := find_non_finite([(key, value)]):
         fix = f"delete {file.parent}, and resume=auto goes on from the one before"
         raise InputError(f"{file}: {problem}; {fix}")
-    return tensors
+    return value
 
 
-def _tensors(module: Any) -> dict[str, torch.Tensor]:
+def _tensors(module: Any) -> dict[str, Tensor]:
     if isinstance(module, dict):
         return module
     return {name: p.data for name, p in module.named_parameters() if p.requires_grad}

@@ -18,7 +18,7 @@ from rlhf.config import (
     build_arguments,
     learning_rates,
 )
-from rlhf.distributed import refuse_under_sharding, refuse_zero3, use_bfloat16
+from rlhf.distributed import is_sharded, refuse_under_sharding, refuse_zero3, use_bfloat16
 from rlhf.hf_trainer.trial import check_trainer_values, try_out
 
 DEFAULT_LENGTH = 1024  # tokens of a row
@@ -137,7 +137,7 @@ def as_in_training(
     model: Any, config: SFTStageConfig | RewardStageConfig, args: TrainingArguments
 ) -> Iterator[None]:
     """Put a model where the Trainer will have it, and read it in the precision of training."""
-    if config.model.quantization is None:  # else it is there already
+    if config.model.quantization is None and not is_sharded(model):  # else it is there already
         model.to(args.device)
     with torch.autocast(args.device.type, torch.bfloat16, enabled=bool(args.bf16)):
         yield

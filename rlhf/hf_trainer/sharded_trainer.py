@@ -15,23 +15,26 @@ from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from rlhf.distributed import gather_tensors, is_sharded, load_optimizer, share, whole_state
+from rlhf.models import read_weights, shard
 
 
 class ShardedTrainer(Trainer):
-    """A Trainer that shards its model where the launcher asks for FSDP2."""
+    """A Trainer that shards its model, if it is whole yet, where the launcher asks for FSDP2."""
 
     model: Any
     lr_scheduler: Any
-    checkpoint: Path | None = None  # whose weights the model gets before it is sharded
+    checkpoint: Path | None = None  # whose weights a sharded model gets
+    _has_weights = False  # those, and autocast
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Shard the model, then make the optimiser of its slices."""
-        if self.accelerator.is_fsdp2 and not is_sharded(self.model):
+        """Shard the model, give it the weights of a checkpoint, and make the optimiser."""
+        if self.accelerator.is_fsdp2 and not self._has_weights:
+            if not is_sharded(self.model):
+                shard(self.model)
             if self.checkpoint is not None:
-                self.is_fsdp_enabled = False  # the model is whole
-                self._load_from_checkpoint(str(self.checkpoint))
-                self.is_fsdp_enabled = True
+                read_weights(self.model, self.checkpoint)
             share(self.model, self.accelerator)
+            self._has_weights = True
         return super().create_optimizer(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -68,6 +68,7 @@ from rlhf.models.sampling_settings import (
     sampling_settings,
 )
 from rlhf.models.shared_trunk import SharedTrunk, ValueHead, token_outputs
+from rlhf.models.unread import read_weights, shard, shard_unread
 from rlhf.models.weights import load_adapter
 
 # Names that earlier versions had here.

@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf.config import InputError, ModelConfig, PeftConfig, one_line
 from rlhf.console import is_main_process
-from rlhf.distributed import is_sharded, whole
+from rlhf.distributed import compute_device, is_sharded, whole
 from rlhf.hub import ADAPTER_WEIGHTS
 from rlhf.models.attention import is_padding_free
 from rlhf.models.forward import HEAD, unwrap_peft
@@ -190,7 +190,7 @@ def plain_copy(model: Any, dtype: torch.dtype) -> PreTrainedModel:
     """Return a second causal LM without adapters on the same device, in this type and in eval mode;
     `copy_weights` writes its weights."""
     base = unwrap_peft(model)
-    with torch.device(base.device):
+    with compute_device(base):
         plain = type(base)._from_config(
             _plain_config(base), dtype=dtype, attn_implementation=_own_attention(base)
         )

@@ -46,7 +46,7 @@ def model_memory(model: Any, distributed: bool = False, besides: Any = None) -> 
     trained = sum(local(p).nbytes for p in parameters if p.requires_grad)
     if is_sharded(model):
         unit = gathered_bytes(model)
-        return ModelMemory(weights + unit, trained + unit, 2 * trained)
+        return ModelMemory(weights + unit, trained + unit * (trained > 0), 2 * trained)
     return ModelMemory(weights, trained * (1 + distributed), 2 * trained)
 
 

@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
+from rlhf.distributed import compute_device
 from rlhf.models.attention import is_padding_free
 
 HEAD = "score"
@@ -100,11 +102,11 @@ def is_causal(model: Any) -> bool:
     two rows with the same start must give the same there."""
     inner = unwrap_peft(getattr(model, "module", model))
     if not hasattr(inner, "_rlhf_is_causal"):
-        embeddings = inner.get_input_embeddings()
-        num_ids, device = len(embeddings.weight), embeddings.weight.device
+        num_ids, device = len(inner.get_input_embeddings().weight), compute_device(inner)
         rows = torch.tensor([[0, 1, 2, 3], [0, 1, num_ids - 1, num_ids - 2]], device=device)
+        reader: Any = model if isinstance(model, FSDPModule) else inner.base_model
         with eval_mode(inner):
-            hidden = inner.base_model(input_ids=rows % num_ids)[0]  # (2, 4, ...)
+            hidden = reader(input_ids=rows % num_ids)[0]  # (2, 4, ...)
         # the same numbers in the same kernel: the results are equal to the last bit
         inner._rlhf_is_causal = torch.equal(hidden[0, :2], hidden[1, :2])
     return inner._rlhf_is_causal

@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
+from rlhf.distributed import compute_device
 from rlhf.functional import logprobs_and_entropy
 from rlhf.models.forward import eval_mode, forward_inputs, positions_in_hidden, unwrap_peft
 
@@ -101,7 +103,7 @@ def _read(
 
 def choose_chunk_tokens(model: Any, number: int) -> None:
     """Set how many tokens of `response_logprobs` have logits at once, in place. It also measures
-    `ends_with_head`: a sharded model is measured before."""
+    `ends_with_head`, so that no later pass does."""
     ends_with_head(model)
     setattr(_unwrapped(model), CHUNK, number)
 
@@ -124,6 +126,7 @@ def ends_with_head(model: Any) -> bool:
     inner = _unwrapped(model)
     if not hasattr(inner, "_rlhf_ends_with_head"):
         made: list[Tensor] = []
+        reader: Any = model if isinstance(model, FSDPModule) else inner
 
         def replaced(_: Any, __: Any, logits: Tensor) -> Tensor:
             numbers = torch.linspace(-100, 100, logits.numel(), device=logits.device)
@@ -133,8 +136,8 @@ def ends_with_head(model: Any) -> bool:
         hook = inner.get_output_embeddings().register_forward_hook(replaced)
         try:
             with eval_mode(inner):
-                ids = torch.zeros(1, 2, dtype=torch.long, device=inner.device)
-                logits = inner(input_ids=ids, use_cache=False).logits
+                ids = torch.zeros(1, 2, dtype=torch.long, device=compute_device(inner))
+                logits = reader(input_ids=ids, use_cache=False).logits
         finally:
             hook.remove()
         inner._rlhf_ends_with_head = len(made) == 1 and torch.equal(logits, made[0].to(logits))

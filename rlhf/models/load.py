@@ -7,6 +7,8 @@ rows and ids and the settings of training, and its weights are checked.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.checkpoint import find_non_finite, find_non_finite_in
 from rlhf.config import InputError, ModelConfig
+from rlhf.console import say
+from rlhf.distributed import sharding
 from rlhf.gguf_files import is_gguf
 from rlhf.hub import Source, find_source, read_json
 from rlhf.models.build import build_model
@@ -24,6 +28,7 @@ from rlhf.models.embeddings import resize_embeddings
 from rlhf.models.forward import HEAD, has_linear_head
 from rlhf.models.quantization import require_quantized
 from rlhf.models.stacked import keep_apart
+from rlhf.models.unread import unread
 from rlhf.models.weights import (
     linear_head,
     load_backbone,
@@ -39,6 +44,7 @@ def load_policy(
     tokenizer: PreTrainedTokenizerBase,
     field: str = "model.path",
     stacked: Path | None = None,
+    in_slices: bool = False,
 ) -> PreTrainedModel:
     """Load or build a causal language model whose embedding table covers the tokenizer.
 
@@ -47,6 +53,8 @@ def load_policy(
             Without a path, the model is built from `config.config` with random weights.
         field: configuration key of `path`, for messages.
         stacked: an adapter that stays apart from the model, frozen.
+        in_slices: `shard` will be called on the model; so if the launcher shards, it may come
+            without weights, which each process then reads in slices.
 
     Raises:
         InputError: `path` holds no language model in safetensors files, or a setting of the model
@@ -55,7 +63,7 @@ def load_policy(
     if config.path is None:
         model = build_model(config, tokenizer)
     else:
-        model = load_language_model(_find(config, field), config)
+        model = load_language_model(_find(config, field, in_slices), config)
     _fit_tokenizer(model, tokenizer, config)
     if stacked is not None:
         label = f"the adapter in {stacked}"
@@ -64,24 +72,27 @@ def load_policy(
 
 
 def load_reference(
-    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, field: str = "model.path"
+    config: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    field: str = "model.path",
+    in_slices: bool = False,
 ) -> PreTrainedModel:
     """Load a frozen reference, by default a copy of the starting policy, from disk.
 
     A deepcopy of a trained model would follow it: TRL patches `forward` on the instance.
     """
-    return freeze(load_policy(config, tokenizer, field))
+    return freeze(load_policy(config, tokenizer, field, in_slices=in_slices))
 
 
 def init_reward_model(
-    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int
+    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int, in_slices: bool = False
 ) -> PreTrainedModel:
     """Put a fresh scalar head on the backbone of a policy.
 
     Head weights are drawn from N(0, 1/sqrt(d + 1)) with d the hidden size (Stiennon et al. 2020,
     appendix B.1), in float32.
     """
-    model = load_backbone(_find(config, "model.path"), config)
+    model = load_backbone(_find(config, "model.path", in_slices), config)
     _fit_tokenizer(model, tokenizer, config)
     head = getattr(model, HEAD)
     generator = torch.Generator().manual_seed(seed)
@@ -91,7 +102,7 @@ def init_reward_model(
 
 
 def load_reward_model(
-    config: ModelConfig, field: str = "scorer.path", encoders: bool = False
+    config: ModelConfig, field: str = "scorer.path", encoders: bool = False, in_slices: bool = False
 ) -> PreTrainedModel:
     """Load a trained reward model; a linear head stays in float32.
 
@@ -105,7 +116,7 @@ def load_reward_model(
         InputError: the head has no weights (it never gets fresh ones), or several labels; or other
             weights are missing or left over.
     """
-    model = load_classifier(_find(config, field), config)
+    model = load_classifier(_find(config, field, in_slices), config)
     if not encoders and not has_linear_head(model):
         raise InputError(
             f"{field}={config.path}: {type(model).__name__} scores a text as a whole: without a "
@@ -149,16 +160,21 @@ def recompute_activations(model: PreTrainedModel) -> None:
 
 
 def _require_finite(model: PreTrainedModel, config: ModelConfig, field: str) -> None:
-    problem = find_non_finite(model.state_dict().items())
-    if problem is None:
-        return
+    waits = unread(model)
+    if waits is not None:
+        waits.settle(model, partial(_not_finite, config, field))
+    elif problem := find_non_finite(model.state_dict().items()):
+        raise _not_finite(config, field, problem)
+
+
+def _not_finite(config: ModelConfig, field: str, problem: str) -> InputError:
     stored = find_non_finite_in(Path(str(config.path))) if config.path else None
     if stored is None and config.dtype == "float16":
-        raise InputError(
+        return InputError(
             f"{field}={config.path}: model.dtype=float16 cannot hold its weights: {problem}; set "
             "model.dtype=bfloat16 or float32"
         )
-    raise InputError(
+    return InputError(
         f"{field}={config.path} cannot be used: {stored or problem}; every weight must be a finite "
         "number: take an earlier checkpoint, or train it again"
     )
@@ -175,7 +191,7 @@ def parameter_count(model: nn.Module) -> tuple[int, int]:
     return total, trainable
 
 
-def _find(config: ModelConfig, field: str) -> Source:
+def _find(config: ModelConfig, field: str, in_slices: bool = False) -> Source:
     source = find_source(config.path, field, config.revision, config.trust_remote_code)
     if config.quantization is not None and source.adapters:
         raise InputError(
@@ -189,7 +205,13 @@ def _find(config: ModelConfig, field: str) -> Source:
             "which is read in floating point; write safetensors first: python -m rlhf.export "
             f"path={config.path} out=<new directory>"
         )
-    return source
+    if not in_slices or sharding() != "FSDP":
+        return source
+    if source.adapters or is_gguf(source.directory):
+        reason = "adapters are merged into it" if source.adapters else "it is a GGUF file"
+        say(f"{source.label}: each process reads the whole model, because {reason}")
+        return source
+    return replace(source, in_slices=True)
 
 
 def _fit_tokenizer(

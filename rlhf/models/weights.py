@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,6 +29,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from rlhf.config import InputError, ModelConfig, one_line
+from rlhf.console import say
 from rlhf.gguf_files import is_gguf
 from rlhf.hub import (
     ADAPTER_WEIGHTS,
@@ -43,6 +45,7 @@ from rlhf.models.embeddings import resize_embeddings
 from rlhf.models.forward import HEAD, has_linear_head
 from rlhf.models.from_gguf import gguf_arguments
 from rlhf.models.quantization import quantization_arguments
+from rlhf.models.unread import leave_unread
 
 GENERATION_CONFIG = "generation_config.json"
 PREFIX = "base_model.model."  # starts every name in adapter_model.safetensors
@@ -113,7 +116,9 @@ def load_classifier(source: Source, config: ModelConfig) -> PreTrainedModel:
 
 
 def _read(factory: Any, source: Source, config: ModelConfig, **kwargs: Any) -> tuple[Any, Misfits]:
-    """Load the whole model, without adapters, and say which weights do not fit."""
+    """Load the whole model, without adapters, and say which weights do not fit. With
+    `source.in_slices`, it comes without weights, if `shard` can read them."""
+    places = {"device_map": "meta"} if source.in_slices else {}
     loaded: Any = call_loader(
         factory.from_pretrained,
         source.directory,
@@ -124,9 +129,15 @@ def _read(factory: Any, source: Source, config: ModelConfig, **kwargs: Any) -> t
         use_safetensors=True,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # the loading info has them
-        **(kwargs | quantization_arguments(config) | gguf_arguments(source)),
+        **(kwargs | quantization_arguments(config) | gguf_arguments(source) | places),
     )
     model, info = loaded
+    if source.in_slices:
+        model.__dict__.pop("hf_device_map", None)
+        files = weight_files(source.directory, read_json(source.directory / "config.json"))
+        if reason := leave_unread(model, files):
+            say(f"{source.label}: each process reads the whole model, because {reason}")
+            return _read(factory, replace(source, in_slices=False), config, **kwargs)
     model.name_or_path = source.path  # PEFT writes it into its checkpoints: not the Hub's cache
     setattr(model, STORED_DTYPE, _stored_dtype(source.directory))
     return model, Misfits(
@@ -364,14 +375,16 @@ def _set_head(model: Any, source: Source, has_bias: bool) -> None:
                 if f"{HEAD}.{part}" in tensors.keys():
                     stored[part] = tensors.get_tensor(f"{HEAD}.{part}")
     weight = stored.get("weight", head.weight.detach())
-    if weight.shape != head.weight.shape:  # several labels: `_require_fit` refuses them
+    if weight.shape != head.weight.shape or weight.is_meta:  # `_require_fit` refuses it
         return
     bias = stored.get("bias", torch.zeros(1) if has_bias else None)
     setattr(model, HEAD, linear_head(weight, bias, head.weight.device))
 
 
 def linear_head(weight: Tensor, bias: Tensor | None = None, device: Any = None) -> nn.Linear:
-    """Make a float32 layer from a weight (1, H) and an optional bias (1,)."""
+    """Make a float32 layer from a weight (1, H) and an optional bias (1,); it has its numbers on
+    the head of a model without weights, too."""
+    device = "cpu" if device is not None and torch.device(device).type == "meta" else device
     layer = nn.Linear(weight.shape[1], 1, bias=bias is not None, dtype=torch.float32, device=device)
     with torch.no_grad():
         layer.weight.copy_(weight)

@@ -70,7 +70,7 @@ def estimate(model: Measured, setting: Setting, launch: str, rows: int = 1) -> M
     if not setting.offload_frozen:
         models["reward model"] = frozen
     if not (setting.offload_frozen or setting.lora):  # with LoRA: the policy with its adapters off
-        models["reference"] = frozen
+        models["reference"] = _reference(model, setting, launch)
     cache = setting.sampled_rows * setting.length * model.cache_per_token
     copy = HALF * model.parameters if setting.dtype == "float32" else 0
     models["sampler"] = ModelMemory(copy + cache)
@@ -93,6 +93,12 @@ def _trained(model: Measured, setting: Setting, launch: str) -> ModelMemory:
     if launch == "fsdp2_offload":
         return ModelMemory(0, 0, 0, used)
     return ModelMemory(model.weights // n, gradients // n, 2 * gradients // n, used)
+
+
+def _reference(model: Measured, setting: Setting, launch: str) -> ModelMemory:
+    if launch == "fsdp2":
+        return ModelMemory(model.weights // setting.gpus)
+    return ModelMemory(0 if launch == "fsdp2_offload" else HALF * model.parameters)
 
 
 def main_memory(model: Measured, setting: Setting) -> int:

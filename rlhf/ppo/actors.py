@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from rlhf.checkpoint import StageRecord, require_same_tokenizer, require_stage, warn_about_sft_model
 from rlhf.config import InputError, ModelConfig, PPOStageConfig
 from rlhf.console import say, warn
+from rlhf.distributed import is_sharded
 from rlhf.equivalence import (
     choose_forward,
     compile_if_same,
@@ -38,6 +39,7 @@ from rlhf.models import (
     own_parameters,
     parameter_count,
     sample_as_trained,
+    shard,
     try_settings,
 )
 from rlhf.ppo.critic import (
@@ -67,8 +69,8 @@ class Actors:
             the token ids directly.
         sampling: what samples from the policy, in words.
         frozen: how the models that do not train are stored, in words.
-        reading_device: with `offload_frozen`, and for models that will be sharded: where they are
-            inside `in_use`; elsewhere they are on the CPU. None: they stay where they are.
+        reading_device: with `offload_frozen`: where whole models are inside `in_use`; elsewhere
+            they are on the CPU. None: they stay where they are.
         shared_base: which models are adapters on the policy's base, in words; "" without
             `ppo.share_base`.
         compiled: which models run compiled blocks, in words.
@@ -101,7 +103,7 @@ class Actors:
     @contextmanager
     def in_use(self, *models: Any) -> Iterator[None]:
         """Have models on the GPU inside the block, if they wait on the CPU."""
-        moved = [] if self.reading_device is None else models
+        moved = [m for m in models if self.reading_device is not None and not is_sharded(m)]
         try:
             for model in moved:
                 model.to(self.reading_device)
@@ -156,11 +158,12 @@ def try_adapters(config: PPOStageConfig) -> None:
 def load_actors(
     config: PPOStageConfig, tokenizer: Any, scorer: Scorer | None, accelerator: Accelerator
 ) -> Actors:
-    """Load policy, reference, critic and scorer, without dropout, on this process's device. Models
-    that will be sharded, and the reference, wait on the CPU: a GPU has no room for all of them."""
-    device = accelerator.device
-    waits_on: Any = "cpu" if accelerator.is_fsdp2 else device
-    policy, reference = load_base(config, tokenizer), None
+    """Load policy, reference, critic and scorer, without dropout, on this process's device. Where
+    the launcher shards, the first three are in slices."""
+    device, ppo = accelerator.device, config.ppo
+    rows = new_token_rows(tokenizer, config.model, config.peft) if config.peft.enabled else []
+    in_slices = not config.peft.enabled  # PEFT needs the layers that it wraps
+    policy, reference = load_base(config, tokenizer, in_slices), None
     base = policy.to(device) if config.ppo.share_base else None
     if scorer is None:
         code = config.model.trust_remote_code
@@ -173,36 +176,44 @@ def load_actors(
         )
     rendering = hash_rendering(tokenizer)
     _show_reward_models(config, scorer, rendering)
-    ppo = config.ppo
     for line in sample_as_trained(policy, ppo.temperature, ppo.top_p, ppo.top_k):
         say(line)
+    critic: Any = None
     shares = config.critic.share_trunk
-    critic: Any = load_critic(config, tokenizer, base) if ppo.has_critic and not shares else None
+    if ppo.has_critic and not shares:
+        critic = load_critic(config, tokenizer, base, in_slices)
     if config.peft.enabled:
-        rows = new_token_rows(tokenizer, config.model, config.peft)
         policy = add_lora(policy, config.peft, "CAUSAL_LM", config.seed, rows)
         if critic is not None and isinstance(critic.model, PreTrainedModel):  # without an adapter
             critic.model = add_lora(critic.model, config.peft, "SEQ_CLS", config.seed, rows)
     if shares:
         critic = ValueHead(policy, config.critic.trunk_coef)
     if ppo.reference is not None:
-        reference = load_reference(_reference(config), tokenizer, "ppo.reference").to(waits_on)
+        reference = load_reference(_reference(config), tokenizer, "ppo.reference", in_slices=True)
     elif not config.peft.enabled:
-        reference = load_reference(config.model, tokenizer).to(waits_on)
-    for model in (policy, critic):
+        reference = load_reference(config.model, tokenizer, in_slices=True)
+    for model in (policy, critic, reference):
         if model is not None:
             disable_dropout(model)
-            model.to(waits_on)
+            _place(model, accelerator, config.offload_frozen and model is reference)
     for model in (policy, reference):
         if model is not None:
             choose_chunk_tokens(model, config.ppo.chunk_tokens)
     actors = Actors(policy, reference, critic, scorer, tokenizer, rendering)
-    actors.reading_device = device if accelerator.is_fsdp2 else None
     if base is not None:
         actors.shared_base = describe_base(actors)
         if ppo.base == "stacked":
             actors.shared_base += f"; the adapter of {config.model.path} stays apart from the base"
     return actors
+
+
+def _place(model: Any, accelerator: Accelerator, waits: bool) -> None:
+    """Put a model on this process's device, or there in slices, in place; slices of one that
+    `waits` are in main memory."""
+    if accelerator.is_fsdp2:
+        shard(model, on_cpu=waits and accelerator.device.type != "cpu")
+    else:
+        model.to(accelerator.device)
 
 
 def describe_base(actors: Actors) -> str:
@@ -254,21 +265,17 @@ def settle_frozen(
     Args:
         scorers: those that this run has loaded; the caller's own stay as they are.
     """
-    models = []
-    if actors.reference is not None:
+    models, types = [], []
+    if actors.reference is not None and is_sharded(actors.reference):
+        types.append("reference in slices")
+    elif actors.reference is not None:
         models.append(("reference", actors.reference, actors.tokenizer))
     models += [(m.path, m.model, m.tokenizer) for s in scorers for m in reward_models(s)]
     with accelerator.autocast():
-        types = []
-        for name, model, own in models:
-            with actors.in_use(*([model] if model is actors.reference else [])):
-                types.append(f"{name} {store_as_read(model, own)}")
+        types += [f"{name} {store_as_read(model, own)}" for name, model, own in models]
     if types and accelerator.mixed_precision == "bf16":
         actors.frozen = ", ".join(types)
-    home, actors.reading_device = actors.reading_device, None
     if not config.offload_frozen:
-        if home is not None and actors.reference is not None:
-            actors.reference.to(home)
         return actors.frozen
     where = "not offloaded: all models are on the CPU"
     if accelerator.device.type != "cpu":

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rlhf.data import pad
+from rlhf.distributed import compute_device
 from rlhf.functional import masked_sum
 from rlhf.models import token_outputs
 from rlhf.sampling import Sampling
@@ -72,7 +73,7 @@ def critic_values(critic: Any, part: Responses) -> Tensor:
 
 def text_loss(model: Any, texts: Sequence[Sequence[int]], denominator: float) -> Tensor:
     """Sum of -log p over all tokens of texts but the first of each, divided by `denominator`."""
-    device = next(model.parameters()).device
+    device = compute_device(model)
     ids = pad(texts, 0, device=device)
     mask = pad([[True] * len(text) for text in texts], False, device=device)
     positions = torch.arange(ids.shape[1] - 1, device=device).expand(len(ids), -1)

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from rlhf.config import PPOStageConfig
+from rlhf.distributed import compute_device
 from rlhf.engine_choice import choose_engine, choose_server
 from rlhf.models import unwrap_peft
 from rlhf.ppo.actors import Actors
@@ -46,7 +47,7 @@ def _copy_type(config: PPOStageConfig, policy: Any, shards: bool) -> torch.dtype
     With slices of it alone, it cannot."""
     inner, given = unwrap_peft(policy), config.sampling.dtype
     if given is None:
-        kind = inner.device.type
+        kind = compute_device(inner).type
         serves = kind == "cuda" and torch.is_autocast_enabled(kind) and inner.dtype == torch.float32
         return torch.bfloat16 if serves else inner.dtype if shards else None
     dtype = getattr(torch, given)

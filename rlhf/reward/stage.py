@@ -40,6 +40,7 @@ from rlhf.models import (
     init_reward_model,
     new_token_rows,
     parameter_count,
+    shard_unread,
     stored_stop_ids,
     try_settings,
     what_to_save,
@@ -85,8 +86,7 @@ def train_reward(
 
 def _train(config: RewardStageConfig, run: StageRun) -> RewardResult:
     # Refuse early: settings and directories, before anything loads.
-    source = config.model
-    parent = str(source.path)
+    source, parent = config.model, str(config.model.path)
     args = trainer_arguments(TrainingArguments, config, "reward")
     record_of_parent = require_stage(parent, ("sft",), "model.path", source.revision)
     try_settings(source, config.peft, "SEQ_CLS")
@@ -98,10 +98,11 @@ def _train(config: RewardStageConfig, run: StageRun) -> RewardResult:
     tokenizer = load_tokenizer(source)
     require_same_tokenizer(tokenizer, record_of_parent, "the model settings here", parent)
     choose_pad(tokenizer, source)
-    model = init_reward_model(source, tokenizer, config.seed)
+    model = init_reward_model(source, tokenizer, config.seed, in_slices=not config.peft.enabled)
     require_writable(model, tokenizer, config)
-    length = row_length(config, context_length(model))
-    forward = _check_and_choose_forward(model, tokenizer, config, args, f"model.path={parent}")
+    scalar, length = ScalarModel(model), row_length(config, context_length(model))
+    shard_unread(scalar)
+    forward = _check_and_choose_forward(scalar, tokenizer, config, args, f"model.path={parent}")
     limits = length, config.dataset.on_bad_row
     train, too_long = encode_ranked(splits.train, tokenizer, *limits, context_length(model))
     heldout, others = encode_ranked(splits.eval, tokenizer, *limits)
@@ -111,15 +112,15 @@ def _train(config: RewardStageConfig, run: StageRun) -> RewardResult:
     # Train.
     if config.peft.enabled:
         rows = new_token_rows(tokenizer, config.model, config.peft)
-        model = add_lora(model, config.peft, "SEQ_CLS", config.seed, rows)
+        scalar.model = add_lora(model, config.peft, "SEQ_CLS", config.seed, rows)
     directory = run.begin()
-    sizes = "{:,} parameters, {:,} trainable".format(*parameter_count(model))
+    sizes = "{:,} parameters, {:,} trainable".format(*parameter_count(scalar.model))
     say(f"reward: {sizes}; {len(heldout)} held-out prompts; at most {length} tokens a response")
     say(f"        {describe_plan(args, train, plan)}; one forward pass per response, {forward}")
     say(splits.describe(Counter()))
     completions = load_completions(config, source, tokenizer, splits.train, train, length)
     trainer = RankingTrainer(
-        model=ScalarModel(model),
+        model=scalar,
         args=args,
         train_dataset=Dataset.from_list(train),
         eval_dataset=Dataset.from_list(heldout),
@@ -147,11 +148,10 @@ def choose_pad(tokenizer: Any, source: ModelConfig) -> None:
 
 
 def _check_and_choose_forward(
-    model: Any, tokenizer: Any, config: RewardStageConfig, args: TrainingArguments, where: str
+    scalar: Any, tokenizer: Any, config: RewardStageConfig, args: TrainingArguments, where: str
 ) -> str:
     """Require that padding changes no score; return how training will read rows."""
-    with as_in_training(model, config, args):
-        scalar = ScalarModel(model)
+    with as_in_training(scalar, config, args):
         require_padding(scalar, tokenizer, where, OTHER_FAMILY)
         return choose_forward(scalar, tokenizer, config.model.forward)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from rlhf.data import pad
+from rlhf.distributed import compute_device
 from rlhf.models import accepts, prefill_inputs, unwrap_peft
 from rlhf.sampling.choice import choose
 from rlhf.sampling.settings import Endings, Sampling
@@ -41,7 +42,7 @@ def loop(
     Args:
         noise: (B, max_new_tokens) from `uniform_noise`; None takes the most likely token.
     """
-    device = next(model.parameters()).device
+    device = compute_device(model)
     forbidden = sampling.forbidden.to(device)
     noise = None if noise is None else noise.to(device)
     active, ends = torch.arange(len(prompts), device=device), Endings(sampling, len(prompts))
@@ -70,7 +71,7 @@ def prefill(model: Any, prompts: Sequence[Sequence[int]], cache: Cache) -> tuple
         Logits of the token after each prompt, (B, V) float32, and the mask of the prompts, (B, P)
         bool, left-padded.
     """
-    device = next(model.parameters()).device
+    device = compute_device(model)
     different = list(dict.fromkeys(map(tuple, prompts)))
     tokens = pad(different, 0, side="left", device=device)
     mask = pad([[True] * len(prompt) for prompt in different], False, side="left", device=device)

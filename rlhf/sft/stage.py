@@ -61,6 +61,7 @@ from rlhf.models import (
     merged,
     new_token_rows,
     parameter_count,
+    shard_unread,
     try_settings,
     what_to_save,
     without_padding_mask,
@@ -136,10 +137,11 @@ def _train(config: SFTStageConfig, run: StageRun) -> SFTResult:
     warn_about_template(record, tokenizer, parent)
     token_rows = _trained_token_rows(config, tokenizer)
     torch.manual_seed(config.seed)
-    model = load_policy(config.model, tokenizer)
+    model = load_policy(config.model, tokenizer, in_slices=not config.peft.enabled)
     lines = mend_sampling_settings(model)
     require_writable(model, tokenizer, config)
     args.max_length = row_length(config, context_length(model))
+    shard_unread(model)
     forward = require_promises(config, args, model, tokenizer)
 
     # Make token ids and labels, and put adapters on the model.

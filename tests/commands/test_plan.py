@@ -134,6 +134,9 @@ def test_ppo_holds_its_roles_and_lora_no_reference():
     models = estimate(counted(), ppo, "ddp").models
     assert list(models) == ["policy", "critic", "reward model", "reference", "sampler"]
     assert models["reference"].weights == 200  # bfloat16
+    eight = replace(ppo, gpus=8)
+    assert estimate(counted(), eight, "fsdp2").models["reference"].weights == 50  # float32 slices
+    assert estimate(counted(), eight, "fsdp2_offload").models["reference"].weights == 0
     assert models["sampler"].weights == 200 + 4 * 64  # and the cache of four rows
     half = estimate(counted(), replace(ppo, dtype="bfloat16"), "ddp")
     assert half.models["sampler"].weights == 4 * 64  # the policy itself samples

@@ -22,6 +22,7 @@ from helpers.runs import (
     train,
     write_data,
     write_random_policy,
+    write_rows,
 )
 from helpers.sharded import in_group, text_of
 from safetensors.torch import load_file
@@ -129,12 +130,47 @@ def test_more_settings_in_slices_give_the_result_of_one_process(tmp_path):
     tuned = dataclasses.replace(sft, run_name="tuned", peft=LORA)
     tuned.model = dataclasses.replace(ppo.model)  # its tokenizer makes more tokens
     tuned.dataset = dataclasses.replace(sft.dataset, max_length=128)
-    configs = reward, adapters, padded, tuned
+    on = dataclasses.replace(tuned, run_name="on", peft=PeftConfig())  # in full, from files
+    configs = reward, adapters, padded, tuned, on
     train_all(*configs)
     log = tmp_path / "log"
     assert in_group(train_all, *map(in_two, configs), log=log) == [0, 0], text_of(log)
     for config in configs:
         assert_same(config, in_two(config))
+
+
+def guarded(ppo, folder):
+    """Runs that add ptx texts, abandon epochs by `target_kl`, and end early by a budget."""
+    file = folder / "texts.jsonl"
+    texts = [{"text": "a plain text " * (i % 5 + 2)} for i in range(24)]
+    write_rows(file, texts)
+    ptx = dataclasses.replace(ppo.ptx, coef=0.5, path=str(file), batch_size=4, max_length=32)
+    settings = dataclasses.replace(ppo.ppo, num_ppo_epochs=3, target_kl=1e-4)
+    stops = dataclasses.replace(ppo, run_name="stops", ptx=ptx, ppo=settings)
+    settings = dataclasses.replace(ppo.ppo, num_updates=4, kl_target=0.1, kl_horizon=50)
+    ends = dataclasses.replace(ppo, run_name="ends", ppo=settings)
+    ends.watchdog = dataclasses.replace(ppo.watchdog, kl_budget=1e-3)
+    return stops, ends
+
+
+@pytest.mark.slow
+def test_processes_stop_adapt_and_warn_together(tmp_path):
+    *_, ppo = three_steps(tmp_path)
+    configs = stops, ends = guarded(ppo, tmp_path)
+    train_all(*configs)
+    log = tmp_path / "log"
+    assert in_group(train_all, *map(in_two, configs), log=log) == [0, 0], text_of(log)
+    for config in configs:
+        assert_same(config, in_two(config))
+    rows = read_jsonl(directory_of(stops) / "metrics.jsonl")
+    assert sum(row.get("abandoned_epochs", 0) for row in rows) > 0
+    assert any("ptx_loss" in row for row in rows)
+    rows = [row for row in read_jsonl(directory_of(ends) / "metrics.jsonl") if "kl_coef" in row]
+    assert len(rows) < 4, "the budget ends the run"
+    assert len({row["kl_coef"] for row in rows}) == len(rows), "the coefficient adapts"
+    said = [(directory_of(c) / "watchdog.jsonl").read_text() for c in (ends, in_two(ends))]
+    fired = [[json.loads(row)["rule"] for row in text.splitlines()] for text in said]
+    assert fired[0] == fired[1] and "kl_budget" in fired[0]
 
 
 @pytest.mark.slow

@@ -1,0 +1,167 @@
+"""Models without weights, of which each process then reads its slice from files.
+
+Where the launcher shards, `load` leaves a model on the meta device, which holds shapes alone. A
+fresh head is put on it there. Then `shard` gives each process its slice of every weight: no process
+ever holds a whole model.
+
+Left out, and read whole as without sharding: models under LoRA (PEFT would make adapters without
+numbers, too), GGUF files, models with adapters to merge, new models
+with random weights, and files with other tensors than the model has parameters (experts one by
+one).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from rlhf.checkpoint import find_non_finite
+from rlhf.config import InputError
+from rlhf.distributed import compute_device, local, offloads, read_rows, slice_weights
+from rlhf.hub import ADAPTER_WEIGHTS, Misfits, weight_files
+from rlhf.models.forward import HEAD
+
+UNREAD = "_rlhf_unread"  # attribute of a model: `Unread`
+RENAMED = {"lm_head.weight": "embed_out.weight"}  # in files of GPT-NeoX
+
+
+class Unread:
+    """Where the weights of a model on the meta device are.
+
+    Attributes:
+        names: file -> names in it and those of the model's parameters.
+        refuse: makes the error for a weight that is not finite.
+    """
+
+    def __init__(self, names: dict[Path, list[tuple[str, str]]]):
+        self.names = names
+        self.refuse: Callable[[str], InputError] = InputError
+        self._places: dict[Path, list[tuple[nn.Module, str, str]]] = {}
+
+    def settle(self, model: nn.Module, refuse: Callable[[str], InputError]) -> None:
+        """Note the modules that the names mean, once tables have all their rows; with adapters
+        around them, their names change."""
+        self.refuse = refuse
+        for file, names in self.names.items():
+            split = [(stored, *name.rpartition(".")) for stored, name in names]
+            places = [(model.get_submodule(owner), own, stored) for stored, owner, _, own in split]
+            self._places[file] = places
+
+    @torch.no_grad()
+    def read(self) -> str | None:
+        """Read this process's slices; return what is wrong with them, if anything is."""
+        for file, places in self._places.items():
+            try:
+                with safe_open(file, framework="pt") as tensors:
+                    for module, name, stored in places:
+                        parameter = module.get_parameter(name)
+                        read_rows(parameter, tensors.get_slice(stored))
+                        if problem := find_non_finite([(stored, parameter)]):
+                            return problem
+            except (SafetensorError, OSError) as error:
+                return f"{file} cannot be read ({error})"
+        return None
+
+
+def leave_unread(model: Any, files: Sequence[Path]) -> str | None:
+    """Note where the weights of a model on the meta device are, and compute its buffers, in place.
+
+    Returns: the reason where the model must be read whole: its parameters, without a scalar head,
+        are not in these files one by one.
+    """
+    stored: dict[str, tuple[Path, Sequence[int]]] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}
+        stored |= {name: (file, shape) for name, shape in shapes.items()}
+    names: dict[Path, list[tuple[str, str]]] = {}
+    for name, parameter in model.named_parameters():
+        if name.rpartition(".")[0] == HEAD:
+            continue  # it is made anew, in float32
+        known = (name, name.removeprefix(f"{model.base_model_prefix}."), RENAMED.get(name, ""))
+        found = next((n for n in known if n in stored), None)
+        if found is None or tuple(stored[found][1]) != tuple(parameter.shape):
+            return f"its files hold no {name} of its own shape"
+        names.setdefault(stored[found][0], []).append((found, name))
+    if len(dict(model.named_buffers())) > len(dict(model.named_non_persistent_buffers())):
+        return "its files hold more than parameters"
+    _compute_buffers(model)
+    setattr(model, UNREAD, Unread(names))
+    return None
+
+
+@torch.no_grad()
+def _compute_buffers(model: Any) -> None:
+    """Give a model on the meta device its masks and frequencies, as transformers does."""
+    for module in model.modules():
+        own = {name: b for name, b in module._buffers.items() if b is not None and b.is_meta}
+        for name, buffer in own.items():
+            module._buffers[name] = torch.empty_like(buffer, device="cpu")
+        if own:
+            model._init_weights(module)
+
+
+def unread(model: nn.Module) -> Unread | None:
+    """Where the weights of a model, or of one inside it, are; None if it has its weights."""
+    found = (module.__dict__.get(UNREAD) for module in model.modules())
+    return next(filter(None, found), None)
+
+
+def shard_unread(model: Any) -> None:
+    """`shard` a model that came without weights."""
+    if unread(model) is not None:
+        shard(model)
+
+
+def shard(model: Any, on_cpu: bool = False) -> None:
+    """Give each process its slice of every weight of a model, with adapters and heads, in place.
+
+    Args:
+        on_cpu: slices wait in main memory, as where the launcher asks for that.
+
+    Raises:
+        InputError: on all processes, if one of them read a number that is not finite.
+    """
+    on_cpu |= offloads()
+    slice_weights(model, on_cpu)
+    waits = unread(model)
+    if waits is None:
+        return
+    device = "cpu" if on_cpu else compute_device(model)
+    model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
+    problems = gather_object([waits.read()])
+    for module in model.modules():
+        module.__dict__.pop(UNREAD, None)
+    for problem in filter(None, problems):
+        raise waits.refuse(problem)
+
+
+@torch.no_grad()
+def read_weights(model: Any, directory: Path) -> None:
+    """Read this process's slices of what a Trainer saved: a whole model, or its adapter; in place.
+
+    Raises:
+        InputError: a weight of the model, or of its adapter, is not there.
+    """
+    is_adapted = isinstance(model, PeftModel)
+    files = weight_files(directory, {})
+    own: dict[str, torch.Tensor] = model.state_dict()
+    if is_adapted:
+        files = [directory / ADAPTER_WEIGHTS]
+        own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    tied: set[int] = set()
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in own.keys() & tensors.keys():
+                read_rows(own[name], tensors.get_slice(name))
+                tied.add(local(own[name]).data_ptr())
+    lost = [name for name, tensor in own.items() if local(tensor).data_ptr() not in tied]
+    if lost:
+        raise InputError(f"{directory} does not fit the model: {Misfits(lost)}")

@@ -1,0 +1,106 @@
+"""The memory of each of two processes that train one model in slices is its share of the weights,
+gradients and optimiser states, from the first read to the checkpoint.
+
+Memory of a process is what it holds at once: pages of files that it maps are the system's, and the
+C library, which would keep freed memory for later, gives it back here at once.
+
+Run: python -m pytest -m slow tests/end_to_end/test_sharded_memory.py
+"""
+
+import ctypes
+import gc
+import json
+import threading
+
+import pytest
+import torch
+from helpers.sharded import in_group, text_of
+from helpers.tiny import tiny_model, tiny_tokenizer
+
+from rlhf.checkpoint.state import save_training_state
+from rlhf.config import ModelConfig, PPOConfig, StageConfig
+from rlhf.distributed import clip_gradients, gathered_bytes, make_accelerator, share
+from rlhf.models import load_policy, shard
+from rlhf.ppo.optimizer import make_optimizer
+from rlhf.tokenizer import load_tokenizer
+
+M_MMAP_THRESHOLD = -3  # of malloc.h
+
+
+def allocated():
+    """Bytes of this process's own memory."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) * 1024
+
+
+class Peak(threading.Thread):
+    """The most that a process has allocated inside the block, beyond what it had before."""
+
+    def __enter__(self):
+        gc.collect()
+        self.before = self.most = allocated()
+        self.ended = threading.Event()
+        self.start()
+        return self
+
+    def run(self):
+        while not self.ended.wait(0.002):
+            self.most = max(self.most, allocated())
+
+    def __exit__(self, *_):
+        self.ended.set()
+        self.join()
+        self.bytes = self.most - self.before
+
+
+def train(path, folder, measures):
+    """Load, make two steps and save a checkpoint; write the peak of this process."""
+    accelerator, config = make_accelerator("float32"), ModelConfig(path=str(path))
+    tokenizer = load_tokenizer(config)
+    with Peak(daemon=True) as peak:
+        with Peak(daemon=True) as loading:
+            model = load_policy(config, tokenizer, in_slices=True)
+            shard(model)
+        share(model, accelerator)
+        optimizer = make_optimizer(model.parameters(), 1e-3, PPOConfig())
+        for _ in range(2):
+            ids = torch.arange(8)[None]
+            accelerator.backward(model(input_ids=ids).logits.square().mean())
+            clip_gradients(model.parameters(), 1.0, accelerator)
+            optimizer.step()
+            optimizer.zero_grad()
+        parts = {"policy": model}, {"policy": optimizer}
+        save_training_state(folder / "checkpoint-1", *parts, {"update": 1}, StageConfig())
+    if measures:
+        numbers = {"peak": peak.bytes, "loading": loading.bytes, "layer": gathered_bytes(model)}
+        (folder / f"peak-{accelerator.process_index}.json").write_text(json.dumps(numbers))
+
+
+def train_both(warm_up, path, folder):
+    """A tiny model first: libraries take memory at their first use."""
+    assert ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
+    train(warm_up, folder / "warm_up", measures=False)
+    train(path, folder, measures=True)
+
+
+@pytest.mark.slow
+def test_each_process_has_its_share_of_weights_gradients_and_optimiser(tmp_path):
+    tokenizer, small = tiny_tokenizer(), tmp_path / "small"
+    wide = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 16}
+    sizes = {small: {}, tmp_path / "model": wide}
+    for path, values in sizes.items():
+        model = tiny_model("llama", tokenizer, **values)
+        model.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+    weights = sum(p.nbytes for p in model.parameters())
+    assert weights > 250e6
+    (tmp_path / "warm_up").mkdir()
+    log = tmp_path / "log"
+    codes = in_group(train_both, small, tmp_path / "model", tmp_path, log=log)
+    assert codes == [0, 0], text_of(log)
+    for rank in (0, 1):
+        found = json.loads((tmp_path / f"peak-{rank}.json").read_text())
+        share_of_all = 4 * weights / 2  # weights, gradients and two moments, over two processes
+        assert found["peak"] < 1.3 * share_of_all + found["layer"], found
+        assert found["loading"] < 1.3 * weights / 2 + found["layer"], found
+        assert found["peak"] > 0.9 * share_of_all, "the measurement sees the memory"

@@ -1,0 +1,166 @@
+"""Models that come without weights, of which each process reads its slice: each has what it would
+have of a whole model. The processes here are made up; real ones are in
+tests/end_to_end/test_sharded.py.
+
+Run: python -m pytest tests/models/test_unread.py
+"""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers.families import TOKENIZER, exact, save
+from helpers.tiny import FAMILIES, tiny_model
+from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from rlhf.config import InputError
+from rlhf.models import ScalarModel, init_reward_model, load_policy, load_reward_model, shard
+from rlhf.models.unread import read_weights, unread
+
+
+@contextmanager
+def process(rank, world=2):
+    """Be one of several processes, the others of which do not exist."""
+    dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
+def sharding(monkeypatch):
+    monkeypatch.setattr("rlhf.models.load.sharding", lambda: "FSDP")
+
+
+def assert_slices(model, whole, rank, world=2):
+    """Each tensor of a sharded model is the process's share of that of a whole one."""
+    expected = dict(whole.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert isinstance(parameter, DTensor) and parameter.dtype == expected[name].dtype
+        assert parameter.requires_grad == expected[name].requires_grad
+        parts = expected.pop(name).detach().chunk(world)
+        mine = parts[rank] if rank < len(parts) else parts[0][:0]
+        exact(parameter.detach().to_local(), mine)
+    assert not expected
+    buffers = dict(whole.named_buffers())
+    assert buffers.keys() == dict(model.named_buffers()).keys()
+    for name, buffer in model.named_buffers():
+        exact(buffer, buffers[name])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_process_reads_its_slice_of_every_weight(family, tmp_path):
+    config = save(tmp_path / "m", tiny_model(family, TOKENIZER, vocab_size=300))  # gets 20 rows
+    for rank in (0, 1):
+        with process(rank):
+            policy = load_policy(config, TOKENIZER, in_slices=True)
+            assert unread(policy) and all(p.is_meta for p in policy.parameters())
+            shard(policy)
+            assert_slices(policy, load_policy(config, TOKENIZER), rank)
+            reward = ScalarModel(init_reward_model(config, TOKENIZER, 0, in_slices=True))
+            shard(reward)
+            assert_slices(reward, ScalarModel(init_reward_model(config, TOKENIZER, 0)), rank)
+
+
+@pytest.mark.parametrize("world", [3, 40])
+def test_the_last_processes_hold_fewer_rows_or_none(world, tmp_path):
+    config = save(tmp_path / "m", tiny_model("llama", TOKENIZER))
+    whole = ScalarModel(init_reward_model(config, TOKENIZER, 0))
+    for rank in (0, world - 1):
+        with process(rank, world):
+            reward = ScalarModel(init_reward_model(config, TOKENIZER, 0, in_slices=True))
+            shard(reward)
+            assert_slices(reward, whole, rank, world)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
+def test_slices_have_the_type_of_training_and_heads_are_float32(dtype, tmp_path):
+    model = init_reward_model(save(tmp_path / "sft", tiny_model("llama", TOKENIZER)), TOKENIZER, 0)
+    config = save(tmp_path / "m", model.to(torch.bfloat16), "reward")
+    config.dtype = dtype
+    with process(1):
+        reward = load_reward_model(config, in_slices=True)
+        shard(reward)
+        assert_slices(reward, load_reward_model(config), 1)
+
+
+def test_tied_tables_stay_one_table(tmp_path):
+    config = save(tmp_path / "m", tiny_model("llama", TOKENIZER, tie_word_embeddings=True))
+    with process(1):
+        policy = load_policy(config, TOKENIZER, in_slices=True)
+        shard(policy)
+        assert_slices(policy, load_policy(config, TOKENIZER), 1)
+        assert policy.lm_head.weight is policy.get_input_embeddings().weight
+
+
+def changed(directory, **tensors):
+    """Change the weights of a model in a directory; None removes one."""
+    file = directory / "model.safetensors"
+    content = load_file(file) | tensors
+    save_file({k: v for k, v in content.items() if v is not None}, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"model.norm.weight": None}, "there are no weights for model.norm.weight"),
+        ({"model.extra": torch.ones(2)}, "the model has no place for model.extra"),
+        ({"model.norm.weight": torch.ones(3)}, "other shapes: model.norm.weight"),
+        ({"model.norm.weight": torch.full((32,), torch.nan)}, "model.norm.weight holds nan"),
+    ],
+)
+def test_bad_weights_are_refused_as_those_of_a_whole_model(tensors, message, tmp_path):
+    config = save(tmp_path / "m", tiny_model("llama", TOKENIZER))
+    changed(tmp_path / "m", **tensors)
+    errors = []
+    for in_slices in (False, True):
+        with process(0), pytest.raises(InputError, match=message) as caught:
+            shard(load_policy(config, TOKENIZER, in_slices=in_slices))
+        errors.append(str(caught.value))
+    assert errors[0] == errors[1]
+
+
+def test_files_with_other_tensors_than_the_model_are_read_whole(tmp_path, capsys):
+    sizes = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}
+    model = MixtralForCausalLM(MixtralConfig(vocab_size=320, **sizes, **heads))
+    config = save(tmp_path / "m", model)  # experts one by one
+    policy = load_policy(config, TOKENIZER, in_slices=True)
+    assert unread(policy) is None
+    assert (
+        "each process reads the whole model, because its files hold no" in capsys.readouterr().out
+    )
+    with process(1):
+        shard(policy)
+        assert_slices(policy, load_policy(config, TOKENIZER), 1)
+
+
+def test_weights_without_the_prefix_of_the_model_are_read_in_slices(tmp_path):
+    config = save(tmp_path / "m", tiny_model("gpt2", TOKENIZER))
+    content = load_file(tmp_path / "m" / "model.safetensors")
+    content = {name.removeprefix("transformer."): value for name, value in content.items()}
+    save_file(content, tmp_path / "m" / "model.safetensors", {"format": "pt"})
+    with process(1):
+        policy = load_policy(config, TOKENIZER, in_slices=True)
+        assert unread(policy)
+        shard(policy)
+        assert_slices(policy, load_policy(config, TOKENIZER), 1)
+
+
+def test_a_checkpoint_is_read_into_slices(tmp_path):
+    config = save(tmp_path / "m", tiny_model("llama", TOKENIZER, tie_word_embeddings=True))
+    other = tiny_model("llama", TOKENIZER, seed=1, tie_word_embeddings=True)
+    other.save_pretrained(tmp_path / "checkpoint")
+    with process(1):
+        policy = load_policy(config, TOKENIZER, in_slices=True)
+        shard(policy)
+        read_weights(policy, tmp_path / "checkpoint")
+        assert_slices(policy, other, 1)
+        changed(tmp_path / "checkpoint", **{"model.norm.weight": None})
+        with pytest.raises(InputError, match="there are no weights for model.norm.weight"):
+            read_weights(policy, tmp_path / "checkpoint")
