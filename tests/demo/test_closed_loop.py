@@ -105,9 +105,9 @@ def test_a_miniature_goes_around_twice_and_continues(tmp_path, monkeypatch, capf
         json.dumps(row["prompt"]) for row in map(json.loads, (folder / "round-1.jsonl").open())
     }
     assert not first & {json.dumps(row["prompt"]) for row in ranked}
-    table = capfd.readouterr().out.partition("held-out prompts, 95 %")[2]
+    table = capfd.readouterr().out.rpartition("held-out prompts, 95 %")[2]
     (folder / "closed_loop.png").unlink()
     assert closed_loop.main(MINIATURE) == 0
     said = capfd.readouterr().out
     assert "optimiser steps made" not in said and said.count("is finished: nothing to do") == 6
-    assert said.partition("held-out prompts, 95 %")[2] == table
+    assert said.rpartition("held-out prompts, 95 %")[2] == table

@@ -112,6 +112,7 @@ def test_failure_of_one_process_ends_both_and_the_first_names_it(how, shards, tm
 def test_sigterm_saves_on_all_processes_and_the_run_goes_on_bit_identically(how, shards, tmp_path):
     config, log = config_in(tmp_path), tmp_path / "log"
     assert in_group(command, config, "", tmp_path, log=log, shards=shards) == [0, 0], text_of(log)
+    assert ("sharding: FSDP2" in text_of(log)) is shards
     expected = outcome(config)
     shutil.rmtree(directory_of(config))
     config = dataclasses.replace(config, resume="auto")
