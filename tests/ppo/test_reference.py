@@ -56,6 +56,6 @@ def test_reference_with_another_tokenizer_is_refused_before_models_load(
     file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token": "<bos>"}))
     config = make_config(policy_dir, tmp_path)
     config.ppo.reference = str(other)
-    monkeypatch.delattr("rlhf.ppo.actors.load_policy")
+    monkeypatch.delattr("rlhf.ppo.actors.load_base")
     with pytest.raises(InputError, match="ppo.reference=.*has another tokenizer.*ppo.reference=nu"):
         train_ppo(config)
