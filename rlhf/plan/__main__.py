@@ -87,15 +87,17 @@ def run(options: PlanOptions) -> None:
     if options.stacked and not options.share_base:
         raise InputError("stacked=true says what one base for all roles holds; set share_base=true")
     quiet_libraries()
+    from rlhf.plan.sizes import find_settings
+
+    model_settings = find_settings(options.model)  # refuses before torch is imported
     from rlhf.plan.counting import measure
     from rlhf.plan.launches import Setting
-    from rlhf.plan.sizes import find_settings
     from rlhf.plan.work import Shape, seconds_of_phases
 
     card = CARDS[options.card]
     names = [field.name for field in fields(Setting)]
     setting = Setting(**{name: getattr(options, name) for name in names})
-    model = measure(find_settings(options.model), setting.length, options.lora, options.dtype)
+    model = measure(model_settings, setting.length, options.lora, options.dtype)
     say(
         f"{options.model}: {model.parameters / 1e9:.3f} B parameters, {model.trained / 1e9:.3f} B "
         f"of them trained; rows of {setting.prompt_length} + {setting.response_length} tokens\n"

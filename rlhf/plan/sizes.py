@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
-
-from transformers import AutoConfig, PreTrainedConfig
+from typing import TYPE_CHECKING, Any
 
 from rlhf.config import InputError, nearest
 from rlhf.hub import call_loader, config_directory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 def _llama(hidden: int, wide: int, layers: int, heads: int, **others: Any) -> dict[str, Any]:
@@ -74,16 +75,18 @@ def find_settings(model: str) -> PreTrainedConfig:
     Raises:
         InputError: there is no such model.
     """
-    if model in SIZES:
-        return AutoConfig.for_model(**SIZES[model])
     path = Path(model).expanduser()
     if path.name == "config.json":
         path = path.parent
-    if not path.is_dir() and "/" not in model:
+    if model not in SIZES and not path.is_dir() and "/" not in model:
         hint = nearest(model, SIZES)
         raise InputError(
             f"model={model} is neither a known size nor a directory.{hint} Known: "
             f"{', '.join(SIZES)}; or give a directory, a config.json or a Hub id"
         )
+    from transformers import AutoConfig
+
+    if model in SIZES:
+        return AutoConfig.for_model(**SIZES[model])
     directory = config_directory(str(path) if path.is_dir() else model, "model", None, False)
     return call_loader(AutoConfig.from_pretrained, directory, f"model={model}", False)

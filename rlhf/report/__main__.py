@@ -33,7 +33,6 @@ from rlhf.curves import draw_curves, draw_frontier, plot_hint
 from rlhf.metrics import METRICS as MEANINGS
 from rlhf.metrics import read_jsonl
 from rlhf.option_parser import run_command
-from rlhf.reward.report.page import stored_text
 from rlhf.rubrics import as_dialogue
 
 TITLES = {"sft": "Supervised fine-tuning", "reward": "Reward model", "ppo": "PPO"}
@@ -113,7 +112,7 @@ def section(stage: str, directory: Path) -> dict[str, Any]:
         "results": list(results(record["metrics"] if record else _latest(rows))),
         "curves": _curves(stage, directory) if rows else None,
         "frontier": frontier,
-        "report": stored_text(directory / "final") if stage == "reward" else "",
+        "report": _report_text(directory / "final") if stage == "reward" else "",
         "report_picture": _uri(report.read_bytes(), "png") if report.is_file() else None,
         "answers": answers(directory, record),
         "warnings": read_jsonl(directory / "watchdog.jsonl")[-MAX_WARNINGS:],
@@ -149,6 +148,13 @@ def changed_settings(stage: str, directory: Path) -> Iterable[tuple[str, str, st
 def _read_record(directory: Path) -> dict[str, Any] | None:
     file = directory / "final/rlhf.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def _report_text(final: Path) -> str:
+    """The reward model's report in words."""
+    from rlhf.reward.report.page import stored_text  # it imports torch
+
+    return stored_text(final)
 
 
 def _latest(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -98,6 +98,10 @@ COMMANDS = {
     ],
     "rlhf.export path=./nope out=policy": ["path=./nope: no such directory"],
     "rlhf.reward.report path=./nope": ["path=./nope: no such directory"],
+    "rlhf.report run_name=nope": ["path=runs/nope: no such directory"],
+    "rlhf.compare path=[runs/mime]": ["path=runs/mime: no such directory. Did you mean runs/mine?"],
+    "rlhf.diagnose run_name=nope": ["nope"],
+    "rlhf.plan model=llama-9b": ["model=llama-9b is neither a known size nor a directory"],
 }
 
 
@@ -138,7 +142,8 @@ def test_the_torch_of_these_tests_cannot_be_imported(folder):
 
 
 MODULES = (
-    "sft reward ppo pipeline chat score evaluate generate export compare rank reward.report demo"
+    "sft reward ppo pipeline chat score evaluate generate export compare rank reward.report report "
+    "diagnose plan demo"
 ).split()
 
 

@@ -134,7 +134,9 @@ def test_the_reward_models_report_is_in_the_page(tmp_path, monkeypatch):
 
     config = SFTStageConfig(runs_dir=str(tmp_path), run_name="mine")
     write_stage(config, "reward", [{"step": 1, "loss": 0.5}], {"eval_accuracy": 0.75})
-    monkeypatch.setattr("rlhf.report.__main__.stored_text", lambda final: f"table of {final.name}")
+    monkeypatch.setattr(
+        "rlhf.reward.report.page.stored_text", lambda final: f"table of {final.name}"
+    )
     found = section("reward", tmp_path / "mine/reward")
     assert found["report"] == "table of final" and found["report_picture"] is None
     assert ("eval_accuracy", "0.75", "accuracy on held-out rows or prompts") in found["results"]
