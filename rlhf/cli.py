@@ -96,7 +96,7 @@ def hydra_main(stage: str, run: Run, earlier: Collection[str] | None = None) -> 
 
     try:
         if not only_prints:
-            _before_submission(stage, options, overrides, earlier, problems)
+            _before_submission(stage, options, own_files, overrides, earlier, problems)
         task()
     except (HydraException, OmegaConfBaseException) as error:
         _exit("\n".join([*problems, _explain_hydra(error, STAGES[stage])]))
@@ -130,6 +130,7 @@ def _composed_job(
 def _before_submission(
     stage: str,
     options: list[str],
+    own_files: bool,
     given: list[str],
     earlier: Collection[str] | None,
     problems: list[str],
@@ -148,7 +149,7 @@ def _before_submission(
             f"{launcher}: this machine has no srun; submit where Slurm is installed, or try "
             "hydra/launcher=submitit_local here"
         )
-    if any(option.startswith(("--config-dir", "-cd")) for option in options):
+    if own_files:
         return  # only Hydra finds the files there
     swept = swept_keys(given)
     try:

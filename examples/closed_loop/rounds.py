@@ -21,7 +21,7 @@ def read_result(folder: Path, num_rounds: int, num_answers: int) -> Row:
     """Read the figures of all rounds.
 
     Returns:
-        `rounds`, of which the first is SFT with no rankings; `old_labels`, the rounds that were
+        `rounds`: SFT, with no rankings, then each round; `old_labels`, the rounds that were
         made against the reward model of round 1; `at_the_end`, what the annotator says of the last
         policy against SFT.
     """

@@ -180,7 +180,7 @@ class WeakestLink(NamedTuple):
 
 
 def weakest_link(gains: dict[str, Tensor], least: float) -> WeakestLink:
-    """The stage with the largest gain, where it is worth something and stands out.
+    """The stage with the largest gain, if that is large enough and clearly ahead of the others.
 
     Args:
         gains: of `swap_gains`; nan: cannot be told.
