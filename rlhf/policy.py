@@ -46,6 +46,14 @@ class PolicyOptions:
     trust_remote_code: bool = False
     """true: the model's own Python files may run."""
 
+    def with_system(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+        """Begin a conversation with the system message, if it has none."""
+        from rlhf.data import whole_characters
+
+        if self.system is None or messages[0]["role"] == "system":
+            return messages
+        return [{"role": "system", "content": whole_characters(self.system)}, *messages]
+
 
 def check_policies(options: PolicyOptions, paths: Mapping[str, str]) -> None:
     """Refuse models and a chat template that cannot be used, before torch is imported.
@@ -149,20 +157,12 @@ class Policy:
             lines.append(f"  not applied from its generation config: {', '.join(others)}")
         return "\n".join(lines)
 
-    def with_system(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
-        """Begin a conversation with the system message of the options, if it has none."""
-        from rlhf.data import whole_characters
-
-        if self.options.system is None or messages[0]["role"] == "system":
-            return messages
-        return [{"role": "system", "content": whole_characters(self.options.system)}, *messages]
-
     def encode_prompt(self, prompt: Any) -> list[int]:
         """Token ids of a text to continue, or of a conversation to answer."""
         from rlhf.data import encode_prompt
 
         if not isinstance(prompt, str):
-            prompt = self.with_system(prompt)
+            prompt = self.options.with_system(prompt)
         return encode_prompt(prompt, self.tokenizer)
 
     def text(self, ids: list[int]) -> str:

@@ -165,7 +165,7 @@ class Room:
             for role, text in (("user", asked), ("assistant", answered))
         ]
         chat = next(chat for chat in self.chats if not chat.why_text)
-        return chat.with_system([*turns, {"role": "user", "content": question}])
+        return chat.options.with_system([*turns, {"role": "user", "content": question}])
 
 
 def _rounds(body: dict[str, Any]) -> list[tuple[str, str]]:

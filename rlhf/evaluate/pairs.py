@@ -114,6 +114,7 @@ def _answer(options: EvaluateOptions, path: str, file: Path) -> None:
     known = {field.name for field in dataclasses.fields(GenerateOptions)}
     shared = {name: value for name, value in vars(options).items() if name in known}
     own = {"path": path, "prompts": options.prompts, "out": str(file), "normalize": "none"}
+    own |= {"url": None, "model": None}  # those are the judge's
     generate(GenerateOptions(**(shared | own)))
 
 

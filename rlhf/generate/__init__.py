@@ -3,4 +3,5 @@
 Left out: the page in which people rank the answers (`rlhf.rank`).
 """
 
-from rlhf.generate.sample import Answerer, GenerateOptions, Question, read_prompts, run
+from rlhf.generate.options import GenerateOptions
+from rlhf.generate.sample import Answerer, Question, read_prompts, run

@@ -6,11 +6,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from rlhf.generate import sample, score_rows, self_chat, self_instruct, two_agents
+from rlhf.generate import GenerateOptions, sample, score_rows, self_chat, self_instruct, two_agents
 from rlhf.option_parser import run_command
 
 MODES: dict[str, tuple[Any, Any]] = {
-    "sample": (sample, sample.GenerateOptions),
+    "sample": (sample, GenerateOptions),
     "self_instruct": (self_instruct, self_instruct.SelfInstructOptions),
     "self_chat": (self_chat, self_chat.SelfChatOptions),
     "two_agents": (two_agents, two_agents.TwoAgentsOptions),

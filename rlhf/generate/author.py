@@ -14,49 +14,18 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlhf.config import EndpointConfig, InputError, knob
 from rlhf.console import say
-from rlhf.generate.sample import Answerer, GenerateOptions, Question
-from rlhf.http_endpoint import chat_url, check_endpoint, complete_chat
+from rlhf.generate.options import AuthorOptions, GenerateOptions, check_author
+from rlhf.generate.sample import Answerer, Question
+from rlhf.http_endpoint import chat_url, complete_chat
 from rlhf.option_parser import check_options
-from rlhf.policy import PolicyOptions, check_policies
 from rlhf.row_file import new_file
 
 THOUGHTS_END = "</think>"  # what a model thinks before its answer is not read
-
-
-@dataclass(kw_only=True)
-class AuthorOptions(PolicyOptions):
-    """Options of every mode in which a model writes data."""
-
-    path: str | None = None  # type: ignore[assignment]
-    """The model that writes: stage directory, other model directory or Hub id."""
-    url: str | None = None
-    """Or an OpenAI-compatible endpoint that writes, such as http://127.0.0.1:8000/v1."""
-    model: str | None = None
-    """Name of the model at url."""
-    out: str | None = None
-    """File to write."""
-    key_env: str | None = None
-    """Environment variable that holds the key of the endpoint; the key is never written."""
-    timeout: float = knob(300.0, gt=0)
-    """Seconds to wait for an answer of the endpoint."""
-    retries: int = knob(5, ge=0)
-    """Number of further tries after no answer, a broken one, 429 or 5xx."""
-    num_requests: int = knob(8, ge=1)
-    """Requests that are under way at once."""
-    batch_size: int = knob(8, ge=1)
-    """Answers of the model at path that are sampled together."""
-
-    @property
-    def endpoint(self) -> EndpointConfig:
-        names = ("model", "url", "key_env", "timeout", "retries", "num_requests")
-        return EndpointConfig(**{name: getattr(self, name) for name in names})
 
 
 class Reply(NamedTuple):
@@ -116,29 +85,6 @@ def left_out(dropped: Counter[str]) -> str:
     """What was left out and why, for the end of a line."""
     reasons = [f"\n  {count:>6,}  {reason}" for reason, count in dropped.most_common()]
     return f"; left out:{''.join(reasons)}" if reasons else ""
-
-
-def check_author(options: AuthorOptions, prefix: str = "") -> None:
-    """Check, before a model loads, that there is one, and one only.
-
-    Args:
-        prefix: of the names of its options, for messages.
-
-    Raises:
-        InputError: says what is wrong.
-    """
-    path, url, model = (f"{prefix}{name}" for name in ("path", "url", "model"))
-    if bool(options.path) == bool(options.url):
-        given = "both are given" if options.path else "neither is given"
-        raise InputError(
-            f"add {path}=<model directory>, or {url}=<endpoint> and {model}=<name>; {given}"
-        )
-    if options.path:
-        check_policies(options, {path: options.path})
-        return
-    if not options.model:
-        raise InputError(f"{model} is missing; add {model}=<name of the model at {options.url}>")
-    check_endpoint(str(options.url), options.endpoint, url)
 
 
 def refusal(reply: Reply) -> str | None:

@@ -1,6 +1,7 @@
-"""Answer a file of prompts with a trained policy.
+"""Answer a file of prompts with a trained policy, or a model at an endpoint.
 
     python -m rlhf.generate path=runs/mine/ppo/final prompts=prompts.jsonl out=answers.jsonl
+    python -m rlhf.generate url=http://127.0.0.1:8000/v1 model=Qwen/Qwen3-8B prompts=prompts.jsonl samples_per_prompt=4
 
 That is mode=sample. `mode=self_instruct --help` is about new tasks after the pattern of a few,
 `mode=self_chat --help` about conversations that begin with given questions,
@@ -19,8 +20,9 @@ their other columns and have
 
 `python -m rlhf.score path=<reward model> data=answers.jsonl` scores them. An answer depends on the
 seed and the number of its row, not on other rows. A stopped command continues when it is given
-again, and ends with the same bytes. Left out: several processes.
-"""
+again, and ends with the same bytes. Answers of an endpoint are kept in <out>.answers.sqlite as they
+come, and are not asked for again. Left out: several processes.
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -33,37 +35,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import NORMALIZATIONS, InputError, ScorerConfig, knob, show
+from rlhf.config import InputError, ScorerConfig, show
 from rlhf.console import say
 from rlhf.data import BadRow, DropRow, check_row, prompt_of, read_rows, repaired, resolve_format
 from rlhf.data.detect import ORDER, reads
 from rlhf.data.rows import as_rows
+from rlhf.generate.options import GenerateOptions, check_author
 from rlhf.option_parser import check_options
-from rlhf.policy import Policy, PolicyOptions
+from rlhf.policy import Policy
 from rlhf.row_file import RowFile, chunks_of, new_file, refuse_rows
 
 TEXT_SUFFIXES = (".txt", "")
+STRIDE = 2**32  # between the numbers of two answers to a prompt; no file has so many rows
 # columns of earlier answers, which would not belong to the new ones
 REPLACED = "messages response responses score scores ended best_of_score not_answered".split()
-
-
-@dataclass(kw_only=True)
-class GenerateOptions(PolicyOptions):
-    """The command line."""
-
-    prompts: str
-    """Prompts to answer: a .jsonl, .json, .csv or .parquet file, or a .txt file of lines."""
-    out: str | None = None
-    """File to write (default: <name>.answers.jsonl in the folder of the prompts)."""
-    samples_per_prompt: int = knob(1, ge=1)
-    """Answers to each prompt."""
-    best_of: str | None = None
-    """Reward model (final/ of a reward stage, or any sequence classifier with one label) that
-    chooses one of the answers to each prompt."""
-    normalize: str = knob(ScorerConfig().normalize, choices=NORMALIZATIONS)
-    """Scale of the scores of best_of."""
-    batch_size: int = knob(32, ge=1)
-    """Answers sampled together."""
 
 
 @dataclass
@@ -87,6 +72,7 @@ def run(options: GenerateOptions) -> None:
             row has no prompt, or the partial output belongs to other rows, models or options.
     """
     check_options(options)
+    check_author(options)
     if options.best_of and options.samples_per_prompt < 2:
         raise InputError("best_of chooses among several answers; add samples_per_prompt=4")
     source = Path(options.prompts).expanduser()
@@ -94,8 +80,8 @@ def run(options: GenerateOptions) -> None:
     with new_file(out):
         questions, digest = read_prompts(source)
         file = RowFile(out, _made_from(options, len(questions), digest))
-        answerer = Answerer(options)
-        say(answerer.policy.describe())
+        answerer = Answerer(options, out)
+        say(answerer.describe())
         answerer.prepare(questions, source)
 
         def answer(chunk: range) -> Iterator[dict[str, Any]]:
@@ -113,6 +99,7 @@ def _made_from(options: GenerateOptions, num_rows: int, digest: str) -> dict[str
 
     names = [field.name for field in dataclasses.fields(options)]
     free = {"prompts", "out", "device", "trust_remote_code"}
+    free |= {"key_env", "timeout", "retries", "num_requests"}
     made_from: dict[str, Any] = {"rows": num_rows, "sha256 of the prompts": digest}
     made_from |= {name: getattr(options, name) for name in names if name not in free}
     for name in ("path", "best_of"):
@@ -133,6 +120,8 @@ def _summary(rows: list[dict[str, Any]], answerer: Answerer) -> str:
         parts.append(f"{sum(flat) / len(flat):.1%} of the answers ended by themselves")
     if answerer.num_tokens:
         parts.append(f"{answerer.num_tokens / answerer.seconds:,.0f} tokens/s")
+    if answerer.author is not None and answerer.author.num_known:
+        parts.append(f"{answerer.author.num_known:,} answers were known before")
     if answerer.num_cut:
         parts.append(f"best_of read only the beginning of {answerer.num_cut:,} answers (too long)")
     return "; ".join(parts)
@@ -206,13 +195,26 @@ class Answerer:
         num_cut: answers that the reward model had to cut.
     """
 
-    def __init__(self, options: GenerateOptions):
-        """Load the policy and the reward model."""
+    def __init__(self, options: GenerateOptions, out: Path | None = None):
+        """Load the policy, or take the endpoint, and load the reward model.
+
+        Args:
+            out: the file that is written; the answers of an endpoint are kept next to it.
+        """
+        from rlhf.distributed import default_device
         from rlhf.scorers import RewardModelScorer
 
         self.options = options
-        self.policy = Policy(options, options.path)
-        if self.policy.temperature == 0 and options.samples_per_prompt > 1:
+        self.policy: Any = None
+        self.author: Any = None  # at an endpoint
+        if options.path:
+            self.policy = Policy(options, options.path)
+        else:
+            from rlhf.generate.author import Author  # it imports this file
+
+            own = dataclasses.replace(options, system=None)  # the prompts have it
+            self.author = Author(own, out or Path(options.prompts))
+        if (self.policy or self.author).temperature == 0 and options.samples_per_prompt > 1:
             raise InputError(
                 f"with temperature 0 all {options.samples_per_prompt} answers to a prompt are "
                 "equal; add temperature=1, or leave samples_per_prompt out"
@@ -220,28 +222,33 @@ class Answerer:
         self.scorer: Any = None
         if options.best_of:
             config = ScorerConfig(options.best_of, options.normalize, options.batch_size)
-            device, code = self.policy.model.device, options.trust_remote_code
+            device, code = options.device or default_device(), options.trust_remote_code
             self.scorer = RewardModelScorer(config, device, "float32", "best_of", code)
         self.num_tokens = self.num_cut = 0
         self.seconds = 0.0
+
+    def describe(self) -> str:
+        """Say what answers."""
+        return str((self.policy or self.author).describe())
 
     def prepare(self, questions: list[Question], source: Path) -> None:
         """Encode the prompts; note those that cannot be answered."""
         from rlhf.tokenizer import RefusedConversation
 
+        why_text = self.policy and self.policy.why_text
         chats = [q.number + 1 for q in questions if not isinstance(q.prompt, str)]
-        if self.policy.why_text and chats:
+        if why_text and chats:
             raise InputError(
                 f"prompts={source}: row {chats[0]} is a conversation, but path={self.policy.path} "
-                f"continues text: {self.policy.why_text}; add chat_template=plain"
+                f"continues text: {why_text}; add chat_template=plain"
             )
         for question in questions:
             if question.not_answered is None:
-                if not self.policy.why_text:
+                if not why_text:
                     turns = question.prompt
                     if isinstance(turns, str):
                         turns = [{"role": "user", "content": turns}]
-                    question.prompt = self.policy.with_system(turns)
+                    question.prompt = self.options.with_system(turns)
                 try:
                     self._encode(question)
                 except RefusedConversation as error:
@@ -250,14 +257,16 @@ class Answerer:
     def _encode(self, question: Question) -> None:
         from rlhf.sampling import context_length
 
-        question.ids = self.policy.encode_prompt(question.prompt)
-        context, length = context_length(self.policy.model), len(question.ids)
-        question.budget = min(self.options.response_length, context - length)
-        if not length:
-            question.not_answered = "the prompt has no tokens"
-        elif question.budget < 1:
-            question.not_answered = f"the prompt has {length} tokens, the model's context {context}"
-        elif self.scorer is not None:
+        if self.policy is not None:
+            question.ids = self.policy.encode_prompt(question.prompt)
+            context, length = context_length(self.policy.model), len(question.ids)
+            question.budget = min(self.options.response_length, context - length)
+            if not length:
+                question.not_answered = "the prompt has no tokens"
+            elif question.budget < 1:
+                what = f"the prompt has {length} tokens, the model's context {context}"
+                question.not_answered = what
+        if question.not_answered is None and self.scorer is not None:
             length, context = self.scorer.prompt_length(question.prompt), self.scorer.max_length
             if length >= context:
                 what = f"the prompt has {length} tokens, the context of best_of {context}"
@@ -276,13 +285,23 @@ class Answerer:
 
     def _answers(self, asked: list[Question]) -> list[dict[str, Any]]:
         """The answers to each question, as columns of its row."""
-        texts, ended = self._sample(asked)
+        texts, ended = self._ask(asked) if self.author else self._sample(asked)
         if self.scorer is not None:
             return self._best(asked, texts, ended)
         if self.options.samples_per_prompt == 1:
             pairs = zip(texts, ended, strict=True)
             return [{"response": text[0], "ended": end[0]} for text, end in pairs]
         return [{"responses": t, "ended": e} for t, e in zip(texts, ended, strict=True)]
+
+    def _ask(self, asked: list[Question]) -> tuple[list[list[str]], list[list[bool]]]:
+        """As `_sample`, from the endpoint; an answer that is known is not asked for again."""
+        count = self.options.samples_per_prompt
+        numbers = [question.number + i * STRIDE for question in asked for i in range(count)]
+        prompts = [question.prompt for question in asked for _ in range(count)]
+        replies = iter(self.author.ask(numbers, prompts))
+        grouped = [[next(replies) for _ in range(count)] for _ in asked]
+        texts = [[reply.said for reply in group] for group in grouped]
+        return texts, [[reply.ended for reply in group] for group in grouped]
 
     def _sample(self, asked: list[Question]) -> tuple[list[list[str]], list[list[bool]]]:
         """Texts of the answers to each question, and whether each ended by itself."""

@@ -27,7 +27,8 @@ from typing import Any
 from rlhf.config import InputError, knob, show
 from rlhf.console import progress_bar, say
 from rlhf.data import BadRow, as_prompt, as_text, read_rows, repaired
-from rlhf.generate.author import Author, AuthorOptions, Reply, begun, left_out, refusal, save_rows
+from rlhf.generate.author import Author, Reply, begun, left_out, refusal, save_rows
+from rlhf.generate.options import AuthorOptions
 from rlhf.row_file import refuse_rows
 from rlhf.rubrics import as_dialogue
 

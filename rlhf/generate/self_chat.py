@@ -23,7 +23,8 @@ from typing import Any
 
 from rlhf.config import InputError, knob
 from rlhf.console import progress_bar, say
-from rlhf.generate.author import Author, AuthorOptions, Reply, begun, left_out, refusal, save_rows
+from rlhf.generate.author import Author, Reply, begun, left_out, refusal, save_rows
+from rlhf.generate.options import AuthorOptions
 from rlhf.generate.sample import Question, read_prompts
 
 PROMPT = """\

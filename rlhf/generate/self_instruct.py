@@ -31,7 +31,8 @@ import numpy as np
 from rlhf.config import InputError, knob
 from rlhf.console import progress_bar, say, warn
 from rlhf.data import read_rows
-from rlhf.generate.author import Author, AuthorOptions, Reply, begun, left_out, refusal, save_rows
+from rlhf.generate.author import Author, Reply, begun, left_out, refusal, save_rows
+from rlhf.generate.options import AuthorOptions
 from rlhf.generate.written_tasks import (
     BLACKLIST,
     Earlier,

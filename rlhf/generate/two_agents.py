@@ -27,16 +27,9 @@ from typing import Any
 
 from rlhf.config import InputError, knob
 from rlhf.console import progress_bar, say
-from rlhf.generate.author import (
-    Author,
-    AuthorOptions,
-    Reply,
-    begun,
-    check_author,
-    left_out,
-    refusal,
-    save_rows,
-)
+from rlhf.generate.author import Author, Reply, begun, left_out, refusal, save_rows
+from rlhf.generate.options import AuthorOptions, check_author
+from rlhf.generate.sample import STRIDE
 from rlhf.generate.self_chat import questions_of, topics_of
 from rlhf.option_parser import check_options
 
@@ -45,7 +38,6 @@ PERSONA = f"""\
 You play a person who talks with an assistant. Write what the person says next and nothing else: \
 one question or remark that follows from the last answer. Do not answer questions and do not help; \
 that is the assistant's part. When nothing is left to ask, write {END}. Begin the conversation."""
-STRIDE = 2**32  # a turn's numbers are apart from those of the turns before
 
 
 @dataclass(kw_only=True)

@@ -21,12 +21,13 @@ from rlhf.chat.web import PAGE, Room, make_app
 from rlhf.config import DatasetConfig, InputError
 from rlhf.data import load_splits
 from rlhf.option_parser import read_options
+from rlhf.policy import PolicyOptions
 
 
 class Speaker:
     """Says its words one by one, as a `Chat` does."""
 
-    why_text, temperature, cut_off = None, 1.0, False
+    why_text, temperature, cut_off, options = None, 1.0, False, PolicyOptions("any")
 
     def __init__(self, path: str, words: str):
         self.path, self.words, self.note = path, words.split(" "), print
@@ -45,9 +46,6 @@ class Speaker:
                 yield word if not i else f" {word}"
         finally:
             self.closed += 1
-
-    def with_system(self, messages):
-        return messages
 
 
 @pytest.fixture

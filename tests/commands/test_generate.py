@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 from helpers.chat_models import TOKENIZER, random_policy, write
+from helpers.endpoints import Answers, running
+from helpers.judging import chat
 from helpers.scorers import policy_tokenizer, write_reward_model
 from helpers.tiny import tiny_model
 
 import rlhf.row_file
 import rlhf.score
-from rlhf.config import ModelConfig, ScorerConfig
-from rlhf.data import encode_prompt
+from rlhf.config import DatasetConfig, ModelConfig, ScorerConfig
+from rlhf.data import encode_prompt, load_splits
 from rlhf.generate import GenerateOptions, run
 from rlhf.models import load_policy
 from rlhf.option_parser import run_command
@@ -246,3 +248,65 @@ def test_what_cannot_work_is_refused_and_nothing_is_written(
     status, _, errors = command(f"path={policy}", f"out={tmp_path}/out.jsonl", *given)
     assert status == 2 and message.format(**places) in errors
     assert sorted(tmp_path.iterdir()) == before
+
+
+# --- A model at an endpoint -----------------------------------------------------------------------
+
+
+def counted(body):
+    """Answers with the number of words that it was asked."""
+    asked = body["messages"][-1]["content"]
+    return chat(f"<think>hm</think>{len(asked.split())} words, {body['max_tokens']} tokens")
+
+
+def test_a_model_at_an_endpoint_answers_and_a_failure_loses_no_answer(command, tmp_path):
+    prompts = file_of(tmp_path / "prompts.jsonl", ROWS)
+    refused = 401, {"error": "no key"}
+    ask = ["model=m", f"prompts={prompts}", "samples_per_prompt=2", "num_requests=1", "system=Hi"]
+    with running(Answers(counted, counted, counted, refused)) as server:
+        status, _, errors = command(*ask, f"url={server.url}")
+        assert status == 2 and "answered 401" in errors and "no key" in errors
+        server.answers, num_before = [counted], len(server.requests)
+        status, output, errors = command(*ask, f"url={server.url}")
+        bodies = [body for _, _, body in server.requests]
+    assert status == 0, errors
+    assert "m at http://127.0.0.1" in output and "3 answers were known before" in output
+    assert len(bodies) - num_before == 2 * len(ROWS) - 3, "an answer is asked for once"
+    assert [turn["role"] for turn in bodies[0]["messages"]] == ["system", "user"]
+    rows = rows_of(tmp_path / "prompts.answers.jsonl")
+    assert rows[0]["responses"] == ["3 words, 256 tokens"] * 2 and rows[0]["ended"] == [True] * 2
+    assert rows[0]["id"] == 7 and rows[0]["prompt"][0] == {"role": "system", "content": "Hi"}
+    splits = load_splits(DatasetConfig(path=f"{tmp_path}/prompts.answers.jsonl"), "ppo", 1)
+    assert len(splits.train + splits.eval) == len(ROWS)
+
+
+def test_a_reward_model_chooses_among_the_answers_of_an_endpoint(reward_model, command, tmp_path):
+    prompts = file_of(tmp_path / "p.jsonl", [{"prompt": "Name a fruit."}])
+    texts = iter(["An apple.", "A dog.", "Red"])
+    ask = [f"best_of={reward_model}", "samples_per_prompt=3", "model=m", f"prompts={prompts}"]
+    with running(Answers(lambda body: chat(next(texts)))) as server:
+        status, _, errors = command(*ask, f"url={server.url}", "normalize=none")
+    assert status == 0, errors
+    (row,) = rows_of(tmp_path / "p.answers.jsonl")
+    config = ScorerConfig(reward_model, "none")
+    scores = load_scorer(config, "cpu", "float32")(
+        [row["prompt"]] * 3, ["An apple.", "A dog.", "Red"]
+    )
+    assert row["best_of_score"] == pytest.approx(max(scores.tolist()))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "add path=<model directory>, or url=<endpoint> and model=<name>; neither is given"),
+        (["path=x", "url=http://a"], "both are given"),
+        (["url=http://127.0.0.1:9/v1"], "model is missing; add model=<name of the model at"),
+        (["url=http://127.0.0.1:9/v1", "model=m"], "cannot be reached (Connection refused)"),
+        (["url=http://a/v1", "model=m", "top_k=5"], "top_k is for a model at path, not for url"),
+    ],
+)
+def test_an_endpoint_that_cannot_be_asked_is_refused(command, tmp_path, arguments, message):
+    prompts = file_of(tmp_path / "p.jsonl", [{"prompt": "Hi"}])
+    status, _, errors = command(f"prompts={prompts}", *arguments)
+    assert status == 2 and message in errors
+    assert [*tmp_path.iterdir()] == [prompts]
