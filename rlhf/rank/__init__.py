@@ -3,6 +3,7 @@
     tasks        a file of prompts -> tasks in a store
     store        tasks, queues of annotators, judgements: one SQLite file
     app, serving the web page over a store; `page/` has its files
+    by_scorer    a judge as one of the annotators
     ranked_rows  judgements -> rankings.jsonl and demonstrations
     summary      agreement, and which policy wins; `agreement` has the formulas
 

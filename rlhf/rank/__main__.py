@@ -3,8 +3,9 @@
     python -m rlhf.rank prompts=prompts.jsonl path=runs/mine/sft/final samples_per_prompt=4
     python -m rlhf.rank prompts=prompts.jsonl path=[runs/a/sft/final,runs/b/sft/final] overlap=3
     python -m rlhf.rank prompts=answers.jsonl out=rankings.jsonl
+    python -m rlhf.rank prompts=answers.jsonl overlap=2 scorer=judge:helpfulness model=Qwen/Qwen3-8B url=http://127.0.0.1:8000/v1
 
-The last one needs no model: its rows have `responses`. The page shows a prompt with its answers in
+The third one needs no model: its rows have `responses`. The page shows a prompt with its answers in
 random order, without the names of models. It writes
 
     <name>.rankings.jsonl                 for python -m rlhf.reward dataset=ranked
@@ -13,8 +14,10 @@ random order, without the names of models. It writes
     <name>.rankings.report.json           counts, agreement, and which policy wins
     <name>.rankings.sqlite                everything; a kill at any moment loses no submission
 
-The same command continues. Left out: a chat with a model, which is `python -m rlhf.chat`.
-"""
+In the last one a judge ranks every prompt, and a person too; the report says how far they agree.
+Without overlap=2 the judge ranks all, and no page is served. The same command continues. Left out: a
+chat with a model, which is `python -m rlhf.chat`.
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -26,6 +29,7 @@ from pathlib import Path
 from rlhf.config import InputError
 from rlhf.console import say
 from rlhf.option_parser import check_options, run_command
+from rlhf.rank.by_scorer import check_ranking_scorer, rank_by_scorer
 from rlhf.rank.options import RankOptions
 from rlhf.rank.ranked_rows import export, written_files
 from rlhf.rank.serving import serve
@@ -46,6 +50,7 @@ def run(options: RankOptions) -> None:
 
     check_options(options)
     check_models(options)
+    check_ranking_scorer(options)
     source = Path(options.prompts).expanduser()
     out = Path(options.out or source.with_suffix(".rankings.jsonl"))
     if out.suffix != ".jsonl":
@@ -67,7 +72,10 @@ def run(options: RankOptions) -> None:
 
         if socket is not None:
             make_tasks(options, store, questions, digest)
-            serve(store, socket, options.host, options.token, options.annotators, write)
+            if options.scorer is not None:
+                rank_by_scorer(options, store)
+            if options.scorer is None or not store.is_complete():
+                serve(store, socket, options.host, options.token, options.annotators, write)
         write()
         _conclude(store, out)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlhf.config import knob
+from rlhf.config import EndpointConfig, knob
 from rlhf.policy import PolicyOptions
 from rlhf.web.server import ServerOptions
 
 
 @dataclass(kw_only=True)
-class RankOptions(ServerOptions, PolicyOptions):
+class RankOptions(ServerOptions, EndpointConfig, PolicyOptions):
     """The command line."""
 
     path: list[str] | None = None  # type: ignore[assignment]
@@ -33,5 +33,8 @@ class RankOptions(ServerOptions, PolicyOptions):
     """Annotators who rank each prompt; 2 or more show how far they agree."""
     annotators: list[str] | None = None
     """Names of the annotators (default: anybody who gives a name)."""
+    scorer: str | None = None
+    """A scorer that ranks too, as one of the annotators, before people do: judge:<rubric>, a reward
+    model, module.function or a URL."""
     serve: bool = True
     """false: only write the files of what is ranked so far."""

@@ -338,6 +338,14 @@ class Store:
         rows = self._rows("SELECT messages, annotator FROM conversations ORDER BY number")
         return [{"messages": json.loads(messages), "annotator": name} for messages, name in rows]
 
+    def is_complete(self) -> bool:
+        """True if every task that is not flagged has all of its rankings."""
+        query = """SELECT EXISTS (SELECT 1 FROM tasks WHERE
+            number NOT IN (SELECT task FROM judgements WHERE kind = 'flag' AND NOT undone)
+            AND ? > (SELECT COUNT(*) FROM judgements AS k
+                WHERE k.task = tasks.number AND k.kind = 'ranking' AND NOT k.undone))"""
+        return not self._rows(query, self.overlap)[0][0]
+
     def progress(self, annotator: str) -> dict[str, int]:
         """Counts for the page: of this annotator, and of all."""
         query = """SELECT COALESCE(SUM(kind = 'ranking'), 0), COALESCE(SUM(kind = 'skip'), 0),

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import InputError, ScorerConfig, show
+from rlhf.config import EndpointConfig, InputError, ScorerConfig, show
 from rlhf.console import progress_bar, say
 from rlhf.generate import Answerer, GenerateOptions, Question, read_prompts
 from rlhf.policy import PolicyOptions, check_policies
@@ -27,7 +27,8 @@ REPLACED = "ranks ratings scale margin probability chosen rejected models annota
 POLICY = {field.name for field in dataclasses.fields(PolicyOptions)}
 # options that do not change the answers; a store may be opened again with other ones
 FREE = {"prompts", "out", "device", "trust_remote_code", "engine", "batch_size", "order"}
-FREE |= {"reward_models", "overlap", "annotators", "host", "port", "token", "serve"}
+FREE |= {"reward_models", "overlap", "annotators", "host", "port", "token", "serve", "scorer"}
+FREE |= {field.name for field in dataclasses.fields(EndpointConfig)}  # of the scorer
 
 
 def read_questions(options: RankOptions) -> tuple[list[Question], str]:

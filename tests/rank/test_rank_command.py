@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from helpers.chat_models import random_policy, write
 from helpers.commands import blocks, commands
+from helpers.endpoints import Answers, running
+from helpers.judging import prefers_long_answers
 from helpers.scorers import policy_tokenizer, write_reward_model
 
 import rlhf.rank.__main__ as command_module
@@ -208,7 +210,7 @@ def test_the_prompts_on_which_reward_models_disagree_come_first(command, people,
 
 def test_the_commands_of_the_page_have_options_that_exist(command):
     lines = [line for line in commands(PAGE) if "rlhf.rank" in line]
-    assert len(lines) == 2
+    assert len(lines) == 3
     for line in lines:
         assert read_options(RankOptions, line.split()[3:]).prompts
 
@@ -234,6 +236,40 @@ def test_a_file_that_was_mended_can_be_given_again(command):
     assert command("prompts=answers.jsonl")[0] == 0
 
 
+# --- A judge ranks too ----------------------------------------------------------------------------
+
+
+def test_a_judge_is_one_of_the_annotators_and_its_agreement_with_people_is_shown(command, people):
+    file_of("answers.jsonl", ANSWERED)
+    people.append(shortest_first)
+    asked = ["prompts=answers.jsonl", "scorer=judge:helpfulness", "model=m", "cache=:memory:"]
+    with running(Answers(prefers_long_answers)) as server:
+        status, output, errors = command(*asked, f"url={server.url}", "overlap=2")
+    assert status == 0, errors
+    assert "judge:helpfulness ranked the answers to 3 prompts" in output
+    assert "judge m, helpfulness (version 1): 6 answers asked" in output
+    assert "agreement on 3 prompts that several people ranked" in output
+    rows = rows_of("answers.rankings.jsonl")
+    assert [row["annotator"] for row in rows] == ["judge:helpfulness"] * 3 + ["ann"] * 3
+    assert rows[0]["responses"] == ["An apple.", "A dog."] and rows[0]["ranks"] == [0, 0]
+    assert rows[1]["responses"] == ["A saw.", "Red"] and rows[1]["ranks"] == [0, 1]
+
+
+def test_a_judge_that_ranks_all_needs_no_page_and_goes_on_after_a_failure(command, people):
+    file_of("answers.jsonl", ANSWERED)
+    people.append(lambda store: pytest.fail("nothing is left to rank"))
+    asked = ["prompts=answers.jsonl", "scorer=judge:helpfulness", "model=m", "num_requests=1"]
+    with running(Answers(*[prefers_long_answers] * 2, (401, {"error": "no key"}))) as server:
+        status, _, errors = command(*asked, f"url={server.url}", "cache=kept.sqlite")
+        assert status == 2 and "no key" in errors
+        assert len(Store(Path("answers.rankings.sqlite")).judgements()) == 1
+        server.answers = [prefers_long_answers]
+        status, output, errors = command(*asked, f"url={server.url}", "cache=kept.sqlite")
+    assert status == 0, errors
+    assert "3 of 3 prompts ranked, 3 rankings" in output
+    assert [row["annotator"] for row in rows_of("answers.rankings.jsonl")] == [asked[1][7:]] * 3
+
+
 # --- Bad input ------------------------------------------------------------------------------------
 
 
@@ -247,6 +283,12 @@ def test_a_file_that_was_mended_can_be_given_again(command):
         (["prompts=equal.jsonl"], "has nothing to rank: no two different answers (1)"),
         (["prompts=a.jsonl", "samples_per_prompt=10"], "samples_per_prompt must lie in [2, 9]"),
         (["prompts=a.jsonl", "path=nowhere"], "path=nowhere"),
+        (
+            ["prompts=a.jsonl", "url=http://a/v1"],
+            "add scorer=judge:helpfulness. To rank answers of",
+        ),
+        (["prompts=a.jsonl", "scorer=judge:helpfulness"], "a judge needs model=<its name> and url"),
+        (["prompts=a.jsonl", "scorer=nowhere"], "scorer=nowhere"),
         (["prompts=a.jsonl", "order=disagreement"], "reward_models=[a,b], two or more models"),
         (["prompts=a.jsonl", "host=0.0.0.0"], "host=0.0.0.0 lets other machines in; add token="),
         (["prompts=a.jsonl", "token=short"], "at least 8 characters, got 5"),
