@@ -11,6 +11,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
+from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -286,6 +288,18 @@ def gathered_bytes(model: nn.Module) -> int:
 def whole(tensor: Tensor) -> Tensor:
     """The whole of a tensor that is in slices on the processes; all of them must ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def in_file(tensor: Tensor, folder: Path | None) -> Tensor:
+    """A copy of a tensor that takes no main memory: it is mapped from a file in a folder, which has
+    no name and ends with the copy."""
+    if not tensor.numel():
+        return tensor.cpu()
+    with TemporaryFile(dir=folder) as file:
+        os.posix_fallocate(file.fileno(), 0, tensor.nbytes)  # a full disk is an error here
+        path, kind = f"/proc/self/fd/{file.fileno()}", tensor.dtype
+        copy = torch.from_file(path, shared=True, size=tensor.numel(), dtype=kind)
+    return copy.view(tensor.shape).copy_(tensor)
 
 
 def gather_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

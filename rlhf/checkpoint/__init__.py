@@ -22,6 +22,7 @@ from rlhf.checkpoint.finite import (
     NonFiniteError,
     find_non_finite,
     find_non_finite_in,
+    find_non_finite_on_any,
     optimizer_tensors,
 )
 from rlhf.checkpoint.hosts import collect_from_hosts, copy_to_all_hosts

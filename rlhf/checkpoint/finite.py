@@ -38,6 +38,13 @@ def find_non_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
     return None
 
 
+def find_non_finite_on_any(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
+    """As `find_non_finite`, in what all processes have; they call this together."""
+    from accelerate.utils import gather_object
+
+    return next(filter(None, gather_object([find_non_finite(tensors)])), None)
+
+
 def find_non_finite_in(directory: Path) -> str | None:
     """Search every safetensors file below a directory; the result names the file too."""
     for file in sorted(directory.rglob("*.safetensors")):

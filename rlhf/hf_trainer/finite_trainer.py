@@ -8,12 +8,11 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
-from rlhf.checkpoint import NonFiniteError, find_non_finite, optimizer_tensors
+from rlhf.checkpoint import NonFiniteError, find_non_finite_on_any, optimizer_tensors
 from rlhf.hf_trainer.sharded_trainer import ShardedTrainer
 from rlhf.hf_trainer.token_batches import split_batch
 
@@ -93,8 +92,7 @@ def find_non_finite_state(trainer: Trainer) -> str | None:
     """As `find_non_finite`, in the weights and optimiser states of a Trainer on all processes."""
     weights = trainer.accelerator.unwrap_model(trainer.model).state_dict()
     tensors = itertools.chain(weights.items(), optimizer_tensors(trainer.optimizer))
-    problems = gather_object([find_non_finite(tensors)])
-    return next((problem for problem in problems if problem is not None), None)
+    return find_non_finite_on_any(tensors)
 
 
 def set_learning_rate(trainer: Trainer) -> None:

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from rlhf.checkpoint import NonFiniteError, find_non_finite_on_any
 from rlhf.config import InputError, ModelConfig, PeftConfig, one_line
 from rlhf.console import is_main_process
-from rlhf.distributed import compute_device, is_sharded, whole
+from rlhf.distributed import compute_device, in_file, is_sharded, whole
 from rlhf.hub import ADAPTER_WEIGHTS
 from rlhf.models.attention import is_padding_free
 from rlhf.models.forward import HEAD, unwrap_peft
@@ -154,36 +155,66 @@ class _Rows(TrainableTokensLayer):
 # --- The plain model again ---------------------------------------------------------------------
 
 
-def merged(model: Any) -> PreTrainedModel:
+def merged(model: Any, folder: Path | None = None) -> PreTrainedModel:
     """Return the plain model. If it has adapters, merge them into copies of the weights in main
     memory, after dequantising what bitsandbytes has quantised. The result has the type in which the
     base is stored, if that is smaller than the one of training; a scalar head is not rounded.
 
-    All processes that share a sharded model call this together; only the main one gets a new model.
+    All processes that share a sharded model call this together; only the main one gets a new model,
+    which can be written but not run: its weights are in files of `folder`, put together one by one,
+    so that no process holds the model.
+
+    Raises:
+        NonFiniteError: on all processes, if one has a slice that is not finite.
     """
-    if not isinstance(model, PeftModel) and not is_sharded(model):
+    if is_sharded(model):
+        return _merged_in_files(model, folder)
+    if not isinstance(model, PeftModel):
         return model
     base = cast(Any, unwrap_peft(model))
-    plain = type(base)(_plain_config(base))
-    if any(key.startswith(f"{HEAD}.") and key.endswith(".bias") for key in base.state_dict()):
-        plain.score = nn.Linear(plain.score.in_features, 1)  # the families' heads have no bias
-    keeps = is_main_process() or not is_sharded(model)
-    state = {name: tensor.cpu() for name, tensor in _merged_weights(model, plain) if keeps}
-    if not keeps:
-        return base
-    stored: torch.dtype = getattr(base, STORED_DTYPE, torch.float32)
-    for name, tensor in state.items():
-        is_wider = tensor.is_floating_point() and tensor.dtype.itemsize > stored.itemsize
-        if is_wider and not name.startswith(f"{HEAD}."):
-            state[name] = tensor.to(stored)
+    plain = _empty_plain(base)
+    state = {name: _as_stored(base, name, t.cpu()) for name, t in _merged_weights(model, plain)}
     plain.load_state_dict(state)
-    plain.generation_config = getattr(base, "generation_config", None)
-    if hasattr(base.base_model, "_rlhf_forward"):  # how it was trained, for its record
-        plain.base_model._rlhf_forward = base.base_model._rlhf_forward
     for name, parameter in plain.named_parameters():
         # Each in its own dtype: `plain.to` would round a float32 head and the rotary frequencies.
         parameter.data = parameter.data.to(state[name].dtype)
     return plain
+
+
+def _merged_in_files(model: Any, folder: Path | None) -> PreTrainedModel:
+    """`merged` of a model in slices."""
+    base = cast(Any, unwrap_peft(model))
+    if problem := find_non_finite_on_any(model.named_parameters()):
+        raise NonFiniteError(f"the result was not written: {problem}")
+    with torch.device("meta"):
+        plain = _empty_plain(base)
+    state = {}
+    for name, tensor in _merged_weights(model, plain):
+        if is_main_process():
+            state[name] = in_file(_as_stored(base, name, tensor), folder)
+    if not is_main_process():
+        return base
+    plain.load_state_dict(state, assign=True)
+    plain.tie_weights()
+    return plain
+
+
+def _empty_plain(base: Any) -> Any:
+    """A model without adapters of the same form, whose weights are yet to come."""
+    plain = type(base)(_plain_config(base))
+    if any(key.startswith(f"{HEAD}.") and key.endswith(".bias") for key in base.state_dict()):
+        plain.score = nn.Linear(plain.score.in_features, 1)  # the families' heads have no bias
+    plain.generation_config = getattr(base, "generation_config", None)
+    if hasattr(base.base_model, "_rlhf_forward"):  # how it was trained, for its record
+        plain.base_model._rlhf_forward = base.base_model._rlhf_forward
+    return plain
+
+
+def _as_stored(base: Any, name: str, tensor: Tensor) -> Tensor:
+    """A weight in the type of the base's files, if that is smaller; a head keeps its own."""
+    stored: torch.dtype = getattr(base, STORED_DTYPE, torch.float32)
+    is_wider = tensor.is_floating_point() and tensor.dtype.itemsize > stored.itemsize
+    return tensor.to(stored) if is_wider and not name.startswith(f"{HEAD}.") else tensor
 
 
 def plain_copy(model: Any, dtype: torch.dtype) -> PreTrainedModel:
@@ -274,7 +305,11 @@ def _dequantized_weights(base: Any, adapter: str, plain: nn.Module) -> Iterator[
 
 
 def what_to_save(
-    model: Any, config: PeftConfig, base: str | None, revision: str | None = None
+    model: Any,
+    config: PeftConfig,
+    base: str | None,
+    revision: str | None = None,
+    folder: Path | None = None,
 ) -> tuple[PreTrainedModel, Callable[[Path], None] | None]:
     """Return the model for `final/`, and a function that writes its adapter into a directory.
 
@@ -285,16 +320,18 @@ def what_to_save(
 
     Args:
         base: directory or Hub id of the model below the adapters; None if it was built.
+        folder: where the weights of a sharded model wait in files until they are written.
     """
     if not (is_main_process() or is_sharded(model)):
         return model, None
     if not isinstance(model, PeftModel) or base is None or config.save == "merged":
-        return merged(model), None
+        return merged(model, folder), None
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
     copies = {k: whole(v.detach()).cpu().contiguous().clone() for k, v in tensors.items()}
     settings = copy.copy(model.active_peft_config)
     write = partial(_save_adapter, settings, copies, base, revision)
-    return cast(Any, model.get_base_model() if config.save == "adapter" else merged(model)), write
+    plain = model.get_base_model() if config.save == "adapter" else merged(model, folder)
+    return cast(Any, plain), write
 
 
 def _save_adapter(

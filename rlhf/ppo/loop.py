@@ -221,14 +221,14 @@ class PPOLoop:
         )
 
     def _write_result(self, figures: dict[str, float]) -> None:
-        """Write `critic/` and `final/`, on the main process; all gather what is sharded."""
+        """Write `critic/` and `final/`, on the main process, to which all send what is sharded."""
         actors, config = self.trainer.actors, self.config
         # elsewhere None: it takes hashes of whole models
         record = self._record(figures) if self.trainer.accelerator.is_main_process else None
         self._write_critic(record)  # first: a run with final/ counts as finished
         with self.trainer.updater.averaged_weights():
             parts = actors.policy, config.peft, config.model.path, config.model.revision
-            policy, adapter = what_to_save(*parts)
+            policy, adapter = what_to_save(*parts, self.directory)
             if record is not None:
                 final, tokenizer = self.directory / "final", actors.tokenizer
                 write_stage(final, policy, tokenizer, config, record, write_adapter=adapter)
@@ -255,7 +255,8 @@ class PPOLoop:
         if critic is None or self.trainer.actors.shares_trunk:
             return
         base, revision = critic_base(self.config)
-        model, adapter = what_to_save(critic.model, self.config.peft, base, revision)
+        parts = critic.model, self.config.peft, base, revision
+        model, adapter = what_to_save(*parts, self.directory)
         if record is None:
             return
         own = replace(record, stage="critic", score_mean=critic.mean, score_std=critic.std)

@@ -177,7 +177,8 @@ def _finish(
     record.metrics = heldout_metrics(scores, heldout)
     report = make_report(scores, heldout, splits.eval, tokenizer, heldout_name(config.dataset))
     final = directory / "final"
-    model, adapter = what_to_save(scalar.model, config.peft, parent, config.model.revision)
+    parts = scalar.model, config.peft, parent, config.model.revision
+    model, adapter = what_to_save(*parts, directory)
     record.sharding = describe_sharding(trainer.accelerator)
     if PartialState().is_main_process:
         files = page_files(report, scores, heldout)

@@ -58,7 +58,6 @@ from rlhf.models import (
     add_lora,
     load_policy,
     mend_sampling_settings,
-    merged,
     new_token_rows,
     parameter_count,
     shard_unread,
@@ -266,17 +265,15 @@ def _finish(
     """Answer some held-out prompts, write `final/`, and show the result."""
     policy: Any = trainer.accelerator.unwrap_model(trainer.model)
     policy.__dict__.pop("forward", None)  # TRL patches forward on the instance
-    metrics, samples = _last_evaluation(trainer), []
-    parts = policy, config.peft, config.model.path, config.model.revision
-    model, adapter = what_to_save(*parts)
-    is_main = PartialState().is_main_process
-    if is_sharded(policy):
-        policy = merged(policy)  # the main process samples alone
-        policy = policy.to(trainer.args.device) if is_main else policy
-    if is_main:
-        prompted = [row for row in splits.eval if not is_text(row)]
-        rows = different_prompts(prompted)[: config.num_samples]
+    metrics = _last_evaluation(trainer)
+    prompted = [row for row in splits.eval if not is_text(row)]
+    rows = different_prompts(prompted)[: config.num_samples]
+    samples, is_main = [], PartialState().is_main_process
+    if is_main or is_sharded(policy):  # processes gather a sharded policy layer by layer, together
         samples = sample_responses(policy, tokenizer, rows, config)
+    parts = policy, config.peft, config.model.path, config.model.revision
+    model, adapter = what_to_save(*parts, directory)
+    if is_main:
         if num_left_out := len(rows) - len(samples):
             warn(
                 f"{num_left_out} of {len(rows)} prompts got no sample: response_length="

@@ -1,5 +1,6 @@
 """The memory of each of two processes that train one model in slices is its share of the weights,
-gradients and optimiser states, from the first read to the checkpoint.
+gradients and optimiser states, from the first read to the checkpoint, and one tensor more while
+`final/` is written.
 
 Memory of a process is what it holds at once: pages of files that it maps are the system's, and the
 C library, which would keep freed memory for later, gives it back here at once.
@@ -18,9 +19,9 @@ from helpers.sharded import in_group, text_of
 from helpers.tiny import tiny_model, tiny_tokenizer
 
 from rlhf.checkpoint.state import save_training_state
-from rlhf.config import ModelConfig, PPOConfig, StageConfig
+from rlhf.config import ModelConfig, PeftConfig, PPOConfig, StageConfig
 from rlhf.distributed import clip_gradients, gathered_bytes, make_accelerator, share
-from rlhf.models import load_policy, shard
+from rlhf.models import load_policy, shard, what_to_save
 from rlhf.ppo.optimizer import make_optimizer
 from rlhf.tokenizer import load_tokenizer
 
@@ -54,7 +55,7 @@ class Peak(threading.Thread):
 
 
 def train(path, folder, measures):
-    """Load, make two steps and save a checkpoint; write the peak of this process."""
+    """Load, make two steps, save a checkpoint and the result; write the peaks of this process."""
     accelerator, config = make_accelerator("float32"), ModelConfig(path=str(path))
     tokenizer = load_tokenizer(config)
     with Peak(daemon=True) as peak:
@@ -71,8 +72,13 @@ def train(path, folder, measures):
             optimizer.zero_grad()
         parts = {"policy": model}, {"policy": optimizer}
         save_training_state(folder / "checkpoint-1", *parts, {"update": 1}, StageConfig())
+    with Peak(daemon=True) as final:
+        plain, _ = what_to_save(model, PeftConfig(), None, folder=folder)
+        if accelerator.is_main_process:
+            plain.save_pretrained(folder / "final")
     if measures:
         numbers = {"peak": peak.bytes, "loading": loading.bytes, "layer": gathered_bytes(model)}
+        numbers |= {"final": final.bytes, "tensor": max(p.nbytes for p in model.parameters())}
         (folder / f"peak-{accelerator.process_index}.json").write_text(json.dumps(numbers))
 
 
@@ -103,4 +109,5 @@ def test_each_process_has_its_share_of_weights_gradients_and_optimiser(tmp_path)
         share_of_all = 4 * weights / 2  # weights, gradients and two moments, over two processes
         assert found["peak"] < 1.3 * share_of_all + found["layer"], found
         assert found["loading"] < 1.3 * weights / 2 + found["layer"], found
+        assert found["final"] < 5 * found["tensor"], "one is gathered at a time"
         assert found["peak"] > 0.9 * share_of_all, "the measurement sees the memory"
