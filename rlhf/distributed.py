@@ -171,17 +171,39 @@ def clip_gradients(
 ) -> float:
     """Scale the gradients of a model so that their norm, over all slices, is at most `limit`;
     return the norm before."""
+    parameters = list(parameters)
     if not accelerator.is_fsdp2:
         return float(accelerator.clip_grad_norm_(parameters, limit))
+    _average_whole_gradients(parameters, accelerator)
     return float(whole(clip_grad_norm_(parameters, limit)))
 
 
-def describe_sharding(accelerator: Accelerator) -> str | None:
-    """How the processes share the weights that train, in words; None if each has all of them."""
+def _average_whole_gradients(parameters: list[nn.Parameter], accelerator: Accelerator) -> None:
+    """Give all processes the mean of the gradients of what FSDP2 does not shard: adapters and heads
+    on one base."""
+    whole_ones = (p.grad for p in parameters if not isinstance(p, DTensor))
+    gradients = [gradient for gradient in whole_ones if gradient is not None]
+    if not gradients:
+        return
+    together = torch.cat([gradient.flatten() for gradient in gradients])
+    mean = accelerator.reduce(together, reduction="mean")
+    for gradient, part in zip(gradients, mean.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+def move(model: nn.Module, device: torch.device | str) -> None:
+    """Move a model to a device, in place; slices stay where they are."""
+    model._apply(lambda tensor: tensor if isinstance(tensor, DTensor) else tensor.to(device))
+
+
+def describe_sharding(
+    accelerator: Accelerator, what: str = "what trains", rest: str = ""
+) -> str | None:
+    """How the processes share weights, in words; None if each has all of them."""
     if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         return None
     name = "FSDP2" if accelerator.is_fsdp2 else "DeepSpeed"
-    return f"{name}, what trains in slices over {accelerator.num_processes} processes"
+    return f"{name}, {what} in slices over {accelerator.num_processes} processes{rest}"
 
 
 def refuse_under_sharding(options: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from trl import SFTConfig
 
 import rlhf.distributed
-from rlhf.config import CONF_DIR, InputError, PPOConfig, PPOStageConfig, SFTStageConfig, read_yaml
+from rlhf.config import CONF_DIR, InputError, PPOStageConfig, SFTStageConfig, read_yaml
 from rlhf.distributed import join_processes, launch_environment, refuse_zero3
 from rlhf.hf_trainer import trainer_arguments
 from rlhf.ppo.stage import refuse_here
@@ -118,13 +118,13 @@ def test_sharding_needs_several_processes(monkeypatch):
 
 def test_what_sharded_training_does_not_do_is_refused(monkeypatch):
     as_launched(monkeypatch, DistributedType.MULTI_GPU, ACCELERATE_USE_FSDP="true")
-    config = PPOStageConfig(ppo=PPOConfig(share_base=True))
+    config = PPOStageConfig()
     config.critic.share_trunk, config.sampling.engine = True, "vllm"
     with pytest.raises(InputError) as caught:
         refuse_here(config)
     assert str(caught.value).startswith(
-        "critic.share_trunk=true, ppo.share_base=true, sampling.engine=vllm: not supported under "
-        "FSDP yet; leave them out, or start without sharding: accelerate launch"
+        "critic.share_trunk=true, sampling.engine=vllm: not supported under FSDP yet; leave them "
+        "out, or start without sharding: accelerate launch"
     )
     with pytest.raises(InputError, match="^micro_batch_tokens=64: not supported under FSDP yet"):
         trainer_arguments(SFTConfig, SFTStageConfig(micro_batch_tokens=64), "sft")

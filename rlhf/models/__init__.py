@@ -67,8 +67,9 @@ from rlhf.models.sampling_settings import (
     sample_as_trained,
     sampling_settings,
 )
+from rlhf.models.shared_slices import slices_of
 from rlhf.models.shared_trunk import SharedTrunk, ValueHead, token_outputs
-from rlhf.models.unread import read_weights, shard, shard_unread
+from rlhf.models.unread import read_weights, shard, shard_base, shard_unread
 from rlhf.models.weights import load_adapter
 
 # Names that earlier versions had here.

@@ -278,7 +278,7 @@ def _merged_weights(model: Any, plain: nn.Module) -> Iterator[tuple[str, Tensor]
             yield key, (whole(state[key]) + added).to(state[key].dtype)
         elif (kept := kept_delta(module)) is not None and f"{name}.weight" in state:
             # no adapter that trains is on this layer
-            value = state[f"{name}.weight"]
+            value = whole(state[f"{name}.weight"])
             yield f"{name}.weight", (value + kept).to(value.dtype)
     yield from _dequantized_weights(base, adapter, plain)
 

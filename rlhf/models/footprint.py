@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rlhf.distributed import gathered_bytes, is_sharded, local
 from rlhf.models.roles import own_parameters
+from rlhf.models.shared_slices import slices_of
 
 
 @dataclass
@@ -44,6 +45,9 @@ def model_memory(model: Any, distributed: bool = False, besides: Any = None) -> 
     packed = (getattr(p, "quant_state", None) for p in parameters)
     weights += sum(state.absmax.nbytes for state in packed if state is not None)
     trained = sum(local(p).nbytes for p in parameters if p.requires_grad)
+    if (slices := slices_of(model)) is not None:  # what trains is whole, and averaged in one tensor
+        unit = gathered_bytes(slices) if besides is None else 0
+        return ModelMemory(weights + unit, 2 * trained, 2 * trained)
     if is_sharded(model):
         unit = gathered_bytes(model)
         return ModelMemory(weights + unit, trained + unit * (trained > 0), 2 * trained)

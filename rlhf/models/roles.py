@@ -22,9 +22,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rlhf.config import InputError, ModelConfig
+from rlhf.distributed import compute_device
 from rlhf.models.adapters import STORED_DTYPE
 from rlhf.models.forward import HEAD, unwrap_peft
 from rlhf.models.load import recompute_activations
+from rlhf.models.shared_slices import run_in_slices
 from rlhf.models.stacked import without_adapter
 from rlhf.models.weights import linear_head, new_classifier, put_stored_adapter
 
@@ -46,7 +48,8 @@ def scalar_role(base: PreTrainedModel, config: ModelConfig, bare: bool = False) 
     model = new_classifier(base, label, config.trust_remote_code)
     _tie(model.base_model, base.base_model, bare)
     width = getattr(model, HEAD).in_features
-    model.score = linear_head(torch.zeros(1, width), device=base.device)
+    model.score = linear_head(torch.zeros(1, width), device=compute_device(base))
+    run_in_slices(model, base)
     for name in MARKS:
         if hasattr(base, name):
             setattr(model, name, getattr(base, name))
@@ -94,7 +97,8 @@ def _tie(target: nn.Module, source: nn.Module, bare: bool) -> None:
     A layer without layers inside, such as a linear one, is taken whole: a quantised one keeps more
     than its weight. The modules around them stay apart, because adapters and attention go there.
     """
-    target._parameters.update(source._parameters)
+    if source._parameters:  # the same dict: FSDP2 puts whole weights and slices there in turn
+        target._parameters = source._parameters
     target._buffers.update(source._buffers)
     for name, child in source.named_children():
         if any(True for _ in child.children()):

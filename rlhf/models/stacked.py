@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from rlhf.config import InputError
+from rlhf.distributed import whole
 
 DOWN, UP = "stacked_down", "stacked_up"  # parameters of a layer, (rank, inputs), (outputs, rank)
+ADDS = "_rlhf_adds"  # attribute of such a layer: whether it adds what the two give
 
 
 def keep_apart(wrapper: Any, label: str) -> Any:
@@ -41,6 +43,7 @@ def keep_apart(wrapper: Any, label: str) -> Any:
         for key, tensor in zip((DOWN, UP), factors, strict=True):
             layer.register_parameter(key, nn.Parameter(tensor, requires_grad=False))
         layer.register_forward_hook(_add)
+        setattr(layer, ADDS, True)
     return model
 
 
@@ -69,10 +72,9 @@ def _add(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
 
 def kept_delta(layer: nn.Module) -> Tensor | None:
     """Return what the adapter that a layer keeps adds to its weight; None if it keeps none."""
-    down, up = getattr(layer, DOWN, None), getattr(layer, UP, None)
-    if down is None or up is None:
+    if not getattr(layer, ADDS, False):
         return None
-    delta = cast(Tensor, up @ down)
+    delta = whole(cast(Any, layer).stacked_up) @ whole(cast(Any, layer).stacked_down)
     return delta.T if isinstance(layer, Conv1D) else delta  # GPT-2 stores its weights transposed
 
 
@@ -80,7 +82,7 @@ def without_adapter(layer: nn.Module) -> nn.Module:
     """Return a layer with the same weights that does not add what its adapter gives."""
     if not hasattr(layer, DOWN):
         return layer
-    bare = copy.copy(layer)
-    bare._parameters = {k: p for k, p in layer._parameters.items() if k not in (DOWN, UP)}
+    bare = copy.copy(layer)  # with the same dict of parameters
     bare._forward_hooks = OrderedDict()
+    setattr(bare, ADDS, False)
     return bare

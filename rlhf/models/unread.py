@@ -24,9 +24,18 @@ from torch import nn
 
 from rlhf.checkpoint import find_non_finite
 from rlhf.config import InputError
-from rlhf.distributed import compute_device, local, offloads, read_rows, slice_weights
+from rlhf.distributed import (
+    compute_device,
+    default_device,
+    local,
+    move,
+    offloads,
+    read_rows,
+    slice_weights,
+)
 from rlhf.hub import ADAPTER_WEIGHTS, Misfits, weight_files
 from rlhf.models.forward import HEAD
+from rlhf.models.shared_slices import slice_base, slices_of
 
 UNREAD = "_rlhf_unread"  # attribute of a model: `Unread`
 RENAMED = {"lm_head.weight": "embed_out.weight"}  # in files of GPT-NeoX
@@ -131,11 +140,31 @@ def shard(model: Any, on_cpu: bool = False) -> None:
     """
     on_cpu |= offloads()
     slice_weights(model, on_cpu)
+    _read(model, on_cpu)
+
+
+def shard_base(base: Any, whole_tables: bool = False) -> None:
+    """`shard` the base of several roles, before there are any.
+
+    Args:
+        whole_tables: rows of the embedding tables will train.
+    """
+    slice_base(base, offloads(), whole_tables)
+    _read(base, offloads())
+    base.tie_weights()  # a tied table, which is whole
+    move(base, default_device())
+    if (slices := slices_of(base)) is not None:
+        slices(lambda: None)  # FSDP2 takes the first module that runs for the outermost one
+
+
+def _read(model: Any, on_cpu: bool) -> None:
+    """Read the slices of a model that came without weights."""
     waits = unread(model)
     if waits is None:
         return
     device = "cpu" if on_cpu else compute_device(model)
-    model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
+    for units in filter(None, (slices_of(model), model)):
+        units._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
     problems = gather_object([waits.read()])
     for module in model.modules():
         module.__dict__.pop(UNREAD, None)

@@ -4,6 +4,8 @@ ddp            each GPU holds all of it; buckets hold the gradients a second tim
 zero2          gradients and Adam's states in slices (Rajbhandari et al. 2020)
 fsdp2          weights in slices too; blocks are whole, in bfloat16, while they are used
 fsdp2_offload  as fsdp2, but the slices are in main memory
+
+With one base for all roles, FSDP2 slices the base; adapters stay whole on each GPU.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ class Setting:
 
 def launches(setting: Setting) -> tuple[str, ...]:
     """The files that the stage takes; those that shard need several GPUs."""
-    if setting.gpus == 1 or setting.share_base:
+    if setting.gpus == 1:
         return LAUNCHES[:1]
     return tuple(x for x in LAUNCHES if not (x == "zero2" and setting.stage == "ppo"))
 
@@ -87,12 +89,25 @@ def _trained(model: Measured, setting: Setting, launch: str) -> ModelMemory:
         return ModelMemory(model.weights, gradients * (1 + (n > 1)), 2 * gradients, copies)
     if launch == "zero2":
         return ModelMemory(model.weights, gradients // n, 2 * gradients // n, copies)
+    if setting.share_base:
+        return _on_base(model, setting, launch, copies)
     # the block in use, the next one, the gradient of one; embeddings and head for the whole pass
     outer = model.parameters - model.num_blocks * model.block
     used = FLOAT * (3 * model.block + max(outer, 0)) + copies
     if launch == "fsdp2_offload":
         return ModelMemory(0, 0, 0, used)
     return ModelMemory(model.weights // n, gradients // n, 2 * gradients // n, used)
+
+
+def _on_base(model: Measured, setting: Setting, launch: str, copies: int) -> ModelMemory:
+    """A policy on a base in slices. Its adapters are whole, and averaged in one tensor."""
+    adapters = FLOAT * model.trained
+    base = model.weights - adapters
+    number = base / max(model.parameters - model.trained, 1)  # bytes of one, as stored
+    outer = model.parameters - model.num_blocks * model.block
+    used = int(number * max(2 * model.block, outer)) + copies  # the block in use, the next one
+    here = base // setting.gpus if launch == "fsdp2" else 0
+    return ModelMemory(here + adapters, 2 * adapters, 2 * adapters, used)
 
 
 def _reference(model: Measured, setting: Setting, launch: str) -> ModelMemory:
@@ -103,6 +118,8 @@ def _reference(model: Measured, setting: Setting, launch: str) -> ModelMemory:
 
 def main_memory(model: Measured, setting: Setting) -> int:
     """Bytes that all processes of `fsdp2_offload` keep in main memory."""
+    if setting.share_base:
+        return model.weights - FLOAT * model.trained
     num_models = 1 + (setting.critic and setting.stage == "ppo")
     return num_models * (model.weights + 3 * FLOAT * model.trained)
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from rlhf.checkpoint import StageRecord, require_same_tokenizer, require_stage, warn_about_sft_model
 from rlhf.config import InputError, ModelConfig, PPOStageConfig
 from rlhf.console import say, warn
-from rlhf.distributed import is_sharded
+from rlhf.distributed import describe_sharding, is_sharded, move
 from rlhf.equivalence import (
     choose_forward,
     compile_if_same,
@@ -40,6 +40,8 @@ from rlhf.models import (
     parameter_count,
     sample_as_trained,
     shard,
+    shard_base,
+    slices_of,
     try_settings,
 )
 from rlhf.ppo.critic import (
@@ -99,6 +101,12 @@ class Actors:
     def reader(self) -> Any:
         """The policy, with the value head if that is on its trunk."""
         return SharedTrunk(self.policy, self.critic) if self.shares_trunk else self.policy
+
+    def describe_sharding(self, accelerator: Accelerator) -> str | None:
+        """How the processes share weights, in words; None if each has all of them."""
+        if self.shared_base:
+            return describe_sharding(accelerator, "the base", "; adapters and heads whole on each")
+        return describe_sharding(accelerator)
 
     @contextmanager
     def in_use(self, *models: Any) -> Iterator[None]:
@@ -163,8 +171,8 @@ def load_actors(
     device, ppo = accelerator.device, config.ppo
     rows = new_token_rows(tokenizer, config.model, config.peft) if config.peft.enabled else []
     in_slices = not config.peft.enabled  # PEFT needs the layers that it wraps
-    policy, reference = load_base(config, tokenizer, in_slices), None
-    base = policy.to(device) if config.ppo.share_base else None
+    policy, reference = load_base(config, tokenizer, in_slices or ppo.share_base), None
+    base = _place_base(policy, accelerator, rows) if ppo.share_base else None
     if scorer is None:
         code = config.model.trust_remote_code
         load = None if base is None else partial(load_on_base, config, base)
@@ -207,13 +215,26 @@ def load_actors(
     return actors
 
 
+def _place_base(policy: Any, accelerator: Accelerator, rows: Sequence[int]) -> Any:
+    """As `_place`, for a policy without adapters that becomes the base of all roles; return it.
+
+    Args:
+        rows: of the embedding tables, which will train.
+    """
+    if accelerator.is_fsdp2:
+        shard_base(policy, whole_tables=bool(rows))
+    else:
+        policy.to(accelerator.device)
+    return policy
+
+
 def _place(model: Any, accelerator: Accelerator, waits: bool) -> None:
     """Put a model on this process's device, or there in slices, in place; slices of one that
     `waits` are in main memory."""
-    if accelerator.is_fsdp2:
+    if accelerator.is_fsdp2 and slices_of(model) is None:
         shard(model, on_cpu=waits and accelerator.device.type != "cpu")
     else:
-        model.to(accelerator.device)
+        move(model, accelerator.device)
 
 
 def describe_base(actors: Actors) -> str:

@@ -36,7 +36,6 @@ from rlhf.config import InputError, PPOStageConfig, resume_overrides
 from rlhf.console import progress_bar, say, warn
 from rlhf.curves import write_curves
 from rlhf.data import Splits
-from rlhf.distributed import describe_sharding
 from rlhf.failures import phase
 from rlhf.functional import learning_rate_factor
 from rlhf.metrics import MetricsWriter
@@ -244,7 +243,7 @@ class PPOLoop:
         record.frozen = actors.frozen or None
         record.compiled = actors.compiled or None
         record.optimizer = describe_optimizers(self.trainer.updater.optimizers) or None
-        record.sharding = describe_sharding(self.trainer.accelerator)
+        record.sharding = actors.describe_sharding(self.trainer.accelerator)
         record.reference_weights = parent_weights(record.reference)
         return record
 

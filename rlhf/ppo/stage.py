@@ -24,7 +24,7 @@ from rlhf.config import (
 )
 from rlhf.console import say
 from rlhf.data import describe_dropped, encode_texts, first_cases, load_rows, load_splits, with_rows
-from rlhf.distributed import describe_sharding, make_accelerator, refuse_under_sharding
+from rlhf.distributed import make_accelerator, refuse_under_sharding
 from rlhf.failures import same_rows
 from rlhf.models import parameter_count, unwrap_peft, why_not_compiled
 from rlhf.ppo.actors import (
@@ -111,7 +111,7 @@ def _train(config: PPOStageConfig, scorer: Scorer | None, run: StageRun, server:
     require_room_for_rows(config.ppo, prompts)
     say(describe_batches(config, len(prompts), num_processes, actors))
     compiled = compile_actors(actors, accelerator) if config.compile else ""
-    scoring, shards = choose_scoring(config, actors), describe_sharding(accelerator)
+    scoring, shards = choose_scoring(config, actors), actors.describe_sharding(accelerator)
     chosen: dict[str, str | None] = {"one base": actors.shared_base}
     chosen |= {"forward": forward, "sampling": actors.sampling}
     chosen |= {"scoring": scoring, "sharding": shards and f"{shards}; {GATHERS}"}
@@ -140,7 +140,6 @@ def refuse_here(config: PPOStageConfig) -> None:
         {
             "compile=true": config.compile,
             "critic.share_trunk=true": config.critic.share_trunk,
-            "ppo.share_base=true": config.ppo.share_base,
             "sampling.engine=vllm": config.sampling.engine == "vllm",
             f"model.quantization={config.model.quantization}": config.model.quantization,
         }

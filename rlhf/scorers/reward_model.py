@@ -17,6 +17,7 @@ from torch import Tensor
 from rlhf.checkpoint import require_stage
 from rlhf.config import InputError, ModelConfig, ScorerConfig
 from rlhf.data import encode_prompt, encode_response, pad
+from rlhf.distributed import compute_device, move
 from rlhf.equivalence import choose_forward, require_padding
 from rlhf.hub import is_hub_id
 from rlhf.models import (
@@ -76,7 +77,8 @@ class RewardModelScorer(BuiltInScorer):
         model = (load or partial(load_reward_model, encoders=True))(source, field)
         self.scores_texts = not has_linear_head(model)
         scalar: Any = TextModel if self.scores_texts else ScalarModel
-        self.model = freeze(scalar(model, mean, std)).to(device)
+        self.model = freeze(scalar(model, mean, std))
+        move(self.model, device)
         self.max_length = context_length(model)
         if self.scores_texts:
             self.tokenizer, self.tokenizer_hash = read_tokenizer(source, field), None
@@ -192,7 +194,7 @@ def _num_reserved_positions(model: Any) -> int:
 def score_sequences(model: Any, sequences: Sequence[Sequence[int]], batch_size: int) -> Tensor:
     """Score token sequences with a `ScalarModel` in batches of similar length, (B,) float32 on the
     CPU, in the order given."""
-    device, scores = next(model.parameters()).device, torch.zeros(len(sequences))
+    device, scores = compute_device(model), torch.zeros(len(sequences))
     for rows in _batches([len(sequence) for sequence in sequences], batch_size):
         ids = pad([sequences[i] for i in rows], 0, device=device)
         mask = pad([[True] * len(sequences[i]) for i in rows], False, device=device)

@@ -142,7 +142,8 @@ def test_ppo_holds_its_roles_and_lora_no_reference():
     assert half.models["sampler"].weights == 4 * 64  # the policy itself samples
     away = estimate(counted(), replace(ppo, offload_frozen=True), "ddp")
     assert list(away.models) == ["policy", "critic", "sampler"] and away.visiting == 200
-    one = estimate(counted(trained=4), replace(ppo, lora=True, share_base=True), "ddp").models
+    one_base = replace(ppo, lora=True, share_base=True)
+    one = estimate(counted(trained=4), one_base, "ddp").models
     assert (one["critic"].weights, one["reward model"].weights, one["policy"].weights) == (
         16,
         16,
@@ -150,6 +151,13 @@ def test_ppo_holds_its_roles_and_lora_no_reference():
     )
     sft = replace(ppo, lora=True, share_base=True, stacked=True)
     assert estimate(counted(trained=4), sft, "ddp").models["adapter of SFT"].weights == 16
+    sliced = estimate(counted(trained=4), replace(one_base, gpus=4), "fsdp2").models["policy"]
+    # a quarter of the base, its adapters whole; two blocks or the rest, as stored
+    assert (sliced.weights, sliced.gradients, sliced.adam) == (96 + 16, 32, 32)
+    assert sliced.activations == 50 + 200 + 30
+    offloaded = estimate(counted(trained=4), replace(one_base, gpus=4), "fsdp2_offload").models
+    assert offloaded["policy"].weights == 16
+    assert launches(replace(one_base, gpus=2)) == ("ddp", "fsdp2", "fsdp2_offload")
     assert launches(replace(ppo, gpus=2)) == ("ddp", "fsdp2", "fsdp2_offload")
     assert launches(ppo) == ("ddp",)
     lora = estimate(counted(trained=4), replace(ppo, lora=True, critic=False), "ddp").models

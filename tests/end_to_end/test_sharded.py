@@ -64,6 +64,16 @@ def three_steps(folder):
     return sft, reward, ppo
 
 
+def on_one_base(sft, reward, ppo):
+    """The same PPO with LoRA on one base, which reads the reward model of the one process."""
+    shared = dataclasses.replace(ppo, run_name="shared", peft=LORA, preflight=True)
+    shared.model = dataclasses.replace(ppo.model, path=str(directory_of(sft) / "final"))
+    shared.ppo = dataclasses.replace(ppo.ppo, share_base=True)
+    shared.scorer = ScorerConfig(str(directory_of(reward) / "final"))
+    shared.critic = dataclasses.replace(ppo.critic, init="reward")
+    return shared
+
+
 def train_all(*configs):
     """Train several runs in one process."""
     for config in configs:
@@ -98,18 +108,22 @@ def take_back(config, *names):
 
 
 def test_stages_in_slices_give_the_result_of_one_process_and_ppo_resumes_in_one(tmp_path):
-    configs = sft, reward, ppo = three_steps(tmp_path)
+    sft, reward, ppo = three_steps(tmp_path)
+    configs = sft, reward, ppo, shared = sft, reward, ppo, on_one_base(sft, reward, ppo)
     train_all(*configs)
     log = tmp_path / "log"
     assert in_group(train_all, *map(in_two, configs), log=log) == [0, 0], text_of(log)
-    assert "sharding: FSDP2, what trains in slices over 2 processes" in text_of(log)
     for config in configs:
+        what = "the base" if config is shared else "what trains"
         record = json.loads((directory_of(in_two(config)) / "final/rlhf.json").read_text())
-        assert record["sharding"] == "FSDP2, what trains in slices over 2 processes"
+        assert record["sharding"].startswith(f"FSDP2, {what} in slices over 2 processes")
         assert record["forward"] == "padding-free"
+    printed = (directory_of(in_two(shared)) / "output.log").read_text()
+    assert "sharding: FSDP2, the base in slices over 2 processes; adapters" in printed
     assert_same(sft, in_two(sft), "checkpoint-3/model.safetensors")
     assert_same(reward, in_two(reward), "final/adapter/adapter_model.safetensors")
     assert_same(ppo, in_two(ppo), *SAVED)
+    assert_same(shared, in_two(shared), *SAVED)
 
     take_back(in_two(ppo), "final", "critic", "checkpoint-2", "checkpoint-3")
     train(in_two(ppo, resume=True))
@@ -175,7 +189,8 @@ def test_processes_stop_adapt_and_warn_together(tmp_path):
 
 @pytest.mark.slow
 def test_stages_in_slices_resume_bit_identically_and_ppo_from_one_process(tmp_path):
-    configs = sft, reward, ppo = three_steps(tmp_path)
+    sft, reward, ppo = three_steps(tmp_path)
+    configs = sft, reward, ppo, on_one_base(sft, reward, ppo)
     train_all(*configs)
     log = tmp_path / "log"
     two = [in_two(config) for config in configs]
@@ -183,10 +198,13 @@ def test_stages_in_slices_resume_bit_identically_and_ppo_from_one_process(tmp_pa
     expected = [outcome(config) for config in two]
     for config in two:
         take_back(config, "final", "checkpoint-3")
-    shutil.copytree(directory_of(ppo), tmp_path / "two" / "from_one" / "ppo")
-    moved = in_two(ppo, run_name="from_one", resume=True)
-    take_back(moved, "final", "critic", "checkpoint-2", "checkpoint-3")
     again = [dataclasses.replace(config, resume=True) for config in two]
-    assert in_group(train_all, *again, moved, log=log) == [0, 0], text_of(log)
+    for config in configs[2:]:
+        moved = in_two(config, run_name=f"{config.run_name}_from_one", resume=True)
+        shutil.copytree(directory_of(config), directory_of(moved))
+        take_back(moved, "final", "critic", "checkpoint-2", "checkpoint-3")
+        again.append(moved)
+    assert in_group(train_all, *again, log=log) == [0, 0], text_of(log)
     assert [outcome(config) for config in two] == expected
-    assert_same(ppo, moved, *SAVED)
+    for config, moved in zip(configs[2:], again[4:], strict=True):
+        assert_same(config, moved, *SAVED)

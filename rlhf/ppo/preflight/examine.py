@@ -19,6 +19,7 @@ from accelerate.utils import broadcast_object_list
 from rlhf.checkpoint.state import random_state, restore_random_state
 from rlhf.config import InputError
 from rlhf.console import say
+from rlhf.distributed import is_sharded
 from rlhf.ppo.preflight.findings import FAIL, Finding, bottom_line, lay_out, mended_command
 from rlhf.ppo.preflight.longest_step import (
     examine_longest_step,
@@ -28,7 +29,7 @@ from rlhf.ppo.preflight.longest_step import (
 from rlhf.ppo.preflight.memory import estimate_memory, examine_memory, free_bytes, is_out_of_memory
 from rlhf.ppo.preflight.samples import NUM_SAMPLES, examine_policy, examine_scoring, sample_policy
 from rlhf.ppo.trainer import PPOTrainer
-from rlhf.scorers import Scorer
+from rlhf.scorers import Scorer, reward_models
 
 NUM_PROMPTS = 16
 
@@ -103,8 +104,11 @@ def _examine_all(
             findings += examine_policy(trainer, samples)
     fix = f"set scorer.batch_size={max(1, config.scorer.batch_size // 2)}"
     with out_of_memory_found("scorer", fix):
+        models = [m.model for m in reward_models(trainer.actors.scorer)]
         if samples is not None and accelerator.is_main_process:
             findings += examine_scoring(trainer, samples, independent)
+        elif samples is not None and any(map(is_sharded, models)):
+            examine_scoring(trainer, samples, None)  # the main process cannot read slices alone
     return findings
 
 
