@@ -2,9 +2,10 @@
 
 Each case is a child process: it loads the models as the stage does, lets the preflight estimate,
 and makes two updates. Reported is the second, which has Adam's states. Prompts have 64 tokens and
-responses run to the limit, which is what the preflight reckons with. On a CPU, memory is that of
-the process beyond what it held before the models were loaded, and freed tensors are given back at
-once (by default, glibc keeps some for later); on a GPU, what torch allocated.
+responses run to the limit, which is what the preflight reckons with. Memory is that of tensors: on
+a GPU what torch allocated; on a CPU the tensors that a phase finds, and torch's record of what it
+allocates. Python and libraries, which take a few hundred MiB at any size of the model, do not count
+(`ppo_step.py` measures the process).
 
     load       models, and the checks on them   not estimated
     rollout    sampling and the scorer          estimate: weights, Adam's states, cache and logits
@@ -21,10 +22,12 @@ Run: python examples/benchmarks/memory.py --preset small
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import sys
 import tempfile
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +35,7 @@ import ppo_step
 import torch
 from parts import Worker, answer
 from transformers.utils.logging import disable_progress_bar
-from world import DEVICE, ROOT, describe, machine, memory_in_use, peak_since, table
+from world import DEVICE, ROOT, describe, machine, table
 
 SHARED = "peft.enabled=true,ppo.share_base=true"
 CASES = [
@@ -45,7 +48,6 @@ CASES = [
 PHASES = ("load", "rollout", "scoring", "optimise")
 WITHIN = 0.15  # of what was measured
 PROMPT = 64  # tokens
-GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "131072"}  # freed tensors are not kept by glibc for later
 
 
 def parse() -> argparse.Namespace:
@@ -91,8 +93,42 @@ def write_adapter(folder: Path) -> None:
 # --- One case, in a process of its own ------------------------------------------------------------
 
 
+class Peak:
+    """Most MiB of tensors between two calls, counted as the file's docstring says."""
+
+    def __init__(self) -> None:
+        self.before = self.profile = None
+
+    def start(self) -> None:
+        if DEVICE == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            return
+        self.before = tensor_bytes()
+        kinds = [torch.profiler.ProfilerActivity.CPU]
+        self.profile = torch.profiler.profile(activities=kinds, profile_memory=True)
+        self.profile.start()
+
+    def stop(self) -> float:
+        if DEVICE == "cuda":
+            return torch.cuda.max_memory_allocated() / 2**20
+        self.profile.stop()
+        events = [
+            e for e in self.profile.profiler.kineto_results.events() if e.name() == "[memory]"
+        ]
+        changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+        return (self.before + max(accumulate(changes, initial=0))) / 2**20
+
+
+def tensor_bytes() -> int:
+    """Bytes of all tensors that Python knows; outside of a backward pass there are no others."""
+    gc.collect()
+    tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
+    storages = [x.untyped_storage() for x in tensors if x.device.type == "cpu"]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+
+
 def measure(options: argparse.Namespace) -> None:
-    """Answer with MiB of each phase of the second update, and with the estimates."""
+    """Answer with MiB of each phase of the last update, and with the estimates."""
     import rlhf.ppo.rollout as rollout
     from rlhf.distributed import make_accelerator
     from rlhf.ppo import PPOTrainer
@@ -105,10 +141,11 @@ def measure(options: argparse.Namespace) -> None:
     tokenizer, _ = load_checked_tokenizer(config)
     accelerator = make_accelerator(config.precision)
     torch.ones(64, 64, device=DEVICE).mm(torch.ones(64, 64, device=DEVICE))  # libraries load
-    before = memory_in_use()
+    peak, peaks = Peak(), {}
+    peak.start()
     actors = load_actors(config, tokenizer, None, accelerator)
     check_promises(config, actors, accelerator)
-    peaks = {"load": peak_since()}
+    peaks["load"] = peak.stop()
     prompts = [
         {"prompt": tokenizer.decode(ids), "input_ids": (ids * PROMPT)[:PROMPT]}
         for ids in json.loads((options.folder / "prompts.json").read_text())
@@ -117,32 +154,32 @@ def measure(options: argparse.Namespace) -> None:
     part = longest_micro_batch(trainer)
     estimate = estimate_memory(trainer, part)
     step = measure_step(trainer, part)
+    trainer.step()  # makes Adam's states
     sample, collect = rollout.sample_and_score, trainer.collect
 
     def sampled(*arguments: Any, **more: Any) -> Any:
         result = sample(*arguments, **more)
-        peaks["rollout"] = peak_since()
-        memory_in_use()
+        peaks["rollout"] = peak.stop()
+        peak.start()
         return result
 
     def collected() -> Any:
         result = collect()
-        peaks["scoring"] = peak_since()
-        memory_in_use()
+        peaks["scoring"] = peak.stop()
+        peak.start()
         return result
 
     rollout.sample_and_score, trainer.collect = sampled, collected
-    for _ in range(2):
-        memory_in_use()
-        trainer.step()
-        peaks["optimise"] = peak_since()
+    peak.start()
+    trainer.step()
+    peaks["optimise"] = peak.stop()
     kept = estimate.sum("weights", "adam")
     held = kept + estimate.sum("gradients")
     activations = max(model.activations for model in estimate.models.values())
     estimates = {"rollout": kept + estimate.sampling, "optimise": held + activations}
     answer(
         {
-            "measured": {name: peaks[name] - before for name in PHASES},
+            "measured": {name: peaks[name] for name in PHASES},
             "estimate": {name: number / 2**20 for name, number in estimates.items()},
             "total_estimate": estimate.total / 2**20,
             "longest_step": None if step.rise is None else step.rise / 2**20,
@@ -158,7 +195,7 @@ def run_case(options: argparse.Namespace, case: str, folder: Path) -> dict[str, 
     command += ["--limit", str(options.limit)] if options.limit else []
     command += ["--threads", str(options.threads), "--folder", str(folder), "--cases", case]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", **GIVES_BACK}
+    environment = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     worker = Worker(case or "plain", command, environment)
     found = worker.end()
     worst = max(found["measured"][name] for name in PHASES[1:])

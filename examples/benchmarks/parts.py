@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -73,18 +75,23 @@ def run_part(
     log = out / f"{name}.log"
     began = time.perf_counter()
     with log.open("w") as stream:
+        process = subprocess.Popen(
+            command,
+            cwd=out,
+            env=os.environ | {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"} | environment,
+            stdout=stream,
+            stderr=stream,
+            start_new_session=True,
+        )
         try:
-            done = subprocess.run(
-                command,
-                cwd=out,
-                env=os.environ | {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"} | environment,
-                stdout=stream,
-                stderr=stream,
-                timeout=limit,
-            )
-            problem = f"exit status {done.returncode}" if done.returncode else None
+            status = process.wait(limit)
+            problem = f"exit status {status}" if status else None
         except subprocess.TimeoutExpired:
             problem = f"not done after {limit:.0f} s"
+        finally:  # its workers too, or the next part shares the machine with them
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     result: Result = {"status": "ok", "seconds": time.perf_counter() - began}
     lines = log.read_text(errors="replace").strip().splitlines()
     found = [line for line in lines if line.startswith("{") and line.endswith("}")]

@@ -64,10 +64,25 @@ def attention(
     for name in CHANGES_SCORES:
         if others.get(name) is not None:
             raise ValueError(f"padding-free attention does not support {name}")
+    query, key, value = (_as_attention_reads(x) for x in (query, key, value))
     sizes = cu_seq_lens_q, max_length_q
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not dropout:
+    if _has_kernel(query) and not dropout:
         return _varlen(query, key, value, scaling, sliding_window, *sizes), None
     return _in_rows(query, key, value, scaling, dropout, sliding_window, *sizes), None
+
+
+def _as_attention_reads(x: Tensor) -> Tensor:
+    """Under autocast, scaled dot-product attention reads all it gets in autocast's type; rotary
+    embeddings leave queries and keys in float32."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind) or x.dtype != torch.float32:
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
+
+
+def _has_kernel(query: Tensor) -> bool:
+    """True where FlashAttention reads ragged rows."""
+    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
 
 
 def _in_rows(

@@ -133,15 +133,22 @@ class GraphDecoder:
             raise ValueError(f"its cache has layers of another kind ({', '.join(sorted(others))})")
         self.model, self.check_every, self.num_captured = model, check_every, 0
         self._device = next(model.parameters()).device
+        self._captures = self._device.type == "cuda"
         self._buffers: Buffers | None = None
         self._steps: dict[Any, _Step] = {}
-        self._pool: Any = None
+        self._pool: Any = None  # memory of all graphs
+        self._stream: Any = None  # on which steps are captured
+        self._places: list[int] = []  # addresses of the weights that the graphs read
 
     def __call__(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, noise: Tensor | None
     ) -> Iterator[Step]:
         """As `loop`."""
         device, ends = self._device, Endings(sampling, len(prompts))
+        places = [parameter.data_ptr() for parameter in self.model.parameters()]
+        if places != self._places:
+            self._forget_steps()
+            self._places = places
         noise = None if noise is None else noise.to(device)
         with self._autocast():
             cache: Any = DynamicCache()  # keys and values of every token, also in sliding windows
@@ -186,9 +193,14 @@ class GraphDecoder:
                 return kept
             num_rows, length = max(num_rows, old_rows), max(length, old_length)
             self._buffers = kept = None
-            self._steps.clear()
+            self._forget_steps()
         self._buffers = Buffers.like(cache, num_rows, bucket_length(length), self.check_every)
         return self._buffers
+
+    def _forget_steps(self) -> None:
+        """Drop all graphs. The allocator refuses a pool whose graphs are all gone."""
+        self._steps.clear()
+        self._pool = None
 
     def _compact(self, slots: list[int], active: list[int], width: int) -> list[int]:
         """Move the active rows to the front, once they fit into a smaller bucket; return the row in
@@ -220,24 +232,33 @@ class GraphDecoder:
             step.graph.replay()
             return
         with self._autocast():
-            if self._device.type != "cuda":
+            if self._captures:
+                self._run_and_capture(step)
+            else:
                 step()
-                return
-            self._run_and_capture(step)
 
     def _run_and_capture(self, step: _Step) -> None:
         """Run a step, and capture it for its next time. Capturing computes nothing."""
-        stream = torch.cuda.Stream(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):  # libraries set themselves up outside of the graph
+        cuda, device = torch.cuda, self._device
+        current = cuda.current_stream(device)
+        self._stream = self._stream or cuda.Stream(device)
+        self._stream.wait_stream(current)
+        # libraries set themselves up for a stream, outside of the graph
+        with cuda.stream(self._stream):
             step()
-        torch.cuda.current_stream(self._device).wait_stream(stream)
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
+        current.wait_stream(self._stream)
+        self._pool = self._pool or cuda.graph_pool_handle()
+        graph = cuda.CUDAGraph()
         # other threads, such as NCCL's watchdog, may go on
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            step()
+        options = {"stream": self._stream, "capture_error_mode": "thread_local"}
+        try:
+            with cuda.graph(graph, pool=self._pool, **options):
+                step()
+        except BaseException:  # torch leaves its stream and its random numbers as in the capture
+            cuda.set_stream(current)
+            generator = cuda.default_generators[current.device_index]
+            generator.graphsafe_set_state(generator.clone_state())
+            raise
         step.graph = graph
         self.num_captured += 1
 

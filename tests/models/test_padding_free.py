@@ -6,6 +6,7 @@ Run: pytest tests/models/test_padding_free.py
 from __future__ import annotations
 
 import dataclasses
+import inspect
 
 import pytest
 import torch
@@ -221,6 +222,64 @@ def test_rows_of_equal_length_are_read_as_they_are():
     assert forward_inputs(model, ids, torch.ones_like(ids, dtype=torch.bool)).keys() == {
         "input_ids"
     }
+
+
+# --- The kernel for ragged rows, which only a GPU has ---------------------------------------------
+
+
+def varlen_of_torch_2_11(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)
+):
+    """`torch.nn.attention.varlen.varlen_attn` by its documentation, row by row."""
+    assert {query.dtype, key.dtype, value.dtype} == {torch.bfloat16}
+    assert cu_seq_q is cu_seq_k and cu_seq_q.dtype == torch.int32
+    assert query.shape[1] == key.shape[1] and window_size[1] == 0 and max_q == max_k
+    rows, left = [], window_size[0]
+    for start, end in zip(cu_seq_q[:-1], cu_seq_q[1:], strict=True):
+        q, k, v = (x[start:end].transpose(0, 1) for x in (query, key, value))
+        mask = torch.ones(end - start, end - start, dtype=torch.bool).tril()
+        mask = mask.triu(-left) if left >= 0 else mask
+        row = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+        rows.append(row.transpose(0, 1))
+        assert len(rows[-1]) <= max_q
+    return torch.cat(rows)
+
+
+def varlen_of_torch_2_13(query, key, value, *sizes, enable_gqa=False, **options):
+    assert enable_gqa == (query.shape[1] > key.shape[1])
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    return varlen_of_torch_2_11(query, key, value, *sizes, **options)
+
+
+@pytest.mark.parametrize("varlen", [varlen_of_torch_2_11, varlen_of_torch_2_13])
+@pytest.mark.parametrize("family", ["llama", "mistral_window"])
+def test_under_autocast_the_kernel_reads_the_rows(family, varlen, monkeypatch):
+    model, calls = chosen(family), []
+
+    def counted(*arguments, **options):
+        calls.append(len(calls))
+        return varlen(*arguments, **options)
+
+    counted.__signature__ = inspect.signature(varlen)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", counted)
+    half = (torch.bfloat16, torch.float16)
+    ids, mask = padded(RAGGED, "right")
+    found = []
+    for device_has_it in (True, False):
+        has_kernel = lambda query, here=device_has_it: here and query.dtype in half  # noqa: E731
+        monkeypatch.setattr(attention, "_has_kernel", has_kernel)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = response_logits(
+                model, ids, mask, positions_before_last(ids, 19), NONE_FORBIDDEN
+            )[mask[:, 1:]]
+        logits.float().square().mean().backward()
+        found.append((logits.detach(), [p.grad.clone() for p in model.parameters()]))
+        model.zero_grad()
+    assert len(calls) == model.config.num_hidden_layers  # float32 weights, rotary embeddings
+    (free, gradients), (rows, expected) = found
+    for one, other in zip([free, *gradients], [rows, *expected], strict=True):
+        assert (one - other).float().norm() < 0.06 * other.float().norm()  # bfloat16
 
 
 # --- What must be rejected ------------------------------------------------------------------------
