@@ -1,9 +1,16 @@
-"""Write a plain model directory: python -m rlhf.export path=runs/demo/ppo/checkpoint-40 out=policy
+"""Write a plain model directory, or one GGUF file for llama.cpp.
+
+    python -m rlhf.export path=runs/demo/ppo/checkpoint-40 out=policy
+    python -m rlhf.export path=runs/demo/ppo/final out=policy.gguf format=gguf llama_cpp=llama.cpp
 
 `from_pretrained`, `transformers serve` and other readers of Hugging Face directories cannot load
 adapters of ours or the checkpoints of a run; they load what this command writes. Tokenizer, chat
 template, rlhf.json and config.yaml are copied too. If a run averages its weights (ppo.ema_decay),
 the averages are written.
+
+format=gguf runs the converter of a checkout of llama.cpp (llama_cpp=). The file holds tokenizer,
+chat template and end token. Stop strings are in the template, where llama.cpp does not read them;
+the command says how to give them.
 
 The model of a checkpoint is built from the paths in its config.yaml. Left out: checkpoints of the
 reward stage, which lack the mean and scale of the scores.
@@ -12,10 +19,13 @@ reward stage, which lack the mean and scale of the scores.
 from __future__ import annotations
 
 import dataclasses
+import json
+import shlex
 import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 from rlhf import checkpoint
@@ -32,6 +42,8 @@ from rlhf.config import (
     refuse_named_code,
 )
 from rlhf.console import quiet_libraries, say
+from rlhf.gguf_conversion import convert, find_converter
+from rlhf.gguf_files import SUFFIX
 from rlhf.hub import local_directory
 from rlhf.option_parser import check_options, run_command
 
@@ -45,9 +57,14 @@ class ExportOptions:
     path: str
     """checkpoint-N of an SFT or PPO run, or a model or PEFT adapter (directory or Hub id)."""
     out: str
-    """Directory to write; new or empty."""
-    dtype: str = knob("auto", choices=DTYPES)
-    """Type of the weights; auto keeps the stored one. A reward model's head stays in float32."""
+    """Directory to write; new or empty. format=gguf: a new file, such as policy.gguf."""
+    format: str = knob("safetensors", choices=("safetensors", "gguf"))
+    """safetensors: a Hugging Face directory; gguf: a file for llama.cpp, of a policy."""
+    dtype: str = knob("auto", choices=(*DTYPES, "q8_0"))
+    """Type of the weights; auto keeps the stored one (gguf: 16 bits). q8_0, 8 bits, is for gguf. A
+    reward model's head stays in float32."""
+    llama_cpp: str | None = None
+    """format=gguf: folder of llama.cpp, which has convert_hf_to_gguf.py."""
     trust_remote_code: bool = False
     """true: the model's own Python files, and functions named in a checkpoint's config.yaml, may
     run."""
@@ -61,6 +78,7 @@ def export(options: ExportOptions) -> None:
         raise InputError(f"path={path}: no such directory")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"out={out} exists and is not empty; choose another")
+    converter = _converter(options)
     path = local_directory(options.path, "path", weights=False)
     import torch
 
@@ -75,6 +93,9 @@ def export(options: ExportOptions) -> None:
         model, tokenizer = load_directory(options.path, code)
     for line in mend_sampling_settings(model, trains=False):
         say(line)
+    if converter is not None:
+        _write_gguf(model, tokenizer, options, converter)
+        return
     if options.dtype != "auto":
         for name, parameter in model.named_parameters():
             if not name.startswith(f"{HEAD}."):  # a reward model's head stays in float32
@@ -92,6 +113,50 @@ def export(options: ExportOptions) -> None:
         if record is not None:
             checkpoint.write_record(temporary, record, model)
     _say_result(model, out)
+
+
+# --- GGUF -----------------------------------------------------------------------------------------
+
+
+def _converter(options: ExportOptions) -> Path | None:
+    """llama.cpp's converter, where the format needs it; no model is loaded."""
+    out = Path(options.out)
+    if options.format == "gguf":
+        if out.suffix != SUFFIX or out.is_dir():
+            raise InputError(f"out={out} is the file of format=gguf; give out={out}{SUFFIX}")
+        return find_converter(options.llama_cpp)
+    if options.dtype == "q8_0" or options.llama_cpp or out.suffix == SUFFIX:
+        raise InputError("dtype=q8_0, llama_cpp= and out=<name>.gguf need format=gguf; add it")
+    return None
+
+
+def _write_gguf(model: Any, tokenizer: Any, options: ExportOptions, converter: Path) -> None:
+    """Write the directory that the converter reads, and convert it."""
+    from rlhf.models import parameter_count
+    from rlhf.tokenizer import stop_strings
+
+    out, name = Path(options.out), type(model).__name__
+    if name.endswith("ForSequenceClassification"):
+        raise InputError(f"path={options.path} is a reward model; format=gguf is for policies")
+    with checkpoint.disk_errors(out.parent, "give the same command again"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            convert(Path(folder), out, options.dtype, converter)
+    size, number = out.stat().st_size / 1e6, parameter_count(model)[0]
+    say(f"saved {out}: {name}, {number:,} parameters, dtype={options.dtype}, {size:,.1f} MB")
+    stops = stop_strings(tokenizer)
+    ends = "".join(f" -r {_in_shell(stop)}" for stop in stops)
+    say(f"  llama-cli -m {out} --jinja{ends}")
+    asked = f'   (requests need "stop": {json.dumps(stops)})' if stops else ""
+    say(f"  llama-server -m {out} --jinja{asked}")
+
+
+def _in_shell(text: str) -> str:
+    """A text as bash reads it, in one line."""
+    quoted = shlex.quote(text)
+    return f"$'{text.encode('unicode_escape').decode()}'" if quoted == f"'{text}'" else quoted
 
 
 # --- What is exported ---------------------------------------------------------------------------
