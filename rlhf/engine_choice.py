@@ -69,8 +69,9 @@ def choose_server(model: Any, tokenizer: Any, server: VLLM, dtype: torch.dtype |
     Raises:
         InputError: the server does not answer, or does not sample what the model predicts.
     """
+    said = server.begin(model, tokenizer, dtype or unwrap_peft(model).dtype)
     engine = use_engine(model, "vllm", dtype=dtype, server=server)
-    said = server.begin(engine.copy or model, tokenizer)
+    engine.refresh()
     far = cache_deviation(model, tokenizer, 3, MOST_TEMPERATURE)
     limit = max(tolerance(model), tolerance(engine.copy or model))
     if not far <= limit:  # negated, so that nan fails too
@@ -80,7 +81,9 @@ def choose_server(model: Any, tokenizer: Any, server: VLLM, dtype: torch.dtype |
             "has other weights, rounds otherwise or gives raw log-probs; start it with "
             f"--logprobs-mode processed_logprobs --dtype {type_name(engine.copy or model)}"
         )
-    return f"{said} (weights in {type_name(engine.copy or model)}; a probe differs by {far:.1e})"
+    return (
+        f"{said} ({server.sent} in {type_name(engine.copy or model)}; a probe differs by {far:.1e})"
+    )
 
 
 def type_name(model: Any) -> str:
@@ -96,7 +99,7 @@ def _why_not(
         engine = use_engine(model, name, check_every, dtype)
         if name == "loop" and dtype is None:
             return ""  # `require_cache` has measured it
-        engine.gather()
+        engine.refresh()
         far = cache_deviation(model, tokenizer, num_rows)
     except torch.OutOfMemoryError:
         raise

@@ -14,9 +14,10 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch.distributed.distributed_c10d import _get_default_store
 
@@ -116,6 +117,15 @@ def on_every_process(task: Callable[[], Result], accelerator: Any) -> Result:
         if message is not None:
             raise InputError(f"rank {rank}: {message}") from error
     return result
+
+
+def on_main_process(task: Callable[[], Result]) -> Result:
+    """Run a task on the main process; all processes get its result, or the InputError that ended
+    it."""
+    if num_processes() == 1:
+        return task()
+    result = on_every_process(lambda: task() if is_main_process() else None, PartialState())
+    return cast(Result, gather_object([result])[0])
 
 
 def lost_the_others(error: Exception) -> bool:

@@ -43,6 +43,7 @@ def ask(
     endpoint: EndpointConfig,
     field: str,
     retried: Callable[[], None] = lambda: None,
+    is_json: bool = True,
 ) -> Any:
     """Send a JSON body to a URL and return the JSON that comes back.
 
@@ -50,6 +51,7 @@ def ask(
         body: None asks with GET.
         field: configuration key that holds the URL, for messages.
         retried: called before each further try.
+        is_json: False: the answer is any text, which is returned.
 
     Raises:
         InputError: what the endpoint said, after `endpoint.retries` more tries where that may help.
@@ -58,7 +60,8 @@ def ask(
     wait = FIRST_WAIT
     for num_tried in range(1, endpoint.retries + 2):
         try:
-            return _ask_once(url, body, endpoint, where)
+            answer = _ask_once(url, body, endpoint, where)
+            return _as_json(answer, where) if is_json else answer.decode(errors="replace")
         except Passing as failure:
             if num_tried > endpoint.retries:
                 tries = f"{num_tried} tries" if num_tried > 1 else "one try"
@@ -100,7 +103,7 @@ def complete_chat(url: str, body: Any, endpoint: EndpointConfig, field: str) -> 
         ) from error
 
 
-def _ask_once(url: str, body: Any, endpoint: EndpointConfig, where: str) -> Any:
+def _ask_once(url: str, body: Any, endpoint: EndpointConfig, where: str) -> bytes:
     data = None if body is None else json.dumps(body, default=str).encode()
     headers = {"Content-Type": "application/json", "Accept": "application/json"}
     key = api_key(endpoint)
@@ -121,6 +124,10 @@ def _ask_once(url: str, body: Any, endpoint: EndpointConfig, where: str) -> Any:
         raise Passing(f"cannot be reached ({reason or type(reason).__name__})") from error
     if HTML.match(answer):
         raise InputError(f"{where} answered with {said(answer)}, not JSON; is the URL right?")
+    return answer
+
+
+def _as_json(answer: bytes, where: str) -> Any:
     try:
         return json.loads(answer)
     except ValueError as error:

@@ -12,8 +12,10 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from rlhf.config import EndpointConfig, InputError, SamplingConfig
@@ -24,7 +26,8 @@ MODULE = "vllm.entrypoints.openai.api_server"
 ENDPOINT = EndpointConfig(timeout=600.0, retries=3)
 ONCE = EndpointConfig(timeout=10.0, retries=0)
 LONGEST_START = 900.0  # seconds
-NEEDED = {"VLLM_SERVER_DEV_MODE": "1"}
+# developer mode takes weights; the other takes LoRA adapters
+NEEDED = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
 # a CPU's share of memory for the cache of keys and values, GiB; else vLLM takes most of the memory
 DEFAULTS = {"VLLM_CPU_KVCACHE_SPACE": "1"}
 
@@ -37,10 +40,18 @@ def check_server(sampling: SamplingConfig) -> None:
     """
     if sampling.engine != "vllm":
         return
-    if num_processes() > 1:
+    if sampling.weights == "nccl" and find_spec("vllm") is None:
         raise InputError(
-            f"sampling.engine=vllm works with one process so far, and this run has "
-            f"{num_processes()}; start it without accelerate launch, or set sampling.engine=auto"
+            "sampling.weights=nccl sends with vLLM's NCCL, and the environment of this run has no "
+            f"vLLM; install it there: {sys.executable} -m pip install vllm; or set "
+            "sampling.weights=files"
+        )
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes()))
+    if sampling.url is None and here < num_processes():
+        raise InputError(
+            f"sampling.vllm_python starts a server that this host alone can reach, and the "
+            f"{num_processes()} processes are on several hosts; start one yourself and give "
+            "sampling.url=http://<host>:8000 and sampling.weights_dir=<folder that all hosts see>"
         )
     folder = sampling.weights_dir
     if folder is not None and not Path(folder).is_dir():

@@ -119,11 +119,11 @@ def test_sharding_needs_several_processes(monkeypatch):
 def test_what_sharded_training_does_not_do_is_refused(monkeypatch):
     as_launched(monkeypatch, DistributedType.MULTI_GPU, ACCELERATE_USE_FSDP="true")
     config = PPOStageConfig()
-    config.critic.share_trunk, config.sampling.engine = True, "vllm"
+    config.critic.share_trunk = config.compile = True
     with pytest.raises(InputError) as caught:
         refuse_here(config)
     assert str(caught.value).startswith(
-        "critic.share_trunk=true, sampling.engine=vllm: not supported under FSDP yet; leave them "
+        "compile=true, critic.share_trunk=true: not supported under FSDP yet; leave them "
         "out, or start without sharding: accelerate launch"
     )
     with pytest.raises(InputError, match="^micro_batch_tokens=64: not supported under FSDP yet"):

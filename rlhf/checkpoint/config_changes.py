@@ -42,7 +42,7 @@ HARMLESS = (
     *("preflight", "watchdog"),
     *("num_samples", "response_length", "temperature", "top_p", "ppo.save_rollouts"),
     *("sampling.url", "sampling.vllm_python", "sampling.vllm_args", "sampling.weights_dir"),
-    "sampling.max_gap",
+    *("sampling.max_gap", "sampling.weights"),
     *("peft.save", "scorer.endpoint"),
     *("reward.num_normalization_prompts", "normalization", "trainer.dataloader_num_workers"),
 )

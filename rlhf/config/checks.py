@@ -14,6 +14,7 @@ from rlhf.config.errors import refuse, show
 from rlhf.config.fields import value_problems
 from rlhf.config.knobs import (
     ModelConfig,
+    PeftConfig,
     PPOConfig,
     PPOStageConfig,
     RewardStageConfig,
@@ -141,7 +142,7 @@ def _rules(config: StageConfig) -> Iterator[str]:
         yield from _scorer_rules(config.scorer)
         yield from _critic_rules(config)
         yield from _rollout_rules(config.ppo)
-        yield from _sampling_rules(config.sampling, config.ppo)
+        yield from _sampling_rules(config.sampling, config.ppo, config.peft)
         yield from _update_rules(config.ppo)
         yield from _frozen_rules(config)
         yield from _base_rules(config)
@@ -344,11 +345,11 @@ def _rollout_rules(ppo: PPOConfig) -> Iterator[str]:
         )
 
 
-def _sampling_rules(sampling: SamplingConfig, ppo: PPOConfig) -> Iterator[str]:
+def _sampling_rules(sampling: SamplingConfig, ppo: PPOConfig, peft: PeftConfig) -> Iterator[str]:
     url, python = sampling.url, sampling.vllm_python
     if sampling.engine != "vllm":
-        for name in ("url", "vllm_python", "vllm_args", "weights_dir"):
-            if value := getattr(sampling, name):
+        for name in ("url", "vllm_python", "vllm_args", "weights", "weights_dir"):
+            if (value := getattr(sampling, name)) not in (None, [], "auto"):
                 yield (
                     f"sampling.{name}={show(value)} is for sampling.engine=vllm, but "
                     f"sampling.engine={sampling.engine}; set sampling.engine=vllm, or leave "
@@ -364,6 +365,11 @@ def _sampling_rules(sampling: SamplingConfig, ppo: PPOConfig) -> Iterator[str]:
         yield f"give sampling.url={url} or sampling.vllm_python={python}, not both"
     if sampling.vllm_args and python is None:
         yield "sampling.vllm_args are for a server that the run starts: give sampling.vllm_python"
+    if sampling.weights == "adapter" and not peft.enabled:
+        yield (
+            "sampling.weights=adapter sends LoRA adapters, and all weights train; train with "
+            "peft=lora, or set sampling.weights=files"
+        )
     if ppo.temperature > 2:
         yield f"sampling.engine=vllm: ppo.temperature is at most 2 in vLLM, got {ppo.temperature}"
     if ppo.top_p != 1.0 or ppo.top_k != 0:

@@ -14,6 +14,7 @@ Left out: slices of models on several processes (`rlhf.distributed`).
 """
 
 from rlhf.models.adapters import (
+    adapter_writer,
     add_lora,
     copy_weights,
     merged,

@@ -230,10 +230,11 @@ def plain_copy(model: Any, dtype: torch.dtype) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def copy_weights(model: Any, plain: nn.Module) -> None:
-    """Write the weights of a model, its adapters merged, into one from `plain_copy`, in place."""
+def copy_weights(model: Any, plain: nn.Module, with_adapter: bool = True) -> None:
+    """Write the weights of a model, its adapter merged or left out, into one from `plain_copy`, in
+    place."""
     targets = plain.state_dict()
-    for name, tensor in _merged_weights(model, plain):
+    for name, tensor in _merged_weights(model, plain, with_adapter):
         targets[name].copy_(tensor)
 
 
@@ -248,8 +249,10 @@ def _own_attention(base: Any) -> str:
     return "sdpa" if is_padding_free(base) else base.config._attn_implementation
 
 
-def _merged_weights(model: Any, plain: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield name and value of the plain model's weights, one after the other; what the adapter adds
+def _merged_weights(
+    model: Any, plain: nn.Module, with_adapter: bool = True
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield name and value of the plain model's weights, one after the other; what an adapter adds
     to comes a second time, with it."""
     base = unwrap_peft(model)
     names = plain.state_dict().keys()  # leaves out adapters, and the scales of quantised weights
@@ -266,24 +269,27 @@ def _merged_weights(model: Any, plain: nn.Module) -> Iterator[tuple[str, Tensor]
             state[name] = value.detach()
     yield from ((key, whole(value)) for key, value in state.items())
     for name, module in base.named_modules():
-        if isinstance(module, TrainableTokensLayer):
+        if isinstance(module, TrainableTokensLayer) and with_adapter:
             weight = module.get_merged_weights([adapter]).detach()
             yield f"{name.removesuffix('.token_adapter')}.weight", weight
         elif isinstance(module, LoraLayer) and not is_quantized(module.get_base_layer()):
             # PEFT wraps a layer of experts once for each weight: experts, experts.base_layer
             key = f"{name.replace('.base_layer', '')}.{getattr(module, 'parameter_name', 'weight')}"
-            added = cast(Any, module).get_delta_weight(adapter).detach()
-            kept = kept_delta(module.get_base_layer())
-            added = whole(added) if kept is None else whole(added) + kept
+            deltas = [kept_delta(module.get_base_layer())]
+            if with_adapter:
+                deltas.append(cast(Any, module).get_delta_weight(adapter).detach())
+            added = sum(whole(delta) for delta in deltas if delta is not None)
             yield key, (whole(state[key]) + added).to(state[key].dtype)
         elif (kept := kept_delta(module)) is not None and f"{name}.weight" in state:
             # no adapter that trains is on this layer
             value = whole(state[f"{name}.weight"])
             yield f"{name}.weight", (value + kept).to(value.dtype)
-    yield from _dequantized_weights(base, adapter, plain)
+    yield from _dequantized_weights(base, adapter if with_adapter else None, plain)
 
 
-def _dequantized_weights(base: Any, adapter: str, plain: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _dequantized_weights(
+    base: Any, adapter: str | None, plain: nn.Module
+) -> Iterator[tuple[str, Tensor]]:
     """Yield the weights of the quantised layers in floating point, with what the adapter adds."""
     for name, module in base.named_modules():
         layer: Any = module.get_base_layer() if isinstance(module, LoraLayer) else module
@@ -292,7 +298,7 @@ def _dequantized_weights(base: Any, adapter: str, plain: nn.Module) -> Iterator[
         weight = dequantized_weight(layer)
         if (kept := kept_delta(layer)) is not None:
             weight = weight + kept
-        if layer is not module:
+        if layer is not module and adapter is not None:
             weight = weight + cast(Any, module).get_delta_weight(adapter).detach()
         if isinstance(plain.get_submodule(name), Conv1D):
             weight = weight.T.contiguous()  # GPT-2 stores its weights transposed
@@ -326,12 +332,20 @@ def what_to_save(
         return model, None
     if not isinstance(model, PeftModel) or base is None or config.save == "merged":
         return merged(model, folder), None
+    write = adapter_writer(model, base, revision)
+    plain = model.get_base_model() if config.save == "adapter" else merged(model, folder)
+    return cast(Any, plain), write
+
+
+def adapter_writer(
+    model: PeftModel, base: str, revision: str | None = None
+) -> Callable[[Path], None]:
+    """Return a function that writes the adapter as it is now into a directory, with the name of its
+    base. All processes that share a sharded model call this together."""
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
     copies = {k: whole(v.detach()).cpu().contiguous().clone() for k, v in tensors.items()}
     settings = copy.copy(model.active_peft_config)
-    write = partial(_save_adapter, settings, copies, base, revision)
-    plain = model.get_base_model() if config.save == "adapter" else merged(model, folder)
-    return cast(Any, plain), write
+    return partial(_save_adapter, settings, copies, base, revision)
 
 
 def _save_adapter(

@@ -249,11 +249,11 @@ def sample_and_score(
     ids = [prompt["input_ids"] for prompt in mine]
     sample = partial(generate, actors.policy, ids, sampling, noise, ppo.rollout_batch_size)
     with phase("sampling"):
-        engine_of(actors.policy).gather()
+        engine_of(actors.policy).refresh()
         if with_scores and actors.score_group:
             sampled, score = score_while_sampling(actors, mine, sample)
         else:
-            sampled = sample()
+            sampled = on_every_process(sample, accelerator)  # a server may fail one of them
             score = partial(score_sampled, actors, mine, sampled.ids)
     scores = Scores(torch.zeros(num_rows))
     if with_scores:

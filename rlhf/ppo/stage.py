@@ -140,7 +140,6 @@ def refuse_here(config: PPOStageConfig) -> None:
         {
             "compile=true": config.compile,
             "critic.share_trunk=true": config.critic.share_trunk,
-            "sampling.engine=vllm": config.sampling.engine == "vllm",
             f"model.quantization={config.model.quantization}": config.model.quantization,
         }
     )

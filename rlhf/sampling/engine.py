@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf.console import is_main_process
 from rlhf.distributed import is_sharded
 from rlhf.models import copy_weights, eval_mode, plain_copy, unwrap_peft
 from rlhf.sampling.graph import GraphDecoder
@@ -51,8 +52,8 @@ class Engine:
             ValueError: the model cannot sample with this engine.
         """
         self.name, self.model, self.server = name, model, server
-        if dtype is None and server is not None and unwrap_peft(model) is not model:
-            dtype = unwrap_peft(model).dtype  # it takes no adapters
+        if server is not None:
+            dtype = server.copy_type(model, dtype)
         self.copy = None if dtype is None else plain_copy(model, dtype)
         reader = self.copy or model
         self._steps: Callable[..., Iterator[Step]] = partial(loop, reader)
@@ -61,13 +62,13 @@ class Engine:
 
     @contextmanager
     def ready(self) -> Iterator[Callable[..., Iterator[Step]]]:
-        """Give the function that samples one batch, with the weights as they are now."""
-        if self.copy is not None and not is_sharded(self.model):
-            copy_weights(self.model, self.copy)
+        """Give the function that samples one batch, with the weights as they are now; of slices,
+        and by a server, as `refresh` found them."""
         if self.server is not None:
-            self.server.load(self.copy or self.model)
             yield self.server
             return
+        if self.copy is not None and not is_sharded(self.model):
+            copy_weights(self.model, self.copy)
         if self.copy is None:
             with eval_mode(self.model):
                 yield self._steps
@@ -75,10 +76,14 @@ class Engine:
         with torch.autocast(self.copy.device.type, enabled=False):  # the copy has its type already
             yield self._steps
 
-    def gather(self) -> None:
-        """Bring the copy of a sharded model up to date; all processes do it together."""
-        if self.copy is not None and is_sharded(self.model):
+    def refresh(self) -> None:
+        """Bring the copy of a sharded model, and the server, up to date; all processes do it
+        together."""
+        is_read = is_sharded(self.model) or (self.server is not None and is_main_process())
+        if self.copy is not None and is_read:
             copy_weights(self.model, self.copy)
+        if self.server is not None:
+            self.server.load(self.model, self.copy or self.model)
 
     def use(self) -> Engine:
         """Let `generate` and `stream` sample with this engine from now on."""

@@ -294,6 +294,16 @@ BAD_VALUES = [
     ),
     (
         "ppo",
+        {"sampling.weights": "nccl"},
+        "sampling.weights='nccl' is for sampling.engine=vllm, but sampling.engine=auto; set",
+    ),
+    (
+        "ppo",
+        {"sampling.engine": "vllm", "sampling.url": "http://a", "sampling.weights": "adapter"},
+        "sampling.weights=adapter sends LoRA adapters, and all weights train; train with peft=lora",
+    ),
+    (
+        "ppo",
         {"sampling.engine": "vllm", "sampling.url": "http://a", "ppo.temperature": 2.5},
         "sampling.engine=vllm: ppo.temperature is at most 2 in vLLM, got 2.5",
     ),

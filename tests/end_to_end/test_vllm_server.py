@@ -1,7 +1,8 @@
 """PPO through a real vLLM server on the CPU, of the version that `make test-vllm` installs.
 
-Three updates reach the scores of `loop`, every update's gap is that of rounding, and a run whose
-server was killed continues. `tests/sampling/test_vllm.py` tests the same engine without vLLM.
+Three updates reach the scores of `loop`, with the weights as files and as a LoRA adapter alone;
+every update's gap is that of rounding, and a run whose server was killed continues.
+`tests/sampling/test_vllm.py` tests the same engine without vLLM.
 
 Run: make test-vllm
 """
@@ -9,6 +10,7 @@ Run: make test-vllm
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -16,12 +18,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.families import LORA
 from helpers.tiny import tiny_model, tiny_tokenizer
 from helpers.tiny_ppo import make_config
 
 from rlhf import train_ppo
-from rlhf.config import InputError, SamplingConfig
+from rlhf.config import InputError, PeftConfig, SamplingConfig
+from rlhf.engine_choice import choose_server
 from rlhf.metrics import read_jsonl
+from rlhf.models import add_lora
+from rlhf.models.stacked import keep_apart
 from rlhf.ppo import PPOTrainer
 from rlhf.sampling import VLLM, Sampling, engine_of, generate, uniform_noise, use_engine
 from rlhf.tokenizer import StopStrings, declare_stop_strings, forbidden_token_ids
@@ -58,10 +64,20 @@ def policy(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def url(policy):
-    process = ServerProcess(PYTHON, policy, "float32", QUICK)
+    arguments = ["--enable-lora", "--max-lora-rank", "8", *QUICK]
+    process = ServerProcess(PYTHON, policy, "float32", arguments)
     process.wait()
     yield process.url
     process.stop()
+
+
+def shift(model):
+    """Move the adapters of a model, which add nothing at first."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+    return model
 
 
 def sampling_for(model, stop_ids=STOPS, **knobs):
@@ -91,8 +107,9 @@ def test_it_samples_what_every_engine_must(url):
     ]
     expected = [generate(model, PROMPTS, sampling, None) for sampling in likeliest]
     client = VLLM(SamplingConfig(engine="vllm", url=url))
-    use_engine(model, "vllm", server=client)
-    client.begin(model, TOKENIZER)
+    client.begin(model, TOKENIZER, torch.float32)
+    engine = use_engine(model, "vllm", server=client)
+    engine.refresh()
     for sampling, theirs in zip(likeliest, expected, strict=True):
         mine = generate(model, PROMPTS, sampling, None)
         assert mine.ids == theirs.ids and mine.finished == theirs.finished
@@ -100,6 +117,7 @@ def test_it_samples_what_every_engine_must(url):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(scale)
+        engine.refresh()
         sampling = sampling_for(model, temperature=1.3)
         made = generate(model, PROMPTS, sampling, NOISE)
         assert_logprobs(model, made, sampling)
@@ -135,6 +153,39 @@ def test_three_updates_reach_the_scores_of_the_loop(policy, url, tmp_path):
         assert abs(loop["score"] - vllm["score"]) < 4 * error
         assert vllm["sampler_gap"] < 1e-3
         assert loop["score"] != vllm["score"]  # other tokens
+
+
+def test_three_updates_with_the_adapter_alone_reach_the_scores_of_the_loop(policy, url, tmp_path):
+    """The server has the weights of the test before; its base is replaced."""
+    results = {}
+    for engine in ("loop", "vllm"):
+        sampling = SamplingConfig(engine=engine, url=url if engine == "vllm" else None)
+        config = config_for(policy, tmp_path, f"adapter-{engine}", sampling)
+        config.peft, config.ppo.learning_rate = PeftConfig(enabled=True, r=4), 3e-3
+        config.ppo.share_base = engine == "vllm"
+        train_ppo(config)
+        results[engine] = rows_of(config)
+    record = json.loads((config.stage_dir("ppo") / "final/rlhf.json").read_text())
+    assert "(weights as adapter: 0." in record["sampling"]
+    for loop, vllm in zip(results["loop"], results["vllm"], strict=True):
+        error = ((loop["score_std"] ** 2 + vllm["score_std"] ** 2) / 128) ** 0.5
+        print({k: (loop[k], vllm[k]) for k in ("score", "kl", "sampler_gap")}, f"{error=:.3f}")
+        assert abs(loop["score"] - vllm["score"]) < 4 * error
+        assert vllm["sampler_gap"] < 1e-3
+    assert results["vllm"][-1]["kl"] > 1e-3  # it has moved away from its base
+
+
+def test_the_server_samples_by_an_adapter_on_a_stacked_base(url):
+    lower = shift(add_lora(make_policy(), LORA, "CAUSAL_LM", 0))
+    model = shift(add_lora(keep_apart(lower, "the adapter of SFT"), LORA, "CAUSAL_LM", 1))
+    client = VLLM(SamplingConfig(engine="vllm", url=url, weights="adapter"))
+    print(choose_server(model, TOKENIZER, client, None))
+    sampling = sampling_for(model)
+    for _ in range(2):
+        shift(model)
+        engine_of(model).refresh()
+        assert_logprobs(model, generate(model, PROMPTS, sampling, NOISE), sampling)
+    client.close()
 
 
 def test_a_run_whose_server_was_killed_continues(policy, tmp_path, monkeypatch):

@@ -42,7 +42,7 @@ def test_a_run_whose_server_dies_continues_with_another_one(policy_dir, tmp_path
     said = str(error.value)
     assert f"sampling.url={server.url}/" in said and "cannot be reached (" in said
     assert "update 2 is saved in" in said and "continue with resume=true" in said
-    assert f"sampling: vllm 0.32.0, server {server.url} (weights in" in capsys.readouterr().out
+    assert f"sampling: vllm 0.32.0, server {server.url} (weights as" in capsys.readouterr().out
     with fake_vllm(tokenizer) as other:
         config.sampling.url = other.url
         train_ppo(dataclasses.replace(config, resume=True))

@@ -6,6 +6,7 @@ Run: pytest tests/sampling/test_vllm.py
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from torch.testing import assert_close
 from rlhf.config import InputError, SamplingConfig
 from rlhf.engine_choice import choose_server
 from rlhf.models import add_lora
-from rlhf.sampling import VLLM, Sampling, generate, stream, uniform_noise, use_engine
+from rlhf.sampling import VLLM, Sampling, engine_of, generate, stream, uniform_noise, use_engine
 from rlhf.tokenizer import StopStrings, declare_stop_strings, forbidden_token_ids
 from rlhf.vllm_server import ONCE, check_server, model_and_version
 
@@ -50,16 +51,26 @@ def client_of(server, **knobs):
     return VLLM(SamplingConfig(engine="vllm", url=server.url, **knobs))
 
 
-def connect(model, server):
-    client = client_of(server)
-    engine = use_engine(model, "vllm", server=client)
-    client.begin(engine.copy or model, TOKENIZER)
+def connect(model, server, **knobs):
+    client = client_of(server, **knobs)
+    client.begin(model, TOKENIZER, torch.float32)
+    use_engine(model, "vllm", server=client).refresh()
     return client
 
 
 def sampling_for(model, stop_ids=STOPS, **knobs):
     forbidden = forbidden_token_ids(TOKENIZER, model.config.vocab_size)
     return Sampling(BUDGET, tuple(stop_ids), forbidden, **knobs)
+
+
+def shift(model, seed=0):
+    """Take the adapters of a model away from where they begin, where they add nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model
 
 
 def expected_logprobs(model, prompt, ids, sampling):
@@ -128,6 +139,7 @@ def test_the_next_call_sees_weights_that_have_changed(llama, server):
     with torch.no_grad():
         for parameter in llama.parameters():
             parameter.mul_(1.2)
+    engine_of(llama).refresh()
     made = generate(llama, PROMPTS, sampling, NOISE)
     expected = expected_logprobs(llama, PROMPTS[0], made.ids[0], sampling)
     assert_close(made.logprobs[0], expected, rtol=1e-5, atol=1e-5)
@@ -138,14 +150,9 @@ def test_the_next_call_sees_weights_that_have_changed(llama, server):
     assert not Path(told[1]).parent.exists()
 
 
-def test_adapters_are_merged_into_the_weights_that_it_gets(llama, server):
-    model = add_lora(llama, LORA, "CAUSAL_LM", 0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                torch.manual_seed(len(name))
-                parameter.normal_(std=0.2)
-    connect(model, server)
+def test_adapters_are_merged_into_the_files_that_it_gets(llama, server):
+    model = shift(add_lora(llama, LORA, "CAUSAL_LM", 0))
+    connect(model, server, weights="files")
     sampling = sampling_for(model.get_base_model())
     made = generate(model, PROMPTS, sampling, NOISE)
     expected = expected_logprobs(model, PROMPTS[0], made.ids[0], sampling)
@@ -167,8 +174,11 @@ def test_what_the_generation_config_of_the_server_may_set_is_set_back(llama, ser
 
 def test_a_server_is_probed_and_said(llama, server):
     said = choose_server(llama, TOKENIZER, client_of(server), None)
-    start = f"vllm 0.32.0, server {server.url} (weights in float32; a probe differs by "
-    assert said.startswith(start) and float(said.removeprefix(start).rstrip(")")) < 1e-5
+    start = f"vllm 0.32.0, server {server.url} (weights as files, because all weights train: 0."
+    assert said.startswith(start)
+    rest = r"\d\d MB in \d+\.\d\d s in float32; a probe differs by (.+)\)"
+    found = re.fullmatch(rest, said.removeprefix(start))
+    assert found and float(found[1]) < 1e-5
 
 
 def other_weights(server):
@@ -288,9 +298,11 @@ def test_what_is_missing_is_said_before_a_model_loads(server, tmp_path, monkeypa
         assert str(error.value).startswith(said)
     check_server(SamplingConfig(engine="vllm", url=server.url))
     check_server(SamplingConfig(url="http://127.0.0.1:9"))  # a rule refuses that
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="vllm works with one process so far, and this run has 2"):
-        check_server(SamplingConfig(engine="vllm", url=server.url))
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    check_server(SamplingConfig(engine="vllm", url=server.url))
+    with pytest.raises(InputError, match="host alone can reach, and the 4 processes are on sev"):
+        check_server(SamplingConfig(engine="vllm", vllm_python=sys.executable))
 
 
 # --- A server that the run starts ---------------------------------------------------------------
@@ -342,7 +354,7 @@ def own(tmp_path):
 
 def test_a_server_is_started_on_this_machine_alone_and_ends_with_the_run(own, llama, capsys):
     client = own("--max-model-len", "64")
-    assert client.begin(llama, TOKENIZER) == f"vllm 1, server {client.url}"
+    assert client.begin(llama, TOKENIZER, torch.float32) == f"vllm 1, server {client.url}"
     arguments = model_and_version(client.url)[0].split()
     assert arguments[:3] == ["-m", "vllm.entrypoints.openai.api_server", "--model"]
     assert {"model.safetensors", "tokenizer.json"} <= {p.name for p in Path(arguments[3]).iterdir()}
@@ -360,13 +372,13 @@ def test_a_server_is_started_on_this_machine_alone_and_ends_with_the_run(own, ll
 
 def test_a_server_that_does_not_start_says_why(own, llama):
     with pytest.raises(InputError) as error:
-        own("--broken").begin(llama, TOKENIZER)
+        own("--broken").begin(llama, TOKENIZER, torch.float32)
     said = "the vLLM server ended with status 1; it said: ValueError: no room for the cache"
     assert str(error.value).endswith(f"python: {said}")
 
 
 def test_a_server_that_dies_later_says_why(own, llama):
     client = own()
-    client.begin(llama, TOKENIZER)
+    client.begin(llama, TOKENIZER, torch.float32)
     with pytest.raises(InputError, match="ended with status 3; it said: RuntimeError: out of mem"):
-        client.load(llama)
+        client.load(llama, llama)

@@ -177,6 +177,11 @@ class SamplingConfig:
     """In place of url: python of an environment with vLLM; the run starts a server with it."""
     vllm_args: list[str] = knob([])
     """Further arguments of that server, e.g. [--gpu-memory-utilization,"0.3"]."""
+    weights: str = knob("auto", choices=("auto", "files", "adapter", "nccl"))
+    """How the weights reach that server before each rollout. files: the whole model in a folder,
+    adapters merged; adapter: the LoRA adapter alone, after its base once; nccl: from GPU to GPU by
+    TRL's client; auto: adapter if only LoRA adapters train and the server takes them, else
+    files."""
     weights_dir: str | None = None
     """Folder through which the weights reach the server, under the same path on both sides (null: a
     temporary one of this machine)."""
