@@ -1,6 +1,7 @@
 """Settings of all tests: one thread per process, as models are tiny and some tests start two."""
 
 import functools
+import gc
 import os
 import pickle
 import signal
@@ -27,15 +28,37 @@ def no_pictures_of_stages():
 
 @pytest.fixture(scope="session", autouse=True)
 def rows_of_the_demo_are_generated_once():
-    """Each call of the demo's rows gets an own copy of those that the first call generated."""
+    """Each call of the demo's rows gets an own copy of the first that one call generated: a stage
+    checks all of them, and trains on few."""
     with pytest.MonkeyPatch.context() as patch:
         if find_spec("rlhf.demo"):  # not in the copies of test_mutants.py
             from rlhf.demo import world
 
-            generate = functools.cache(lambda stage, split: pickle.dumps(original(stage, split)))
-            original = world.rows
-            patch.setattr(world, "rows", lambda stage, split: pickle.loads(generate(stage, split)))
+            original, most = world.rows, 512
+            generate = functools.cache(lambda *key: pickle.dumps(original(*key)[:most]))
+            patch.setattr(world, "rows", lambda *key: pickle.loads(generate(*key)))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def hydra_composes_once():
+    """Hydra composes every configuration twice, first to ask it for `hydra.mode`, which is null."""
+    if not find_spec("hydra"):  # not in what tests/peers needs
+        yield
+        return
+    from hydra._internal.hydra import Hydra
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Hydra, "get_mode", lambda *_, **__: None)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_search_for_garbage_in_what_stays():
+    """A Trainer collects garbage several times: half a second each over torch and all tests."""
+    gc.set_threshold(20_000, 20, 20)
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

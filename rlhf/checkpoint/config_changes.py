@@ -23,11 +23,11 @@ from rlhf.config import (
     RewardStageConfig,
     SFTStageConfig,
     StageConfig,
-    config_text,
     dotted,
     is_remote,
     learning_rates,
     one_line,
+    plain_values,
     read_yaml,
     resume_overrides,
 )
@@ -164,7 +164,7 @@ def _changed_settings(config: StageConfig, directory: Path) -> dict[str, str]:
 
 
 def _plain(config: StageConfig) -> dict[str, Any]:
-    return _flat(cast(dict, OmegaConf.to_container(OmegaConf.create(config_text(config)))))
+    return _flat(cast(dict, OmegaConf.to_container(OmegaConf.create(plain_values(config)))))
 
 
 def read_settings(directory: Path) -> dict[str, Any]:

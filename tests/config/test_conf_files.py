@@ -9,6 +9,7 @@ import re
 
 import pytest
 from helpers.configs import compose_stage
+from omegaconf import OmegaConf
 
 from rlhf.config import CONF_DIR, STAGES, PPOConfig, PPOStageConfig
 from rlhf.config.__main__ import conf_files
@@ -89,8 +90,9 @@ def test_every_dataset_group_names_an_existing_format():
     groups = sorted(path.stem for path in (CONF_DIR / "dataset").glob("*.yaml"))
     assert "messages" in groups
     for group in groups:
-        format = compose_stage("ppo", f"dataset={group}").dataset.format
+        format = OmegaConf.load(CONF_DIR / f"dataset/{group}.yaml").format
         assert format == (None if group == "none" else group) and format in {*FORMATS, None}
+    assert compose_stage("ppo", "dataset=messages").dataset.format == "messages"
 
 
 KNOB_FILES = [

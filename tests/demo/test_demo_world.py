@@ -13,7 +13,7 @@ import pytest
 from rlhf.config import load_object, refuse_named_code
 from rlhf.demo import world as world
 
-rows = world.rows  # conftest.py replaces it by a function that generates once
+rows = world.rows  # conftest.py replaces it by a function that gives the first rows
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +149,8 @@ def test_rows_refuse_an_unknown_stage_or_split():
 
 def test_rows_are_the_same_on_every_call(data):
     for key, first in data.items():
-        assert rows(*key) == first
+        again = world.rows(*key)  # the first rows of another call
+        assert again == first[: len(again)] and len(again) > 100
         assert len(first) == world.NUM_ROWS[key]
 
 

@@ -100,7 +100,9 @@ def whole(policy, tmp_path_factory):
 
 
 # calls of the scorer: 1 before training, 2, 3 two updates, 4 evaluation, 5, 6 updates, 7 evaluation
-@pytest.mark.parametrize("fails_at, saved", [(3, 1), (4, 2), (6, 3), (7, 4)])
+@pytest.mark.parametrize(
+    "fails_at, saved", [(3, 1), (4, 2), pytest.param(6, 3, marks=pytest.mark.slow), (7, 4)]
+)
 def test_run_whose_scorer_fails_is_saved_and_resumed_ends_as_the_whole_one(
     fails_at, saved, policy, whole, tmp_path
 ):

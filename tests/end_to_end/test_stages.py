@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.sharded import command, in_group, text_of
 from helpers.stages import ROOT, WORLD, launch, ppo_config, reward_config, sft_config
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -253,11 +254,27 @@ def overrides_of(stage: str, runs: Path) -> list[str]:
     return [*world, *own, f"scorer.path={runs / 'run/reward/final'}", start]
 
 
+def launch_forks(stage: str, arguments: list[str], folder: Path) -> None:
+    """As `launch`, in two forks of a process that has imported torch."""
+    log = folder / "log"
+    codes = in_group(command, stage, arguments, folder, log=log, shards=False)
+    assert codes == [0, 0] and "2 processes" in text_of(log), text_of(log)
+
+
 @pytest.mark.parametrize(
-    "stage", ["ppo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sft", "reward"))]
+    "stage, start",
+    [
+        ("ppo", launch_forks),
+        *(
+            pytest.param(stage, launch, marks=pytest.mark.slow)
+            for stage in ("sft", "reward", "ppo")
+        ),
+    ],
 )
-def test_two_processes_give_the_result_of_one_on_the_same_global_batch(stage, runs, tmp_path):
-    launch(stage, overrides_of(stage, runs), tmp_path)
+def test_two_processes_give_the_result_of_one_on_the_same_global_batch(
+    stage, start, runs, tmp_path
+):
+    start(stage, overrides_of(stage, runs), tmp_path)
     one = load_file(runs / "run" / stage / "final/model.safetensors")
     two = load_file(tmp_path / "runs/run" / stage / "final/model.safetensors")
     gap = sum(float((one[name] - two[name]).square().sum()) for name in one) ** 0.5

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow  # `make wheel` runs them
 
 
-def run_python(*args: str, cwd: Path, pythonpath: Path) -> str:
+def run_python(*args: str, cwd: Path, pythonpath: Path, silent: bool = False) -> str:
     """Run the interpreter in `cwd` with `pythonpath` first on sys.path; return its stdout."""
     done = subprocess.run(
         [sys.executable, *args],
@@ -27,6 +27,7 @@ def run_python(*args: str, cwd: Path, pythonpath: Path) -> str:
         timeout=120,
     )
     assert done.returncode == 0, f"{args} failed in {cwd}\n{done.stdout}\n{done.stderr}"
+    assert not (silent and done.stderr), done.stderr
     return done.stdout
 
 
@@ -75,9 +76,13 @@ def test_importing_the_package_imports_nothing_heavy(installed: Path, tmp_path: 
     assert run_python("-c", probe, cwd=tmp_path, pythonpath=installed).strip() == "set()"
 
 
-def test_every_public_name_can_be_imported(installed: Path, tmp_path: Path):
+def test_every_public_name_can_be_imported_and_no_library_says_a_word(
+    installed: Path, tmp_path: Path
+):
     probe = "import rlhf; print(*[name for name in dir(rlhf) if getattr(rlhf, name) is not None])"
-    names = run_python("-c", probe, cwd=tmp_path, pythonpath=installed).split()
+    printed = run_python("-c", probe, cwd=tmp_path, pythonpath=installed, silent=True)
+    (line,) = printed.splitlines()
+    names = line.split()
     assert {"PPOTrainer", "PPOConfig", "InputError", "load_scorer", "train_sft"} <= set(names)
 
 

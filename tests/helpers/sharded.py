@@ -7,7 +7,9 @@ processes for one of GPUs, and then does everything else as on GPUs, over gloo.
 from __future__ import annotations
 
 import os
+import runpy
 import socket
+import sys
 from pathlib import Path
 
 from helpers.processes import FORKS
@@ -48,6 +50,13 @@ def _run(rank: int, world: int, port: int, shards: bool, log: Path, work, argume
         os.dup2(stream.fileno(), 2)
     join(rank, world, port, shards)
     work(*arguments)
+
+
+def command(stage: str, arguments: list[str], folder: Path) -> None:
+    """Run the command of a stage in this process: work for `in_group`."""
+    os.chdir(folder)
+    sys.argv = [f"rlhf.{stage}", *arguments]
+    runpy.run_module(f"rlhf.{stage}", run_name="__main__", alter_sys=True)
 
 
 def text_of(log: Path) -> str:
