@@ -185,7 +185,9 @@ class VLLM:
         )
         self._order("/v1/load_lora_adapter", order, hint, is_json=False)
         if self._asked != self._base:
-            self._ask("/v1/unload_lora_adapter", {"lora_name": self._asked}, is_json=False)
+            hint = "it has been started again, without the base that it got; resume=true sends that"
+            last = {"lora_name": self._asked}
+            self._order("/v1/unload_lora_adapter", last, hint, is_json=False)
         self._asked = name
 
     def __call__(

@@ -64,7 +64,11 @@ def assert_same_rows(one, two):
 
 @pytest.mark.parametrize("shards", [False, True], ids=["DDP", "FSDP2"])
 def test_two_processes_with_one_server_are_one_run(shards, run, server, tmp_path):
-    one = with_server(run, "full", server), with_server(run, "adapter", server, peft=LORA)
+    on_one_base = dataclasses.replace(run.ppo, share_base=True, ema_decay=None)
+    one = (
+        with_server(run, "full", server),
+        with_server(run, "adapter", server, peft=LORA, ppo=on_one_base),
+    )
     train_all(*one)
     own = paths_of(server)
     server.requests.clear()

@@ -137,6 +137,13 @@ def test_a_server_that_takes_no_adapters_is_told_how_to_start(spoil, policy, ser
     assert "sampling.weights=auto takes files, not an adapter: " in capsys.readouterr().out
 
 
+def test_a_server_that_was_started_again_and_lacks_the_base_is_refused(policy, server):
+    connect(policy, server)
+    server.adapters.clear()
+    with pytest.raises(InputError, match="started again, without the base .*; resume=true sends"):
+        engine_of(policy).refresh()
+
+
 def test_a_model_that_trains_more_than_adapters_goes_over_as_files(server):
     model, token = tiny_model("llama", TOKENIZER), 300
     refused = {"all weights train": model}
