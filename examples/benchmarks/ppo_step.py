@@ -3,7 +3,8 @@
 Held equal: the weights of policy, reference, critic and reward model, the prompts, the number of
 responses, epochs, minibatches, the learning rate, the KL coefficient, float32 (on a GPU bfloat16
 autocast on both sides), one torch thread. On a CPU the sides take turns, update by update, so that
-other load meets both, and `cpu_seconds` leaves that load out; on a GPU one runs after the other.
+other load meets both, and `cpu_seconds` and the phases leave that load out (one thread); on a GPU
+one runs after the other.
 
 Not equal: the random numbers; rlhf clips gradients (TRL does not); rlhf reads
 `ppo.micro_batch_size` rows at a time, TRL a whole minibatch, which it can split only by making
@@ -46,6 +47,7 @@ from world import (
     PAD,
     ROOT,
     SHAPES,
+    clock,
     describe,
     end_responses,
     is_gold,
@@ -172,35 +174,35 @@ def run_ours(options: argparse.Namespace) -> None:
         for ids in json.loads((options.folder / "prompts.json").read_text())
     ]
     trainer = PPOTrainer(config, actors, prompts, accelerator, options.folder)
-    clock = {"rollout": 0.0, "scoring": 0.0}
+    spent: dict[str, float] = {}
 
-    def timed(name: str, phase: str) -> None:
-        function = getattr(rollout, name)
+    def timed(owner: Any, name: str) -> None:
+        function = getattr(owner, name)
 
         def call(*arguments: Any, **more: Any) -> Any:
-            began = time.perf_counter()
+            began = clock()
             result = function(*arguments, **more)
-            clock[phase] += time.perf_counter() - began
+            spent[name] = clock() - began
             return result
 
-        setattr(rollout, name, call)
+        setattr(owner, name, call)
 
-    timed("sample_and_score", "rollout")
-    timed("score_sampled", "scoring")
+    timed(rollout, "sample_and_score")
+    timed(rollout, "score_sampled")
+    timed(trainer, "collect")
     answer({"before": memory_in_use(), "forward": forward, "weights": weights_of(actors)})
     while sys.stdin.readline():
-        clock.update(rollout=0.0, scoring=0.0)
-        began, worked = time.perf_counter(), time.process_time()
+        began, worked = time.perf_counter(), clock()
         metrics = trainer.step()
-        ended, worked = time.perf_counter(), time.process_time() - worked
-        sampled = clock["rollout"] - clock["scoring"]
+        ended, worked = time.perf_counter(), clock() - worked
+        sampled = spent["sample_and_score"] - spent["score_sampled"]
         answer(
             {
                 "seconds": ended - began,
                 "cpu_seconds": worked,
                 "rollout": sampled,
-                "scoring": trainer.collected_at - began - sampled,
-                "optimise": ended - trainer.collected_at,
+                "scoring": spent["collect"] - sampled,
+                "optimise": worked - spent["collect"],
                 "tokens": metrics["response_length"] * options.batch,
                 "score": metrics["score"],
                 "kl": metrics["kl"],

@@ -18,7 +18,17 @@ from parts import answer
 from transformers import AutoTokenizer, LlamaForCausalLM, LlamaForSequenceClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from trl.experimental.ppo import PPOConfig, PPOTrainer
-from world import DEVICE, EOS, SEP, SHAPES, is_gold, memory_in_use, num_matrix_weights, peak_since
+from world import (
+    DEVICE,
+    EOS,
+    SEP,
+    SHAPES,
+    clock,
+    is_gold,
+    memory_in_use,
+    num_matrix_weights,
+    peak_since,
+)
 
 
 def run_trl(options: argparse.Namespace) -> None:
@@ -31,30 +41,30 @@ def run_trl(options: argparse.Namespace) -> None:
         if not sys.stdin.readline():
             raise SystemExit
         mark.clear()
-        mark["began"], mark["worked"] = time.perf_counter(), time.process_time()
+        mark["began"], mark["worked"] = time.perf_counter(), clock()
         result = generation(*arguments, **more)
         responses = result[0][:, arguments[1].shape[1] :]
         ended, width = (responses == EOS).any(1), responses.shape[1]
         lengths = torch.where(ended, (responses == EOS).int().argmax(1) + 1, width)
         mark["tokens"] = int(lengths.sum())  # waits for the GPU
-        mark["generated"] = time.perf_counter()
+        mark["generated"] = clock()
         return result
 
     def timed_forward(*arguments: Any, **more: Any) -> Any:
         if torch.is_grad_enabled():
-            mark.setdefault("optimise", time.perf_counter())
+            mark.setdefault("optimise", clock())
         return forward(*arguments, **more)
 
     class Timed(PPOTrainer):
         def log(self, logs: dict[str, float], *arguments: Any, **more: Any) -> None:
-            ended = time.perf_counter()
+            ended, worked = time.perf_counter(), clock()
             answer(
                 {
                     "seconds": ended - mark["began"],
-                    "cpu_seconds": time.process_time() - mark["worked"],
-                    "rollout": mark["generated"] - mark["began"],
+                    "cpu_seconds": worked - mark["worked"],
+                    "rollout": mark["generated"] - mark["worked"],
                     "scoring": mark["optimise"] - mark["generated"],
-                    "optimise": ended - mark["optimise"],
+                    "optimise": worked - mark["optimise"],
                     "tokens": mark["tokens"],
                     "score": float(logs["objective/scores"]),
                     "kl": float(logs["objective/kl"]),

@@ -5,7 +5,7 @@
 `enable_padding_free` puts our attention on a model. The model then reads a batch of one row whose
 positions restart as several rows, which do not see each other. All other batches take the attention
 that the model had. On a GPU, `torch.nn.attention.varlen` (FlashAttention for ragged batches) reads
-all rows at once; elsewhere only the attention itself pads them, and the rest of the model does not.
+all rows at once; elsewhere the attention reads one row after the other.
 
 A family can ignore the attention that is set, or compute something else around it: whether the
 numbers stay the same is measured in `rlhf.equivalence`.
@@ -65,10 +65,10 @@ def attention(
         if others.get(name) is not None:
             raise ValueError(f"padding-free attention does not support {name}")
     query, key, value = (_as_attention_reads(x) for x in (query, key, value))
-    sizes = cu_seq_lens_q, max_length_q
     if _has_kernel(query) and not dropout:
+        sizes = cu_seq_lens_q, max_length_q
         return _varlen(query, key, value, scaling, sliding_window, *sizes), None
-    return _in_rows(query, key, value, scaling, dropout, sliding_window, *sizes), None
+    return _in_rows(query, key, value, scaling, dropout, sliding_window, cu_seq_lens_q), None
 
 
 def _as_attention_reads(x: Tensor) -> Tensor:
@@ -93,33 +93,23 @@ def _in_rows(
     dropout: float,
     sliding_window: int | None,
     bounds: Tensor,
-    longest: int,
 ) -> Tensor:
-    """Pad queries, keys and values to rows for one call of scaled dot-product attention. A padded
-    key comes after all tokens of its row, so that none of them sees it."""
-    starts, lengths = bounds[:-1].long(), bounds.diff().long()
-    rows = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
-    columns = torch.arange(len(rows), device=rows.device) - starts[rows]
+    """Call scaled dot-product attention for each row: nothing is padded, and nothing is copied but
+    the results."""
 
-    def padded(x: Tensor) -> Tensor:
-        batch = x.new_zeros(len(lengths), longest, x.shape[1], x.shape[3])  # (rows, longest, H, D)
-        return batch.index_put((rows, columns), x[0].transpose(0, 1)).transpose(1, 2)
+    def of_row(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mask, length = None, q.shape[2]
+        if sliding_window is not None and length > sliding_window:
+            mask = torch.ones(length, length, dtype=torch.bool, device=q.device)
+            mask = mask.tril().triu(1 - sliding_window)
+        groups = q.shape[1] > k.shape[1]
+        return nn.functional.scaled_dot_product_attention(
+            q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=groups
+        )
 
-    mask = None
-    if sliding_window is not None and longest > sliding_window:
-        mask = torch.ones(longest, longest, dtype=torch.bool, device=query.device)
-        mask = mask.tril().triu(1 - sliding_window)
-    out = nn.functional.scaled_dot_product_attention(
-        padded(query),
-        padded(key),
-        padded(value),
-        mask,
-        dropout,
-        is_causal=mask is None,
-        scale=scaling,
-        enable_gqa=query.shape[1] > key.shape[1],
-    )
-    return out.transpose(1, 2)[rows, columns][None]
+    lengths = bounds.diff().tolist()
+    rows = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+    return torch.cat([of_row(*row) for row in rows], dim=2).transpose(1, 2)
 
 
 def _varlen(

@@ -215,6 +215,9 @@ def unwrap_peft(model: Any) -> Any:
 
 
 def accepts(model: Any, name: str) -> bool:
-    """True if the model's own forward (inside any wrapper) takes an argument of this name."""
+    """True if the model's own forward (inside any wrapper) takes an argument of this name; looked
+    up once for each model, because samplers ask for each token."""
     inner = unwrap_peft(getattr(model, "module", model))
-    return name in inspect.signature(inner.forward).parameters
+    if not hasattr(inner, "_rlhf_arguments"):
+        inner._rlhf_arguments = frozenset(inspect.signature(inner.forward).parameters)
+    return name in inner._rlhf_arguments

@@ -1,4 +1,4 @@
-"""The engine `loop`: a forward pass per token, on the growing cache of transformers.
+"""The engine `loop`: a forward pass per token, on a cache that grows.
 
 It drops rows as soon as they finish.
 """
@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import Cache
 
 from rlhf.data import pad
 from rlhf.distributed import compute_device
 from rlhf.models import accepts, prefill_inputs, unwrap_peft
+from rlhf.sampling.cache import roomy_cache
 from rlhf.sampling.choice import choose
 from rlhf.sampling.settings import Endings, Sampling
 
@@ -46,7 +47,7 @@ def loop(
     forbidden = sampling.forbidden.to(device)
     noise = None if noise is None else noise.to(device)
     active, ends = torch.arange(len(prompts), device=device), Endings(sampling, len(prompts))
-    cache = DynamicCache(config=unwrap_peft(model).config)
+    cache = roomy_cache(unwrap_peft(model).config)
     logits, mask = prefill(model, prompts, cache)
     for t in range(sampling.max_new_tokens):
         draws = None if noise is None else noise[active, t]
