@@ -12,8 +12,9 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from threading import Thread
 from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
@@ -146,13 +147,14 @@ def report(error: Exception) -> str:
 
 def blame(error: Exception) -> str:
     """What a process that lost the others prints last: on the first process, the error of the one
-    that failed, if it left one."""
+    that failed, if it left one. The others say only whether the first one is gone."""
     own = report(error)
-    if not is_main_process():
+    others = range(1, num_processes()) if is_main_process() else [0]
+    words = _words_of(others)
+    if not is_main_process() and words:
         return f"{own}; another process failed, was killed or cannot be reached"
-    words = _words_of_others()
     causes = [word[1:] for _, word in sorted(words.items()) if word[0] == "0"]
-    silent = [str(rank) for rank in range(1, num_processes()) if rank not in words]
+    silent = [str(rank) for rank in others if rank not in words]
     if causes:
         return f"{causes[0]}; {GO_ON}"
     if not silent:
@@ -167,17 +169,24 @@ def _key(rank: int) -> str:
     return f"rlhf/failed/{rank}"
 
 
-def _words_of_others() -> dict[int, str]:
-    """What the other processes have left, by rank, as soon as one of them names a cause."""
+def _words_of(ranks: Collection[int]) -> dict[int, str]:
+    """What other processes have left, by rank, as soon as one of them names a cause."""
     words: dict[int, str] = {}
-    deadline = time.monotonic() + WORD_SECONDS
-    with suppress(Exception):
-        store = _get_default_store()
-        while len(words) < num_processes() - 1 and time.monotonic() < deadline:
-            for rank in range(1, num_processes()):
-                if rank not in words and store.check([_key(rank)]):
-                    words[rank] = store.get(_key(rank)).decode()
-            if any(word[0] == "0" for word in words.values()):
-                break
-            time.sleep(0.1)
-    return words
+
+    def look() -> None:
+        deadline = time.monotonic() + WORD_SECONDS
+        with suppress(Exception):
+            store = _get_default_store()
+            while len(words) < len(ranks) and time.monotonic() < deadline:
+                for rank in ranks:
+                    if rank not in words and store.check([_key(rank)]):
+                        words[rank] = store.get(_key(rank)).decode()
+                if any(word[0] == "0" for word in words.values()):
+                    break
+                time.sleep(0.1)
+
+    # a store on a host that cannot be reached does not answer, and would block this process
+    thread = Thread(target=look, daemon=True)
+    thread.start()
+    thread.join(WORD_SECONDS + 1)
+    return dict(words)

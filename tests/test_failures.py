@@ -6,6 +6,7 @@ Run: python -m pytest tests/test_failures.py
 """
 
 import os
+import time
 
 import pytest
 import torch.distributed as dist
@@ -42,6 +43,8 @@ def failed(error, *phases):
 def test_first_process_names_rank_phase_and_error_of_the_one_that_failed(ranks):
     ranks(2)
     report(failed(MemoryError("no room"), "scoring", "update 3"))
+    ranks(0)
+    report(RuntimeError(GLOO))
     ranks(1)
     assert blame(failed(RuntimeError(GLOO), "training", "update 3")).startswith(
         "rank 1 (training, update 3): "
@@ -70,6 +73,16 @@ def test_first_process_names_the_ranks_that_left_no_word(ranks):
         "no word from rank 2: killed (main memory may have run out), hanging, or on a host that "
         "cannot be reached; rank 0 (sampling, update 1): RuntimeError: "
     )
+
+
+def test_other_processes_say_that_the_first_one_is_gone(ranks, monkeypatch):
+    ranks(1)
+    error = failed(RuntimeError(GLOO), "training", "update 2")
+    gone = "no word from rank 0: killed (main memory may have run out), hanging, or on a host that "
+    assert blame(error).startswith(f"{gone}cannot be reached; rank 1 (training, update 2): ")
+    monkeypatch.setattr(failures, "WORD_SECONDS", -0.9)  # waits for 0.1 seconds
+    monkeypatch.setattr(failures, "_get_default_store", lambda: time.sleep(9))  # does not answer
+    assert blame(error).startswith(gone)
 
 
 @pytest.mark.parametrize(

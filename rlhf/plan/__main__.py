@@ -133,12 +133,12 @@ def _show_time(phases: dict[str, float], setting: Setting, options: PlanOptions)
     """Print hours, rate and cost of the run."""
     total = sum(phases.values())
     times = [
-        (phase, seconds / HOUR, seconds / options.utilisation / HOUR)
+        (phase, seconds / HOUR, at_work := seconds / options.utilisation / HOUR, at_work / 24)
         for phase, seconds in [*phases.items(), ("all", total)]
     ]
     what = "episodes" if options.stage == "ppo" else "rows"
     header = f"hours for {options.rows:,} {what} on {options.gpus} x {options.card}"
-    columns = ("at the card's limits", f"at {options.utilisation:.0%} of them")
+    columns = ("at the card's limits", f"at {options.utilisation:.0%} of them", "in days")
     say("\n" + table(times, (header, *columns)))
     rate = options.rows * setting.length / total
     say(f"\nat most {rate:,.0f} tokens/s, about {rate * options.utilisation:,.0f}")
@@ -158,8 +158,15 @@ def _show_known(options: PlanOptions, card: Card) -> None:
         shape = Shape.of_settings(find_settings(run.size))
         total = sum(seconds_of_phases(shape, setting, card, run.rows, run.epochs).values())
         cost = None if options.price_per_hour is None else round(_cost(total, options))
-        rows.append((run.name, run.rows, run.epochs, total / options.utilisation / HOUR, cost))
-    columns = ("rows or episodes", "epochs", f"hours at {options.utilisation:.0%}", "cost")
+        hours = total / options.utilisation / HOUR
+        rows.append((run.name, run.rows, run.epochs, hours, hours / 24, cost))
+    columns = (
+        "rows or episodes",
+        "epochs",
+        f"hours at {options.utilisation:.0%}",
+        "in days",
+        "cost",
+    )
     say("\n" + table(rows, (f"on {options.gpus} x {options.card}", *columns)))
 
 

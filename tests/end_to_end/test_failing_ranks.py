@@ -46,7 +46,7 @@ def command(config, how: str, folder) -> None:
     def accumulate(self, batch, rows, update, *rest, **options):
         if update == 1 and rank == 1 and how == "memory":
             raise torch.OutOfMemoryError("planted")
-        if update == 1 and rank == 1 and how == "SIGKILL":
+        if update == 1 and how == f"SIGKILL to {rank}":
             os.kill(os.getpid(), signal.SIGKILL)
         if update == 1 and rank in asked:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -82,7 +82,7 @@ FAILURES = {
     "rows": ("error: the processes were not started alike:\n  rows of dataset.path: ", "on rank 1"),
     "scorer": ("error: rank 1: the scorer failed ", "the judge is away"),
     "memory": ("error: rank 1 (training, update 2): OutOfMemoryError: planted", "resume=auto"),
-    "SIGKILL": ("error: no word from rank 1: killed", "; rank 0 (training, update 2): "),
+    "SIGKILL to 1": ("error: no word from rank 1: killed", "; rank 0 (training, update 2): "),
 }
 
 
@@ -98,13 +98,24 @@ def test_failure_of_one_process_ends_both_and_the_first_names_it(how, shards, tm
     log = tmp_path / "log"
     codes = in_group(command, config, how, tmp_path, log=log, shards=shards, seconds=120)
     assert codes[0] in (1, 2), (codes, text_of(log))
-    assert codes[1] == -signal.SIGKILL if how == "SIGKILL" else codes[1] in (1, 2), codes
+    assert codes[1] == -signal.SIGKILL if how == "SIGKILL to 1" else codes[1] in (1, 2), codes
     begins, holds = FAILURES[how]
     first = (tmp_path / "log-0").read_text()
     last = first[first.rindex("error: ") :]
     assert last.startswith(begins) and holds in last, first[-3000:]
     assert how == "rows" or last.count("\n") == 1, last
     assert "Traceback" not in first, first
+
+
+@SHARDS
+def test_second_process_says_that_the_first_was_killed(shards, tmp_path):
+    config, log = config_in(tmp_path), tmp_path / "log"
+    arguments = command, config, "SIGKILL to 0", tmp_path
+    codes = in_group(*arguments, log=log, shards=shards, seconds=120)
+    assert codes == [-signal.SIGKILL, 1], (codes, text_of(log))
+    last = (tmp_path / "log-1").read_text().splitlines()[-1]
+    assert last.startswith("error: no word from rank 0: killed"), last
+    assert "; rank 1 (training, update 2): " in last and last.count("resume=auto") == 1, last
 
 
 @SHARDS

@@ -1,5 +1,5 @@
-"""PPO across two hosts, which are two network namespaces with a cable between them; and a worker
-that torchrun restarts.
+"""PPO across two hosts, which are two network namespaces with a cable between them, and one disk or
+a disk each; and a worker that torchrun restarts.
 
 Needs root, or other rights to make network namespaces; the tests are skipped without.
 
@@ -108,14 +108,21 @@ def start(folder: Path, config, launcher: list[str], prefix=(), **variables: str
     )
 
 
-def on_two_hosts(folder: Path, config) -> tuple[list[int], list[str]]:
-    """Run on both hosts; return exit codes, and what was printed."""
+def on_two_hosts(folder: Path, config, disk: Path | None = None) -> tuple[list[int], list[str]]:
+    """Run on both hosts; return exit codes, and what was printed.
+
+    Args:
+        disk: a folder where each host finds a disk of its own: `<disk>-0` and `<disk>-1`.
+    """
     launches = []
     for rank, host in enumerate(HOSTS):
         launcher = ["accelerate.commands.launch", "--multi_gpu", "--num_machines", "2"]
         launcher += ["--num_processes", "2", "--machine_rank", str(rank), "--mixed_precision", "no"]
         launcher += ["--main_process_ip", FIRST, "--main_process_port", "29511"]
-        prefix = ["ip", "netns", "exec", host]
+        prefix = ["ip", "netns", "exec", host]  # in a mount namespace of its own
+        if disk is not None:
+            mount = f'mount --bind {disk}-{rank} {disk} && exec "$@"'
+            prefix += ["sh", "-c", mount, "sh"]
         variables = {"GLOO_SOCKET_IFNAME": "cable"}
         launches.append(start(folder / f"host-{rank}", config, launcher, prefix, **variables))
     texts = [launch.communicate(timeout=300)[0] for launch in launches]
@@ -129,27 +136,33 @@ def assert_close_results(one, two) -> None:
             assert_close(second[key], first[key], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("disks", ["one disk", "a disk each"])
 def test_two_hosts_end_when_the_cable_is_cut_go_on_and_give_the_result_of_one(
-    hosts, tmp_path, monkeypatch
+    disks, hosts, tmp_path, monkeypatch
 ):
     config = config_in(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     train(config)
-    one = directory_of(config)
-    config.runs_dir, config.resume = str(tmp_path / "two"), "auto"
+    one, two = directory_of(config), tmp_path / "two"
+    config.runs_dir, config.resume, disk = str(two), "auto", None
+    if disks == "a disk each":
+        disk, two = two, tmp_path / "two-0"
+        for name in ("two", "two-0", "two-1"):
+            (tmp_path / name).mkdir()
     (tmp_path / "todo").write_text("cut")
-    codes, texts = on_two_hosts(tmp_path, config)
+    codes, texts = on_two_hosts(tmp_path, config, disk)
     assert 0 not in codes, texts
     assert "error: no word from rank 1: killed (main memory may have run out)" in texts[0]
     assert "; rank 0 (scoring, update 3): " in texts[0], texts[0]
-    assert "error: rank 1 (scoring, update 3): " in texts[1], texts[1]
-    assert "another process failed, was killed or cannot be reached" in texts[1]
+    assert "error: no word from rank 0: killed" in texts[1], texts[1]
+    assert "; rank 1 (scoring, update 3): " in texts[1], texts[1]
 
     ip("-n", list(HOSTS)[1], "link", "set", "cable", "up")
-    codes, texts = on_two_hosts(tmp_path, config)
+    codes, texts = on_two_hosts(tmp_path, config, disk)
     assert codes == [0, 0], texts
     assert "resuming from" in texts[0] and "checkpoint-2" in texts[0]
-    assert_close_results(one, directory_of(config))
+    assert ("is not on all hosts: sending" in texts[0]) is (disk is not None), texts[0]
+    assert_close_results(one, two / directory_of(config).relative_to(config.runs_dir))
 
 
 def test_worker_that_torchrun_restarts_after_sigkill_ends_bit_identically(tmp_path):

@@ -137,10 +137,10 @@ def ppo_config(runs: Path, data: Path, policy: Path) -> PPOStageConfig:
     )
 
 
-def write_random_policy(directory: Path) -> Path:
+def write_random_policy(directory: Path, seed: int = 0) -> Path:
     """Write a tiny random Llama whose responses end at different lengths, and its tokenizer."""
     tokenizer = tiny_tokenizer()
-    model = tiny_model("llama", tokenizer)
+    model = tiny_model("llama", tokenizer, seed)
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, *range(10, 320, 10)]
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)

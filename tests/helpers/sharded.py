@@ -6,15 +6,69 @@ processes for one of GPUs, and then does everything else as on GPUs, over gloo.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import runpy
 import socket
 import sys
 from pathlib import Path
 
+import pytest
 from helpers.processes import FORKS
+from helpers.runs import directory_of, train
+from safetensors.torch import load_file
+from torch.testing import assert_close
 
 from rlhf.distributed import launch_environment
+from rlhf.metrics import read_jsonl
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # after three steps: Adam divides by small numbers
+# Metrics that differ between one process and two: the clock and rounding; in SFT also TRL's means
+# over processes, not over tokens.
+LOOSE = ("seconds", "tokens_per_second", "sampler_gap")
+LOOSE_IN_SFT = ("entropy", "mean_token_accuracy")
+
+
+def train_all(*configs):
+    """Train several runs in one process."""
+    for config in configs:
+        train(config)
+
+
+def in_two(config, **values):
+    """The same run in the folder of the two processes."""
+    values = {"runs_dir": config.runs_dir.replace("/one", "/two")} | values
+    return dataclasses.replace(config, **values)
+
+
+def tensors(one, two, *files: str):
+    """Each tensor of final/, critic/ and other files of two runs, as (name, first, second)."""
+    directory = directory_of(one)
+    results = [f for name in ("final", "critic") for f in (directory / name).rglob("*.safetensors")]
+    for file in [*files, *(str(found.relative_to(directory)) for found in results)]:
+        first, second = (load_file(directory_of(config) / file) for config in (one, two))
+        assert first.keys() == second.keys()
+        for name in first:
+            yield f"{file} {name}", first[name], second[name]
+
+
+def metrics(one, two):
+    """Each metric of two runs that the number of processes does not change."""
+    rows = (read_jsonl(directory_of(config) / "metrics.jsonl") for config in (one, two))
+    loose = LOOSE + LOOSE_IN_SFT * (directory_of(one).name == "sft")
+    for first, second in zip(*rows, strict=True):
+        assert first.keys() == second.keys()
+        for name in first:
+            if not name.removeprefix("eval_").endswith(loose):
+                yield name, first[name], second[name]
+
+
+def assert_same(one, two, *files: str) -> None:
+    """Two runs have the same results, metrics, and tensors in other files of their directory."""
+    for name, first, second in tensors(one, two, *files):
+        assert_close(second, first, **CLOSE, msg=lambda m, name=name: f"{name}: {m}")
+    for name, first, second in metrics(one, two):
+        assert second == pytest.approx(first, rel=1e-4, abs=1e-5), name
 
 
 def join(rank: int, world: int, port: int, shards: bool) -> None:
