@@ -7,6 +7,7 @@ without a cache.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from rlhf.distributed import compute_device
 from rlhf.equivalence import cache_deviation, tolerance
 from rlhf.models import unwrap_peft
 from rlhf.sampling import CHECK_EVERY, VLLM, use_engine
+from rlhf.sampling.vllm_weights import moved_adapter
 
 MOST_TEMPERATURE = 2.0  # that vLLM takes
 
@@ -69,26 +71,24 @@ def choose_server(model: Any, tokenizer: Any, server: VLLM, dtype: torch.dtype |
     Raises:
         InputError: the server does not answer, or does not sample what the model predicts.
     """
-    said = server.begin(model, tokenizer, dtype or unwrap_peft(model).dtype)
+    sent = dtype or unwrap_peft(model).dtype
+    said = server.begin(model, tokenizer, sent)
     engine = use_engine(model, "vllm", dtype=dtype, server=server)
-    engine.refresh()
-    far = cache_deviation(model, tokenizer, 3, MOST_TEMPERATURE)
-    limit = max(tolerance(model), tolerance(engine.copy or model))
+    as_adapter, type_name = server.way == "adapter", str(sent).removeprefix("torch.")
+    with moved_adapter(model) if as_adapter else nullcontext():
+        engine.refresh()
+        far = cache_deviation(model, tokenizer, 3, MOST_TEMPERATURE)
+    limit = max(tolerance(model), torch.finfo(sent).eps ** 0.5)
     if not far <= limit:  # negated, so that nan fails too
         raise InputError(
             f"sampling.engine=vllm: log-probs of {server.url} are not those of the policy (they "
             f"differ by {far:.2%} of the spread of the logits; rounding explains {limit:.2%}): it "
             "has other weights, rounds otherwise or gives raw log-probs; start it with "
-            f"--logprobs-mode processed_logprobs --dtype {type_name(engine.copy or model)}"
+            f"--logprobs-mode processed_logprobs --dtype {type_name}"
+            + as_adapter
+            * "; or its LoRA is not ours for this family: set sampling.weights=files"
         )
-    return (
-        f"{said} ({server.sent} in {type_name(engine.copy or model)}; a probe differs by {far:.1e})"
-    )
-
-
-def type_name(model: Any) -> str:
-    """Type of a model's weights, such as "float32"."""
-    return str(unwrap_peft(model).dtype).removeprefix("torch.")
+    return f"{said} ({server.sent} in {type_name}; a probe differs by {far:.1e})"
 
 
 def _why_not(

@@ -101,10 +101,33 @@ def test_the_base_has_the_adapter_that_stays_apart(server):
 def test_the_choice_is_said_with_the_size(policy, server):
     said = choose_server(policy, TOKENIZER, client_of(server), None)
     assert f"server {server.url} (weights as adapter: 0." in said
+    said = choose_server(policy, TOKENIZER, client_of(server), torch.bfloat16)
+    assert " s in bfloat16; a probe differs by " in said
+    assert server.model.dtype == torch.bfloat16
     server.max_lora_rank = None
     said = choose_server(policy, TOKENIZER, client_of(server), None)
     assert "(weights as files, because the server took no adapter: 0." in said
     assert_it_samples(policy)
+
+
+def test_a_server_that_leaves_a_layer_out_of_the_adapter_is_refused_before_training(server):
+    policy = add_lora(tiny_model("llama", TOKENIZER), LORA, "CAUSAL_LM", 0)  # adds nothing yet
+    before = {name: weight.clone() for name, weight in policy.state_dict().items()}
+    load = server.load_adapter
+
+    def load_less(name, folder):
+        answer = load(name, folder)
+        with torch.no_grad():
+            for key, parameter in server.adapters[name].named_parameters():
+                parameter.mul_("layers.1.mlp.up_proj" not in key or "lora_B" not in key)
+        return answer
+
+    choose_server(policy, TOKENIZER, client_of(server), None)
+    server.load_adapter = load_less
+    with pytest.raises(InputError, match="or its LoRA is not ours for this family: set sampl"):
+        choose_server(policy, TOKENIZER, client_of(server), None)
+    for name, weight in policy.state_dict().items():
+        assert torch.equal(weight, before[name]), name
 
 
 def without_lora(server):
