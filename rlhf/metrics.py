@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import StageConfig
+from rlhf.config import InputError, StageConfig, one_line, show
 from rlhf.console import is_main_process
 from rlhf.trackers import Trackers
 
@@ -243,10 +243,44 @@ def cut_jsonl(path: Path, size: int) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of a JSONL file; none if there is no file."""
+    """Read the rows of a JSONL file; none if there is no file.
+
+    A last line that is being written is left out.
+
+    Raises:
+        InputError: a line is not a row.
+    """
     # bytes, because splitlines() of text would also split at separators inside a response
-    lines = path.read_bytes().splitlines() if path.is_file() else []
-    return [json.loads(line) for line in lines]
+    data = path.read_bytes() if path.is_file() else b""
+    lines, rows = data.splitlines(), []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(_object(line))
+        except (ValueError, RecursionError) as error:
+            if number == len(lines) and not data.endswith(b"\n"):
+                break
+            raise InputError(f"{path} is damaged: line {number}: {one_line(error)}") from error
+    return rows
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file with one JSON object.
+
+    Raises:
+        InputError: it holds something else.
+    """
+    try:
+        return _object(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        fix = "delete it, or let its command write it again"
+        raise InputError(f"{path} is damaged: {one_line(error)}; {fix}") from error
+
+
+def _object(data: bytes) -> dict[str, Any]:
+    value = json.loads(data)
+    if not isinstance(value, dict):
+        raise ValueError(f"got {show(value)}, expected an object with named fields")
+    return value
 
 
 def _json_value(value: Any) -> Any:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from rlhf.config import (
 from rlhf.console import interval_text, say
 from rlhf.curves import draw_curves, draw_frontier, plot_hint
 from rlhf.metrics import METRICS as MEANINGS
-from rlhf.metrics import read_jsonl
+from rlhf.metrics import read_json, read_jsonl
 from rlhf.option_parser import run_command
 from rlhf.rubrics import as_dialogue
 
@@ -147,7 +146,7 @@ def changed_settings(stage: str, directory: Path) -> Iterable[tuple[str, str, st
 
 def _read_record(directory: Path) -> dict[str, Any] | None:
     file = directory / "final/rlhf.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return read_json(file) if file.is_file() else None
 
 
 def _report_text(final: Path) -> str:
@@ -207,7 +206,7 @@ def _frontier(rows: list[dict[str, Any]], directory: Path) -> str | None:
     if plot_hint(""):
         return None
     file = directory.parent / DIAGNOSIS
-    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    found = read_json(file) if file.is_file() else {}
     figure = draw_frontier(rows, found.get("best_of_n") if found.get("gold") else None)
     return _picture(figure) if figure else None
 

@@ -150,3 +150,28 @@ def test_bad_arguments_are_one_line_each(tmp_path, command):
     directory = ppo_run(tmp_path, None)
     status, _, errors = command(f"path={directory}", f"out={tmp_path}/file/page.html")
     assert status == 2 and errors.count("\n") == 1 and "cannot be written" in errors
+
+
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "samples.jsonl", "final/rlhf.json", "config.yaml"]
+)
+def test_a_damaged_file_is_named(tmp_path, command, name):
+    directory = ppo_run(tmp_path, {"update": 2})
+    (directory / "ppo" / name).write_text("[1]\n")
+    status, _, errors = command(f"path={directory}")
+    assert status == 2 and f"ppo/{name} is damaged" in errors and errors.count("\n") == 1
+
+
+def test_a_damaged_diagnosis_is_named_with_what_mends_it(tmp_path, command):
+    directory = ppo_run(tmp_path, {"update": 2})
+    (directory / "diagnosis").mkdir()
+    (directory / "diagnosis/diagnosis.json").write_text('{"gold"')
+    status, _, errors = command(f"path={directory}")
+    assert status == 2 and "diagnosis.json is damaged" in errors and "delete it, or let" in errors
+
+
+def test_a_row_that_is_being_written_is_left_out(tmp_path, command):
+    directory = ppo_run(tmp_path, None)
+    with (directory / "ppo/metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 5, "sco')
+    assert command(f"path={directory}")[0] == 0

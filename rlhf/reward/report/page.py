@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rlhf.console import say, table, warn
 from rlhf.curves import plot_hint
+from rlhf.metrics import read_json
 from rlhf.reward.report.measures import (
     LENGTH_MATCH,
     Report,
@@ -61,7 +62,7 @@ def terminal_text(report: Report) -> str:
 def stored_text(final: Path) -> str:
     """The report of a finished stage, as `terminal_text`; empty if it has none."""
     file = final / "report.json"
-    return terminal_text(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else ""
+    return terminal_text(read_json(file)) if file.is_file() else ""
 
 
 def _slices(report: Report, subsets: bool = False) -> list[tuple[str, dict[str, Any]]]:
