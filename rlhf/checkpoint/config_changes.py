@@ -60,7 +60,8 @@ ADJUSTABLE = (
     *("ppo.max_grad_norm", "ppo.adam_epsilon", "ppo.target_kl", "ppo.clip_scores"),
 )
 PROCESSES = "number of processes"
-SERVED = ("scorer.path", "evaluation.scorer")  # URLs: the same server may listen elsewhere
+# where URLs are: the same server may listen elsewhere
+SERVED = ("scorer.path", "scorer.components", "evaluation.scorer")
 FOUND = ("dataset.format",)  # settings that a stage finds if they are null
 TYPED = "model.trust_remote_code"  # a person types it each time; no file can give it
 
@@ -116,9 +117,16 @@ def refuse_changes(config: StageConfig, directory: Path) -> dict[str, str]:
 
 
 def _moved(config: StageConfig, directory: Path) -> tuple[str, ...]:
-    """The scorers that are URLs, before and now."""
+    """The scorers that differ in the places of URLs alone."""
     was, now = read_settings(directory), _plain(config)
-    return tuple(key for key in SERVED if is_remote(was.get(key)) and is_remote(now.get(key)))
+    return tuple(key for key in SERVED if _anywhere(was.get(key)) == _anywhere(now.get(key)))
+
+
+def _anywhere(value: Any) -> Any:
+    """A scorer's path, or the components of several, without the places of URLs."""
+    if isinstance(value, list):
+        return [part | {"path": _anywhere(part.get("path"))} for part in value]
+    return "a URL" if is_remote(value) else value
 
 
 def length_of(config: StageConfig) -> tuple[str, float]:

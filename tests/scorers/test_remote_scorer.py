@@ -19,7 +19,8 @@ from torch.testing import assert_close
 
 import rlhf.http_endpoint
 from rlhf.checkpoint import read_record
-from rlhf.config import EndpointConfig, InputError, ScorerConfig, hide
+from rlhf.checkpoint.config_changes import refuse_changes
+from rlhf.config import EndpointConfig, InputError, PPOStageConfig, ScorerConfig, hide, save_config
 from rlhf.metrics import read_jsonl
 from rlhf.ppo import train_ppo
 from rlhf.scorers import ScoreServer, load_scorer, score_responses
@@ -261,3 +262,18 @@ def test_a_url_may_not_become_another_kind_of_scorer(policy_dir, tmp_path):
     config.resume, config.scorer.path = True, "http://127.0.0.1:1/score"
     with pytest.raises(InputError, match="different configuration:\n  scorer.path: "):
         train_ppo(config)
+
+
+def test_the_url_of_a_component_may_be_another_one_on_resume(tmp_path):
+    def components(url, weight=1.0):
+        parts = [{"path": "runs/a/reward/final"}, {"path": url, "weight": weight}]
+        return PPOStageConfig(scorer=ScorerConfig(components=parts))
+
+    final = tmp_path / "final"
+    final.mkdir()
+    save_config(components("http://127.0.0.1:1/score"), final / "config.yaml")
+    changes = refuse_changes(components("http://127.0.0.1:2/score"), final)
+    assert list(changes) == ["scorer.components"] and ":2/score" in changes["scorer.components"]
+    for other in (components("http://127.0.0.1:2/score", weight=2.0), components("mine.score")):
+        with pytest.raises(InputError, match="different configuration:\n  scorer.components: "):
+            refuse_changes(other, final)
