@@ -30,7 +30,17 @@ def say(text: str = "") -> None:
 def warn(text: str) -> None:
     """Print a warning, with its remedy, on the main process only."""
     if is_main_process():
-        print(f"warning: {hide(text)}", file=sys.stderr, flush=True)
+        _print_apart(f"warning: {hide(text)}")
+
+
+def _print_apart(text: str) -> None:
+    """Print a line on stderr that no progress bar shares."""
+    if "tqdm" in sys.modules:
+        from tqdm import tqdm
+
+        tqdm.write(text, file=sys.stderr)
+    else:
+        print(text, file=sys.stderr, flush=True)
 
 
 def print_help(text: str) -> None:
@@ -42,7 +52,8 @@ def print_help(text: str) -> None:
 
 
 def progress_bar(total: int, done: int, unit: str) -> Any:
-    """Return a tqdm bar for the main process; in a log file it prints a line every ten seconds."""
+    """Return a tqdm bar for the main process, to be used with `with`, so that an error has a line
+    of its own; in a log file it prints a line every ten seconds."""
     from tqdm import tqdm
 
     interval = 0.2 if sys.stderr.isatty() else 10.0

@@ -98,7 +98,7 @@ class RowFile:
         if done:
             say(f"continuing {self._partial} after {done} of {num_rows} rows")
         bar = progress_bar(num_rows, done, unit)
-        with self._partial.open("a", encoding="utf-8") as stream:
+        with bar, self._partial.open("a", encoding="utf-8") as stream:
             for chunk in chunks:
                 if chunk.stop <= done:
                     continue
@@ -110,7 +110,6 @@ class RowFile:
                         bar.update(1)
                 stream.flush()
             os.fsync(stream.fileno())
-        bar.close()
         os.replace(self._partial, self.out)
         self._identity.unlink()
         return self.rows

@@ -13,7 +13,8 @@ in each round, but always against the reward model of round 1.
 The picture and `closed_loop.json` are in the run's folder: the true ("gold") score on held-out
 prompts, which nothing trains on, against the number of rankings. The runs are `<run_name>` (SFT),
 `<run_name>-1`, `-2`, ... and `<run_name>-old-2`, ... A stopped command continues when it is given
-again. Overrides go to the stages that know them, e.g. `seed=2` or `ppo.num_updates=40`.
+again. Overrides go to the stages that know them, e.g. `seed=2` or `ppo.num_updates=40`; `rounds.py`
+draws several seeds.
 
 Run: python examples/closed_loop/closed_loop.py
 """
@@ -107,7 +108,7 @@ def closed_loop(options: Options) -> int:
     result["noise"] = options.noise
     file = folder / "closed_loop.json"
     file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    draw(result, file.with_suffix(".png"))
+    draw([result], file.with_suffix(".png"))
     say(closing_table(result))
     say(f"\nsaved {file.with_suffix('.png')} and {file}")
     return 0

@@ -1,16 +1,23 @@
-"""The figures, the table and the picture of the closed loop."""
+"""The figures, the table and the picture of the closed loop.
+
+Run, for loops with different seeds: python examples/closed_loop/rounds.py path=[runs/loop,runs/two]
+"""
 
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from rlhf.checkpoint import read_record
-from rlhf.console import interval_text, table
+from rlhf.console import interval_text, say, table
 from rlhf.demo.world import gold_score
-from rlhf.metrics import read_jsonl
+from rlhf.metrics import read_json, read_jsonl
+from rlhf.option_parser import run_command
 
 ENDS = ("", "_low", "_high")  # a figure, and its 95 % bootstrap interval over held-out prompts
 FIGURES = {"gold": "eval_independent_score", "kl": "eval_kl", "win_rate": "eval_win_rate"}
@@ -100,20 +107,68 @@ def _with_interval(row: Row, name: str) -> str:
     return interval_text(*(row[name + end] for end in ENDS))
 
 
-def title_of(rounds: list[Row]) -> str:
-    """State that the true score rises in every round, if the paired win rates bear it out."""
-    if all(row["win_rate_low"] > 0.5 for row in rounds[1:]):
+# --- Several seeds --------------------------------------------------------------------------------
+
+
+@dataclass
+class Options:
+    """The command line."""
+
+    path: list[str]
+    """Folders of finished loops that differ in their seed."""
+    out: str = "closed-loop.png"
+    """Picture to write."""
+
+
+def run(options: Options) -> None:
+    """Draw the mean and the range over the loops, and print them."""
+    results = [read_json(Path(path) / "closed_loop.json") for path in options.path]
+    draw(results, Path(options.out))
+    whole = over_seeds(results)
+    cells = []
+    for row in whole["rounds"]:
+        old = next((one for one in whole["old_labels"] if one["round"] == row["round"]), None)
+        same = _with_interval(old, "gold") if old else None
+        cells.append((row["round"], row["rankings"], _with_interval(row, "gold"), same))
+    say(f"true score, mean and range of {len(results)} loops:")
+    say(table(cells, ("round", "rankings", "new rankings in each round", "those of round 1 only")))
+    say(f"saved {options.out}")
+
+
+def over_seeds(results: Sequence[Row]) -> Row:
+    """The first result with the mean of all true scores, and their range as the interval."""
+
+    def mean(name: str) -> list[Row]:
+        rows = []
+        for same in zip(*(result[name] for result in results), strict=True):
+            gold = [row["gold"] for row in same]
+            ends = {"gold_low": min(gold), "gold_high": max(gold)}
+            rows.append(same[0] | {"gold": sum(gold) / len(gold)} | ends)
+        return rows
+
+    return results[0] | {name: mean(name) for name in ("rounds", "old_labels")}
+
+
+# --- The picture ----------------------------------------------------------------------------------
+
+
+def title_of(results: Sequence[Row]) -> str:
+    """State that the true score rises in every round, if the paired win rates of all loops bear it
+    out."""
+    if all(row["win_rate_low"] > 0.5 for result in results for row in result["rounds"][1:]):
         return "Every round of rankings raises the true score"
     return "The true score after each round of rankings"
 
 
-def draw(result: Row, file: Path) -> None:
-    """Draw the true score against the number of rankings; write a PNG."""
+def draw(results: Sequence[Row], file: Path) -> None:
+    """Draw the true score against the number of rankings, of one loop or of several; write a
+    PNG."""
     from matplotlib.figure import Figure
     from PIL import Image
 
     figure = Figure(figsize=(7.5, 4.6), dpi=100, layout="constrained")
     panel: Any = figure.subplots()
+    result = over_seeds(results) if len(results) > 1 else results[0]
     rounds, old = result["rounds"], [*result["rounds"][:2], *result["old_labels"]]
     if result["old_labels"]:
         label = "the same PPO updates, rankings of round 1 only"
@@ -129,8 +184,10 @@ def draw(result: Row, file: Path) -> None:
     panel.grid(alpha=0.25)
     panel.spines[["top", "right"]].set_visible(False)
     panel.legend(loc="lower right", fontsize=9)
-    figure.suptitle(title_of(rounds), fontsize=13, fontweight="bold")
+    figure.suptitle(title_of(results), fontsize=13, fontweight="bold")
     note = f"Bars: 95 % bootstrap intervals over {result['num_prompts']} held-out prompts. "
+    if len(results) > 1:
+        note = f"Means of {len(results)} seeds; bars: their range. "
     note += f"{result['noise']:.0%} of the annotator's comparisons are wrong."
     figure.supxlabel(note, fontsize=9)
     figure.savefig(file)
@@ -148,3 +205,7 @@ def _line(panel: Any, rows: list[Row], **style: Any) -> None:
         [row["gold_high"] - row["gold"] for row in rows],
     ]
     panel.errorbar([row["rankings"] for row in rows], gold, bars, marker="o", capsize=3, **style)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(str(__doc__), Options, run, sys.argv[1:]))

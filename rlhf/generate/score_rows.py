@@ -151,25 +151,25 @@ def _as_dataset(rows: Sequence[Row]) -> str:
 
 def _score(asked: Sequence[Asked], options: ScoreRowsOptions, template: str, author: Author) -> int:
     """Ask for all scores, some at a time; return how many were asked for again."""
-    bar, num_again = progress_bar(len(asked), 0, "answer"), 0
-    for start in range(0, len(asked), author.num_together):
-        left = list(asked[start : start + author.num_together])
-        bar.update(len(left))
-        for again in range(options.tries):
-            prompts = [_prompt(one, template, options, author.continues, again) for one in left]
-            numbers = [one.number + again * STRIDE for one in left]
-            unread = []
-            for one, reply in zip(left, author.ask(numbers, prompts), strict=True):
-                score = read_score(reply, options.lowest, options.highest)
-                one.row.scores[one.place] = score
-                if score is None:
-                    one.row.last = reply
-                    unread.append(one)
-            left = [one for one in unread if one.row.last and one.row.last.refused is None]
-            if not left:
-                break
-            num_again += len(left) if again + 1 < options.tries else 0
-    bar.close()
+    num_again = 0
+    with progress_bar(len(asked), 0, "answer") as bar:
+        for start in range(0, len(asked), author.num_together):
+            left = list(asked[start : start + author.num_together])
+            bar.update(len(left))
+            for again in range(options.tries):
+                prompts = [_prompt(one, template, options, author.continues, again) for one in left]
+                numbers = [one.number + again * STRIDE for one in left]
+                unread = []
+                for one, reply in zip(left, author.ask(numbers, prompts), strict=True):
+                    score = read_score(reply, options.lowest, options.highest)
+                    one.row.scores[one.place] = score
+                    if score is None:
+                        one.row.last = reply
+                        unread.append(one)
+                left = [one for one in unread if one.row.last and one.row.last.refused is None]
+                if not left:
+                    break
+                num_again += len(left) if again + 1 < options.tries else 0
     return num_again
 
 

@@ -81,24 +81,23 @@ def questions_of(source: Path) -> list[Question]:
 def _rows(
     questions: list[Question], options: SelfChatOptions, author: Author, dropped: Counter[str]
 ) -> Iterator[dict[str, Any]]:
-    bar = progress_bar(len(questions), 0, "conversation")
-    asked = topics_of(questions, dropped)
-    for start in range(0, len(asked), author.num_together):
-        part = asked[start : start + author.num_together]
-        prompts = []
-        for topic in part:
-            prompt = PROMPT.format(question=topic, turns=options.max_turns)
-            prompts.append(prompt if author.continues else prompt + TO_BEGIN)
-        replies = author.ask(range(start, start + len(part)), prompts)
-        for topic, reply in zip(part, replies, strict=True):
-            messages = read_transcript(topic, reply, options.max_turns, author.continues)
-            if messages:
-                yield {"topic": topic, "messages": messages}
-            else:
-                why = "no transcript" if reply.ended else "cut off by response_length"
-                dropped[f"without an answer ({refusal(reply) or why})"] += 1
-            bar.update(1)
-    bar.close()
+    with progress_bar(len(questions), 0, "conversation") as bar:
+        asked = topics_of(questions, dropped)
+        for start in range(0, len(asked), author.num_together):
+            part = asked[start : start + author.num_together]
+            prompts = []
+            for topic in part:
+                prompt = PROMPT.format(question=topic, turns=options.max_turns)
+                prompts.append(prompt if author.continues else prompt + TO_BEGIN)
+            replies = author.ask(range(start, start + len(part)), prompts)
+            for topic, reply in zip(part, replies, strict=True):
+                messages = read_transcript(topic, reply, options.max_turns, author.continues)
+                if messages:
+                    yield {"topic": topic, "messages": messages}
+                else:
+                    why = "no transcript" if reply.ended else "cut off by response_length"
+                    dropped[f"without an answer ({refusal(reply) or why})"] += 1
+                bar.update(1)
 
 
 def topics_of(questions: list[Question], dropped: Counter[str]) -> list[str]:

@@ -105,11 +105,10 @@ def run(options: SelfInstructOptions) -> None:
 
 
 def _with_bar(writer: Writer) -> Iterator[dict[str, Any]]:
-    bar = progress_bar(writer.options.num_rows, 0, "task")
-    for row in writer.rows():
-        bar.update(1)
-        yield row
-    bar.close()
+    with progress_bar(writer.options.num_rows, 0, "task") as bar:
+        for row in writer.rows():
+            bar.update(1)
+            yield row
 
 
 class Writer:

@@ -133,19 +133,20 @@ def _talks(
     topics: Sequence[str], options: TwoAgentsOptions, author: Author, user: Author
 ) -> list[Talk]:
     """Have the conversations, some at a time; all of these go on turn by turn."""
-    bar = progress_bar(len(topics), 0, "conversation")
-    talks = [Talk(i, topic, [{"role": "user", "content": topic}]) for i, topic in enumerate(topics)]
-    for start in range(0, len(talks), author.num_together):
-        part = talks[start : start + author.num_together]
-        for turn in range(2 * options.max_turns - 1):
-            open_talks = [talk for talk in part if talk.end is None]
-            who, role = (user, "user") if turn % 2 else (author, "assistant")
-            prompts = [_seen_by(role, talk, options) for talk in open_talks]
-            numbers = [talk.number + turn * STRIDE for talk in open_talks]
-            for talk, reply in zip(open_talks, who.ask(numbers, prompts), strict=True):
-                talk.add(role, reply)
-        bar.update(len(part))
-    bar.close()
+    with progress_bar(len(topics), 0, "conversation") as bar:
+        talks = [
+            Talk(i, topic, [{"role": "user", "content": topic}]) for i, topic in enumerate(topics)
+        ]
+        for start in range(0, len(talks), author.num_together):
+            part = talks[start : start + author.num_together]
+            for turn in range(2 * options.max_turns - 1):
+                open_talks = [talk for talk in part if talk.end is None]
+                who, role = (user, "user") if turn % 2 else (author, "assistant")
+                prompts = [_seen_by(role, talk, options) for talk in open_talks]
+                numbers = [talk.number + turn * STRIDE for talk in open_talks]
+                for talk, reply in zip(open_talks, who.ask(numbers, prompts), strict=True):
+                    talk.add(role, reply)
+            bar.update(len(part))
     return talks
 
 

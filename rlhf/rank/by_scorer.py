@@ -39,14 +39,13 @@ def rank_by_scorer(options: RankOptions, store: Store) -> None:
     device, code = options.device or default_device(), options.trust_remote_code
     scorer = load_scorer(config, device, "float32", "scorer", code)
     num_done = store.progress(name)["ranked"]
-    bar = progress_bar(len(store.tasks()), num_done, "prompt")
-    while (showing := store.next(name)) is not None:
-        texts = [showing.task.responses[card[0]] for card in showing.cards]
-        scores = _scores(scorer, showing.task, texts)
-        levels = sorted(set(scores), reverse=True)
-        store.submit(showing.token, name, "ranking", [levels.index(score) for score in scores])
-        bar.update(1)
-    bar.close()
+    with progress_bar(len(store.tasks()), num_done, "prompt") as bar:
+        while (showing := store.next(name)) is not None:
+            texts = [showing.task.responses[card[0]] for card in showing.cards]
+            scores = _scores(scorer, showing.task, texts)
+            levels = sorted(set(scores), reverse=True)
+            store.submit(showing.token, name, "ranking", [levels.index(score) for score in scores])
+            bar.update(1)
     say(f"{name} ranked the answers to {store.progress(name)['ranked']:,} prompts")
     for judge in judges(scorer):
         say(judge.summary())

@@ -146,14 +146,15 @@ def _sample(
     answerer.prepare(asked, source)
     if done:
         say(f"continuing after {len(done):,} of {len(asked):,} prompts")
-    bar = progress_bar(len(asked), len(done), "prompt")
-    for chunk in chunks_of([count] * len(asked), options.batch_size):
-        part = asked[chunk.start : chunk.stop]
-        if part[0].number not in done:
-            rows = zip(part, answerer(part), strict=True)
-            store.save_samples(number, {question.number: _answer(row) for question, row in rows})
-            bar.update(len(part))
-    bar.close()
+    with progress_bar(len(asked), len(done), "prompt") as bar:
+        for chunk in chunks_of([count] * len(asked), options.batch_size):
+            part = asked[chunk.start : chunk.stop]
+            if part[0].number not in done:
+                rows = zip(part, answerer(part), strict=True)
+                store.save_samples(
+                    number, {question.number: _answer(row) for question, row in rows}
+                )
+                bar.update(len(part))
 
 
 def _answer(row: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.endpoints import Answers, running
 from helpers.scorers import MEAN, raw_scores, rendered, write_reward_model
 from helpers.tiny import tiny_tokenizer
 
@@ -383,3 +384,12 @@ def test_a_gzip_file_is_refused_with_the_command_that_unpacks_it(tmp_path):
     path.write_bytes(gzip.compress(b'{"prompt": "a", "response": "b"}\n'))
     with pytest.raises(InputError, match=f"is a gzip file; unpack it: gunzip -k {path}"):
         read_rows(path)
+
+
+def test_an_error_in_the_middle_has_a_line_of_its_own(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "Hi", "response": "Ho"}\n')
+    with running(Answers((503, {"error": "busy"}))) as server:
+        more = ["retries=1", f"out={tmp_path}/out.jsonl"]
+        assert main([f"path={server.url}", f"data={tmp_path}/a.jsonl", *more]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line[:6] for line in lines if "busy" in line] == ["warnin", "error:"]

@@ -82,8 +82,22 @@ def test_the_annotator_ranks_all_that_the_page_shows(tmp_path, monkeypatch):
 def test_the_title_claims_only_what_the_paired_win_rates_bear_out():
     claim = "Every round of rankings raises the true score"
     sft, better, unclear = {"round": 0}, {"win_rate_low": 0.6}, {"win_rate_low": 0.49}
-    assert rounds.title_of([sft, better, better]) == claim
-    assert rounds.title_of([sft, better, unclear]) != claim
+    all_better, not_all = {"rounds": [sft, better, better]}, {"rounds": [sft, better, unclear]}
+    assert rounds.title_of([all_better]) == rounds.title_of([all_better] * 2) == claim
+    assert claim not in (rounds.title_of([not_all]), rounds.title_of([all_better, not_all]))
+
+
+def test_several_seeds_are_their_mean_and_range(tmp_path, capsys):
+    ends = {"gold_low": 0.0, "gold_high": 1.0, "win_rate_low": 0.6}
+    for seed, scores in enumerate([(0.5, 0.7), (0.5, 0.8)]):
+        of = [{"round": n, "rankings": 4 * n, "gold": gold} | ends for n, gold in enumerate(scores)]
+        old = [of[1] | {"round": 2, "rankings": 8}]
+        result = {"num_prompts": 9, "num_answers": 4, "noise": 0.1, "rounds": of, "old_labels": old}
+        (tmp_path / f"{seed}").mkdir()
+        (tmp_path / f"{seed}/closed_loop.json").write_text(json.dumps(result))
+    out = tmp_path / "seeds.png"
+    rounds.run(rounds.Options([str(tmp_path / "0"), str(tmp_path / "1")], str(out)))
+    assert "0.75 [0.7, 0.8]" in capsys.readouterr().out and out.stat().st_size > 5000
 
 
 @pytest.mark.slow
