@@ -8,7 +8,8 @@ allocates. Python and libraries, which take a few hundred MiB at any size of the
 (`ppo_step.py` measures the process).
 
     load       models, and the checks on them   not estimated
-    rollout    sampling and the scorer          estimate: weights, Adam's states, cache and logits
+    rollout    sampling and the scorer          estimate: weights, Adam's states, and the most of
+                                                the prompts, cache and logits, and the scorer
     scoring    log-probs, reference, values     not estimated: less than the others
     optimise   forward, backward, optimiser     estimate: weights, Adam's states, gradients,
                                                 activations
@@ -176,7 +177,8 @@ def measure(options: argparse.Namespace) -> None:
     kept = estimate.sum("weights", "adam")
     held = kept + estimate.sum("gradients")
     activations = max(model.activations for model in estimate.models.values())
-    estimates = {"rollout": kept + estimate.sampling, "optimise": held + activations}
+    rollout_only = max(estimate.sampling, estimate.scoring)
+    estimates = {"rollout": kept + rollout_only, "optimise": held + activations}
     answer(
         {
             "measured": {name: peaks[name] for name in PHASES},

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 Result = dict[str, Any]
+CPU = "cpu_seconds_of_part"
 ANSWER = "answer "  # begins each line of a worker that is for its parent
 
 
@@ -73,7 +74,7 @@ def run_part(
         limit: seconds.
     """
     log = out / f"{name}.log"
-    began = time.perf_counter()
+    began, worked = time.perf_counter(), _cpu_seconds()
     with log.open("w") as stream:
         process = subprocess.Popen(
             command,
@@ -93,6 +94,7 @@ def run_part(
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     result: Result = {"status": "ok", "seconds": time.perf_counter() - began}
+    result[CPU] = _cpu_seconds() - worked
     lines = log.read_text(errors="replace").strip().splitlines()
     found = [line for line in lines if line.startswith("{") and line.endswith("}")]
     if problem is not None:
@@ -101,6 +103,12 @@ def run_part(
     if found:
         result |= {k: v for k, v in json.loads(found[-1]).items() if k != "seconds"}
     return result
+
+
+def _cpu_seconds() -> float:
+    """Of all processes that have ended so far and whose parents waited for them."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def run_all(names: list[str], run: Callable[[str], Result], out: Path) -> int:
@@ -117,5 +125,6 @@ def run_all(names: list[str], run: Callable[[str], Result], out: Path) -> int:
         lines.append("| " + " | ".join(cells) + " |")
     text = "\n".join(lines)
     (out / "table.md").write_text(text + "\n")
-    print(f"\n{text}\n\nfiles: {out}")
+    wall, cpu = (sum(r.get(n, 0) for r in results.values()) for n in ("seconds", CPU))
+    print(f"\n{text}\n\n{wall:,.0f} s, {cpu:,.0f} CPU seconds; files: {out}")
     return int(any(result["status"] == "failed" for result in results.values()))

@@ -5,12 +5,15 @@ All of it can be counted on a model without weights, too (`torch._subclasses.Fak
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from rlhf.distributed import gathered_bytes, is_sharded, local
 from rlhf.models.roles import own_parameters
@@ -71,6 +74,41 @@ def kept_bytes(forward: Callable[[], object], model: Any) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed):
         forward()
     return sum(storage.nbytes() for storage in saved.values())
+
+
+def passing_bytes(forward: Callable[[], object]) -> int:
+    """Most bytes that a pass without gradients holds at once, beyond what is there."""
+    with torch.no_grad(), _NewTensors() as new:
+        forward()
+    return new.most
+
+
+class _NewTensors(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations make, until they are freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = self.most = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **kwargs or {})
+        given = {local(x).untyped_storage()._cdata for x in _tensors((args, kwargs))}
+        for tensor in _tensors(result):
+            storage = local(tensor).untyped_storage()
+            if storage._cdata not in given:  # a view makes none
+                self._count(storage.nbytes())
+                weakref.finalize(storage, self._count, -storage.nbytes())
+        return result
+
+    def _count(self, change: int) -> None:
+        self.held += change
+        self.most = max(self.most, self.held)
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(values) if isinstance(x, Tensor)]
 
 
 def cache_bytes(cache: Any) -> int:

@@ -25,7 +25,15 @@ from transformers import (
 
 from rlhf.config import InputError, PeftConfig, one_line
 from rlhf.functional.tokens import BLOCK
-from rlhf.models import add_lora, cache_bytes, decoder_blocks, kept_bytes, model_memory, unwrap_peft
+from rlhf.models import (
+    add_lora,
+    cache_bytes,
+    decoder_blocks,
+    kept_bytes,
+    model_memory,
+    passing_bytes,
+    unwrap_peft,
+)
 
 ATTENTION = "rlhf_plan"
 CHUNK = 1024  # ppo.chunk_tokens
@@ -66,6 +74,7 @@ class Measured:
     copies: int  # bytes that autocast makes of weights, for one forward and backward pass
     per_row: int  # bytes that autograd keeps of a row in the decoder blocks
     input_per_row: int  # bytes of the input of one block; float32, as residuals are under autocast
+    passing: int  # bytes that a pass over a row without gradients holds at most
     cache_per_token: int  # bytes of keys and values
     num_blocks: int
     block: int  # parameters of the largest one
@@ -100,6 +109,7 @@ def measure(settings: PreTrainedConfig, length: int, lora: bool, dtype: str) -> 
             model = _build(settings, lora, dtype)
             one, two = (_kept(model, rows, length) for rows in (1, 2))
             cache = _cache_bytes(model)
+            passing = _passing(model, 2, length) - _passing(model, 1, length)
         except Exception as error:  # a model's own code can raise anything without numbers
             raise InputError(
                 f"{settings.model_type}: memory cannot be reckoned from the configuration alone "
@@ -115,6 +125,7 @@ def measure(settings: PreTrainedConfig, length: int, lora: bool, dtype: str) -> 
             copies=2 * one - two,
             per_row=two - one,
             input_per_row=FLOAT * length * hidden,
+            passing=passing,
             cache_per_token=cache,
             num_blocks=len(blocks),
             block=max(sum(p.numel() for p in block.parameters()) for block in blocks),
@@ -162,6 +173,10 @@ def _forward(model: Any, rows: int, length: int, **options: Any) -> Any:
 
 def _kept(model: Any, rows: int, length: int) -> int:
     return kept_bytes(lambda: _forward(model, rows, length, use_cache=False), model)
+
+
+def _passing(model: Any, rows: int, length: int) -> int:
+    return passing_bytes(lambda: _forward(model, rows, length, use_cache=False))
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rlhf.config import ScorerConfig
 from rlhf.models import ModelMemory
 from rlhf.plan.counting import FLOAT, HALF, Measured
 from rlhf.ppo.preflight.memory import FULL, MemoryEstimate
@@ -76,7 +77,11 @@ def estimate(model: Measured, setting: Setting, launch: str, rows: int = 1) -> M
     cache = setting.sampled_rows * setting.length * model.cache_per_token
     copy = HALF * model.parameters if setting.dtype == "float32" else 0
     models["sampler"] = ModelMemory(copy + cache)
-    return MemoryEstimate(models, 0, frozen.weights if setting.offload_frozen else 0)
+    read = model.passing * setting.prompt_length // setting.length
+    prompts = setting.sampled_rows * (setting.prompt_length * model.cache_per_token + read)
+    scored = min(setting.sampled_rows, ScorerConfig().batch_size) * model.passing
+    visiting = frozen.weights if setting.offload_frozen else 0
+    return MemoryEstimate(models, prompts, scored, visiting)
 
 
 def _trained(model: Measured, setting: Setting, launch: str) -> ModelMemory:

@@ -108,6 +108,7 @@ def test_memory_is_that_of_a_real_step(family, rows, checkpointing):
 def counted(**values) -> Measured:
     """A model of round numbers."""
     given = dict(parameters=100, trained=100, weights=400, copies=30, per_row=50, input_per_row=2)
+    given |= dict(passing=640)
     rest = dict(cache_per_token=1, num_blocks=5, block=10, hidden=8, vocabulary=0)
     return Measured(**given | rest | values)
 
@@ -140,6 +141,8 @@ def test_ppo_holds_its_roles_and_lora_no_reference():
     assert models["sampler"].weights == 200 + 4 * 64  # and the cache of four rows
     half = estimate(counted(), replace(ppo, dtype="bfloat16"), "ddp")
     assert half.models["sampler"].weights == 4 * 64  # the policy itself samples
+    assert half.sampling == 4 * (24 + 640 * 24 // 64)  # four prompts of 24 of 64 tokens
+    assert half.scoring == 4 * 640
     away = estimate(counted(), replace(ppo, offload_frozen=True), "ddp")
     assert list(away.models) == ["policy", "critic", "sampler"] and away.visiting == 200
     one_base = replace(ppo, lora=True, share_base=True)

@@ -1,10 +1,11 @@
 """Memory of a PPO run: an estimate, and what there is.
 
 In the estimate, weights, gradients and Adam states are counted, so they are exact. Activations are
-measured: what autograd keeps of one and of two rows, extended to a micro-batch. Left out, so that
-the estimate is a little low: temporaries inside operations, what gradient checkpointing recomputes,
-a Python scorer's own memory, and what the libraries take. The step that `longest_step.py` measures
-has all of that.
+measured: what autograd keeps of one and of two rows, extended to a micro-batch; and what a pass
+without gradients holds at most, for prompts and for a reward model. Left out, so that the estimate
+is a little low: temporaries of a training step, what gradient checkpointing recomputes, a Python
+scorer's own memory, and what the libraries take. The step that `longest_step.py` measures has all
+of that.
 """
 
 from __future__ import annotations
@@ -26,13 +27,17 @@ from rlhf.distributed import local
 from rlhf.functional.tokens import BLOCK
 from rlhf.models import (
     ModelMemory,
+    ScalarModel,
+    accepts,
     cache_bytes,
     chunk_tokens,
     ends_with_head,
     eval_mode,
     kept_bytes,
     model_memory,
+    passing_bytes,
     prefill_inputs,
+    sequence_scores,
     unwrap_peft,
 )
 from rlhf.ppo.critic import could_share_base
@@ -53,7 +58,8 @@ class MemoryEstimate:
     """Bytes that a run needs on this process."""
 
     models: dict[str, ModelMemory]  # those of policy, reference, critic, and all reward models
-    sampling: int  # key-value cache and logits of one batch of the rollout, at full length
+    sampling: int  # of one batch: the pass over the prompts, or cache and logits at full length
+    scoring: int = 0  # what a reward model's pass holds
     visiting: int = 0  # the largest of the models that `offload_frozen` keeps on the CPU
 
     def sum(self, *names: str) -> int:
@@ -74,7 +80,7 @@ class MemoryEstimate:
             "the rollout's cache": self.sampling,
         }
         reading = rollout | {"weights": self.sum("weights") + self.visiting}
-        reading["the rollout's cache"] = 0
+        reading["the rollout's cache"], reading["the scorer's pass"] = 0, self.scoring
         return max(step, rollout, reading, key=lambda parts: sum(parts.values()))
 
     @property
@@ -129,6 +135,7 @@ def remedy(estimate: MemoryEstimate, config: PPOStageConfig) -> str:
     ppo, model, lora = config.ppo, config.model, config.peft.enabled
     limit = "micro_batch_tokens" if isinstance(ppo.micro_batch_tokens, int) else "micro_batch_size"
     now = {limit: getattr(ppo, limit) or ROWS, "size": ppo.rollout_batch_size}
+    now["scored"] = config.scorer.batch_size
     half = {name: number // 2 for name, number in now.items()}
     least = ppo.response_length if limit == "micro_batch_tokens" else 0  # a row is longer
     settings = {
@@ -148,6 +155,7 @@ def remedy(estimate: MemoryEstimate, config: PPOStageConfig) -> str:
             "model.gradient_checkpointing=true": not model.gradient_checkpointing,
         },
         "the rollout's cache": {f"ppo.rollout_batch_size={half['size']}": half["size"] > 0},
+        "the scorer's pass": {f"scorer.batch_size={half['scored']}": half["scored"] > 0},
     }
     parts = estimate.largest()
     for name in sorted(parts, key=lambda name: -parts[name]):
@@ -200,18 +208,32 @@ def estimate_memory(
     frozen = [name for name in ("reference", "reward models") if name in models]
     away = [models.pop(name).weights for name in frozen if actors.reading_device]
     num_rows = min(ppo.rollout_batch_size, ppo.batch_size // trainer.accelerator.num_processes)
-    vocabulary = actors.policy.get_output_embeddings().weight.shape[0]
-    while_sampling = num_rows * vocabulary * SAMPLER_BYTES
-    cache = num_rows * part.sequence_ids.shape[1] * cache_bytes_per_token(actors.policy, part)
-    engine = engine_of(actors.policy)
+    rollout = _sampling(trainer, part, models, num_rows)
+    scored = [] if actors.reading_device else readers
+    scoring = max((scoring_bytes(model, part) for model in scored), default=0)
+    scoring *= min(num_rows, trainer.config.scorer.batch_size)
+    return MemoryEstimate(models, rollout, scoring, max(away, default=0))
+
+
+def _sampling(
+    trainer: PPOTrainer, part: Responses, models: dict[str, ModelMemory], num_rows: int
+) -> int:
+    """Bytes that sampling takes for a while; what the sampler keeps is added to `models`."""
+    policy = trainer.actors.policy
+    engine = engine_of(policy)
+    passing = num_rows * policy.get_output_embeddings().weight.shape[0] * SAMPLER_BYTES
+    cache = num_rows * part.sequence_ids.shape[1] * cache_bytes_per_token(policy, part)
     if engine.name == "graph":
         models["sampler"] = ModelMemory(cache)  # its cache stays where it is
     elif engine.server is None:
-        while_sampling += cache
+        passing += cache
     if engine.copy is not None:
         kept = models.setdefault("sampler", ModelMemory(0))
         kept.weights += model_memory(engine.copy).weights
-    return MemoryEstimate(models, while_sampling, max(away, default=0))
+    if engine.server is not None:
+        return passing
+    num_prompts = -(-num_rows // trainer.config.ppo.samples_per_prompt)  # equal ones are read once
+    return max(passing, num_prompts * prefill_bytes(engine.copy or policy, part))
 
 
 def further_logits(trainer: PPOTrainer, part: Responses) -> int:
@@ -249,6 +271,33 @@ def cache_bytes_per_token(model: Any, part: Responses) -> int:
     with eval_mode(model):  # gradient checkpointing drops the cache
         model(**prefill_inputs(model, ids, mask), past_key_values=cache, use_cache=True)
     return -(-cache_bytes(cache) // ids.shape[1])
+
+
+def prefill_bytes(model: Any, part: Responses) -> int:
+    """Bytes that reading a prompt takes at most, with its keys and values."""
+    last_only = {"logits_to_keep": 1} if accepts(model, "logits_to_keep") else {}
+
+    def read(num_rows: int) -> None:
+        rows = torch.zeros(num_rows, dtype=torch.long, device=part.prompt_ids.device)
+        inputs = prefill_inputs(model, part.prompt_ids[rows], part.prompt_mask[rows])
+        cache = DynamicCache(config=unwrap_peft(model).config)
+        model(**inputs, **last_only, past_key_values=cache, use_cache=True)
+
+    with eval_mode(model):
+        return passing_bytes(partial(read, 2)) - passing_bytes(partial(read, 1))
+
+
+def scoring_bytes(model: Any, part: Responses) -> int:
+    """Bytes that a reward model takes at most to score a response by its token ids; 0 for one that
+    scores texts."""
+    if not isinstance(model, ScalarModel):
+        return 0
+
+    def read(num_rows: int) -> None:
+        ids = torch.zeros_like(part.sequence_ids[:1]).repeat(num_rows, 1)
+        sequence_scores(model, ids, torch.ones_like(ids, dtype=torch.bool))
+
+    return passing_bytes(partial(read, 2)) - passing_bytes(partial(read, 1))
 
 
 # --- What there is --------------------------------------------------------------------------------

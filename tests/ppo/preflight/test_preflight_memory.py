@@ -18,7 +18,7 @@ from helpers.tiny import tiny_model, tiny_tokenizer
 from helpers.tiny_ppo import make_config, make_trainer
 
 from rlhf.config import PeftConfig, ScorerConfig
-from rlhf.models import choose_chunk_tokens, disable_dropout, init_reward_model
+from rlhf.models import add_lora, choose_chunk_tokens, disable_dropout, init_reward_model
 from rlhf.ppo.preflight import examine
 from rlhf.ppo.preflight.longest_step import examine_longest_step, longest_micro_batch, measure_step
 from rlhf.ppo.preflight.memory import (
@@ -30,8 +30,8 @@ from rlhf.ppo.preflight.memory import (
     model_memory,
 )
 from rlhf.ppo.rollout import policy_logprobs
-from rlhf.sampling import use_engine
-from rlhf.scorers import load_scorer
+from rlhf.sampling import generate, use_engine
+from rlhf.scorers import load_scorer, score_sequences
 
 
 def nbytes(tensors):
@@ -75,6 +75,13 @@ def test_reward_models_that_score_and_judge_are_counted(policy_dir, tmp_path):
         estimate = estimate_memory(trainer, part, independent)
         assert estimate.models["reward models"] == ModelMemory(number * weights)
 
+    def score():
+        sequences = part.sequence_ids[:1].repeat(8, 1).tolist()  # of a rollout
+        score_sequences(trainer.actors.scorer.model, sequences, 32)
+
+    score()
+    assert estimate.scoring == pytest.approx(most_allocated(score), rel=0.1)
+
 
 def test_the_copy_and_the_cache_of_graph_stay_during_training(policy_dir, tmp_path):
     trainer = make_trainer(make_config(policy_dir, tmp_path), tmp_path)
@@ -82,9 +89,7 @@ def test_the_copy_and_the_cache_of_graph_stay_during_training(policy_dir, tmp_pa
     loop = estimate_memory(trainer, part)
     use_engine(policy, "graph", dtype=torch.bfloat16)
     graph = estimate_memory(trainer, part)
-    cache = loop.sampling - graph.sampling
-    per_token = cache_bytes_per_token(policy, part)
-    assert cache == 8 * part.sequence_ids.shape[1] * per_token
+    cache = 8 * part.sequence_ids.shape[1] * cache_bytes_per_token(policy, part)
     copied = nbytes({p.data_ptr(): p for p in policy.parameters()}.values()) // 2
     assert graph.models["sampler"] == ModelMemory(cache + copied)
     assert "sampler" not in loop.models
@@ -153,6 +158,27 @@ def test_activations_are_estimated_within_a_tenth(policy_dir, tmp_path, family, 
     estimate = estimate_memory(trainer, part).models["policy"].activations
     actual = most_allocated(step)
     assert 0.9 < estimate / actual <= 1.02, (estimate, actual)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_pass_over_the_prompts_is_estimated_within_a_tenth(policy_dir, tmp_path, lora):
+    trainer = make_trainer(make_config(policy_dir, tmp_path, response_length=2), tmp_path)
+    sizes = {"hidden_size": 128, "intermediate_size": 512, "max_position_embeddings": 256}
+    model = tiny_model("llama", trainer.actors.tokenizer, **sizes)
+    if lora:
+        model = add_lora(model, PeftConfig(enabled=True, r=4), "CAUSAL_LM", 0)
+    model.gradient_checkpointing_enable()
+    disable_dropout(model)
+    trainer.actors.policy, trainer.prompts = model, [{"prompt": "", "input_ids": [5] * 100}]
+    estimate = estimate_memory(trainer, longest_micro_batch(trainer)).sampling
+    prompts = [[number, *[5] * 99] for number in range(3, 11)]  # different ones
+
+    def sample():
+        generate(model, prompts, trainer.sampling, None)
+
+    sample()
+    actual = most_allocated(sample)
+    assert 0.9 < estimate / actual < 1.1, (estimate, actual)
 
 
 def live_bytes():
@@ -257,6 +283,14 @@ def test_policy_and_critic_step_one_after_the_other_and_sampling_has_no_gradient
     policy, critic = ModelMemory(10, 20, 40, 500), ModelMemory(1, 2, 4, 300)
     assert MemoryEstimate({"policy": policy, "critic": critic}, 400).total == 77 + 500
     assert MemoryEstimate({"policy": policy, "critic": critic}, 600).total == 55 + 600
+
+
+def test_a_scorer_that_needs_most_is_given_fewer_rows(policy_dir, tmp_path):
+    config = make_config(policy_dir, tmp_path)
+    estimate = MemoryEstimate({"policy": ModelMemory(10)}, 400, 600)
+    assert estimate.total == 10 + 600
+    finding = examine_memory(estimate, 500, config)
+    assert finding.status == "FAIL" and "scorer's pass: set scorer.batch_size=16" in finding.remedy
 
 
 def test_a_run_that_cannot_fit_fails_without_trying_the_step(
