@@ -12,6 +12,7 @@ import dataclasses
 import os
 import shutil
 import signal
+import time
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ from rlhf.config import ScorerConfig
 
 pytestmark = pytest.mark.slow
 ROWS = [{"prompt": f"Name a fruit {i}"} for i in range(24)]
+TIMEOUT = 20  # seconds after which a process that hangs ends the others
 SHARDS = pytest.mark.parametrize("shards", [False, True], ids=["ddp", "fsdp2"])
 
 
@@ -48,6 +50,9 @@ def command(config, how: str, folder) -> None:
             raise torch.OutOfMemoryError("planted")
         if update == 1 and how == f"SIGKILL to {rank}":
             os.kill(os.getpid(), signal.SIGKILL)
+        if update == 1 and rank == 1 and how == "hangs":
+            time.sleep(3 * TIMEOUT)
+            os._exit(3)
         if update == 1 and rank in asked:
             os.kill(os.getpid(), signal.SIGTERM)
         return plain(self, batch, rows, update, *rest, **options)
@@ -116,6 +121,16 @@ def test_second_process_says_that_the_first_was_killed(shards, tmp_path):
     last = (tmp_path / "log-1").read_text().splitlines()[-1]
     assert last.startswith("error: no word from rank 0: killed"), last
     assert "; rank 1 (training, update 2): " in last and last.count("resume=auto") == 1, last
+
+
+@SHARDS
+def test_process_that_hangs_ends_the_others_after_the_timeout(shards, tmp_path):
+    config, log = config_in(tmp_path), tmp_path / "log"
+    config.distributed_timeout = TIMEOUT
+    codes = in_group(command, config, "hangs", tmp_path, log=log, shards=shards, seconds=200)
+    assert codes == [1, 3], (codes, text_of(log))
+    last = (tmp_path / "log-0").read_text().splitlines()[-1]
+    assert last.startswith("error: no word from rank 1: killed") and ", hanging, or" in last, last
 
 
 @SHARDS
