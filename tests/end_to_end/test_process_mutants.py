@@ -74,7 +74,7 @@ MUTANTS = {
     "the copy that samples is never updated": (
         "ppo",
         "sampling.engine",
-        "        if self.copy is not None and is_sharded(self.model):\n            copy_weights",
+        "        if self.copy is not None and is_read:\n            copy_weights",
         "        if not vars(self).setdefault('done', []):\n            self.done.append(1)\n"
         "            copy_weights",
     ),
@@ -123,9 +123,9 @@ MUTANTS = {
     ),
     "a resumed optimiser begins anew": (
         "resumed",
-        "distributed",
-        "    optimizer.load_state_dict(content)",
-        "    optimizer.load_state_dict(content | {'state': {}})",
+        "checkpoint.state",
+        "optimizer.load_state_dict(content)",
+        "optimizer.load_state_dict(content | {'state': {}})",
     ),
     "a ranking loss counts the prompts of one process": (
         "reward",
