@@ -11,9 +11,14 @@ from typing import Any
 from rlhf.config import hide
 
 
+def rank() -> int:
+    """Number of this process among those that train."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def is_main_process() -> bool:
     """True on the process that prints and writes."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return rank() == 0
 
 
 def num_processes() -> int:

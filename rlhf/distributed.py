@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import clip_grad_norm_
 
 from rlhf.config import CONF_DIR, InputError, read_yaml
-from rlhf.console import is_main_process, num_processes, say
+from rlhf.console import num_processes, say
 
 RAM_EFFICIENT = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
@@ -322,32 +322,6 @@ def in_file(tensor: Tensor, folder: Path | None) -> Tensor:
         path, kind = f"/proc/self/fd/{file.fileno()}", tensor.dtype
         copy = torch.from_file(path, shared=True, size=tensor.numel(), dtype=kind)
     return copy.view(tensor.shape).copy_(tensor)
-
-
-def gather_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Whole tensors, on the main process; of sharded ones, one after the other is gathered into its
-    main memory. Tied weights stay one tensor."""
-    kept: dict[str, Tensor] = {}
-    slices: dict[int, Tensor] = {}
-    for name, tensor in tensors.items():
-        gathered = whole(tensor)
-        if not is_main_process():
-            continue
-        if isinstance(tensor, DTensor):
-            kept[name] = slices.setdefault(tensor.to_local().data_ptr(), gathered.cpu())
-        else:
-            kept[name] = tensor.contiguous()
-    return kept
-
-
-def whole_state(optimizer: Any) -> dict[str, Any]:
-    """The state of an optimiser with whole tensors, on the main process."""
-    content = optimizer.state_dict()
-    state = {
-        index: {k: whole(v).cpu() if isinstance(v, DTensor) else v for k, v in values.items()}
-        for index, values in content["state"].items()
-    }
-    return content | {"state": state if is_main_process() else {}}
 
 
 def load_optimizer(optimizer: Any, content: dict[str, Any]) -> None:

@@ -213,8 +213,10 @@ def _policy_of(path: Path, stage: str, config: StageConfig, tokenizer: Any) -> A
 
     from rlhf import models
     from rlhf.checkpoint.state import load_modules
+    from rlhf.hf_trainer.sharded_trainer import MODEL, holds_slices
 
-    if stage == "sft" and not config.peft.enabled:  # the transformers Trainer saves the whole model
+    in_slices = stage == "sft" and holds_slices(path)
+    if stage == "sft" and not (config.peft.enabled or in_slices):  # the Trainer saves all of it
         own = dataclasses.replace(config.model, path=str(path), revision=None)
         return models.load_policy(own, tokenizer, "path")
     torch.manual_seed(config.seed)  # a model from model.config has random weights
@@ -222,10 +224,12 @@ def _policy_of(path: Path, stage: str, config: StageConfig, tokenizer: Any) -> A
     if config.peft.enabled:
         rows = models.new_token_rows(tokenizer, config.model, config.peft)
         model = models.add_lora(model, config.peft, "CAUSAL_LM", config.seed, rows)
-    if stage == "sft":
+    if in_slices:
+        load_modules(path, {MODEL: model})
+    elif stage == "sft":
         models.load_adapter(model, load_file(path / "adapter_model.safetensors"), f"path={path}")
     else:
-        averaged = (path / "averages.safetensors").is_file()
+        averaged = checkpoint.holds_tensors(path, "averages")
         load_modules(path, {"averages" if averaged else "policy": model})
         ppo = cast(PPOStageConfig, config).ppo
         models.sample_as_trained(models.unwrap_peft(model), ppo.temperature, ppo.top_p, ppo.top_k)

@@ -165,6 +165,17 @@ def blame(error: Exception) -> str:
     )
 
 
+def leave_word(name: str, word: str) -> None:
+    """Tell the other processes something, also from a thread; `read_word` finds it by its name."""
+    _get_default_store().set(f"rlhf/word/{name}", word)
+
+
+def read_word(name: str) -> str | None:
+    """What another process has told under a name; None if it has not yet."""
+    store, key = _get_default_store(), f"rlhf/word/{name}"
+    return store.get(key).decode() if store.check([key]) else None
+
+
 def _key(rank: int) -> str:
     return f"rlhf/failed/{rank}"
 

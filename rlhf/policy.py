@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rlhf.checkpoint import holds_tensors
 from rlhf.config import InputError, ModelConfig, knob, refuse
 from rlhf.console import quiet_libraries
 from rlhf.inputs import check_model, check_template, failures
@@ -71,9 +72,11 @@ def check_policies(options: PolicyOptions, paths: Mapping[str, str]) -> None:
 
 
 def _check(options: PolicyOptions, path: str, field: str) -> None:
-    if (Path(path) / "policy.safetensors").is_file():
+    is_ppo = holds_tensors(Path(path), "policy")
+    if is_ppo or (Path(path) / "model").is_dir():
+        kind = "PPO checkpoint" if is_ppo else "checkpoint in slices"
         raise InputError(
-            f"{field}={path} is a PPO checkpoint; make a model directory from it with "
+            f"{field}={path} is a {kind}; make a model directory from it with "
             f"python -m rlhf.export path={path} out=<directory>"
         )
     check_model(path, field, ("sft", "ppo"), code=options.trust_remote_code)

@@ -5,8 +5,9 @@
   settings may change then, `ownership` tells and deletes what the run wrote, `lock` keeps others
   out.
 - `hosts` copies between hosts that share no file system.
-- Checkpoints: `disk` writes whole directories, `state` is the content of a PPO checkpoint. Only
-  `state`, which is not imported here, needs torch.
+- Checkpoints: `disk` writes whole directories, `state` is the content of a PPO checkpoint,
+  `tensor_files` its tensors, whole or in slices. The last two, which are not imported here, need
+  torch.
 - What can stop a run: `interruption` (signals), `finite` (nan), `disk` (no space).
 """
 
@@ -16,6 +17,7 @@ from rlhf.checkpoint.disk import (
     complete_or_nothing,
     disk_errors,
     find_damage,
+    holds_tensors,
     read_manifest,
 )
 from rlhf.checkpoint.finite import (

@@ -60,6 +60,8 @@ ADJUSTABLE = (
     *("ppo.max_grad_norm", "ppo.adam_epsilon", "ppo.target_kl", "ppo.clip_scores"),
 )
 PROCESSES = "number of processes"
+# May change where an optimiser step reads as many rows as before.
+PER_DEVICE = ("trainer.per_device_train_batch_size", "trainer.gradient_accumulation_steps")
 # where URLs are: the same server may listen elsewhere
 SERVED = ("scorer.path", "scorer.components", "evaluation.scorer")
 FOUND = ("dataset.format",)  # settings that a stage finds if they are null
@@ -69,7 +71,7 @@ TYPED = "model.trust_remote_code"  # a person types it each time; no file can gi
 def is_harmless(key: str) -> bool:
     """True for a setting that does not affect what is trained."""
     groups = tuple(f"{name}." for name in HARMLESS)
-    harmless = key in (*HARMLESS, PROCESSES) or key.startswith(groups)
+    harmless = key in (*HARMLESS, PROCESSES, *PER_DEVICE) or key.startswith(groups)
     return harmless and key not in NOT_HARMLESS
 
 
@@ -98,12 +100,10 @@ def refuse_changes(config: StageConfig, directory: Path) -> dict[str, str]:
         line for key, line in lines.items() if not is_harmless(key) and key not in may_change
     ]
     processes = num_processes() if is_finished else manifest_of(directory)["processes"]
-    if processes != num_processes():
-        line = f"{PROCESSES}: {processes} -> {num_processes()}"
-        if isinstance(config, PPOStageConfig):  # equal up to rounding
-            lines[PROCESSES] = line
-        else:  # each has random numbers and sums of its own
-            refused.append(line)
+    if processes != num_processes():  # equal up to rounding
+        lines[PROCESSES] = f"{PROCESSES}: {processes} -> {num_processes()}"
+    if not isinstance(config, PPOStageConfig):
+        refused += _other_batches(lines, read_settings(directory), _plain(config), processes)
     if refused:
         listed = "\n  ".join(refused)
         also = f" (only {', '.join(allowed)} may change after the stop)" if allowed else ""
@@ -114,6 +114,32 @@ def refuse_changes(config: StageConfig, directory: Path) -> dict[str, str]:
             "another run_name"
         )
     return lines
+
+
+def _other_batches(
+    lines: dict[str, str], was: dict[str, Any], now: dict[str, Any], processes: int
+) -> list[str]:
+    """What is wrong if SFT or reward goes on with other batches on each process: an optimiser step
+    must read the same rows.
+
+    Args:
+        lines: what has changed.
+        processes: their number before.
+    """
+    if not lines.keys() & {PROCESSES, *PER_DEVICE}:
+        return []
+    if now.get("reward.tokens_per_batch"):  # batches are planned for a number of processes
+        return [lines[name] for name in (PROCESSES, *PER_DEVICE) if name in lines]
+    rows, accumulated = [], now.get(PER_DEVICE[1], 1)
+    for settings, number in ((was, processes), (now, num_processes())):
+        each = settings.get(PER_DEVICE[0], 8) * settings.get(PER_DEVICE[1], 1)  # the Trainer's own
+        rows.append(settings.get("batch_size") or each * number)
+    if rows[0] == rows[1]:
+        return []
+    changed = [lines[name] for name in (PROCESSES, *PER_DEVICE) if name in lines]
+    fits, rest = divmod(rows[0], accumulated * num_processes())
+    changed += [] if rest else [f"{PER_DEVICE[0]}={fits} keeps {rows[0]}"]
+    return [f"rows of an optimiser step: {rows[0]} -> {rows[1]} ({'; '.join(changed)})"]
 
 
 def _moved(config: StageConfig, directory: Path) -> tuple[str, ...]:

@@ -142,6 +142,11 @@ def files_of(directory: Path) -> list[Path]:
     return sorted(path for path in directory.rglob("*") if path.is_file())
 
 
+def holds_tensors(checkpoint: Path, name: str) -> bool:
+    """True if a PPO checkpoint has tensors of this name, such as "policy"."""
+    return (checkpoint / f"{name}.safetensors").is_file() or (checkpoint / name).is_dir()
+
+
 def _seal(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

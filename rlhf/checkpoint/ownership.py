@@ -146,30 +146,34 @@ def manifest_of(checkpoint: Path) -> dict[str, Any]:
     return manifest
 
 
-def seal(checkpoint: Path, directory: Path, best: int | None = None) -> None:
-    """Write the manifest of a checkpoint of the run in a stage directory; it is complete then.
+def facts_of_run(directory: Path, best: int | None = None) -> dict[str, Any]:
+    """What the manifest of a checkpoint says of the run in a stage directory as it is now.
 
     `best` is the step of the best checkpoint so far, which is kept together with this one.
     """
-    require_held(directory)
-    run = read_identity(directory)
     logs = [directory / name for name in sorted(LOGS) if (directory / name).is_file()]
-    if run is not None:
-        shutil.copyfile(directory / IDENTITY, checkpoint / IDENTITY)
-    facts = {
-        "run": run,
+    return {
+        "run": read_identity(directory),
         "processes": num_processes(),
         "best": best,
         "changes": read_jsonl(directory / CHANGES),
         "logs": {log.name: log.stat().st_size for log in logs},
     }
+
+
+def seal(checkpoint: Path, directory: Path, facts: dict[str, Any]) -> None:
+    """Write the manifest of a checkpoint of the run in a stage directory, with `facts_of_run`; it
+    is complete then."""
+    require_held(directory)
+    if facts["run"] is not None:
+        shutil.copyfile(directory / IDENTITY, checkpoint / IDENTITY)
     write_manifest(checkpoint, facts)
 
 
 def publish(written: Path, checkpoint: Path, best: int | None = None) -> None:
     """Seal a checkpoint that was written elsewhere on the same disk, then move it to its name."""
     refuse_taken_steps(checkpoint.parent, [step_of(checkpoint)])
-    seal(written, checkpoint.parent, best)
+    seal(written, checkpoint.parent, facts_of_run(checkpoint.parent, best))
     os.replace(written, checkpoint)
 
 

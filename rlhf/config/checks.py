@@ -134,6 +134,8 @@ def _rules(config: StageConfig) -> Iterator[str]:
                 f"batch_size={config.batch_size} sets trainer.gradient_accumulation_steps, which "
                 f"is {accumulated}; leave that at 1, or set batch_size=null"
             )
+    if not isinstance(config, PPOStageConfig) and config.checkpoint.background:
+        yield "checkpoint.background=true: only PPO has rollouts to write behind; leave it null"
     if not isinstance(config, SFTStageConfig) and config.dataset.split_long:
         yield "dataset.split_long=true splits conversations of SFT only; set it to false"
     if isinstance(config, RewardStageConfig):

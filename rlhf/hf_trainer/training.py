@@ -53,7 +53,7 @@ from rlhf.checkpoint import (
     run_id,
 )
 from rlhf.config import InputError, RewardStageConfig, SFTStageConfig, resume_overrides, save_config
-from rlhf.console import is_main_process, progress_bar, say
+from rlhf.console import is_main_process, num_processes, progress_bar, rank, say
 from rlhf.curves import write_curves
 from rlhf.failures import NOTE
 from rlhf.hf_trainer.finite_trainer import find_non_finite_state, set_learning_rate
@@ -288,11 +288,24 @@ def save_sums(trainer: Trainer, checkpoint: Path) -> None:
 
 def load_sums(trainer: Trainer, checkpoint: Path) -> None:
     """Restore what `save_sums` wrote."""
-    file = checkpoint / f"sums_{PartialState().process_index}.json"
-    for name, value in json.loads(file.read_text()).items():
+    for name, value in own_sums(checkpoint).items():
         own = getattr(trainer, name)
         if isinstance(own, torch.Tensor):
             value = torch.tensor(value, dtype=own.dtype, device=own.device)
         elif isinstance(own, dict):  # of dicts that make a list for a new name
             value = {mode: defaultdict(list, lists) for mode, lists in value.items()}
         setattr(trainer, name, value)
+
+
+def own_sums(checkpoint: Path) -> dict[str, Any]:
+    """The sums of this process; of another number of processes, its share of theirs: processes log
+    the mean of `_tr_loss` and the sum of `_sums`, and have the rest in common."""
+    number, own = num_processes(), checkpoint / f"sums_{rank()}.json"
+    everyone = [json.loads(file.read_text()) for file in checkpoint.glob("sums_*.json")]
+    if len(everyone) == number:
+        return json.loads(own.read_text())
+    for name, divisor in {"_tr_loss": len(everyone), "_sums": number}.items():
+        if name in everyone[0]:
+            shares = torch.tensor([sums[name] for sums in everyone], dtype=torch.float64)
+            everyone[0][name] = (shares.sum(dim=0) / divisor).tolist()
+    return everyone[0]

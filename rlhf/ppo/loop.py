@@ -20,18 +20,13 @@ from rlhf.checkpoint import (
     explain_stop,
     make_record,
     parent_weights,
-    prune_checkpoints,
     read_settings,
     refuse_taken_steps,
     run_id,
     write_stage,
 )
-from rlhf.checkpoint.state import (
-    load_modules,
-    load_training_state,
-    random_state,
-    save_training_state,
-)
+from rlhf.checkpoint.saving import CheckpointWriter
+from rlhf.checkpoint.state import load_modules, load_training_state, random_state
 from rlhf.config import InputError, PPOStageConfig, resume_overrides
 from rlhf.console import progress_bar, say, warn
 from rlhf.curves import write_curves
@@ -68,6 +63,9 @@ class PPOLoop:
         self.config, self.trainer, self.evaluate, self.splits = config, trainer, evaluator, splits
         self.directory = trainer.directory
         self.watchdog = Watchdog(config, self.directory)
+        background = config.checkpoint.background
+        is_on_gpu = trainer.accelerator.device.type == "cuda"
+        self.checkpoints = CheckpointWriter(config, is_on_gpu if background is None else background)
         self.before: dict[str, float] = {}
         self.last: dict[str, float] = {}
         self.best: dict[str, Any] | None = None
@@ -88,10 +86,15 @@ class PPOLoop:
             if not interrupted:
                 return self._finish()
         except NonFiniteError as error:
+            self.checkpoints.abandon(self.config.checkpoint.grace_seconds)
             spoilt = not trainer.updater.num_steps
             step, dtype = trainer.update + 1, trainer.actors.policy.dtype
             raise explain_stop(self.config, self.directory, error, step, spoilt, dtype) from error
+        except (KeyboardInterrupt, SystemExit):
+            self.checkpoints.abandon()
+            raise
         finally:
+            self.checkpoints.abandon(self.config.checkpoint.grace_seconds)
             writer.close()
             write_curves(self.directory, "ppo", self.config.run_name)
         say(f"stopped after update {trainer.update}; continue with {resume_overrides(self.config)}")
@@ -109,14 +112,17 @@ class PPOLoop:
         update first. Bad input ends all processes together: see `on_every_process`."""
         trainer, began_at = self.trainer, self.trainer.update
         try:
-            return self._train(writer, stop)
+            interrupted = self._train(writer, stop)
+            self.checkpoints.finish()
+            return interrupted
         except InputError as error:
             # the weights themselves may be wrong, or are those of half an update
             spoilt = isinstance(error, NonFiniteError) or trainer.updater.num_steps > 0
-            if spoilt or trainer.update == 0:
+            if spoilt or trainer.update == 0 or self.checkpoints.failed:
                 raise
             if trainer.update > began_at:
                 self._save()
+            self.checkpoints.finish()
             checkpoint = self.directory / f"checkpoint-{trainer.update}"
             raise InputError(
                 f"{error}; update {trainer.update} is saved in {checkpoint}: correct the cause, "
@@ -301,17 +307,9 @@ class PPOLoop:
         }
         checkpoint = self.directory / f"checkpoint-{self.trainer.update}"
         with phase(f"saving {checkpoint.name}"):
-            save_training_state(
-                checkpoint,
-                self._modules(),
-                self.trainer.updater.optimizers,
-                state,
-                self.config,
-                self._random_state,
-            )
-            if self.trainer.accelerator.is_main_process:
-                prune_checkpoints(self.directory, self.config.checkpoint.keep_last)
-            self.trainer.accelerator.wait_for_everyone()
+            optimizers = self.trainer.updater.optimizers
+            parts = self._modules(), optimizers, state
+            self.checkpoints.save(checkpoint, *parts, self._random_state)
 
     def _resume(self) -> None:
         checkpoint = checkpoint_to_resume(self.config, self.directory)

@@ -35,7 +35,7 @@ from rlhf.checkpoint import (
     read_record,
 )
 from rlhf.checkpoint.config_changes import write_stop
-from rlhf.checkpoint.ownership import complete_checkpoints, seal
+from rlhf.checkpoint.ownership import complete_checkpoints, facts_of_run, seal
 from rlhf.checkpoint.run_directory import refuse_used_directory
 from rlhf.checkpoint.state import load_training_state, save_training_state
 from rlhf.config import (
@@ -272,7 +272,7 @@ def test_a_bad_checkpoint_of_an_older_version_is_not_continued(data, tmp_path):
     checkpoint = tmp_path / "runs/run/sft/checkpoint-2"
     spoil(checkpoint / "model.safetensors", "model.norm.weight")
     (checkpoint / "manifest.json").unlink()
-    seal(checkpoint, checkpoint.parent)
+    seal(checkpoint, checkpoint.parent, facts_of_run(checkpoint.parent))
     with pytest.raises(InputError, match="checkpoint-2: model.norm.weight holds nan; delete it"):
         train_sft(dataclasses.replace(config, resume=True))
 

@@ -26,7 +26,7 @@ from helpers.scorers import policy_tokenizer, write_reward_model
 
 from rlhf.checkpoint import locked
 from rlhf.checkpoint.lock import one_writer
-from rlhf.checkpoint.ownership import seal
+from rlhf.checkpoint.ownership import facts_of_run, seal
 from rlhf.config import InputError, SFTStageConfig
 
 HERE = socket.gethostname()
@@ -154,12 +154,12 @@ def test_directory_that_was_replaced_while_a_run_goes_on_gets_no_checkpoint(tmp_
     directory = tmp_path / "runs/mine/sft"
     with one_writer(config_of(tmp_path), "sft"):
         (directory / "checkpoint-1").mkdir()
-        seal(directory / "checkpoint-1", directory)
+        seal(directory / "checkpoint-1", directory, facts_of_run(directory))
         shutil.rmtree(directory)
         with one_writer(config_of(tmp_path), "sft"):
             (directory / "checkpoint-1").mkdir()
         with pytest.raises(InputError, match="sft was deleted, moved or replaced during the run"):
-            seal(directory / "checkpoint-1", directory)
+            seal(directory / "checkpoint-1", directory, facts_of_run(directory))
 
 
 @pytest.mark.parametrize(

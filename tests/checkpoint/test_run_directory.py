@@ -8,15 +8,17 @@ Run: python -m pytest tests/checkpoint/test_run_directory.py
 import dataclasses
 import json
 import os
+import re
 
 import pytest
 from helpers.checkpoints import config_of, make_checkpoint, names, write
 from omegaconf import OmegaConf
 
 from rlhf.checkpoint import checkpoint_to_resume, prune_checkpoints
-from rlhf.checkpoint.ownership import seal
+from rlhf.checkpoint.config_changes import PROCESSES, refuse_changes
+from rlhf.checkpoint.ownership import facts_of_run, seal
 from rlhf.checkpoint.run_directory import finished_run, prepare_run_directory
-from rlhf.config import CheckpointConfig, InputError, TrackerConfig, read_yaml
+from rlhf.config import CheckpointConfig, InputError, RewardStageConfig, TrackerConfig, read_yaml
 
 
 def test_new_run_directory_is_made(tmp_path):
@@ -197,7 +199,7 @@ def test_a_setting_that_an_older_run_did_not_have_counts_as_its_default(tmp_path
     del values["model"]["forward"], values["mix"]  # a setting and a group
     OmegaConf.save(values, checkpoint / "config.yaml")
     (checkpoint / "manifest.json").unlink()
-    seal(checkpoint, directory)
+    seal(checkpoint, directory, facts_of_run(directory))
     assert checkpoint_to_resume(config, directory) == checkpoint
     assert "changed" not in capsys.readouterr().out
     config.model.forward, config.mix.fraction = "padded", 0.5
@@ -208,10 +210,34 @@ def test_a_setting_that_an_older_run_did_not_have_counts_as_its_default(tmp_path
     )
 
 
-def test_another_number_of_processes_is_refused(tmp_path, monkeypatch):
+def test_other_number_of_processes_must_read_the_same_rows_in_a_step(tmp_path, monkeypatch, capsys):
     config = config_of(tmp_path, resume=True)
     directory = prepare_run_directory(config_of(tmp_path), "sft")
     make_checkpoint(directory, 1, config)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="\n  number of processes: 1 -> 2\n"):
+    problem = (
+        "\n  rows of an optimiser step: 8 -> 16 (number of processes: 1 -> 2; "
+        "trainer.per_device_train_batch_size=4 keeps 8)\n"
+    )
+    with pytest.raises(InputError, match=re.escape(problem)):
         prepare_run_directory(config, "sft")
+    config.trainer["per_device_train_batch_size"] = 4
+    assert refuse_changes(config, directory / "checkpoint-1").keys() == {
+        "number of processes",
+        "trainer.per_device_train_batch_size",
+    }
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(InputError, match=re.escape("step: 8 -> 4 (trainer.per_device")):
+        prepare_run_directory(config, "sft")
+    config.trainer["gradient_accumulation_steps"] = 2
+    assert PROCESSES not in refuse_changes(config, directory / "checkpoint-1")
+
+
+def test_batches_planned_by_tokens_go_on_with_as_many_processes(tmp_path, monkeypatch):
+    config = RewardStageConfig(runs_dir=str(tmp_path), run_name="mine", resume=True)
+    config.reward.tokens_per_batch = 64
+    directory = prepare_run_directory(dataclasses.replace(config, resume=False), "reward")
+    make_checkpoint(directory, 1, config)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="\n  number of processes: 1 -> 2\n"):
+        prepare_run_directory(config, "reward")

@@ -14,7 +14,7 @@ from helpers.checkpoints import take_back_end, write
 from helpers.tiny import tiny_tokenizer
 from helpers.tiny_ppo import make_config, write_policy
 
-from rlhf.checkpoint.ownership import seal
+from rlhf.checkpoint.ownership import facts_of_run, seal
 from rlhf.checkpoint.run_directory import prepare_run_directory
 from rlhf.cli import hydra_main
 from rlhf.config import (
@@ -92,7 +92,7 @@ def checkpointed(config, directory, step):
     checkpoint = directory / f"checkpoint-{step}"
     checkpoint.mkdir()
     save_config(config, checkpoint / "config.yaml")
-    seal(checkpoint, directory)
+    seal(checkpoint, directory, facts_of_run(directory))
 
 
 # --- The run's own configuration ------------------------------------------------------------------
@@ -252,7 +252,7 @@ def finished(config):
     checkpoint.mkdir()
     save_config(config, checkpoint / "config.yaml")
     (checkpoint / "trainer_state.json").write_text('{"epoch": 3.0}')
-    seal(checkpoint, directory)
+    seal(checkpoint, directory, facts_of_run(directory))
 
 
 def _slow(*case):

@@ -16,8 +16,10 @@ import signal
 import pytest
 from helpers.runs import STAGES, directory_of, new_run, outcome, start, text_of
 
+from rlhf.config import CheckpointConfig
 
-def kill_and_resume(stage, wholes, folder, num_kills, seed) -> tuple[int, int]:
+
+def kill_and_resume(stage, wholes, folder, num_kills, seed, **values) -> tuple[int, int]:
     """Kill runs until `num_kills` have died, each time continuing; compare all that finish.
 
     Returns:
@@ -27,7 +29,7 @@ def kill_and_resume(stage, wholes, folder, num_kills, seed) -> tuple[int, int]:
     draw = random.Random(seed)
     kills = at_files = runs = 0
     while kills < num_kills:
-        config = new_run(plain, folder, f"run-{runs}")
+        config = new_run(plain, folder, f"run-{runs}", **values)
         finished = False
         while not finished:
             at_file = kills % 3 != 1  # two of three at a file, one after a random time
@@ -67,3 +69,9 @@ def test_killed_runs_end_as_if_they_had_never_stopped(stage, wholes, tmp_path, c
 @pytest.mark.parametrize("stage", STAGES)
 def test_many_killed_runs_end_as_if_they_had_never_stopped(stage, seed, wholes, tmp_path):
     kill_and_resume(stage, wholes, tmp_path, 40, seed)
+
+
+@pytest.mark.slow
+def test_killed_runs_that_save_in_the_background_end_as_if_they_had_never_stopped(wholes, tmp_path):
+    checkpoint = CheckpointConfig(every=1, background=True)
+    kill_and_resume("ppo", wholes, tmp_path, 10, seed=7, checkpoint=checkpoint)

@@ -1,5 +1,5 @@
 """Two processes that FSDP2 shards give the result of one process on the same global batch, and what
-they save goes on in as many processes, and in PPO in another number.
+they save in slices goes on in any number of processes.
 
 FSDP2 runs on the CPU here, see helpers/sharded.py. The stages of a test share two processes.
 
@@ -13,6 +13,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from helpers.runs import (
     directory_of,
     outcome,
@@ -25,8 +26,10 @@ from helpers.runs import (
     write_rows,
 )
 from helpers.sharded import assert_same, in_group, in_two, text_of, train_all
+from safetensors.torch import load_file
 
 from rlhf.config import PeftConfig, ScorerConfig
+from rlhf.export import ExportOptions, export
 from rlhf.metrics import read_jsonl
 
 STATE = ("policy", "critic", "averages", "optimizer_policy", "optimizer_critic")
@@ -50,7 +53,7 @@ def three_steps(folder):
     ppo.scorer = ScorerConfig("python:helpers.runs.lengths", normalize="none")
     ppo.ppo.num_updates, ppo.ppo.num_ppo_epochs = 3, 1
     ppo.checkpoint.every = ppo.evaluation.every = 1
-    ppo.checkpoint.keep_last = 9
+    ppo.checkpoint.keep_last, ppo.checkpoint.background = 9, True
     return sft, reward, ppo
 
 
@@ -70,7 +73,7 @@ def take_back(config, *names):
         shutil.rmtree(directory_of(config) / name)
 
 
-def test_stages_in_slices_give_the_result_of_one_process_and_ppo_resumes_in_one(tmp_path):
+def test_stages_in_slices_give_the_result_of_one_process_and_resume_in_one(tmp_path):
     sft, reward, ppo = three_steps(tmp_path)
     configs = sft, reward, ppo, shared = sft, reward, ppo, on_one_base(sft, reward, ppo)
     train_all(*configs)
@@ -87,10 +90,21 @@ def test_stages_in_slices_give_the_result_of_one_process_and_ppo_resumes_in_one(
     assert_same(reward, in_two(reward))
     assert_same(ppo, in_two(ppo), *SAVED)
     assert_same(shared, in_two(shared), *SAVED)
+    for config in configs:
+        files = [*(directory_of(in_two(config)) / "checkpoint-3").rglob("*.*")]
+        assert {f.suffix for f in files} == {".safetensors", ".json", ".yaml"}, "nothing is pickled"
+
+    export(ExportOptions(str(directory_of(in_two(sft)) / "checkpoint-3"), str(tmp_path / "out")))
+    exported = load_file(tmp_path / "out" / "model.safetensors")
+    for name, tensor in load_file(directory_of(in_two(sft)) / "final/model.safetensors").items():
+        assert torch.equal(exported[name], tensor), name
 
     take_back(in_two(ppo), "final", "critic", "checkpoint-2", "checkpoint-3")
-    train(in_two(ppo, resume=True))
+    take_back(in_two(sft), "final", "checkpoint-3")
+    for config in (ppo, sft):
+        train(in_two(config, resume=True))
     assert_same(ppo, in_two(ppo), *SAVED)
+    assert_same(sft, in_two(sft))
 
 
 @pytest.mark.slow
@@ -151,8 +165,9 @@ def test_processes_stop_adapt_and_warn_together(tmp_path):
 
 
 @pytest.mark.slow
-def test_stages_in_slices_resume_bit_identically_and_ppo_from_one_process(tmp_path):
+def test_stages_in_slices_resume_bit_identically_and_from_one_process(tmp_path):
     sft, reward, ppo = three_steps(tmp_path)
+    reward.run_name = "reward"  # a run moves without the SFT run that it started from
     configs = sft, reward, ppo, on_one_base(sft, reward, ppo)
     train_all(*configs)
     log = tmp_path / "log"
@@ -162,12 +177,18 @@ def test_stages_in_slices_resume_bit_identically_and_ppo_from_one_process(tmp_pa
     for config in two:
         take_back(config, "final", "checkpoint-3")
     again = [dataclasses.replace(config, resume=True) for config in two]
-    for config in configs[2:]:
+    for config in configs:
         moved = in_two(config, run_name=f"{config.run_name}_from_one", resume=True)
         shutil.copytree(directory_of(config), directory_of(moved))
-        take_back(moved, "final", "critic", "checkpoint-2", "checkpoint-3")
+        take_back(moved, "final", "checkpoint-3")
+        if config in configs[2:]:
+            take_back(moved, "critic", "checkpoint-2")
         again.append(moved)
     assert in_group(train_all, *again, log=log) == [0, 0], text_of(log)
     assert [outcome(config) for config in two] == expected
-    for config, moved in zip(configs[2:], again[4:], strict=True):
-        assert_same(config, moved, *SAVED)
+    for config, moved in zip(configs, again[4:], strict=True):
+        assert_same(config, moved, *(SAVED if config in configs[2:] else ()))
+
+    take_back(again[1], "final", "checkpoint-3")
+    train(again[1])  # the reward model in one process
+    assert_same(reward, again[1])

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from transformers import PretrainedConfig
 
 from rlhf.checkpoint import make_record, write_stage
-from rlhf.checkpoint.ownership import latest_checkpoint, seal
+from rlhf.checkpoint.ownership import facts_of_run, latest_checkpoint, seal
 from rlhf.config import SFTStageConfig, save_config
 
 
@@ -44,7 +44,7 @@ def make_checkpoint(directory, step, config=None, best=None, weight=1.0):
     checkpoint.mkdir(parents=True)
     save_file({"weight": torch.tensor([weight])}, checkpoint / "policy.safetensors")
     save_config(config or SFTStageConfig(), checkpoint / "config.yaml")
-    seal(checkpoint, directory, best)
+    seal(checkpoint, directory, facts_of_run(directory, best))
     return checkpoint
 
 

@@ -19,6 +19,7 @@ from helpers.runs import directory_of, train
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from rlhf.checkpoint.tensor_files import stored_tensors
 from rlhf.distributed import launch_environment
 from rlhf.metrics import read_jsonl
 
@@ -41,12 +42,20 @@ def in_two(config, **values):
     return dataclasses.replace(config, **values)
 
 
+def read(file: Path):
+    """The tensors of a file, or of a folder of its name without the ending, in slices."""
+    if file.is_file():
+        return load_file(file)
+    with stored_tensors(file.parent, file.stem) as stored:
+        return {name: stored.get_tensor(name) for name in stored.keys()}
+
+
 def tensors(one, two, *files: str):
     """Each tensor of final/, critic/ and other files of two runs, as (name, first, second)."""
     directory = directory_of(one)
     results = [f for name in ("final", "critic") for f in (directory / name).rglob("*.safetensors")]
     for file in [*files, *(str(found.relative_to(directory)) for found in results)]:
-        first, second = (load_file(directory_of(config) / file) for config in (one, two))
+        first, second = (read(directory_of(config) / file) for config in (one, two))
         assert first.keys() == second.keys()
         for name in first:
             yield f"{file} {name}", first[name], second[name]

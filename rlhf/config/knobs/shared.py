@@ -153,6 +153,9 @@ class CheckpointConfig:
     last step has one too."""
     keep_last: int = knob(2, ge=1)
     """Number of checkpoints to keep, to resume from; the best one is kept in addition."""
+    background: bool | None = None
+    """ppo: write a checkpoint while the next rollout samples, from a copy of weights and optimiser
+    states in main memory (null: on a GPU)."""
     grace_seconds: float = knob(60.0, gt=0, le=YEAR)
     """Seconds to finish the step and save after SIGTERM, SIGHUP or Ctrl-C; then the stage exits
     without saving. resume=auto waits as long for a run that still writes to the directory."""

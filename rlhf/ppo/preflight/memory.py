@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import DynamicCache
 
 from rlhf.config import ROWS, PPOStageConfig, has_frozen_models
@@ -142,6 +143,7 @@ def remedy(estimate: MemoryEstimate, config: PPOStageConfig) -> str:
         "weights": {
             "peft=lora": not lora,  # the reference is then the policy with its adapters off
             "ppo.share_base=true": could_share_base(config),
+            "checkpoint.background=false": bool(config.checkpoint.background),
             # the adapters stay in float32
             "model.dtype=bfloat16": lora and model.dtype in ("auto", "float32"),
             "model.quantization=4bit": lora and model.quantization is None,
@@ -212,6 +214,13 @@ def estimate_memory(
     scored = [] if actors.reading_device else readers
     scoring = max((scoring_bytes(model, part) for model in scored), default=0)
     scoring *= min(num_rows, trainer.config.scorer.batch_size)
+    if trainer.config.checkpoint.background and trainer.accelerator.device.type == "cpu":
+        copied: list[Tensor] = []
+        for named in trainer.updater.trainable.values():
+            copied += named.values()
+        copied += (trainer.updater.averages or {}).values()
+        adam = sum(model.adam for model in models.values())
+        models["checkpoint"] = ModelMemory(adam + sum(local(t).nbytes for t in copied))
     return MemoryEstimate(models, rollout, scoring, max(away, default=0))
 
 

@@ -83,6 +83,18 @@ def test_reward_models_that_score_and_judge_are_counted(policy_dir, tmp_path):
     assert estimate.scoring == pytest.approx(most_allocated(score), rel=0.1)
 
 
+def test_copy_of_a_checkpoint_that_a_thread_writes_is_counted(policy_dir, tmp_path):
+    trainer = make_trainer(make_config(policy_dir, tmp_path), tmp_path)
+    part = longest_micro_batch(trainer)
+    assert "checkpoint" not in estimate_memory(trainer, part).models
+    trainer.config.checkpoint.background = True
+    models = estimate_memory(trainer, part).models
+    trained = [p for model in trainer.updater.trainable.values() for p in model.values()]
+    trained += (trainer.updater.averages or {}).values()
+    adam = models["policy"].adam + models["critic"].adam
+    assert models["checkpoint"] == ModelMemory(nbytes(trained) + adam)
+
+
 def test_the_copy_and_the_cache_of_graph_stay_during_training(policy_dir, tmp_path):
     trainer = make_trainer(make_config(policy_dir, tmp_path), tmp_path)
     part, policy = longest_micro_batch(trainer), trainer.actors.policy
