@@ -41,6 +41,15 @@ class RoomyLayer(DynamicLayer):
         return room[..., :end, :]
 
 
+def room_of(num_read: int, num_new: int) -> int:
+    """Tokens for which a layer has room at the end, after `num_read` at once and `num_new` singly.
+
+    100 at once: 164; the 65th after them: 165 + 64.
+    """
+    further = max(0, num_new - BLOCK)
+    return num_read + BLOCK + (BLOCK + 1) * -(-further // (BLOCK + 1))
+
+
 def roomy_cache(config: Any) -> DynamicCache:
     """An empty cache for a model of this configuration."""
     cache = DynamicCache(config=config)

@@ -44,3 +44,12 @@ def test_tokens_before_a_new_one_are_copied_once_in_a_block():
     keys, _ = layer.update(torch.full((1, 3, 1, 4), 7.0), torch.zeros(1, 3, 1, 4))
     assert keys.shape == (1, 3, 2 + 2 * cache.BLOCK, 4) and keys.data_ptr() not in places
     assert (keys[..., :-1, :] == 1).all() and (keys[..., -1, :] == 7).all()
+
+
+@pytest.mark.parametrize("num_new", [1, 64, 65, 129, 130])
+def test_the_room_of_a_layer_is_what_the_preflight_reckons(num_new):
+    layer = cache.RoomyLayer()
+    layer.update(torch.zeros(1, 1, 100, 2), torch.zeros(1, 1, 100, 2))
+    for _ in range(num_new):
+        layer.update(torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1, 2))
+    assert layer.room["keys"].shape[2] == cache.room_of(100, num_new)

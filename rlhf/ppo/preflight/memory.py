@@ -46,7 +46,7 @@ from rlhf.ppo.passes import critic_values, policy_logprobs
 from rlhf.ppo.preflight.findings import FAIL, OK, WARN, Finding
 from rlhf.ppo.rollout import Responses
 from rlhf.ppo.trainer import PPOTrainer
-from rlhf.sampling import engine_of
+from rlhf.sampling import engine_of, room_of, roomy_cache
 from rlhf.scorers import Scorer, reward_models
 
 FULL = 0.85  # share of the memory beyond which a run is at risk
@@ -231,18 +231,20 @@ def _sampling(
     policy = trainer.actors.policy
     engine = engine_of(policy)
     passing = num_rows * policy.get_output_embeddings().weight.shape[0] * SAMPLER_BYTES
-    cache = num_rows * part.sequence_ids.shape[1] * cache_bytes_per_token(policy, part)
+    per_token, length = num_rows * cache_bytes_per_token(policy, part), part.sequence_ids.shape[1]
     if engine.name == "graph":
+        cache = per_token * length
         models["sampler"] = ModelMemory(cache)  # its cache stays where it is
-    elif engine.server is None:
-        passing += cache
+    elif engine.server is None:  # the last token is not read
+        passing += per_token * room_of(part.prompt_ids.shape[1], part.response_ids.shape[1] - 1)
     if engine.copy is not None:
         kept = models.setdefault("sampler", ModelMemory(0))
         kept.weights += model_memory(engine.copy).weights
     if engine.server is not None:
         return passing
     num_prompts = -(-num_rows // trainer.config.ppo.samples_per_prompt)  # equal ones are read once
-    return max(passing, num_prompts * prefill_bytes(engine.copy or policy, part))
+    new_cache = roomy_cache if engine.name == "loop" else lambda config: DynamicCache(config=config)
+    return max(passing, num_prompts * prefill_bytes(engine.copy or policy, part, new_cache))
 
 
 def further_logits(trainer: PPOTrainer, part: Responses) -> int:
@@ -282,14 +284,14 @@ def cache_bytes_per_token(model: Any, part: Responses) -> int:
     return -(-cache_bytes(cache) // ids.shape[1])
 
 
-def prefill_bytes(model: Any, part: Responses) -> int:
+def prefill_bytes(model: Any, part: Responses, new_cache: Callable[[Any], DynamicCache]) -> int:
     """Bytes that reading a prompt takes at most, with its keys and values."""
     last_only = {"logits_to_keep": 1} if accepts(model, "logits_to_keep") else {}
 
     def read(num_rows: int) -> None:
         rows = torch.zeros(num_rows, dtype=torch.long, device=part.prompt_ids.device)
         inputs = prefill_inputs(model, part.prompt_ids[rows], part.prompt_mask[rows])
-        cache = DynamicCache(config=unwrap_peft(model).config)
+        cache = new_cache(unwrap_peft(model).config)
         model(**inputs, **last_only, past_key_values=cache, use_cache=True)
 
     with eval_mode(model):
