@@ -57,9 +57,10 @@ class ExportOptions:
     path: str
     """checkpoint-N of an SFT or PPO run, or a model or PEFT adapter (directory or Hub id)."""
     out: str
-    """Directory to write; new or empty. format=gguf: a new file, such as policy.gguf."""
+    """Directory to write; new or empty."""
     format: str = knob("safetensors", choices=("safetensors", "gguf"))
-    """safetensors: a Hugging Face directory; gguf: a file for llama.cpp, of a policy."""
+    """safetensors: a Hugging Face directory; gguf: a policy as one file for llama.cpp, which
+    out=<name>.gguf names."""
     dtype: str = knob("auto", choices=(*DTYPES, "q8_0"))
     """Type of the weights; auto keeps the stored one (gguf: 16 bits). q8_0, 8 bits, is for gguf. A
     reward model's head stays in float32."""

@@ -271,7 +271,7 @@ def test_an_empty_directory_is_filled(base, tmp_path, capsys):
         (["paht=x"], "unknown option 'paht'. Did you mean path? (--help lists the options)"),
         (
             ["path=.", "out=x", "dtype=float61"],
-            "dtype must be one of auto, float32, bfloat16, float16, got 'float61'",
+            "dtype must be one of auto, float32, bfloat16, float16, q8_0, got 'float61'",
         ),
     ],
 )

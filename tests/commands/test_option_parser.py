@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
+
 import pytest
 
 from rlhf.chat import ChatOptions
@@ -43,3 +46,11 @@ def test_a_setting_that_is_no_option_stays_unknown(argument):
 def test_overrides_for_the_stages_stay_as_they_are():
     given = ["ppo.stages=1", "max_new_tokens=3"]
     assert read_options(PipelineOptions, given).overrides == given
+
+
+def test_the_help_of_every_command_begins_with_what_to_type():
+    for file in sorted((Path(__file__).parents[2] / "rlhf").rglob("*.py")):
+        source = file.read_text(encoding="utf-8")
+        if "run_command(str(__doc__)" in source:
+            usage = ast.get_docstring(ast.parse(source))
+            assert "python -m rlhf." in usage, f"{file} has no example in its --help"
