@@ -12,7 +12,6 @@ from rlhf.config.fields import knob, sentences, value_problems, yaml_scalar
 from rlhf.config.knobs import (
     DTYPES,
     NORMALIZATIONS,
-    ROWS,
     STAGES,
     CheckpointConfig,
     CriticConfig,

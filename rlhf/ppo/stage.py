@@ -13,7 +13,6 @@ from typing import Any
 
 from rlhf.checkpoint import StageRun, open_run, require_writable, warn_about_prompts
 from rlhf.config import (
-    ROWS,
     InputError,
     PPOConfig,
     PPOStageConfig,
@@ -222,16 +221,14 @@ def describe_batches(
     """Spell out what follows from the batch sizes."""
     ppo = config.ppo
     minibatch = ppo.batch_size // ppo.num_mini_batches
-    most, rows = ppo.micro_batch_tokens, ppo.micro_batch_size
+    most, rows = ppo.micro_batch_tokens, ppo.rows_of(1)
     if isinstance(most, int):
         limit = f"passes of at most {most} tokens"
     elif most == "auto":
         limit = "passes of as many tokens as the preflight finds room for"
     else:
-        limit = f"micro-batches of {ROWS}, of more where rows are short"
-        if rows is not None:
-            number = math.ceil(minibatch // num_processes / rows)
-            limit = f"{number} micro-batches of at most {rows}"
+        number = math.ceil(minibatch // num_processes / rows)
+        limit = f"{number} micro-batches of at most {rows}"
     total, trainable = parameter_count(actors.policy)
     own = "adapters off" if actors.reference is None else "own copy"
     reference = ppo.reference or own

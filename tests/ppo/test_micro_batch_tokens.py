@@ -28,12 +28,7 @@ def test_a_pass_takes_as_many_rows_as_fit_at_the_length_of_its_longest():
     assert passes(lengths, PPOConfig(micro_batch_tokens=10)) == [1, 1, 1, 3, 1]
     assert passes(lengths, PPOConfig(micro_batch_tokens=16, micro_batch_size=2)) == [1, 2, 2, 2]
     assert passes(lengths, PPOConfig(micro_batch_tokens=1000)) == [7]
-
-
-def test_by_default_a_pass_takes_eight_rows_and_more_of_short_ones():
-    assert passes([600] * 20, PPOConfig()) == [8, 8, 4]
-    assert passes([300] * 3 + [100] * 40, PPOConfig()) == [8, 20, 15]
-    assert passes([100] * 20, PPOConfig(micro_batch_size=8)) == [8, 8, 4]
+    assert passes(lengths * 2, PPOConfig()) == [8, 6]
 
 
 @pytest.mark.parametrize("tokens", [24, 100])  # a prompt has at most 12 tokens, a response 12
@@ -102,14 +97,14 @@ def test_the_preflight_chooses_tokens_for_half_of_the_room_and_fewer_where_a_ste
     trainer = make_trainer(config, tmp_path)
     part = longest_micro_batch(trainer)
     length = part.sequence_ids.shape[1]
-    assert len(part) == 32
+    assert len(part) == 8
     steps = []
 
     def measure(trainer, part, fits):
         steps.append(len(part))
         return Step(0.1, 5, "" if len(part) <= fits else "out of memory")
 
-    tokens = len(part) * length
+    tokens = 8 * length
     for room, fits, most in ((2 * 20 * length, 99, 20), (2 * 20 * length, 3, 20), (1, 0, 1)):
         config.ppo.micro_batch_tokens, steps[:] = "auto", []
         monkeypatch.setattr(longest_step, "measure_step", partial(measure, fits=fits))

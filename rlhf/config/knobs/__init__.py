@@ -5,7 +5,6 @@ import dataclasses
 from rlhf.config.knobs.endpoint import EndpointConfig
 from rlhf.config.knobs.ppo import (
     NORMALIZATIONS,
-    ROWS,
     CriticConfig,
     EvaluationConfig,
     PPOConfig,

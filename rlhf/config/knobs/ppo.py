@@ -13,7 +13,6 @@ from rlhf.config.objects import JUDGE, has_weights, is_judge, is_python, is_remo
 
 NORMALIZATIONS = ("demo_mean_zero", "standardise", "none")
 COMBINATIONS = ("weighted_sum", "mean", "min", "mean_minus_std")
-ROWS, SHORT_ROWS = 8, 2048  # of a training forward pass by default: sequences, tokens of short ones
 
 
 @knobs
@@ -32,7 +31,7 @@ class PPOConfig:
     """Optimiser steps per pass; must divide batch_size."""
     micro_batch_size: int | None = knob(None, ge=1)
     """Sequences per training forward pass and process; changes memory and speed, not the result
-    (null: as many as micro_batch_tokens take; without it 8, of short ones up to 2,048 tokens)."""
+    (null: 8, or as many as micro_batch_tokens take)."""
     micro_batch_tokens: int | str | None = None
     """Tokens per training forward pass and process, with prompts: fewer sequences where they are
     long; auto: as many as memory has room for, measured by the preflight (null: auto on a GPU if
@@ -152,7 +151,7 @@ class PPOConfig:
         """Number of sequences of this many tokens that a training forward pass takes."""
         tokens = self.micro_batch_tokens
         if not isinstance(tokens, int):
-            return self.micro_batch_size or max(ROWS, SHORT_ROWS // length)
+            return self.micro_batch_size or 8
         fitting = max(1, tokens // length)
         return min(fitting, self.micro_batch_size or fitting)
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from rlhf.config import ROWS, PPOStageConfig, has_frozen_models
+from rlhf.config import PPOStageConfig, has_frozen_models
 from rlhf.console import table
 from rlhf.distributed import local
 from rlhf.functional.tokens import BLOCK
@@ -135,7 +135,7 @@ def remedy(estimate: MemoryEstimate, config: PPOStageConfig) -> str:
     """Name the settings that shrink the largest part that a setting can shrink."""
     ppo, model, lora = config.ppo, config.model, config.peft.enabled
     limit = "micro_batch_tokens" if isinstance(ppo.micro_batch_tokens, int) else "micro_batch_size"
-    now = {limit: getattr(ppo, limit) or ROWS, "size": ppo.rollout_batch_size}
+    now = {limit: getattr(ppo, limit) or ppo.rows_of(1), "size": ppo.rollout_batch_size}
     now["scored"] = config.scorer.batch_size
     half = {name: number // 2 for name, number in now.items()}
     least = ppo.response_length if limit == "micro_batch_tokens" else 0  # a row is longer
