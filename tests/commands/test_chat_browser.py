@@ -143,6 +143,21 @@ def test_a_server_that_ends_loses_neither_the_question_nor_the_talk(serve, open_
     assert page.locator("#banner").is_hidden()
 
 
+def test_a_mark_that_the_server_did_not_get_is_sent_again(serve, open_page, folder):
+    server = serve("path=[sft,ppo]", "out=late.jsonl")
+    page = open_page(server)
+    ask(page, "A fruit?")
+    page.wait_for_selector(".card-foot")
+    server.kill()
+    page.keyboard.press("Escape")
+    page.keyboard.press("2")
+    page.locator("#banner", has_text="The server does not answer").wait_for()
+    server.start()
+    page.locator("#saved", has_text="1 ranking in late.jsonl").wait_for()
+    assert page.locator("#banner").is_hidden()
+    assert rows_of(folder, "late.jsonl")[0]["ranks"] == [1, 0]
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page_fits_a_phone(serve, open_page, scheme):
     server = serve("path=[sft,ppo]", f"out=phone-{scheme}.jsonl")

@@ -23,7 +23,7 @@ async function post(name, body, signal) {
     });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Error("The server does not answer. What you wrote is kept in this browser.");
+    throw passing("The server does not answer. What you wrote is kept in this browser.");
   }
   if (answer.ok) return answer;
   const said = await answer.text();
@@ -33,8 +33,11 @@ async function post(name, body, signal) {
   } catch {
     // the guard answers in plain text
   }
-  throw new Error(message);
+  throw answer.status === 503 ? passing(message) : new Error(message);
 }
+
+// an error that may be over in a moment
+const passing = (message) => Object.assign(new Error(message), { passes: true });
 
 async function* eventsOf(answer) {
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
@@ -126,19 +129,36 @@ function take(event, cards) {
 async function mark(round, card, value) {
   if (round.cards.some((one) => one.writing)) return;
   round.marks[card] = round.marks[card] === value ? 0 : value;
+  round.unsaved = true;
   remember();
   await drawRendered();
+  await save(round);
+}
+
+async function save(round) {
   const { id, question, before, marks } = round;
   const answers = round.cards.map(({ model, text }) => ({ model, text }));
   try {
     const found = await (await post("mark", { id, question, before, answers, marks })).json();
     saved(found.rows);
     round.kept = found.kept;
+    delete round.unsaved;
     banner("");
   } catch (error) {
     banner(error.message);
+    if (error.passes) setTimeout(saveMarks, 2000);
+    else delete round.unsaved;
   }
+  remember();
   draw();
+}
+
+// marks that the server did not get, because it had ended or its disk was full
+async function saveMarks() {
+  const round = rounds.find((one) => one.unsaved);
+  if (!round) return;
+  await save(round);
+  if (!round.unsaved) await saveMarks();
 }
 
 function saved(rows) {
@@ -337,6 +357,7 @@ async function begin() {
       : "Ask for another answer to a question and mark the better one: a ranking is kept.";
   restore();
   await drawRendered();
+  saveMarks();
   $("question").focus();
 }
 
