@@ -8,7 +8,7 @@ import runpy
 import sys
 
 import pytest
-from helpers.commands import run
+from helpers.commands import run, run_in_forks
 from helpers.tiny_ppo import make_config
 
 from rlhf.config import (
@@ -22,26 +22,6 @@ from rlhf.config import (
 )
 from rlhf.inputs import check_inputs
 
-# Run each command, a line of the file, in a fork of a process that has imported what all import.
-RUN_ALL = """
-import json, os, pathlib, runpy, sys
-import hydra, rlhf.cli, rlhf.inputs
-from hydra.core.plugins import Plugins
-
-Plugins.instance()
-answers = {}
-for command in pathlib.Path("commands").read_text().splitlines():
-    child = os.fork()
-    if child == 0:
-        os.dup2(os.open("stderr", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-        os.dup2(2, 1)
-        sys.argv = command.split()
-        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-        sys.exit()
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    answers[command] = status, pathlib.Path("stderr").read_text()
-print(json.dumps(answers))
-"""
 TORCH = 'raise SystemExit("torch was imported")\n'
 ROWS = "dataset=prompt_completion dataset.path=rows.jsonl run_name=new"
 COMMANDS = {
@@ -148,21 +128,19 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def answers(folder):
-    """Command -> its exit status and what it printed."""
-    (folder / "commands").write_text("\n".join(COMMANDS))
+    """What each command did where torch cannot be imported."""
     path = {"PYTHONPATH": f"{folder / 'broken'}:{sys.path[0]}", "HF_HUB_OFFLINE": "1"}
-    done = run([sys.executable, "-c", RUN_ALL], folder, **path)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    given = [f"python -m {command}" for command in COMMANDS]
+    return run_in_forks(given, ["rlhf.cli", "rlhf.inputs"], folder, **path)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_refusal_names_all_problems_and_does_not_import_torch(command, answers):
-    status, printed = answers[command]
-    assert "torch was imported" not in printed
-    assert "Traceback" not in printed
-    assert [text for text in COMMANDS[command] if text not in printed] == [], printed
-    assert status == 2
+    done = answers[f"python -m {command}"]
+    assert "torch was imported" not in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [text for text in COMMANDS[command] if text not in done.stderr] == [], done.stderr
+    assert done.returncode == 2
 
 
 def test_the_torch_of_these_tests_cannot_be_imported(folder):

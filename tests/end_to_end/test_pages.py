@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -20,7 +21,8 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.checkpoints import take_back_end
-from helpers.commands import ROOT, blocks, check_runs, commands, run
+from helpers.commands import ROOT, blocks, check_runs, commands, run, run_in_forks
+from helpers.processes import PRELOADED
 from helpers.tiny import tiny_model, tiny_tokenizer
 from omegaconf import OmegaConf
 
@@ -117,23 +119,42 @@ def small_machine(machine, tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def after_readme(folder, small_machine) -> Path:
+def of_readme(folder, small_machine) -> dict[str, subprocess.CompletedProcess]:
+    """What the README's three commands did, and its Python code with one update."""
+    (folder / "readme.py").write_text(python_of_readme(num_updates=1))
+    given = [*stages_of_readme(), "python readme.py"]
+    return run_in_forks(given, PRELOADED, folder, **small_machine)
+
+
+@pytest.fixture(scope="module")
+def after_readme(folder, of_readme) -> Path:
     """The folder after the README's three commands."""
-    run_stages_of_readme(folder, small_machine)
+    for command in stages_of_readme():
+        assert of_readme[command].returncode == 0, of_readme[command].stderr[-3000:]
+    require_results(folder)
     return folder
 
 
-def run_stages_of_readme(folder: Path, machine: dict[str, str]) -> None:
+def stages_of_readme() -> list[str]:
     stages = [command for command in commands(README) if "run_name=mine" in command]
     assert [re.findall(r"rlhf\.(\w+)", command)[0] for command in stages] == [
         "sft",
         "reward",
         "ppo",
     ]
-    for command in stages:
-        check_runs(command, folder, **machine)
+    return stages
+
+
+def require_results(folder: Path) -> None:
     for stage in ("sft", "reward", "ppo"):
         assert (folder / f"runs/mine/{stage}/final/model.safetensors").is_file()
+
+
+def python_of_readme(num_updates: int) -> str:
+    ((_, code),) = blocks(README, "python")
+    assert len([line for line in code.splitlines() if line.strip()]) <= 12
+    assert "num_updates=20)" in code
+    return code.replace("num_updates=20)", f"num_updates={num_updates})")
 
 
 # --- The README -----------------------------------------------------------------------------------
@@ -177,18 +198,22 @@ def test_the_readmes_stages_run(after_readme):
 
 @pytest.mark.slow
 def test_the_readmes_stages_run_with_the_real_defaults(tmp_path, machine):
-    run_stages_of_readme(write_files(tmp_path), machine)
+    folder = write_files(tmp_path)
+    for command in stages_of_readme():
+        check_runs(command, folder, **machine)
+    require_results(folder)
 
 
-@pytest.mark.parametrize("num_updates", [1, pytest.param(20, marks=pytest.mark.slow)])
-def test_the_readmes_python_runs(num_updates, folder, machine):
-    ((_, code),) = blocks(README, "python")
-    assert len([line for line in code.splitlines() if line.strip()]) <= 12
-    assert "num_updates=20)" in code
-    code = code.replace("num_updates=20)", f"num_updates={num_updates})")
-    (folder / "readme.py").write_text(code)
-    shutil.rmtree(folder / "runs/short", ignore_errors=True)
-    printed = check_runs("python readme.py", folder, **machine)
+def test_the_readmes_python_runs(of_readme):
+    done = of_readme["python readme.py"]
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.rstrip().endswith("runs/short/ppo/final")
+
+
+@pytest.mark.slow
+def test_the_readmes_python_runs_unchanged(tmp_path, machine):
+    (write_files(tmp_path) / "readme.py").write_text(python_of_readme(num_updates=20))
+    printed = check_runs("python readme.py", tmp_path, **machine)
     assert printed.rstrip().endswith("runs/short/ppo/final")
 
 

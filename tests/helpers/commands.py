@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import gc
+import json
 import os
 import re
 import runpy
@@ -59,11 +59,56 @@ def run_forked(
     return subprocess.CompletedProcess(arguments, process.exitcode, *texts)
 
 
+_IN_FORKS = """
+import gc, importlib, json, os, pathlib, runpy, shlex, sys
+from hydra.core.plugins import Plugins
+
+commands, imports = map(json.loads, sys.argv[1:])
+for name in imports:
+    importlib.import_module(name)
+Plugins.instance()
+gc.freeze()
+answers = []
+for command in commands:
+    child = os.fork()
+    if child == 0:
+        for descriptor, name in ((1, ".stdout"), (2, ".stderr")):
+            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+        python, *sys.argv = shlex.split(command)
+        assert python == "python"
+        if sys.argv[0] == "-m":
+            del sys.argv[0]
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        sys.exit()
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    files = [pathlib.Path(name) for name in (".stdout", ".stderr")]
+    answers.append([status, *(file.read_text(encoding="utf-8") for file in files)])
+    for file in files:
+        file.unlink()
+print(json.dumps(answers))
+"""
+
+
+def run_in_forks(
+    commands: list[str], imports: list[str], folder: Path, timeout: float = 300, **environment: str
+) -> dict[str, subprocess.CompletedProcess]:
+    """As `run` for several `python ...`, one after another: forks of one process of their own
+    environment, which imports once what all of them import."""
+    arguments = [json.dumps(commands), json.dumps(imports)]
+    done = run([sys.executable, "-c", _IN_FORKS, *arguments], folder, timeout, **environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    answers = json.loads(done.stdout)
+    return {
+        command: subprocess.CompletedProcess(command, *answer)
+        for command, answer in zip(commands, answers, strict=True)
+    }
+
+
 def _python(
     arguments: list[str], folder: Path, outputs: list[Path], environment: dict[str, str]
 ) -> None:
-    gc.freeze()  # a Trainer collects garbage: half a second over all that the fork inherited
-    draw_no_pictures()
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)

@@ -5,11 +5,11 @@ A fork server imports what the first user of it asks for, so all users ask here.
 
 import multiprocessing
 
+PRELOADED = [
+    *("rlhf.sft.stage", "rlhf.reward.stage", "rlhf.ppo.stage"),
+    # torch needs these at its first optimiser step, comparison and dispatch mode
+    *("torch._dynamo", "torch.distributions", "sympy"),
+]
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    [
-        *("rlhf.sft.stage", "rlhf.reward.stage", "rlhf.ppo.stage"),
-        # for test_mutants.py; torch needs two of them at its first comparison and dispatch mode
-        *("torch._dynamo", "torch.distributions", "sympy", "hypothesis", "pytest"),
-    ]
-)
+# two of them are for test_mutants.py
+FORKS.set_forkserver_preload([*PRELOADED, "hypothesis", "pytest", "helpers.preloaded"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import json
 import os
 import random
@@ -14,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from helpers.commands import draw_no_pictures
 from helpers.processes import FORKS
 from helpers.tiny import tiny_model, tiny_tokenizer
 
@@ -171,8 +169,6 @@ def run_stage(config, log: str, kill_at: int, hang_at: int | None, ask: int | No
         hang_at: number of steps after which the Trainer hangs.
         ask: number of a signal that the run gets as it writes its first row of metrics.
     """
-    gc.freeze()  # the Trainer collects garbage: half a second over all that the fork inherited
-    draw_no_pictures()
     with open(log, "a") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
