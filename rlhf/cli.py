@@ -92,14 +92,14 @@ def hydra_main(stage: str, run: Run, earlier: Collection[str] | None = None) -> 
         except InputError as error:
             is_new = isinstance(error, MissingValues) and not has_work
             _exit(f"{error}{DEMO_HINT if is_new else ''}")
-        _run(run, config)
+        run_to_exit(run, config)
 
     try:
         if not only_prints:
             _before_submission(stage, options, own_files, overrides, earlier, problems)
         task()
     except (HydraException, OmegaConfBaseException) as error:
-        _exit("\n".join([*problems, _explain_hydra(error, STAGES[stage])]))
+        _exit("\n".join([*problems, explain_hydra(error, STAGES[stage])]))
     except YAMLError as error:
         _exit(f"not valid YAML: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
@@ -200,7 +200,7 @@ def _composed(
     return config
 
 
-def _run(run: Run, config: StageConfig) -> None:
+def run_to_exit(run: Run, config: StageConfig) -> None:
     """Run a stage and exit with its status; an error on any process is printed with its rank."""
     rank = os.environ.get("RANK", "0")
     try:
@@ -338,7 +338,7 @@ def _split_options(arguments: list[str]) -> tuple[list[str], list[str]]:
     return options, overrides
 
 
-def _explain_hydra(error: Exception, config_class: type) -> str:
+def explain_hydra(error: Exception, config_class: type) -> str:
     """Say in one line what Hydra refuses; Hydra's own text lists search paths and links."""
     from hydra.errors import MissingConfigException, OverrideParseException
 

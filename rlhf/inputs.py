@@ -141,7 +141,7 @@ def _checks(config: StageConfig, stage: str, awaited: Collection[str]) -> Iterat
     # of a run that is going on, the lock says more
     if writes and not (directory / LOCK).exists():
         yield lambda: refuse_used_directory(config, stage)
-    yield lambda: _check_rows(config, stage)
+    yield lambda: check_rows(config, stage)
     yield from _other_sources(config)
     model = config.model
     if model.path is not None and model.path not in awaited:
@@ -157,7 +157,7 @@ def _checks(config: StageConfig, stage: str, awaited: Collection[str]) -> Iterat
         yield from _scorer_checks(config, awaited)
 
 
-def _check_rows(config: StageConfig, stage: str) -> None:
+def check_rows(config: StageConfig, stage: str) -> None:
     """Read the rows as the stage will; what they say is said by the stage."""
     data = config.dataset
     for field, path in {"path": data.path, "eval_path": data.eval_path}.items():

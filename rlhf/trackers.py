@@ -43,7 +43,7 @@ class Trackers:
         for name in config.tracker.names:
             tracker_class = LOGGER_TYPE_TO_CLASS[name]
             if name == "wandb":
-                tracker = tracker_class(project, **_wandb_options(directory, config, label, run_id))
+                tracker = tracker_class(project, **wandb_options(directory, config, label, run_id))
             elif name == "tensorboard":  # the directory is the label: `tensorboard --logdir runs`
                 tracker = tracker_class(name, directory, purge_step=next_step)
             elif name == "trackio":
@@ -85,7 +85,7 @@ class Trackers:
             tracker.finish()
 
 
-def _wandb_options(
+def wandb_options(
     directory: Path, config: StageConfig, label: str, run_id: str | None
 ) -> dict[str, Any]:
     import wandb

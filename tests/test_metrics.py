@@ -26,7 +26,7 @@ from rlhf.metrics import (
     cut_jsonl,
     read_jsonl,
 )
-from rlhf.trackers import Trackers, _wandb_options
+from rlhf.trackers import Trackers, wandb_options
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -281,5 +281,5 @@ def test_each_tracker_gets_our_step_and_only_wandb_gets_null(tmp_path, monkeypat
 
 def test_wandb_is_silent(tmp_path):
     pytest.importorskip("wandb")
-    options = _wandb_options(tmp_path, SFTStageConfig(), "run/sft", "id")
+    options = wandb_options(tmp_path, SFTStageConfig(), "run/sft", "id")
     assert options["settings"].silent and options["id"] == "id"

@@ -100,7 +100,7 @@ def section(stage: str, directory: Path) -> dict[str, Any]:
     """Collect what the page shows of a stage."""
     rows = read_jsonl(directory / METRICS)
     record = _read_record(directory)
-    frontier = _frontier(rows, directory) if stage == "ppo" else None
+    frontier = frontier_picture(rows, directory) if stage == "ppo" else None
     report = directory / "final/report.png"
     return {
         "stage": stage,
@@ -200,7 +200,7 @@ def _curves(stage: str, directory: Path) -> str | None:
     return None if plot_hint("") else _picture(draw_curves({stage: {stage: directory}}))
 
 
-def _frontier(rows: list[dict[str, Any]], directory: Path) -> str | None:
+def frontier_picture(rows: list[dict[str, Any]], directory: Path) -> str | None:
     """Draw the held-out scores against the square root of the KL, with best-of-n where the run was
     diagnosed; None if there are too few points."""
     if plot_hint(""):

@@ -17,7 +17,7 @@ import subprocess
 import pytest
 import torch
 from helpers.checkpoints import config_of
-from helpers.processes import FORKS
+from helpers.processes import Fork
 from helpers.runs import directory_of, log_of, names, new_run, outcome, run_stage, text_of, train
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -36,7 +36,7 @@ def run_limited(config, log, limit) -> None:
 def refusal(config, target=run_stage, *arguments) -> str:
     """The error that ends a run."""
     os.makedirs(config.runs_dir, exist_ok=True)
-    process = FORKS.Process(target=target, args=(config, str(log_of(config)), *arguments))
+    process = Fork(target=target, args=(config, str(log_of(config)), *arguments))
     process.start()
     process.join(120)
     assert process.exitcode == 1, text_of(config)[-2000:]
@@ -44,7 +44,7 @@ def refusal(config, target=run_stage, *arguments) -> str:
 
 
 def finish(config) -> None:
-    process = FORKS.Process(target=run_stage, args=(config, str(log_of(config)), 0, None, None))
+    process = Fork(target=run_stage, args=(config, str(log_of(config)), 0, None, None))
     process.start()
     process.join(120)
     assert process.exitcode == 0, text_of(config)[-3000:]
@@ -110,7 +110,7 @@ def test_full_disk_is_said_and_the_run_continues_when_there_is_space(
     config = new_run(plain, disk / "runs", "run")
     (tmp_path / "log").mkdir()
     logged = new_run(plain, tmp_path / "log", "run")  # the log is on another disk
-    process = FORKS.Process(target=run_stage, args=(config, str(log_of(logged)), 0, None, None))
+    process = Fork(target=run_stage, args=(config, str(log_of(logged)), 0, None, None))
     process.start()
     process.join(120)
     assert process.exitcode == 1

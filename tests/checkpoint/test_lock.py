@@ -20,7 +20,7 @@ import time
 
 import pytest
 from helpers.checkpoints import snapshot
-from helpers.processes import FORKS
+from helpers.processes import FORKS, Fork
 from helpers.runs import directory_of, new_run, outcome, start, text_of, train, wait_for
 from helpers.scorers import policy_tokenizer, write_reward_model
 
@@ -50,7 +50,7 @@ def holder(tmp_path):
 
     def begin(file):
         ours, theirs = FORKS.Pipe()
-        process = FORKS.Process(target=hold, args=(file, theirs))
+        process = Fork(target=hold, args=(file, theirs))
         process.start()
         started.append((process, ours.recv()))
         return started[-1]
@@ -239,7 +239,7 @@ def test_all_processes_of_a_run_learn_that_its_directory_is_in_use(holder, whole
         port = free.getsockname()[1]
     ends = [FORKS.Pipe() for _ in range(2)]
     ranks = [
-        FORKS.Process(target=refused_rank, args=(rank, port, config, theirs))
+        Fork(target=refused_rank, args=(rank, port, config, theirs))
         for rank, (_, theirs) in enumerate(ends)
     ]
     for rank in ranks:

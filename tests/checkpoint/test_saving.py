@@ -13,7 +13,7 @@ import threading
 import pytest
 import torch
 from helpers.checkpoints import names
-from helpers.processes import FORKS
+from helpers.processes import Fork
 from helpers.runs import directory_of, finish, new_run, outcome, start
 
 from rlhf.checkpoint import NonFiniteError, find_damage, read_manifest, tensor_files
@@ -123,7 +123,7 @@ def die_in_the_second_save(directory):
 
 
 def test_killed_background_write_leaves_the_checkpoint_before(tmp_path):
-    process = FORKS.Process(target=die_in_the_second_save, args=(tmp_path,))
+    process = Fork(target=die_in_the_second_save, args=(tmp_path,))
     process.start()
     process.join(30)
     assert process.exitcode == -signal.SIGKILL

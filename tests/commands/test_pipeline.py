@@ -35,7 +35,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # the command sets it; undone with the rest
     # there are no rows, and results hold no weights
     monkeypatch.setattr("rlhf.inputs.check_model", lambda *_, **__: None)
-    monkeypatch.setattr("rlhf.inputs._check_rows", lambda *_: None)
+    monkeypatch.setattr("rlhf.inputs.check_rows", lambda *_: None)
     return tmp_path
 
 

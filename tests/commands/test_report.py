@@ -12,7 +12,7 @@ import pytest
 from rlhf.config import PPOConfig, PPOStageConfig, SFTStageConfig, save_config
 from rlhf.curves import draw_frontier
 from rlhf.option_parser import run_command
-from rlhf.report.__main__ import ReportOptions, _frontier, run
+from rlhf.report.__main__ import ReportOptions, frontier_picture, run
 
 MARKUP = "<script>alert(1)</script><img src=http://x/y.png>"
 VERSIONS = {"rlhf": "0.1.0"}
@@ -87,10 +87,10 @@ def test_a_diagnosed_run_has_best_of_n_next_to_ppo(tmp_path):
     (directory / "diagnosis").mkdir()
     file = directory / "diagnosis/diagnosis.json"
     file.write_text(json.dumps({"gold": "my.gold", "best_of_n": best}))
-    with_best = _frontier([], directory / "ppo")
+    with_best = frontier_picture([], directory / "ppo")
     assert with_best.startswith("data:image/svg")
     file.write_text(json.dumps({"gold": None, "best_of_n": best}))
-    assert _frontier([], directory / "ppo") is None
+    assert frontier_picture([], directory / "ppo") is None
 
 
 def test_the_frontier_has_a_panel_for_each_scorer_and_a_line_for_ppo_and_best_of_n():

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from hydra.errors import MissingConfigException
 
-from rlhf.cli import _explain_hydra, hydra_main
+from rlhf.cli import explain_hydra, hydra_main
 from rlhf.config import SFTStageConfig
 from rlhf.slurm import first_host, group_of_tasks
 
@@ -233,6 +233,6 @@ def test_a_machine_without_slurm_submits_nothing(launch, tmp_path):
 
 def test_a_launcher_that_is_not_installed_is_named_with_its_extra():
     error = MissingConfigException("", "hydra/launcher/submitit_slurm", ["basic"])
-    assert _explain_hydra(error, SFTStageConfig) == (
+    assert explain_hydra(error, SFTStageConfig) == (
         f"{SLURM} needs hydra-submitit-launcher: pip install 'rlhf[slurm]'"
     )

@@ -27,7 +27,7 @@ from helpers.runs import (
 )
 from helpers.sharded import in_group, text_of
 
-from rlhf.cli import _run
+from rlhf.cli import run_to_exit
 from rlhf.config import ScorerConfig
 
 pytestmark = pytest.mark.slow
@@ -58,7 +58,7 @@ def command(config, how: str, folder) -> None:
         return plain(self, batch, rows, update, *rest, **options)
 
     Updater.accumulate = accumulate
-    _run(lambda config: train(config).stopped_by, config)
+    run_to_exit(lambda config: train(config).stopped_by, config)
 
 
 def fails_on_one(prompts, responses):

@@ -1,7 +1,8 @@
 """What the README and the pages of docs/ say is true: commands run, rows are read, names exist.
 
 The commands of the README, and after them in the same folder those of docs/, run unchanged, on
-files and a Hub cache that a test made and on a machine whose defaults are small.
+files and a Hub cache that a test made and on a machine whose defaults are small. Those of the
+README run in forks of one process that has imported torch; slow tests type them in a shell.
 
 Run: python -m pytest tests/end_to_end/test_pages.py, with `-m slow` for the README's with the real
 defaults, and for the demo in full

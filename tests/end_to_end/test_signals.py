@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers.processes import FORKS
+from helpers.processes import Fork
 from helpers.runs import directory_of, finish, names, new_run, outcome, start, text_of, wait_for
 
 from rlhf.checkpoint import GracefulStop
@@ -78,7 +78,7 @@ def train_in(terminal: str, folder: Path) -> None:
 def test_run_saves_when_its_terminal_or_pipe_is_gone(output, number, tmp_path):
     ours, theirs = os.openpty()
     name = os.ttyname(theirs) if output == "terminal" else ""
-    process = FORKS.Process(target=train_in, args=(name, tmp_path))
+    process = Fork(target=train_in, args=(name, tmp_path))
     process.start()
     deadline = time.monotonic() + 60
     while not (tmp_path / "ready").exists() and time.monotonic() < deadline:

@@ -24,7 +24,7 @@ def test_both_presets_compose(preset, tmp_path, monkeypatch):
     monkeypatch.setenv("DATA", "data")
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     monkeypatch.setattr("rlhf.inputs.check_model", lambda *_: None)
-    monkeypatch.setattr("rlhf.inputs._check_rows", lambda *_: None)
+    monkeypatch.setattr("rlhf.inputs.check_rows", lambda *_: None)
     recipe = [f"--config-dir={FOLDER / 'conf'}", f"recipe=smollm2_{preset}"]
     sft, reward, ppo = (step.config for step in plan(PipelineOptions(overrides=recipe)))
     assert {config.run_name for config in (sft, reward, ppo)} == {f"smollm2_{preset}"}

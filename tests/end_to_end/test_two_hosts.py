@@ -46,11 +46,11 @@ def score(prompts, responses):
 """
 RUN = """
 import sys
-from rlhf.cli import _run
+from rlhf.cli import run_to_exit
 from rlhf.config import PPOStageConfig, load_config
 from rlhf.ppo import train_ppo
 
-_run(lambda config: train_ppo(config).stopped_by, load_config(PPOStageConfig, sys.argv[1]))
+run_to_exit(lambda config: train_ppo(config).stopped_by, load_config(PPOStageConfig, sys.argv[1]))
 """
 
 

@@ -16,7 +16,7 @@ import socket
 import time
 
 import pytest
-from helpers.processes import FORKS
+from helpers.processes import Fork
 from helpers.runs import directory_of, log_of, new_run, outcome, run_stage, text_of
 
 from rlhf.config import ScorerConfig
@@ -41,8 +41,7 @@ def launch(config, kill_at: tuple[int, int] = (0, 0), after: float | None = None
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     ranks = [
-        FORKS.Process(target=run_rank, args=(config, rank, port, kill_at[rank], ask))
-        for rank in range(2)
+        Fork(target=run_rank, args=(config, rank, port, kill_at[rank], ask)) for rank in range(2)
     ]
     for rank in ranks:
         rank.start()

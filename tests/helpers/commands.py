@@ -45,11 +45,11 @@ def run_forked(
 ) -> subprocess.CompletedProcess:
     """As `run` for `python <arguments>`, but in a fork of a process that has imported torch and the
     libraries: that saves six seconds. Not for variables that a library reads as it is imported."""
-    from helpers.processes import FORKS
+    from helpers.processes import Fork
 
     outputs = [folder / f".{name}" for name in ("stdout", "stderr")]
     variables = os.environ | environment
-    process = FORKS.Process(target=_python, args=(arguments, folder, outputs, variables))
+    process = Fork(target=_python, args=(arguments, folder, outputs, variables))
     process.start()
     process.join(timeout)
     assert process.exitcode is not None, process.kill()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from helpers.processes import FORKS
+from helpers.processes import Fork
 from helpers.tiny import tiny_model, tiny_tokenizer
 
 from rlhf.config import (
@@ -228,7 +228,7 @@ def directory_of(config) -> Path:
 
 def in_two_processes(run_rank, *arguments) -> None:
     """Call `run_rank(rank, *arguments)` in two processes, which both must succeed."""
-    both = [FORKS.Process(target=run_rank, args=(rank, *arguments)) for rank in range(2)]
+    both = [Fork(target=run_rank, args=(rank, *arguments)) for rank in range(2)]
     for process in both:
         process.start()
     for process in both:
@@ -252,7 +252,7 @@ def start(config, kill_at: int = 0, hang_at: int | None = None, ask: int | None 
     """Start a stage as a process of its own."""
     Path(config.runs_dir).mkdir(exist_ok=True, parents=True)
     arguments = (config, str(log_of(config)), kill_at, hang_at, ask)
-    process = FORKS.Process(target=run_stage, args=arguments)
+    process = Fork(target=run_stage, args=arguments)
     process.start()
     return process
 
@@ -288,7 +288,7 @@ def new_run(config, folder: Path, name: str, **values):
 def uninterrupted_runs(runs: Path, data: Path, policy: Path):
     """Return a function: name of a stage -> configuration, directory and `Whole` of its run."""
     found: dict[str, tuple] = {}
-    warm_up = FORKS.Process(target=os.getpid)  # the first process waits for the imports
+    warm_up = Fork(target=os.getpid)  # the first process waits for the imports
     warm_up.start()
     warm_up.join()
 

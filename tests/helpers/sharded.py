@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.processes import FORKS
+from helpers.processes import Fork
 from helpers.runs import directory_of, train
 from safetensors.torch import load_file
 from torch.testing import assert_close
@@ -132,7 +132,7 @@ def in_group(work, *arguments, log: Path, world: int = 2, shards: bool = True, s
     """Call `work(*arguments)` in each of several processes; return their exit codes."""
     port = free_port()
     ranks = [
-        FORKS.Process(target=_run, args=(rank, world, port, shards, log, work, arguments))
+        Fork(target=_run, args=(rank, world, port, shards, log, work, arguments))
         for rank in range(world)
     ]
     for rank in ranks:
