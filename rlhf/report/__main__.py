@@ -139,7 +139,11 @@ def results(metrics: dict[str, Any]) -> Iterable[tuple[str, str, str]]:
 def changed_settings(stage: str, directory: Path) -> Iterable[tuple[str, str, str]]:
     """Yield each setting that differs from its default, with both values."""
     defaults = dotted(plain_values(STAGES[stage]()))
-    for key, value in dotted(read_yaml(directory / CONFIG_FILE)).items():
+    file = directory / CONFIG_FILE
+    written = read_yaml(file)
+    if not isinstance(written, dict):
+        raise InputError(f"{file} is damaged (it holds no settings)")
+    for key, value in dotted(written).items():
         if key not in OWN and value != defaults.get(key):
             yield key, str(yaml_scalar(value)), str(yaml_scalar(defaults.get(key)))
 
