@@ -265,10 +265,11 @@ def read_rows(target: Tensor, stored: Any) -> None:
 
     Args:
         target: a parameter, in slices or whole.
-        stored: of `safe_open(...).get_slice`.
+        stored: a tensor, or of `safe_open(...).get_slice`.
     """
     first, end = own_rows(target)
-    mine, rows = local(target), stored.get_shape()[0]
+    mine = local(target)
+    rows = len(stored) if isinstance(stored, Tensor) else stored.get_shape()[0]
     known = max(0, min(end, rows) - first)
     if known:
         mine[:known] = stored[first : first + known].to(mine)

@@ -181,7 +181,7 @@ def _try_padding_free(model: Any, tokenizer: Any) -> str | None:
     width = max(map(len, rows))
     mask = _tensor(model, [[j < len(row) for j in range(width)] for row in rows])
     ids = _tensor(model, [[*row, *[0] * (width - len(row))] for row in rows])
-    trained = sorted((p for p in model.parameters() if p.requires_grad), key=torch.numel)[:1]
+    trained = _smallest_trained(model)
 
     def gradient(numbers: Tensor) -> Tensor:
         return _gradient(numbers.float().square().mean(), trained[0], model).flatten()
@@ -200,6 +200,13 @@ def _try_padding_free(model: Any, tokenizer: Any) -> str | None:
     if window is not None and windows == {None}:
         return "its sliding window is in the mask alone"
     return None
+
+
+def _smallest_trained(model: nn.Module) -> list[nn.Parameter]:
+    """The smallest parameter that trains, if one does; not the first factor of LoRA, whose gradient
+    is 0 as long as the second factor is."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad and "lora_A" not in n]
+    return [p for _, p in sorted(named, key=lambda item: item[1].numel())[:1]]
 
 
 def _gradient(loss: Tensor, parameter: nn.Parameter, model: Any) -> Tensor:
@@ -221,7 +228,7 @@ def compile_if_same(model: Any, tokenizer: Any) -> str:
         "compiled", or "not compiled, because ..." with the reason.
     """
     rows = _rows(model, tokenizer)
-    trained = sorted((p for p in model.parameters() if p.requires_grad), key=torch.numel)[:1]
+    trained = _smallest_trained(model)
 
     def measure() -> list[Tensor]:
         with torch.no_grad():  # another graph than with gradients

@@ -31,6 +31,7 @@ from rlhf.models.attention import is_padding_free
 from rlhf.models.forward import HEAD, unwrap_peft
 from rlhf.models.quantization import dequantized_weight, is_quantized
 from rlhf.models.stacked import kept_delta
+from rlhf.models.unread import stand_ins
 from rlhf.tokenizer import stop_strings
 
 STORED_DTYPE = "_rlhf_stored_dtype"  # attribute of a model: the type of the weights in its files
@@ -93,7 +94,8 @@ def add_lora(
         task_type=task_type,
     )
     try:
-        adapted = get_peft_model(model, lora)
+        with stand_ins(model):
+            adapted = get_peft_model(model, lora)
     except ValueError as error:  # no linear layers, or layers that PEFT cannot adapt
         raise InputError(
             f"peft.target_modules={targets or 'null'}: PEFT cannot put adapters on "

@@ -28,7 +28,7 @@ from rlhf.models.embeddings import resize_embeddings
 from rlhf.models.forward import HEAD, has_linear_head
 from rlhf.models.quantization import require_quantized
 from rlhf.models.stacked import keep_apart
-from rlhf.models.unread import unread
+from rlhf.models.unread import stand_ins, unread
 from rlhf.models.weights import (
     linear_head,
     load_backbone,
@@ -67,7 +67,8 @@ def load_policy(
     _fit_tokenizer(model, tokenizer, config)
     if stacked is not None:
         label = f"the adapter in {stacked}"
-        model = keep_apart(put_stored_adapter(model, stacked, label), label)
+        with stand_ins(model):
+            model = keep_apart(put_stored_adapter(model, stacked, label), label)
     return _prepare(model, config, field)
 
 

@@ -1,24 +1,26 @@
 """Models without weights, of which each process then reads its slice from files.
 
 Where the launcher shards, `load` leaves a model on the meta device, which holds shapes alone. A
-fresh head is put on it there. Then `shard` gives each process its slice of every weight: no process
-ever holds a whole model.
+fresh head and fresh adapters are put on it there. Then `shard` gives each process its slice of
+every weight: no process ever holds a whole model.
 
-Left out, and read whole as without sharding: models under LoRA (PEFT would make adapters without
-numbers, too), GGUF files, models with adapters to merge, new models
+Left out, and read whole as without sharding: GGUF files, models with adapters to merge, new models
 with random weights, and files with other tensors than the model has parameters (experts one by
 one).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
 from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -27,11 +29,13 @@ from rlhf.config import InputError
 from rlhf.distributed import (
     compute_device,
     default_device,
+    like,
     local,
     move,
     offloads,
     read_rows,
     slice_weights,
+    whole,
 )
 from rlhf.hub import ADAPTER_WEIGHTS, Misfits, weight_files
 from rlhf.models.forward import HEAD
@@ -42,41 +46,52 @@ RENAMED = {"lm_head.weight": "embed_out.weight"}  # in files of GPT-NeoX
 
 
 class Unread:
-    """Where the weights of a model on the meta device are.
+    """Where the weights of a model on the meta device come from.
 
     Attributes:
-        names: file -> names in it and those of the model's parameters.
+        tensors: give name and value of one parameter after the other: a tensor, or a slice that a
+            safetensors file gives.
         refuse: makes the error for a weight that is not finite.
     """
 
-    def __init__(self, names: dict[Path, list[tuple[str, str]]]):
-        self.names = names
+    def __init__(self, names: Iterable[str], tensors: Callable[[], Iterator[tuple[str, Any]]]):
+        self.names, self.tensors = [*names], tensors
         self.refuse: Callable[[str], InputError] = InputError
-        self._places: dict[Path, list[tuple[nn.Module, str, str]]] = {}
+        self._places: dict[str, tuple[nn.Module, str]] = {}
 
     def settle(self, model: nn.Module, refuse: Callable[[str], InputError]) -> None:
         """Note the modules that the names mean, once tables have all their rows; with adapters
         around them, their names change."""
         self.refuse = refuse
-        for file, names in self.names.items():
-            split = [(stored, *name.rpartition(".")) for stored, name in names]
-            places = [(model.get_submodule(owner), own, stored) for stored, owner, _, own in split]
-            self._places[file] = places
+        for name in self.names:
+            owner, _, own = name.rpartition(".")
+            self._places[name] = model.get_submodule(owner), own
 
     @torch.no_grad()
     def read(self) -> str | None:
         """Read this process's slices; return what is wrong with them, if anything is."""
-        for file, places in self._places.items():
-            try:
-                with safe_open(file, framework="pt") as tensors:
-                    for module, name, stored in places:
-                        parameter = module.get_parameter(name)
-                        read_rows(parameter, tensors.get_slice(stored))
-                        if problem := find_non_finite([(stored, parameter)]):
-                            return problem
-            except (SafetensorError, OSError) as error:
-                return f"{file} cannot be read ({error})"
+        try:
+            for name, stored in self.tensors():
+                module, own = self._places[name]
+                parameter = module.get_parameter(own)
+                read_rows(parameter, stored)
+                if problem := find_non_finite([(name, parameter)]):
+                    return problem
+        except (SafetensorError, OSError) as error:
+            return f"its weights cannot be read ({error})"
         return None
+
+
+def _in_files(names: dict[Path, list[tuple[str, str]]]) -> Iterator[tuple[str, Any]]:
+    """`Unread.tensors` of safetensors files.
+
+    Args:
+        names: file -> names in it and those of the model's parameters.
+    """
+    for file, pairs in names.items():
+        with safe_open(file, framework="pt") as tensors:
+            for stored, name in pairs:
+                yield name, tensors.get_slice(stored)
 
 
 def leave_unread(model: Any, files: Sequence[Path]) -> str | None:
@@ -101,13 +116,14 @@ def leave_unread(model: Any, files: Sequence[Path]) -> str | None:
         names.setdefault(stored[found][0], []).append((found, name))
     if len(dict(model.named_buffers())) > len(dict(model.named_non_persistent_buffers())):
         return "its files hold more than parameters"
-    _compute_buffers(model)
-    setattr(model, UNREAD, Unread(names))
+    compute_buffers(model)
+    known_names = [name for pairs in names.values() for _, name in pairs]
+    setattr(model, UNREAD, Unread(known_names, partial(_in_files, names)))
     return None
 
 
 @torch.no_grad()
-def _compute_buffers(model: Any) -> None:
+def compute_buffers(model: Any) -> None:
     """Give a model on the meta device its masks and frequencies, as transformers does."""
     for module in model.modules():
         own = {name: b for name, b in module._buffers.items() if b is not None and b.is_meta}
@@ -121,6 +137,35 @@ def unread(model: nn.Module) -> Unread | None:
     """Where the weights of a model, or of one inside it, are; None if it has its weights."""
     found = (module.__dict__.get(UNREAD) for module in model.modules())
     return next(filter(None, found), None)
+
+
+@contextmanager
+def stand_ins(model: nn.Module) -> Iterator[None]:
+    """Inside the block, a model that came without weights has weights of 0 in main memory that take
+    no room: PEFT makes adapters where the weights are."""
+    kept: list[tuple[nn.Module, str, nn.Parameter]] = []
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules() if unread(model) is not None else ():
+        for name, own in module._parameters.items():
+            if own is not None and own.is_meta:
+                zeros = torch.zeros((), dtype=own.dtype).expand(own.shape)
+                module._parameters[name] = made.setdefault(own, nn.Parameter(zeros))
+                kept.append((module, name, own))
+    yield
+    for module, name, own in kept:
+        own.requires_grad_(made[own].requires_grad)
+        module._parameters[name] = own
+
+
+def _fill_token_rows(model: nn.Module) -> None:
+    """Give the rows of tables that adapters train their first numbers, which PEFT did not see."""
+    for layer in model.modules():
+        if isinstance(layer, TrainableTokensLayer):
+            table = whole(cast(Any, layer.get_base_layer()).weight.detach())
+            for name, rows in layer.trainable_tokens_delta.items():
+                first = table[layer.token_indices[name]]
+                rows.data.copy_(like(first, rows.data))
+                layer.trainable_tokens_original[name].copy_(first)
 
 
 def shard_unread(model: Any) -> None:
@@ -170,6 +215,7 @@ def _read(model: Any, on_cpu: bool) -> None:
         module.__dict__.pop(UNREAD, None)
     for problem in filter(None, problems):
         raise waits.refuse(problem)
+    _fill_token_rows(model)
 
 
 @torch.no_grad()

@@ -170,8 +170,7 @@ def load_actors(
     the launcher shards, the first three are in slices."""
     device, ppo = accelerator.device, config.ppo
     rows = new_token_rows(tokenizer, config.model, config.peft) if config.peft.enabled else []
-    in_slices = not config.peft.enabled  # PEFT needs the layers that it wraps
-    policy, reference = load_base(config, tokenizer, in_slices or ppo.share_base), None
+    policy, reference = load_base(config, tokenizer), None
     base = _place_base(policy, accelerator, rows) if ppo.share_base else None
     if scorer is None:
         code = config.model.trust_remote_code
@@ -189,7 +188,7 @@ def load_actors(
     critic: Any = None
     shares = config.critic.share_trunk
     if ppo.has_critic and not shares:
-        critic = load_critic(config, tokenizer, base, in_slices)
+        critic = load_critic(config, tokenizer, base)
     if config.peft.enabled:
         policy = add_lora(policy, config.peft, "CAUSAL_LM", config.seed, rows)
         if critic is not None and isinstance(critic.model, PreTrainedModel):  # without an adapter

@@ -57,22 +57,19 @@ def critic_source(config: PPOStageConfig) -> tuple[ModelConfig, str]:
     return replace(config.model, path=path, tokenizer=None, revision=None), field
 
 
-def load_critic(
-    config: PPOStageConfig, tokenizer: Any, base: Any = None, in_slices: bool = False
-) -> ScalarModel:
+def load_critic(config: PPOStageConfig, tokenizer: Any, base: Any = None) -> ScalarModel:
     """Start the critic from the policy, from the first reward model (IG, N+), whose normalised
     scores it then predicts, or from the `critic/` that an earlier PPO run wrote.
 
     Args:
         base: the policy without adapters, whose layers the critic takes; None loads its own.
-        in_slices: see `load_policy`.
     """
     init = str(config.critic.init)  # the stage has set it
     source, field = critic_source(config)
     if init == "policy":
         if base is not None:
             return ScalarModel(scalar_role(base, config.model))
-        model = init_reward_model(source, tokenizer, config.seed, in_slices)
+        model = init_reward_model(source, tokenizer, config.seed, in_slices=True)
         head: Any = model.score
         torch.nn.init.zeros_(head.weight)  # random values explain less than a constant does
         return ScalarModel(model)
@@ -92,24 +89,20 @@ def load_critic(
         mean, std = record.score_mean, record.score_std or 1.0
     if base is not None:
         return ScalarModel(load_on_base(config, base, source, field, trains=True), mean, std)
-    return ScalarModel(load_reward_model(source, field, in_slices=in_slices), mean, std)
+    return ScalarModel(load_reward_model(source, field, in_slices=True), mean, std)
 
 
 # --- Adapters on the policy's base ----------------------------------------------------------------
 
 
-def load_base(config: PPOStageConfig, tokenizer: Any, in_slices: bool) -> Any:
+def load_base(config: PPOStageConfig, tokenizer: Any) -> Any:
     """Load the policy without adapters of its own. With `ppo.base=stacked`, that of SFT is apart
-    from the base.
-
-    Args:
-        in_slices: see `load_policy`.
-    """
+    from the base."""
     if config.ppo.base == "merged":
-        return load_policy(config.model, tokenizer, in_slices=in_slices)
+        return load_policy(config.model, tokenizer, in_slices=True)
     adapter, below = adapter_and_base(str(config.model.path), "model.path")
     source = replace(config.model, path=below, revision=None)
-    model = load_policy(source, tokenizer, stacked=adapter)
+    model = load_policy(source, tokenizer, stacked=adapter, in_slices=True)
     model.name_or_path = str(config.model.path)
     return model
 

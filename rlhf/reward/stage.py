@@ -98,9 +98,12 @@ def _train(config: RewardStageConfig, run: StageRun) -> RewardResult:
     tokenizer = load_tokenizer(source)
     require_same_tokenizer(tokenizer, record_of_parent, "the model settings here", parent)
     choose_pad(tokenizer, source)
-    model = init_reward_model(source, tokenizer, config.seed, in_slices=not config.peft.enabled)
+    model = init_reward_model(source, tokenizer, config.seed, in_slices=True)
     require_writable(model, tokenizer, config)
     scalar, length = ScalarModel(model), row_length(config, context_length(model))
+    if config.peft.enabled:
+        rows = new_token_rows(tokenizer, config.model, config.peft)
+        scalar.model = add_lora(model, config.peft, "SEQ_CLS", config.seed, rows)
     shard_unread(scalar)
     forward = _check_and_choose_forward(scalar, tokenizer, config, args, f"model.path={parent}")
     limits = length, config.dataset.on_bad_row
@@ -110,9 +113,6 @@ def _train(config: RewardStageConfig, run: StageRun) -> RewardResult:
     plan = plan_batches(train, config.reward, args.world_size)
 
     # Train.
-    if config.peft.enabled:
-        rows = new_token_rows(tokenizer, config.model, config.peft)
-        scalar.model = add_lora(model, config.peft, "SEQ_CLS", config.seed, rows)
     directory = run.begin()
     sizes = "{:,} parameters, {:,} trainable".format(*parameter_count(scalar.model))
     say(f"reward: {sizes}; {len(heldout)} held-out prompts; at most {length} tokens a response")

@@ -136,19 +136,19 @@ def _train(config: SFTStageConfig, run: StageRun) -> SFTResult:
     warn_about_template(record, tokenizer, parent)
     token_rows = _trained_token_rows(config, tokenizer)
     torch.manual_seed(config.seed)
-    model = load_policy(config.model, tokenizer, in_slices=not config.peft.enabled)
+    model = load_policy(config.model, tokenizer, in_slices=True)
     lines = mend_sampling_settings(model)
     require_writable(model, tokenizer, config)
     args.max_length = row_length(config, context_length(model))
+    if config.peft.enabled:
+        model = add_lora(model, config.peft, "CAUSAL_LM", config.seed, token_rows)
     shard_unread(model)
     forward = require_promises(config, args, model, tokenizer)
 
-    # Make token ids and labels, and put adapters on the model.
+    # Make token ids and labels.
     splits, train, heldout, what = encode_splits(
         splits, tokenizer, config, args.max_length, context_length(model)
     )
-    if config.peft.enabled:
-        model = add_lora(model, config.peft, "CAUSAL_LM", config.seed, token_rows)
 
     # Train.
     directory = run.begin()

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.distributed as dist
-from helpers.families import TOKENIZER, exact, save
+from helpers.families import LORA, TOKENIZER, exact, save
 from helpers.tiny import FAMILIES, tiny_model
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
@@ -18,8 +18,17 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from rlhf.config import InputError
-from rlhf.models import ScalarModel, init_reward_model, load_policy, load_reward_model, shard
+from rlhf.models import (
+    ScalarModel,
+    add_lora,
+    init_reward_model,
+    load_policy,
+    load_reward_model,
+    shard,
+)
 from rlhf.models.unread import read_weights, unread
+
+TASKS = "CAUSAL_LM", "SEQ_CLS"
 
 
 @contextmanager
@@ -65,6 +74,37 @@ def test_each_process_reads_its_slice_of_every_weight(family, tmp_path):
             reward = ScalarModel(init_reward_model(config, TOKENIZER, 0, in_slices=True))
             shard(reward)
             assert_slices(reward, ScalarModel(init_reward_model(config, TOKENIZER, 0)), rank)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_under_lora_too_with_the_adapters_of_one_process(family, tmp_path):
+    config = save(tmp_path / "m", tiny_model(family, TOKENIZER))
+    for rank, kind in ((1, torch.float32), (0, torch.bfloat16)):
+        config.dtype = str(kind).removeprefix("torch.")
+        whole = [load_policy(config, TOKENIZER), init_reward_model(config, TOKENIZER, 0)]
+        whole = [add_lora(m, LORA, t, 3) for m, t in zip(whole, TASKS, strict=True)]
+        with process(rank):
+            policy = load_policy(config, TOKENIZER, in_slices=True)
+            reward = init_reward_model(config, TOKENIZER, 0, in_slices=True)
+            for model, task, other in zip((policy, reward), TASKS, whole, strict=True):
+                adapted = add_lora(model, LORA, task, 3)
+                assert unread(adapted)
+                shard(adapted)
+                assert_slices(adapted, other, rank)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_rows_that_adapters_train_start_at_those_of_the_files(tied, tmp_path):
+    config = save(tmp_path / "m", tiny_model("llama", TOKENIZER, tie_word_embeddings=tied))
+    expected = add_lora(load_policy(config, TOKENIZER), LORA, "CAUSAL_LM", 3, [5, 9])
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        model = load_policy(config, TOKENIZER, in_slices=True)
+        model = add_lora(model, LORA, "CAUSAL_LM", 3, [5, 9])
+        shard(model)
+        assert_slices(model, expected, 0, world=1)
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("world", [3, 40])
