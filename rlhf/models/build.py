@@ -6,6 +6,7 @@ example if their own code needs real numbers; their settings are tried on the lo
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,15 +21,20 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from rlhf.config import InputError, ModelConfig, PeftConfig, nearest
+from rlhf.console import say
 from rlhf.gguf_files import is_gguf
 from rlhf.hub import call_loader, config_directory, find_source
 from rlhf.models.adapters import add_lora
 from rlhf.models.dropout import set_dropout
+from rlhf.models.random_weights import new_in_slices
 from rlhf.tokenizer import num_tokens
 
 
-def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Build a causal language model from `model.config`, with random weights."""
+def build_model(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, in_slices: bool = False
+) -> PreTrainedModel:
+    """Build a causal language model from `model.config`, with random weights; `in_slices`: without
+    weights, if `shard` can draw them."""
     _require_known_settings(config)
     values = dict(config.config)
     model_type = values.pop("model_type")
@@ -40,12 +46,19 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
     try:
         model_config = AutoConfig.for_model(model_type, **values)
         dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
-        return AutoModelForCausalLM.from_config(
+        build = partial(
+            AutoModelForCausalLM.from_config,
             model_config,
             dtype=dtype,
             attn_implementation=config.attn_implementation,
             trust_remote_code=config.trust_remote_code,
         )
+        fits = model_config.get_text_config().vocab_size >= num_tokens(tokenizer)
+        model = new_in_slices(build) if in_slices and fits else None
+        if in_slices and model is None:
+            why = "its weights are not drawn one by one" if fits else "its tables get further rows"
+            say(f"model.config: each process makes the whole model, because {why}")
+        return build() if model is None else model
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise InputError(f"model.config: {error}") from error
 

@@ -1,17 +1,23 @@
-"""What transformers is told so that a GGUF file becomes an ordinary model in floating point."""
+"""How a GGUF file becomes an ordinary model in floating point: what transformers is told, and
+reading it tensor by tensor, where each process keeps its slices."""
 
 from __future__ import annotations
 
 import sys
-from functools import cache
+from collections.abc import Collection, Iterator
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy
+import torch
 import transformers
 
 from rlhf.console import is_main_process
 from rlhf.gguf_files import is_gguf
 from rlhf.hub import Source
+from rlhf.models.forward import HEAD
+from rlhf.models.unread import UNREAD, Unread, compute_buffers
 
 
 def gguf_arguments(source: Source) -> dict[str, Any]:
@@ -21,6 +27,56 @@ def gguf_arguments(source: Source) -> dict[str, Any]:
     _announce(source.directory)
     _speed_up()
     return {"quantization_config": transformers.GgufConfig(dequantize=True)}
+
+
+def leave_gguf_unread(model: Any, file: Path) -> str | None:
+    """Have `shard` read a model on the meta device from a GGUF file, tensor by tensor, and compute
+    its buffers, in place.
+
+    Returns: the reason where the model must be read whole.
+    """
+    from gguf import GGUFReader
+    from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
+
+    _announce(file)
+    _speed_up()
+    processor, reader = _processor(file), GGUFReader(file)
+    names = get_gguf_hf_weights_map(model, processor)
+    stored = {
+        names[t.name]: tuple(map(int, t.shape[::-1])) for t in reader.tensors if t.name in names
+    }
+    own = {n: p for n, p in model.named_parameters() if n.rpartition(".")[0] != HEAD}
+    for name, parameter in own.items():
+        if stored.get(name) != tuple(parameter.shape):
+            return f"the file holds no {name} of its own shape"
+    compute_buffers(model)
+    setattr(model, UNREAD, Unread(own, partial(_tensors, file, names, own.keys())))
+    return None
+
+
+def _processor(file: Path) -> Any:
+    """What puts the tensors of the file into the order of transformers."""
+    from gguf import GGUFReader
+    from transformers import modeling_gguf_pytorch_utils as library
+
+    kind = library.read_field(GGUFReader(file), "general.architecture")[0]
+    factory = library.TENSOR_PROCESSORS.get(kind, library.TensorProcessor)
+    return factory(config=library.load_gguf_checkpoint(str(file))["config"])
+
+
+def _tensors(
+    file: Path, names: dict[str, str], wanted: Collection[str]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """`Unread.tensors` of a GGUF file."""
+    from gguf import GGUFReader, dequantize
+
+    processor = _processor(file)
+    for stored in GGUFReader(file).tensors:
+        if names.get(stored.name) in wanted:
+            numbers = dequantize(stored.data, stored.tensor_type)
+            how = {"tensor_key_mapping": names, "parsed_parameters": {"tensors": {}}}
+            found = processor.process(weights=numbers, name=stored.name, **how)
+            yield names[found.name], torch.from_numpy(numpy.ascontiguousarray(found.weights))
 
 
 @cache

@@ -61,7 +61,7 @@ def load_policy(
             is not valid.
     """
     if config.path is None:
-        model = build_model(config, tokenizer)
+        model = build_model(config, tokenizer, in_slices and sharding() == "FSDP")
     else:
         model = load_language_model(_find(config, field, in_slices), config)
     _fit_tokenizer(model, tokenizer, config)
@@ -208,9 +208,9 @@ def _find(config: ModelConfig, field: str, in_slices: bool = False) -> Source:
         )
     if not in_slices or sharding() != "FSDP":
         return source
-    if source.adapters or is_gguf(source.directory):
-        reason = "adapters are merged into it" if source.adapters else "it is a GGUF file"
-        say(f"{source.label}: each process reads the whole model, because {reason}")
+    if source.adapters:
+        why = "adapters are merged into it"
+        say(f"{source.label}: each process reads the whole model, because {why}")
         return source
     return replace(source, in_slices=True)
 

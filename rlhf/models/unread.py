@@ -4,9 +4,9 @@ Where the launcher shards, `load` leaves a model on the meta device, which holds
 fresh head and fresh adapters are put on it there. Then `shard` gives each process its slice of
 every weight: no process ever holds a whole model.
 
-Left out, and read whole as without sharding: GGUF files, models with adapters to merge, new models
-with random weights, and files with other tensors than the model has parameters (experts one by
-one).
+GGUF files are read tensor by tensor (`from_gguf`), and new models are drawn so (`random_weights`).
+Left out, and read whole as without sharding: models with adapters to merge, and files with other
+tensors than the model has parameters (experts one by one).
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     GenerationConfig,
@@ -43,7 +44,7 @@ from rlhf.hub import (
 from rlhf.models.adapters import STORED_DTYPE
 from rlhf.models.embeddings import resize_embeddings
 from rlhf.models.forward import HEAD, has_linear_head
-from rlhf.models.from_gguf import gguf_arguments
+from rlhf.models.from_gguf import gguf_arguments, leave_gguf_unread
 from rlhf.models.quantization import quantization_arguments
 from rlhf.models.unread import leave_unread
 
@@ -118,6 +119,8 @@ def load_classifier(source: Source, config: ModelConfig) -> PreTrainedModel:
 def _read(factory: Any, source: Source, config: ModelConfig, **kwargs: Any) -> tuple[Any, Misfits]:
     """Load the whole model, without adapters, and say which weights do not fit. With
     `source.in_slices`, it comes without weights, if `shard` can read them."""
+    if source.in_slices and is_gguf(source.directory):
+        return _gguf_in_slices(factory, source, config, **kwargs)
     places = {"device_map": "meta"} if source.in_slices else {}
     loaded: Any = call_loader(
         factory.from_pretrained,
@@ -145,6 +148,30 @@ def _read(factory: Any, source: Source, config: ModelConfig, **kwargs: Any) -> t
         sorted(name for name in info["unexpected_keys"] if not BUFFER.search(name)),
         sorted(info["mismatched_keys"]),
     )
+
+
+def _gguf_in_slices(
+    factory: Any, source: Source, config: ModelConfig, **kwargs: Any
+) -> tuple[Any, Misfits]:
+    """As `_read`, of a GGUF file, whose weights each process reads tensor by tensor."""
+    code = config.trust_remote_code
+    load = AutoConfig.from_pretrained
+    settings = call_loader(load, source.directory, source.label, code, **kwargs)
+    kind = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
+    with torch.device("meta"):
+        model = factory.from_config(
+            settings,
+            dtype=kind,
+            attn_implementation=config.attn_implementation,
+            trust_remote_code=code,
+        )
+    if reason := leave_gguf_unread(model, source.directory):
+        say(f"{source.label}: each process reads the whole model, because {reason}")
+        return _read(factory, replace(source, in_slices=False), config, **kwargs)
+    model.name_or_path = source.path
+    setattr(model, STORED_DTYPE, _stored_dtype(source.directory))
+    heads = [name for name, _ in model.named_parameters() if name.rpartition(".")[0] == HEAD]
+    return model, Misfits(heads, [], [])
 
 
 def _stored_dtype(directory: Path) -> torch.dtype:

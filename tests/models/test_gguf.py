@@ -20,6 +20,7 @@ from helpers.stored import as_hub_id  # noqa: E402
 from helpers.tiny import tiny_model, tiny_tokenizer  # noqa: E402
 from helpers.tiny_ppo import make_config  # noqa: E402
 from helpers.tiny_sft import sft_config  # noqa: E402
+from test_unread import assert_slices, process  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 import rlhf.gguf_files  # noqa: E402
@@ -29,7 +30,8 @@ from rlhf.export import ExportOptions, export  # noqa: E402
 from rlhf.generate import GenerateOptions  # noqa: E402
 from rlhf.generate import run as run_generate  # noqa: E402
 from rlhf.inputs import check_model  # noqa: E402
-from rlhf.models import init_reward_model, load_policy, try_settings  # noqa: E402
+from rlhf.models import init_reward_model, load_policy, shard, try_settings  # noqa: E402
+from rlhf.models.unread import unread  # noqa: E402
 from rlhf.ppo import train_ppo  # noqa: E402
 from rlhf.sft import train_sft  # noqa: E402
 from rlhf.tokenizer import load_tokenizer  # noqa: E402
@@ -54,6 +56,25 @@ def file(tmp_path_factory):
 
 
 # --- Loading ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+def test_each_process_reads_its_slice_of_a_gguf_file_tensor_by_tensor(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr("rlhf.models.load.sharding", lambda: "FSDP")
+    model = tiny_model("llama", TOKENIZER, num_key_value_heads=2, hidden_size=64)
+    config = ModelConfig(path=str(write_gguf(tmp_path / "m.gguf", model, tiny_tokenizer(), kind)))
+    tokenizer = load_tokenizer(config)  # of one more token
+    for rank in (0, 1):
+        whole = load_policy(config, tokenizer), init_reward_model(config, tokenizer, 0)
+        with process(rank):
+            sliced = [
+                load_policy(config, tokenizer, in_slices=True),
+                init_reward_model(config, tokenizer, 0, in_slices=True),
+            ]
+            for model, other in zip(sliced, whole, strict=True):
+                assert unread(model) and model.config.to_dict() == other.config.to_dict()
+                shard(model)
+                assert_slices(model, other, rank)
 
 
 def test_a_gguf_file_is_the_model_that_was_written_into_it(file, tmp_path):

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from rlhf.config import InputError
+from rlhf.config import InputError, ModelConfig
 from rlhf.models import (
     ScalarModel,
     add_lora,
@@ -105,6 +105,48 @@ def test_rows_that_adapters_train_start_at_those_of_the_files(tied, tmp_path):
         assert_slices(model, expected, 0, world=1)
     finally:
         dist.destroy_process_group()
+
+
+def new(family, **values):
+    """Settings of a new model."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model_type, own = FAMILIES[family]
+    return ModelConfig(config={"model_type": model_type, **sizes, **own, **values})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_process_draws_its_slice_of_a_new_model(family):
+    for rank, tied in ((0, True), (1, False)):
+        config = new(family, tie_word_embeddings=tied)
+        torch.manual_seed(3)
+        whole, after = load_policy(config, TOKENIZER), torch.rand(3)
+        torch.manual_seed(3)
+        with process(rank):
+            policy = load_policy(config, TOKENIZER, in_slices=True)
+            exact(torch.rand(3), after)
+            assert unread(policy) and all(p.is_meta for p in policy.parameters() if p.dim() > 1)
+            shard(policy)
+            assert_slices(policy, whole, rank)
+
+
+@pytest.mark.parametrize(
+    ("family", "values", "why"),
+    [
+        ("llama", {"vocab_size": 300}, "its tables get further rows"),
+        ("gptj", {"tie_word_embeddings": True}, "its weights are not drawn one by one"),
+    ],
+)
+def test_another_new_model_is_made_whole(family, values, why, capsys):
+    config = new(family, **values)
+    torch.manual_seed(3)
+    expected, after = load_policy(config, TOKENIZER), torch.rand(3)
+    torch.manual_seed(3)
+    policy = load_policy(config, TOKENIZER, in_slices=True)
+    exact(torch.rand(3), after)
+    assert unread(policy) is None
+    exact(dict(policy.state_dict()), dict(expected.state_dict()))
+    said = capsys.readouterr().out
+    assert f"model.config: each process makes the whole model, because {why}" in said
 
 
 @pytest.mark.parametrize("world", [3, 40])

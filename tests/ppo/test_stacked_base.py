@@ -143,7 +143,8 @@ def test_the_reward_model_may_be_on_the_base_that_sft_started_from(
     backbone = {
         n for n, _ in load_policy(config.model, actors.tokenizer).base_model.named_parameters()
     }
-    assert len(own[0] & own[1] & own[2]) == len(backbone)
+    factors = [n for n, _ in actors.policy.named_parameters() if "stacked_" in n]
+    assert len(own[0] & own[1] & own[2]) == len(backbone) + len(factors) > 20
     config.ppo.base = "merged"
     with pytest.raises(InputError, match="is an adapter on"):
         require_same_base(config)
