@@ -67,10 +67,11 @@ class CombinedScorer(BuiltInScorer):
         Raises:
             InputError: rewards per token, and a combination that is not linear.
         """
-        scores = {
+        found = {
             name: score_responses(part, prompts, responses, f"{field}'s {name}", tokens, columns)
-            for name, part in self.parts.items()
+            for name, part in sorted(self.parts.items(), key=_may_fail_here)
         }
+        scores = {name: found[name] for name in self.parts}
         components = {name: part.total for name, part in scores.items()}
         totals = torch.stack(list(components.values()))  # (K, B)
         weights = component_weights(self.counting(totals), self.weights, self.combine)  # (K, B)
@@ -115,6 +116,12 @@ class CombinedScorer(BuiltInScorer):
         scores of the components; None without gates."""
         has_gate = self.gates > 0
         return self.counting(totals)[has_gate].any(dim=0) if has_gate.any() else None
+
+
+def _may_fail_here(item: tuple[str, Scorer]) -> bool:
+    """True for a part that may fail on one process alone. Reward models come before it: where they
+    are in slices, the processes read them together, and would wait for the failed one."""
+    return not isinstance(item[1], RewardModelScorer)
 
 
 def component_names(scorer: Scorer) -> tuple[str, ...]:

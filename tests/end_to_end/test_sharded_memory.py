@@ -21,7 +21,15 @@ from helpers.tiny import tiny_model, tiny_tokenizer
 from rlhf.checkpoint.state import save_training_state
 from rlhf.config import ModelConfig, PeftConfig, PPOConfig, StageConfig
 from rlhf.distributed import clip_gradients, gathered_bytes, make_accelerator, share
-from rlhf.models import load_policy, shard, what_to_save
+from rlhf.models import (
+    ScalarModel,
+    add_lora,
+    load_policy,
+    scalar_role,
+    shard,
+    shard_base,
+    what_to_save,
+)
 from rlhf.ppo.optimizer import make_optimizer
 from rlhf.tokenizer import load_tokenizer
 
@@ -82,11 +90,47 @@ def train(path, folder, measures):
         (folder / f"peak-{accelerator.process_index}.json").write_text(json.dumps(numbers))
 
 
+def train_adapters(path, folder, on_one_base, measures):
+    """Load a policy with LoRA, or policy and critic on one base, and make two steps; write the peak
+    of this process."""
+    accelerator, config = make_accelerator("float32"), ModelConfig(path=str(path))
+    tokenizer, lora = load_tokenizer(config), PeftConfig(enabled=True, r=4)
+    ids, mask = torch.arange(8)[None], torch.ones(1, 8, dtype=torch.bool)
+    with Peak(daemon=True) as peak:
+        model = load_policy(config, tokenizer, in_slices=True)
+        if on_one_base:
+            shard_base(model)
+            critic = add_lora(scalar_role(model, config), lora, "SEQ_CLS", 0)
+            policy = add_lora(model, lora, "CAUSAL_LM", 0)
+            roles = {policy: lambda: policy(input_ids=ids).logits}
+            roles[ScalarModel(critic)] = lambda: ScalarModel(critic)(ids, mask)
+        else:
+            policy = add_lora(model, lora, "CAUSAL_LM", 0)
+            shard(policy)
+            roles = {policy: lambda: policy(input_ids=ids).logits}
+        for role, read in roles.items():
+            share(role, accelerator)
+            trained = [p for p in role.parameters() if p.requires_grad]
+            optimizer = make_optimizer(trained, 1e-3, PPOConfig())
+            for _ in range(2):
+                accelerator.backward(read().square().mean())
+                clip_gradients(trained, 1.0, accelerator)
+                optimizer.step()
+                optimizer.zero_grad()
+    if measures:
+        numbers = {"peak": peak.bytes, "adapters": sum(p.nbytes for p in trained)}
+        name = f"adapters-{on_one_base}-{accelerator.process_index}.json"
+        (folder / name).write_text(json.dumps(numbers))
+
+
 def train_both(warm_up, path, folder):
     """A tiny model first: libraries take memory at their first use."""
     assert ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
-    train(warm_up, folder / "warm_up", measures=False)
-    train(path, folder, measures=True)
+    for source, measures in ((warm_up, False), (path, True)):
+        train(source, folder if measures else folder / "warm_up", measures)
+        for on_one_base in (False, True):
+            train_adapters(source, folder, on_one_base, measures)
+            gc.collect()
 
 
 @pytest.mark.slow
@@ -111,3 +155,8 @@ def test_each_process_has_its_share_of_weights_gradients_and_optimiser(tmp_path)
         assert found["loading"] < 1.3 * weights / 2 + found["layer"], found
         assert found["final"] < 5 * found["tensor"], "one is gathered at a time"
         assert found["peak"] > 0.9 * share_of_all, "the measurement sees the memory"
+        for on_one_base in (False, True):
+            own = json.loads((tmp_path / f"adapters-{on_one_base}-{rank}.json").read_text())
+            # the frozen base; of each role's adapters also gradients, their mean and two moments
+            limit = 1.3 * (weights / 2 + 5 * own["adapters"] * (1 + on_one_base)) + found["layer"]
+            assert 0.9 * weights / 2 < own["peak"] < limit, (on_one_base, own, limit)

@@ -49,6 +49,17 @@ def test_components_are_normalised_one_by_one_then_weighted(helpful, safe):
     assert_close(ensemble(PROMPTS, RESPONSES), torch.minimum(raw_scores(helpful, sequences), two))
 
 
+def test_a_reward_model_reads_before_a_function_that_may_fail_on_one_process(helpful, monkeypatch):
+    model, asked = load_scorer(ScorerConfig(helpful)), []
+    plain = model.score
+    monkeypatch.setattr(model, "score", lambda *a: asked.append("model") or plain(*a))
+    parts = {"function": lambda p, r: asked.append("function") or [1.0] * 3, "model": model}
+    scores = score_responses(CombinedScorer(parts, [1.0, 1.0]), PROMPTS, RESPONSES, "x")
+    assert asked == ["model", "function"]
+    assert list(scores.components) == ["function", "model"]
+    assert scores.components["function"].tolist() == [1.0] * 3
+
+
 @pytest.mark.parametrize(
     ("combine", "weights", "expected"),
     [
