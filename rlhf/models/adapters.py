@@ -102,11 +102,15 @@ def add_lora(
             f"{type(model).__name__} ({one_line(error)}); name some of its linear layers "
             f"({names or 'it has none'}), or train in full"
         ) from error
+    _keep_attributes_of_tables(adapted)
+    return adapted
+
+
+def _keep_attributes_of_tables(adapted: nn.Module) -> None:
     for module in adapted.modules():
         if isinstance(module, TrainableTokensWrapper):
             module.__class__ = _TableRows
             module.token_adapter.__class__ = _Rows
-    return adapted
 
 
 def _linear_layers(model: PreTrainedModel) -> list[str]:
