@@ -12,10 +12,12 @@ from typing import Any
 import numpy
 import torch
 import transformers
+from transformers import AutoConfig
 
+from rlhf.config import ModelConfig
 from rlhf.console import is_main_process
 from rlhf.gguf_files import is_gguf
-from rlhf.hub import Source
+from rlhf.hub import Source, call_loader
 from rlhf.models.forward import HEAD
 from rlhf.models.unread import UNREAD, Unread, compute_buffers
 
@@ -29,12 +31,27 @@ def gguf_arguments(source: Source) -> dict[str, Any]:
     return {"quantization_config": transformers.GgufConfig(dequantize=True)}
 
 
-def leave_gguf_unread(model: Any, file: Path) -> str | None:
-    """Have `shard` read a model on the meta device from a GGUF file, tensor by tensor, and compute
-    its buffers, in place.
+def unread_gguf(
+    factory: Any, source: Source, config: ModelConfig, **kwargs: Any
+) -> tuple[Any, str | None]:
+    """Make the model of a GGUF file on the meta device, for `shard` to read tensor by tensor.
 
-    Returns: the reason where the model must be read whole.
+    Returns: the model, and the reason where it must be read whole instead.
     """
+    code, load = config.trust_remote_code, AutoConfig.from_pretrained
+    settings = call_loader(load, source.directory, source.label, code, **kwargs)
+    with torch.device("meta"):
+        model = factory.from_config(
+            settings,
+            dtype=torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype),
+            attn_implementation=config.attn_implementation,
+            trust_remote_code=code,
+        )
+    return model, _leave_unread(model, source.directory)
+
+
+def _leave_unread(model: Any, file: Path) -> str | None:
+    """Note where its weights are, and compute its buffers, in place; see `unread_gguf`."""
     from gguf import GGUFReader
     from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
 

@@ -19,7 +19,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     GenerationConfig,
@@ -44,7 +43,7 @@ from rlhf.hub import (
 from rlhf.models.adapters import STORED_DTYPE
 from rlhf.models.embeddings import resize_embeddings
 from rlhf.models.forward import HEAD, has_linear_head
-from rlhf.models.from_gguf import gguf_arguments, leave_gguf_unread
+from rlhf.models.from_gguf import gguf_arguments, unread_gguf
 from rlhf.models.quantization import quantization_arguments
 from rlhf.models.unread import leave_unread
 
@@ -154,18 +153,8 @@ def _gguf_in_slices(
     factory: Any, source: Source, config: ModelConfig, **kwargs: Any
 ) -> tuple[Any, Misfits]:
     """As `_read`, of a GGUF file, whose weights each process reads tensor by tensor."""
-    code = config.trust_remote_code
-    load = AutoConfig.from_pretrained
-    settings = call_loader(load, source.directory, source.label, code, **kwargs)
-    kind = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
-    with torch.device("meta"):
-        model = factory.from_config(
-            settings,
-            dtype=kind,
-            attn_implementation=config.attn_implementation,
-            trust_remote_code=code,
-        )
-    if reason := leave_gguf_unread(model, source.directory):
+    model, reason = unread_gguf(factory, source, config, **kwargs)
+    if reason is not None:
         say(f"{source.label}: each process reads the whole model, because {reason}")
         return _read(factory, replace(source, in_slices=False), config, **kwargs)
     model.name_or_path = source.path
