@@ -47,6 +47,7 @@ def unread_gguf(
             attn_implementation=config.attn_implementation,
             trust_remote_code=code,
         )
+    model.name_or_path = source.path
     return model, _leave_unread(model, source.directory)
 
 

@@ -119,7 +119,12 @@ def _read(factory: Any, source: Source, config: ModelConfig, **kwargs: Any) -> t
     """Load the whole model, without adapters, and say which weights do not fit. With
     `source.in_slices`, it comes without weights, if `shard` can read them."""
     if source.in_slices and is_gguf(source.directory):
-        return _gguf_in_slices(factory, source, config, **kwargs)
+        model, reason = unread_gguf(factory, source, config, **kwargs)
+        if reason is None:
+            heads = [n for n, _ in model.named_parameters() if n.rpartition(".")[0] == HEAD]
+            return model, Misfits(heads, [], [])
+        say(f"{source.label}: each process reads the whole model, because {reason}")
+        source = replace(source, in_slices=False)
     places = {"device_map": "meta"} if source.in_slices else {}
     loaded: Any = call_loader(
         factory.from_pretrained,
@@ -136,8 +141,8 @@ def _read(factory: Any, source: Source, config: ModelConfig, **kwargs: Any) -> t
     model, info = loaded
     if source.in_slices:
         model.__dict__.pop("hf_device_map", None)
-        files = weight_files(source.directory, read_json(source.directory / "config.json"))
-        if reason := leave_unread(model, files):
+        named = read_json(source.directory / "config.json")
+        if reason := leave_unread(model, weight_files(source.directory, named)):
             say(f"{source.label}: each process reads the whole model, because {reason}")
             return _read(factory, replace(source, in_slices=False), config, **kwargs)
     model.name_or_path = source.path  # PEFT writes it into its checkpoints: not the Hub's cache
@@ -147,20 +152,6 @@ def _read(factory: Any, source: Source, config: ModelConfig, **kwargs: Any) -> t
         sorted(name for name in info["unexpected_keys"] if not BUFFER.search(name)),
         sorted(info["mismatched_keys"]),
     )
-
-
-def _gguf_in_slices(
-    factory: Any, source: Source, config: ModelConfig, **kwargs: Any
-) -> tuple[Any, Misfits]:
-    """As `_read`, of a GGUF file, whose weights each process reads tensor by tensor."""
-    model, reason = unread_gguf(factory, source, config, **kwargs)
-    if reason is not None:
-        say(f"{source.label}: each process reads the whole model, because {reason}")
-        return _read(factory, replace(source, in_slices=False), config, **kwargs)
-    model.name_or_path = source.path
-    setattr(model, STORED_DTYPE, _stored_dtype(source.directory))
-    heads = [name for name, _ in model.named_parameters() if name.rpartition(".")[0] == HEAD]
-    return model, Misfits(heads, [], [])
 
 
 def _stored_dtype(directory: Path) -> torch.dtype:
