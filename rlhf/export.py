@@ -58,17 +58,17 @@ class ExportOptions:
     """checkpoint-N of an SFT or PPO run, or a model or PEFT adapter (directory or Hub id)."""
     out: str
     """Directory to write; new or empty."""
-    format: str = knob("safetensors", choices=("safetensors", "gguf"))
-    """safetensors: a Hugging Face directory; gguf: a policy as one file for llama.cpp, which
-    out=<name>.gguf names."""
     dtype: str = knob("auto", choices=(*DTYPES, "q8_0"))
     """Type of the weights; auto keeps the stored one (gguf: 16 bits). q8_0, 8 bits, is for gguf. A
     reward model's head stays in float32."""
-    llama_cpp: str | None = None
-    """format=gguf: folder of llama.cpp, which has convert_hf_to_gguf.py."""
     trust_remote_code: bool = False
     """true: the model's own Python files, and functions named in a checkpoint's config.yaml, may
     run."""
+    format: str = knob("safetensors", choices=("safetensors", "gguf"))
+    """safetensors: a Hugging Face directory; gguf: a policy as one file for llama.cpp, which
+    out=<name>.gguf names."""
+    llama_cpp: str | None = None
+    """format=gguf: folder of llama.cpp, which has convert_hf_to_gguf.py."""
 
 
 def export(options: ExportOptions) -> None:

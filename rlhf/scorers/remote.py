@@ -82,9 +82,21 @@ class RemoteScorer(BuiltInScorer):
 
 
 def at_once(tasks: Sequence[Callable[[], Result]], num_threads: int) -> list[Result]:
-    """Do tasks in several threads; return their results in order. The first error ends them all."""
+    """Do tasks in several threads; return their results in order. After the first error, no further
+    task begins."""
+    errors: list[Exception] = []
+
+    def attempt(task: Callable[[], Result]) -> Result:
+        if errors:
+            raise errors[0]
+        try:
+            return task()
+        except Exception as error:
+            errors.append(error)
+            raise
+
     pool = ThreadPoolExecutor(num_threads)
     try:
-        return list(pool.map(lambda task: task(), tasks))
+        return list(pool.map(attempt, tasks))
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

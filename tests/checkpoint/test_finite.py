@@ -346,7 +346,7 @@ def test_weights_too_large_for_float16_are_refused_with_the_dtype(tmp_path):
     policy.dtype = "float16"
     with pytest.raises(InputError, match="model.dtype=float16 cannot hold .* model.norm.weight"):
         load_policy(policy, TOKENIZER)
-    options = ExportOptions(policy.path, str(tmp_path / "out"), "float16")
+    options = ExportOptions(policy.path, str(tmp_path / "out"), dtype="float16")
     with pytest.raises(InputError, match="with dtype=float16: model.norm.weight holds inf"):
         export(options)
     assert not (tmp_path / "out").exists()

@@ -293,6 +293,11 @@ BAD_VALUES = [
         "sampling.vllm_args are for a server that the run starts: give sampling.vllm_python",
     ),
     (
+        "sft",
+        {"checkpoint.background": True},
+        "checkpoint.background=true: only PPO has rollouts to write behind; leave it null",
+    ),
+    (
         "ppo",
         {"sampling.weights": "nccl"},
         "sampling.weights='nccl' is for sampling.engine=vllm, but sampling.engine=auto; set",

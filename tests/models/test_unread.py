@@ -116,7 +116,7 @@ def new(family, **values):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_process_draws_its_slice_of_a_new_model(family):
-    for rank, tied in ((0, True), (1, False)):
+    for rank, tied in ((0, family != "gptj"), (1, False)):  # tied, GPT-J is made whole: below
         config = new(family, tie_word_embeddings=tied)
         torch.manual_seed(3)
         whole, after = load_policy(config, TOKENIZER), torch.rand(3)

@@ -324,8 +324,7 @@ def loss_of(final, data):
 
 @pytest.mark.parametrize("peft", [PeftConfig(), PeftConfig(enabled=True, r=8, dropout=0.1)])
 def test_final_is_from_the_evaluation_with_the_least_loss(peft, data, tmp_path, capsys):
-    rate = 5e-3 if peft.enabled else 1e-2
-    config = dataclasses.replace(overfitting(tmp_path, data, learning_rate=rate), peft=peft)
+    config = dataclasses.replace(overfitting(tmp_path, data), peft=peft)
     result = train_sft(config)
     losses = evaluations(tmp_path / "run/sft")
     best = min(losses, key=losses.__getitem__)

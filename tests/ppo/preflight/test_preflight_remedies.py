@@ -131,6 +131,7 @@ CONFIGS = {
     "lora": LORA,
     "lora, function": PYTHON | LORA,
     "tokens": {"ppo.micro_batch_tokens": 2048},
+    "background": {"checkpoint.background": True},
     "tokens of a row": {"ppo.micro_batch_tokens": 64, "ppo.response_length": 48},
 }
 

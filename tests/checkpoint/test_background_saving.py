@@ -1,6 +1,6 @@
 """A checkpoint that is written in the background is that of its moment, complete or absent.
 
-Run: python -m pytest tests/checkpoint/test_saving.py
+Run: python -m pytest tests/checkpoint/test_background_saving.py
 """
 
 from __future__ import annotations
