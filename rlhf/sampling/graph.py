@@ -25,8 +25,8 @@ from transformers import Cache, DynamicCache, StaticCache
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 from rlhf.models import accepts, unwrap_peft
-from rlhf.sampling.choice import choose
 from rlhf.sampling.settings import Endings, Sampling
+from rlhf.sampling.token_choice import choose
 from rlhf.sampling.token_loop import Step, prefill
 
 FEWEST_ROWS = 8  # of a bucket: fewer cost a GPU the same

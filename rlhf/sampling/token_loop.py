@@ -16,8 +16,8 @@ from rlhf.data import pad
 from rlhf.distributed import compute_device
 from rlhf.models import accepts, prefill_inputs, unwrap_peft
 from rlhf.sampling.cache import roomy_cache
-from rlhf.sampling.choice import choose
 from rlhf.sampling.settings import Endings, Sampling
+from rlhf.sampling.token_choice import choose
 
 
 class Step(NamedTuple):

@@ -24,7 +24,7 @@ from rlhf.ppo.actors import Actors
 from rlhf.ppo.rollout import Responses, policy_logprobs
 from rlhf.ppo.scoring import score_sampled
 from rlhf.sampling import Sampling, generate, stop_token_ids, stream, uniform_noise, use_engine
-from rlhf.sampling.choice import choose, restrict
+from rlhf.sampling.token_choice import choose, restrict
 from rlhf.tokenizer import StopStrings, declare_stop_strings, forbidden_token_ids, response_text
 
 FAMILIES = ("llama", "gpt_neox")
