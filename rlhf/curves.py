@@ -55,7 +55,7 @@ def draw_curves(runs: Mapping[str, Mapping[str, str | Path]]) -> Any:
     from matplotlib.figure import Figure
 
     rows = {
-        (label, stage): read_jsonl(Path(directory) / "metrics.jsonl")
+        (label, stage): read_jsonl(Path(directory) / "metrics.jsonl", "step")
         for label, stages in runs.items()
         for stage, directory in stages.items()
     }

@@ -242,13 +242,16 @@ def cut_jsonl(path: Path, size: int) -> None:
             stream.write(b"}\n")
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
+def read_jsonl(path: Path, *needs: str) -> list[dict[str, Any]]:
     """Read the rows of a JSONL file; none if there is no file.
 
     A last line that is being written is left out.
 
+    Args:
+        needs: keys that every row has.
+
     Raises:
-        InputError: a line is not a row.
+        InputError: a line is not a row, or has not these keys.
     """
     # bytes, because splitlines() of text would also split at separators inside a response
     data = path.read_bytes() if path.is_file() else b""
@@ -260,6 +263,9 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             if number == len(lines) and not data.endswith(b"\n"):
                 break
             raise InputError(f"{path} is damaged: line {number}: {one_line(error)}") from error
+        for name in needs:
+            if name not in rows[-1]:
+                raise InputError(f"{path} is damaged: line {number} has no {name}")
     return rows
 
 

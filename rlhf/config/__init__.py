@@ -59,6 +59,7 @@ from rlhf.config.saved_config import (
     nothing_to_resume,
     plain_values,
     read_run_config,
+    read_settings,
     read_yaml,
     resume_overrides,
     save_config,

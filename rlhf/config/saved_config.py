@@ -109,6 +109,18 @@ def read_yaml(file: str | Path, remedy: str = "") -> Any:
         raise _damaged(file, error, remedy) from error
 
 
+def read_settings(file: Path) -> dict[str, Any]:
+    """Read the `config.yaml` of a run, with its references unresolved.
+
+    Raises:
+        InputError: the file is damaged, or holds no name of a run.
+    """
+    values = read_yaml(file)
+    if not isinstance(values, dict) or not {"runs_dir", "run_name"} <= values.keys():
+        raise InputError(f"{file} is damaged (it holds no settings of a run)")
+    return values
+
+
 def load_config(config_class: type[Config], path: str | Path) -> Config:
     """Read a configuration that `save_config` wrote.
 

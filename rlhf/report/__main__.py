@@ -24,7 +24,7 @@ from rlhf.config import (
     InputError,
     dotted,
     plain_values,
-    read_yaml,
+    read_settings,
     yaml_scalar,
 )
 from rlhf.console import interval_text, say
@@ -98,7 +98,7 @@ def page(name: str, stages: Stages) -> str:
 
 def section(stage: str, directory: Path) -> dict[str, Any]:
     """Collect what the page shows of a stage."""
-    rows = read_jsonl(directory / METRICS)
+    rows = read_jsonl(directory / METRICS, "step")
     record = _read_record(directory)
     frontier = frontier_picture(rows, directory) if stage == "ppo" else None
     report = directory / "final/report.png"
@@ -139,11 +139,7 @@ def results(metrics: dict[str, Any]) -> Iterable[tuple[str, str, str]]:
 def changed_settings(stage: str, directory: Path) -> Iterable[tuple[str, str, str]]:
     """Yield each setting that differs from its default, with both values."""
     defaults = dotted(plain_values(STAGES[stage]()))
-    file = directory / CONFIG_FILE
-    written = read_yaml(file)
-    if not isinstance(written, dict):
-        raise InputError(f"{file} is damaged (it holds no settings)")
-    for key, value in dotted(written).items():
+    for key, value in dotted(read_settings(directory / CONFIG_FILE)).items():
         if key not in OWN and value != defaults.get(key):
             yield key, str(yaml_scalar(value)), str(yaml_scalar(defaults.get(key)))
 
@@ -183,7 +179,7 @@ def _timings(rows: list[dict[str, Any]]) -> dict[str, str]:
 
 def answers(directory: Path, record: dict[str, Any] | None) -> list[Answer]:
     """Pair the answers to the first prompts before training with those of the result."""
-    rows = read_jsonl(directory / "samples.jsonl")
+    rows = read_jsonl(directory / "samples.jsonl", "prompt")
     if not rows:
         return []
     steps = [row.get("step", 0) for row in rows]

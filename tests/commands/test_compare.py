@@ -136,3 +136,12 @@ def test_what_is_no_run_is_refused(command, tmp_path, path, message):
     assert (status, output) == (2, "") and message.format(runs=tmp_path) in errors
     status, _, errors = command(f"path={tmp_path}/one", f"out={tmp_path}/c.xyz")
     assert status == 2 and "c.xyz cannot be written: " in errors
+
+
+@pytest.mark.parametrize("content", ["[1]\n", '{"name": 1}\n'])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml"])
+def test_a_damaged_file_is_named(command, tmp_path, name, content):
+    write_run(tmp_path, "a", 1, 0.1), write_run(tmp_path, "b", 2, 0.2, finished=False)
+    (tmp_path / "b/ppo" / name).write_text(content)
+    status, _, errors = command(f"path=[{tmp_path}/a,{tmp_path}/b]")
+    assert status == 2 and f"b/ppo/{name} is damaged" in errors and errors.count("\n") == 1

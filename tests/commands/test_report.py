@@ -152,14 +152,20 @@ def test_bad_arguments_are_one_line_each(tmp_path, command):
     assert status == 2 and errors.count("\n") == 1 and "cannot be written" in errors
 
 
-@pytest.mark.parametrize(
-    "name", ["metrics.jsonl", "samples.jsonl", "final/rlhf.json", "config.yaml"]
-)
-def test_a_damaged_file_is_named(tmp_path, command, name):
+@pytest.mark.parametrize("content", ["[1]\n", '{"name": 1}\n'])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "config.yaml"])
+def test_a_damaged_file_is_named(tmp_path, command, name, content):
     directory = ppo_run(tmp_path, {"update": 2})
-    (directory / "ppo" / name).write_text("[1]\n")
+    (directory / "ppo" / name).write_text(content)
     status, _, errors = command(f"path={directory}")
     assert status == 2 and f"ppo/{name} is damaged" in errors and errors.count("\n") == 1
+
+
+def test_a_damaged_record_is_named(tmp_path, command):
+    directory = ppo_run(tmp_path, {"update": 2})
+    (directory / "ppo/final/rlhf.json").write_text("[1]\n")
+    status, _, errors = command(f"path={directory}")
+    assert status == 2 and "final/rlhf.json is damaged" in errors and errors.count("\n") == 1
 
 
 def test_a_damaged_diagnosis_is_named_with_what_mends_it(tmp_path, command):
