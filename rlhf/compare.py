@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import CONFIG_FILE, STAGES, InputError, dotted, nearest, read_settings, yaml_scalar
+from rlhf.config import CONFIG_FILE, STAGES, InputError, nearest, written_settings, yaml_scalar
 from rlhf.console import say, table
 from rlhf.curves import draw_curves, plot_hint
 from rlhf.metrics import read_jsonl
@@ -97,7 +97,7 @@ def _differences(runs: dict[str, Stages]) -> Iterator[list[Any]]:
 
 def _settings(directory: Path) -> dict[str, str]:
     """The settings of a stage, as `key.of.a.setting`."""
-    flat = dotted(read_settings(directory / CONFIG_FILE))
+    flat = written_settings(directory / CONFIG_FILE)
     run = str(Path(flat["runs_dir"]) / flat["run_name"])
     return {
         key: str(yaml_scalar(value)).replace(run, "<run>")

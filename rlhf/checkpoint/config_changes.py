@@ -28,8 +28,8 @@ from rlhf.config import (
     learning_rates,
     one_line,
     plain_values,
-    read_yaml,
     resume_overrides,
+    written_settings,
 )
 from rlhf.console import is_main_process, num_processes
 
@@ -203,12 +203,7 @@ def _plain(config: StageConfig) -> dict[str, Any]:
 
 def read_settings(directory: Path) -> dict[str, Any]:
     """Read the settings in a directory's `config.yaml`, by dotted key."""
-    file = directory / CONFIG_FILE
-    values = read_yaml(file)
-    try:
-        return _flat(values)
-    except (LookupError, TypeError, AttributeError) as error:
-        raise InputError(f"{file} is damaged ({one_line(error)})") from error
+    return _flat(written_settings(directory / CONFIG_FILE))
 
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:

@@ -59,11 +59,11 @@ from rlhf.config.saved_config import (
     nothing_to_resume,
     plain_values,
     read_run_config,
-    read_settings,
     read_yaml,
     resume_overrides,
     save_config,
     schema,
+    written_settings,
 )
 from rlhf.config.stage_help import stage_help
 from rlhf.config.synonyms import suggest

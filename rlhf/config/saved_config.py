@@ -109,16 +109,17 @@ def read_yaml(file: str | Path, remedy: str = "") -> Any:
         raise _damaged(file, error, remedy) from error
 
 
-def read_settings(file: Path) -> dict[str, Any]:
-    """Read the `config.yaml` of a run, with its references unresolved.
+def written_settings(file: Path) -> dict[str, Any]:
+    """Read the `config.yaml` of a run by dotted key, with its references unresolved.
 
     Raises:
-        InputError: the file is damaged, or holds no name of a run.
+        InputError: the file is damaged, or names no run.
     """
     values = read_yaml(file)
-    if not isinstance(values, dict) or not {"runs_dir", "run_name"} <= values.keys():
+    names = ("runs_dir", "run_name")
+    if not isinstance(values, dict) or not all(isinstance(values.get(x), str) for x in names):
         raise InputError(f"{file} is damaged (it holds no settings of a run)")
-    return values
+    return dotted(values)
 
 
 def load_config(config_class: type[Config], path: str | Path) -> Config:

@@ -24,7 +24,7 @@ from rlhf.config import (
     InputError,
     dotted,
     plain_values,
-    read_settings,
+    written_settings,
     yaml_scalar,
 )
 from rlhf.console import interval_text, say
@@ -139,7 +139,7 @@ def results(metrics: dict[str, Any]) -> Iterable[tuple[str, str, str]]:
 def changed_settings(stage: str, directory: Path) -> Iterable[tuple[str, str, str]]:
     """Yield each setting that differs from its default, with both values."""
     defaults = dotted(plain_values(STAGES[stage]()))
-    for key, value in dotted(read_settings(directory / CONFIG_FILE)).items():
+    for key, value in written_settings(directory / CONFIG_FILE).items():
         if key not in OWN and value != defaults.get(key):
             yield key, str(yaml_scalar(value)), str(yaml_scalar(defaults.get(key)))
 
