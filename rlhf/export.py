@@ -106,7 +106,8 @@ def export(options: ExportOptions) -> None:
             f"path={path} cannot be exported with dtype={options.dtype}: {problem}; take another "
             "checkpoint, or dtype=bfloat16 or float32 if dtype=float16 cannot hold its weights"
         )
-    with checkpoint.complete_or_nothing(out) as temporary:
+    again = checkpoint.disk_errors(out.parent, "give the same command again")
+    with again, checkpoint.complete_or_nothing(out) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         if (path / CONFIG_FILE).is_file():

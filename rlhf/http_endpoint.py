@@ -94,13 +94,22 @@ def complete_chat(url: str, body: Any, endpoint: EndpointConfig, field: str) -> 
     answer = ask(url, body, endpoint, field)
     try:
         choice, usage = answer["choices"][0], answer.get("usage") or {}
-        text = str(choice["message"]["content"] or "")
+        text = _text_of(choice["message"]["content"])
         tokens = [int(usage.get(f"{name}_tokens") or 0) for name in ("prompt", "completion")]
         return Completion(text, choice.get("finish_reason") != "length", *tokens)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise InputError(
             f"{field}={url} answered {show(answer)}; expected a chat completion"
         ) from error
+
+
+def _text_of(content: Any) -> str:
+    """The text of a message: null has none, and parts are joined."""
+    if isinstance(content, list):
+        content = "".join(part["text"] for part in content if part.get("type") == "text")
+    if not isinstance(content, str | None):
+        raise TypeError(content)
+    return content or ""
 
 
 def _ask_once(url: str, body: Any, endpoint: EndpointConfig, where: str) -> bytes:
@@ -130,7 +139,7 @@ def _ask_once(url: str, body: Any, endpoint: EndpointConfig, where: str) -> byte
 def _as_json(answer: bytes, where: str) -> Any:
     try:
         return json.loads(answer)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Passing(f"answered with what is not JSON ({error}): {said(answer)}") from error
 
 
@@ -150,12 +159,12 @@ def _read(response: Any, seconds: float) -> bytes:
 def _refusal(error: Any, endpoint: EndpointConfig, where: str) -> Exception:
     """What an answer with an error status means."""
     try:
-        reason = f"answered {error.code} {error.reason}: {said(error.read(2**16))}"
-    except OSError:
+        reason = f"answered {error.code} {error.reason}: {said(_read(error, endpoint.timeout))}"
+    except (OSError, HTTPException):
         reason = f"answered {error.code} {error.reason}"
     if error.code in PASSING:
-        after = str(error.headers.get("Retry-After", ""))
-        return Passing(reason, float(after) if after.isdigit() else None)
+        after = str(error.headers.get("Retry-After", ""))  # seconds; a date is not read
+        return Passing(reason, float(after) if re.fullmatch("[0-9]+", after) else None)
     fix = ""
     if error.code in (401, 403):
         name = endpoint.key_env
@@ -177,7 +186,7 @@ def said(answer: bytes) -> str:
         for name in ("error", "detail", "message"):
             found = found.get(name, found) if isinstance(found, dict) else found
         text = found if isinstance(found, str) else text
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
     return repr(" ".join(text.split())[:200]) if text.strip() else "nothing"
 

@@ -42,6 +42,7 @@ from rlhf.config import (
 )
 from rlhf.console import quiet_libraries, say, table
 from rlhf.data import DropRow, as_messages, as_prompt, as_text
+from rlhf.data.read import LONGEST_ROW, too_long
 from rlhf.inputs import Check, check_scorer, failures
 from rlhf.option_parser import check_options, run_command
 from rlhf.row_file import RowFile, chunks_of, new_file, refuse_rows
@@ -224,6 +225,8 @@ def read_rows(source: Path) -> tuple[list[ScoredRow], str]:
     for number, line in enumerate(data.split(b"\n"), start=1):
         if line.strip():
             try:
+                if len(line) > LONGEST_ROW:
+                    raise too_long(len(line))
                 rows.append(_read_row(number, line))
             except (ValueError, RecursionError, DropRow) as error:
                 problems.append(f"line {number}: {_reason(error)}")

@@ -27,7 +27,8 @@ class Rankings:
         self.rows: dict[str, dict[str, Any]] = {}
         if not out.exists():
             return
-        for number, line in enumerate(out.read_text(encoding="utf-8").splitlines(), start=1):
+        # bytes: an answer may have what splitlines() of text takes for the end of a line
+        for number, line in enumerate(out.read_bytes().splitlines(), start=1):
             try:
                 row = json.loads(line)
                 found = isinstance(row, dict) and {"prompt", "responses", "ranks"} <= row.keys()

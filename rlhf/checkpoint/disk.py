@@ -77,9 +77,13 @@ def complete_or_nothing(directory: Path) -> Iterator[Path]:
 def write_whole(file: Path, text: str) -> None:
     """Write a file that has its name only when it is complete."""
     temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    _sync(temporary)
-    os.replace(temporary, file)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        _sync(temporary)
+        os.replace(temporary, file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def hidden_names(path: Path) -> tuple[Path, Path]:

@@ -29,6 +29,7 @@ from rlhf.config import InputError, load_object, one_line
 from rlhf.data.rows import BadRow, Row, bad_field
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+LONGEST_ROW = 2**25  # bytes; a file without line breaks is one row, which no context holds
 # CSV has only text. Our formats expect a number in these columns, so it is read as one.
 CSV_NUMBERS = "score score_chosen score_rejected margin probability preference choice".split()
 Rows = Iterator[tuple[str, Any]]  # (source and number of the row from 1, the row or a `BadRow`)
@@ -175,8 +176,16 @@ def _read_json(path: str, data: bytes) -> Rows:
         yield where, value
 
 
+def too_long(size: int) -> BadRow:
+    """A row of so many bytes, which is not read."""
+    what = f"it has {size:,} bytes, and a row at most {LONGEST_ROW:,}; is a line break missing?"
+    return BadRow(what, "longer than a row may be")
+
+
 def _parse_line(line: bytes) -> Any:
     """Return the value of a line, or a `BadRow` that says why there is none."""
+    if len(line) > LONGEST_ROW:
+        return too_long(len(line))
     try:
         text = line.decode().strip(" \t\r\n")
         value, end = _parse(text)
@@ -207,8 +216,8 @@ def _read_array(path: str, text: str) -> Rows:
                 at = skip_space(at + 1)
             number += 1
             value, end = _parse(text, at)
+            yield f"{path}, row {number}", too_long(end - at) if end - at > LONGEST_ROW else value
             at = skip_space(end)
-            yield f"{path}, row {number}", value
         end = skip_space(at + 1)
         if end < len(text):
             raise json.JSONDecodeError("Extra data", text, end)
@@ -222,7 +231,7 @@ def _read_array(path: str, text: str) -> Rows:
 
 
 def _read_csv(path: str, text: str) -> Rows:
-    csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is shorter than a long conversation
+    csv.field_size_limit(LONGEST_ROW)  # the default of 128 KiB is shorter than a long conversation
     number = 0
     try:
         reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import sys
 
+from rlhf.checkpoint import disk_errors
 from rlhf.diagnose.diagnosis import diagnose
 from rlhf.diagnose.options import DiagnoseOptions
 from rlhf.option_parser import run_command
@@ -29,7 +30,8 @@ from rlhf.option_parser import run_command
 
 def run(options: DiagnoseOptions) -> None:
     """Diagnose a run."""
-    diagnose(options)
+    with disk_errors(options.folder, "give the same command again"):
+        diagnose(options)
 
 
 if __name__ == "__main__":

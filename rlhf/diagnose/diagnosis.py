@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
+from rlhf.checkpoint.disk import write_whole
 from rlhf.config import InputError
 from rlhf.console import quiet_libraries, say
 from rlhf.curves import plot_hint
@@ -37,9 +37,7 @@ def diagnose(options: DiagnoseOptions) -> dict:
 
     found = findings_of(measure(options, subject), subject)
     found |= {"verdict": verdict(found), "commands": commands(found, subject)}
-    part = folder / f"{REPORT}.partial"
-    part.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, folder / REPORT)
+    write_whole(folder / REPORT, json.dumps(found, indent=2) + "\n")
     show(found)
     picture = _draw(found, subject, folder)
     say(f"\nsaved {folder}/: {REPORT}{picture}")

@@ -24,7 +24,9 @@ stopped command continues when it is given again; lm_eval begins again.
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
+from rlhf.checkpoint import disk_errors
 from rlhf.evaluate.options import EvaluateOptions, check
 from rlhf.option_parser import run_command
 
@@ -36,18 +38,19 @@ def run(options: EvaluateOptions) -> None:
         InputError: a bad option, or models, rows or judgements that cannot be used.
     """
     check(options)
-    if options.mode == "pairwise":
-        from rlhf.evaluate.pairwise import compare_models
+    with disk_errors(Path(options.folder), "give the same command again"):
+        if options.mode == "pairwise":
+            from rlhf.evaluate.pairwise import compare_models
 
-        compare_models(options)
-    elif options.mode == "lm_eval":
-        from rlhf.evaluate.harness import run_harness
+            compare_models(options)
+        elif options.mode == "lm_eval":
+            from rlhf.evaluate.harness import run_harness
 
-        run_harness(options)
-    else:
-        from rlhf.evaluate.rewardbench import measure_scorer
+            run_harness(options)
+        else:
+            from rlhf.evaluate.rewardbench import measure_scorer
 
-        measure_scorer(options)
+            measure_scorer(options)
 
 
 def main(arguments: list[str]) -> int:

@@ -12,6 +12,7 @@ from rlhf.config import JUDGE
 from rlhf.console import interval_text, say, table, warn
 from rlhf.functional import bootstrap_interval, length_controlled, prediction_powered_mean, win_rate
 from rlhf.rubrics import as_dialogue
+from rlhf.web.render import visible
 
 if TYPE_CHECKING:
     from rlhf.evaluate.judgement import Judgement
@@ -188,7 +189,8 @@ def draw(figures: Figures) -> Any:
     axes.axvline(0.5, color="grey", linestyle=":")
     axes.set_yticks(range(len(rates)), [*reversed(rates)])
     axes.set(xlim=(0, 1), ylim=(-0.6, len(rates) - 0.4), xlabel="win rate of b, 95 % intervals")
-    axes.set_title(f"a: {figures['a']}    b: {figures['b']}", fontsize="medium")
+    names = f"a: {figures['a']}    b: {figures['b']}"
+    axes.set_title(names, fontsize="medium", parse_math=False)  # a path may have two $
     return figure
 
 
@@ -222,5 +224,5 @@ def _example(judgement: Judgement) -> list[str]:
     lines = []
     for name, text in parts.items():
         shown = text if len(text) <= NUM_CHARACTERS else f"{text[:NUM_CHARACTERS]} [...]"
-        lines += [f"**{name}**", "", *(f"    {line}" for line in shown.splitlines()), ""]
+        lines += [f"**{name}**", "", *(f"    {line}" for line in visible(shown).split("\n")), ""]
     return [*lines, "---", ""]

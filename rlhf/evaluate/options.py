@@ -17,6 +17,7 @@ from rlhf.config import (
     refuse,
 )
 from rlhf.inputs import Check, check_model, check_scorer, failures
+from rlhf.web.server import ServerOptions, bound, check_server
 
 MODES = ("pairwise", "rewardbench", "lm_eval")
 REPORT = "report.json"
@@ -123,7 +124,9 @@ def _pairwise_checks(options: EvaluateOptions) -> Iterator[Check]:
             yield partial(_check_file, path, name)
         elif path:
             yield partial(check_model, path, name, ("sft", "ppo"), code=code)
-    if options.by == "scorer":
+    if options.by == "people" and options.serve:
+        yield partial(_check_page, options.port)
+    elif options.by == "scorer":
         yield partial(check_scorer, str(options.scorer), options, "scorer", code)
     elif options.by == "judge":
         yield partial(check_scorer, options.judge_path, options, "rubric", code)
@@ -156,6 +159,13 @@ def _lm_eval_checks(options: EvaluateOptions) -> Iterator[Check]:
     yield partial(check_model, path, "path", ("sft", "ppo"), code=code)
     for task in filter(is_task_file, options.tasks):
         yield partial(_check_file, task, "tasks")
+
+
+def _check_page(port: int) -> None:
+    """Refuse a port in use, and missing libraries, before a model answers."""
+    check_server(ServerOptions.host, None)
+    with bound(ServerOptions.host, port):
+        pass
 
 
 def _check_file(path: str, field: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from rlhf.config import InputError
 from rlhf.console import say
-from rlhf.data import read_rows
+from rlhf.data import BadRow, DropRow, as_prompt, read_rows
 from rlhf.evaluate.options import REPORT, EvaluateOptions, is_answers, is_finished
 from rlhf.generate import GenerateOptions
 from rlhf.generate import run as generate
@@ -75,7 +75,7 @@ def _pair(a: dict[str, Any], b: dict[str, Any]) -> Pair:
     prompt = _first(a, PROMPT)
     if not isinstance(prompt, str):
         prompt = [turn for turn in prompt if turn["role"] != "system"]
-    texts = str(_first(a, RESPONSE)), str(_first(b, RESPONSE))
+    texts = _first(a, RESPONSE), _first(b, RESPONSE)
     columns = {name: value for name, value in (b | a).items() if name not in PROMPT + RESPONSE}
     return Pair(prompt, *texts, columns)
 
@@ -96,13 +96,36 @@ def _rows(options: EvaluateOptions, name: str, folder: Path) -> list[dict[str, A
             _answer(options, path, file)
     rows = []
     for where, row in read_rows(str(file), "train", "ppo", name):
-        if not isinstance(row, dict) or None in (_first(row, PROMPT), _first(row, RESPONSE)):
+        prompt = prompt_of(row, where, name)
+        if not isinstance(_first(row, RESPONSE), str):
             raise InputError(
-                f"{name}={file}, {where}: expected `prompt` and `response`; with several answers "
+                f"{name}: {where}: expected `prompt` and `response`; with several answers "
                 "to a prompt, give one: rlhf.generate with samples_per_prompt=1"
             )
-        rows.append(row)
+        rows.append(row | {"prompt": prompt})
+    if not rows:
+        raise InputError(f"{name}={file} has no rows")
     return rows
+
+
+def prompt_of(row: Any, where: str, name: str) -> Any:
+    """The prompt of a row, a text or a conversation.
+
+    Args:
+        where: place of the row.
+        name: option of its file.
+
+    Raises:
+        InputError: it has none.
+    """
+    try:
+        if isinstance(row, BadRow):
+            raise row
+        if not isinstance(row, dict) or _first(row, PROMPT) is None:
+            raise InputError("expected an object with a `prompt`")
+        return as_prompt(_first(row, PROMPT), "prompt")
+    except (InputError, DropRow) as error:
+        raise InputError(f"{name}: {where}: {error}") from error
 
 
 def _first(row: dict[str, Any], names: tuple[str, ...]) -> Any:

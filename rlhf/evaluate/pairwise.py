@@ -21,7 +21,7 @@ from rlhf.data import read_rows
 from rlhf.evaluate.figures import draw, figures_of, markdown, show_figures
 from rlhf.evaluate.judgement import Judgement
 from rlhf.evaluate.options import REPORT, EvaluateOptions
-from rlhf.evaluate.pairs import Pair, begin, key_of, load_pairs
+from rlhf.evaluate.pairs import Pair, begin, key_of, load_pairs, prompt_of
 from rlhf.evaluate.people import by_people
 from rlhf.functional import wins
 from rlhf.scorers import Judge, judges, load_scorer, score_responses
@@ -140,16 +140,15 @@ def read_gold(path: str) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for where, row in read_rows(path, "train", "ppo", "gold"):
-        if not isinstance(row, dict) or row.get("prompt") is None:
-            raise InputError(f"gold={path}, {where}: expected `prompt` and `gold`")
+        prompt = prompt_of(row, where, "gold")
         label = row.get("gold")
         if label is None:
             continue
         if label not in LABELS:
-            raise InputError(f"gold={path}, {where}: gold must be a, b or tie, got {show(label)}")
-        key = key_of(row["prompt"])
+            raise InputError(f"gold: {where}: gold must be a, b or tie, got {show(label)}")
+        key = key_of(prompt)
         if found.setdefault(key, label) != label:
-            raise InputError(f"gold={path}, {where}: this prompt has another label before")
+            raise InputError(f"gold: {where}: this prompt has another label before")
     if not found:
         raise InputError(f"gold={path} has no row with `gold`: a, b or tie")
     return found

@@ -39,6 +39,7 @@ from rlhf.config import InputError, ScorerConfig, show
 from rlhf.console import say
 from rlhf.data import BadRow, DropRow, check_row, prompt_of, read_rows, repaired, resolve_format
 from rlhf.data.detect import ORDER, reads
+from rlhf.data.read import LONGEST_ROW, too_long
 from rlhf.data.rows import as_rows
 from rlhf.generate.options import GenerateOptions, check_author
 from rlhf.option_parser import check_options
@@ -118,6 +119,8 @@ def _summary(rows: list[dict[str, Any]], answerer: Answerer) -> str:
         parts.append(f"{len(refused):,} not (the first: {refused[0]})")
     if flat:
         parts.append(f"{sum(flat) / len(flat):.1%} of the answers ended by themselves")
+    if empty := sum(not text.strip() for row in rows for text in _texts_of(row)):
+        parts.append(f"{empty:,} answers are empty")
     if answerer.num_tokens:
         parts.append(f"{answerer.num_tokens / answerer.seconds:,.0f} tokens/s")
     if answerer.author is not None and answerer.author.num_known:
@@ -125,6 +128,11 @@ def _summary(rows: list[dict[str, Any]], answerer: Answerer) -> str:
     if answerer.num_cut:
         parts.append(f"best_of read only the beginning of {answerer.num_cut:,} answers (too long)")
     return "; ".join(parts)
+
+
+def _texts_of(row: dict[str, Any]) -> list[str]:
+    """The answers in a written row; none where the prompt was not answered."""
+    return [] if "not_answered" in row else row.get("responses") or [row["response"]]
 
 
 # --- Prompts --------------------------------------------------------------------------------------
@@ -153,7 +161,9 @@ def _raw_rows(source: Path, data: bytes) -> Iterator[tuple[str, Any]]:
         yield from read_rows(str(source), "train", "ppo", "prompts")
         return
     for number, line in enumerate(data.decode(errors="replace").split("\n"), start=1):
-        if line.strip():
+        if len(line) > LONGEST_ROW:
+            yield f"line {number}", too_long(len(line))
+        elif line.strip():
             yield f"line {number}", {"prompt": line.rstrip("\r")}
 
 

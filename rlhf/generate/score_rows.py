@@ -26,7 +26,7 @@ from typing import Any
 
 from rlhf.config import InputError, knob, show
 from rlhf.console import progress_bar, say
-from rlhf.data import BadRow, as_prompt, as_text, read_rows, repaired
+from rlhf.data import BadRow, DropRow, as_prompt, as_text, read_rows, repaired
 from rlhf.generate.author import Author, Reply, begun, left_out, refusal, save_rows
 from rlhf.generate.options import AuthorOptions
 from rlhf.row_file import refuse_rows
@@ -221,7 +221,7 @@ def read_unscored(source: Path) -> list[Row]:
     for where, raw in read_rows(str(source), "train", "reward", "data"):
         try:
             rows.append(_row(raw))
-        except (InputError, ValueError) as error:
+        except (InputError, DropRow, ValueError) as error:
             problems.append(f"{where}: {error}")
     refuse_rows(problems, f"data={source}, nothing was scored")
     if not rows:

@@ -33,9 +33,10 @@ from rlhf.rank.by_scorer import check_ranking_scorer, rank_by_scorer
 from rlhf.rank.options import RankOptions
 from rlhf.rank.ranked_rows import export, written_files
 from rlhf.rank.serving import serve
-from rlhf.rank.store import Store
+from rlhf.rank.store import OTHER, Store
 from rlhf.rank.summary import make_report, report_text, save_report
 from rlhf.rank.tasks import check_models, make_tasks, read_questions
+from rlhf.sqlite_files import database_errors
 from rlhf.web.server import bound, check_server
 
 
@@ -65,6 +66,7 @@ def run(options: RankOptions) -> None:
         stack.enter_context(disk_errors(out.parent, "give the same command again"))
         lock = out.with_name(f".{out.name}.lock")
         stack.enter_context(locked(lock, f"out={out}", "use its page, or another out=<file>"))
+        stack.enter_context(database_errors(store_file, OTHER))
         store = stack.enter_context(closing(_open(options, out, store_file)))
 
         def write() -> None:

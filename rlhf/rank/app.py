@@ -27,6 +27,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from rlhf.console import warn
 from rlhf.rank.store import Showing, Store
 from rlhf.rank.summary import live_report
 from rlhf.web.guard import Guard, files, read_body, text_of
@@ -36,6 +37,7 @@ from rlhf.web.server import Refused
 PAGE = Path(__file__).with_name("page")
 LONGEST_NAME = 60  # characters
 EXPORT_SECONDS = 1.0
+FAILURES = (OSError, sqlite3.Error)  # of a disk, which may be over in a moment
 
 
 def make_app(
@@ -60,21 +62,26 @@ def make_app(
         task = asyncio.create_task(_export_changes(store, export))
         yield
         task.cancel()
-        await run_in_threadpool(export)
+        with suppress(*FAILURES):  # the command exports once more, and says why it cannot
+            await run_in_threadpool(export)
 
     routes = [Route("/api/{name}", desk.answer, methods=["POST"]), files(PAGE)]
     return Guard(Starlette(routes=routes, lifespan=exporting), "rank", host, token)
 
 
 async def _export_changes(store: Store, export: Callable[[], None]) -> None:
-    exported = -1
+    exported, said = -1, ""
     while True:
-        if (changes := store.changes()) != exported:
-            with suppress(
-                OSError
-            ):  # a full disk: the store has it, and the next change tries again
+        failure = ""
+        try:
+            if (changes := store.changes()) != exported:
                 await run_in_threadpool(export)
                 exported = changes
+        except FAILURES as error:
+            failure = str(error)
+            if failure != said:
+                warn(f"nothing is exported ({failure}), but all is in {store.file}; trying again")
+        said = failure
         await asyncio.sleep(EXPORT_SECONDS)
 
 
@@ -99,7 +106,7 @@ class Desk:
             return JSONResponse(await run_in_threadpool(asked, self._annotator(body), body))
         except Refused as error:
             return JSONResponse({"error": str(error)}, 409)
-        except (sqlite3.Error, OSError) as error:
+        except FAILURES as error:
             what = f"The server cannot save it ({error}). Your work is kept in this browser."
             return JSONResponse({"error": what}, 503)
 

@@ -27,10 +27,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import InputError
+from rlhf.sqlite_files import open_database
 from rlhf.web.server import Refused
 
 KINDS = ("ranking", "skip", "flag")
+OTHER = "move it away, or give another out=<file>"  # where a file is no store
 RESERVED_SECONDS = 1800.0  # how long a task that was shown waits for its annotator
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -117,18 +118,11 @@ class Store:
             seed: of the order of the cards.
 
         Raises:
-            InputError: the file is not a store.
+            InputError: the file is not a store, or cannot be used.
         """
         self.file, self.overlap, self.seed = file, overlap, seed
         self._lock = threading.RLock()
-        try:
-            self._db = sqlite3.connect(file, check_same_thread=False, isolation_level=None)
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA synchronous = FULL")
-            self._db.executescript(SCHEMA)
-        except sqlite3.Error as error:
-            fix = "move it away, or give another out=<file>"
-            raise InputError(f"{file} is not a store of rankings ({error}); {fix}") from error
+        self._db = open_database(file, SCHEMA, OTHER)
 
     def close(self) -> None:
         """Close the file."""
@@ -140,10 +134,11 @@ class Store:
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield self._db
+                self._db.execute("COMMIT")
             except BaseException:
-                self._db.execute("ROLLBACK")
+                if self._db.in_transaction:  # SQLite ends it by itself where the disk is full
+                    self._db.execute("ROLLBACK")
                 raise
-            self._db.execute("COMMIT")
 
     def _rows(self, query: str, *values: Any) -> list[Any]:
         with self._lock:

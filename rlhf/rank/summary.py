@@ -16,6 +16,7 @@ from typing import Any
 from rlhf.console import interval_text, table
 from rlhf.rank.agreement import Estimate, agreements, ordinal_alpha, pairwise_agreement, share
 from rlhf.rank.store import Judgement
+from rlhf.web.render import visible
 
 Report = dict[str, Any]
 
@@ -133,7 +134,8 @@ def report_text(report: Report) -> str:
             f"{_interval(report['alpha'])}"
         )
     if report["flags"]:
-        reasons = (f"{reason} ({number})" for reason, number in report["flags"].items())
+        flags = report["flags"].items()
+        reasons = (f"{visible(reason)} ({number})" for reason, number in flags)
         lines.append(f"flagged, and left out of the rankings: {', '.join(reasons)}")
     for pair in report["policies"]:
         lines.append(

@@ -17,6 +17,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from rlhf.checkpoint.disk import write_whole
 from rlhf.compare import METRICS, OWN, Stages, find_stages
 from rlhf.config import (
     CONFIG_FILE,
@@ -29,10 +30,12 @@ from rlhf.config import (
 )
 from rlhf.console import interval_text, say
 from rlhf.curves import draw_curves, draw_frontier, plot_hint
+from rlhf.data import whole_characters
 from rlhf.metrics import METRICS as MEANINGS
 from rlhf.metrics import read_json, read_jsonl
 from rlhf.option_parser import run_command
 from rlhf.rubrics import as_dialogue
+from rlhf.web.render import visible
 
 TITLES = {"sft": "Supervised fine-tuning", "reward": "Reward model", "ppo": "PPO"}
 OTHERS = {"update": "update that became final/"}  # results that are no metrics
@@ -78,7 +81,7 @@ def run(options: ReportOptions) -> None:
     text = page(directory.resolve().name, stages)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text, encoding="utf-8", errors="replace")
+        write_whole(out, whole_characters(text))
     except OSError as error:
         raise InputError(f"out={out} cannot be written: {error.strerror}") from error
     say(f"saved {out}, {out.stat().st_size / 1024:.0f} KiB: open it in a browser")
@@ -87,9 +90,13 @@ def run(options: ReportOptions) -> None:
 
 
 def page(name: str, stages: Stages) -> str:
-    """Return the page of a run as HTML; everything that a model wrote in it is escaped."""
+    """Return the page of a run as HTML; everything that a model wrote in it is escaped, and has no
+    hidden characters."""
     environment = Environment(
-        loader=PackageLoader("rlhf.report", "."), autoescape=True, undefined=StrictUndefined
+        loader=PackageLoader("rlhf.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=lambda value: visible(value) if type(value) is str else value,
     )
     template = environment.get_template("page.html")
     sections = [section(stage, directory) for stage, directory in stages.items()]

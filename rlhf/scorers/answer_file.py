@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sqlite3
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf.config import InputError
+from rlhf.sqlite_files import database_errors, open_database
 
 TABLE = (
     "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, text TEXT NOT NULL, "
@@ -43,21 +43,17 @@ class AnswerFile:
             field: configuration key of `path`, for messages.
 
         Raises:
-            InputError: it cannot be opened, or is no such file.
+            InputError: it cannot be opened, or is no such file; `read` and `write` too.
         """
         self.path = str(Path(path).expanduser()) if path else str(default_path())
+        self.other = f"move it away, or give {field}=<another file>"
         self.lock = threading.Lock()
         try:
             if self.path != ":memory:":
                 Path(self.path).parent.mkdir(parents=True, exist_ok=True)
-            connect = dict(timeout=60.0, isolation_level=None, check_same_thread=False)
-            self.database = sqlite3.connect(self.path, **connect)  # type: ignore[call-overload]
-            self.database.execute("PRAGMA journal_mode=WAL")
-            self.database.execute(TABLE)
-            self.database.execute("SELECT key, text, tokens_in, tokens_out FROM answers LIMIT 0")
-        except (OSError, sqlite3.Error) as error:
-            fix = f"delete it, or give {field}=<another file>"
-            raise InputError(f"{self.path} cannot keep answers ({error}); {fix}") from error
+        except OSError as error:
+            raise InputError(f"{self.path} cannot be made: {error}; {self.other}") from error
+        self.database = open_database(self.path, TABLE, self.other)
 
     @staticmethod
     def key(identity: Sequence[Any], text: str) -> str:
@@ -67,7 +63,7 @@ class AnswerFile:
     def read(self, keys: Sequence[str]) -> dict[str, Answer]:
         """The answers that are known, by key."""
         found: dict[str, Answer] = {}
-        with self.lock:
+        with self.lock, database_errors(self.path, self.other):
             for start in range(0, len(keys), AT_ONCE):
                 part = keys[start : start + AT_ONCE]
                 marks = ",".join("?" * len(part))
@@ -80,7 +76,7 @@ class AnswerFile:
 
     def write(self, key: str, answer: Answer) -> None:
         """Keep an answer; it is on the disk when this returns."""
-        with self.lock:
+        with self.lock, database_errors(self.path, self.other):
             row = "INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?)"
             self.database.execute(row, (key, *answer))
 

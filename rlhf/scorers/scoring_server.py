@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from rlhf.config import InputError, one_line
+from rlhf.data import DropRow, as_prompt
 from rlhf.http_endpoint import MOST_BYTES
 from rlhf.scorers.call import Scorer, score_responses
 
@@ -71,8 +72,13 @@ def _read(body: Any) -> tuple[list[Any], list[str], dict[str, list[Any]]]:
         raise InputError('expected {"prompts": [...], "responses": [...]}')
     if not all(isinstance(response, str) for response in responses):
         raise InputError("`responses` must be texts")
-    if not isinstance(columns, dict):
+    if not isinstance(columns, dict) or not all(isinstance(c, list) for c in columns.values()):
         raise InputError('`columns` must be {"name": [...]}')
+    try:
+        for number, prompt in enumerate(prompts):
+            as_prompt(prompt, f"prompts[{number}]")
+    except DropRow as reason:
+        raise InputError(f"`prompts` has {reason}, which no scorer reads") from reason
     sizes = {len(values) for values in (prompts, responses, *columns.values())}
     if len(sizes) != 1:
         raise InputError(f"prompts, responses and columns differ in number: {sorted(sizes)}")
@@ -82,6 +88,7 @@ def _read(body: Any) -> tuple[list[Any], list[str], dict[str, list[Any]]]:
 class _Handler(BaseHTTPRequestHandler):
     server: ScoreServer
     protocol_version = "HTTP/1.1"
+    timeout = 60  # seconds for the next byte of a request
 
     def do_GET(self) -> None:
         self._answer(200, {"scorer": self.server.name})
@@ -92,7 +99,7 @@ class _Handler(BaseHTTPRequestHandler):
             if not 0 <= length <= MOST_BYTES:
                 raise ValueError(f"a body of {length:,} bytes")
             body = json.loads(self.rfile.read(length))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             self.close_connection = True
             return self._answer(400, {"error": f"expected JSON with its length: {error}"})
         try:

@@ -7,6 +7,7 @@ opened with it are let in. Left out: accounts with passwords, TLS (an SSH tunnel
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import ipaddress
 import json
@@ -18,8 +19,8 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from starlette.datastructures import Headers
-from starlette.requests import Request
-from starlette.responses import PlainTextResponse, RedirectResponse, Response
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from rlhf.data import whole_characters
@@ -58,10 +59,13 @@ async def read_body(request: Request) -> dict[str, Any]:
     if request.headers.get("content-type", "").partition(";")[0] != "application/json":
         raise Refused("The request is not JSON.")
     data = b""
-    async for piece in request.stream():
-        data += piece
-        if len(data) > LARGEST_BODY:
-            raise Refused(f"The text is too long: at most {LARGEST_BODY:,} bytes are taken.")
+    try:
+        async for piece in request.stream():
+            data += piece
+            if len(data) > LARGEST_BODY:
+                raise Refused(f"The text is too long: at most {LARGEST_BODY:,} bytes are taken.")
+    except ClientDisconnect as error:
+        raise Refused("The request was cut off.") from error
     try:
         body = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -98,14 +102,23 @@ class Guard:
             await self.app(scope, receive, send)
             return
 
+        has_begun = False
+
         async def with_headers(message: Any) -> None:
+            nonlocal has_begun
             if message["type"] == "http.response.start":
+                has_begun = True
                 more = [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]
                 message["headers"] = [*message.get("headers", []), *more]
             await send(message)
 
         answer = self._refusal(scope) or self._admission(scope) or self.app
-        await answer(scope, receive, with_headers)
+        try:
+            await answer(scope, receive, with_headers)
+        except asyncio.CancelledError:  # the server ends, and a request is half sent
+            if not has_begun:
+                ended = JSONResponse({"error": "The server has ended."}, 503)
+                await ended(scope, receive, with_headers)
 
     def _refusal(self, scope: Any) -> Response | None:
         """Refuse names of other hosts (DNS rebinding) and changes that other sites ask for."""

@@ -84,13 +84,18 @@ def bound(host: str, port: int) -> Iterator[socket.socket]:
 
 def serve(app: Any, taken: socket.socket) -> None:
     """Serve an ASGI app on a bound socket until Ctrl-C."""
+    with suppress(KeyboardInterrupt):
+        server_of(app).run(sockets=[taken])
+
+
+def server_of(app: Any) -> Any:
+    """The server of an ASGI app; requests have 3 seconds to end after Ctrl-C."""
     import uvicorn
 
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, timeout_graceful_shutdown=3, ws="none"
     )
-    with suppress(KeyboardInterrupt):
-        uvicorn.Server(config).run(sockets=[taken])
+    return uvicorn.Server(config)
 
 
 def address_of(taken: socket.socket, host: str, token: str | None) -> str:

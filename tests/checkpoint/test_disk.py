@@ -12,11 +12,11 @@ import errno
 import os
 import resource
 import shutil
-import subprocess
 
 import pytest
 import torch
 from helpers.checkpoints import config_of
+from helpers.disks import mounted, remount
 from helpers.processes import Fork
 from helpers.runs import directory_of, log_of, names, new_run, outcome, run_stage, text_of, train
 from safetensors import SafetensorError
@@ -78,18 +78,7 @@ def test_limit_on_the_size_of_a_file_is_said_and_the_run_continues_without_it(
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """Mount a tmpfs: size in bytes -> its directory; `mount -o remount,ro` makes it read-only."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-
-    def mount(size):
-        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]
-        if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
-            pytest.skip("no tmpfs can be mounted here")
-        return disk
-
-    yield mount
-    subprocess.run(["umount", "-l", str(disk)], capture_output=True)
+    yield from mounted(tmp_path / "disk")
 
 
 @pytest.mark.parametrize(
@@ -119,7 +108,7 @@ def test_full_disk_is_said_and_the_run_continues_when_there_is_space(
     assert "No space left on device; free some space, then continue with resume=auto" in message
     assert leftovers(config) == []
     assert len(names(directory_of(config), "checkpoint-*")) == int(num_checkpoints)
-    subprocess.run(["mount", "-o", "remount,size=1g", str(disk)], check=True)
+    remount(disk, "size=1g")
     finish(config)
     assert outcome(config) == whole.outcome
 
@@ -127,7 +116,7 @@ def test_full_disk_is_said_and_the_run_continues_when_there_is_space(
 def test_read_only_directory_is_refused_before_anything_is_loaded(small_disk, tmp_path):
     disk = small_disk(1 << 20)
     (disk / "runs/mine/sft").mkdir(parents=True)
-    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    remount(disk, "ro")
     for values in ({}, {"resume": "auto"}, {"overwrite": True}):
         with pytest.raises(InputError, match="sft cannot be written to; make it writable, or"):
             refuse_used_directory(config_of(disk / "runs", **values), "sft")

@@ -215,6 +215,13 @@ def test_the_files_of_the_page_have_no_code_in_them_that_its_policy_forbids(spea
     assert "innerHTML" not in (PAGE / "chat.js").read_text()
 
 
+def test_a_restart_reads_answers_with_any_separator_of_lines_in_them(speakers, out):
+    texts = ("One\u2028two\x85three\x0b", "A car.\x00")
+    assert page_of(speakers, out).post("/api/mark", json=marked([1, 0], texts)).is_success
+    (row,) = Rankings(out).rows.values()
+    assert row["responses"] == [text.strip() for text in texts]
+
+
 def test_a_file_of_something_else_is_refused(out):
     out.write_text('{"prompt": "A", "responses": ["B", "C"], "ranks": [0, 1]}\n{"text": "A"}\n')
     with pytest.raises(InputError, match="line 2 is no ranking; give another out=<file>"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from helpers.scorers import policy_tokenizer, write_reward_model
 from helpers.tiny_ppo import write_policy, write_prompts
 
 from rlhf.evaluate.__main__ import main
-from rlhf.evaluate.figures import conclusion, examples, figures_of
+from rlhf.evaluate.figures import conclusion, draw, examples, figures_of, markdown
 from rlhf.evaluate.judgement import Judgement
 from rlhf.evaluate.rewardbench import SECTIONS, measure, read_pairs
 from rlhf.reward.report.measures import ranked_pairs
@@ -187,7 +188,7 @@ def test_people_compare_blind_and_go_on_later(monkeypatch, capsys):
         write(options.out, said)
 
     monkeypatch.setattr("rlhf.evaluate.people.rank", rank)
-    assert main(arguments) == 0
+    assert main([*arguments, "port=0"]) == 0
     found = report()
     assert [found[name] for name in ("wins_a", "ties", "wins_b")] == [1, 3, 2]
     assert found["without_verdict"] == 2
@@ -234,6 +235,12 @@ def test_two_models_answer_and_are_compared(tmp_path, capsys):
             ["a=a.jsonl", "b=b.jsonl", "by=scorer", "scorer=os.path.join", "gold=a.jsonl"],
             "no row w",
         ),
+        (["a=e.jsonl", "b=b.jsonl", "by=scorer", "scorer=os.path.join"], "a=e.jsonl has no rows"),
+        (["a=a.jsonl", "b=f.jsonl", "by=scorer", "scorer=os.path.join"], "b: f.jsonl, row 1: not"),
+        (["a=g.jsonl", "b=b.jsonl", "by=scorer", "scorer=os.path.join"], "g.jsonl, row 1: tool ca"),
+        (["a=h.jsonl", "b=b.jsonl", "by=scorer", "scorer=os.path.join"], "row 1: field 'prompt'"),
+        (["mode=rewardbench", "path=os.path.join", "data=f.jsonl"], "data: f.jsonl, row 1: not"),
+        (["mode=rewardbench", "path=os.path.join", "data=g.jsonl"], "g.jsonl, row 1: tool calls"),
         (["mode=pair"], "mode must be one of pairwise, rewardbench"),
         (["mode=rewardbench", "path=x"], "data is missing; add data=<rows with prompt, chosen"),
         (["mode=rewardbench", "path=os.path.join", "data=a.jsonl"], "chosen"),
@@ -243,8 +250,24 @@ def test_what_cannot_be_evaluated_is_named(capsys, arguments, message):
     two_files(2)
     write("c.jsonl", [{"prompt": "question 0", "response": "x"}])
     write("d.jsonl", [{"prompt": "question 0", "responses": ["x", "y"]}])
+    write("e.jsonl", [])
+    write("g.jsonl", [{"prompt": [{"role": "tool"}], "response": "x"}])
+    write("h.jsonl", [{"prompt": 5, "response": "x"}])
+    with open("f.jsonl", "w") as file:
+        file.write('{"prompt": ')
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_port_in_use_is_refused_before_a_model_answers(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("rlhf.evaluate.pairs.generate", lambda options: pytest.fail("it answers"))
+    sides = [f"{name}={write_policy(tmp_path / name)}" for name in ("a", "b")]
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        asked = f"prompts={write('prompts.jsonl', [{'prompt': 'q'}])}", "by=people", f"port={port}"
+        assert main([*sides, *asked]) == 2
+    said = capsys.readouterr().err
+    assert f"port={port} of 127.0.0.1 cannot be opened: Address already in use; another" in said
 
 
 def test_the_conclusion_looks_at_equal_length():
@@ -266,6 +289,21 @@ def test_examples_are_wins_that_length_does_not_explain():
 
 
 # --- RewardBench ----------------------------------------------------------------------------------
+
+
+def test_the_page_shows_hidden_characters_and_keeps_markup_apart():
+    text = "\u202eevil\x1b[31m\n# heading\u2028<script>"
+    judgements = [Judgement(text, text, "x" * 9, "b", scores=(0.0, 1.0))]
+    figures = {"a": "a", "b": "b", "by": "x.y"} | figures_of(judgements)
+    page = markdown(figures, judgements)
+    shown = "    [U+202E]evil[U+001B][31m\n    # heading[U+2028]<script>\n"
+    assert page.count(shown) == 2 and not {"\u202e", "\x1b", "\u2028"} & set(page)
+
+
+def test_a_picture_is_drawn_of_names_with_dollars(tmp_path):
+    judgements = [Judgement("q", "x", "y", "a")] * 3
+    figures = {"a": "runs/$x_$/a", "b": "b$", "by": "x.y"} | figures_of(judgements)
+    draw(figures).savefig(tmp_path / "picture.png")
 
 
 def test_rewardbench_gives_accuracy_by_subset_and_at_equal_length(capsys):

@@ -15,6 +15,8 @@ from helpers.judging import chat
 from helpers.scorers import policy_tokenizer, write_reward_model
 from helpers.tiny import tiny_model
 
+import rlhf.data.read
+import rlhf.generate.sample
 import rlhf.row_file
 import rlhf.score
 from rlhf.config import DatasetConfig, ModelConfig, ScorerConfig
@@ -278,6 +280,28 @@ def test_a_model_at_an_endpoint_answers_and_a_failure_loses_no_answer(command, t
     assert rows[0]["id"] == 7 and rows[0]["prompt"][0] == {"role": "system", "content": "Hi"}
     splits = load_splits(DatasetConfig(path=f"{tmp_path}/prompts.answers.jsonl"), "ppo", 1)
     assert len(splits.train + splits.eval) == len(ROWS)
+
+
+def test_answers_without_a_text_are_counted(command, tmp_path):
+    prompts = file_of(tmp_path / "prompts.jsonl", [{"prompt": f"{i}?"} for i in range(4)])
+    silent = 200, {"choices": [{"message": {"content": None}}]}
+    with running(Answers(counted, silent, counted, silent)) as server:
+        ask = f"prompts={prompts}", "model=m", f"url={server.url}", "num_requests=1"
+        status, output, errors = command(*ask)
+    assert status == 0, errors
+    assert "4 of 4 prompts answered" in output and "; 2 answers are empty" in output
+    assert sorted(row["response"] for row in rows_of(tmp_path / "prompts.answers.jsonl"))[:2] == [
+        "",
+        "",
+    ]
+
+
+def test_a_line_of_text_that_no_context_holds_is_named(policy, command, tmp_path, monkeypatch):
+    monkeypatch.setattr(rlhf.generate.sample, "LONGEST_ROW", 20)
+    monkeypatch.setattr(rlhf.data.read, "LONGEST_ROW", 20)
+    (tmp_path / "a.txt").write_text("A fruit?\n" + "x" * 21)
+    status, _, errors = command(f"path={policy}", f"prompts={tmp_path / 'a.txt'}")
+    assert status == 2 and "line 2: it has 21 bytes, and a row at most 20" in errors
 
 
 def test_a_reward_model_chooses_among_the_answers_of_an_endpoint(reward_model, command, tmp_path):

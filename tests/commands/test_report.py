@@ -119,6 +119,17 @@ def test_what_a_model_wrote_is_not_executed_and_nothing_is_fetched(tmp_path, com
     assert len(re.findall("<img [^>]*src=", page)) == 2
 
 
+def test_hidden_characters_of_an_answer_are_shown(tmp_path, command):
+    config = PPOStageConfig(runs_dir=str(tmp_path), run_name="mine")
+    hidden = "\u202egnitirw \x1b[31m\x00 \ud83d \u05e9\u05dc\u05d5\u05dd\n\tsecond"
+    samples = [sample(1, f"{hidden}?", hidden)]
+    write_stage(config, "ppo", [{"step": 1, "score": 0.1}], None, samples=samples)
+    assert command("run_name=mine", f"runs_dir={tmp_path}")[0] == 0
+    page = (tmp_path / "mine/report.html").read_text()
+    shown = "[U+202E]gnitirw [U+001B][31m[U+0000] \ufffd \u05e9\u05dc\u05d5\u05dd\n\tsecond"
+    assert page.count(shown) == 2 and not set("\u202e\x1b\x00") & set(page)
+
+
 def test_a_run_that_has_not_finished_has_a_page_too(tmp_path, command):
     directory = ppo_run(tmp_path, None)
     sft = SFTStageConfig(runs_dir=str(tmp_path), run_name="mine")

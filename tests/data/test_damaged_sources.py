@@ -8,6 +8,7 @@ import json
 import pytest
 from helpers.rows import assistant, user, write
 
+import rlhf.data.read
 from rlhf.config import InputError
 from rlhf.data import load_rows
 
@@ -49,6 +50,29 @@ BAD_LINES = {
     ),
     "cut at its end": (b'{"messages": [{"role"', "row 3: not valid JSON"),
 }
+
+
+@pytest.mark.parametrize("is_array", [False, True])
+def test_a_row_that_no_context_holds_is_dropped_or_named(tmp_path, monkeypatch, is_array):
+    long = json.dumps({"messages": [user("x" * 500), assistant("Hello")]}).encode()
+    monkeypatch.setattr(rlhf.data.read, "LONGEST_ROW", len(long) - 1)
+    path, lines = tmp_path / "rows.json", [LINE, LINE, long]
+    path.write_bytes(b"[%b]" % b",\n".join(lines) if is_array else b"\n".join(lines))
+    rows, dropped = load_rows(str(path), "messages", "train", "sft")
+    assert len(rows) == 2 and dropped == {"longer than a row may be": 1}
+    what = f"row 3: it has {len(long)} bytes, and a row at most {len(long) - 1}; is a line break"
+    with pytest.raises(InputError, match=what):
+        load_rows(str(path), "messages", "train", "sft", on_bad_row="stop")
+    monkeypatch.setattr(rlhf.data.read, "LONGEST_ROW", len(long))
+    assert len(load_rows(str(path), "messages", "train", "sft")[0]) == 3
+
+
+def test_a_cell_that_no_context_holds_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(rlhf.data.read, "LONGEST_ROW", 100)
+    path = tmp_path / "rows.csv"
+    path.write_text(f'prompt,completion\na,b\n"{"x" * 101}",b\n')
+    with pytest.raises(InputError, match="row 2: not valid CSV: field larger than field limit"):
+        load_rows(str(path), "prompt_completion", "train", "sft")
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.jsonl.gz"])

@@ -6,8 +6,11 @@ Run: python -m pytest tests/rank/test_app.py
 from __future__ import annotations
 
 import json
+import socket
 import sqlite3
+import threading
 import time
+import urllib.request
 
 import pytest
 from starlette.testclient import TestClient
@@ -16,6 +19,7 @@ import rlhf.rank.app
 from rlhf.rank.app import PAGE, make_app
 from rlhf.rank.store import Store, Task
 from rlhf.web.render import LONGEST, to_html
+from rlhf.web.server import server_of
 
 MARKUP = (
     "<script>alert(1)</script> <img src=x onerror=alert(1)> ![i](http://e.vil/pixel.png) "
@@ -161,6 +165,35 @@ def test_a_request_that_cannot_be_read_gets_one_clear_line(store, content, messa
     headers = {"content-type": "application/json"}
     answer = client(store).post("/api/submit", content=content, headers=headers)
     assert answer.status_code == 409 and message in answer.json()["error"]
+
+
+def test_a_browser_that_disappears_in_a_request_is_no_traceback_and_stops_nobody(store, capfd):
+    """Half of a request comes; then the connection ends, or is still open when the server ends."""
+    head = b"POST /api/submit HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    head += b'Content-Length: 500\r\n\r\n{"annotator": "ann"'
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = server_of(make_app(store))
+        server.config.timeout_graceful_shutdown = 0.2
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        address = listener.getsockname()
+        with socket.create_connection(address) as waits, socket.create_connection(address) as gone:
+            waits.sendall(head)
+            gone.sendall(head)
+            time.sleep(0.2)
+            gone.close()
+            body = json.dumps({"annotator": "ann"}).encode()
+            request = urllib.request.Request(f"http://127.0.0.1:{address[1]}/api/next", body)
+            request.add_header("Content-Type", "application/json")
+            with urllib.request.urlopen(request, timeout=5) as answer:
+                assert json.load(answer)["task"]["number"] == 1
+            assert capfd.readouterr().err == ""
+            server.should_exit = True
+            thread.join()
+            waits.settimeout(5)
+            assert b"503 Service Unavailable" in waits.recv(1000)
+    assert "Traceback" not in capfd.readouterr().err
+    assert store.judgements() == []
 
 
 def test_only_listed_annotators_may_rank(store):

@@ -34,7 +34,7 @@ from rlhf.ppo import train_ppo
 from rlhf.reward import train_reward
 from rlhf.reward.report.__main__ import main
 from rlhf.reward.report.measures import agreement, heldout_metrics, measure, shorten
-from rlhf.reward.report.page import PICTURE, draw, page_files, terminal_text
+from rlhf.reward.report.page import PICTURE, draw, markdown, page_files, terminal_text
 from rlhf.reward.report.verdict import judge, make_report
 from rlhf.sft import train_sft
 
@@ -176,6 +176,13 @@ def test_mistakes_are_the_largest_wrong_gaps_one_of_a_prompt_with_their_texts():
     assert (only["better"]["score"], only["worse"]["score"]) == (0.0, 9.0)
     many = report_of([[0.0, i, 9.0] for i in range(8)], [[0, 1, 2]] * 8, [[4, 4, 4]] * 8)
     assert [m["worse"]["score"] - m["better"]["score"] for m in many["mistakes"]] == [9.0] * 5
+
+
+def test_hidden_characters_are_shown_in_the_page():
+    report = report_of(SCORES, RANKS, LENGTHS)
+    report["mistakes"][0]["prompt"] = "\u202eabc \x1b[31m"
+    page = markdown(report, has_picture=False)
+    assert "        [U+202E]abc [U+001B][31m\n" in page and not {"\u202e", "\x1b"} & set(page)
 
 
 def test_long_texts_keep_their_start_and_their_end():

@@ -216,9 +216,7 @@ def test_a_judge_that_cannot_be_asked_is_refused_before_models_load(
 def test_a_file_that_is_no_file_of_answers_is_refused(tmp_path):
     (tmp_path / "x").write_text("hello, this is no database" * 99)
     with running(Answers(chat("[[1]]"))) as server:
-        with pytest.raises(
-            InputError, match="cannot keep answers .*; delete it, or give scorer.end"
-        ):
+        with pytest.raises(InputError, match="; move it away, or give scorer.endpoint.cache="):
             judge(server, cache=str(tmp_path / "x"))
 
 

@@ -190,15 +190,36 @@ def test_a_port_in_use_is_refused():
         (b'{"prompts": ["a"], "responses": []}', 422, "differ in number"),
         (b'{"prompts": ["a"], "responses": [1]}', 422, "must be texts"),
         (b'{"prompts": ["a"], "responses": ["b"], "columns": 1}', 422, "columns"),
+        (b'{"prompts": ["a"], "responses": ["b"], "columns": {"answer": 1}}', 422, "columns"),
+        (b'{"prompts": [1], "responses": ["b"]}', 422, "prompts[0]"),
+        (b'{"prompts": [[{"role": "tool"}]], "responses": ["b"]}', 422, "has tool calls"),
+        (b"[" * 100_000, 400, "expected JSON"),
+        (b'{"prompts": ["\xff"]}', 400, "expected JSON"),
     ],
 )
-def test_the_server_says_what_is_wrong_with_a_request(body, status, message):
+def test_the_server_says_what_is_wrong_with_a_request(body, status, message, capfd):
     with running(ScoreServer(exact, "127.0.0.1:0", "exact")) as server:
         with urllib.request.urlopen(server.url) as answer:
             assert json.load(answer) == {"scorer": "exact"}
         with pytest.raises(urllib.error.HTTPError) as caught:
             urllib.request.urlopen(server.url, body)
     assert caught.value.code == status and message in json.load(caught.value)["error"]
+    assert capfd.readouterr().err == ""
+
+
+def test_a_request_that_is_cut_off_or_never_ends_keeps_nobody_waiting(capfd):
+    head = b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: 500\r\n\r\n"
+    with running(ScoreServer(lambda p, r: [1.0] * len(r), "127.0.0.1:0", "one")) as server:
+        server.RequestHandlerClass.timeout = 0.5
+        address = "127.0.0.1", server.server_port
+        with socket.create_connection(address) as waits, socket.create_connection(address) as gone:
+            for connection in (waits, gone):
+                connection.sendall(head + b'{"prompts": ["a"')
+            gone.close()
+            assert remote(server.url)(PROMPTS, RESPONSES).tolist() == [1.0] * 3
+            waits.settimeout(5)
+            assert waits.recv(100) == b""  # the server gave it up
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def dies_after(num_requests):

@@ -60,7 +60,7 @@ def run(options: ReportOptions) -> None:
     """
     check_model(options.path, "path", ("reward",), code=options.trust_remote_code)
     config = stage_config(options)
-    from rlhf.checkpoint import require_stage
+    from rlhf.checkpoint import disk_errors, require_stage
     from rlhf.console import quiet_libraries, say
     from rlhf.data import encode_ranked, load_splits
     from rlhf.hf_trainer import row_length
@@ -96,8 +96,9 @@ def run(options: ReportOptions) -> None:
         accuracy = {"model": path, "accuracy": heldout_metrics(theirs, rows)["eval_accuracy"]}
         report.setdefault("agreement", []).append(accuracy | agreement(scores, theirs))
     files = page_files(report, scores, rows)
-    for file, content in files.items():
-        (out / file).write_bytes(content)
+    with disk_errors(out, "give the same command again"):
+        for file, content in files.items():
+            (out / file).write_bytes(content)
     show_report(report, ", ".join(str(out / file) for file in files), files)
 
 

@@ -25,6 +25,7 @@ from rlhf.reward.report.measures import (
     around_prompt_means,
     responses_by_rank,
 )
+from rlhf.web.render import visible
 
 HEADER = ("held-out pairs", "accuracy", "95 % interval", "longer wins", "pairs", "prompts")
 PICTURE = "report.png"
@@ -194,7 +195,7 @@ def _mistakes(report: Report) -> str:
             (_title("better", better), better["response"]),
             (_title("worse", worse), worse["response"]),
         ):
-            wrapped = textwrap.wrap(text, 92) or [""]
+            wrapped = textwrap.wrap(visible(text), 92) or [""]
             lines += [f"    {title}:", "", *(f"        {line}" for line in wrapped), ""]
     return "\n".join(lines[:-1])
 
