@@ -141,3 +141,15 @@ def test_commands_shown_for_recipes_compose_and_pass_the_checks(stage, words):
 def test_every_recipe_has_a_command_on_its_page():
     shown = re.findall(r"recipe=(\w+)", (CONF_DIR.parent / "docs/recipes.md").read_text("utf-8"))
     assert set(shown) >= {recipe for recipe, _ in FACTS}
+
+
+def test_tests_that_the_page_names_exist():
+    root = CONF_DIR.parent
+    page = (root / "docs/recipes.md").read_text("utf-8")
+    assert len(re.findall(r"^\| .*`tests/", page, re.M)) >= 10
+    file = ""
+    for named, test in re.findall(r"`(tests/[\w/]+\.py)?(?:::(\w+))?`", page):
+        file = named or file  # `::name` is in the file that was named last
+        if file:
+            text = (root / file).read_text("utf-8")
+            assert not test or f"\ndef {test}(" in text, f"{file} has no {test}"
