@@ -92,9 +92,10 @@ class DatasetConfig:
     eval_fraction: float = knob(0.05, ge=0, le=0.9)
     """Share of the prompts that is held out when eval_path is null; the seed decides which."""
     max_rows: int | None = knob(None, ge=1)
-    """Number of training rows to keep, counted after the split (null: all)."""
+    """Number of training rows to keep, the first after the split; of these, rows longer than
+    max_length are dropped and not replaced (null: all)."""
     max_eval_rows: int | None = knob(None, ge=1)
-    """Number of held-out rows to keep (null: all)."""
+    """Number of held-out rows to keep, as max_rows (null: all)."""
     max_length: int | None = knob(None, ge=2)
     """Longest row with its prompt, tokens; longer rows are dropped and counted (null: what the
     model takes, at most 1024)."""
