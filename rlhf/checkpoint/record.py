@@ -46,6 +46,7 @@ class StageRecord:
         score_mean: mean of the reward model's scores of `normalization.completions` (raw units); a
             critic's values are (raw - score_mean) / score_std.
         forward: "padding-free", or "padded" and the reason; None for an exported checkpoint.
+        other_forwards: which models of PPO read rows otherwise than this one, and how.
         sampling: the engine with which PPO sampled, with the reason where it is "loop".
         scoring: when PPO scored the responses, where the scorer is not in its own processes.
         compiled: which models PPO compiled, where it was asked to.
@@ -78,6 +79,7 @@ class StageRecord:
     dtype: str | None = None
     attn_implementation: str | None = None
     forward: str | None = None
+    other_forwards: str | None = None
     sampling: str | None = None
     scoring: str | None = None
     frozen: str | None = None

@@ -71,6 +71,7 @@ class Actors:
             the token ids directly.
         sampling: what samples from the policy, in words.
         frozen: how the models that do not train are stored, in words.
+        other_forwards: which models read rows otherwise than the policy, and how, in words.
         reading_device: with `offload_frozen`: where whole models are inside `in_use`; elsewhere
             they are on the CPU. None: they stay where they are.
         shared_base: which models are adapters on the policy's base, in words; "" without
@@ -88,6 +89,7 @@ class Actors:
     tokenizer_hash: str
     sampling: str = "loop"
     frozen: str = ""
+    other_forwards: str = ""
     reading_device: Any = None
     shared_base: str = ""
     compiled: str = ""
@@ -254,12 +256,14 @@ def describe_base(actors: Actors) -> str:
 
 def check_promises(config: PPOStageConfig, actors: Actors, accelerator: Accelerator) -> str:
     """Require that the cache gives the policy's own logits, and that no model reads padding; the
-    scorer was examined when it was loaded. Choose how the policy reads rows, which is returned."""
+    scorer was examined when it was loaded. Choose how each model reads rows; return that of the
+    policy, and set `actors.other_forwards`."""
     where, fix = f"model.path={config.model.path}", "take a model of another family"
     own = {where: actors.policy, "the reference": actors.reference}
     if not actors.shares_trunk:
         own[f"critic.init={config.critic.init}"] = actors.critic
-    forwards, tokenizer = [], actors.tokenizer
+    forwards: dict[str, str] = {}
+    tokenizer = actors.tokenizer
     with accelerator.autocast():
         for name, model in own.items():
             if model is None:
@@ -269,11 +273,14 @@ def check_promises(config: PPOStageConfig, actors: Actors, accelerator: Accelera
                     require_cache(model, tokenizer, name, fix)
                 if model is not actors.reference:
                     require_padding(model, tokenizer, name, fix)
-                forwards.append(choose_forward(model, tokenizer, config.model.forward))
-        if config.model.forward == "padded":  # reward models chose for themselves when loaded
-            for scorer in reward_models(actors.scorer):
-                choose_forward(scorer.model, scorer.tokenizer, "padded")
-    return forwards[0]
+                forwards[name] = choose_forward(model, tokenizer, config.model.forward)
+        for scorer in reward_models(actors.scorer):  # they chose for themselves when loaded
+            if config.model.forward == "padded":
+                scorer.forward = choose_forward(scorer.model, scorer.tokenizer, "padded")
+            forwards[scorer.path] = scorer.forward
+    others = {name: forward for name, forward in forwards.items() if forward != forwards[where]}
+    actors.other_forwards = "; ".join(f"{name} is {forward}" for name, forward in others.items())
+    return forwards[where]
 
 
 def settle_frozen(

@@ -247,6 +247,7 @@ class PPOLoop:
         record.sampling, record.scoring = actors.sampling, describe_scoring(config, actors)
         record.shared_base = actors.shared_base or None
         record.frozen = actors.frozen or None
+        record.other_forwards = actors.other_forwards or None
         record.compiled = actors.compiled or None
         record.optimizer = describe_optimizers(self.trainer.updater.optimizers) or None
         record.sharding = actors.describe_sharding(self.trainer.accelerator)
@@ -265,6 +266,7 @@ class PPOLoop:
         if record is None:
             return
         own = replace(record, stage="critic", score_mean=critic.mean, score_std=critic.std)
+        own.other_forwards = None
         own.parent, own.parent_weights = base, parent_weights(base)
         directory = self.directory / "critic"
         write_stage(directory, model, tokenizer, self.config, own, write_adapter=adapter)

@@ -9,15 +9,70 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-from rlhf.config import InputError, PPOStageConfig
-from rlhf.data import Splits, describe_dropped, different_prompts, encode_prompts, not_refused
+from rlhf.checkpoint import read_record
+from rlhf.config import InputError, PPOConfig, PPOStageConfig, has_weights
+from rlhf.data import (
+    Splits,
+    describe_dropped,
+    different_prompts,
+    encode_prompt,
+    encode_prompts,
+    not_refused,
+    prompt_of,
+)
+from rlhf.hub import config_directory, read_json
 from rlhf.ppo.actors import Actors
 from rlhf.sampling import context_length
 from rlhf.scorers import RewardModelScorer, Scorer, reward_models
+from rlhf.tokenizer import hash_template, hash_tokenizer
 
 Prompts = list[dict[str, Any]]
+
+
+def refuse_long_rows(config: PPOStageConfig, tokenizer: Any, splits: Splits) -> None:
+    """As `require_room_for_rows`, before any model loads, if the configurations of the models show
+    which prompts will be taken."""
+    ppo = config.ppo
+    if not isinstance(ppo.micro_batch_tokens, int):
+        return
+    room = _stored_context(config, str(config.model.path), "model.path", config.model.revision)
+    for path in [part.path for part in config.scorer.components] or [config.scorer.path]:
+        if not has_weights(path):
+            continue
+        record = read_record(str(path))
+        ours = hash_tokenizer(tokenizer), hash_template(tokenizer)
+        if record is None or (record.tokenizer, record.template) != ours:
+            return  # it may count other tokens
+        room = min(room, _stored_context(config, str(path), "scorer.path"))
+    most = min(room - ppo.response_length, ppo.max_prompt_length or room)
+    prompts = [prompt_of(row) for row in splits.train]
+    encode = partial(encode_prompt, tokenizer=tokenizer)
+    encoded = not_refused(prompts, encode, config.dataset.on_bad_row, Counter())
+    lengths = [len(ids) for _, ids in encoded if len(ids) <= most]
+    require_room_for_rows(ppo, max(lengths, default=0))
+
+
+def _stored_context(
+    config: PPOStageConfig, path: str, field: str, revision: str | None = None
+) -> int:
+    """Longest sequence of a model by its `config.json`, tokens; 0 if that does not say."""
+    directory = config_directory(path, field, revision, config.model.trust_remote_code)
+    return read_json(directory / "config.json").get("max_position_embeddings") or 0
+
+
+def require_room_for_rows(ppo: PPOConfig, longest: int) -> None:
+    """Require that the longest row, with a prompt of `longest` tokens, fits into
+    `ppo.micro_batch_tokens`."""
+    tokens, length = ppo.micro_batch_tokens, longest + ppo.response_length
+    if isinstance(tokens, int) and tokens < length:
+        raise InputError(
+            f"ppo.micro_batch_tokens={tokens} is less than the longest row: a prompt of {longest} "
+            f"tokens and ppo.response_length={ppo.response_length}; set it to {length} or more, or "
+            f"drop long prompts with ppo.max_prompt_length"
+        )
 
 
 def choose_prompts(

@@ -8,13 +8,12 @@ the prompts. Read on in `trainer.py` (one update: `rollout.py`, then `update.py`
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from rlhf.checkpoint import StageRun, open_run, require_writable, warn_about_prompts
 from rlhf.config import (
     InputError,
-    PPOConfig,
     PPOStageConfig,
     ScorerConfig,
     has_weights,
@@ -41,7 +40,7 @@ from rlhf.ppo.evaluation import Evaluator
 from rlhf.ppo.loop import PPOLoop
 from rlhf.ppo.other_scorers import load_independent_scorer, require_scorer_columns
 from rlhf.ppo.preflight import run_preflight
-from rlhf.ppo.prompts import choose_prompts
+from rlhf.ppo.prompts import choose_prompts, refuse_long_rows, require_room_for_rows
 from rlhf.ppo.result import PPOResult, finished_result
 from rlhf.ppo.sampler import choose_sampler, sampling_server
 from rlhf.ppo.scoring import choose_scoring
@@ -97,6 +96,7 @@ def _train(config: PPOStageConfig, scorer: Scorer | None, run: StageRun, server:
     splits = same_rows(load_splits(config.dataset, "ppo", config.seed, config.needs_eval, before))
     warn_about_prompts(parent, splits.prompts)
     require_scorer_columns(config, scorer, splits)
+    refuse_long_rows(config, tokenizer, splits)
 
     # Load: the models, then the prompts and texts that fit into their contexts.
     actors = load_actors(config, tokenizer, scorer, accelerator)
@@ -108,12 +108,13 @@ def _train(config: PPOStageConfig, scorer: Scorer | None, run: StageRun, server:
     frozen = settle_frozen(config, actors, loaded, accelerator)
     texts = load_texts(config, tokenizer, context_length(actors.policy))
     prompts, heldout, too_long = choose_prompts(config, splits, actors, independent, num_processes)
-    require_room_for_rows(config.ppo, prompts)
+    require_room_for_rows(config.ppo, max(len(prompt["input_ids"]) for prompt in prompts))
     say(describe_batches(config, len(prompts), num_processes, actors))
     compiled = compile_actors(actors, accelerator) if config.compile else ""
     scoring, shards = choose_scoring(config, actors), actors.describe_sharding(accelerator)
     chosen: dict[str, str | None] = {"one base": actors.shared_base}
-    chosen |= {"forward": forward, "sampling": actors.sampling}
+    chosen |= {"forward": "; ".join(filter(None, (forward, actors.other_forwards)))}
+    chosen |= {"sampling": actors.sampling}
     chosen |= {"scoring": scoring, "sharding": shards and f"{shards}; {GATHERS}"}
     chosen |= {"frozen models": frozen, "compile": compiled}
     say("\n".join(f"     {name}: {text}" for name, text in chosen.items() if text))
@@ -200,18 +201,6 @@ def require_equal_shares(config: PPOStageConfig, num_processes: int) -> None:
         raise InputError(
             f"ptx.batch_size={config.ptx.batch_size} must be divisible by the {num_processes} "
             "processes; change it"
-        )
-
-
-def require_room_for_rows(ppo: PPOConfig, prompts: Sequence[dict[str, Any]]) -> None:
-    """Require that the longest row fits into `ppo.micro_batch_tokens`."""
-    longest = max(len(prompt["input_ids"]) for prompt in prompts)
-    tokens, length = ppo.micro_batch_tokens, longest + ppo.response_length
-    if isinstance(tokens, int) and tokens < length:
-        raise InputError(
-            f"ppo.micro_batch_tokens={tokens} is less than the longest row: a prompt of {longest} "
-            f"tokens and ppo.response_length={ppo.response_length}; set it to {length} or more, or "
-            f"drop long prompts with ppo.max_prompt_length"
         )
 
 

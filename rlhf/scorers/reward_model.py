@@ -48,6 +48,7 @@ class RewardModelScorer(BuiltInScorer):
         tokenizer_hash: see `hash_rendering`; a policy with the same hash is scored by token ids.
             None where the model scores texts.
         max_length: longest prompt with response, tokens.
+        forward: how it reads rows, see `choose_forward`.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class RewardModelScorer(BuiltInScorer):
         self.path, self.batch_size = config.path, config.batch_size
         fix = "take a reward model of another family"
         require_padding(self.model, self.tokenizer, f"{field}={config.path}", fix)
-        choose_forward(self.model, self.tokenizer)
+        self.forward = choose_forward(self.model, self.tokenizer)
 
     def score(
         self, prompts: Any, responses: Any, field: str, tokens: Tokens | None, columns: Columns

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.allocations import most_allocated
 from helpers.families import (
     LORA,
     NONE_FORBIDDEN,
@@ -147,6 +148,28 @@ def test_the_head_reads_only_tokens_that_a_loss_reads_and_keeps_at_most_a_chunk(
     assert sum(sizes) == NUM_TOKENS and max(sizes) == min(chunk, NUM_TOKENS)
     assert sum(kept) == (NUM_TOKENS if chunk > NUM_TOKENS else 0)
     assert head.forward is counted  # as it was before
+
+
+def test_at_a_vocabulary_of_128k_a_chunk_of_logits_is_in_memory_and_not_all():
+    """In float32, the logits of 128 tokens take 64 MiB, and those of 16 take 8."""
+    num_tokens, vocabulary = 128, 1 << 17
+    sizes = {"vocab_size": vocabulary, "hidden_size": 16, "max_position_embeddings": 256}
+    model = tiny_model("llama", TOKENIZER, **sizes)
+    ids = torch.arange(5, 6 + num_tokens)[None]
+    positions, wanted = torch.arange(num_tokens)[None], torch.ones(1, num_tokens, dtype=torch.bool)
+
+    def step():
+        rows = ids, torch.ones_like(ids, dtype=torch.bool)
+        read = positions, ids[:, 1:], wanted, NONE_FORBIDDEN
+        logprobs, entropy = response_logprobs(model, *rows, *read, with_entropy=True)
+        (logprobs + entropy).sum().backward()
+
+    taken = {}
+    for chunk in (16, num_tokens):
+        choose_chunk_tokens(model, chunk)
+        step()  # gradients exist from here on
+        taken[chunk] = most_allocated(step) / 2**20
+    assert taken[16] < 64 and taken[num_tokens] > 192, taken
 
 
 def test_the_head_is_as_it_was_after_an_error():

@@ -25,11 +25,14 @@ from helpers.families import (
     response_logits,
     rollout_of,
 )
+from helpers.scorers import write_reward_model
 from helpers.stages import WORLD, ppo_config, reward_config, sft_config
 from helpers.tiny import tiny_model
+from helpers.tiny_ppo import make_config, write_policy
 from transformers import AutoModelForSequenceClassification
 
-from rlhf.config import InputError
+from rlhf.checkpoint import read_record
+from rlhf.config import InputError, ScorerConfig
 from rlhf.equivalence import choose_forward
 from rlhf.metrics import read_jsonl
 from rlhf.models import (
@@ -48,6 +51,7 @@ from rlhf.ppo.rollout import critic_values, policy_logprobs
 from rlhf.reward import train_reward
 from rlhf.sampling import Sampling, generate, uniform_noise
 from rlhf.sft import train_sft
+from rlhf.tokenizer import load_tokenizer
 
 # Why a family of tests/helpers/tiny.py is padded.
 PADDED = {
@@ -307,6 +311,12 @@ def test_a_wrong_gradient_is_found(monkeypatch):
     assert why_padded(model).startswith("its gradients change by")
 
 
+def test_a_torch_without_the_kernel_is_padded(monkeypatch):
+    monkeypatch.setattr(attention, "_has_kernel", lambda query: True)
+    monkeypatch.delattr("torch.nn.attention.varlen.varlen_attn")
+    assert "cannot import name 'varlen_attn'" in why_padded(tiny_model("llama", TOKENIZER))
+
+
 def test_a_window_that_only_the_mask_has_is_found(monkeypatch):
     model, own = tiny_model("mistral_window", TOKENIZER), attention.attention
 
@@ -361,6 +371,20 @@ def test_each_stage_trains_on_the_numbers_of_padded_rows(tmp_path):
         for one, other in zip(free, plain, strict=True):
             for name in one.keys() & other.keys() & CLOSE:
                 assert one[name] == pytest.approx(other[name], rel=1e-3, abs=1e-4), name
+
+
+def test_ppo_says_and_stores_which_model_reads_padded_rows(tmp_path, capsys):
+    policy = write_policy(tmp_path / "policy")
+    for family in ("llama", "falcon_7b"):
+        config = make_config(policy, tmp_path, num_updates=1, missing_eos_penalty=None)
+        scorer = write_reward_model(tmp_path / family, load_tokenizer(config.model), 1, family)
+        config.scorer, config.run_name = ScorerConfig(scorer, "none"), family
+        final = train_ppo(config).directory
+        record, printed = read_record(final), capsys.readouterr().out
+        assert record.forward == "padding-free"
+        other = f"{scorer} is padded, because {PADDED[family]}" if family in PADDED else None
+        assert record.other_forwards == other
+        assert f"forward: {'; '.join(filter(None, ['padding-free', other]))}\n" in printed
 
 
 CLOSE = {"loss", "grad_norm", "eval_loss", "accuracy", "score", "kl", "policy_loss", "value_loss"}

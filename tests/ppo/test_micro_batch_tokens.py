@@ -5,21 +5,26 @@ Run: pytest tests/ppo/test_micro_batch_tokens.py
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers.preflight import letters, look, scored_by
+from helpers.scorers import write_reward_model
 from helpers.tiny_ppo import make_config, make_trainer, weights
 
-from rlhf.config import InputError, PPOConfig
+from rlhf import train_ppo
+from rlhf.config import InputError, PPOConfig, ScorerConfig
 from rlhf.ppo.preflight import longest_step
 from rlhf.ppo.preflight.longest_step import Step, longest_micro_batch, measure_longest_step
 from rlhf.ppo.preflight.memory import MemoryEstimate, ModelMemory
+from rlhf.ppo.prompts import require_room_for_rows
 from rlhf.ppo.rollout import micro_batches, passes
-from rlhf.ppo.stage import require_room_for_rows
+from rlhf.tokenizer import load_tokenizer
 
 
 def test_a_pass_takes_as_many_rows_as_fit_at_the_length_of_its_longest():
@@ -139,5 +144,53 @@ def test_a_cpu_reads_eight_rows_unless_it_is_asked(policy_dir, tmp_path):
 def test_a_budget_that_the_longest_row_exceeds_is_refused():
     ppo = PPOConfig(micro_batch_tokens=20, response_length=12)
     with pytest.raises(InputError, match="a prompt of 9 tokens.*set it to 21 or more"):
-        require_room_for_rows(ppo, [{"input_ids": [1] * 9}, {"input_ids": [1]}])
-    require_room_for_rows(ppo, [{"input_ids": [1] * 8}])
+        require_room_for_rows(ppo, 9)
+    require_room_for_rows(ppo, 8)
+
+
+class Loads(Exception):
+    """Models begin to load."""
+
+
+def begin(config, monkeypatch):
+    """Run the stage until models load."""
+
+    def load(*_):
+        raise Loads
+
+    monkeypatch.setattr("rlhf.ppo.stage.load_actors", load)
+    train_ppo(config)
+
+
+@pytest.mark.parametrize("reward_model", [False, True])
+def test_it_is_refused_before_models_load(policy_dir, tmp_path, monkeypatch, reward_model):
+    config = make_config(policy_dir, tmp_path, micro_batch_size=None, missing_eos_penalty=None)
+    if reward_model:
+        tokenizer = load_tokenizer(config.model)
+        config.scorer = ScorerConfig(write_reward_model(tmp_path, tokenizer, 1), "none")
+    config.ppo.micro_batch_tokens = 20
+    with pytest.raises(InputError, match="^ppo.micro_batch_tokens=20 is less than the longest row"):
+        begin(config, monkeypatch)
+    config.ppo.micro_batch_tokens = 100
+    with pytest.raises(Loads):
+        begin(config, monkeypatch)
+
+
+def test_prompts_that_will_be_dropped_do_not_count(policy_dir, tmp_path, monkeypatch):
+    """A limit, the context of the policy, or a reward model that counts other tokens."""
+    limited, short, other = (
+        make_config(policy_dir, tmp_path, micro_batch_size=None, missing_eos_penalty=None)
+        for _ in range(3)
+    )
+    limited.ppo.max_prompt_length = 8
+    short.model.path = str(tmp_path / "short")
+    shutil.copytree(policy_dir, short.model.path)
+    file = tmp_path / "short/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": 20}))
+    tokenizer = load_tokenizer(other.model)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    other.scorer = ScorerConfig(write_reward_model(tmp_path / "other", tokenizer, 1), "none")
+    for config in (limited, short, other):
+        config.ppo.micro_batch_tokens = 20
+        with pytest.raises(Loads):
+            begin(config, monkeypatch)

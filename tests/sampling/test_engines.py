@@ -124,6 +124,25 @@ def test_a_finished_row_costs_nothing(name):
     assert min(sizes) <= 8
 
 
+class AfterTwo:
+    """Used as `StopStrings`: every response ends after two tokens."""
+
+    strings = ("",)
+
+    def end(self, ids):
+        return len(ids) == 2
+
+
+@pytest.mark.parametrize("check_every", [1, 5])
+def test_graph_looks_for_finished_rows_every_so_many_tokens(check_every):
+    model = tiny_model("llama", TOKENIZER)
+    use_engine(model, "graph", check_every=check_every)
+    watched = Watched(model)
+    made = generate(model, PROMPTS, sampling_for(model, (-1,), stop_strings=AfterTwo()), NOISE)
+    assert {len(row) for row in made.ids} == {2} and all(made.finished)
+    assert len(watched.shapes) == 1 + check_every  # with the prompts'
+
+
 @pytest.mark.parametrize("name", ["loop", "graph"])
 def test_prompts_that_are_sampled_several_times_are_read_once(name):
     model = tiny_model("llama", TOKENIZER)

@@ -10,9 +10,9 @@ import gc
 import resource
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from helpers.allocations import most_allocated
 from helpers.preflight import letters, look, scored_by
 from helpers.tiny import tiny_model, tiny_tokenizer
 from helpers.tiny_ppo import make_config, make_trainer
@@ -134,16 +134,6 @@ def test_quantised_layers_count_as_they_are_packed_by_hand(tmp_path, knobs, per_
     blocks = 2 * (4 * 32 * 32 + 3 * 32 * 64)  # attention and MLP of two layers
     others = 2 * 320 * 32 + 5 * 32  # embeddings and head; norms: in float32
     assert model_memory(model).weights == blocks * per_number + others * 4
-
-
-def most_allocated(function):
-    """Bytes that a function holds at most at once, by torch's own record of its allocations."""
-    kinds = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(profile_memory=True, activities=kinds) as profile:
-        function()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
-    return int(held.max())
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
