@@ -9,9 +9,12 @@ numbers, 0 = best, ties share one). Optional columns:
 
 from __future__ import annotations
 
+import ast
 import json
 import re
+import warnings
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 from rlhf.config import InputError, nearest, show
@@ -28,6 +31,8 @@ TOOL_ROLES |= {"function_call", "function_response"}
 _OTHER_ROLES = {"developer": "system", "human": "user", "prompter": "user"}
 _OTHER_ROLES |= dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model"), "assistant")
 PER_RESPONSE = "expected a list, one entry per response"
+# a conversation in a text that is no list, such as NumPy writes, without commas
+_TURNS = re.compile(r"""\s*\[\s*\{\s*['"](role|content|from|value)['"]:.*\}\s*\]\s*""", re.DOTALL)
 _FLOAT32_MAX = 3.4028234663852886e38  # scores and margins are trained on in float32
 
 
@@ -67,13 +72,20 @@ def as_number(value: Any, name: str, fix: str) -> float:
 
 
 def as_list(value: Any) -> Any:
-    """Read a text that holds a JSON list (CSV has no lists); other values stay the same."""
+    """Read a text that holds a list (CSV has no lists) as JSON, or as Python writes it and so
+    pandas; other values stay the same."""
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        return value
+    for read in (json.loads, _literal):
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            found = read(value)
+            return found if isinstance(found, list) else value
+    return value
+
+
+def _literal(text: str) -> Any:
+    with warnings.catch_warnings(action="ignore"):  # of escapes that Python does not know
+        return ast.literal_eval(text.strip())
 
 
 def as_numbers(value: Any, name: str) -> list[float]:
@@ -118,7 +130,7 @@ def repaired(value: Any, name: str, changed: list[str]) -> Any:
 
 
 def as_turns(value: Any, name: str) -> list[Any]:
-    """Read the turns of a conversation, which may be a JSON list in a text."""
+    """Read the turns of a conversation, which may be a list in a text; see `as_list`."""
     turns = as_list(value)
     if not isinstance(turns, list) or not turns:
         raise unexpected(name, value, "expected a list of {role, content}")
@@ -172,10 +184,12 @@ def as_content(value: Any, name: str) -> str:
 
 
 def as_prompt(value: Any, name: str) -> Prompt:
-    """Read a text, or a conversation, which may be a JSON list in a text."""
+    """Read a text, or a conversation, which may be a list in a text; see `as_list`."""
     if not isinstance(value, str):
         return as_messages(value, name)
     turns = as_list(value)
+    if isinstance(turns, str) and _TURNS.fullmatch(turns):
+        raise unexpected(name, value, "write the conversation as JSON: json.dumps(turns)")
     is_conversation = isinstance(turns, list) and all(
         isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in turns
     )
@@ -186,9 +200,22 @@ def as_prompt(value: Any, name: str) -> Prompt:
 
 
 def with_extras(canonical: Row, row: Row, used: Iterable[str] = ()) -> Row:
-    """Add the columns of the source that the format did not use."""
+    """Add the columns of the source that the format did not use; see `with_system`."""
     extras = {k: v for k, v in row.items() if k not in (*_COLUMNS, *used)}
-    return extras | canonical
+    return with_system(extras | canonical)
+
+
+def with_system(row: Row) -> Row:
+    """Put the text in the column `system` before a conversation that has no system message, as in
+    Anthropic's API."""
+    name, system = "messages" if "messages" in row else "prompt", row.get("system")
+    turns = row.get(name)
+    if not isinstance(system, str) or not system.strip() or not isinstance(turns, list):
+        return row
+    if turns[0]["role"] == "system":
+        return row
+    rest = {column: value for column, value in row.items() if column != "system"}
+    return rest | {name: [{"role": "system", "content": system}, *turns]}
 
 
 def ranks_of(scores: list[float]) -> list[int]:

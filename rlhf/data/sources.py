@@ -29,6 +29,7 @@ from rlhf.data.rows import (
     prompt_key,
     prompt_of,
     repaired,
+    with_system,
     without_nulls,
     without_repeats,
 )
@@ -190,12 +191,12 @@ def count_overlap(train: list[Row], evaluation: list[Row]) -> int:
 
 
 def to_conversation(row: Row) -> Row:
-    """Make a text prompt a user turn and a text completion an assistant turn."""
+    """Make a text prompt a user turn and a text completion an assistant turn; see `with_system`."""
     turns = {}
     for name, role in (("prompt", "user"), ("completion", "assistant")):
         if isinstance(row.get(name), str):
             turns[name] = [{"role": role, "content": row[name]}]
-    return row | turns
+    return with_system(row | turns)
 
 
 # --- Canonical rows -----------------------------------------------------------------------------

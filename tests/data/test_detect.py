@@ -166,10 +166,20 @@ def test_plain_text_has_loss_on_every_token_and_its_end(tmp_path):
 
 
 def test_a_system_column_begins_the_conversation():
-    from rlhf.data import FORMATS
+    from rlhf.data import FORMATS, to_conversation
 
     row = FORMATS["sharegpt"]({"conversations": SHAREGPT, "system": "Be brief."})
-    assert row == {"messages": [{"role": "system", "content": "Be brief."}, *TURNS]}
+    system = {"role": "system", "content": "Be brief."}
+    assert row == {"messages": [system, *TURNS]}
+    hi = {"role": "user", "content": "Hi"}
+    pair = {"chosen": [hi, {"role": "assistant", "content": "Yo"}], "system": "Be brief."}
+    row = FORMATS["pair"](pair | {"rejected": [hi, {"role": "assistant", "content": "No"}]})
+    assert row["prompt"] == [system, hi] and "system" not in row
+    row = FORMATS["alpaca"]({"instruction": "Hi", "output": "Yo", "system": "Be brief."})
+    assert row["messages"][:2] == [system, hi]
+    text = FORMATS["pair"]({"prompt": "Hi", "chosen": "a", "rejected": "b", "system": "Be brief."})
+    assert text["prompt"] == "Hi" and to_conversation(text)["prompt"] == [system, hi]
+    assert FORMATS["alpaca"]({"instruction": "Hi", "output": "Yo", "system": " "})["system"] == " "
 
 
 # --- dataset.columns ----------------------------------------------------------------------------

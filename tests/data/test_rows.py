@@ -131,13 +131,36 @@ def test_a_csv_cell_holds_conversations_lists_and_numbers(tmp_path):
     assert row["prompt"] == HI[:1] and row["margin"] == 0.5
     path = cells("c.csv", prompt="p", responses='["a", "b"]', scores="[1, 0.5]")
     [row], _ = load_rows(path, "ranked", "train", "reward")
-    assert row["responses"] == ["a", "b"] and row["ranks"] == [0, 1]
+    assert row["responses"] == ["a", "b"] and row["ranks"] == [0, 1] and row["scores"] == [1, 0.5]
     path = cells("d.csv", prompt="p", completion='[1, 2] and ["role"]')
     [row], _ = load_rows(path, "prompt_completion", "train", "sft")
     assert row["completion"] == '[1, 2] and ["role"]', "text that is no conversation stays text"
     path = cells("e.csv", prompt="a", chosen="b", rejected="c", margin="high")
     with pytest.raises(InputError, match="e.csv, row 1, field 'margin': got 'high'"):
         load_rows(path, "pair", "train", "reward")
+
+
+def test_a_csv_cell_holds_lists_as_python_writes_them(tmp_path):
+    """pandas and `datasets` write lists into CSV so."""
+    import csv
+
+    def read(stage, format, **row):
+        with open(tmp_path / "a.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, list(row))
+            writer.writeheader()
+            writer.writerow(row)
+        [found], _ = load_rows(str(tmp_path / "a.csv"), format, "train", stage)
+        return found
+
+    assert read("sft", "messages", messages=repr(HI)) == ROW
+    chosen, rejected = repr(HI), repr([*HI[:1], {"role": "assistant", "content": "It's no"}])
+    row = read("reward", "pair", prompt=HI[0]["content"], chosen=chosen, rejected=rejected)
+    assert row["prompt"] == HI[:1] and row["responses"] == [HI[1]["content"], "It's no"]
+    assert read("reward", "ranked", prompt="p", responses="['a', 'b']", ranks="[1, 0]")["ranks"]
+    with pytest.raises(InputError, match="field 'prompt': got .*; write the conversation as JSON"):
+        read("ppo", "prompt_completion", prompt=repr(HI).replace("}, {", "}\n {"))  # NumPy's
+    text = "[1, 2], 3 and [{'role'"
+    assert read("ppo", "prompt_completion", prompt=text)["prompt"] == text
 
 
 def test_rows_of_python_functions_may_hold_message_forms(tmp_path, monkeypatch):

@@ -39,22 +39,11 @@ _OTHER_BOTS = ("bing", "bard")  # speakers in the published dumps other than Cha
 def format_messages(row: Row) -> Row:
     """`messages` of {role, content}; or ShareGPT's `conversations` of {from, value}.
 
-    An answer of weight 0 carries no loss. A text in `system` is the system message if the
-    conversation has none, as in Anthropic's API.
+    An answer of weight 0 carries no loss.
     """
     name = "conversations" if "messages" not in row and "conversations" in row else "messages"
     messages = as_messages(row[name], name)
-    return _with_system(_weighted(messages, as_turns(row[name], name), name), row, name)
-
-
-def _with_system(canonical: Row, row: Row, name: str) -> Row:
-    """Put the text in `system` before a conversation that has no system message."""
-    first, system = "messages" if "messages" in canonical else "prompt", row.get("system")
-    has_system = canonical[first][0]["role"] == "system"
-    if not isinstance(system, str) or not system.strip() or has_system:
-        return with_extras(canonical, row, [name])
-    canonical[first] = [{"role": "system", "content": system}, *canonical[first]]
-    return with_extras(canonical, row, [name, "system"])
+    return with_extras(_weighted(messages, as_turns(row[name], name), name), row, [name])
 
 
 def _weighted(messages: list[Message], turns: list[Any], name: str) -> Row:
@@ -236,14 +225,14 @@ def _sharegpt_turn(turn: Any, name: str) -> Message:
 def format_sharegpt(row: Row) -> Row:
     """ShareGPT's `conversations` of {from, value}, cleaned as Vicuna's were; `items` is read too.
 
-    Rows with bing or bard as a speaker are dropped. `system` is read as `format_messages` does.
+    Rows with bing or bard as a speaker are dropped.
     """
     name = "items" if "items" in row and "conversations" not in row else "conversations"
     given = as_list(row[name])
     if not isinstance(given, list):
         raise unexpected(name, given, "expected a list of {from, value}")
     turns = [_sharegpt_turn(turn, f"{name}[{i}]") for i, turn in enumerate(given)]
-    return _with_system({"messages": _cleaned(turns)}, row, name)
+    return with_extras({"messages": _cleaned(turns)}, row, [name])
 
 
 def as_tagged(parts: list[str], roles: dict[str, str]) -> list[Message]:

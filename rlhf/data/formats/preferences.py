@@ -101,7 +101,10 @@ def format_ranked(row: Row) -> Row:
 
 def _ranking(row: Row, ranks: list[int]) -> Row:
     prompt, responses = as_prompt(row["prompt"], "prompt"), as_list(row["responses"])
-    return with_extras({"prompt": prompt, "responses": responses, "ranks": ranks}, row)
+    canonical: Row = {"prompt": prompt, "responses": responses, "ranks": ranks}
+    if "scores" in row:
+        canonical["scores"] = as_numbers(row["scores"], "scores")
+    return with_extras(canonical, row)
 
 
 def format_ratings(row: Row) -> Row:
