@@ -24,7 +24,7 @@ from rlhf.data.encode import (
     pad,
 )
 from rlhf.data.formats import FIELDS, FORMATS, resolve_format
-from rlhf.data.read import read_rows
+from rlhf.data.read import read_lines, read_rows
 from rlhf.data.rows import (
     BadRow,
     DropRow,

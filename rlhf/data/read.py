@@ -109,6 +109,13 @@ def _read_text(file: Path) -> bytes:
     return data.removeprefix(codecs.BOM_UTF8)
 
 
+def read_lines(file: Path) -> Iterator[tuple[str, str]]:
+    """Read the lines of a text file, each with its place, without blank ones."""
+    for number, line in enumerate(_decode(str(file), _read_text(file)).split("\n"), start=1):
+        if line.strip():
+            yield f"line {number}", line.rstrip("\r")
+
+
 def _decode(path: str, data: bytes) -> str:
     try:
         return data.decode()

@@ -37,7 +37,16 @@ from typing import Any
 
 from rlhf.config import InputError, ScorerConfig, show
 from rlhf.console import say
-from rlhf.data import BadRow, DropRow, check_row, prompt_of, read_rows, repaired, resolve_format
+from rlhf.data import (
+    BadRow,
+    DropRow,
+    check_row,
+    prompt_of,
+    read_lines,
+    read_rows,
+    repaired,
+    resolve_format,
+)
 from rlhf.data.detect import ORDER, reads
 from rlhf.data.read import LONGEST_ROW, too_long
 from rlhf.data.rows import as_rows
@@ -145,7 +154,7 @@ def read_prompts(source: Path) -> tuple[list[Question], str]:
     data = source.read_bytes()
     questions: list[Question] = []
     problems = []
-    for where, raw in _raw_rows(source, data):
+    for where, raw in _raw_rows(source):
         try:
             questions.append(_read_row(len(questions), raw))
         except (InputError, KeyError) as error:
@@ -156,15 +165,12 @@ def read_prompts(source: Path) -> tuple[list[Question], str]:
     return questions, hashlib.sha256(data).hexdigest()
 
 
-def _raw_rows(source: Path, data: bytes) -> Iterator[tuple[str, Any]]:
+def _raw_rows(source: Path) -> Iterator[tuple[str, Any]]:
     if source.suffix.lower() not in TEXT_SUFFIXES:
         yield from read_rows(str(source), "train", "ppo", "prompts")
         return
-    for number, line in enumerate(data.decode(errors="replace").split("\n"), start=1):
-        if len(line) > LONGEST_ROW:
-            yield f"line {number}", too_long(len(line))
-        elif line.strip():
-            yield f"line {number}", {"prompt": line.rstrip("\r")}
+    for where, line in read_lines(source):
+        yield where, too_long(len(line)) if len(line) > LONGEST_ROW else {"prompt": line}
 
 
 def _read_row(number: int, raw: Any) -> Question:

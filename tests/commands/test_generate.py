@@ -19,9 +19,9 @@ import rlhf.data.read
 import rlhf.generate.sample
 import rlhf.row_file
 import rlhf.score
-from rlhf.config import DatasetConfig, ModelConfig, ScorerConfig
+from rlhf.config import DatasetConfig, InputError, ModelConfig, ScorerConfig
 from rlhf.data import encode_prompt, load_splits
-from rlhf.generate import GenerateOptions, run
+from rlhf.generate import GenerateOptions, read_prompts, run
 from rlhf.models import load_policy
 from rlhf.option_parser import run_command
 from rlhf.sampling import generate, sampling_for, uniform_noise
@@ -127,6 +127,18 @@ def test_lines_of_text_and_csv_are_prompts(policy, command, tmp_path):
     lines, cells = (rows_of(tmp_path / f"{name}.answers.jsonl") for name in "ab")
     assert [row["prompt"] for row in lines] == [user(prompt) for prompt in PROMPTS[:2]]
     assert [row | {"id": str(i)} for i, row in enumerate(lines, start=1)] == cells
+
+
+@pytest.mark.parametrize("data", ["é\n".encode("latin-1"), "Hi\n".encode("utf-16")])
+def test_lines_in_another_encoding_are_refused(data, tmp_path):
+    (tmp_path / "prompts.txt").write_bytes(data)
+    with pytest.raises(InputError, match="not a UTF-8 text file.* iconv"):
+        read_prompts(tmp_path / "prompts.txt")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path):
+    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfHi\r\nHo\n")
+    assert [q.prompt for q in read_prompts(tmp_path / "prompts.txt")[0]] == ["Hi", "Ho"]
 
 
 def test_a_policy_that_was_trained_on_text_continues_it(command, tmp_path):
