@@ -11,7 +11,7 @@ from typing import Any
 
 from rlhf.config import InputError
 from rlhf.console import say
-from rlhf.data import BadRow, DropRow, as_prompt, read_rows
+from rlhf.data import BadRow, DropRow, as_prompt, read_rows, repaired
 from rlhf.evaluate.options import REPORT, EvaluateOptions, is_answers, is_finished
 from rlhf.generate import GenerateOptions
 from rlhf.generate import run as generate
@@ -102,7 +102,7 @@ def _rows(options: EvaluateOptions, name: str, folder: Path) -> list[dict[str, A
                 f"{name}: {where}: expected `prompt` and `response`; with several answers "
                 "to a prompt, give one: rlhf.generate with samples_per_prompt=1"
             )
-        rows.append(row | {"prompt": prompt})
+        rows.append(repaired(row | {"prompt": prompt}, "row", []))
     if not rows:
         raise InputError(f"{name}={file} has no rows")
     return rows

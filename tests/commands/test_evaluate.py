@@ -168,6 +168,20 @@ def noisy(prompts, responses):
 calls: list[int] = []
 
 
+def test_half_an_emoji_in_an_answer_loses_no_judgement(capsys):
+    a = write("a.jsonl", [{"prompt": "Hi \ud83c", "response": "a \ud83c"}])
+    b = write("b.jsonl", [{"prompt": "Hi \ud83c", "response": "b c d"}])
+    assert main([f"a={a}", f"b={b}", "by=scorer", f"scorer=python:{__name__}.more_words"]) == 0
+    [row] = map(json.loads, open("evaluation-pairwise/judgements.jsonl", encoding="utf-8"))
+    assert (row["prompt"], row["a"], row["winner"]) == ("Hi \ufffd", "a \ufffd", "b")
+
+
+def test_a_label_that_is_no_text_is_named(capsys):
+    gold = write("gold.jsonl", [{"prompt": "Hi", "gold": ["a"]}])
+    assert main([*two_files(), f"gold={gold}", "by=scorer", "scorer=os.path.join"]) == 2
+    assert "gold must be a, b or tie, got ['a']" in capsys.readouterr().err
+
+
 def test_equal_answers_are_a_tie_whatever_the_rounding():
     assert main([*two_files(), "by=scorer", f"scorer=python:{__name__}.noisy"]) == 0
     assert [report()[name] for name in ("wins_a", "ties", "wins_b")] == [0, 5, 35]
