@@ -85,7 +85,8 @@ def sampling_for(
 
 def context_length(model: Any) -> int:
     """Longest sequence that the model was built for, tokens; a very large number where unknown."""
-    return getattr(unwrap_peft(model).config, "max_position_embeddings", None) or 1 << 30
+    config = unwrap_peft(model).config.get_text_config()
+    return getattr(config, "max_position_embeddings", None) or 1 << 30
 
 
 def uniform_noise(key: Sequence[int], rows: Sequence[int], num_tokens: int) -> Tensor:

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from rlhf.checkpoint import require_stage
 from rlhf.config import InputError, ModelConfig, ScorerConfig
+from rlhf.console import warn
 from rlhf.data import encode_prompt, encode_response, pad
 from rlhf.distributed import compute_device, move
-from rlhf.equivalence import choose_forward, require_padding
+from rlhf.equivalence import choose_forward, require_padding, tolerance
 from rlhf.hub import is_hub_id
 from rlhf.models import (
     ScalarModel,
@@ -30,7 +31,13 @@ from rlhf.models import (
 )
 from rlhf.sampling import context_length
 from rlhf.scorers.call import BuiltInScorer, Columns, Scores, Tokens, require_valid_scores
-from rlhf.tokenizer import RefusedConversation, hash_rendering, load_tokenizer, read_tokenizer
+from rlhf.tokenizer import (
+    RefusedConversation,
+    first_token_ids,
+    hash_rendering,
+    load_tokenizer,
+    read_tokenizer,
+)
 
 
 class RewardModelScorer(BuiltInScorer):
@@ -83,15 +90,22 @@ class RewardModelScorer(BuiltInScorer):
         self.max_length = context_length(model)
         if self.scores_texts:
             self.tokenizer, self.tokenizer_hash = read_tokenizer(source, field), None
+            bos = first_token_ids("", self.tokenizer)  # chat templates may write it, too
+            self._added_bos = self.tokenizer.bos_token if bos else ""
             self.tokenizer.truncation_side = "right"
+            if self.tokenizer.pad_token is None:
+                self.tokenizer.pad_token = self.tokenizer.eos_token
             self.max_length -= _num_reserved_positions(model)
         else:
             self.tokenizer = load_tokenizer(source, field)
             self.tokenizer_hash = hash_rendering(self.tokenizer)
         self.path, self.batch_size = config.path, config.batch_size
-        fix = "take a reward model of another family"
-        require_padding(self.model, self.tokenizer, f"{field}={config.path}", fix)
+        self._prompts = None if record is None else record.prompts
+        where, fix = f"{field}={config.path}", "take a reward model of another family"
+        require_padding(self.model, self.tokenizer, where, fix)
         self.forward = choose_forward(self.model, self.tokenizer)
+        if not (self.scores_texts or type(model).__module__.startswith("transformers.")):
+            self._require_own_scores(where)
 
     def score(
         self, prompts: Any, responses: Any, field: str, tokens: Tokens | None, columns: Columns
@@ -102,6 +116,7 @@ class RewardModelScorer(BuiltInScorer):
         Raises:
             InputError: a prompt leaves no room for a response.
         """
+        self._warn_about_prompts(prompts)
         pairs = list(zip(prompts, responses, strict=True))
         if self.scores_texts:
             prompt_lengths = [self.prompt_length(prompt) for prompt in prompts]
@@ -128,6 +143,18 @@ class RewardModelScorer(BuiltInScorer):
         cut = torch.tensor([length > self.max_length for length in lengths])
         return Scores(require_valid_scores(scores, responses, field), cut=cut)
 
+    def _warn_about_prompts(self, prompts: Sequence[Any]) -> None:
+        """Warn, once, about prompts of a form that the model was not trained on."""
+        form = "text" if all(isinstance(prompt, str) for prompt in prompts) else "conversation"
+        if not prompts or self._prompts in (None, "mixed", form):
+            return
+        warn(
+            f"the reward model {self.path} was trained on {self._prompts} prompts, but these are "
+            f"{form} prompts, which it has never seen; give the prompts "
+            + ("as text" if form == "conversation" else "as messages of {role, content}")
+        )
+        self._prompts = None
+
     def encode(self, prompt: Any, response: str) -> list[int]:
         """Token ids of a prompt (text or messages) and a complete response, as in training."""
         if self.scores_texts:
@@ -144,6 +171,22 @@ class RewardModelScorer(BuiltInScorer):
         except RefusedConversation:
             return prompt_ids, encode_response(prompt, "", self.tokenizer)
 
+    @torch.no_grad()
+    def _require_own_scores(self, where: str) -> None:
+        """Refuse a model whose own code makes scores in another way than by its head at the last
+        token."""
+        model, device = self.model.model, compute_device(self.model)
+        rows = [self.encode("Hi", text) for text in ("Yes.", "No, not at all.", "What for?")]
+        raw = [model(input_ids=torch.tensor([row], device=device)).logits.view(-1) for row in rows]
+        own = torch.cat(raw).float().cpu()
+        ours = score_sequences(self.model, rows, 1) * self.model.std + self.model.mean
+        if not (own - ours).abs().max() <= tolerance(model) * own.abs().max().clamp(min=1e-3):
+            raise InputError(
+                f"{where}: the code of {type(model).__name__} gives other scores than its linear "
+                f"head at the last token ({own[0]:.4g} and {ours[0]:.4g} for the same text); write "
+                "a Python scorer that calls the model: scorer=python scorer.path=my_scorer.score"
+            )
+
     def prompt_length(self, prompt: Any) -> int:
         """Tokens of a prompt with the template around it, without those of a response."""
         if self.scores_texts:
@@ -157,10 +200,11 @@ class RewardModelScorer(BuiltInScorer):
         if self.tokenizer.chat_template is not None:
             messages = [*prompt, {"role": "assistant", "content": response}]
             try:
-                return (self.tokenizer.apply_chat_template(messages, tokenize=False),)
+                text = self.tokenizer.apply_chat_template(messages, tokenize=False)
             except TemplateError as error:
                 what = f"the chat template of {self.path} refuses: {error}"
                 raise RefusedConversation(what) from error
+            return (text.removeprefix(self._added_bos),)
         return "\n\n".join(message["content"] for message in prompt), response
 
     @torch.no_grad()

@@ -7,6 +7,8 @@ Run: python -m pytest tests/scorers/test_reward_model_scorer.py
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -24,15 +26,16 @@ from helpers.scorers import (
 )
 from helpers.tiny import tiny_tokenizer
 from helpers.tiny_ppo import make_config, make_trainer
+from helpers.tokenizers import adds_bos
 from torch.testing import assert_close
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 
 from rlhf.config import InputError, ModelConfig, PeftConfig, ScorerComponent, ScorerConfig
 from rlhf.data import encode_prompt
 from rlhf.demo.world import build_tokenizer
 from rlhf.models import ScalarModel, add_lora, init_reward_model, merged
 from rlhf.ppo import train_ppo
-from rlhf.scorers import Tokens, load_scorer, score_responses, uncut_scores
+from rlhf.scorers import RewardModelScorer, Tokens, load_scorer, score_responses, uncut_scores
 from rlhf.tokenizer import chat_template_text, hash_rendering, load_tokenizer
 
 
@@ -241,3 +244,65 @@ def test_ppo_scores_ids_under_the_same_rendering_and_says_when_it_cannot(
         ids = [row[mask].tolist() for row, mask in masks]
         if not said:
             assert_close(rollout.scores, raw_scores(path, ids), rtol=1e-5, atol=1e-5)
+
+
+class Squashed(LlamaForSequenceClassification):
+    """Code of somebody else, whose scores are not what its linear head gives."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = -output.logits.sigmoid()
+        return output
+
+
+class Named(LlamaForSequenceClassification):
+    """Code of somebody else that changes nothing."""
+
+
+@pytest.mark.parametrize("kind", [Squashed, Named])
+def test_a_model_whose_own_code_scores_in_another_way_is_refused(kind, helpful):
+    config, model = ScorerConfig(helpful, "standardise"), kind.from_pretrained(helpful).eval()
+    if kind is Named:
+        scores = RewardModelScorer(config, load=lambda *_: model)(PROMPTS, RESPONSES)
+        assert_close(scores, load_scorer(config)(PROMPTS, RESPONSES))
+        return
+    with pytest.raises(InputError, match="the code of Squashed gives other scores than its linear"):
+        RewardModelScorer(config, load=lambda *_: model)
+
+
+class WithTwoLayers(LlamaForSequenceClassification):
+    """Code of somebody else whose head is no linear layer: it scores texts as a whole."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.score = torch.nn.Sequential(self.score, torch.nn.Tanh())
+
+
+def test_a_template_and_a_tokenizer_that_both_write_bos_give_one(helpful, tmp_path):
+    model = WithTwoLayers.from_pretrained(helpful).eval()
+    tokenizer = adds_bos()
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+    scorer = RewardModelScorer(ScorerConfig(str(tmp_path), "none"), load=lambda *_: model)
+    ids = scorer.encode([{"role": "user", "content": "Hi"}], "Yo")
+    assert ids == [tokenizer.bos_token_id, *tokenizer("HiYo")["input_ids"][1:]]
+    prompts = [[{"role": "user", "content": text}] for text in ("Hi", "Name a fruit.")]
+    with torch.no_grad():
+        rows = [torch.tensor([scorer.encode(p, r)]) for p, r in zip(prompts, "ab", strict=True)]
+        expected = torch.cat([model(input_ids=row).logits.flatten() for row in rows])
+    assert_close(scorer(prompts, ["a", "b"]), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_prompts_of_a_form_that_the_model_has_not_seen_are_warned_about_once(
+    helpful, tmp_path, capsys
+):
+    file = shutil.copytree(helpful, tmp_path / "final") / "rlhf.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"prompts": "conversation"}))
+    scorer = load_scorer(ScorerConfig(str(tmp_path / "final")))
+    scorer(PROMPTS, RESPONSES)
+    assert not capsys.readouterr().err
+    for _ in range(2):
+        scorer(["name three animals"] * 3, RESPONSES)
+    said = capsys.readouterr().err
+    assert said.count("was trained on conversation prompts, but these are text prompts") == 1
