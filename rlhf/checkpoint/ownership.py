@@ -35,6 +35,7 @@ from rlhf.curves import PICTURE
 from rlhf.metrics import read_jsonl
 
 IDENTITY = "run.json"  # {"id": ..., "stage": ...}
+INPUTS = "inputs.json"  # see `started_from`
 CHECKPOINT = re.compile("checkpoint-(0|[1-9][0-9]*)")
 DAMAGED = ".damaged"  # ends the name of a damaged checkpoint that was set aside
 RESULTS = ("final", "critic")
@@ -42,6 +43,7 @@ STOPPED = "stopped.json"  # the note of a run that stopped at a non-finite numbe
 LOGS = ("metrics.jsonl", "timings.jsonl", "samples.jsonl", "watchdog.jsonl", CHANGES)
 FILES = (
     IDENTITY,
+    INPUTS,
     CONFIG_FILE,
     STOPPED,
     OUTPUT,

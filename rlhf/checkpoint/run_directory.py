@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rlhf.checkpoint.config_changes import LENGTH, SERVED, is_harmless, length_of, refuse_changes
 from rlhf.checkpoint.disk import find_damage, read_manifest, write_whole
@@ -18,6 +19,7 @@ from rlhf.checkpoint.lock import on_main_process, one_writer
 from rlhf.checkpoint.output import OUTPUT, OutputLog, kept_output
 from rlhf.checkpoint.ownership import (
     IDENTITY,
+    INPUTS,
     LOGS,
     clear,
     latest_checkpoint,
@@ -33,6 +35,7 @@ from rlhf.checkpoint.ownership import (
     write_identity,
 )
 from rlhf.checkpoint.record import CHANGES, RECORD, StageRecord, read_record, versions
+from rlhf.checkpoint.started_from import note_inputs
 from rlhf.config import (
     CONFIG_FILE,
     InputError,
@@ -68,10 +71,16 @@ class StageRun:
     finished: StageRecord | None = None
     has_begun: bool = False
 
-    def begin(self) -> Path:
+    def begin(self, train: list[Any], heldout: list[Any]) -> Path:
         """Create the stage directory and return it; call this right before training, when
-        everything else is known to be good."""
+        everything else is known to be good.
+
+        Args:
+            train, heldout: the rows to train on, and those that are held out.
+        """
         prepare_run_directory(self.config, self.stage)
+        rows = {"rows of dataset.path": train, "held-out rows": heldout}
+        note_inputs(self.directory, self.config, rows)
         self.output.begin(self.directory)
         self.has_begun = True
         return self.directory
@@ -126,7 +135,7 @@ def refuse_used_directory(config: StageConfig, stage: str) -> None:
         resume = f"resume={str(config.resume).lower()}"
         raise InputError(f"{resume} and overwrite=true contradict each other; give one of them")
     # the lock and other hidden files, and what a run writes before it trains, may be there
-    beginning = (IDENTITY, CONFIG_FILE, OUTPUT)
+    beginning = (IDENTITY, INPUTS, CONFIG_FILE, OUTPUT)
     names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
     is_used = any(name not in beginning and not name.startswith(".") for name in names)
     if is_used and not (config.resume or config.overwrite):

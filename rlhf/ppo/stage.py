@@ -129,7 +129,7 @@ def _train(config: PPOStageConfig, scorer: Scorer | None, run: StageRun, server:
         return PPOResult(None, {})
 
     # Train: only now is anything written to the stage's directory.
-    run.begin()
+    run.begin(splits.train, splits.eval)
     return PPOLoop(config, trainer, Evaluator(trainer, heldout, independent), splits).run()
 
 

@@ -113,7 +113,7 @@ def _train(config: RewardStageConfig, run: StageRun) -> RewardResult:
     plan = plan_batches(train, config.reward, args.world_size)
 
     # Train.
-    directory = run.begin()
+    directory = run.begin(splits.train, splits.eval)
     sizes = "{:,} parameters, {:,} trainable".format(*parameter_count(scalar.model))
     say(f"reward: {sizes}; {len(heldout)} held-out prompts; at most {length} tokens a response")
     say(f"        {describe_plan(args, train, plan)}; one forward pass per response, {forward}")

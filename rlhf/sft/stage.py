@@ -151,7 +151,7 @@ def _train(config: SFTStageConfig, run: StageRun) -> SFTResult:
     )
 
     # Train.
-    directory = run.begin()
+    directory = run.begin(splits.train, splits.eval)
     total, trainable = parameter_count(model)
     packing = ", fewer with packing" if args.packing else ""
     sizes = f"{total:,} parameters, {trainable:,} trainable"

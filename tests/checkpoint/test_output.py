@@ -29,7 +29,7 @@ def test_a_run_keeps_what_it_shows_from_its_first_line_to_its_error(tmp_path, ca
     config, directory = config_in(tmp_path), tmp_path / "run/sft"
     with pytest.raises(InputError), open_run(config, "sft") as run:
         say("before the directory exists")
-        run.begin()
+        run.begin([], [])
         warn("look")
         raise InputError("no more")
     lines = ["before the directory exists", "warning: look", "error: no more"]
@@ -38,14 +38,14 @@ def test_a_run_keeps_what_it_shows_from_its_first_line_to_its_error(tmp_path, ca
     assert (shown.out, shown.err) == (f"{lines[0]}\n", f"{lines[1]}\n")
     refuse_used_directory(config, "sft")  # the same command may be given again
     with pytest.raises(ZeroDivisionError), open_run(config, "sft") as run:
-        run.begin()
+        run.begin([], [])
         say("again")
         1 / 0  # noqa: B018
     assert kept(directory)[: len(lines) + 1] == [*lines, "again"]
     assert kept(directory)[-1] == "ZeroDivisionError: division by zero"
     config.overwrite = True
     with open_run(config, "sft") as run:
-        run.begin()
+        run.begin([], [])
     assert kept(directory) == []
 
 

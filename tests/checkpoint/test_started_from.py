@@ -1,0 +1,99 @@
+"""A resumed run notices other rows, and other weights that it reads again.
+
+Run: python -m pytest tests/checkpoint/test_started_from.py
+"""
+
+import pytest
+import torch
+from helpers.checkpoints import make_checkpoint
+from safetensors.torch import save_file
+
+from rlhf.checkpoint.run_directory import prepare_run_directory
+from rlhf.checkpoint.started_from import note_inputs
+from rlhf.config import (
+    InputError,
+    ModelConfig,
+    PeftConfig,
+    PPOStageConfig,
+    ScorerComponent,
+    ScorerConfig,
+    SFTStageConfig,
+)
+
+ROWS = {"rows of dataset.path": [{"prompt": "a"}], "held-out rows": [{"prompt": "b"}]}
+
+
+def weights(directory, number):
+    directory.mkdir(exist_ok=True)
+    save_file({"weight": torch.tensor([number])}, directory / "model.safetensors")
+    return str(directory)
+
+
+def begun(config):
+    """The stage directory of a run that has a checkpoint."""
+    stage = "ppo" if isinstance(config, PPOStageConfig) else "sft"
+    directory = prepare_run_directory(config, stage)
+    note_inputs(directory, config, ROWS)
+    make_checkpoint(directory, 1, config)
+    return directory
+
+
+def test_other_rows_are_warned_about_where_the_run_goes_on(tmp_path, capsys):
+    config = SFTStageConfig(runs_dir=str(tmp_path), run_name="mine", resume="auto")
+    directory = prepare_run_directory(config, "sft")
+    note_inputs(directory, config, {"rows of dataset.path": []})
+    note_inputs(directory, config, ROWS)  # it has not begun to train
+    make_checkpoint(directory, 1, config)
+    note_inputs(directory, config, ROWS)
+    assert not capsys.readouterr().err
+    note_inputs(directory, config, ROWS | {"rows of dataset.path": [{"prompt": "c"}, *[{}] * 2]})
+    said = capsys.readouterr().err
+    assert "the rows of dataset.path are not those that the run was started with (1 with" in said
+    assert " -> 3 with SHA-256" in said and "held-out" not in said
+    (directory / "inputs.json").unlink()  # of a run of an earlier version
+    note_inputs(directory, config, {"rows of dataset.path": []})
+    assert not capsys.readouterr().err
+
+
+def config_of(kind, folder):
+    base = weights(folder / "base", 1.0)
+    shared = {"runs_dir": str(folder / "runs"), "model": ModelConfig(path=base)}
+    if kind == "sft":
+        return SFTStageConfig(**shared, peft=PeftConfig(enabled=True))
+    if kind == "components":
+        parts = [ScorerComponent("os.path.join"), ScorerComponent(weights(folder / "other", 2.0))]
+        return PPOStageConfig(**shared, scorer=ScorerConfig(components=parts))
+    config = PPOStageConfig(**shared, scorer=ScorerConfig(weights(folder / "other", 2.0)))
+    config.ppo.reference = weights(folder / "third", 3.0)
+    return config
+
+
+@pytest.mark.parametrize(
+    "kind, name, setting",
+    [
+        ("sft", "base", "model.path"),
+        ("ppo", "base", "model.path"),
+        ("ppo", "other", "scorer.path"),
+        ("ppo", "third", "ppo.reference"),
+        ("components", "other", "scorer.components[1].path"),
+    ],
+)
+def test_other_weights_that_are_read_again_are_refused(kind, name, setting, tmp_path):
+    config = config_of(kind, tmp_path)
+    directory = begun(config)
+    note_inputs(directory, config, ROWS)
+    weights(tmp_path / name, 9.0)
+    with pytest.raises(
+        InputError, match="(?s)started from other weights .*put these weights"
+    ) as error:
+        note_inputs(directory, config, ROWS)
+    assert f"\n  {setting}: " in str(error.value) and str(error.value).count("->") == 1
+
+
+def test_weights_that_a_checkpoint_holds_itself_may_change(tmp_path, capsys):
+    config = config_of("sft", tmp_path)
+    config.peft.enabled = False
+    directory = begun(config)
+    weights(tmp_path / "base", 9.0)
+    note_inputs(directory, config, ROWS)
+    assert not capsys.readouterr().err
