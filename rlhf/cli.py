@@ -40,7 +40,15 @@ from rlhf.config import (
     stage_help,
 )
 from rlhf.console import is_main_process, num_processes, print_help, say
-from rlhf.overrides import job_name, jobs, require_distinct, swept_keys, unreadable, wrong_overrides
+from rlhf.overrides import (
+    job_name,
+    jobs,
+    require_distinct,
+    swept_keys,
+    unreadable,
+    with_texts,
+    wrong_overrides,
+)
 from rlhf.slurm import group_of_tasks
 
 Run = Callable[[Any], int | None]  # of a stage; returns the signal that interrupted it, if one did
@@ -74,6 +82,7 @@ def hydra_main(stage: str, run: Run, earlier: Collection[str] | None = None) -> 
 
     ConfigStore.instance().store(name=f"{stage}_schema", node=schema(STAGES[stage]))
     options, overrides = _split_options(hydra_arguments(given))
+    overrides = with_texts(overrides, stage)
     own_files = any(option.startswith(("--config-dir", "-cd")) for option in options)
     wrong = wrong_overrides(overrides, stage, own_files)
     problems = list(wrong.values())

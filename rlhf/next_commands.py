@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ from rlhf.config import (
     PPOStageConfig,
     SFTStageConfig,
     StageConfig,
+    override,
     with_default_paths,
-    yaml_scalar,
 )
 from rlhf.console import say
 
@@ -101,14 +100,5 @@ def _stage_command(stage: str, config: StageConfig, recipe: str | None, data: Da
         columns = changed.pop("columns", {})
         values |= {f"dataset.{name}": changed[name] for name in changed if name not in NOT_NEEDED}
         values |= {f"dataset.columns.{name}": column for name, column in columns.items()}
-    overrides = (_override(key, value) for key, value in values.items())
+    overrides = (override(key, value) for key, value in values.items())
     return f"  python -m rlhf.{stage} {' '.join(overrides)}"
-
-
-def _override(key: str, value: Any) -> str:
-    """An override for Hydra, which needs quotes around a text with special characters, in a
-    shell."""
-    text = yaml_scalar(value)
-    if isinstance(value, str) and not re.fullmatch(r"[\w./:@+-]+", text):
-        text = '"' + text.replace('"', '\\"') + '"'
-    return shlex.quote(f"{key}={text}")

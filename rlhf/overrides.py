@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import AnyNode, DictConfig, OmegaConf, StringNode
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from rlhf.config import (
@@ -21,11 +21,38 @@ from rlhf.config import (
     config_keys,
     explain,
     groups_of,
+    quoted,
     schema,
     suggest,
 )
 
 LONGEST = 32  # characters of a swept value in the name of a run
+
+
+def with_texts(overrides: Sequence[str], stage: str) -> list[str]:
+    """Quote the values of settings that are texts where Hydra would read numbers, or nothing:
+    run_name=2026_11_29 would become 20261129, and it does not know é, ; and ~."""
+    node = schema(STAGES[stage])
+    return [_with_text(override, node) for override in overrides]
+
+
+def _with_text(text: str, node: Any) -> str:
+    from hydra.errors import HydraException
+
+    key, _, value = text.partition("=")
+    group, _, name = key.lstrip("+").rpartition(".")
+    holder = OmegaConf.select(node, group) if group else node
+    if not isinstance(holder, DictConfig) or name not in holder:
+        return text
+    kind = type(holder._get_node(name))
+    try:
+        override = _parse(text)
+        is_sweep = override.is_sweep_override()
+        is_number = not is_sweep and type(override.value()) in (int, float, bool)
+    except HydraException:
+        is_text = kind in (StringNode, AnyNode) and value[:1] not in tuple("'\"[{(")
+        return f"{key}={quoted(value)}" if is_text else text
+    return f"{key}={quoted(value.strip())}" if is_number and kind is StringNode else text
 
 
 def wrong_overrides(overrides: Sequence[str], stage: str, own_files: bool) -> dict[str, str]:

@@ -5,6 +5,7 @@ The range of a single knob is declared with it, see `rlhf.config.fields`.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -120,8 +121,9 @@ def _missing_in_sft(config: SFTStageConfig) -> Iterator[str]:
 
 
 def _rules(config: StageConfig) -> Iterator[str]:
-    if "/" in config.run_name or config.run_name in ("", ".", ".."):
-        yield f"run_name must be one folder name, got {config.run_name!r}"
+    name = config.run_name
+    if name in ("", ".", "..") or "/" in name or min(name) < " " or len(os.fsencode(name)) > 255:
+        yield f"run_name must be one folder name, got {show(name)}"
     yield from _model_rules(config)
     yield from _token_rules(config.model)
     if isinstance(config, SFTStageConfig | RewardStageConfig):

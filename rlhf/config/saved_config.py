@@ -24,6 +24,7 @@ from yaml import YAMLError
 
 from rlhf.config.environment import as_written, change_leaves
 from rlhf.config.errors import InputError, nearest
+from rlhf.config.fields import yaml_scalar
 from rlhf.config.knobs import StageConfig
 from rlhf.config.synonyms import suggest
 
@@ -190,12 +191,26 @@ def read_run_config(file: Path, config: StageConfig) -> dict[str, Any]:
     return change_leaves(values, moved)
 
 
+def override(key: str, value: Any) -> str:
+    """Write an override for Hydra, in a shell."""
+    text = yaml_scalar(value)
+    if isinstance(value, str) and not re.fullmatch(r"[A-Za-z0-9_./:@+-]+", text):
+        text = quoted(text)
+    return shlex.quote(f"{key}={text}")
+
+
+def quoted(text: str) -> str:
+    """Put a text with special characters into the quotes that Hydra needs."""
+    doubled = re.sub(r'(\\+)(?="|$)', r"\1\1", text)  # backslashes before a quote
+    return '"' + doubled.replace('"', '\\"') + '"'
+
+
 def resume_overrides(config: StageConfig, resume: str = "true") -> str:
     """The overrides with which a run is continued, with its own configuration."""
     given = {"resume": resume, "run_name": config.run_name}
     if config.runs_dir != StageConfig.runs_dir:
         given["runs_dir"] = config.runs_dir
-    return " ".join(shlex.quote(f"{key}={value}") for key, value in given.items())
+    return " ".join(override(key, value) for key, value in given.items())
 
 
 def nothing_to_resume(config: StageConfig, stage: str) -> InputError:

@@ -7,6 +7,7 @@ Run: python -m pytest tests/commands/test_command_line.py
 import os
 import re
 import resource
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,9 +17,9 @@ import yaml
 
 from rlhf.cli import hydra_arguments, hydra_main, name_sweep_run, runs_demo
 from rlhf.config import STAGES as STAGE_CLASSES
-from rlhf.config import PPOStageConfig, RewardStageConfig, SFTStageConfig, config_keys
+from rlhf.config import PPOStageConfig, RewardStageConfig, SFTStageConfig, config_keys, override
 from rlhf.config.synonyms import SYNONYMS
-from rlhf.overrides import jobs, swept_keys, wrong_overrides
+from rlhf.overrides import jobs, swept_keys, with_texts, wrong_overrides
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ["sft", "reward", "ppo"]
@@ -171,7 +172,7 @@ def test_help_of_a_knob_is_its_default_its_sentence_and_its_range(command):
         ("ppo", ["recipe=gone"], "recipe=gone does not exist; choose one of alpaca, "),
         ("sft", ["dataset=gone"], "dataset=gone does not exist; choose one of alpaca, "),
         ("ppo", ["recipe=demo", "ppo.kl_coef=-1"], "ppo.kl_coef must be >= 0, got -1.0"),
-        ("sft", ["dataset.path=a (1).jsonl"], "cannot read 'dataset.path=a (1).jsonl' ("),
+        ("sft", ["dataset.path=[a (1).jsonl"], "cannot read 'dataset.path=[a (1).jsonl' ("),
         ("sft", ["seed"], "cannot read 'seed' (missing EQUAL at '<EOF>'); write key=value"),
     ],
 )
@@ -414,3 +415,32 @@ def test_all_wrong_overrides_and_values_are_named_at_once(command):
         assert text in errors
     assert "missing values" not in errors  # the wrong ones may be meant for them
     assert command("ppo", *args, "--cfg", "job")[0] == 2
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        *(("run_name", name) for name in ("2026_11_29", "1e5", "true", "nan", "lr=1e-5", "x[1]")),
+        *(("dataset.path", path) for path in ("/home/josé/a(1).jsonl", "a~b;c#d.jsonl")),
+        ("model.revision", "7e4"),
+    ],
+)
+def test_a_text_reaches_a_stage_as_it_was_typed(key, value, command):
+    status, shown, _ = command("sft", "model.path=m", f"{key}={value}", "--cfg", "job")
+    assert status == 0
+    for name in key.split("."):
+        shown = yaml.safe_load(shown)[name] if isinstance(shown, str) else shown[name]
+    assert shown == value
+
+
+def test_numbers_stay_numbers_and_what_is_meant_for_hydra_stays():
+    given = ["seed=5", "trainer.max_steps=5", "run_name=a,b", "run_name='5'", "dataset.path=[a,b]"]
+    given += ["dataset.path=[a", "nope=é", "resume=true", "~seed", "hydra/launcher=basic", "+x=3"]
+    assert with_texts(given, "sft") == given
+
+
+@pytest.mark.parametrize("name", ["a b", "a,b", 'say "x"', "a\\", 'a\\"b', "é", "it's", "a\nb"])
+def test_a_command_for_the_next_stage_gives_the_name_of_the_run(name, command):
+    [typed] = shlex.split(override("run_name", name))
+    status, shown, _ = command("sft", "model.path=m", typed, "--cfg", "job")
+    assert status == 0 and yaml.safe_load(shown)["run_name"] == name

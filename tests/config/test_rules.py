@@ -69,6 +69,8 @@ BAD_VALUES = [
     ("sft", {"run_name": "a/b"}, "run_name must be one folder name, got 'a/b'"),
     ("sft", {"run_name": ""}, "run_name must be one folder name, got ''"),
     ("sft", {"run_name": ".."}, "run_name must be one folder name, got '..'"),
+    ("sft", {"run_name": "a\nb"}, r"run_name must be one folder name, got 'a\nb'"),
+    ("sft", {"run_name": "é" * 128}, "run_name must be one folder name, got 'éééééééé"),
     (
         "sft",
         {"batch_size": 128, "trainer": {"gradient_accumulation_steps": 16}},
