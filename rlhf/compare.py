@@ -7,7 +7,6 @@ metrics, and draws their curves into one picture. A path is a run (runs/a) or on
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any
 from rlhf.config import CONFIG_FILE, STAGES, InputError, nearest, written_settings, yaml_scalar
 from rlhf.console import say, table
 from rlhf.curves import draw_curves, plot_hint
-from rlhf.metrics import read_jsonl
+from rlhf.metrics import read_json, read_jsonl
 from rlhf.option_parser import run_command
 
 METRICS = "metrics.jsonl"
@@ -113,11 +112,19 @@ def _results(runs: dict[str, Stages]) -> Iterator[list[Any]]:
             yield [f"{stage}: {name}", *(metrics.get(name) for metrics in found)]
 
 
+def read_result(file: Path) -> dict[str, Any]:
+    """Read the `rlhf.json` of a finished stage, which has `metrics`."""
+    record = read_json(file)
+    if not isinstance(record.get("metrics"), dict):
+        raise InputError(f"{file} is damaged: it has no metrics; run the stage again")
+    return record
+
+
 def _metrics(directory: Path) -> dict[str, Any]:
     """The metrics of `final/`; of a stage that is not finished, its latest held-out ones."""
     record = directory / "final/rlhf.json"
     if record.is_file():
-        metrics = json.loads(record.read_text(encoding="utf-8"))["metrics"]
+        metrics = read_result(record)["metrics"]
     else:
         rows = read_jsonl(directory / METRICS, "step")
         metrics = {n: row[n] for row in rows for n in row if n.startswith("eval_")}

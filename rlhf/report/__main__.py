@@ -18,7 +18,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from rlhf.checkpoint.disk import write_whole
-from rlhf.compare import METRICS, OWN, Stages, find_stages
+from rlhf.compare import METRICS, OWN, Stages, find_stages, read_result
 from rlhf.config import (
     CONFIG_FILE,
     STAGES,
@@ -153,7 +153,7 @@ def changed_settings(stage: str, directory: Path) -> Iterable[tuple[str, str, st
 
 def _read_record(directory: Path) -> dict[str, Any] | None:
     file = directory / "final/rlhf.json"
-    return read_json(file) if file.is_file() else None
+    return read_result(file) if file.is_file() else None
 
 
 def _report_text(final: Path) -> str:

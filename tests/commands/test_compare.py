@@ -139,9 +139,9 @@ def test_what_is_no_run_is_refused(command, tmp_path, path, message):
 
 
 @pytest.mark.parametrize("content", ["[1]\n", '{"name": 1}\n'])
-@pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml", "final/rlhf.json"])
 def test_a_damaged_file_is_named(command, tmp_path, name, content):
-    write_run(tmp_path, "a", 1, 0.1), write_run(tmp_path, "b", 2, 0.2, finished=False)
+    write_run(tmp_path, "a", 1, 0.1), write_run(tmp_path, "b", 2, 0.2, finished="final" in name)
     (tmp_path / "b/ppo" / name).write_text(content)
     status, _, errors = command(f"path=[{tmp_path}/a,{tmp_path}/b]")
     assert status == 2 and f"b/ppo/{name} is damaged" in errors and errors.count("\n") == 1

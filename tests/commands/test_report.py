@@ -172,9 +172,10 @@ def test_a_damaged_file_is_named(tmp_path, command, name, content):
     assert status == 2 and f"ppo/{name} is damaged" in errors and errors.count("\n") == 1
 
 
-def test_a_damaged_record_is_named(tmp_path, command):
+@pytest.mark.parametrize("content", ["[1]\n", '{"metrics": 1}\n'])
+def test_a_damaged_record_is_named(tmp_path, command, content):
     directory = ppo_run(tmp_path, {"update": 2})
-    (directory / "ppo/final/rlhf.json").write_text("[1]\n")
+    (directory / "ppo/final/rlhf.json").write_text(content)
     status, _, errors = command(f"path={directory}")
     assert status == 2 and "final/rlhf.json is damaged" in errors and errors.count("\n") == 1
 
