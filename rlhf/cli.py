@@ -73,16 +73,15 @@ def hydra_main(stage: str, run: Run, earlier: Collection[str] | None = None) -> 
     """
     given = sys.argv[1:]
     if {"-h", "--help"} & set(given):
-        print_help(stage_help(stage))
-        return
+        return print_help(stage_help(stage))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand exceptions to us instead of printing and exiting
     import hydra
     from hydra.core.config_store import ConfigStore
     from hydra.errors import HydraException
 
     ConfigStore.instance().store(name=f"{stage}_schema", node=schema(STAGES[stage]))
-    options, overrides = _split_options(hydra_arguments(given))
-    overrides = with_texts(overrides, stage)
+    options, typed = _split_options(hydra_arguments(given))
+    overrides = with_texts(typed, stage)
     own_files = any(option.startswith(("--config-dir", "-cd")) for option in options)
     wrong = wrong_overrides(overrides, stage, own_files)
     problems = list(wrong.values())

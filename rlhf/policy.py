@@ -126,14 +126,15 @@ class Policy:
         for source in [self.options] if greedy else [configured, self.options]:
             given = {name: getattr(source, name, None) for name in settings}
             settings |= {name: value for name, value in given.items() if value is not None}
-        temperature = settings["temperature"]
+        # generation configs may hold less than 0: transformers calls that greedy, vLLM top_k off
+        temperature, top_k = max(settings["temperature"], 0.0), max(int(settings["top_k"]), 0)
         return temperature, sampling_for(
             self.model,
             self.tokenizer,
             self.options.response_length,
             temperature or 1.0,  # for greedy answers the divisor of the logits is irrelevant
             settings["top_p"],
-            int(settings["top_k"]),
+            top_k,
         )
 
     def describe(self) -> str:

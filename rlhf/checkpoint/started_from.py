@@ -63,10 +63,9 @@ def _note(directory: Path, config: StageConfig, rows: dict[str, list[Any]]) -> N
 def _read_again(config: StageConfig) -> Iterator[tuple[str, str | None]]:
     """Yield the models of which a checkpoint has no copy: below adapters, and those of PPO that do
     not train."""
-    is_ppo = isinstance(config, PPOStageConfig)
-    if config.peft.enabled or is_ppo:
+    if config.peft.enabled or isinstance(config, PPOStageConfig):
         yield "model.path", config.model.path
-    if not is_ppo:
+    if not isinstance(config, PPOStageConfig):
         return
     yield "ppo.reference", config.ppo.reference
     parts = config.scorer.components

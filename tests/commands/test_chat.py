@@ -7,6 +7,7 @@ Run: python -m pytest tests/commands/test_chat.py
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -158,6 +159,24 @@ def test_generation_config_that_asks_for_greedy_answers_gets_them(tmp_path):
     path = write(tmp_path / "final", model)
     assert chat_with(path).temperature == 0
     assert chat_with(path, temperature=0.5).temperature == 0.5
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ({"top_k": -1}, (1.0, 1.0, 0)),  # vLLM's word for off
+        ({"top_p": 0}, (1.0, 0, 50)),
+        ({"temperature": -1.0}, (0.0, 1.0, 50)),
+    ],
+    ids=str,
+)
+def test_odd_values_of_a_generation_config_give_answers(given, expected, tmp_path):
+    path = write(tmp_path / "final", random_policy())
+    file = path / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"do_sample": True} | given))
+    chat = chat_with(path, response_length=2)
+    assert (chat.temperature, chat.sampling.top_p, chat.sampling.top_k) == expected
+    answer_of(chat, "Hi")
 
 
 # --- The conversation -----------------------------------------------------------------------------

@@ -435,8 +435,7 @@ def kept(**knobs):
         ({"top_k": 1}, [1]),
         ({"top_k": 3}, [0, 1, 3]),
         ({"top_k": 99}, [0, 1, 2, 3, 4]),
-        ({"top_p": 0.01}, [1]),
-        ({"top_p": 0.49}, [1]),
+        *(({"top_p": share}, [1]) for share in (0.0, 0.01, 0.49)),
         ({"top_p": 0.51}, [1, 3]),  # the token that crosses the bound stays
         ({"top_p": 0.74}, [1, 3]),
         ({"top_p": 0.76}, [0, 1, 3]),
