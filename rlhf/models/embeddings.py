@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
 
 from rlhf.config import InputError
+from rlhf.hub import read_json
 
 
 def resize_embeddings(model: PreTrainedModel, num_rows: int, shrink: bool = False) -> None:
@@ -37,3 +39,12 @@ def resize_embeddings(model: PreTrainedModel, num_rows: int, shrink: bool = Fals
             for table in (module.weight, getattr(module, "bias", None)):  # GPT-J's head has one
                 if table is not None:
                     table[old:] = table[:old].mean(dim=0)
+
+
+def pad_arguments(directory: Path) -> dict[str, Any]:
+    """Return arguments of `from_pretrained` that leave out a pad token beyond the table: it has no
+    row, which torch refuses, and any id can pad."""
+    settings = read_json(directory / "config.json")
+    pad, size = settings.get("pad_token_id"), settings.get("vocab_size")
+    beyond = isinstance(pad, int) and isinstance(size, int) and pad >= size
+    return {"pad_token_id": None} if beyond else {}

@@ -27,6 +27,7 @@ from rlhf.models.dropout import disable_dropout, set_dropout
 from rlhf.models.embeddings import resize_embeddings
 from rlhf.models.forward import HEAD, has_linear_head
 from rlhf.models.quantization import require_quantized
+from rlhf.models.sampling_settings import require_numbers
 from rlhf.models.stacked import keep_apart
 from rlhf.models.unread import stand_ins, unread
 from rlhf.models.weights import (
@@ -64,6 +65,7 @@ def load_policy(
         model = build_model(config, tokenizer, in_slices and sharding() == "FSDP")
     else:
         model = load_language_model(_find(config, field, in_slices), config)
+        require_numbers(model.generation_config, f"{field}={config.path}")
     _fit_tokenizer(model, tokenizer, config)
     if stacked is not None:
         label = f"the adapter in {stacked}"

@@ -7,8 +7,11 @@ without do_sample=true), so a stage corrects them when it starts.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable
 from typing import Any
+
+from rlhf.config import InputError
 
 # Settings that have an effect only if do_sample is true.
 SAMPLING = "temperature top_k top_p min_p top_h typical_p epsilon_cutoff eta_cutoff".split()
@@ -30,6 +33,24 @@ def sampling_settings(model: Any) -> dict[str, Any]:
         for name, value in settings.to_diff_dict().items()
         if name not in NEUTRAL and name[:1] != "_" and value != plain.get(name)
     }
+
+
+def require_numbers(settings: Any, label: str) -> None:
+    """Refuse a generation config whose sampling settings are no numbers: transformers loads them.
+
+    Args:
+        label: names the model in the message.
+    """
+    for name in (*SAMPLING, "do_sample"):
+        value = getattr(settings, name, None)
+        expected = "true or false" if name == "do_sample" else "a finite number"
+        is_number = isinstance(value, int | float) and math.isfinite(value)
+        is_right = isinstance(value, bool) if name == "do_sample" else is_number
+        if value is not None and not is_right:
+            raise InputError(
+                f"{label}: {name} in its generation_config.json must be {expected}, got "
+                f"{value!r}; correct it there"
+            )
 
 
 def mend_sampling_settings(model: Any, trains: bool = True) -> list[str]:

@@ -41,7 +41,7 @@ from rlhf.hub import (
     weight_files,
 )
 from rlhf.models.adapters import STORED_DTYPE
-from rlhf.models.embeddings import resize_embeddings
+from rlhf.models.embeddings import pad_arguments, resize_embeddings
 from rlhf.models.forward import HEAD, has_linear_head
 from rlhf.models.from_gguf import gguf_arguments, unread_gguf
 from rlhf.models.quantization import quantization_arguments
@@ -125,7 +125,7 @@ def _read(factory: Any, source: Source, config: ModelConfig, **kwargs: Any) -> t
             return model, Misfits(heads, [], [])
         say(f"{source.label}: each process reads the whole model, because {reason}")
         source = replace(source, in_slices=False)
-    places = {"device_map": "meta"} if source.in_slices else {}
+    places = pad_arguments(source.directory) | ({"device_map": "meta"} if source.in_slices else {})
     loaded: Any = call_loader(
         factory.from_pretrained,
         source.directory,

@@ -145,6 +145,16 @@ def test_a_family_in_the_forms_of_older_libraries_is_no_misfit(family, tmp_path)
     init_reward_model(ModelConfig(path=str(path)), TOKENIZER, seed=0)
 
 
+def test_a_pad_token_beyond_the_table_is_replaced(base, tmp_path):
+    path = shutil.copytree(base, tmp_path / "model")
+    settings = json.loads((path / "config.json").read_text())
+    settings["pad_token_id"] = settings["vocab_size"]
+    (path / "config.json").write_text(json.dumps(settings))
+    exact(logits_of(policy(path)), logits_of(policy(base)))
+    assert policy(path).config.pad_token_id == TOKENIZER.pad_token_id
+    init_reward_model(ModelConfig(path=str(path)), TOKENIZER, seed=0)
+
+
 # --- Reward models ------------------------------------------------------------------------------
 
 

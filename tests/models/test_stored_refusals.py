@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import pickle
+import re
 import shutil
 
 import huggingface_hub
@@ -214,6 +216,27 @@ def test_missing_weights_below_the_head_of_a_reward_model_are_refused(world):
     message = refusal(lambda: load("scorer", "classifier"))
     assert message.startswith("scorer.path=classifier does not fit LlamaForSequenceClassification")
     assert f"there are no weights for {name}" in message
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"temperature": "0.7"}, "temperature .* must be a finite number, got '0.7'"),
+        ({"top_p": math.nan}, "top_p .* must be a finite number, got nan"),
+        ({"do_sample": "true"}, "do_sample .* must be true or false, got 'true'"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["policy", "export"])
+def test_sampling_settings_that_are_no_numbers_are_refused(kind, values, message, world):
+    edit(world / "model/generation_config.json", **values)
+    assert re.search(rf"^{FIELD[kind]}=model: {message}", refusal(lambda: load(kind, "model")))
+
+
+@pytest.mark.parametrize("kind", ["policy", "reward", "export"])
+def test_a_configuration_that_fails_in_arithmetic_is_refused(kind, world):
+    edit(world / "model/config.json", num_attention_heads=0)
+    assert refusal(lambda: load(kind, "model")).startswith(f"{FIELD[kind]}=model cannot be loaded")
 
 
 # --- The wrong kind of model --------------------------------------------------------------------
