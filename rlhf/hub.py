@@ -311,8 +311,8 @@ def call_loader(
             raise InputError(f"{label} cannot be loaded: {damage}") from error
         # raised for bad values in these files, or for a library that is not installed
         expected = (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError)
-        expected += (AssertionError, ArithmeticError)
-        if not isinstance(error, (*expected, StrictDataclassError)):
+        others = (AssertionError, ArithmeticError, StrictDataclassError)
+        if not isinstance(error, expected + others):
             raise
         raise InputError(f"{label} cannot be loaded ({one_line(error)})") from error
 

@@ -5,6 +5,7 @@ Left out: training them (`rlhf.reward`), and several of them as one (`rlhf.score
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -276,5 +277,10 @@ def score_statistics(
             f"{key}={config.normalize} needs the score statistics that the reward stage stores, "
             f"but {config.path} {what}; for a model from elsewhere set {key}=none"
         )
-    standardise = config.normalize == "standardise"
-    return record.score_mean, (record.score_std or 1.0) if standardise else 1.0
+    mean, std = record.score_mean, record.score_std or 1.0
+    if not (math.isfinite(mean) and 0 < std < math.inf):
+        raise InputError(
+            f"{field}={config.path}: its rlhf.json has score_mean={mean} and score_std={std}, but "
+            "scores are divided by a positive number: correct them there"
+        )
+    return mean, std if config.normalize == "standardise" else 1.0

@@ -8,6 +8,7 @@ Run: python -m pytest tests/scorers/test_reward_model_scorer.py
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -67,6 +68,16 @@ def test_normalisation_without_stored_statistics_names_the_way_out(helpful, tmp_
     components = [ScorerComponent(helpful), ScorerComponent(str(bare))]
     with pytest.raises(InputError, match=r"set scorer.components\[1\].normalize=none"):
         load_scorer(ScorerConfig(components=components))
+
+
+@pytest.mark.parametrize(
+    "statistics", [{"score_std": -2.0}, {"score_std": math.inf}, {"score_mean": math.nan}], ids=str
+)
+def test_statistics_that_would_turn_or_lose_the_scores_are_refused(statistics, helpful, tmp_path):
+    file = shutil.copytree(helpful, tmp_path / "final") / "rlhf.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | statistics))
+    with pytest.raises(InputError, match=r"scorer\.path=.*rlhf.json has score_mean=.*correct them"):
+        load_scorer(ScorerConfig(str(tmp_path / "final"), "standardise"))
 
 
 def test_a_scorer_without_a_path_is_refused():
@@ -283,6 +294,7 @@ def test_a_template_and_a_tokenizer_that_both_write_bos_give_one(helpful, tmp_pa
     tokenizer = adds_bos()
     tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
     tokenizer.pad_token = None
+    model.config.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     scorer = RewardModelScorer(ScorerConfig(str(tmp_path), "none"), load=lambda *_: model)
     ids = scorer.encode([{"role": "user", "content": "Hi"}], "Yo")
