@@ -250,7 +250,20 @@ def _adapter_settings(directory: Path, label: str) -> dict[str, Any]:
         what = f"{directory} has {ADAPTER} but no {ADAPTER_WEIGHTS}"
         raise InputError(f"{label}: {what}; copy or download it")
     tensor_names(directory / ADAPTER_WEIGHTS)
-    return read_json(directory / ADAPTER)
+    settings = read_json(directory / ADAPTER)
+    start = str(settings.get("init_lora_weights"))
+    if settings.get("layer_replication"):
+        raise InputError(
+            f"{label}: the adapter in {directory} uses layers of its base several times "
+            "(layer_replication), so it cannot be merged into that; give a whole model"
+        )
+    if start.startswith("pissa_niter"):
+        raise InputError(
+            f"{label}: the adapter in {directory} belongs to a base from which random numbers were "
+            f"taken (init_lora_weights={start}), which no file holds; save it as plain LoRA "
+            "(path_initial_model_for_weight_conversion of PEFT), or give a whole model"
+        )
+    return settings
 
 
 def _require_model(directory: Path, label: str) -> None:

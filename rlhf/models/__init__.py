@@ -55,6 +55,7 @@ from rlhf.models.head import choose_chunk_tokens, chunk_tokens, ends_with_head, 
 from rlhf.models.load import (
     freeze,
     init_reward_model,
+    leave_out_router_logits,
     load_policy,
     load_reference,
     load_reward_model,

@@ -149,11 +149,20 @@ def _prepare(model: PreTrainedModel, config: ModelConfig, field: str) -> PreTrai
     """Check the weights, and apply the settings of training, in place."""
     _require_finite(model, config, field)
     require_quantized(model, config)
+    leave_out_router_logits(model)
     if config.dropout is not None:
         set_dropout(model, config.dropout)
     if config.gradient_checkpointing:
         recompute_activations(model)
     return model
+
+
+def leave_out_router_logits(model: Any) -> None:
+    """Have a mixture of experts return router logits only where they are asked for, in place: with
+    a cache, its load-balancing loss fails on them."""
+    settings = model.config.get_text_config()
+    if getattr(settings, "output_router_logits", False):
+        settings.output_router_logits = False
 
 
 def recompute_activations(model: PreTrainedModel) -> None:
@@ -232,7 +241,8 @@ def _fit_tokenizer(
     for holder in (h for h in holders if h is not None):
         holder.pad_token_id = tokenizer.pad_token_id
         holder.bos_token_id = tokenizer.bos_token_id
-        eos, stop = tokenizer.eos_token_id, holder.eos_token_id
+        eos: Any = tokenizer.eos_token_id
+        stop: Any = getattr(holder, "eos_token_id", None)
         keeps_own = isinstance(stop, list) and (config.eos_token is None or eos in stop)
         own = stop if keeps_own else []
         others = set() if holder is model.config else end_token_ids(tokenizer) - {eos}

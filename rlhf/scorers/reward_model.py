@@ -95,7 +95,10 @@ class RewardModelScorer(BuiltInScorer):
             self._added_bos = self.tokenizer.bos_token if bos else ""
             self.tokenizer.truncation_side = "right"
             if self.tokenizer.pad_token is None:
-                self.tokenizer.pad_token = self.tokenizer.eos_token
+                pad = model.config.pad_token_id
+                end = self.tokenizer.eos_token_id
+                token = self.tokenizer.convert_ids_to_tokens(end if pad is None else pad)
+                self.tokenizer.pad_token = token
             self.max_length -= _num_reserved_positions(model)
         else:
             self.tokenizer = load_tokenizer(source, field)

@@ -56,6 +56,7 @@ from rlhf.hf_trainer import (
 from rlhf.metrics import StageResult, append_jsonl, read_jsonl
 from rlhf.models import (
     add_lora,
+    leave_out_router_logits,
     load_policy,
     mend_sampling_settings,
     new_token_rows,
@@ -208,6 +209,7 @@ def _make_trainer(
         eval_dataset=Dataset.from_list(heldout),
         processing_class=tokenizer,
     )
+    leave_out_router_logits(model)  # TRL asks for them itself, and switches them on for good
     trainer.micro_batch_tokens = config.micro_batch_tokens
     if config.model.quantization is not None:
         for parameter in model.parameters():  # TRL rounds such adapters to bfloat16

@@ -181,6 +181,21 @@ def test_an_adapter_for_layers_that_the_base_lacks_is_refused(world):
     )
 
 
+@pytest.mark.parametrize("path, kind", [("adapter", "policy"), ("adapter", "export"),
+    ("reward_adapter", "scorer")])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"layer_replication": [[0, 2], [1, 2]]}, "uses layers of its base several times"),
+        ({"init_lora_weights": "pissa_niter_4"}, "from which random numbers were taken"),
+    ],
+    ids=str,
+)
+def test_an_adapter_whose_base_was_changed_is_refused(settings, message, path, kind, world):
+    edit(world / path / "adapter_config.json", **settings)
+    assert message in refusal(lambda: load(kind, path))
+
+
 def test_an_adapter_that_cannot_be_merged_is_refused(world):
     settings = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
     settings |= {"base_model_name_or_path": "model", "token_dim": 32, "num_layers": 2}
