@@ -90,15 +90,9 @@ class RewardModelScorer(BuiltInScorer):
         move(self.model, device)
         self.max_length = context_length(model)
         if self.scores_texts:
-            self.tokenizer, self.tokenizer_hash = read_tokenizer(source, field), None
+            self.tokenizer, self.tokenizer_hash = _own_tokenizer(model, source, field), None
             bos = first_token_ids("", self.tokenizer)  # chat templates may write it, too
             self._added_bos = self.tokenizer.bos_token if bos else ""
-            self.tokenizer.truncation_side = "right"
-            if self.tokenizer.pad_token is None:
-                pad = model.config.pad_token_id
-                end = self.tokenizer.eos_token_id
-                token = self.tokenizer.convert_ids_to_tokens(end if pad is None else pad)
-                self.tokenizer.pad_token = token
             self.max_length -= _num_reserved_positions(model)
         else:
             self.tokenizer = load_tokenizer(source, field)
@@ -227,6 +221,17 @@ class RewardModelScorer(BuiltInScorer):
             ).to(device)
             scores[chosen] = self.model(inputs).cpu()
         return scores
+
+
+def _own_tokenizer(model: Any, source: ModelConfig, field: str) -> Any:
+    """The tokenizer of a model that scores texts, with the pad token that the model knows."""
+    tokenizer = read_tokenizer(source, field)
+    tokenizer.truncation_side = "right"
+    if tokenizer.pad_token is None:
+        pad = model.config.pad_token_id
+        pad = tokenizer.eos_token_id if pad is None else pad
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
+    return tokenizer
 
 
 def _num_reserved_positions(model: Any) -> int:
