@@ -321,11 +321,13 @@ def summary(side: Side, options: argparse.Namespace, limits: dict, prompt_tokens
 
 
 def learning(side: Side) -> dict[str, Any]:
-    """When the score first reached the goal: update, seconds until then, KL; null if never."""
+    """When the score first reached the goal: update, seconds and CPU seconds until then, KL; null
+    if never."""
     for number, row in enumerate(side.rows):
         if row["score"] >= GOAL:
-            seconds = sum(r["seconds"] for r in side.rows[: number + 1])
-            return {"update": number + 1, "seconds": seconds, "kl": row["kl"]}
+            until = side.rows[: number + 1]
+            spent = {name: sum(r[name] for r in until) for name in ("seconds", "cpu_seconds")}
+            return {"update": number + 1, **spent, "kl": row["kl"]}
     return {"update": None, "best": max(row["score"] for row in side.rows)}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -97,6 +98,18 @@ def test_the_gold_share_counts_words_of_the_first_eighth_and_no_special_tokens()
     options = Namespace(preset="tiny", limit=32)  # 512 words: gold are t4 to t67
     assert gold_share("t4 <sep> t67 t68 <bos> t511 t30", options) == 3 / 32
     assert gold_share("", options) == 0.0
+
+
+def test_learning_costs_the_seconds_until_the_goal():
+    from ppo_step import learning
+
+    rows = [
+        {"score": score, "seconds": 1.0 + i, "cpu_seconds": 0.5, "kl": 10.0 * i}
+        for i, score in enumerate((0.1, 0.95, 0.2, 0.99))
+    ]
+    found = learning(SimpleNamespace(rows=rows))
+    assert found == {"update": 2, "seconds": 3.0, "cpu_seconds": 1.0, "kl": 10.0}
+    assert learning(SimpleNamespace(rows=rows[:1])) == {"update": None, "best": 0.1}
 
 
 def test_a_token_costs_the_seconds_of_all_updates_over_their_tokens(monkeypatch):

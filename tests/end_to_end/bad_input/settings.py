@@ -142,6 +142,26 @@ CASES = [
         ("normalization.path", "normalization.path=train.jsonl"),
     ),
     Case(
+        "fewer tokens for a pass than the longest row has",
+        f"{PPO} ppo.response_length=24 ppo.micro_batch_tokens=28",
+        ("ppo.micro_batch_tokens=28 is less than the longest row", "set it to "),
+    ),
+    Case(
+        "fewer tokens for a pass than a response has",
+        f"{PPO} ppo.response_length=24 ppo.micro_batch_tokens=20",
+        ("ppo.micro_batch_tokens=20 is less than a row", "set it to 25 or more"),
+    ),
+    Case(
+        "a shared trunk and another model as the critic",
+        f"{PPO} critic.share_trunk=true critic.init=reward",
+        ("critic.share_trunk=true", "critic.init=reward", "critic.init=null"),
+    ),
+    Case(
+        "an unknown sampling engine",
+        f"{PPO} sampling.engine=fast",
+        ("sampling.engine", "auto, loop, graph, vllm", "fast"),
+    ),
+    Case(
         "vLLM without a server",
         f"{PPO} sampling.engine=vllm",
         ("sampling.url=http://127.0.0.1:8000", "sampling.vllm_python=<python"),
