@@ -313,18 +313,23 @@ def micro_batches(
     shares = [
         order[process :: accelerator.num_processes] for process in range(accelerator.num_processes)
     ]
-    sizes = [passes(lengths[share].tolist(), ppo) for share in shares]
+    longest = int(lengths.max())
+    sizes = [passes(lengths[share].tolist(), longest, ppo) for share in shares]
     while len(mine := sizes[accelerator.process_index]) < max(map(len, sizes)):
         largest = mine.index(max(mine))
         mine[largest : largest + 1] = [mine[largest] - mine[largest] // 2, mine[largest] // 2]
     return list(shares[accelerator.process_index].split(mine))
 
 
-def passes(lengths: Sequence[int], ppo: PPOConfig) -> list[int]:
-    """Number of rows of each forward pass, for rows whose lengths descend."""
+def passes(lengths: Sequence[int], longest: int, ppo: PPOConfig) -> list[int]:
+    """Number of rows of each forward pass, for rows whose lengths descend.
+
+    Args:
+        longest: length of the longest row of the rollout.
+    """
     sizes, start = [], 0
     while start < len(lengths):
-        sizes.append(min(ppo.rows_of(lengths[start]), len(lengths) - start))
+        sizes.append(min(ppo.rows_of(lengths[start], longest), len(lengths) - start))
         start += sizes[-1]
     return sizes
 

@@ -29,11 +29,18 @@ from rlhf.tokenizer import load_tokenizer
 
 def test_a_pass_takes_as_many_rows_as_fit_at_the_length_of_its_longest():
     lengths = [10, 8, 8, 3, 1, 1, 1]
-    assert passes(lengths, PPOConfig(micro_batch_tokens=16)) == [1, 2, 4]
-    assert passes(lengths, PPOConfig(micro_batch_tokens=10)) == [1, 1, 1, 3, 1]
-    assert passes(lengths, PPOConfig(micro_batch_tokens=16, micro_batch_size=2)) == [1, 2, 2, 2]
-    assert passes(lengths, PPOConfig(micro_batch_tokens=1000)) == [7]
-    assert passes(lengths * 2, PPOConfig()) == [8, 6]
+    assert passes(lengths, 10, PPOConfig(micro_batch_tokens=16)) == [1, 2, 4]
+    assert passes(lengths, 10, PPOConfig(micro_batch_tokens=10)) == [1, 1, 1, 3, 1]
+    limits = PPOConfig(micro_batch_tokens=16, micro_batch_size=2)
+    assert passes(lengths, 10, limits) == [1, 2, 2, 2]
+    assert passes(lengths, 10, PPOConfig(micro_batch_tokens=1000)) == [7]
+
+
+def test_by_default_a_pass_takes_the_tokens_of_the_eight_longest_rows():
+    assert passes([10] * 14, 10, PPOConfig()) == [8, 6]
+    assert passes([5] * 20, 10, PPOConfig()) == [16, 4]  # another minibatch has a row of 10
+    assert passes([10] * 4 + [4] * 26, 10, PPOConfig()) == [8, 20, 2]
+    assert passes([5] * 20, 10, PPOConfig(micro_batch_size=8)) == [8, 8, 4]
 
 
 @pytest.mark.parametrize("tokens", [24, 100])  # a prompt has at most 12 tokens, a response 12

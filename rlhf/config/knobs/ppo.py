@@ -31,7 +31,7 @@ class PPOConfig:
     """Optimiser steps per pass; must divide batch_size."""
     micro_batch_size: int | None = knob(None, ge=1)
     """Sequences per training forward pass and process; changes memory and speed, not the result
-    (null: 8, or as many as micro_batch_tokens take)."""
+    (null: as many as micro_batch_tokens take, or as have the tokens of the 8 longest)."""
     micro_batch_tokens: int | str | None = None
     """Tokens per training forward pass and process, with prompts: fewer sequences where they are
     long; auto: as many as memory has room for, measured by the preflight (null: auto on a GPU if
@@ -147,13 +147,14 @@ class PPOConfig:
         in_rewards = self.kl_in == "reward" and self.kl_coef > 0
         return not (in_rewards or self.num_mini_batches > 1 or self.mask_truncated)
 
-    def rows_of(self, length: int) -> int:
-        """Number of sequences of this many tokens that a training forward pass takes."""
-        tokens = self.micro_batch_tokens
+    def rows_of(self, length: int, longest: int | None = None) -> int:
+        """Number of sequences of this many tokens that a training forward pass takes, where the
+        longest of all has `longest` (None: `length`)."""
+        most, tokens = self.micro_batch_size, self.micro_batch_tokens
         if not isinstance(tokens, int):
-            return self.micro_batch_size or 8
+            return most or 8 * (longest or length) // length
         fitting = max(1, tokens // length)
-        return min(fitting, self.micro_batch_size or fitting)
+        return min(fitting, most or fitting)
 
 
 @knobs
