@@ -215,6 +215,8 @@ def describe_batches(
         limit = f"passes of at most {most} tokens"
     elif most == "auto":
         limit = "passes of as many tokens as the preflight finds room for"
+    elif ppo.micro_batch_size is None:
+        limit = f"passes with at most the tokens of the {rows} longest sequences"
     else:
         number = math.ceil(minibatch // num_processes / rows)
         limit = f"{number} micro-batches of at most {rows}"
