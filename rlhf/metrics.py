@@ -99,7 +99,7 @@ METRICS: dict[str, str] = {
     "eval_score/": "eval_score/<component>: that component's mean score on held-out prompts",
     "eval_independent_score": "mean score by evaluation.scorer, which PPO does not train on",
     "eval_win_rate": "share of held-out prompts whose answer beats the one before training, by "
-    "evaluation.scorer or else the training scorer (a tie counts one half)",
+    "evaluation.scorer or else the training scorer (a tie counts one half; the same answer is one)",
 }
 _HELD_OUT = (
     """loss mean_token_accuracy entropy num_tokens accuracy margin score kl response_length

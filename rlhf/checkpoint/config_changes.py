@@ -128,18 +128,20 @@ def _other_batches(
     """
     if not lines.keys() & {PROCESSES, *PER_DEVICE}:
         return []
-    if now.get("reward.tokens_per_batch"):  # batches are planned for a number of processes
-        return [lines[name] for name in (PROCESSES, *PER_DEVICE) if name in lines]
-    rows, accumulated = [], now.get(PER_DEVICE[1], 1)
+    planned = now.get("reward.tokens_per_batch") is not None  # batches of unequal size
+    what, setting = ("batches", PER_DEVICE[1]) if planned else ("rows", PER_DEVICE[0])
+    totals = []
     for settings, number in ((was, processes), (now, num_processes())):
-        each = settings.get(PER_DEVICE[0], 8) * settings.get(PER_DEVICE[1], 1)  # the Trainer's own
-        rows.append(settings.get("batch_size") or each * number)
-    if rows[0] == rows[1]:
+        size = 1 if planned else settings.get(PER_DEVICE[0], 8)  # the Trainer's own default
+        each = size * settings.get(PER_DEVICE[1], 1)
+        totals.append(settings.get("batch_size") or each * number)
+    if totals[0] == totals[1]:
         return []
     changed = [lines[name] for name in (PROCESSES, *PER_DEVICE) if name in lines]
-    fits, rest = divmod(rows[0], accumulated * num_processes())
-    changed += [] if rest else [f"{PER_DEVICE[0]}={fits} keeps {rows[0]}"]
-    return [f"rows of an optimiser step: {rows[0]} -> {rows[1]} ({'; '.join(changed)})"]
+    others = num_processes() * (1 if planned else now.get(PER_DEVICE[1], 1))
+    fits, rest = divmod(totals[0], others)
+    changed += [] if rest else [f"{setting}={fits} keeps {totals[0]}"]
+    return [f"{what} of an optimiser step: {totals[0]} -> {totals[1]} ({'; '.join(changed)})"]
 
 
 def _moved(config: StageConfig, directory: Path) -> tuple[str, ...]:

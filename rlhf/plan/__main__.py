@@ -120,7 +120,7 @@ def _show_memory(model: Measured, setting: Setting, memory: float) -> None:
             sizes = (part.weights, part.gradients, part.adam, part.activations)
             parts.append((launch, role, *(round(size / 1e9, 1) for size in sizes)))
         rows = rows_that_fit(model, setting, launch, int(memory * 1e9))
-        outside = main_memory(model, setting) if launch == "fsdp2_offload" else 0
+        outside = main_memory(model, setting, launch)
         gigabytes = [round(size / 1e9, 1) for size in (found.total, outside)]
         fits.append((launch, *gigabytes, "yes" if rows else "no", rows, rows * setting.length))
     columns = ("weights", "gradients", "Adam", "activations of a row")

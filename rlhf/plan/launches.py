@@ -2,10 +2,11 @@
 
 ddp            each GPU holds all of it; buckets hold the gradients a second time
 zero2          gradients and Adam's states in slices (Rajbhandari et al. 2020)
-fsdp2          weights in slices too; blocks are whole, in bfloat16, while they are used
+fsdp2          weights in slices too; blocks are whole, in float32, while they are used
 fsdp2_offload  as fsdp2, but the slices are in main memory
 
-With one base for all roles, FSDP2 slices the base; adapters stay whole on each GPU.
+With one base for all roles, FSDP2 slices the base; adapters stay whole on each GPU. PPO samples
+from a whole copy of a policy in slices, and writes checkpoints from a copy in main memory.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ def estimate(model: Measured, setting: Setting, launch: str, rows: int = 1) -> M
     if not (setting.offload_frozen or setting.lora):  # with LoRA: the policy with its adapters off
         models["reference"] = _reference(model, setting, launch)
     cache = setting.sampled_rows * setting.length * model.cache_per_token
-    copy = HALF * model.parameters if setting.dtype == "float32" else 0
+    copies = setting.dtype == "float32" or launch.startswith("fsdp2")
+    copy = HALF * model.parameters * copies
     models["sampler"] = ModelMemory(copy + cache)
     read = model.passing * setting.prompt_length // setting.length
     prompts = setting.sampled_rows * (setting.prompt_length * model.cache_per_token + read)
@@ -121,12 +123,17 @@ def _reference(model: Measured, setting: Setting, launch: str) -> ModelMemory:
     return ModelMemory(0 if launch == "fsdp2_offload" else HALF * model.parameters)
 
 
-def main_memory(model: Measured, setting: Setting) -> int:
-    """Bytes that all processes of `fsdp2_offload` keep in main memory."""
-    if setting.share_base:
-        return model.weights - FLOAT * model.trained
+def main_memory(model: Measured, setting: Setting, launch: str) -> int:
+    """Bytes that all processes keep in main memory: the slices of `fsdp2_offload`, and in PPO the
+    copy from which a checkpoint is written."""
     num_models = 1 + (setting.critic and setting.stage == "ppo")
-    return num_models * (model.weights + 3 * FLOAT * model.trained)
+    trained = num_models * FLOAT * model.trained
+    copy = 3 * trained * (setting.stage == "ppo")  # and Adam's two moments
+    if launch != "fsdp2_offload":
+        return copy
+    if setting.share_base:
+        return copy + model.weights - FLOAT * model.trained
+    return copy + num_models * model.weights + 3 * trained  # gradients and Adam
 
 
 def rows_that_fit(model: Measured, setting: Setting, launch: str, memory: int) -> int:

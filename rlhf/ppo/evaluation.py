@@ -2,7 +2,8 @@
 
 `loop.py` calls it. Prompts and random numbers are the same every time, so that two evaluations
 differ by the policy alone. Every figure has a bootstrap interval over the prompts. The win rate
-compares each response with the one before training, by `evaluation.scorer` if there is one.
+compares each response with the one before training, by `evaluation.scorer` if there is one; the
+same response is a tie, as its scores in two batches differ by rounding.
 """
 
 from __future__ import annotations
@@ -41,12 +42,14 @@ class Evaluator:
         prompts: encoded held-out prompts; their number is a multiple of the number of processes.
         independent: a second scorer, which PPO does not train on.
         baseline: scores of the responses before training, for the win rate; from the first call.
+        baseline_responses: these responses; none in a run that an earlier version began.
     """
 
     trainer: PPOTrainer
     prompts: list[dict[str, Any]]
     independent: Scorer | None = None
     baseline: list[float] = field(default_factory=list)
+    baseline_responses: list[str] = field(default_factory=list)
 
     def __call__(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Sample a response to each held-out prompt, by the averaged policy if there is one, and
@@ -89,9 +92,9 @@ class Evaluator:
         figures = {name: values.float().cpu() for name, values in figures.items()}
         judged = figures.get("independent_score", figures["score"])
         if not self.baseline:
-            self.baseline = judged.tolist()
+            self.baseline, self.baseline_responses = judged.tolist(), responses
         elif trainer.update:
-            figures["win_rate"] = wins(judged, torch.tensor(self.baseline))
+            figures["win_rate"] = self._wins(judged, responses)
         samples = []
         for row, (prompt, response) in enumerate(zip(self.prompts, responses, strict=True)):
             sample = {"step": trainer.update, "prompt": prompt["prompt"], "response": response}
@@ -100,6 +103,13 @@ class Evaluator:
                 sample[name] = convert(values[row])
             samples.append(sample)
         return _with_bounds(figures) | cut_metric("eval_", cut, actors, *scorers), samples
+
+    def _wins(self, judged: Tensor, responses: list[str]) -> Tensor:
+        baseline = torch.tensor(self.baseline)
+        if self.baseline_responses:
+            pairs = zip(responses, self.baseline_responses, strict=True)
+            baseline = torch.where(torch.tensor([a == b for a, b in pairs]), judged, baseline)
+        return wins(judged, baseline)
 
 
 def _with_bounds(figures: dict[str, Tensor]) -> dict[str, float]:

@@ -305,6 +305,7 @@ class PPOLoop:
             "best": self.best,
             "pending": self.pending,
             "baseline": self.evaluate.baseline,
+            "baseline_responses": self.evaluate.baseline_responses,
             "watchdog": self.watchdog.state(),
         }
         checkpoint = self.directory / f"checkpoint-{self.trainer.update}"
@@ -322,6 +323,7 @@ class PPOLoop:
         self.trainer.load_state(state)
         self.before, self.last, self.best = state["before"], state["last"], state["best"]
         self.evaluate.baseline, self.pending = state["baseline"], state.get("pending")
+        self.evaluate.baseline_responses = state.get("baseline_responses", [])
         self.watchdog.load_state(state["watchdog"])
         self._say_new_schedule(read_settings(checkpoint)["ppo.num_updates"])
 

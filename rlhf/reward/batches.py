@@ -43,9 +43,13 @@ def pack(sizes: list[tuple[int, int]], budget: int) -> list[list[int]]:
 
 
 def plan_batches(
-    rows: list[Row], ranking: RewardConfig, num_processes: int
+    rows: list[Row], ranking: RewardConfig, batches_per_step: int
 ) -> list[list[int]] | None:
     """Check that the settings fit the training rows, and group these under the token budget.
+
+    Args:
+        batches_per_step: those that all processes accumulate; on them alone, and not on how many
+            processes there are, depends which rows a step reads.
 
     Returns:
         Indices of the rows of each batch, each row once; None without `reward.tokens_per_batch`.
@@ -77,8 +81,8 @@ def plan_batches(
             "or lower dataset.max_length"
         )
     batches = pack(sizes, budget)
-    # split the largest batches until every process gets the same number
-    while len(batches) % num_processes and len(batches) < len(rows):
+    # split the largest batches until every step, and so every process, gets the same number
+    while len(batches) % batches_per_step and len(batches) < len(rows):
         batch = max(batches, key=len)
         batches.append([batch.pop() for _ in range(len(batch) // 2)])
     return batches

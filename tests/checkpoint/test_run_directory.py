@@ -233,11 +233,21 @@ def test_other_number_of_processes_must_read_the_same_rows_in_a_step(tmp_path, m
     assert PROCESSES not in refuse_changes(config, directory / "checkpoint-1")
 
 
-def test_batches_planned_by_tokens_go_on_with_as_many_processes(tmp_path, monkeypatch):
+def test_batches_planned_by_tokens_go_on_with_as_many_in_a_step(tmp_path, monkeypatch):
     config = RewardStageConfig(runs_dir=str(tmp_path), run_name="mine", resume=True)
     config.reward.tokens_per_batch = 64
+    config.trainer |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
     directory = prepare_run_directory(dataclasses.replace(config, resume=False), "reward")
     make_checkpoint(directory, 1, config)
+    checkpoint = directory / "checkpoint-1"
+    config.trainer["per_device_train_batch_size"] = 3  # plays no part
+    assert refuse_changes(config, checkpoint).keys() == {"trainer.per_device_train_batch_size"}
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="\n  number of processes: 1 -> 2\n"):
+    problem = (
+        "\n  batches of an optimiser step: 4 -> 8 (number of processes: 1 -> 2; trainer.per_device_"
+        "train_batch_size: 4 -> 3; trainer.gradient_accumulation_steps=2 keeps 4)\n"
+    )
+    with pytest.raises(InputError, match=re.escape(problem)):
         prepare_run_directory(config, "reward")
+    config.trainer["gradient_accumulation_steps"] = 2
+    assert PROCESSES in refuse_changes(config, checkpoint)

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from rlhf.plan.__main__ import main
 from rlhf.plan.cards import Card
 from rlhf.plan.counting import Measured, measure
-from rlhf.plan.launches import LAUNCHES, Setting, estimate, launches, rows_that_fit
+from rlhf.plan.launches import LAUNCHES, Setting, estimate, launches, main_memory, rows_that_fit
 from rlhf.plan.sizes import SIZES
 from rlhf.plan.work import Shape, seconds_of_phases, train_operations
 
@@ -139,7 +139,10 @@ def test_ppo_holds_its_roles_and_lora_no_reference():
     assert estimate(counted(), eight, "fsdp2").models["reference"].weights == 50  # float32 slices
     assert estimate(counted(), eight, "fsdp2_offload").models["reference"].weights == 0
     assert models["sampler"].weights == 200 + 4 * 64  # and the cache of four rows
-    half = estimate(counted(), replace(ppo, dtype="bfloat16"), "ddp")
+    sixteen = replace(ppo, dtype="bfloat16")
+    sliced = estimate(counted(), replace(sixteen, gpus=8), "fsdp2").models["sampler"]
+    assert sliced.weights == 200 + 4 * 64  # slices cannot sample
+    half = estimate(counted(), sixteen, "ddp")
     assert half.models["sampler"].weights == 4 * 64  # the policy itself samples
     assert half.sampling == 4 * (24 + 640 * 24 // 64)  # four prompts of 24 of 64 tokens
     assert half.scoring == 4 * 640
@@ -165,6 +168,18 @@ def test_ppo_holds_its_roles_and_lora_no_reference():
     assert launches(ppo) == ("ddp",)
     lora = estimate(counted(trained=4), replace(ppo, lora=True, critic=False), "ddp").models
     assert list(lora) == ["policy", "reward model", "sampler"] and lora["policy"].adam == 32
+
+
+def test_main_memory_has_slices_that_wait_and_the_copy_for_a_checkpoint():
+    ppo, model = replace(SETTING, stage="ppo", gpus=8), counted()
+    assert main_memory(model, replace(SETTING, gpus=8), "fsdp2") == 0
+    copy = 2 * 3 * 400  # policy and critic: weights and two moments
+    assert main_memory(model, ppo, "ddp") == main_memory(model, ppo, "fsdp2") == copy
+    assert main_memory(model, ppo, "fsdp2_offload") == copy + 2 * 4 * 400
+    assert main_memory(model, replace(ppo, critic=False), "fsdp2") == copy / 2
+    one_base, model = replace(ppo, lora=True, share_base=True), counted(trained=4)
+    assert main_memory(model, one_base, "fsdp2") == 2 * 3 * 16
+    assert main_memory(model, one_base, "fsdp2_offload") == 2 * 3 * 16 + 400 - 16
 
 
 def test_rows_that_fit_are_as_many_as_leave_room():

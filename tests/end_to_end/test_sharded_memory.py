@@ -1,6 +1,6 @@
 """The memory of each of two processes that train one model in slices is its share of the weights,
 gradients and optimiser states, from the first read to the checkpoint, and one tensor more while
-`final/` is written.
+`final/` is written. The copies that PPO makes are those that `rlhf.plan` reckons.
 
 Memory of a process is what it holds at once: pages of files that it maps are the system's, and the
 C library, which would keep freed memory for later, gives it back here at once.
@@ -17,8 +17,9 @@ import pytest
 import torch
 from helpers.sharded import in_group, text_of
 from helpers.tiny import tiny_model, tiny_tokenizer
+from transformers import AutoConfig
 
-from rlhf.checkpoint.state import save_training_state
+from rlhf.checkpoint.state import save_training_state, take_state
 from rlhf.config import ModelConfig, PeftConfig, PPOConfig, StageConfig
 from rlhf.distributed import clip_gradients, gathered_bytes, make_accelerator, share
 from rlhf.models import (
@@ -30,7 +31,10 @@ from rlhf.models import (
     shard_base,
     what_to_save,
 )
+from rlhf.plan.counting import measure
+from rlhf.plan.launches import Setting, estimate, main_memory
 from rlhf.ppo.optimizer import make_optimizer
+from rlhf.sampling import use_engine
 from rlhf.tokenizer import load_tokenizer
 
 M_MMAP_THRESHOLD = -3  # of malloc.h
@@ -55,6 +59,10 @@ class Peak(threading.Thread):
     def run(self):
         while not self.ended.wait(0.002):
             self.most = max(self.most, allocated())
+
+    def settle(self):
+        """Let the thread see what is held now."""
+        self.ended.wait(0.05)
 
     def __exit__(self, *_):
         self.ended.set()
@@ -88,6 +96,28 @@ def train(path, folder, measures):
         numbers = {"peak": peak.bytes, "loading": loading.bytes, "layer": gathered_bytes(model)}
         numbers |= {"final": final.bytes, "tensor": max(p.nbytes for p in model.parameters())}
         (folder / f"peak-{accelerator.process_index}.json").write_text(json.dumps(numbers))
+
+
+def sample_and_copy(path, folder, measures):
+    """Train a policy in bfloat16 by a step, and hold what PPO then has at once: slices with Adam's
+    states, the whole copy that samples, and the copy from which a checkpoint is written."""
+    accelerator = make_accelerator("float32")
+    config = ModelConfig(path=str(path), dtype="bfloat16")
+    with Peak(daemon=True) as peak:
+        model = load_policy(config, load_tokenizer(config), in_slices=True)
+        shard(model)
+        share(model, accelerator)
+        optimizer = make_optimizer(model.parameters(), 1e-3, PPOConfig())
+        accelerator.backward(model(input_ids=torch.arange(8)[None]).logits.square().mean())
+        optimizer.step()
+        optimizer.zero_grad()
+        use_engine(model, "loop", dtype=torch.bfloat16).refresh()
+        parts = {"policy": model}, {"policy": optimizer}, {"update": 1}, StageConfig()
+        taken = take_state(folder / "checkpoint-9", *parts, copies=True)
+        peak.settle()
+    taken.write()
+    if measures:
+        (folder / f"copies-{accelerator.process_index}.json").write_text(str(peak.bytes))
 
 
 def train_adapters(path, folder, on_one_base, measures):
@@ -131,6 +161,16 @@ def train_both(warm_up, path, folder):
         for on_one_base in (False, True):
             train_adapters(source, folder, on_one_base, measures)
             gc.collect()
+        sample_and_copy(source, folder if measures else folder / "warm_up", measures)
+
+
+def planned_copies(path) -> float:
+    """What `rlhf.plan` reckons for `sample_and_copy`."""
+    setting = Setting("ppo", 2, 8, 8, dtype="bfloat16", critic=False, sampled_rows=0)
+    model = measure(AutoConfig.from_pretrained(path), setting.length, False, setting.dtype)
+    models = estimate(model, setting, "fsdp2").models
+    held = models["policy"].weights + models["policy"].adam + models["sampler"].weights
+    return held + main_memory(model, setting, "fsdp2") / setting.gpus
 
 
 @pytest.mark.slow
@@ -155,6 +195,8 @@ def test_each_process_has_its_share_of_weights_gradients_and_optimiser(tmp_path)
         assert found["loading"] < 1.3 * weights / 2 + found["layer"], found
         assert found["final"] < 5 * found["tensor"], "one is gathered at a time"
         assert found["peak"] > 0.9 * share_of_all, "the measurement sees the memory"
+        copies = json.loads((tmp_path / f"copies-{rank}.json").read_text())
+        assert copies == pytest.approx(planned_copies(tmp_path / "model"), rel=0.15)
         for on_one_base in (False, True):
             own = json.loads((tmp_path / f"adapters-{on_one_base}-{rank}.json").read_text())
             # the frozen base; of each role's adapters also gradients, their mean and two moments

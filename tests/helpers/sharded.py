@@ -80,8 +80,8 @@ def assert_same(one, two, *files: str) -> None:
         assert second == pytest.approx(first, rel=1e-4, abs=1e-5), name
 
 
-def join(rank: int, world: int, port: int, shards: bool) -> None:
-    """Make this process one of a group."""
+def join(rank: int, world: int, port: int, shards: bool | str) -> None:
+    """Make this process one of a group; `shards` may name a file of `conf/accelerate/`."""
     os.environ |= {"WORLD_SIZE": str(world), "RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"LOCAL_WORLD_SIZE": str(world), "ACCELERATE_USE_CPU": "true"}
@@ -98,7 +98,7 @@ def join(rank: int, world: int, port: int, shards: bool) -> None:
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
     PartialState.__init__ = init
-    os.environ |= launch_environment("fsdp2")
+    os.environ |= launch_environment("fsdp2" if shards is True else shards)
 
 
 def free_port() -> int:
@@ -107,7 +107,7 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def _run(rank: int, world: int, port: int, shards: bool, log: Path, work, arguments) -> None:
+def _run(rank: int, world: int, port: int, shards: bool | str, log: Path, work, arguments) -> None:
     with open(f"{log}-{rank}", "a") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
@@ -128,7 +128,7 @@ def text_of(log: Path) -> str:
     return "\n".join(f"{file.name}: {file.read_text()[-5000:]}" for file in files)
 
 
-def in_group(work, *arguments, log: Path, world: int = 2, shards: bool = True, seconds=240):
+def in_group(work, *arguments, log: Path, world: int = 2, shards: bool | str = True, seconds=240):
     """Call `work(*arguments)` in each of several processes; return their exit codes."""
     port = free_port()
     ranks = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,12 @@ from rlhf.ppo.evaluation import describe_selection, selection_value
 def vowels(prompts, responses):
     """An independent scorer: share of vowels."""
     return [sum(c in "aeiou" for c in r) / max(1, len(r)) for r in responses]
+
+
+def unsteady(prompts, responses):
+    """Scores that grow a little with each call, as rounding changes those of other batches."""
+    unsteady.calls = getattr(unsteady, "calls", 0) + 1
+    return [len(r) / 10 + 1e-6 * unsteady.calls for r in responses]
 
 
 def rows_of(file: Path) -> list[dict]:
@@ -74,6 +81,20 @@ def test_the_win_rate_compares_with_the_answers_before_training(finished):
         for sample, old in zip(now, before, strict=True):
             new = sample["independent_score"]
             assert sample["win"] == (1.0 if new > old else 0.0 if new < old else 0.5)
+
+
+def test_the_same_answer_is_a_tie_however_its_score_is_rounded(policy_dir, tmp_path):
+    config = make_config(policy_dir, tmp_path, num_updates=2, learning_rate=1e-12)
+    evaluation = dict(every=1, num_prompts=6, scorer=f"python:{__name__}.unsteady")
+    config.evaluation = dataclasses.replace(config.evaluation, **evaluation)
+    config.checkpoint.every = 1
+    folder = train_ppo(config).directory.parent
+    for name in ("final", "checkpoint-2"):
+        shutil.rmtree(folder / name)
+    train_ppo(dataclasses.replace(config, resume=True))
+    samples = rows_of(folder / "samples.jsonl")
+    assert len({(s["prompt"], s["response"]) for s in samples}) == 6
+    assert [s["win"] for s in samples if s["step"]] == [0.5] * 12
 
 
 def test_final_is_the_best_evaluated_update_and_says_so(finished, policy_dir, tmp_path, capsys):

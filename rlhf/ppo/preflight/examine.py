@@ -26,7 +26,14 @@ from rlhf.ppo.preflight.longest_step import (
     longest_micro_batch,
     measure_longest_step,
 )
-from rlhf.ppo.preflight.memory import estimate_memory, examine_memory, free_bytes, is_out_of_memory
+from rlhf.ppo.preflight.memory import (
+    checkpoint_bytes,
+    estimate_memory,
+    examine_main_memory,
+    examine_memory,
+    free_bytes,
+    is_out_of_memory,
+)
 from rlhf.ppo.preflight.samples import NUM_SAMPLES, examine_policy, examine_scoring, sample_policy
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.scorers import Scorer, reward_models
@@ -116,12 +123,14 @@ def _examine_device(trainer: PPOTrainer, independent: Scorer | None) -> list[Fin
     """Examine whether the run fits; every process makes the same exchanges."""
     config, device = trainer.config, trainer.accelerator.device
     part = longest_micro_batch(trainer)
-    free = free_bytes(device)
-    if device.type == "cpu":  # shared by the processes of this machine
-        free //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    free = int(trainer.accelerator.gather(torch.tensor([free], device=device)).min())
+    # main memory is shared by the processes of this machine
+    main = free_bytes(torch.device("cpu")) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    mine = torch.tensor([[main, main if device.type == "cpu" else free_bytes(device)]])
+    main, free = trainer.accelerator.gather(mine.to(device)).min(dim=0).values.tolist()
     estimate = estimate_memory(trainer, part, independent)
     findings = [examine_memory(estimate, free + estimate.sum("weights"), config)]
+    if device.type != "cpu" and config.checkpoint.background is not False:
+        findings.append(examine_main_memory(checkpoint_bytes(trainer), main))
     if findings[0].status != FAIL:  # a system without swap kills the process rather than say no
         step, part = measure_longest_step(trainer, estimate, free, part)
         findings.append(examine_longest_step(step, estimate, free, part, config))

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import DynamicCache
 
 from rlhf.config import PPOStageConfig, has_frozen_models
@@ -115,6 +114,19 @@ def examine_memory(estimate: MemoryEstimate, room: int, config: PPOStageConfig) 
     return Finding("memory", status, text, fix, details)
 
 
+def examine_main_memory(copied: int, free: int) -> Finding:
+    """Judge the copy from which a thread writes a checkpoint while a GPU trains.
+
+    Args:
+        free: bytes of main memory that this process can still get.
+    """
+    text = f"the copy for a background checkpoint takes {size_text(copied)} of {size_text(free)}"
+    status = FAIL if copied > free else WARN if copied > FULL * free else OK
+    override = "" if status == OK else "checkpoint.background=false"
+    fix = override and f"set {override}: training then waits until a checkpoint is written"
+    return Finding("main memory", status, text, fix, override=override)
+
+
 def judge(share: float, estimate: MemoryEstimate, config: PPOStageConfig) -> tuple[str, str]:
     """Turn a share of the memory into the status and the remedy of a finding."""
     status = FAIL if share > 1 else WARN if share > FULL else OK
@@ -143,7 +155,8 @@ def remedy(estimate: MemoryEstimate, config: PPOStageConfig) -> str:
         "weights": {
             "peft=lora": not lora,  # the reference is then the policy with its adapters off
             "ppo.share_base=true": could_share_base(config),
-            "checkpoint.background=false": bool(config.checkpoint.background),
+            "checkpoint.background=false": bool(config.checkpoint.background)
+            and not torch.cuda.is_available(),  # the copy of a GPU's weights is in main memory
             # the adapters stay in float32
             "model.dtype=bfloat16": lora and model.dtype in ("auto", "float32"),
             "model.quantization=4bit": lora and model.quantization is None,
@@ -215,13 +228,18 @@ def estimate_memory(
     scoring = max((scoring_bytes(model, part) for model in scored), default=0)
     scoring *= min(num_rows, trainer.config.scorer.batch_size)
     if trainer.config.checkpoint.background and trainer.accelerator.device.type == "cpu":
-        copied: list[Tensor] = []
-        for named in trainer.updater.trainable.values():
-            copied += named.values()
-        copied += (trainer.updater.averages or {}).values()
-        adam = sum(model.adam for model in models.values())
-        models["checkpoint"] = ModelMemory(adam + sum(local(t).nbytes for t in copied))
+        models["checkpoint"] = ModelMemory(checkpoint_bytes(trainer))
     return MemoryEstimate(models, rollout, scoring, max(away, default=0))
+
+
+def checkpoint_bytes(trainer: PPOTrainer) -> int:
+    """Bytes of what this process, or the first one where weights are whole, writes of a checkpoint:
+    weights that train, Adam's two moments of each, and averaged weights."""
+    averages = (trainer.updater.averages or {}).values()
+    copied = [
+        local(t).nbytes for named in trainer.updater.trainable.values() for t in named.values()
+    ]
+    return 3 * sum(copied) + sum(local(t).nbytes for t in averages)
 
 
 def _sampling(

@@ -25,7 +25,9 @@ from rlhf.ppo.preflight.memory import (
     MemoryEstimate,
     ModelMemory,
     cache_bytes_per_token,
+    checkpoint_bytes,
     estimate_memory,
+    examine_main_memory,
     examine_memory,
     model_memory,
 )
@@ -93,6 +95,15 @@ def test_copy_of_a_checkpoint_that_a_thread_writes_is_counted(policy_dir, tmp_pa
     trained += (trainer.updater.averages or {}).values()
     adam = models["policy"].adam + models["critic"].adam
     assert models["checkpoint"] == ModelMemory(nbytes(trained) + adam)
+
+
+def test_copy_for_a_checkpoint_that_does_not_fit_into_main_memory_is_told(policy_dir, tmp_path):
+    trainer = make_trainer(make_config(policy_dir, tmp_path), tmp_path)
+    copied = checkpoint_bytes(trainer)
+    for free, status in ((2 * copied, "ok"), (1.1 * copied, "WARN"), (0.9 * copied, "FAIL")):
+        finding = examine_main_memory(copied, int(free))
+        assert finding.status == status
+        assert (finding.override == "checkpoint.background=false") == (status != "ok")
 
 
 def test_the_copy_and_the_cache_of_graph_stay_during_training(policy_dir, tmp_path):

@@ -120,6 +120,7 @@ FAILURES = {
     "leaky": lambda config: scorer("leaky"),
     "length": lambda config: samples.examine_length(torch.arange(9.0), torch.arange(9)),
     "penalty": lambda config: samples.examine_penalty(torch.zeros(2), 1.0),
+    "checkpoint": lambda config: memory.examine_main_memory(2, 1),
     "alike": lambda config: samples.examine_best_of_n(torch.ones(4, 4), None, 0.0),
     "judged": lambda config: samples.examine_best_of_n(SCORES, -SCORES, 0.0),
 }
