@@ -27,6 +27,18 @@ def has_linear_head(model: Any) -> bool:
     return isinstance(getattr(head, "original_module", head), nn.Linear)  # PEFT wraps a trained one
 
 
+def linear_head(weight: Tensor, bias: Tensor | None = None, device: Any = None) -> nn.Linear:
+    """Make a float32 layer from a weight (1, H) and an optional bias (1,); it has its numbers on
+    the head of a model without weights, too."""
+    device = "cpu" if device is not None and torch.device(device).type == "meta" else device
+    layer = nn.Linear(weight.shape[1], 1, bias=bias is not None, dtype=torch.float32, device=device)
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+        if bias is not None:
+            layer.bias.copy_(bias)
+    return layer
+
+
 def position_ids_from_mask(mask: Tensor) -> Tensor:
     """Number the valid tokens of each row from 0, (B, L), with padding on either side.
 

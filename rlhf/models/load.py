@@ -25,13 +25,12 @@ from rlhf.hub import Source, find_source, read_json
 from rlhf.models.build import build_model
 from rlhf.models.dropout import disable_dropout, set_dropout
 from rlhf.models.embeddings import resize_embeddings
-from rlhf.models.forward import HEAD, has_linear_head
+from rlhf.models.forward import HEAD, has_linear_head, linear_head
 from rlhf.models.quantization import require_quantized
 from rlhf.models.sampling_settings import require_numbers
 from rlhf.models.stacked import keep_apart
-from rlhf.models.unread import stand_ins, unread
+from rlhf.models.unread import adds_products, stand_ins, unread
 from rlhf.models.weights import (
-    linear_head,
     load_backbone,
     load_classifier,
     load_language_model,
@@ -219,9 +218,12 @@ def _find(config: ModelConfig, field: str, in_slices: bool = False) -> Source:
         )
     if not in_slices or sharding() != "FSDP":
         return source
-    if source.adapters:
-        why = "adapters are merged into it"
-        say(f"{source.label}: each process reads the whole model, because {why}")
+    if not all(map(adds_products, source.adapters)):
+        say(
+            f"{source.label}: each process reads the whole model, because an adapter that is more "
+            "than LoRA on linear layers is merged into it; merge it once: python -m rlhf.export "
+            f"path={config.path} out=<new directory>"
+        )
         return source
     return replace(source, in_slices=True)
 

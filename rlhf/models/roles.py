@@ -24,11 +24,11 @@ from transformers import PreTrainedModel
 from rlhf.config import InputError, ModelConfig
 from rlhf.distributed import compute_device
 from rlhf.models.adapters import STORED_DTYPE
-from rlhf.models.forward import HEAD, unwrap_peft
+from rlhf.models.forward import HEAD, linear_head, unwrap_peft
 from rlhf.models.load import recompute_activations
 from rlhf.models.shared_slices import run_in_slices
 from rlhf.models.stacked import without_adapter
-from rlhf.models.weights import linear_head, new_classifier, put_stored_adapter
+from rlhf.models.weights import new_classifier, put_stored_adapter
 
 # What loaders set on a quantised model, and PEFT reads.
 MARKS = (STORED_DTYPE, "is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized", "hf_quantizer")

@@ -5,8 +5,9 @@ fresh head and fresh adapters are put on it there. Then `shard` gives each proce
 every weight: no process ever holds a whole model.
 
 GGUF files are read tensor by tensor (`from_gguf`), and new models are drawn so (`random_weights`).
-Left out, and read whole as without sharding: models with adapters to merge, and files with other
-tensors than the model has parameters (experts one by one).
+What adapters add is added to each slice. Left out, and read whole as without sharding: models with
+adapters to merge that are more than LoRA on linear layers, and files with other tensors than the
+model has parameters (experts one by one).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any, cast
 import torch
 from accelerate.utils import gather_object
 from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -33,16 +35,18 @@ from rlhf.distributed import (
     local,
     move,
     offloads,
+    own_rows,
     read_rows,
     slice_weights,
     whole,
 )
-from rlhf.hub import ADAPTER_WEIGHTS, Misfits, weight_files
+from rlhf.hub import ADAPTER, ADAPTER_WEIGHTS, Misfits, read_json, tensor_names, weight_files
 from rlhf.models.forward import HEAD
 from rlhf.models.shared_slices import slice_base, slices_of
 
 UNREAD = "_rlhf_unread"  # attribute of a model: `Unread`
 RENAMED = {"lm_head.weight": "embed_out.weight"}  # in files of GPT-NeoX
+HEADS = (HEAD, "lm_head", "embed_out")
 
 
 class Unread:
@@ -58,6 +62,15 @@ class Unread:
         self.names, self.tensors = [*names], tensors
         self.refuse: Callable[[str], InputError] = InputError
         self._places: dict[str, tuple[nn.Module, str]] = {}
+        self._added: dict[str, list[Callable[[], torch.Tensor]]] = {}
+
+    def merge(self, wrapper: Any) -> Any:
+        """Add what a LoRA adapter adds to each weight when that is read; return the model below."""
+        for name, module in wrapper.base_model.model.named_modules():
+            if isinstance(module, LoraLayer):
+                added = partial(cast(Any, module).get_delta_weight, wrapper.active_adapter)
+                self._added.setdefault(f"{name}.weight", []).append(added)
+        return wrapper.unload()
 
     def settle(self, model: nn.Module, refuse: Callable[[str], InputError]) -> None:
         """Note the modules that the names mean, once tables have all their rows; with adapters
@@ -72,9 +85,14 @@ class Unread:
         """Read this process's slices; return what is wrong with them, if anything is."""
         try:
             for name, stored in self.tensors():
+                if name not in self._places:  # the head of another task
+                    continue
                 module, own = self._places[name]
                 parameter = module.get_parameter(own)
                 read_rows(parameter, stored)
+                first, end = own_rows(parameter)
+                for added in self._added.get(name, ()):
+                    local(parameter).add_(added()[first:end].to(parameter.device))
                 if problem := find_non_finite([(name, parameter)]):
                     return problem
         except (SafetensorError, OSError) as error:
@@ -137,6 +155,25 @@ def unread(model: nn.Module) -> Unread | None:
     """Where the weights of a model, or of one inside it, are; None if it has its weights."""
     found = (module.__dict__.get(UNREAD) for module in model.modules())
     return next(filter(None, found), None)
+
+
+def pass_on(model: nn.Module, other: nn.Module) -> None:
+    """Have another model with the same backbone read its weights in place of a model."""
+    if (waits := unread(model)) is not None:
+        own = dict(other.named_parameters())
+        waits.names = [name for name in waits.names if name in own]
+        setattr(other, UNREAD, waits)
+
+
+def adds_products(adapter: Path) -> bool:
+    """True for a stored adapter that adds products of two factors to linear layers, and no more; a
+    base without weights can have it."""
+    settings = read_json(adapter / ADAPTER)
+    plain = settings.get("init_lora_weights", True) in (True, False, "gaussian", "orthogonal")
+    if settings.get("peft_type") != "LORA" or settings.get("target_parameters") or not plain:
+        return False
+    parts = [name.split(".") for name in tensor_names(adapter / ADAPTER_WEIGHTS)]
+    return all(len(p) > 2 and p[-2] in ("lora_A", "lora_B") and p[-3] not in HEADS for p in parts)
 
 
 @contextmanager

@@ -42,10 +42,10 @@ from rlhf.hub import (
 )
 from rlhf.models.adapters import STORED_DTYPE
 from rlhf.models.embeddings import pad_arguments, resize_embeddings
-from rlhf.models.forward import HEAD, has_linear_head
+from rlhf.models.forward import HEAD, has_linear_head, linear_head
 from rlhf.models.from_gguf import gguf_arguments, unread_gguf
 from rlhf.models.quantization import quantization_arguments
-from rlhf.models.unread import leave_unread
+from rlhf.models.unread import leave_unread, pass_on, stand_ins, unread
 
 GENERATION_CONFIG = "generation_config.json"
 PREFIX = "base_model.model."  # starts every name in adapter_model.safetensors
@@ -85,6 +85,7 @@ def load_backbone(source: Source, config: ModelConfig) -> PreTrainedModel:
         model = new_classifier(policy, source.label, config.trust_remote_code)
         setattr(model, model.base_model_prefix, policy.base_model)
         setattr(model, STORED_DTYPE, getattr(policy, STORED_DTYPE))
+        pass_on(policy, model)
         return model
     model, misfits = _read(AutoModelForSequenceClassification, source, config, num_labels=1)
     _require_linear_head(model, source.label)
@@ -216,8 +217,8 @@ def _stored_whole(source: Source) -> set[str]:
 
 
 def merge_stored_adapter(model: PreTrainedModel, directory: Path, label: str) -> PreTrainedModel:
-    """Merge the adapter in a directory into a model, in place; a layer that the adapter holds
-    whole, such as a head, replaces the model's own.
+    """Merge the adapter in a directory into a model, in place, or into one without weights when it
+    is read; a layer that the adapter holds whole, such as a head, replaces the model's own.
 
     Args:
         label: name of the adapter in messages.
@@ -225,7 +226,10 @@ def merge_stored_adapter(model: PreTrainedModel, directory: Path, label: str) ->
     Raises:
         InputError: the adapter belongs to another model, or is of a kind that cannot be merged.
     """
-    wrapper = put_stored_adapter(model, directory, label)
+    with stand_ins(model):
+        wrapper = put_stored_adapter(model, directory, label)
+    if (waits := unread(model)) is not None:
+        return waits.merge(wrapper)
     try:
         return wrapper.merge_and_unload()
     except (NotImplementedError, RuntimeError, ValueError) as error:  # forms that PEFT cannot merge
@@ -386,15 +390,3 @@ def _set_head(model: Any, source: Source, has_bias: bool) -> None:
         return
     bias = stored.get("bias", torch.zeros(1) if has_bias else None)
     setattr(model, HEAD, linear_head(weight, bias, head.weight.device))
-
-
-def linear_head(weight: Tensor, bias: Tensor | None = None, device: Any = None) -> nn.Linear:
-    """Make a float32 layer from a weight (1, H) and an optional bias (1,); it has its numbers on
-    the head of a model without weights, too."""
-    device = "cpu" if device is not None and torch.device(device).type == "meta" else device
-    layer = nn.Linear(weight.shape[1], 1, bias=bias is not None, dtype=torch.float32, device=device)
-    with torch.no_grad():
-        layer.weight.copy_(weight)
-        if bias is not None:
-            layer.bias.copy_(bias)
-    return layer

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from helpers.families import LORA, TOKENIZER, exact, save
 from helpers.tiny import FAMILIES, tiny_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -105,6 +106,64 @@ def test_rows_that_adapters_train_start_at_those_of_the_files(tied, tmp_path):
         assert_slices(model, expected, 0, world=1)
     finally:
         dist.destroy_process_group()
+
+
+def save_adapters(path, base, number, **settings):
+    """Adapters on one another, each in a directory of its own, the last in `path`."""
+    for step in range(number):
+        model = load_policy(ModelConfig(path=str(base)), TOKENIZER)
+        adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=3, **settings))
+        generator = torch.Generator().manual_seed(step)
+        for name, parameter in adapted.named_parameters():
+            if parameter.requires_grad:
+                parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+        base = path if step == number - 1 else path.with_name(f"{path.name}-{step}")
+        adapted.save_pretrained(base)
+        TOKENIZER.save_pretrained(base)
+    return ModelConfig(path=str(path))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+def test_what_adapters_add_is_in_the_slices_as_in_a_merged_model(family, tmp_path):
+    base = save(tmp_path / "m", tiny_model(family, TOKENIZER, vocab_size=300)).path
+    linear = {"target_modules": "all-linear", "use_rslora": True}
+    config = save_adapters(tmp_path / "adapter", base, 2, **linear)
+    for rank, kind in ((0, "bfloat16"), (1, "float32")):
+        config.dtype = kind
+        with process(rank):
+            policy = load_policy(config, TOKENIZER, in_slices=True)
+            assert unread(policy) and all(p.is_meta for p in policy.parameters())
+            shard(policy)
+            assert_slices(policy, load_policy(config, TOKENIZER), rank)
+            reward = init_reward_model(config, TOKENIZER, 0, in_slices=True)
+            assert unread(reward)
+            shard(reward)
+            assert_slices(reward, init_reward_model(config, TOKENIZER, 0), rank)
+            under = add_lora(load_policy(config, TOKENIZER, in_slices=True), LORA, TASKS[0], 3)
+            shard(under)
+            assert_slices(under, add_lora(load_policy(config, TOKENIZER), LORA, TASKS[0], 3), rank)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj"], "use_dora": True},
+        {"target_modules": ["q_proj"], "lora_bias": True, "init_lora_weights": False},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [5]},
+        {"target_modules": ["q_proj"], "init_lora_weights": "pissa"},
+    ],
+    ids=str,
+)
+def test_adapters_that_add_more_are_merged_into_whole_models(settings, tmp_path, capsys):
+    base = save(tmp_path / "m", tiny_model("llama", TOKENIZER)).path
+    config = save_adapters(tmp_path / "adapter", base, 1, **settings)
+    capsys.readouterr()
+    policy = load_policy(config, TOKENIZER, in_slices=True)
+    assert unread(policy) is None
+    assert f"python -m rlhf.export path={config.path} out=" in capsys.readouterr().out
 
 
 def new(family, **values):
