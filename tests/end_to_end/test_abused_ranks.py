@@ -20,7 +20,7 @@ import time
 import pytest
 from helpers.runs import directory_of, lengths, outcome, train
 from helpers.sharded import in_group, text_of
-from test_failing_ranks import SHARDS, config_in
+from test_failing_ranks import config_in
 
 from rlhf.checkpoint import record, tensor_files
 from rlhf.cli import hydra_main
@@ -49,6 +49,10 @@ def die(*_, **__) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def fill_disk() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL, SMALL))
+
+
 def stop_for_long() -> None:
     wakes = f"sleep {2 * TIMEOUT}; kill -CONT {os.getpid()}"
     subprocess.Popen(["sh", "-c", wakes], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -57,7 +61,8 @@ def stop_for_long() -> None:
 
 # what happens -> the ranks that it happens to in their second update, and what it is
 ABUSES = {
-    "disk": ([1], lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL, SMALL))),
+    "disk of 0": ([0], fill_disk),
+    "disk of 1": ([1], fill_disk),
     "SIGSTOP": ([1], stop_for_long),
     "killed while saving": ([0], lambda: setattr(tensor_files, "write_tensors", die)),
     "Ctrl-C twice": ([0, 1], press_ctrl_c),
@@ -87,7 +92,8 @@ def command(config, how: str, folder) -> None:
 
 # what happens -> exit codes, whose last line it is, how that begins, and what is in it
 ENDS = {
-    "disk": ((1, 1), 0, "error: rank 1 (saving checkpoint-2, update 2): ", "File too large"),
+    "disk of 0": ((2, 2), 0, "error: ", "File too large"),
+    "disk of 1": ((2, 2), 0, "error: ", "rank 1: OSError: [Errno 27] File too large"),
     "SIGSTOP": ((1, 1), 0, "error: no word from rank 1: killed", ", hanging, or"),
     "scorer": ((1, 1), 0, "error: no word from rank 1: killed", "rank 0 (scoring, update 2): "),
     "killed while saving": ((-9, 1), 1, "error: no word from rank 0: killed", "update 3): "),
@@ -97,12 +103,15 @@ ENDS = {
 }
 
 
-@SHARDS
-@pytest.mark.parametrize("how", ENDS)
+CASES = [(how, shards) for how in ENDS for shards in (False, True)]
+CASES.remove(("disk of 1", False))  # it writes nothing
+
+
+@pytest.mark.parametrize(("how", "shards"), CASES)
 def test_abused_process_ends_both_and_the_run_goes_on_bit_identically(how, shards, tmp_path):
     config, log = config_in(tmp_path), tmp_path / "log"
     config.resume, config.distributed_timeout = "auto", TIMEOUT
-    config.checkpoint.every, config.checkpoint.background = 1, how != "disk"
+    config.checkpoint.every, config.checkpoint.background = 1, not how.startswith("disk")
     config.scorer.path = f"python:{__name__}.hangs_on_one"
     whole = dataclasses.replace(config, run_name="whole")
     assert in_group(command, whole, "", tmp_path, log=log, shards=shards) == [0, 0], text_of(log)

@@ -114,7 +114,7 @@ def save_adapters(path, base, number, **settings):
         model = load_policy(ModelConfig(path=str(base)), TOKENIZER)
         adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=3, **settings))
         generator = torch.Generator().manual_seed(step)
-        for name, parameter in adapted.named_parameters():
+        for parameter in adapted.parameters():
             if parameter.requires_grad:
                 parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
         base = path if step == number - 1 else path.with_name(f"{path.name}-{step}")
