@@ -173,7 +173,8 @@ def adds_products(adapter: Path) -> bool:
     if settings.get("peft_type") != "LORA" or settings.get("target_parameters") or not plain:
         return False
     parts = [name.split(".") for name in tensor_names(adapter / ADAPTER_WEIGHTS)]
-    return all(len(p) > 2 and p[-2] in ("lora_A", "lora_B") and p[-3] not in HEADS for p in parts)
+    factors = ["lora_A", "weight"], ["lora_B", "weight"]
+    return all(len(p) > 2 and p[-2:] in factors and p[-3] not in HEADS for p in parts)
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from rlhf.models import (
     load_reward_model,
     shard,
 )
-from rlhf.models.unread import read_weights, unread
+from rlhf.models.unread import adds_products, read_weights, unread
 
 TASKS = "CAUSAL_LM", "SEQ_CLS"
 
@@ -125,7 +125,7 @@ def save_adapters(path, base, number, **settings):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
 def test_what_adapters_add_is_in_the_slices_as_in_a_merged_model(family, tmp_path):
-    base = save(tmp_path / "m", tiny_model(family, TOKENIZER, vocab_size=300)).path
+    base = save(tmp_path / "m", tiny_model(family, TOKENIZER)).path
     linear = {"target_modules": "all-linear", "use_rslora": True}
     config = save_adapters(tmp_path / "adapter", base, 2, **linear)
     for rank, kind in ((0, "bfloat16"), (1, "float32")):
@@ -151,7 +151,6 @@ def test_what_adapters_add_is_in_the_slices_as_in_a_merged_model(family, tmp_pat
         {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
         {"target_modules": ["q_proj", "embed_tokens"]},
         {"target_modules": ["q_proj"], "use_dora": True},
-        {"target_modules": ["q_proj"], "lora_bias": True, "init_lora_weights": False},
         {"target_modules": ["q_proj"], "trainable_token_indices": [5]},
         {"target_modules": ["q_proj"], "init_lora_weights": "pissa"},
     ],
@@ -164,6 +163,14 @@ def test_adapters_that_add_more_are_merged_into_whole_models(settings, tmp_path,
     policy = load_policy(config, TOKENIZER, in_slices=True)
     assert unread(policy) is None
     assert f"python -m rlhf.export path={config.path} out=" in capsys.readouterr().out
+
+
+def test_an_adapter_with_biases_adds_more_than_products(tmp_path):
+    base = save(tmp_path / "m", tiny_model("gpt_neox", TOKENIZER)).path
+    save_adapters(tmp_path / "plain", base, 1, target_modules=["dense_h_to_4h"])
+    biased = {"lora_bias": True, "init_lora_weights": False}
+    save_adapters(tmp_path / "biased", base, 1, target_modules=["dense_h_to_4h"], **biased)
+    assert adds_products(tmp_path / "plain") and not adds_products(tmp_path / "biased")
 
 
 def new(family, **values):
