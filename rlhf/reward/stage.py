@@ -110,8 +110,7 @@ def _train(config: RewardStageConfig, run: StageRun) -> RewardResult:
     train, too_long = encode_ranked(splits.train, tokenizer, *limits, context_length(model))
     heldout, others = encode_ranked(splits.eval, tokenizer, *limits)
     splits.dropped += too_long + others
-    per_step = args.world_size * args.gradient_accumulation_steps
-    plan = plan_batches(train, config.reward, per_step)
+    plan = plan_batches(train, config.reward, args.world_size * args.gradient_accumulation_steps)
 
     # Train.
     directory = run.begin(splits.train, splits.eval)
