@@ -225,6 +225,10 @@ def run_to_exit(run: Run, config: StageConfig) -> None:
             message = f"rank {rank}: {message.removeprefix(f'rank {rank}: ')}"
         print(f"error: {hide(message)}", file=sys.stderr, flush=True)
         raise SystemExit(2) from error
+    except KeyboardInterrupt as error:  # the other processes may not be interrupted
+        if failures := _failures():
+            failures.report(error)
+        raise
     except Exception as error:
         failures = _failures()
         if failures and failures.lost_the_others(error):

@@ -29,6 +29,7 @@ Result = TypeVar("Result")
 Rows = TypeVar("Rows")  # `rlhf.data.Splits`
 NOTE = "phase: "  # begins the notes of an exception that say what the process did
 WORD_SECONDS = 5.0  # in which a process that fails says so
+ADVICE = ". This is typically caused by a remote worker"  # gloo's, after its error
 GO_ON = "the same command with resume=auto goes on from the newest checkpoint"
 
 
@@ -87,12 +88,12 @@ def phase(name: str) -> Iterator[None]:
     """Say in an exception what the process did in this block, such as "scoring"."""
     try:
         yield
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         error.add_note(f"{NOTE}{name}")
         raise
 
 
-def phase_of(error: Exception) -> str:
+def phase_of(error: BaseException) -> str:
     """What the process did when the exception was raised: "scoring, update 3"."""
     notes = [note for note in getattr(error, "__notes__", []) if note.startswith(NOTE)]
     return ", ".join(note.removeprefix(NOTE) for note in notes) or "before training"
@@ -129,15 +130,16 @@ def on_main_process(task: Callable[[], Result]) -> Result:
     return cast(Result, gather_object([result])[0])
 
 
-def lost_the_others(error: Exception) -> bool:
+def lost_the_others(error: BaseException) -> bool:
     """True if an exception says that another process does not answer: gloo has no type for it."""
     return isinstance(error, dist.DistError) or "/gloo/" in str(error)
 
 
-def report(error: Exception) -> str:
+def report(error: BaseException) -> str:
     """Leave the error of this process where the first one looks for it; return it in one line."""
     rank = int(os.environ.get("RANK", "0"))
     what = str(error) if isinstance(error, InputError) else one_line(error)
+    what = what.partition(ADVICE)[0].rstrip(": ")  # an interrupt has no text
     text = f"rank {rank} ({phase_of(error)}): {what}"
     if dist.is_initialized():
         with suppress(Exception):  # the process that holds the store may have gone

@@ -17,6 +17,7 @@ from rlhf.checkpoint.ownership import prune_checkpoints
 from rlhf.checkpoint.state import Incomplete, TakenState, take_state
 from rlhf.config import InputError, StageConfig, one_line
 from rlhf.console import is_main_process, num_processes, rank, warn
+from rlhf.failures import GO_ON
 
 STOP_SECONDS = 5.0  # that a thread may need to end after it is asked to
 
@@ -68,7 +69,7 @@ class CheckpointWriter:
             told = gather_object([f"rank {rank()}: {one_line(own)}" if own and knows else None])
             cause = next(filter(None, told), own)
             if cause and not knows:
-                own = InputError(f"a checkpoint was not written: {cause}")
+                own = InputError(f"a checkpoint was not written: {cause}; {GO_ON}")
         if own is not None:
             self.failed = True
             raise own

@@ -40,6 +40,6 @@ def show(value: Any) -> str:
     return f"{text[:60]}... ({type(value).__name__})" if len(text) > 60 else text
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """Describe an exception in one line: its type, and at most 400 characters of its text."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
