@@ -178,6 +178,7 @@ def load_checkpoint(path: Path, trust_remote_code: bool = False) -> tuple[Any, A
             from is gone, or the model's code would have to run.
     """
     from rlhf.checkpoint import find_damage, make_record, read_manifest, read_record, step_of
+    from rlhf.checkpoint.started_from import require_same_base
     from rlhf.tokenizer import load_tokenizer
 
     if damage := find_damage(path):
@@ -192,6 +193,7 @@ def load_checkpoint(path: Path, trust_remote_code: bool = False) -> tuple[Any, A
     config.model.trust_remote_code = trust_remote_code
     if not trust_remote_code:
         refuse_named_code({"model.tokenizer": config.model.tokenizer}, path / CONFIG_FILE)
+    require_same_base(path.parent, config)
     try:
         tokenizer = load_tokenizer(config.model, ITS_MODEL)
         model = _policy_of(path, stage, config, tokenizer)

@@ -60,6 +60,20 @@ def _note(directory: Path, config: StageConfig, rows: dict[str, list[Any]]) -> N
         )
 
 
+def require_same_base(directory: Path, config: StageConfig) -> None:
+    """Refuse the adapters of a run whose base has changed since it was started.
+
+    Args:
+        directory: of the stage.
+    """
+    before, now = _read(directory / INPUTS).get("model.path"), parent_weights(config.model.path)
+    if config.peft.enabled and None not in (before, now) and before != now:
+        raise InputError(
+            f"model.path={config.model.path} does not hold the weights any more that the run in "
+            f"{directory} was started with (SHA-256 {now} instead of {before}); put them back"
+        )
+
+
 def _read_again(config: StageConfig) -> Iterator[tuple[str, str | None]]:
     """Yield the models of which a checkpoint has no copy: below adapters, and those of PPO that do
     not train."""

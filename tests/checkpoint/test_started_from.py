@@ -9,7 +9,7 @@ from helpers.checkpoints import make_checkpoint
 from safetensors.torch import save_file
 
 from rlhf.checkpoint.run_directory import prepare_run_directory
-from rlhf.checkpoint.started_from import note_inputs
+from rlhf.checkpoint.started_from import note_inputs, require_same_base
 from rlhf.config import (
     InputError,
     ModelConfig,
@@ -88,6 +88,17 @@ def test_other_weights_that_are_read_again_are_refused(kind, name, setting, tmp_
     ) as error:
         note_inputs(directory, config, ROWS)
     assert f"\n  {setting}: " in str(error.value) and str(error.value).count("->") == 1
+
+
+def test_adapters_are_not_exported_on_another_base(tmp_path):
+    config = config_of("sft", tmp_path)
+    directory = begun(config)
+    require_same_base(directory, config)
+    weights(tmp_path / "base", 9.0)
+    with pytest.raises(InputError, match=r"model\.path=.*base does not hold the weights any more"):
+        require_same_base(directory, config)
+    config.peft.enabled = False
+    require_same_base(directory, config)
 
 
 def test_weights_that_a_checkpoint_holds_itself_may_change(tmp_path, capsys):
