@@ -1,4 +1,5 @@
-"""A batch of the Trainer in several passes: what is in each, and that a step stays the same.
+"""A batch of the Trainer in several passes: what is in each, and that a step stays the same; and
+that no step makes all logits.
 
 Run: pytest tests/sft/test_token_batches.py
 """
@@ -95,3 +96,25 @@ def test_steps_are_the_same_in_several_passes(tmp_path, monkeypatch, stage, chan
             assert other[key] == pytest.approx(one[key], rel=1e-4, abs=1e-6), key
     for key, weight in expected.items():
         assert_close(actual[key], weight, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"packing": True}])
+def test_no_step_makes_the_logits_of_all_tokens(tmp_path, monkeypatch, options):
+    """TRL's loss multiplies a few hidden states at a time with the weights of the head."""
+    plain, steps, calls = finite_trainer.FiniteTrainer.training_step, [], []
+
+    def step(self, model, *rest):
+        steps.append(self.state.global_step)
+        head = self.accelerator.unwrap_model(model).get_output_embeddings()
+        hook = head.register_forward_hook(lambda *_: calls.append(len(steps)))
+        try:
+            return plain(self, model, *rest)
+        finally:
+            hook.remove()
+
+    monkeypatch.setattr(finite_trainer.FiniteTrainer, "training_step", step)
+    rows = dataclasses.replace(WORLD, max_rows=24, max_eval_rows=4)
+    config = sft_config(tmp_path, dataset=rows, num_samples=0)
+    config.trainer |= {"max_steps": 2, "logging_steps": 1, "eval_steps": 2} | options
+    train_sft(config)
+    assert steps == [0, 1] and not calls
