@@ -14,7 +14,8 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -39,7 +40,7 @@ from rlhf.config import (
     schema,
     stage_help,
 )
-from rlhf.console import is_main_process, num_processes, print_help, say
+from rlhf.console import is_main_process, num_processes, print_help, rank, say
 from rlhf.overrides import (
     job_name,
     jobs,
@@ -60,6 +61,18 @@ WORK = ("recipe=", "dataset=", "dataset.path=")  # with one of these, a user has
 REPEAT_SECONDS = 3.0  # between the first process's error and that of another
 SUBMITS = "hydra/launcher=submitit_"
 DEMO_HINT = "\n(recipe=demo runs the embedded demo, which needs none of them)"
+
+
+@dataclass(frozen=True)
+class _Command:
+    """The command line of a stage."""
+
+    stage: str
+    options: list[str]
+    own_files: bool  # with a --config-dir, where only Hydra finds them
+    overrides: list[str]  # that can be read
+    problems: list[str]  # of the others
+    earlier: Collection[str] | None  # see `hydra_main`
 
 
 def hydra_main(stage: str, run: Run, earlier: Collection[str] | None = None) -> None:
@@ -85,114 +98,98 @@ def hydra_main(stage: str, run: Run, earlier: Collection[str] | None = None) -> 
     own_files = any(option.startswith(("--config-dir", "-cd")) for option in options)
     wrong = wrong_overrides(overrides, stage, own_files)
     problems = list(wrong.values())
+    overrides = [override for override in overrides if override not in wrong]
+    command = _Command(stage, options, own_files, overrides, problems, earlier)
+    has_work = any(override.startswith(WORK) for override in given + overrides)
     only_prints = bool({option.partition("=")[0] for option in options} & PRINTING)
     if problems and only_prints:
-        _exit("\n".join(problems))
-    overrides = [override for override in overrides if override not in wrong]
+        _refuse("\n".join(problems))
     sys.argv[1:] = options + overrides
-    has_work = any(override.startswith(WORK) for override in given + overrides)
 
     @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=stage)
     def task(node: Any) -> None:
         os.environ.update(group_of_tasks(os.environ))
         try:
-            config = _composed_job(node, stage, overrides, earlier, problems)
+            config = _composed_job(command, node)
         except InputError as error:
             is_new = isinstance(error, MissingValues) and not has_work
-            _exit(f"{error}{DEMO_HINT if is_new else ''}")
+            _refuse(f"{error}{DEMO_HINT if is_new else ''}")
         run_to_exit(run, config)
 
     try:
         if not only_prints:
-            _before_submission(stage, options, own_files, overrides, earlier, problems)
+            _before_submission(command)
         task()
     except (HydraException, OmegaConfBaseException) as error:
-        _exit("\n".join([*problems, explain_hydra(error, STAGES[stage])]))
+        _refuse("\n".join([*problems, explain_hydra(error, STAGES[stage])]))
     except YAMLError as error:
-        _exit(f"not valid YAML: {' '.join(str(error).split())}")
+        _refuse(f"not valid YAML: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
-        _exit("interrupted; nothing saved is lost: the same with resume=auto goes on", status=130)
+        _refuse("interrupted; nothing saved is lost: the same with resume=auto goes on", status=130)
 
 
-def _composed_job(
-    node: Any, stage: str, given: list[str], earlier: Collection[str] | None, problems: list[str]
-) -> StageConfig:
+def _composed_job(command: _Command, node: Any) -> StageConfig:
     """Compose a run, or a job of a sweep; before the first job, all others are composed too, so
     that what cannot work is refused."""
-    from hydra import compose
     from hydra.core.hydra_config import HydraConfig
 
     hydra = HydraConfig.get()
     typed, is_sweep = list(hydra.overrides.task), str(hydra.mode).endswith("MULTIRUN")
-    swept = swept_keys(given) if is_sweep else []
-    first = _composed(node, stage, typed, swept, earlier, problems)
+    config = _composed(command, node, typed, swept_keys(command.overrides) if is_sweep else [])
     if is_sweep and hydra.job.num == 0:
-        others = [
-            _composed(compose(stage, job), stage, job, swept, earlier, problems)
-            for job in jobs(given)[1:]
-        ]
-        require_distinct([config.run_name for config in [first, *others]])
-    return first
+        _compose_jobs(command, [config])
+    return config
 
 
-def _before_submission(
-    stage: str,
-    options: list[str],
-    own_files: bool,
-    given: list[str],
-    earlier: Collection[str] | None,
-    problems: list[str],
-) -> None:
+def _compose_jobs(command: _Command, done: Sequence[StageConfig] = ()) -> list[StageConfig]:
+    """Compose the jobs of a sweep, the first of which may be done; refuse two of one name."""
+    from hydra import compose
+
+    configs, swept = [*done], swept_keys(command.overrides)
+    for job in jobs(command.overrides)[len(done) :]:
+        configs.append(_composed(command, compose(command.stage, job), job, swept))
+    require_distinct([config.run_name for config in configs])
+    return configs
+
+
+def _before_submission(command: _Command) -> None:
     """Refuse here what cannot work, before a launcher submits the jobs of a sweep: each would say
     so in a log of its own. Say where those logs are."""
-    from hydra import compose, initialize_config_dir
+    from hydra import initialize_config_dir
 
-    launcher = next((o for o in given if o.startswith(SUBMITS)), None)
+    launcher = next((o for o in command.overrides if o.startswith(SUBMITS)), None)
     if launcher is None:
         return
-    if not {"-m", "--multirun"} & set(options):
-        _exit(f"{launcher} submits the jobs of a sweep: add -m (of one job, if need be)")
+    if not {"-m", "--multirun"} & set(command.options):
+        _refuse(f"{launcher} submits the jobs of a sweep: add -m (of one job, if need be)")
     if launcher.endswith("slurm") and not shutil.which("srun"):
-        _exit(
+        _refuse(
             f"{launcher}: this machine has no srun; submit where Slurm is installed, or try "
             "hydra/launcher=submitit_local here"
         )
-    if own_files:
-        return  # only Hydra finds the files there
-    swept = swept_keys(given)
+    if command.own_files:
+        return
     try:
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-            configs = [
-                _composed(compose(stage, job), stage, job, swept, earlier, problems)
-                for job in jobs(given)
-            ]
-        require_distinct([config.run_name for config in configs])
+            configs = _compose_jobs(command)
     except InputError as error:
-        _exit(str(error))
+        _refuse(str(error))
     say(
         f"{launcher}: {len(configs)} jobs are submitted, and this command waits for them; their "
         f"output is in {configs[0].runs_dir}/.submitit/<job>/"
     )
 
 
-def _composed(
-    node: Any,
-    stage: str,
-    typed: list[str],
-    swept: list[str],
-    earlier: Collection[str] | None,
-    problems: list[str],
-) -> StageConfig:
+def _composed(command: _Command, node: Any, typed: list[str], swept: list[str]) -> StageConfig:
     """Turn what Hydra composed into the stage's configuration, and check it.
 
     Args:
         typed: overrides of this run.
         swept: keys that differ between the jobs of a sweep.
-        earlier: see `hydra_main`.
-        problems: what is wrong with the command otherwise.
     """
     from rlhf.inputs import check_inputs
 
+    stage, earlier, problems = command.stage, command.earlier, command.problems
     try:
         config = _as_dataclass(node, STAGES[stage])
         name_sweep_run(config, swept, typed)
@@ -208,23 +205,18 @@ def _composed(
     return config
 
 
+# --- Running it -----------------------------------------------------------------------------------
+
+
 def run_to_exit(run: Run, config: StageConfig) -> None:
     """Run a stage and exit with its status; an error on any process is printed with its rank."""
-    rank = os.environ.get("RANK", "0")
     try:
         stopped_by = run(config)
     except InputError as error:
-        message = str(error)
-        _tell_launcher(message)
+        _tell_launcher(str(error))
         if failures := _failures():
             failures.report(error)
-        # Most errors occur on all processes. The first process prints and exits, and the launcher
-        # then ends the others before they print.
-        if not is_main_process():
-            time.sleep(REPEAT_SECONDS)
-            message = f"rank {rank}: {message.removeprefix(f'rank {rank}: ')}"
-        print(f"error: {hide(message)}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from error
+        _exit(_with_rank(str(error)))
     except KeyboardInterrupt as error:  # the other processes may not be interrupted
         if failures := _failures():
             failures.report(error)
@@ -232,26 +224,40 @@ def run_to_exit(run: Run, config: StageConfig) -> None:
     except Exception as error:
         failures = _failures()
         if failures and failures.lost_the_others(error):
-            _end_without_the_others(failures.blame(error), error)
+            message = failures.blame(error)
+            _tell_launcher(message)
+            _exit(message, status=1)  # a traceback would only show where this process waited
         _tell_launcher(traceback.format_exc())
         if failures:
             failures.report(error)
         if num_processes() > 1:
             where = failures.phase_of(error) if failures else "before training"
-            print(f"error on rank {rank} ({where}):", file=sys.stderr)  # the traceback follows
+            print(f"error on rank {rank()} ({where}):", file=sys.stderr)  # the traceback follows
         raise
     if stopped_by is not None:
         raise SystemExit(128 + stopped_by)
 
 
-def _end_without_the_others(message: str, error: Exception) -> NoReturn:
-    """Exit where another process has gone; the last line of the first process says which, and why.
-    The traceback would only show where this one waited."""
-    _tell_launcher(message)
+def _refuse(message: str, status: int = 2) -> NoReturn:
+    """Exit with an error of the command line."""
+    if not is_main_process():  # all processes meet the same one, unless their hosts differ
+        _tell_launcher(message)
+    _exit(_with_rank(message), status)
+
+
+def _exit(message: str, status: int = 2) -> NoReturn:
+    """Print an error and exit. Most errors occur on all processes: the first one prints and exits,
+    and the launcher then ends the others before they print."""
     if not is_main_process():
         time.sleep(REPEAT_SECONDS)
     print(f"error: {hide(message)}", file=sys.stderr, flush=True)
-    raise SystemExit(1) from error
+    raise SystemExit(status)
+
+
+def _with_rank(message: str) -> str:
+    """A message with the number of the process in front, on all processes but the first."""
+    own = "" if is_main_process() else f"rank {rank()}: "
+    return own + message.removeprefix(own)
 
 
 def _failures() -> Any:
@@ -385,14 +391,3 @@ def name_sweep_run(config: StageConfig, swept: list[str], typed: list[str]) -> N
     for key, own in default_paths(config).items():
         if not own.is_dir() and theirs[key].is_dir():
             getattr(config, key.removesuffix(".path")).path = str(theirs[key])
-
-
-def _exit(message: str, status: int = 2) -> NoReturn:
-    """Print an error of the command line. All processes meet the same one, unless their hosts
-    differ: see `_run`."""
-    if not is_main_process():
-        _tell_launcher(message)
-        time.sleep(REPEAT_SECONDS)
-        message = f"rank {os.environ['RANK']}: {message}"
-    print(f"error: {hide(message)}", file=sys.stderr)
-    raise SystemExit(status)
