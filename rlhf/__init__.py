@@ -80,10 +80,12 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 # where names are imported from that are not configuration
 _MODULES = {
-    **dict.fromkeys(["PPOResult", "PPOTrainer", "train_ppo"], "rlhf.ppo"),
-    **dict.fromkeys(["RewardResult", "train_reward"], "rlhf.reward"),
-    **dict.fromkeys(["load_scorer"], "rlhf.scorers"),
-    **dict.fromkeys(["SFTResult", "train_sft"], "rlhf.sft"),
+    "PPOResult": "rlhf.ppo.result",
+    "PPOTrainer": "rlhf.ppo.trainer",
+    "train_ppo": "rlhf.ppo.stage",
+    **dict.fromkeys(["RewardResult", "train_reward"], "rlhf.reward.stage"),
+    **dict.fromkeys(["SFTResult", "train_sft"], "rlhf.sft.stage"),
+    "load_scorer": "rlhf.scorers",
 }
 
 

@@ -26,6 +26,7 @@ from helpers.tiny_ppo import make_config
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
+from rlhf import train_ppo, train_reward, train_sft
 from rlhf.checkpoint import (
     NonFiniteError,
     complete_or_nothing,
@@ -53,10 +54,7 @@ from rlhf.config import (
 from rlhf.export import ExportOptions, export
 from rlhf.metrics import read_jsonl
 from rlhf.models import add_lora, init_reward_model, load_policy, load_reward_model
-from rlhf.ppo import train_ppo
-from rlhf.reward import train_reward
 from rlhf.scorers import load_scorer
-from rlhf.sft import train_sft
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

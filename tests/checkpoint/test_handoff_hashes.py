@@ -83,7 +83,7 @@ def edit(file, **values):
 
 
 def start_sft(path):
-    from rlhf.sft import train_sft
+    from rlhf import train_sft
 
     rows = [{"prompt": f"Name a fruit {i}.", "completion": f"An apple {i}."} for i in range(16)]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -94,8 +94,8 @@ def start_sft(path):
 
 
 def start_reward(path):
+    from rlhf import train_reward
     from rlhf.config import RewardStageConfig
-    from rlhf.reward import train_reward
 
     data = DatasetConfig(path="rows.jsonl", format="ranked")
     train_reward(RewardStageConfig(model=ModelConfig(path=path), dataset=data))

@@ -14,6 +14,7 @@ import torch
 from helpers.stages import WORLD, reward_config, sft_config
 from helpers.tiny_ppo import write_policy, write_prompts
 
+from rlhf import train_reward, train_sft
 from rlhf.config import PPOStageConfig, ScorerConfig
 from rlhf.demo.world import MODEL_CONFIG, rows
 from rlhf.diagnose import DiagnoseOptions, diagnose
@@ -22,8 +23,6 @@ from rlhf.diagnose.options import Subject, columns_of, find_subject, good_answer
 from rlhf.diagnose.remedies import commands, stopping_text, verdict
 from rlhf.diagnose.weakest_link import findings_of
 from rlhf.option_parser import run_command
-from rlhf.reward import train_reward
-from rlhf.sft import train_sft
 
 P, N = 40, 16
 

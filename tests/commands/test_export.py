@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from rlhf import train_ppo, train_sft
 from rlhf.checkpoint import hash_weights, make_record, read_record, write_stage
 from rlhf.checkpoint.disk import write_manifest
 from rlhf.config import EvaluationConfig, ModelConfig, StageConfig
@@ -26,8 +27,6 @@ from rlhf.config import PeftConfig as LoraSettings
 from rlhf.export import ExportOptions, export
 from rlhf.models import init_reward_model, load_reward_model
 from rlhf.option_parser import run_command
-from rlhf.ppo import train_ppo
-from rlhf.sft import train_sft
 from rlhf.tokenizer import load_tokenizer
 
 IDS = torch.tensor([[40, 41, 42, 43, 44, 7, 9, 100]])

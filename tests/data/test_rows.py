@@ -12,11 +12,10 @@ import pytest
 from helpers.rows import assistant, user, write
 from helpers.tiny import tiny_model, tiny_tokenizer
 
+from rlhf import train_reward, train_sft
 from rlhf.checkpoint import read_record
 from rlhf.config import DatasetConfig, InputError, ModelConfig, RewardStageConfig, SFTStageConfig
 from rlhf.data import describe_dropped, encode_row, encode_sft, first_cases, load_rows, load_splits
-from rlhf.reward import train_reward
-from rlhf.sft import train_sft
 from rlhf.tokenizer import chat_template_text
 
 HI = [user("Hi"), assistant("Hello")]

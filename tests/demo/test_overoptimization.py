@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rlhf import train_reward, train_sft
 from rlhf.config import (
     DatasetConfig,
     InputError,
@@ -25,8 +26,6 @@ from rlhf.config import (
     load_config,
 )
 from rlhf.demo.world import MODEL_CONFIG
-from rlhf.reward import train_reward
-from rlhf.sft import train_sft
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples/overoptimization"

@@ -23,10 +23,10 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
+from rlhf import train_ppo
 from rlhf.config import EvaluationConfig, InputError, ScorerComponent, ScorerConfig
 from rlhf.failures import on_every_process
 from rlhf.metrics import read_jsonl
-from rlhf.ppo import train_ppo
 from rlhf.scorers import load_scorer, score_responses, score_sequences, uncut_scores
 
 CONTEXT = 52

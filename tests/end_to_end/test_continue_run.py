@@ -14,6 +14,7 @@ from helpers.checkpoints import take_back_end, write
 from helpers.tiny import tiny_tokenizer
 from helpers.tiny_ppo import make_config, write_policy
 
+from rlhf import train_ppo
 from rlhf.checkpoint.ownership import facts_of_run, seal
 from rlhf.checkpoint.run_directory import prepare_run_directory
 from rlhf.cli import hydra_main
@@ -30,7 +31,6 @@ from rlhf.config import (
     save_config,
 )
 from rlhf.metrics import read_jsonl
-from rlhf.ppo import train_ppo
 
 
 @pytest.fixture

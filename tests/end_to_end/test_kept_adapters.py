@@ -17,6 +17,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, pipeline
 
+from rlhf import train_ppo, train_reward, train_sft
 from rlhf.chat import Chat, ChatOptions
 from rlhf.checkpoint import read_record
 from rlhf.config import CriticConfig, InputError, ModelConfig, PeftConfig, ScorerConfig
@@ -24,10 +25,7 @@ from rlhf.export import ExportOptions, export
 from rlhf.generate import GenerateOptions
 from rlhf.generate import run as generate_file
 from rlhf.models import add_lora, load_policy, load_reward_model, what_to_save
-from rlhf.ppo import train_ppo
-from rlhf.reward import train_reward
 from rlhf.scorers import load_scorer
-from rlhf.sft import train_sft
 from rlhf.tokenizer import load_tokenizer
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])

@@ -17,13 +17,13 @@ from helpers.tiny_ppo import make_config, words_scorer
 from peft import LoraConfig, get_peft_model
 from transformers import dynamic_module_utils
 
+from rlhf import train_ppo
 from rlhf.chat import ChatOptions, talk
 from rlhf.checkpoint.disk import write_manifest
 from rlhf.config import InputError, ModelConfig, PPOStageConfig, save_config
 from rlhf.export import ExportOptions, export
 from rlhf.models import init_reward_model, load_policy, load_reward_model
 from rlhf.option_parser import read_options, run_command
-from rlhf.ppo import train_ppo
 from rlhf.reward.report.__main__ import main as report
 from rlhf.score import main as score
 from rlhf.tokenizer import load_tokenizer

@@ -16,15 +16,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from rlhf import train_ppo, train_reward, train_sft
 from rlhf.checkpoint import make_record, require_same_tokenizer
 from rlhf.config import ModelConfig, PeftConfig, PPOStageConfig, ScorerConfig
 from rlhf.data import RankedCollator, encode_prompt, encode_response
 from rlhf.models import load_policy, new_token_rows
-from rlhf.ppo import train_ppo
-from rlhf.reward import train_reward
 from rlhf.sampling import sampling_for
 from rlhf.scorers import load_scorer
-from rlhf.sft import train_sft
 from rlhf.tokenizer import hash_rendering, hash_tokenizer, load_tokenizer, pad_with_no_stop_id
 
 VOCAB, EOS = 320, 2

@@ -13,13 +13,11 @@ from helpers.tiny import tiny_model, tiny_tokenizer
 from helpers.tiny_ppo import make_config, write_policy
 from transformers import AutoModelForCausalLM, GenerationConfig, pipeline
 
+from rlhf import train_ppo, train_reward, train_sft
 from rlhf.checkpoint import require_writable
 from rlhf.config import DatasetConfig, InputError, ModelConfig, RewardStageConfig, SFTStageConfig
 from rlhf.export import ExportOptions, export
 from rlhf.metrics import read_jsonl
-from rlhf.ppo import train_ppo
-from rlhf.reward import train_reward
-from rlhf.sft import train_sft
 
 VICUNA = {"temperature": 0.9, "top_p": 0.6, "bos_token_id": 1, "eos_token_id": 2}
 TRAINER = {"max_steps": 2, "per_device_train_batch_size": 4, "logging_steps": 1}

@@ -20,6 +20,7 @@ from helpers.stages import ROOT, WORLD, launch, ppo_config, reward_config, sft_c
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from rlhf import train_ppo, train_reward, train_sft
 from rlhf.checkpoint import find_damage, read_record
 from rlhf.config import (
     DatasetConfig,
@@ -36,10 +37,7 @@ from rlhf.config import (
 from rlhf.curves import draw_curves
 from rlhf.data import encode_prompt, encode_response
 from rlhf.metrics import read_jsonl
-from rlhf.ppo import train_ppo
-from rlhf.reward import train_reward
 from rlhf.scorers import RewardModelScorer, load_scorer, score_sequences
-from rlhf.sft import train_sft
 
 
 @pytest.fixture(scope="module")

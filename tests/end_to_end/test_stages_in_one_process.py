@@ -13,11 +13,10 @@ from helpers.tiny import tiny_tokenizer
 from helpers.tiny_ppo import make_config
 
 import rlhf
+from rlhf import train_ppo, train_sft
 from rlhf.checkpoint import make_record
 from rlhf.config import DatasetConfig, InputError, ModelConfig, SFTStageConfig
 from rlhf.distributed import make_accelerator
-from rlhf.ppo import train_ppo
-from rlhf.sft import train_sft
 
 
 @pytest.fixture

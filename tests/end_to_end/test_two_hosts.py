@@ -48,7 +48,7 @@ RUN = """
 import sys
 from rlhf.cli import run_to_exit
 from rlhf.config import PPOStageConfig, load_config
-from rlhf.ppo import train_ppo
+from rlhf import train_ppo
 
 run_to_exit(lambda config: train_ppo(config).stopped_by, load_config(PPOStageConfig, sys.argv[1]))
 """

@@ -22,13 +22,12 @@ from helpers.families import LORA
 from helpers.tiny import tiny_model, tiny_tokenizer
 from helpers.tiny_ppo import make_config
 
-from rlhf import train_ppo
+from rlhf import PPOTrainer, train_ppo
 from rlhf.config import InputError, PeftConfig, SamplingConfig
 from rlhf.engine_choice import choose_server
 from rlhf.metrics import read_jsonl
 from rlhf.models import add_lora
 from rlhf.models.stacked import keep_apart
-from rlhf.ppo import PPOTrainer
 from rlhf.sampling import VLLM, Sampling, engine_of, generate, uniform_noise, use_engine
 from rlhf.tokenizer import StopStrings, declare_stop_strings, forbidden_token_ids
 from rlhf.vllm_server import ServerProcess

@@ -213,9 +213,7 @@ def hang(step: int) -> None:
 
 def train(config):
     """Run the stage that a configuration is for."""
-    from rlhf.ppo import train_ppo
-    from rlhf.reward import train_reward
-    from rlhf.sft import train_sft
+    from rlhf import train_ppo, train_reward, train_sft
 
     trains = {SFTStageConfig: train_sft, RewardStageConfig: train_reward, PPOStageConfig: train_ppo}
     return trains[type(config)](config)

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from helpers.tiny import tiny_model, tiny_tokenizer
 
+from rlhf import PPOResult, PPOTrainer, train_ppo
 from rlhf.config import (
     CheckpointConfig,
     CriticConfig,
@@ -22,7 +23,6 @@ from rlhf.config import (
     ScorerConfig,
 )
 from rlhf.data import encode_prompts
-from rlhf.ppo import PPOResult, PPOTrainer, train_ppo
 from rlhf.ppo.actors import load_actors
 from rlhf.tokenizer import load_tokenizer
 

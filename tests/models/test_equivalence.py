@@ -18,6 +18,7 @@ from transformers import LlamaModel
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 import rlhf.sft.stage
+from rlhf import train_ppo, train_reward, train_sft
 from rlhf.chat import Chat, ChatOptions
 from rlhf.config import (
     DatasetConfig,
@@ -37,10 +38,7 @@ from rlhf.equivalence import (
 )
 from rlhf.metrics import read_jsonl
 from rlhf.models import ScalarModel, add_lora, enable_padding_free, init_reward_model
-from rlhf.ppo import train_ppo
-from rlhf.reward import train_reward
 from rlhf.scorers import load_scorer
-from rlhf.sft import train_sft
 
 SEE_EACH_OTHER = ["opt", "falcon_7b", "falcon_40b", "bloom", "mamba"]
 OTHERS = {  # families with a state, and those that tiny.py leaves out

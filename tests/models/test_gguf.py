@@ -24,6 +24,10 @@ from test_unread import assert_slices, process  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 import rlhf.gguf_files  # noqa: E402
+from rlhf import (
+    train_ppo,  # noqa: E402
+    train_sft,  # noqa: E402
+)
 from rlhf.checkpoint import hash_weights, read_record  # noqa: E402
 from rlhf.config import InputError, ModelConfig, PeftConfig  # noqa: E402
 from rlhf.export import ExportOptions, export  # noqa: E402
@@ -32,8 +36,6 @@ from rlhf.generate import run as run_generate  # noqa: E402
 from rlhf.inputs import check_model  # noqa: E402
 from rlhf.models import init_reward_model, load_policy, shard, try_settings  # noqa: E402
 from rlhf.models.unread import unread  # noqa: E402
-from rlhf.ppo import train_ppo  # noqa: E402
-from rlhf.sft import train_sft  # noqa: E402
 from rlhf.tokenizer import load_tokenizer  # noqa: E402
 
 CHAT = "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"

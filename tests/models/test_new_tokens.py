@@ -24,6 +24,7 @@ from helpers.families import (
 from helpers.tiny import FAMILIES, tiny_model, tiny_tokenizer
 from helpers.tiny_ppo import make_config, write_policy
 
+from rlhf import train_ppo, train_reward, train_sft
 from rlhf.config import (
     DatasetConfig,
     InputError,
@@ -36,11 +37,8 @@ from rlhf.config import (
 from rlhf.export import ExportOptions, export
 from rlhf.metrics import read_jsonl
 from rlhf.models import add_lora, load_policy, merged, new_token_rows, resize_embeddings
-from rlhf.ppo import train_ppo
 from rlhf.ppo.rollout import policy_logprobs
-from rlhf.reward import train_reward
 from rlhf.sampling import Sampling
-from rlhf.sft import train_sft
 from rlhf.tokenizer import load_tokenizer
 
 ROWS = [VOCAB, VOCAB + 1]  # of two tokens that the tokenizer of the tiny models does not have

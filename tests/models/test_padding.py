@@ -30,6 +30,7 @@ from helpers.tiny import FAMILIES, tiny_model
 from transformers import AutoConfig, AutoModelForSequenceClassification
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from rlhf import train_ppo, train_reward, train_sft
 from rlhf.config import ModelConfig, PPOConfig, PtxConfig
 from rlhf.demo.world import MODEL_CONFIG
 from rlhf.models import (
@@ -40,10 +41,7 @@ from rlhf.models import (
     prefill_inputs,
     sequence_scores,
 )
-from rlhf.ppo import train_ppo
-from rlhf.reward import train_reward
 from rlhf.scorers import score_sequences
-from rlhf.sft import train_sft
 
 NONE_FORBIDDEN = torch.empty(0, dtype=torch.long)
 

@@ -31,6 +31,7 @@ from helpers.tiny import tiny_model
 from helpers.tiny_ppo import make_config, write_policy
 from transformers import AutoModelForSequenceClassification
 
+from rlhf import train_ppo, train_reward, train_sft
 from rlhf.checkpoint import read_record
 from rlhf.config import InputError, ScorerConfig
 from rlhf.equivalence import choose_forward
@@ -46,11 +47,8 @@ from rlhf.models import (
     sequence_scores,
 )
 from rlhf.models.attention import NAME
-from rlhf.ppo import train_ppo
 from rlhf.ppo.rollout import critic_values, policy_logprobs
-from rlhf.reward import train_reward
 from rlhf.sampling import Sampling, generate, uniform_noise
-from rlhf.sft import train_sft
 from rlhf.tokenizer import load_tokenizer
 
 # Why a family of tests/helpers/tiny.py is padded.

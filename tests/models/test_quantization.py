@@ -36,6 +36,11 @@ from transformers import AutoModelForCausalLM
 pytest.importorskip("bitsandbytes")
 from bitsandbytes import functional  # noqa: E402
 
+from rlhf import (
+    train_ppo,  # noqa: E402
+    train_reward,  # noqa: E402
+    train_sft,  # noqa: E402
+)
 from rlhf.config import (  # noqa: E402
     CheckpointConfig,
     CriticConfig,
@@ -63,9 +68,6 @@ from rlhf.models import (  # noqa: E402
     sequence_scores,
 )
 from rlhf.models.quantization import dequantized_weight, is_quantized, require_support  # noqa: E402
-from rlhf.ppo import train_ppo  # noqa: E402
-from rlhf.reward import train_reward  # noqa: E402
-from rlhf.sft import train_sft  # noqa: E402
 
 both_widths = pytest.mark.parametrize("quantization", ["8bit", "4bit"])
 WIDE = {"hidden_size": 64, "intermediate_size": 128}

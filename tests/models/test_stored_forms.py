@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
+from rlhf import train_ppo
 from rlhf.chat import ChatOptions, talk
 from rlhf.checkpoint import require_stage
 from rlhf.config import CriticConfig, InputError, ModelConfig, ScorerConfig
@@ -38,7 +39,6 @@ from rlhf.models import (
     merged,
     parameter_count,
 )
-from rlhf.ppo import train_ppo
 from rlhf.scorers import RewardModelScorer, score_responses
 from rlhf.tokenizer import load_tokenizer
 

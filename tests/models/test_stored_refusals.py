@@ -25,12 +25,12 @@ from helpers.tiny_sft import sft_config
 from safetensors.torch import load_file, save_file
 from transformers import MambaConfig, MambaForCausalLM
 
+from rlhf import train_sft
 from rlhf.checkpoint import read_manifest
 from rlhf.checkpoint.disk import write_manifest
 from rlhf.config import InputError, ModelConfig, PeftConfig
 from rlhf.export import ExportOptions, export
 from rlhf.models import init_reward_model, load_policy, load_reward_model
-from rlhf.sft import train_sft
 from rlhf.tokenizer import load_tokenizer
 
 

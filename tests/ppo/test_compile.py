@@ -13,10 +13,10 @@ from helpers.families import TOKENIZER
 from helpers.tiny import tiny_model
 from helpers.tiny_ppo import make_config
 
+from rlhf import train_ppo
 from rlhf.config import InputError
 from rlhf.equivalence import compile_if_same
 from rlhf.metrics import read_jsonl
-from rlhf.ppo import train_ppo
 from rlhf.sampling import Sampling, generate
 
 

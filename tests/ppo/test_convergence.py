@@ -19,8 +19,8 @@ from accelerate import Accelerator
 from helpers.families import positions_before_last, response_logits
 from helpers.tiny_ppo import make_config
 
+from rlhf import PPOTrainer
 from rlhf.data import encode_prompts
-from rlhf.ppo import PPOTrainer
 from rlhf.ppo.actors import load_actors
 from rlhf.tokenizer import load_tokenizer
 

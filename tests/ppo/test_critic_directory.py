@@ -10,9 +10,9 @@ import torch
 from helpers.tiny_ppo import make_config, make_trainer
 from transformers import AutoModelForSequenceClassification
 
+from rlhf import train_ppo
 from rlhf.checkpoint import read_record
 from rlhf.config import InputError, PeftConfig
-from rlhf.ppo import train_ppo
 
 
 @pytest.fixture(scope="module")

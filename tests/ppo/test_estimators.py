@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers.tiny_ppo import make_config, make_trainer, move_policy
 
-from rlhf.ppo import train_ppo
+from rlhf import train_ppo
 
 
 def test_several_responses_of_a_prompt_stand_together_and_differ(policy_dir, tmp_path):

@@ -12,8 +12,8 @@ import torch
 from helpers.tiny_ppo import make_config
 from safetensors.torch import load_file
 
+from rlhf import train_ppo
 from rlhf.checkpoint import read_record
-from rlhf.ppo import train_ppo
 from rlhf.ppo.evaluation import describe_selection, selection_value
 
 

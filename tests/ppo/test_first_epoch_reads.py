@@ -8,9 +8,9 @@ import pytest
 import torch
 from helpers.tiny_ppo import make_config, make_trainer, move_policy
 
+from rlhf import train_ppo
 from rlhf.config import PeftConfig, PPOConfig
 from rlhf.models import ends_with_head
-from rlhf.ppo import train_ppo
 
 IN_LOSS = {"kl_in": "loss", "kl_estimator": "k3", "num_mini_batches": 1}
 GROUPS = {"samples_per_prompt": 2, "num_mini_batches": 1}

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from helpers.tiny_ppo import make_config
 
+from rlhf import train_ppo
 from rlhf.metrics import read_jsonl
-from rlhf.ppo import train_ppo
 
 PAGE = Path(__file__).parents[2] / "docs/ppo-first-update.md"
 

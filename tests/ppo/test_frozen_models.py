@@ -21,11 +21,11 @@ from transformers import AutoModelForSequenceClassification
 import rlhf.equivalence as equivalence
 import rlhf.ppo.rollout as rollout_module
 import rlhf.ppo.scoring as scoring_module
+from rlhf import train_ppo
 from rlhf.config import InputError, ScorerConfig
 from rlhf.equivalence import choose_forward, store_as_read
 from rlhf.metrics import read_jsonl
 from rlhf.models import ScalarModel, forward_inputs, freeze
-from rlhf.ppo import train_ppo
 from rlhf.ppo.preflight.longest_step import longest_micro_batch
 from rlhf.ppo.preflight.memory import estimate_memory
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from helpers.tiny_ppo import make_config, make_trainer, weights, write_policy
 
+from rlhf import train_ppo
 from rlhf.config import InputError, check
 from rlhf.metrics import METRICS, read_jsonl
-from rlhf.ppo import train_ppo
 from rlhf.ppo.rollout import minibatches
 from rlhf.ppo.trainer import advantage_metrics
 

@@ -15,9 +15,9 @@ from helpers.tiny_ppo import count_ascii, crashed_and_resumed, make_config, make
 from safetensors.torch import load_file
 
 import rlhf.ppo.trainer as ppo_trainer
+from rlhf import PPOTrainer, train_ppo
 from rlhf.config import InputError, PeftConfig
 from rlhf.functional import token_logprobs
-from rlhf.ppo import PPOTrainer, train_ppo
 from rlhf.ppo.rollout import stream_rows
 from rlhf.ppo.update import over_steps
 

@@ -16,6 +16,7 @@ from helpers.tiny import tiny_model, tiny_tokenizer
 from helpers.tiny_ppo import make_config, make_trainer, move_policy, weights, write_prompts
 from safetensors.torch import load_file
 
+from rlhf import train_ppo
 from rlhf.config import (
     InputError,
     PPOConfig,
@@ -27,7 +28,6 @@ from rlhf.config import (
 from rlhf.functional import adaptive_kl_coef
 from rlhf.metrics import read_jsonl
 from rlhf.models import load_policy
-from rlhf.ppo import train_ppo
 from rlhf.ppo.evaluation import response_texts
 from rlhf.ppo.rollout import policy_logprobs
 from rlhf.ppo.update import text_loss

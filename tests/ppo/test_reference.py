@@ -11,10 +11,10 @@ import pytest
 from helpers.tiny import tiny_model, tiny_tokenizer
 from helpers.tiny_ppo import make_config
 
+from rlhf import train_ppo
 from rlhf.checkpoint import hash_weights, read_record
 from rlhf.config import InputError, PeftConfig
 from rlhf.metrics import read_jsonl
-from rlhf.ppo import train_ppo
 
 
 def rows_of(config):

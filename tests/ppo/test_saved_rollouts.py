@@ -10,8 +10,8 @@ import pytest
 import torch
 from helpers.tiny_ppo import make_config, words_scorer
 
+from rlhf import train_ppo
 from rlhf.metrics import read_jsonl
-from rlhf.ppo import train_ppo
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,11 @@ from helpers.tiny_ppo import crashed_and_resumed, make_config, make_trainer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 
+from rlhf import train_ppo
 from rlhf.checkpoint import make_record, read_record, write_stage
 from rlhf.config import InputError, ModelConfig, PeftConfig, RewardStageConfig, ScorerConfig
 from rlhf.metrics import read_jsonl
 from rlhf.models import add_lora, init_reward_model, load_policy, load_reward_model, what_to_save
-from rlhf.ppo import train_ppo
 from rlhf.ppo.critic import require_same_base
 from rlhf.ppo.preflight.longest_step import longest_micro_batch
 from rlhf.ppo.preflight.memory import estimate_memory

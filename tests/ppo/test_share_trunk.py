@@ -9,10 +9,10 @@ import torch
 from helpers.tiny_ppo import crashed_and_resumed, make_config, make_trainer, move_policy
 from safetensors.torch import load_file
 
+from rlhf import train_ppo
 from rlhf.config import PeftConfig
 from rlhf.metrics import read_jsonl
 from rlhf.models import ends_with_head
-from rlhf.ppo import train_ppo
 from rlhf.ppo.passes import policy_logprobs, policy_outputs, text_loss
 
 

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from test_share_base import LORA, write_reward
 from transformers import AutoModelForCausalLM
 
+from rlhf import train_ppo
 from rlhf.checkpoint import hash_weights, make_record, read_record, write_stage
 from rlhf.config import InputError, ModelConfig, PeftConfig, ScorerConfig, SFTStageConfig, check
 from rlhf.metrics import read_jsonl
 from rlhf.models import add_lora, load_policy, load_reward_model, merged, what_to_save
-from rlhf.ppo import train_ppo
 from rlhf.ppo.critic import require_same_base
 from rlhf.ppo.preflight.longest_step import longest_micro_batch
 from rlhf.ppo.preflight.memory import estimate_memory

@@ -15,8 +15,8 @@ import torch
 from helpers.tiny_ppo import make_config, make_trainer
 from safetensors.torch import load_file
 
+from rlhf import train_ppo
 from rlhf.config import InputError
-from rlhf.ppo import train_ppo
 from rlhf.ppo.watchdog import RULES, Watchdog
 
 

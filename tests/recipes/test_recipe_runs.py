@@ -13,13 +13,11 @@ from helpers.recipe_facts import FACTS
 from helpers.tiny import FAMILIES, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from rlhf import train_ppo, train_reward, train_sft
 from rlhf.checkpoint import read_record
 from rlhf.config import CONF_DIR
 from rlhf.data import encode_row, resolve_format
 from rlhf.metrics import read_jsonl
-from rlhf.ppo import train_ppo
-from rlhf.reward import train_reward
-from rlhf.sft import train_sft
 from rlhf.tokenizer import chat_template_text
 
 # recipe -> family of its model, of `tiny.FAMILIES`

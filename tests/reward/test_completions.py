@@ -11,11 +11,11 @@ import torch
 from helpers.tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from rlhf import train_reward
 from rlhf.checkpoint import read_record
 from rlhf.config import DatasetConfig, InputError, ModelConfig, RewardStageConfig, check
 from rlhf.data import encode_prompt, encode_response
 from rlhf.models import load_policy
-from rlhf.reward import train_reward
 from rlhf.reward.completions import COMPLETIONS_KEY
 from rlhf.sampling import generate, sampling_for, uniform_noise
 from rlhf.tokenizer import load_tokenizer

@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
+from rlhf import train_reward
 from rlhf.config import (
     CheckpointConfig,
     DatasetConfig,
@@ -46,7 +47,6 @@ from rlhf.models import (
     sequence_scores,
     unwrap_peft,
 )
-from rlhf.reward import train_reward
 from rlhf.reward.batches import PlannedBatches, pack, plan_batches, score_rows
 from rlhf.reward.ranking_trainer import RankingTrainer
 from rlhf.reward.report.measures import heldout_metrics

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rlhf import train_ppo, train_reward, train_sft
 from rlhf.config import (
     CheckpointConfig,
     DatasetConfig,
@@ -30,13 +31,10 @@ from rlhf.config import (
     SFTStageConfig,
 )
 from rlhf.demo.world import MODEL_CONFIG
-from rlhf.ppo import train_ppo
-from rlhf.reward import train_reward
 from rlhf.reward.report.__main__ import main
 from rlhf.reward.report.measures import agreement, heldout_metrics, measure, shorten
 from rlhf.reward.report.page import PICTURE, draw, markdown, page_files, terminal_text
 from rlhf.reward.report.verdict import judge, make_report
-from rlhf.sft import train_sft
 
 FILES = ("report.json", "report.md", "report.png")
 

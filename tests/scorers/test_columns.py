@@ -12,8 +12,8 @@ import pytest
 from helpers.scorers import PROMPTS, RESPONSES, TOKENS
 from helpers.tiny_ppo import make_config
 
+from rlhf import train_ppo
 from rlhf.config import InputError, ScorerComponent, ScorerConfig
-from rlhf.ppo import train_ppo
 from rlhf.scorers import CombinedScorer, load_scorer, score_responses
 
 COLUMNS = {"answer": ["dog", "blue", "pear"], "level": [1, 2, None]}

@@ -14,9 +14,9 @@ from helpers.judging import chat, prefers_long_answers
 from helpers.tiny_ppo import make_config, write_policy
 
 import rlhf.http_endpoint
+from rlhf import train_ppo
 from rlhf.config import CONF_DIR, EndpointConfig, InputError, ScorerComponent, ScorerConfig
 from rlhf.inputs import check_inputs
-from rlhf.ppo import train_ppo
 from rlhf.rubrics import as_dialogue, read_choice, read_rating, read_rubric
 from rlhf.score import main as score
 from rlhf.scorers import Judge, load_scorer, score_responses

@@ -18,11 +18,11 @@ from helpers.tiny_ppo import make_config
 from torch.testing import assert_close
 
 import rlhf.http_endpoint
+from rlhf import train_ppo
 from rlhf.checkpoint import read_record
 from rlhf.checkpoint.config_changes import refuse_changes
 from rlhf.config import EndpointConfig, InputError, PPOStageConfig, ScorerConfig, hide, save_config
 from rlhf.metrics import read_jsonl
-from rlhf.ppo import train_ppo
 from rlhf.scorers import ScoreServer, load_scorer, score_responses
 
 HTML = b"<!DOCTYPE html><html><head><title>Login\n page</title></head></html>"

@@ -31,11 +31,11 @@ from helpers.tokenizers import adds_bos
 from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 
+from rlhf import train_ppo
 from rlhf.config import InputError, ModelConfig, PeftConfig, ScorerComponent, ScorerConfig
 from rlhf.data import encode_prompt
 from rlhf.demo.world import build_tokenizer
 from rlhf.models import ScalarModel, add_lora, init_reward_model, merged
-from rlhf.ppo import train_ppo
 from rlhf.scorers import RewardModelScorer, Tokens, load_scorer, score_responses, uncut_scores
 from rlhf.tokenizer import chat_template_text, hash_rendering, load_tokenizer
 

@@ -20,9 +20,9 @@ from helpers.tiny_ppo import make_config, make_trainer
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from rlhf import train_ppo
 from rlhf.config import InputError, ModelConfig, ScorerComponent, ScorerConfig, is_python
 from rlhf.demo.world import build_tokenizer
-from rlhf.ppo import train_ppo
 from rlhf.ppo.rollout import component_scores
 from rlhf.scorers import CombinedScorer, RewardModelScorer, load_scorer
 from rlhf.tokenizer import load_tokenizer

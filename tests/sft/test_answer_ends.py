@@ -10,10 +10,10 @@ from helpers.templates import DIALOGUE, marked
 from helpers.tiny import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rlhf import train_sft
 from rlhf.config import DatasetConfig, ModelConfig, SFTStageConfig
 from rlhf.data import encode_samples, encode_sft
 from rlhf.sampling import stop_token_ids
-from rlhf.sft import train_sft
 
 
 def rows(path, number=12, **row):

@@ -32,14 +32,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
+from rlhf import train_reward, train_sft
 from rlhf.config import InputError, MixConfig, PeftConfig, RewardStageConfig, SFTStageConfig
 from rlhf.data import encode_prompt, encode_sft
 from rlhf.demo.world import build_tokenizer
 from rlhf.demo.world import rows as demo_rows
 from rlhf.hf_trainer.arguments import accumulation_steps, row_length, trainer_arguments
 from rlhf.metrics import read_jsonl
-from rlhf.reward import train_reward
-from rlhf.sft import train_sft
 from rlhf.sft.stage import sample_responses
 from rlhf.sft.training_rows import interleaved, mix_texts
 

@@ -15,11 +15,10 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from rlhf import train_reward, train_sft
 from rlhf.hf_trainer import finite_trainer
 from rlhf.hf_trainer.token_batches import split_batch, together
 from rlhf.metrics import read_jsonl
-from rlhf.reward import train_reward
-from rlhf.sft import train_sft
 
 
 def test_neighbours_join_while_they_fit():

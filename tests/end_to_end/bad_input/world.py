@@ -17,9 +17,8 @@ from typing import Any
 from helpers.tiny import tiny_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 
+from rlhf import train_reward, train_sft
 from rlhf.config import DatasetConfig, ModelConfig, RewardStageConfig, SFTStageConfig
-from rlhf.reward import train_reward
-from rlhf.sft import train_sft
 
 SMALL = {"max_steps": 1, "per_device_train_batch_size": 2}
 

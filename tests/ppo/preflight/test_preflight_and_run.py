@@ -19,8 +19,8 @@ from helpers.runs import in_two_processes
 from helpers.tiny_ppo import make_config, make_trainer, write_prompts
 from safetensors.torch import load_file
 
+from rlhf import train_ppo
 from rlhf.config import PeftConfig
-from rlhf.ppo import train_ppo
 from rlhf.ppo.preflight import PreflightFailed, run_preflight
 from rlhf.ppo.preflight.findings import Finding, bottom_line, lay_out
 from rlhf.ppo.result import PPOResult
