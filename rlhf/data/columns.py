@@ -44,12 +44,10 @@ def with_columns(rows: Rows, columns: Mapping[str, str]) -> Rows:
                 f"{', '.join(there)}.{nearest(source, there)}"
             )
     for where, raw in chain(first, rows):
-        yield where, _renamed(raw, columns) if isinstance(raw, dict) else raw
-
-
-def _renamed(raw: Row, columns: Mapping[str, str]) -> Row:
-    found = {name: _value(raw, source) for name, source in columns.items()}
-    return raw | without_nulls(found)
+        if isinstance(raw, dict):
+            found = {name: _value(raw, source) for name, source in columns.items()}
+            raw = raw | without_nulls(found)
+        yield where, raw
 
 
 def _value(raw: Any, source: str) -> Any:

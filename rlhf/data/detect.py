@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import islice
-from typing import Any
 
 from rlhf.config import InputError, one_line
 from rlhf.data.columns import NUM_LOOKED_AT, column_names, with_columns
@@ -68,7 +67,9 @@ def find_format(
         InputError: no format of the stage reads any of the rows.
     """
     first = islice(with_columns(rows, columns), NUM_LOOKED_AT)
-    looked_at = [(where, raw) for where, raw in first if _is_row(raw)]
+    looked_at = [
+        (where, raw) for where, raw in first if isinstance(raw, dict) and without_nulls(raw)
+    ]
     order = sorted(ORDER[stage], key=lambda name: -len(columns.keys() & {*FIELDS[name]}))
     if not looked_at:
         return order[0], ""  # reading all rows says what is wrong with them
@@ -101,10 +102,6 @@ def _fault(format: str, raw: Row, stage: str) -> Exception | None:
     return None
 
 
-def _is_row(raw: Any) -> bool:
-    return isinstance(raw, dict) and bool(without_nulls(raw))
-
-
 def _fields(raw: Row) -> str:
     return ", ".join(column_names(raw))
 
@@ -121,7 +118,8 @@ def _no_reading(where: str, raw: Row, stage: str, group: str) -> InputError:
     for name in _PLAIN[stage]:
         fault = _fault(name, raw, stage)
         if fault and all(field in given for field in _needed(name, stage)):
-            return InputError(f"{found}. The nearest is {group}.format={name}: {_why(fault)}")
+            why = one_line(fault).partition(": ")[2]
+            return InputError(f"{found}. The nearest is {group}.format={name}: {why}")
     name = _PLAIN[stage][0]
     needed = _needed(name, stage)
     fix = f"The nearest is {name}, which needs {' and '.join(needed)}"
@@ -132,10 +130,6 @@ def _no_reading(where: str, raw: Row, stage: str, group: str) -> InputError:
 
 def _needed(format: str, stage: str) -> tuple[str, ...]:
     return FIELDS[format][:1] if stage == "ppo" else FIELDS[format]
-
-
-def _why(fault: Exception) -> str:
-    return one_line(fault).partition(": ")[2]
 
 
 def _renaming(raw: Row, needed: tuple[str, ...]) -> str:

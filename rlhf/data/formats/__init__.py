@@ -20,62 +20,45 @@ from rlhf.data.rows import Row
 
 Format = Callable[[Row], Row | list[Row]]
 
-FORMATS: dict[str, Format] = {
-    "messages": instructions.format_messages,
-    "prompt_completion": instructions.format_prompt_completion,
-    "question_answer": instructions.format_question_answer,
-    "instruction": instructions.format_instruction,
-    "chosen": preferences.format_chosen,
-    "text": instructions.format_text,
-    "alpaca": instructions.format_alpaca,
-    "hh": preferences.format_hh,
-    "ranked": preferences.format_ranked,
-    "pair": preferences.format_pair,
-    "ratings": preferences.format_ratings,
-    "alpaca_farm": preferences.format_alpaca_farm,
-    "ultrafeedback": preferences.format_ultrafeedback,
-    "stack_exchange": preferences.format_stack_exchange,
-    "chatllama_reward": preferences.format_chatllama_reward,
-    "summarize_from_feedback": preferences.format_summarize_from_feedback,
-    "oasst": preferences.format_oasst,
-    "hh_chosen": preferences.format_hh_chosen,
-    "dolly15k": instructions.format_dolly15k,
-    "self_instruct": instructions.format_self_instruct,
-    "sharegpt": instructions.format_sharegpt,
-    "baize": instructions.format_baize,
-    "chatllama_actor": instructions.format_chatllama_actor,
-    "chatllama_rlhf": instructions.format_chatllama_rlhf,
-    "tldr": instructions.format_tldr,
+# name -> the function, and the fields that a row must have
+_TABLE: dict[str, tuple[Format, tuple[str, ...]]] = {
+    "messages": (instructions.format_messages, ("messages",)),
+    "prompt_completion": (instructions.format_prompt_completion, ("prompt", "completion")),
+    "question_answer": (instructions.format_question_answer, ("question", "answer")),
+    "instruction": (instructions.format_instruction, ("instruction",)),
+    "chosen": (preferences.format_chosen, ("chosen",)),
+    "text": (instructions.format_text, ("text",)),
+    "alpaca": (instructions.format_alpaca, ("instruction", "output")),
+    "hh": (preferences.format_hh, ("chosen", "rejected")),
+    "ranked": (preferences.format_ranked, ("prompt", "responses")),
+    "pair": (preferences.format_pair, ("prompt", "chosen", "rejected")),
+    "ratings": (preferences.format_ratings, ("prompt", "responses", "ratings")),
+    "alpaca_farm": (
+        preferences.format_alpaca_farm,
+        ("instruction", "output_1", "output_2", "preference"),
+    ),
+    "ultrafeedback": (preferences.format_ultrafeedback, ("instruction",)),
+    "stack_exchange": (preferences.format_stack_exchange, ("question", "response_j", "response_k")),
+    "chatllama_reward": (
+        preferences.format_chatllama_reward,
+        ("user_input", "completion", "score"),
+    ),
+    "summarize_from_feedback": (
+        preferences.format_summarize_from_feedback,
+        ("info", "summaries", "choice"),
+    ),
+    "oasst": (preferences.format_oasst, ("prompt",)),
+    "hh_chosen": (preferences.format_hh_chosen, ("chosen",)),
+    "dolly15k": (instructions.format_dolly15k, ("instruction", "response")),
+    "self_instruct": (instructions.format_self_instruct, ("instruction", "instances")),
+    "sharegpt": (instructions.format_sharegpt, ("conversations",)),
+    "baize": (instructions.format_baize, ("input",)),
+    "chatllama_actor": (instructions.format_chatllama_actor, ("user_input", "completion")),
+    "chatllama_rlhf": (instructions.format_chatllama_rlhf, ("user_input",)),
+    "tldr": (instructions.format_tldr, ("subreddit", "title", "post", "summary")),
 }
-
-# The fields that a row of each format must have
-FIELDS = {
-    "messages": ("messages",),
-    "prompt_completion": ("prompt", "completion"),  # PPO needs the prompt only
-    "question_answer": ("question", "answer"),  # PPO needs the question only
-    "instruction": ("instruction",),
-    "chosen": ("chosen",),
-    "text": ("text",),
-    "alpaca": ("instruction", "output"),
-    "hh": ("chosen", "rejected"),
-    "ranked": ("prompt", "responses"),
-    "pair": ("prompt", "chosen", "rejected"),
-    "ratings": ("prompt", "responses", "ratings"),
-    "alpaca_farm": ("instruction", "output_1", "output_2", "preference"),
-    "ultrafeedback": ("instruction",),
-    "stack_exchange": ("question", "response_j", "response_k"),
-    "chatllama_reward": ("user_input", "completion", "score"),
-    "summarize_from_feedback": ("info", "summaries", "choice"),
-    "oasst": ("prompt",),
-    "hh_chosen": ("chosen",),
-    "dolly15k": ("instruction", "response"),
-    "self_instruct": ("instruction", "instances"),
-    "sharegpt": ("conversations",),
-    "baize": ("input",),
-    "chatllama_actor": ("user_input", "completion"),
-    "chatllama_rlhf": ("user_input",),
-    "tldr": ("subreddit", "title", "post", "summary"),
-}
+FORMATS = {name: format for name, (format, _) in _TABLE.items()}
+FIELDS = {name: fields for name, (_, fields) in _TABLE.items()}  # PPO needs the first one alone
 
 # Formats whose rows hold one scored response each; `merge_by_prompt` makes rankings of them
 ONE_RESPONSE_PER_ROW = {"chatllama_reward"}
