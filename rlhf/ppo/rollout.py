@@ -8,8 +8,8 @@ whitening and statistics are global, and a minibatch does not depend on the numb
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, fields, replace
+from functools import cached_property, partial
 from typing import Any, Self
 
 import numpy as np
@@ -64,7 +64,11 @@ class Responses:
             sampler_logprobs=pad(sampled.logprobs, 0.0, device=device),
         )
 
-    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @cached_property
     def sequence_ids(self) -> Tensor:
         """(B, L): prompt and response without a gap, right-padded to the longest row.
 
@@ -76,13 +80,13 @@ class Responses:
         # columns past the end wrap around into the padding before the prompt
         return both.gather(1, (start + columns) % both.shape[1])
 
-    @property
+    @cached_property
     def sequence_mask(self) -> Tensor:
         """(B, L)."""
         lengths = self.prompt_mask.sum(dim=1) + self.lengths
         return torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
 
-    @property
+    @cached_property
     def state_positions(self) -> Tensor:
         """(B, T): position in the sequence of the token before each response token; below L."""
         before = self.prompt_mask.sum(dim=1, keepdim=True) - 1  # (B, 1)
@@ -109,7 +113,7 @@ class Responses:
                 return tensor[rows][:, -prompt_width:]
             return tensor[rows][:, :response_width]
 
-        return replace(self, **{name: take(name, value) for name, value in vars(self).items()})
+        return replace(self, **{name: take(name, x) for name, x in self.tensors().items()})
 
 
 @dataclass(frozen=True)
@@ -167,7 +171,7 @@ class Experience(Rollout):
         and time as a real one."""
         zeros, ones = torch.zeros_like(logprobs), torch.ones_like(logprobs)
         return cls(
-            **vars(responses),
+            **responses.tensors(),
             **dict.fromkeys(("dense_rewards", "values", "kl", "rewards", "returns"), zeros),
             **dict.fromkeys(("advantages", "raw_advantages"), ones),
             **dict.fromkeys(("logprobs", "ref_logprobs"), logprobs),
@@ -222,7 +226,7 @@ def collect(
             values = read(partial(critic_values, actors.critic))
     counted = responses.finished[:, None] | (not ppo.mask_truncated)
     return Rollout(
-        **vars(responses),
+        **responses.tensors(),
         **scores,
         logprobs=logprobs,
         ref_logprobs=ref_logprobs,
@@ -260,7 +264,7 @@ def sample_and_score(
         with phase("scoring"):
             scores = on_every_process(score, accelerator)
     parts = [totals.tolist() for totals in scores.components.values()]
-    fields: dict[str, list[Any]] = {
+    found: dict[str, list[Any]] = {
         "scores": scores.total.tolist(),
         "dense_rewards": [row.tolist() for row in scores.dense or torch.zeros(num_rows, 0)],
         "component_scores": [[part[row] for part in parts] for row in range(num_rows)],
@@ -268,12 +272,12 @@ def sample_and_score(
     }
     # every process pads the rows of all of them: the batch is the same everywhere
     sampled = Generation(**{name: gather_object(rows) for name, rows in vars(sampled).items()})
-    fields = {name: gather_object(rows) for name, rows in fields.items()}
+    found = {name: gather_object(rows) for name, rows in found.items()}
     all_ids, pad_id = [prompt["input_ids"] for prompt in prompts], actors.tokenizer.pad_token_id
     responses = Responses.padded(all_ids, sampled, pad_id, accelerator.device)
     width = responses.response_ids.shape[1]
-    fields["dense_rewards"] = [row + [0.0] * (width - len(row)) for row in fields["dense_rewards"]]
-    scored = {name: torch.tensor(rows, device=accelerator.device) for name, rows in fields.items()}
+    found["dense_rewards"] = [row + [0.0] * (width - len(row)) for row in found["dense_rewards"]]
+    scored = {name: torch.tensor(rows, device=accelerator.device) for name, rows in found.items()}
     return responses, scored
 
 

@@ -16,7 +16,6 @@ Decisions and sources: Z = Ziegler et al. 2019 (arXiv 1909.08593), S = Stiennon 
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor
 
+from rlhf.checkpoint.disk import write_whole
 from rlhf.config import InputError, PPOConfig, PPOStageConfig
 from rlhf.console import say
 from rlhf.failures import phase
@@ -194,7 +194,7 @@ class PPOTrainer:
         whitens = by_default if ppo.whiten_advantages is None else ppo.whiten_advantages
         advantages = whiten(raw, rollout.loss_mask) if whitens else raw
         estimates = {"raw_advantages": raw, "advantages": advantages, "returns": returns}
-        batch = Experience(**vars(rollout), kl=kl, rewards=rewards, **estimates)
+        batch = Experience(**rollout.tensors(), kl=kl, rewards=rewards, **estimates)
         self.require_finite(batch, "advantages", "returns")
         self.save_rollout(batch)
         return batch
@@ -272,9 +272,7 @@ class PPOTrainer:
                 "response_length": length,
             }
             lines.append(json.dumps(row | tokens) + "\n")
-        temporary = file.with_name(file.name + ".tmp")
-        temporary.write_text("".join(lines), encoding="utf-8")
-        os.replace(temporary, file)
+        write_whole(file, "".join(lines))
 
     def state(self) -> dict[str, Any]:
         """What resuming needs besides weights and optimisers, as JSON values."""

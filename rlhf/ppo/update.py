@@ -83,6 +83,7 @@ class Updater:
         self.policy = share(actors.reader, accelerator)
         if actors.critic is not None and not actors.shares_trunk:
             self.critic = share(actors.critic, accelerator)
+        self.in_slices = any(is_sharded(m) for m in (self.policy, self.critic) if m is not None)
         self.trainable: dict[str, dict[str, torch.nn.Parameter]] = {}
         self.optimizers: dict[str, torch.optim.AdamW] = {}
         for model, rate in self.rates.items():
@@ -275,7 +276,7 @@ class Updater:
         if not bad:
             return
         file = self.directory / f"non_finite_batch_{self.accelerator.process_index}.safetensors"
-        save_file({name: tensor.contiguous() for name, tensor in vars(batch).items()}, file)
+        save_file({name: tensor.contiguous() for name, tensor in batch.tensors().items()}, file)
         raise NonFiniteError(
             f"{', '.join(bad)} is not finite in update {update + 1}; got "
             f"{', '.join(map(str, bad.values()))}, nothing was updated with it, and the batch is "
@@ -326,7 +327,7 @@ class Updater:
     def syncing(self, model: Any, syncs: bool) -> AbstractContextManager[Any]:
         """The context of a backward pass that exchanges the gradients of the processes, or not.
         Sharded models always do: a process has no room for the gradients of whole weights."""
-        if syncs or is_sharded(model):
+        if syncs or self.in_slices:
             return nullcontext()
         return self.accelerator.no_sync(model)
 
