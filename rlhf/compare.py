@@ -55,11 +55,7 @@ def run(options: CompareOptions) -> None:
 
 
 def find_stages(path: Path) -> Stages:
-    """The directories of a run's stages, by stage.
-
-    Raises:
-        InputError: there is no run; the message names those in the directory or the nearest one.
-    """
+    """The directories of a run's stages, by stage."""
     path = path.parent if path.name == "final" else path
     if (path / METRICS).is_file() and path.name in STAGES:
         return {path.name: path}
@@ -127,9 +123,13 @@ def _metrics(directory: Path) -> dict[str, Any]:
         metrics = read_result(record)["metrics"]
     else:
         rows = read_jsonl(directory / METRICS, "step")
-        metrics = {n: row[n] for row in rows for n in row if n.startswith("eval_")}
-        metrics["not finished, at step"] = rows[-1]["step"] if rows else 0
+        metrics = latest_metrics(rows) | {"not finished, at step": rows[-1]["step"] if rows else 0}
     return {n: v for n, v in metrics.items() if not n.endswith(("_low", "_high"))}
+
+
+def latest_metrics(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The latest held-out metrics of a stage that has not finished."""
+    return {name: row[name] for row in rows for name in row if name.startswith("eval_")}
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlhf.config import hide
@@ -91,6 +91,11 @@ def _cell(value: Any) -> str:
 def interval_text(mean: float, low: float, high: float, digits: str = ".3g", sign: str = "") -> str:
     """Write a mean with its interval: "0.75 [0.7, 0.8]"; `sign="+"` shows the sign of the mean."""
     return f"{mean:{sign}{digits}} [{low:{digits}}, {high:{digits}}]"
+
+
+def estimate_text(value: Mapping[str, float], sign: str = "") -> str:
+    """As `interval_text`, of {"mean", "low", "high"}."""
+    return interval_text(value["mean"], value["low"], value["high"], sign=sign)
 
 
 def quiet_libraries() -> None:

@@ -73,10 +73,7 @@ def draw_curves(runs: Mapping[str, Mapping[str, str | Path]]) -> Any:
             axis.set_visible(False)
             continue
         stage, title, name = panel
-        axis.set_title(f"{stage}: {title}" if len(runs) > 1 else title, fontsize=9)
-        axis.tick_params(labelsize=8)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
+        _set_style(axis, f"{stage}: {title}" if len(runs) > 1 else title)
         for number, label in enumerate(runs):
             _draw_run(axis, rows.get((label, stage), []), name, f"C{number}")
     figure.legend(handles=_legend(list(runs)), loc="upper center", ncols=4, fontsize=9)
@@ -84,6 +81,13 @@ def draw_curves(runs: Mapping[str, Mapping[str, str | Path]]) -> Any:
     inch = 1 / figure.get_figheight()
     figure.subplots_adjust(0.06, 0.6 * inch, 0.98, 1 - 0.75 * inch, wspace=0.22, hspace=0.35)
     return figure
+
+
+def _set_style(axis: Any, title: str) -> None:
+    axis.set_title(title, fontsize=9)
+    axis.tick_params(labelsize=8)
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def _draw_run(axis: Any, rows: list[dict[str, Any]], name: str, color: str) -> None:
@@ -144,10 +148,7 @@ def draw_frontier(rows: list[dict[str, Any]], best_of_n: list[dict[str, Any]] | 
                 (row["kl"], *(row[name][end] for end in ("mean", "low", "high"))) for row in best
             ]
             _draw_bars(axis, bars, "best of n of the policy before PPO", "C1")
-        axis.set_title(title, fontsize=9)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(labelsize=8)
+        _set_style(axis, title)
         axis.legend(fontsize=8, frameon=False)
     figure.supxlabel(
         "square root of the KL to the policy before PPO, nats per response", fontsize=9

@@ -21,6 +21,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from rlhf.config import InputError, one_line
+from rlhf.data import pad
 from rlhf.distributed import compute_device, is_sharded, whole
 from rlhf.models import (
     ScalarModel,
@@ -116,13 +117,10 @@ def cache_deviation(model: Any, tokenizer: Any, num_rows: int, temperature: floa
 def require_padding(model: Any, tokenizer: Any, where: str, fix: str) -> None:
     """Refuse a causal LM, `ScalarModel` or `TextModel` whose numbers change with right padding."""
     rows = _rows(model, tokenizer)
-    width = max(map(len, rows))
 
     def measure() -> float:
-        pad = tokenizer.pad_token_id  # RoBERTa numbers its positions by it
-        ids = _tensor(model, [[*row, *[pad] * (width - len(row))] for row in rows])
-        mask = _tensor(model, [[j < len(row) for j in range(width)] for row in rows])
-        padded = _read(model, ids, mask)
+        # RoBERTa numbers its positions by the pad token
+        padded = _read(model, *_padded(model, rows, tokenizer.pad_token_id))
         parts = [padded[i, : len(row)] for i, row in enumerate(rows)]
         return _deviation(parts, [_alone(model, row) for row in rows])
 
@@ -178,9 +176,7 @@ def _why_padded(model: Any, tokenizer: Any, wanted: str) -> str | None:
 def _try_padding_free(model: Any, tokenizer: Any) -> str | None:
     """Enable it, and return the reason where numbers change."""
     rows = _rows(model, tokenizer)
-    width = max(map(len, rows))
-    mask = _tensor(model, [[j < len(row) for j in range(width)] for row in rows])
-    ids = _tensor(model, [[*row, *[0] * (width - len(row))] for row in rows])
+    ids, mask = _padded(model, rows, 0)
     trained = _smallest_trained(model)
 
     def gradient(numbers: Tensor) -> Tensor:
@@ -356,6 +352,13 @@ def _rows(model: Any, tokenizer: Any) -> list[list[int]]:
     lengths = (longest // 3, longest - 2, longest)
     draws = [torch.randint(len(ids), (length,), generator=generator) for length in lengths]
     return [ids[draw].tolist() for draw in draws]
+
+
+def _padded(model: Any, rows: list[list[int]], token: int) -> tuple[Tensor, Tensor]:
+    device = compute_device(model)
+    return pad(rows, token, device=device), pad(
+        [[True] * len(r) for r in rows], False, device=device
+    )
 
 
 def _inner(model: Any) -> Any:

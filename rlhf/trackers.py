@@ -35,8 +35,8 @@ class Trackers:
 
         PartialState()  # its loggers need it
         label, project = f"{config.run_name}/{stage}", config.tracker.project
-        values = {
-            name: _as_plain(value)
+        values = {  # of types that every tracker takes as a hyper-parameter
+            name: value if isinstance(value, bool | int | float | str) else str(value)
             for name, value in dotted(plain_values(config)).items()
             if value != {}
         }
@@ -100,8 +100,3 @@ def wandb_options(
         "resume": "allow",
         "settings": wandb.Settings(silent=True),
     }
-
-
-def _as_plain(value: Any) -> Any:
-    """A value that every tracker takes as a hyper-parameter."""
-    return value if isinstance(value, bool | int | float | str) else str(value)

@@ -12,17 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config import InputError
+from rlhf.data.rows import ranks_of
 
 
 class Rankings:
     """The rows of a file, by the name of their question."""
 
     def __init__(self, out: Path):
-        """Read the rows that are there.
-
-        Raises:
-            InputError: the file has something else.
-        """
+        """Read the rows that are there."""
         self.out = out
         self.rows: dict[str, dict[str, Any]] = {}
         if not out.exists():
@@ -61,10 +58,8 @@ def ranked_row(
         marks: of the answers; a higher one is better.
     """
     full = [(mark, *answer) for mark, answer in zip(marks, answers, strict=True) if answer[1]]
-    levels = sorted({mark for mark, _, _ in full}, reverse=True)
-    texts = [text for _, _, text in full]
-    if len(levels) < 2 or len(set(texts)) < len(texts):
+    ranks, texts = ranks_of([mark for mark, _, _ in full]), [text for _, _, text in full]
+    if not any(ranks) or len(set(texts)) < len(texts):
         return None
-    ranks = [levels.index(mark) for mark, _, _ in full]
     models = [model for _, model, _ in full]
     return {"prompt": prompt, "responses": texts, "ranks": ranks, "models": models, "id": name}

@@ -15,12 +15,7 @@ from rlhf.web.server import address_of, bound, check_server, serve
 
 
 def serve_page(options: ChatOptions) -> None:
-    """Load the models, and serve the page.
-
-    Raises:
-        InputError: a value is not allowed, a model cannot be used, the port or the file of the
-            rankings is in use, or the file is another one.
-    """
+    """Load the models, and serve the page."""
     from rlhf.checkpoint import disk_errors, locked
 
     check_options(options)

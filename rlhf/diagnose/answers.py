@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mode
 from typing import Any
@@ -119,9 +118,8 @@ def measure(options: DiagnoseOptions, subject: Subject) -> Scored:
     answers = sample(options, subject, subject.sft, count, 0)
     by_proxy = proxy.answers(answers)
     by_gold = gold.answers(answers) if subject.gold else by_proxy
-    found = Scored(
-        by_proxy.view(shape), by_gold.view(shape), _mean(answers.sampled.finished).item()
-    )
+    ended = torch.tensor(answers.sampled.finished).float().mean().item()
+    found = Scored(by_proxy.view(shape), by_gold.view(shape), ended)
     found.good = _good_scores(options, rows, gold)
     if any("ranks" in row for row in rows):
         found.ranked = on_rankings(rows, proxy)
@@ -222,7 +220,3 @@ def on_rankings(rows: list[Row], proxy: Judging) -> Ranked:
     worth = (worse.sum(dim=2) + (equal.sum(dim=2) - 1) / 2) / (size - 1)
     chosen = torch.stack([by_row[i] for i in of_size])
     return Ranked((1 + pairs.gap.sign()) / 2, pairs.row, chosen, worth)
-
-
-def _mean(values: Sequence[Any]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32).mean()

@@ -113,11 +113,7 @@ class Subject:
 
 
 def find_subject(options: DiagnoseOptions) -> Subject:
-    """Find models, scorers and rows; no model is loaded.
-
-    Raises:
-        InputError: something is missing, or cannot be used.
-    """
+    """Find models, scorers and rows; no model is loaded."""
     run = options.directory
     if (options.run_name is None) == (options.path is None) and not options.sft:
         raise InputError("give run_name=<run>, path=<directory of a run>, or sft= and reward=")

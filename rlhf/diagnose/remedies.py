@@ -15,7 +15,7 @@ from rlhf.config import (
     load_config,
     resume_overrides,
 )
-from rlhf.console import interval_text
+from rlhf.console import estimate_text
 from rlhf.diagnose.options import Subject
 from rlhf.diagnose.weakest_link import Findings
 
@@ -26,19 +26,19 @@ def verdict(found: Findings) -> str:
     """The weakest link in one sentence."""
     gains, stage = found["gains"], found["weakest"]
     if found["reason"] == "chance":
-        text = _interval(found["accuracy"])
+        text = estimate_text(found["accuracy"])
         return f"weakest link: the reward model, which is near chance on held-out rankings ({text})"
     if stage is None and not gains:
         return "no stage can be compared: there is no gold score, no PPO and no known-good answer"
     first = max(gains, key=lambda name: gains[name]["mean"])
-    best = _interval(gains[first], "+")
+    best = estimate_text(gains[first], "+")
     if found["reason"] == "small":
         return f"no stage is at fault: no swap gains much, the most that of {NAMES[first]} ({best})"
     if stage is None:
         second = sorted(gains, key=lambda name: -gains[name]["mean"])[1]
         return (
             f"no stage is clearly weakest: {NAMES[first]} ({best}) and {NAMES[second]} "
-            f"({_interval(gains[second], '+')}) cannot be told apart; raise num_prompts"
+            f"({estimate_text(gains[second], '+')}) cannot be told apart; raise num_prompts"
         )
     return f"weakest link: {NAMES[stage]}; a known-good one in its place would gain {best}"
 
@@ -66,8 +66,8 @@ def stopping_text(found: Findings) -> list[str]:
     high = f"{most:.2f} or more" if kl["high"] is None else f"{kl['high']:.2f}"
     return [
         f"stopping point: best of n turns down at a KL of {kl['mean']:.2f} [{kl['low']:.2f}, "
-        f"{high}] nats per response, where the scorer gives {_interval(proxy)}. PPO needs more KL "
-        "than best of n for the same score: a budget, not a goal",
+        f"{high}] nats per response, where the scorer gives {estimate_text(proxy)}. PPO needs more "
+        "KL than best of n for the same score: a budget, not a goal",
         f"  watchdog.kl_budget={kl['mean']:.2g}",
     ]
 
@@ -151,7 +151,3 @@ def _longer(subject: Subject, stage: str) -> list[str]:
 
 def _quoted(**options: str) -> str:
     return " ".join(shlex.quote(f"{name}={value}") for name, value in options.items())
-
-
-def _interval(value: dict[str, float], sign: str = "") -> str:
-    return interval_text(value["mean"], value["low"], value["high"], sign=sign)

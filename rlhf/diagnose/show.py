@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rlhf.console import interval_text, say, table
+from rlhf.console import estimate_text, say, table
 from rlhf.curves import draw_frontier
 from rlhf.diagnose.remedies import NAMES, stopping_text, verdict
 from rlhf.diagnose.weakest_link import Findings
@@ -25,7 +25,8 @@ def show(found: Findings) -> None:
         (row["name"], _text(row["gold"]), _text(row["proxy"]), row["kl"])
         for row in found["answers"]
     ]
-    say(table(rows, ("who answers", "gold score", f"by {_short(found['reward'])}", "KL, nats")))
+    scorer = found["reward"] if len(found["reward"]) <= 40 else "the scorer"
+    say(table(rows, ("who answers", "gold score", f"by {scorer}", "KL, nats")))
     swaps = [
         (NAMES[stage], SWAPS[stage].format(n=n), _text(found["gains"].get(stage), "+"))
         for stage in SWAPS
@@ -48,14 +49,8 @@ def show(found: Findings) -> None:
         say(f"{num} prompts say little; take 64 or more")
 
 
-def _short(path: str) -> str:
-    return "the scorer" if len(path) > 40 else path
-
-
 def _text(value: dict[str, float] | None, sign: str = "") -> str:
-    if value is None:
-        return "-"
-    return interval_text(value["mean"], value["low"], value["high"], sign=sign)
+    return "-" if value is None else estimate_text(value, sign)
 
 
 def draw(found: Findings, rows: list[dict[str, Any]]) -> Any:

@@ -32,11 +32,7 @@ from rlhf.option_parser import run_command
 
 
 def run(options: EvaluateOptions) -> None:
-    """Run the mode.
-
-    Raises:
-        InputError: a bad option, or models, rows or judgements that cannot be used.
-    """
+    """Run the mode."""
     check(options)
     with disk_errors(Path(options.folder), "give the same command again"):
         if options.mode == "pairwise":

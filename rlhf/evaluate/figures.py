@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf.config import JUDGE
-from rlhf.console import interval_text, say, table, warn
+from rlhf.console import estimate_text, interval_text, say, table, warn
 from rlhf.functional import bootstrap_interval, length_controlled, prediction_powered_mean, win_rate
 from rlhf.rubrics import as_dialogue
 from rlhf.web.render import visible
@@ -112,21 +112,17 @@ def rows_of(figures: Figures) -> list[tuple[str, str]]:
         else:
             rows.append(("mean score of a, of b", f"{a / num:.4g}, {b / num:.4g}"))
     if "win_rate" in figures:
-        rows.append(("win rate of b", _interval(figures["win_rate"])))
+        rows.append(("win rate of b", estimate_text(figures["win_rate"])))
         equal = figures["length_controlled"]
         text = interval_text(equal["win_rate"], equal["low"], equal["high"])
         if abs(equal["length"]) > SEPARATED:
             text = "cannot be told: length explains every verdict"
         rows.append(("win rate of b at equal length", text))
     if found := figures.get("trust"):
-        agreed = f"{_interval(found['agreement'])} of {found['num_gold']}"
+        agreed = f"{estimate_text(found['agreement'])} of {found['num_gold']}"
         rows.append(("the judge agrees with gold labels", agreed))
-        rows.append(("win rate of b, corrected by gold labels", _interval(found["win_rate"])))
+        rows.append(("win rate of b, corrected by gold labels", estimate_text(found["win_rate"])))
     return rows
-
-
-def _interval(value: Figures) -> str:
-    return interval_text(value["mean"], value["low"], value["high"])
 
 
 def conclusion(figures: Figures) -> str:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from rlhf.checkpoint.disk import write_whole
 from rlhf.config import InputError
 from rlhf.console import say, table
 from rlhf.evaluate.options import EvaluateOptions
@@ -24,11 +24,7 @@ NO_METRICS = ("alias", "name", "sample_len", "sample_count")
 
 
 def run_harness(options: EvaluateOptions) -> None:
-    """Run the tasks, write `lm_eval.json` next to the model's record, and print the table.
-
-    Raises:
-        InputError: the harness is not installed, knows no such task, or cannot read its rows.
-    """
+    """Run the tasks, write `lm_eval.json` next to the model's record, and print the table."""
     require_harness()
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -43,10 +39,11 @@ def run_harness(options: EvaluateOptions) -> None:
             f"tasks={unknown[0]}: lm-eval has no such task; `lm-eval ls tasks` lists them, a "
             ".yaml file is one of your own"
         )
-    policy = Policy(_policy_options(options), str(options.path))
+    path, code = str(options.path), options.trust_remote_code
+    policy = Policy(PolicyOptions(path, options.system, trust_remote_code=code), path)
     asked = f"as text ({policy.why_text})" if policy.why_text else "with its chat template"
     ends = ", ".join(map(repr, stop_texts(policy)))
-    say(f"{options.path} is asked {asked}; its answers end at {ends} or as the task says")
+    say(f"{path} is asked {asked}; its answers end at {ends} or as the task says")
     try:
         found = simple_evaluate(
             harness_model(policy, options.batch_size),
@@ -83,12 +80,6 @@ def task_name(file: str) -> str:
     if found is None:
         raise InputError(f"tasks={file} has no line `task: <name>`")
     return found[1]
-
-
-def _policy_options(options: EvaluateOptions) -> PolicyOptions:
-    return PolicyOptions(
-        str(options.path), options.system, trust_remote_code=options.trust_remote_code
-    )
 
 
 def harness_model(policy: Policy, batch_size: int) -> Any:
@@ -173,7 +164,5 @@ def save(options: EvaluateOptions, policy: Policy, results: dict[str, Any]) -> P
     same = all(before.get(name) == value for name, value in now.items())
     tasks = (before.get("tasks", {}) if same else {}) | results
     folder.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".json.partial")
-    part.write_text(json.dumps(now | {"tasks": tasks}, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, file)
+    write_whole(file, json.dumps(now | {"tasks": tasks}, indent=2) + "\n")
     return file

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass, field
@@ -134,11 +133,9 @@ def _first(row: dict[str, Any], names: tuple[str, ...]) -> Any:
 
 def _answer(options: EvaluateOptions, path: str, file: Path) -> None:
     """Let a model answer the prompts."""
-    known = {field.name for field in dataclasses.fields(GenerateOptions)}
-    shared = {name: value for name, value in vars(options).items() if name in known}
     own = {"path": path, "prompts": options.prompts, "out": str(file), "normalize": "none"}
     own |= {"url": None, "model": None}  # those are the judge's
-    generate(GenerateOptions(**(shared | own)))
+    generate(GenerateOptions.like(options, **own))
 
 
 # --- Continuing -----------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ another num_rows, asks for those alone that are not in it.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import re
@@ -111,7 +110,7 @@ class Author:
         self.answerer: Any = None
         self.temperature, identity = options.temperature, [options.url, options.model]
         if options.path:
-            self.answerer = self._answerer(options)
+            self.answerer = Answerer(GenerateOptions.like(options, prompts=""))
             self.temperature = self.answerer.policy.temperature
             is_here = Path(options.path).is_dir()
             identity = [hash_weights(Path(options.path)) if is_here else options.path]
@@ -122,12 +121,6 @@ class Author:
         self.identity = [*identity, self.temperature, *(getattr(options, n) for n in names)]
         self.file = AnswerFile(f"{out}.answers.sqlite", "out")
         self.num_asked = self.num_known = 0
-
-    @staticmethod
-    def _answerer(options: AuthorOptions) -> Answerer:
-        known = {field.name for field in dataclasses.fields(GenerateOptions)}
-        shared = {name: value for name, value in vars(options).items() if name in known}
-        return Answerer(GenerateOptions(**(shared | {"prompts": ""})))
 
     @property
     def num_together(self) -> int:
@@ -147,6 +140,8 @@ class Author:
     def ask(self, numbers: Sequence[int], prompts: Sequence[Any]) -> list[Reply]:
         """Answers to prompts; a number, which chooses the random ones, and its prompt are asked
         once."""
+        from rlhf.scorers.remote import at_once
+
         identity = [*self.identity, *([self.stop] if self.stop and self.answerer is None else [])]
         keys = [
             self.file.key([*identity, number], prompt)
@@ -159,7 +154,8 @@ class Author:
         if missing and self.answerer is not None:
             self._sample(numbers, prompts, keys)
         elif missing:
-            self._request([(keys[i], prompts[i]) for i in missing])
+            asked = [partial(self._request, keys[i], prompts[i]) for i in missing]
+            at_once(asked, self.options.num_requests)  # each answer is kept as it comes
         found = self.file.read(keys)
         return [Reply(**json.loads(found[key].text)) for key in keys]
 
@@ -177,13 +173,7 @@ class Author:
             reply = Reply(row["response"], row.get("ended", True), row.get("not_answered"))
             self._keep(key, reply)
 
-    def _request(self, asked: Sequence[tuple[str, Any]]) -> None:
-        """Ask the endpoint, several prompts at once; keep each answer as it comes."""
-        from rlhf.scorers.remote import at_once
-
-        at_once([partial(self._request_one, *one) for one in asked], self.options.num_requests)
-
-    def _request_one(self, key: str, prompt: Any) -> None:
+    def _request(self, key: str, prompt: Any) -> None:
         options, system = self.options, self.options.system
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         if system is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from rlhf.config import NORMALIZATIONS, EndpointConfig, InputError, ScorerConfig, knob
 from rlhf.http_endpoint import check_endpoint
@@ -62,15 +63,18 @@ class GenerateOptions(AuthorOptions):
     batch_size: int = knob(32, ge=1)
     """Answers sampled together."""
 
+    @classmethod
+    def like(cls, options: Any, **own: Any) -> GenerateOptions:
+        """The options of another command that have the same names, but for some `own` ones."""
+        names = [field.name for field in fields(cls) if hasattr(options, field.name)]
+        return cls(**({name: getattr(options, name) for name in names} | own))
+
 
 def check_author(options: AuthorOptions, prefix: str = "") -> None:
     """Check, before a model loads, that there is one, and one only.
 
     Args:
         prefix: of the names of its options, for messages.
-
-    Raises:
-        InputError: says what is wrong.
     """
     path, url, model = (f"{prefix}{name}" for name in ("path", "url", "model"))
     if bool(options.path) == bool(options.url):

@@ -75,12 +75,7 @@ class Question:
 
 
 def run(options: GenerateOptions) -> None:
-    """Answer the file; all rows are examined before any is answered.
-
-    Raises:
-        InputError: a value is not allowed, the output exists already, another process writes it, a
-            row has no prompt, or the partial output belongs to other rows, models or options.
-    """
+    """Answer the file; all rows are examined before any is answered."""
     check_options(options)
     check_author(options)
     if options.best_of and options.samples_per_prompt < 2:

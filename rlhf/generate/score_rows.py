@@ -104,12 +104,7 @@ class Asked:
 
 
 def run(options: ScoreRowsOptions) -> None:
-    """Write the file.
-
-    Raises:
-        InputError: a value is not allowed, the output exists already, a row cannot be read, every
-            row has a score, the endpoint fails, or no answer of the model is a score.
-    """
+    """Write the file."""
     if options.lowest >= options.highest:
         raise InputError(f"lowest={options.lowest:g} must be below highest={options.highest:g}")
     template = _template(options)
@@ -209,11 +204,7 @@ def _reason(row: Row, options: ScoreRowsOptions) -> str:
 
 
 def read_unscored(source: Path) -> list[Row]:
-    """Read the rows of a file.
-
-    Raises:
-        InputError: lists the rows that cannot be read, or says that every row has its score.
-    """
+    """Read the rows of a file."""
     if not source.is_file():
         raise InputError(f"data={source} is not a file")
     rows: list[Row] = []

@@ -55,12 +55,7 @@ class SelfChatOptions(AuthorOptions):
 
 
 def run(options: SelfChatOptions) -> None:
-    """Write the file.
-
-    Raises:
-        InputError: a value is not allowed, the output exists already, the questions cannot be read,
-            the endpoint fails, or no transcript has an answer.
-    """
+    """Write the file."""
     dropped: Counter[str] = Counter()
     with begun(options, options.prompts, ".chats.jsonl", questions_of) as (out, questions, author):
         rows = list(_rows(questions, options, author, dropped))

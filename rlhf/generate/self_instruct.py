@@ -78,12 +78,7 @@ class SelfInstructOptions(AuthorOptions):
 
 
 def run(options: SelfInstructOptions) -> None:
-    """Write the file.
-
-    Raises:
-        InputError: a value is not allowed, the output exists already, the seeds cannot be read, the
-            endpoint fails, or the model writes no task that passes.
-    """
+    """Write the file."""
     if options.list_length < options.num_seeds + 2:
         raise InputError(
             f"list_length={options.list_length} leaves no room after num_seeds="
@@ -194,11 +189,7 @@ class Writer:
 
 
 def read_seeds(source: Path, options: SelfInstructOptions) -> list[Task]:
-    """Read the seeds; a row may have those names that the known data sets have.
-
-    Raises:
-        InputError: lists the rows that are no tasks, or says that there are too few.
-    """
+    """Read the seeds; a row may have those names that the known data sets have."""
     if not source.is_file():
         raise InputError(f"seeds={source} is not a file")
     seeds, problems = [], []

@@ -89,12 +89,7 @@ class Talk:
 
 
 def run(options: TwoAgentsOptions) -> None:
-    """Write the file.
-
-    Raises:
-        InputError: a value is not allowed, the output exists already, the questions cannot be read,
-            an endpoint fails, a model continues text, or no question has an answer.
-    """
+    """Write the file."""
     check_options(options)
     user_options = _user_options(options)
     plain = dataclasses.replace(options, system=None)  # the person gets no system message

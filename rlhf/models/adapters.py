@@ -227,9 +227,11 @@ def plain_copy(model: Any, dtype: torch.dtype) -> PreTrainedModel:
     """Return a second causal LM without adapters on the same device, in this type and in eval mode;
     `copy_weights` writes its weights."""
     base = unwrap_peft(model)
+    # our attention is for training alone
+    attention = "sdpa" if is_padding_free(base) else base.config._attn_implementation
     with compute_device(base):
         plain = type(base)._from_config(
-            _plain_config(base), dtype=dtype, attn_implementation=_own_attention(base)
+            _plain_config(base), dtype=dtype, attn_implementation=attention
         )
     plain.generation_config = base.generation_config
     return plain.requires_grad_(False).eval()
@@ -248,11 +250,6 @@ def _plain_config(base: Any) -> Any:
     config = copy.deepcopy(base.config)
     config.__dict__.pop("quantization_config", None)
     return config
-
-
-def _own_attention(base: Any) -> str:
-    """The attention of a model, but for ours, which only training needs."""
-    return "sdpa" if is_padding_free(base) else base.config._attn_implementation
 
 
 def _merged_weights(

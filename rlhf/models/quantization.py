@@ -16,11 +16,7 @@ from rlhf.config import InputError, ModelConfig, one_line
 
 
 def quantization_arguments(config: ModelConfig) -> dict[str, Any]:
-    """Return arguments of `from_pretrained` that quantise a model on this process's device.
-
-    Raises:
-        InputError: bitsandbytes does not run here; the message has its reason.
-    """
+    """Return arguments of `from_pretrained` that quantise a model on this process's device."""
     if config.quantization is None:
         return {}
     from transformers import BitsAndBytesConfig

@@ -10,6 +10,7 @@ from typing import Any
 
 from rlhf.config import InputError, ScorerConfig
 from rlhf.console import progress_bar, say
+from rlhf.data.rows import ranks_of
 from rlhf.inputs import check_scorer
 from rlhf.rank.options import RankOptions
 from rlhf.rank.store import Store, Task
@@ -43,8 +44,7 @@ def rank_by_scorer(options: RankOptions, store: Store) -> None:
         while (showing := store.next(name)) is not None:
             texts = [showing.task.responses[card[0]] for card in showing.cards]
             scores = _scores(scorer, showing.task, texts)
-            levels = sorted(set(scores), reverse=True)
-            store.submit(showing.token, name, "ranking", [levels.index(score) for score in scores])
+            store.submit(showing.token, name, "ranking", ranks_of(scores))
             bar.update(1)
     say(f"{name} ranked the answers to {store.progress(name)['ranked']:,} prompts")
     for judge in judges(scorer):

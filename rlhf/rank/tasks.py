@@ -16,7 +16,7 @@ from typing import Any
 from rlhf.config import EndpointConfig, InputError, ScorerConfig, show
 from rlhf.console import progress_bar, say
 from rlhf.generate import Answerer, GenerateOptions, Question, read_prompts
-from rlhf.policy import PolicyOptions, check_policies
+from rlhf.policy import check_policies
 from rlhf.rank.options import RankOptions
 from rlhf.rank.store import Store, Task
 from rlhf.row_file import chunks_of, refuse_rows
@@ -24,7 +24,6 @@ from rlhf.row_file import chunks_of, refuse_rows
 MOST = 9  # answers to a prompt: keys 1 to 9
 # columns that would contradict the ranks of people
 REPLACED = "ranks ratings scale margin probability chosen rejected models annotator".split()
-POLICY = {field.name for field in dataclasses.fields(PolicyOptions)}
 # options that do not change the answers; a store may be opened again with other ones
 FREE = {"prompts", "out", "device", "trust_remote_code", "engine", "batch_size", "order"}
 FREE |= {"reward_models", "overlap", "annotators", "host", "port", "token", "serve", "scorer"}
@@ -32,11 +31,7 @@ FREE |= {field.name for field in dataclasses.fields(EndpointConfig)}  # of the s
 
 
 def read_questions(options: RankOptions) -> tuple[list[Question], str]:
-    """Read the prompts and the answers that they have; return them and the SHA-256 of the file.
-
-    Raises:
-        InputError: a prompt cannot be read, or has no answers and there is no policy.
-    """
+    """Read the prompts and the answers that they have; return them and the SHA-256 of the file."""
     source = Path(options.prompts).expanduser()
     questions, digest = read_prompts(source)
     _check_own_answers(questions, source, options.path)
@@ -44,11 +39,7 @@ def read_questions(options: RankOptions) -> tuple[list[Question], str]:
 
 
 def make_tasks(options: RankOptions, store: Store, questions: list[Question], digest: str) -> None:
-    """Fill a store with the tasks of a file, or check that it holds them.
-
-    Raises:
-        InputError: people have nothing to rank, or the store was made from other prompts.
-    """
+    """Fill a store with the tasks of a file, or check that it holds them."""
     source = Path(options.prompts).expanduser()
     _require_same(store, options, digest)
     if not store.fact("complete"):
@@ -131,17 +122,10 @@ def _sample(
     num_policies = len(options.path or [])
     count = options.samples_per_prompt // num_policies
     count += number < options.samples_per_prompt % num_policies
-    shared = {name: getattr(options, name) for name in POLICY if name not in ("path", "seed")}
-    answerer = Answerer(
-        GenerateOptions(
-            **shared,
-            path=path,
-            prompts=options.prompts,
-            seed=options.seed + number,  # the same policy twice gives other answers
-            samples_per_prompt=count,
-            batch_size=options.batch_size,
-        )
-    )
+    seed = options.seed + number  # the same policy twice gives other answers
+    own = {"path": path, "seed": seed, "samples_per_prompt": count}
+    own |= {"url": None, "model": None}  # those are the scorer's
+    answerer = Answerer(GenerateOptions.like(options, **own))
     say(answerer.policy.describe())
     answerer.prepare(asked, source)
     if done:

@@ -18,7 +18,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from rlhf.checkpoint.disk import write_whole
-from rlhf.compare import METRICS, OWN, Stages, find_stages, read_result
+from rlhf.compare import METRICS, OWN, Stages, find_stages, latest_metrics, read_result
 from rlhf.config import (
     CONFIG_FILE,
     STAGES,
@@ -68,11 +68,7 @@ class Answer:
 
 
 def run(options: ReportOptions) -> None:
-    """Write the page.
-
-    Raises:
-        InputError: there is no such run, or the page cannot be written.
-    """
+    """Write the page."""
     if (options.run_name is None) == (options.path is None):
         raise InputError("give run_name=<run>, or path=<directory of a run>")
     directory = Path(options.path or Path(options.runs_dir) / str(options.run_name)).expanduser()
@@ -108,15 +104,15 @@ def section(stage: str, directory: Path) -> dict[str, Any]:
     rows = read_jsonl(directory / METRICS, "step")
     record = _read_record(directory)
     frontier = frontier_picture(rows, directory) if stage == "ppo" else None
-    report = directory / "final/report.png"
+    report, can_draw = directory / "final/report.png", rows and not plot_hint("")
     return {
         "stage": stage,
         "title": TITLES[stage],
         "directory": str(directory),
         "record": record,
         "step": rows[-1]["step"] if rows else 0,
-        "results": list(results(record["metrics"] if record else _latest(rows))),
-        "curves": _curves(stage, directory) if rows else None,
+        "results": list(results(record["metrics"] if record else latest_metrics(rows))),
+        "curves": _picture(draw_curves({stage: {stage: directory}})) if can_draw else None,
         "frontier": frontier,
         "report": _report_text(directory / "final") if stage == "reward" else "",
         "report_picture": _uri(report.read_bytes(), "png") if report.is_file() else None,
@@ -163,11 +159,6 @@ def _report_text(final: Path) -> str:
     return stored_text(final)
 
 
-def _latest(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The latest held-out metrics of a stage that has not finished."""
-    return {name: row[name] for row in rows for name in row if name.startswith("eval_")}
-
-
 def _timings(rows: list[dict[str, Any]]) -> dict[str, str]:
     """Sums of the seconds of each phase, and the mean rate."""
     rows = [row for row in rows if "seconds" in row]  # others have counts alone
@@ -201,10 +192,6 @@ def answers(directory: Path, record: dict[str, Any] | None) -> list[Answer]:
 
 
 # --- Pictures -------------------------------------------------------------------------------------
-
-
-def _curves(stage: str, directory: Path) -> str | None:
-    return None if plot_hint("") else _picture(draw_curves({stage: {stage: directory}}))
 
 
 def frontier_picture(rows: list[dict[str, Any]], directory: Path) -> str | None:

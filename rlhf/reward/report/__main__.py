@@ -53,11 +53,7 @@ def main(arguments: list[str]) -> int:
 
 
 def run(options: ReportOptions) -> None:
-    """Score, print and write the report.
-
-    Raises:
-        InputError: a bad option, or a reward model or rows that cannot be read.
-    """
+    """Score, print and write the report."""
     check_model(options.path, "path", ("reward",), code=options.trust_remote_code)
     config = stage_config(options)
     from rlhf.checkpoint import disk_errors, require_stage
@@ -103,12 +99,7 @@ def run(options: ReportOptions) -> None:
 
 
 def stage_config(options: ReportOptions) -> RewardStageConfig:
-    """The configuration of the stage that made the reward model, with the overrides.
-
-    Raises:
-        InputError: the file is damaged or names Python code, an override is wrong, or there are no
-            rows.
-    """
+    """The configuration of the stage that made the reward model, with the overrides."""
     from hydra import initialize_config_dir
     from omegaconf.errors import OmegaConfBaseException
 

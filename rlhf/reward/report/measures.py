@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf.functional import bootstrap_interval, calibration, correlation, kendall_tau
+from rlhf.rubrics import as_dialogue
 
 LENGTH_MATCH = 0.8
 NUM_SUBSETS, NUM_MISTAKES, NUM_CHARACTERS = 10, 5, 400
@@ -221,20 +222,11 @@ def find_mistakes(
         index = int(pairs.row[i])
         if index not in mistakes:
             mistakes[index] = {
-                "prompt": shorten(_prompt_text(prompts[index])),
+                "prompt": shorten(as_dialogue(prompts[index])),
                 "better": response(index, int(pairs.better[i])),
                 "worse": response(index, int(pairs.worse[i])),
             }
     return list(mistakes.values())
-
-
-def _prompt_text(prompt: Any) -> str:
-    """A prompt as text; the turns of a conversation with their roles."""
-    if isinstance(prompt, str):
-        return prompt
-    if len(prompt) == 1:
-        return prompt[0]["content"]
-    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
 def shorten(text: str) -> str:
