@@ -97,8 +97,7 @@ def hydra_main(stage: str, run: Run, earlier: Collection[str] | None = None) -> 
     overrides = with_texts(typed, stage)
     own_files = any(option.startswith(("--config-dir", "-cd")) for option in options)
     wrong = wrong_overrides(overrides, stage, own_files)
-    problems = list(wrong.values())
-    overrides = [override for override in overrides if override not in wrong]
+    problems, overrides = list(wrong.values()), [o for o in overrides if o not in wrong]
     command = _Command(stage, options, own_files, overrides, problems, earlier)
     has_work = any(override.startswith(WORK) for override in given + overrides)
     only_prints = bool({option.partition("=")[0] for option in options} & PRINTING)

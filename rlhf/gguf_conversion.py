@@ -20,11 +20,7 @@ GET_IT = "git clone --depth 1 https://github.com/ggml-org/llama.cpp"
 
 
 def find_converter(llama_cpp: str | None) -> Path:
-    """Find the converter in a checkout of llama.cpp.
-
-    Raises:
-        InputError: there is none.
-    """
+    """Find the converter in a checkout of llama.cpp."""
     if llama_cpp is None:
         raise InputError(
             f"format=gguf needs llama.cpp's converter: {GET_IT}, then add llama_cpp=llama.cpp"
@@ -42,9 +38,6 @@ def convert(directory: Path, out: Path, dtype: str, converter: Path) -> None:
     Args:
         directory: a copy, whose config.json is changed.
         dtype: a key of `TYPES`; auto takes 16 bits.
-
-    Raises:
-        InputError: what the converter said last.
     """
     _add_old_names(directory / "config.json")
     part = out.with_name(f".{out.name}.{os.getpid()}")

@@ -205,11 +205,7 @@ def api_key(endpoint: EndpointConfig) -> str | None:
 
 def check_endpoint(url: str, endpoint: EndpointConfig, field: str) -> None:
     """Check, before a model loads, that a URL is one, that its key is there, and that something
-    listens there.
-
-    Raises:
-        InputError: says what is wrong.
-    """
+    listens there."""
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port or {"https": 443}.get(parts.scheme, 80)

@@ -55,11 +55,7 @@ def run_command(
 
 
 def read_options(options: type[Options], arguments: Sequence[str]) -> Options:
-    """Fill a dataclass from `key=value` arguments.
-
-    Raises:
-        InputError: an unknown name, a missing value, or a value of a wrong type or out of range.
-    """
+    """Fill a dataclass from `key=value` arguments."""
     known = {name: kind for name, kind in get_type_hints(options).items() if name != OVERRIDES}
     takes_overrides = OVERRIDES in get_type_hints(options)
     values: dict[str, Any] = {}

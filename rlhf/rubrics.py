@@ -84,11 +84,7 @@ def read_choice(answer: str) -> str | None:
 
 
 def read_rubric(path: str, field: str) -> Rubric:
-    """Read the rubric that `judge:<name>` or `judge:<file>.yaml` names.
-
-    Raises:
-        InputError: no such rubric, or a file that is none.
-    """
+    """Read the rubric that `judge:<name>` or `judge:<file>.yaml` names."""
     name = path.removeprefix(JUDGE)
     file = (
         Path(name).expanduser() if name.endswith(".yaml") else CONF_DIR / "judge" / f"{name}.yaml"

@@ -91,12 +91,7 @@ def main(arguments: list[str]) -> int:
 
 
 def run(options: ScoreOptions) -> None:
-    """Score the file and print a summary; all rows are examined before any is scored.
-
-    Raises:
-        InputError: a value is not allowed, the output exists already, another process writes it, a
-            row cannot be scored, or the partial output belongs to other rows or another model.
-    """
+    """Score the file and print a summary; all rows are examined before any is scored."""
     check_options(options)
     if options.data and options.serve:
         raise InputError("give data=<rows> or serve=<address>, not both")

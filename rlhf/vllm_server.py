@@ -33,11 +33,7 @@ DEFAULTS = {"VLLM_CPU_KVCACHE_SPACE": "1"}
 
 
 def check_server(sampling: SamplingConfig) -> None:
-    """Require that the vLLM server of the settings answers, or that one can be started.
-
-    Raises:
-        InputError: says what is missing.
-    """
+    """Require that the vLLM server of the settings answers, or that one can be started."""
     if sampling.engine != "vllm":
         return
     if sampling.weights == "nccl" and find_spec("vllm") is None:

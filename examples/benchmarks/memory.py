@@ -131,8 +131,8 @@ def tensor_bytes() -> int:
 def measure(options: argparse.Namespace) -> None:
     """Answer with MiB of each phase of the last update, and with the estimates."""
     import rlhf.ppo.rollout as rollout
+    from rlhf import PPOTrainer
     from rlhf.distributed import make_accelerator
-    from rlhf.ppo import PPOTrainer
     from rlhf.ppo.actors import check_promises, load_actors, load_checked_tokenizer
     from rlhf.ppo.preflight.longest_step import longest_micro_batch, measure_step
     from rlhf.ppo.preflight.memory import estimate_memory

@@ -155,8 +155,8 @@ def warm_up(model: Any, prompts: list[list[int]], options: argparse.Namespace) -
 def run_ours(options: argparse.Namespace) -> None:
     """Make an update at each request, on the models that the stage would load."""
     import rlhf.ppo.rollout as rollout
+    from rlhf import PPOTrainer
     from rlhf.distributed import make_accelerator
-    from rlhf.ppo import PPOTrainer
     from rlhf.ppo.actors import check_promises, load_actors, load_checked_tokenizer
     from rlhf.ppo.stage import with_sources
 

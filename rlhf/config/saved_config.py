@@ -171,9 +171,6 @@ def read_run_config(file: Path, config: StageConfig) -> dict[str, Any]:
 
     Paths inside the run's folder are changed to the place where the run is now: `config` says it.
     Permission to run a model's own code is never taken from a file: it must be typed every time.
-
-    Raises:
-        InputError: the file is damaged.
     """
     remedy = "; delete it and give the whole configuration on the command line"
     values = read_yaml(file, remedy)

@@ -30,11 +30,7 @@ class ScoreServer(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, scorer: Scorer | None, address: str, name: str):
-        """Listen at an address such as `127.0.0.1:8123`; port 0 takes a free one.
-
-        Raises:
-            InputError: the address is none, or another process listens there.
-        """
+        """Listen at an address such as `127.0.0.1:8123`; port 0 takes a free one."""
         host, _, port = address.rpartition(":")
         if not host or not port.isdigit():
             raise InputError(f"serve={address} is no address; give serve=127.0.0.1:8123")
