@@ -24,10 +24,7 @@ from test_unread import assert_slices, process  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 import rlhf.gguf_files  # noqa: E402
-from rlhf import (
-    train_ppo,  # noqa: E402
-    train_sft,  # noqa: E402
-)
+from rlhf import train_ppo, train_sft  # noqa: E402
 from rlhf.checkpoint import hash_weights, read_record  # noqa: E402
 from rlhf.config import InputError, ModelConfig, PeftConfig  # noqa: E402
 from rlhf.export import ExportOptions, export  # noqa: E402

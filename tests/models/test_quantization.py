@@ -36,11 +36,7 @@ from transformers import AutoModelForCausalLM
 pytest.importorskip("bitsandbytes")
 from bitsandbytes import functional  # noqa: E402
 
-from rlhf import (
-    train_ppo,  # noqa: E402
-    train_reward,  # noqa: E402
-    train_sft,  # noqa: E402
-)
+from rlhf import train_ppo, train_reward, train_sft  # noqa: E402
 from rlhf.config import (  # noqa: E402
     CheckpointConfig,
     CriticConfig,
