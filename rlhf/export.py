@@ -8,20 +8,23 @@ adapters of ours or the checkpoints of a run; they load what this command writes
 template, rlhf.json and config.yaml are copied too. If a run averages its weights (ppo.ema_decay),
 the averages are written.
 
-format=gguf runs the converter of a checkout of llama.cpp (llama_cpp=). The file holds tokenizer,
-chat template and end token. Stop strings are in the template, where llama.cpp does not read them;
+format=gguf runs the converter of a checkout of llama.cpp (llama_cpp=), a script, in a process of its
+own. The file holds tokenizer, chat template and end token. Stop strings are in the template, where llama.cpp does not read them;
 the command says how to give them.
 
 The model of a checkpoint is built from the paths in its config.yaml. Left out: checkpoints of the
-reward stage, which lack the mean and scale of the scores.
+reward stage, which lack the mean and scale of the scores; and `llama-quantize`, which makes smaller
+types than 8 bits.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shlex
 import shutil
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,12 +45,14 @@ from rlhf.config import (
     refuse_named_code,
 )
 from rlhf.console import quiet_libraries, say
-from rlhf.gguf_conversion import convert, find_converter
 from rlhf.gguf_files import SUFFIX
 from rlhf.hub import local_directory
 from rlhf.option_parser import check_options, run_command
 
 ITS_MODEL = "its model.path"  # in messages: the setting of the checkpoint's run
+CONVERTER = "convert_hf_to_gguf.py"
+TYPES = {"auto": "auto", "float32": "f32", "float16": "f16", "bfloat16": "bf16", "q8_0": "q8_0"}
+GET_IT = "git clone --depth 1 https://github.com/ggml-org/llama.cpp"
 
 
 @dataclass
@@ -159,6 +164,60 @@ def _in_shell(text: str) -> str:
     """A text as bash reads it, in one line."""
     quoted = shlex.quote(text)
     return f"$'{text.encode('unicode_escape').decode()}'" if quoted == f"'{text}'" else quoted
+
+
+def find_converter(llama_cpp: str | None) -> Path:
+    """Find the converter in a checkout of llama.cpp."""
+    if llama_cpp is None:
+        raise InputError(
+            f"format=gguf needs llama.cpp's converter: {GET_IT}, then add llama_cpp=llama.cpp"
+        )
+    given = Path(llama_cpp).expanduser()
+    file = given if given.name == CONVERTER else given / CONVERTER
+    if not file.is_file():
+        raise InputError(f"llama_cpp={llama_cpp} has no {CONVERTER}; get llama.cpp: {GET_IT}")
+    return file.resolve()
+
+
+def convert(directory: Path, out: Path, dtype: str, converter: Path) -> None:
+    """Write the GGUF file of a model directory; it is whole or not there.
+
+    Args:
+        directory: a copy, whose config.json is changed.
+        dtype: a key of `TYPES`; auto takes 16 bits.
+    """
+    _add_old_names(directory / "config.json")
+    part = out.with_name(f".{out.name}.{os.getpid()}")
+    command = [sys.executable, str(converter), str(directory), "--outfile", str(part)]
+    command += ["--outtype", TYPES[dtype], "--model-name", out.stem]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    try:
+        if done.returncode or not part.is_file():
+            lines = [line for line in done.stderr.splitlines() if line.strip()]
+            reason = lines[-1].strip() if lines else f"status {done.returncode}"
+            fix = ""
+            if "No module named" in reason:
+                fix = f"; pip install -r {converter.parent}/requirements.txt has what it needs"
+            if "BPE pre-tokenizer was not recognized" in done.stderr:
+                fix = "; llama.cpp does not know this tokenizer"
+            raise InputError(f"{converter} refuses the model: {reason}{fix}")
+        os.replace(part, out)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _add_old_names(file: Path) -> None:
+    """Add to the config of GPT-NeoX what transformers 5 renamed and the converter still reads.
+
+    transformers would drop the old names again; without `model_type` it refuses the file, and the
+    converter reads it as it is.
+    """
+    config = json.loads(file.read_text(encoding="utf-8"))
+    rope = config.get("rope_parameters") or {}
+    if config.get("model_type") == "gpt_neox" and "partial_rotary_factor" in rope:
+        config["rotary_pct"] = rope["partial_rotary_factor"]
+        del config["model_type"]
+        file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 # --- What is exported ---------------------------------------------------------------------------

@@ -20,7 +20,7 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 # From the ground up. A module imports only from floors below its own; every module has a floor.
 FLOORS = [
     {"functional", "config"},
-    {"console", "gguf_files", "gguf_conversion", "slurm", "sqlite_files"},
+    {"console", "gguf_files", "slurm", "sqlite_files"},
     {"trackers"},
     {"option_parser", "overrides", "next_commands", "metrics", "hub", "http_endpoint", "rubrics"},
     {"curves", "vllm_server"},

@@ -128,9 +128,9 @@ def load_reward_model(
     return _prepare(model, config, field)
 
 
-def stored_stop_ids(config: ModelConfig, field: str = "model.path") -> set[int]:
+def stored_stop_ids(config: ModelConfig) -> set[int]:
     """Return the EOS ids in the generation config of a model in a directory or on the Hub."""
-    source, ids = _find(config, field), set[int]()
+    source, ids = _find(config, "model.path"), set[int]()
     for directory in (source.directory, *source.adapters):
         own = read_json(directory / "generation_config.json").get("eos_token_id", [])
         ids |= set(own) if isinstance(own, list) else {own}
