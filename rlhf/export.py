@@ -8,9 +8,9 @@ adapters of ours or the checkpoints of a run; they load what this command writes
 template, rlhf.json and config.yaml are copied too. If a run averages its weights (ppo.ema_decay),
 the averages are written.
 
-format=gguf runs the converter of a checkout of llama.cpp (llama_cpp=), a script, in a process of its
-own. The file holds tokenizer, chat template and end token. Stop strings are in the template, where llama.cpp does not read them;
-the command says how to give them.
+format=gguf runs the converter of a checkout of llama.cpp (llama_cpp=) in a process of its own. The
+file holds tokenizer, chat template and end token. Stop strings are in the template, where llama.cpp
+does not read them; the command says how to give them.
 
 The model of a checkpoint is built from the paths in its config.yaml. Left out: checkpoints of the
 reward stage, which lack the mean and scale of the scores; and `llama-quantize`, which makes smaller
