@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from helpers.browsers import Served, keep_picture, launched
+from helpers.browsers import Served, keep_picture, launched, pages, servers
 from helpers.chat_models import EOS, scripted, write
 
 pytestmark = pytest.mark.slow
@@ -31,39 +31,27 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def serve(folder):
-    servers = []
+started = pytest.fixture(servers)
+opened = pytest.fixture(pages)
 
+
+@pytest.fixture
+def serve(folder, started):
     def start(*arguments):
-        servers.append(Served(folder, "rlhf.chat", "web=true", "temperature=0.001", *arguments))
-        return servers[-1]
+        started.append(Served(folder, "rlhf.chat", "web=true", "temperature=0.001", *arguments))
+        return started[-1]
 
-    yield start
-    for server in servers:
-        if server.process.poll() is None:
-            server.kill()
+    return start
 
 
 @pytest.fixture
-def open_page(browser):
-    """Open the page; errors in the browser fail the test."""
-    contexts, errors = [], []
-
+def open_page(opened):
     def start(server, **options):
-        contexts.append(
-            browser.new_context(**{"viewport": {"width": 1180, "height": 720}} | options)
-        )
-        page = contexts[-1].new_page()
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.goto(server.address)
+        page = opened(server, **options)
         page.wait_for_selector("#models li")
         return page
 
-    yield start
-    for context in contexts:
-        context.close()
-    assert errors == []
+    return start
 
 
 def ask(page, question):

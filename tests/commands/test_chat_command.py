@@ -29,11 +29,6 @@ from rlhf.tokenizer import load_tokenizer
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory):
     return write(tmp_path_factory.mktemp("runs") / "random" / "sft" / "final", random_policy())

@@ -231,7 +231,6 @@ def test_a_file_of_something_else_is_refused(out):
 def test_two_real_models_answer_in_the_page_and_the_command_says_what_was_kept(
     tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
     for name, text in (("a", "abc"), ("b", "xyz")):
         write(tmp_path / name, scripted(text + EOS))

@@ -33,11 +33,6 @@ IDS = torch.tensor([[40, 41, 42, 43, 44, 7, 9, 100]])
 LORA = LoraSettings(enabled=True, r=4, alpha=8)
 
 
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
 def write(directory, model, tokenizer, stage, **values):
     record = make_record(stage, StageConfig(), None, tokenizer, "conversation")
     for name, value in values.items():

@@ -31,8 +31,7 @@ pathlib.Path(sys.argv[sys.argv.index("--outfile") + 1]).write_text(
 
 
 @pytest.fixture(autouse=True)
-def offline(monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 

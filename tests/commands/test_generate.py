@@ -12,6 +12,7 @@ import pytest
 from helpers.chat_models import TOKENIZER, random_policy, write
 from helpers.endpoints import Answers, running
 from helpers.judging import chat
+from helpers.rows import rows_of
 from helpers.scorers import policy_tokenizer, write_reward_model
 from helpers.tiny import tiny_model
 
@@ -43,11 +44,6 @@ ROWS = [
 PROMPTS = ["Name a fruit.", "Name a tool.", "Hi " * 9, "Name a fruit " * 8]
 
 
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory) -> Path:
     return write(tmp_path_factory.mktemp("policy") / "final", random_policy(), stage="ppo")
@@ -71,10 +67,6 @@ def command(capsys):
 def file_of(path: Path, rows) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
-
-
-def rows_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def user(text: str) -> list[dict]:

@@ -96,7 +96,6 @@ def test_local_tasks_run_offline_with_the_template_and_stop_strings(tmp_path, mo
     from lm_eval.models.huggingface import HFLM
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = TEMPLATE
     tiny_model("llama", tokenizer).save_pretrained("model")

@@ -14,6 +14,7 @@ from helpers.chat_models import EOS, scripted, write
 from helpers.commands import commands
 from helpers.endpoints import Answers, running
 from helpers.judging import between, chat
+from helpers.rows import rows_of
 
 from rlhf.config import DatasetConfig
 from rlhf.data import load_splits
@@ -30,20 +31,11 @@ ROWS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
 @pytest.fixture
 def rows(tmp_path) -> Path:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return path
-
-
-def rows_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def by_words(body):

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.endpoints import Answers, running
+from helpers.rows import rows_of
 from helpers.scorers import MEAN, raw_scores, rendered, write_reward_model
 from helpers.tiny import tiny_tokenizer
 
@@ -46,10 +47,6 @@ def write(path: Path, rows) -> Path:
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     path.write_text("".join(lines), encoding="utf-8")
     return path
-
-
-def rows_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def many_rows(number: int) -> list[dict]:

@@ -25,11 +25,6 @@ PAGE = Path(__file__).parents[2] / "docs/generating-data.md"
 TRANSCRIPT = "[|AI|] An apple.\n[|Human|] And a tool?\n[|AI|] A saw.\n[|Human|] Thanks!"
 
 
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
 def texts(answer: str, ended=True, max_turns=9, continues=False) -> list[str]:
     messages = read_transcript("A fruit?", Reply(answer, ended), max_turns, continues)
     assert [m["role"] for m in messages] == ["user", "assistant"] * (len(messages) // 2)

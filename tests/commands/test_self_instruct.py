@@ -17,6 +17,7 @@ from helpers.chat_models import random_policy, write
 from helpers.commands import commands
 from helpers.endpoints import Answers, running
 from helpers.judging import chat
+from helpers.rows import rows_of
 
 from rlhf.config import DatasetConfig
 from rlhf.data import load_splits
@@ -36,20 +37,11 @@ SEEDS = [
 RULES = Rules(4, 150, ["file", "go to"], keep_non_ascii=False)
 
 
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
 @pytest.fixture
 def seeds(tmp_path) -> Path:
     path = tmp_path / "seeds.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in SEEDS))
     return path
-
-
-def rows_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def item(number: int, instruction: str, given: str = "<noinput>", output: str = "Yes.") -> str:

@@ -5,30 +5,20 @@ Run: python -m pytest tests/commands/test_two_agents.py
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
 
-import pytest
 from helpers.chat_models import EOS, random_policy, scripted, write
 from helpers.commands import commands
 from helpers.endpoints import Answers, running
 from helpers.judging import chat
+from helpers.rows import rows_of
 
 from rlhf.config import DatasetConfig
 from rlhf.data import load_splits
 from rlhf.generate.__main__ import main
 
 PAGE = Path(__file__).parents[2] / "docs/generating-data.md"
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
-def rows_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def texts(row: dict) -> list[str]:

@@ -11,7 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,33 @@ def launched() -> Iterator[Any]:
         pytest.skip("chromium is not installed")
     with playwright.sync_playwright() as player:
         yield player.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+
+
+def pages(browser: Any) -> Iterator[Callable[..., Any]]:
+    """A function that opens the page of a server; errors in the browser fail the test."""
+    contexts, errors = [], []
+
+    def start(server: Served, **options: Any) -> Any:
+        options = {"viewport": {"width": 1180, "height": 720}} | options
+        contexts.append(browser.new_context(**options))
+        page = contexts[-1].new_page()
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(server.address)
+        return page
+
+    yield start
+    for context in contexts:
+        context.close()
+    assert errors == []
+
+
+def servers() -> Iterator[list[Served]]:
+    """A list of servers that are killed at the end."""
+    started: list[Served] = []
+    yield started
+    for server in started:
+        if server.process.poll() is None:
+            server.kill()
 
 
 def keep_picture(page: Any, name: str) -> None:

@@ -36,6 +36,12 @@ def write(path, rows):
     return str(path)
 
 
+def rows_of(path):
+    """The rows of a JSONL file."""
+    # not splitlines(), which also splits at separators inside a text
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line]
+
+
 def real_file(name):
     file = SHARED / "data" / name
     if not file.exists():

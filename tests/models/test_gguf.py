@@ -16,11 +16,11 @@ pytest.importorskip("gguf", reason="pip install 'rlhf[gguf]'")
 from helpers.families import SEQUENCES, TOKENIZER, VOCAB, close, exact  # noqa: E402
 from helpers.families import logits_of as all_logits_of  # noqa: E402
 from helpers.gguf_files import write_gguf  # noqa: E402
+from helpers.made_up_processes import assert_slices, process  # noqa: E402
 from helpers.stored import as_hub_id  # noqa: E402
 from helpers.tiny import tiny_model, tiny_tokenizer  # noqa: E402
 from helpers.tiny_ppo import make_config  # noqa: E402
 from helpers.tiny_sft import sft_config  # noqa: E402
-from test_unread import assert_slices, process  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 import rlhf.gguf_files  # noqa: E402

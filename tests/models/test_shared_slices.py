@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers.families import LORA, SEQUENCES, TOKENIZER, close, logits_of, padded, save, scores_of
+from helpers.made_up_processes import process
 from helpers.tiny import FAMILIES, tiny_model
-from test_unread import process
 from torch.distributed.tensor import DTensor
 
 from rlhf.config import ModelConfig

@@ -5,17 +5,14 @@ tests/end_to_end/test_sharded.py.
 Run: python -m pytest tests/models/test_unread.py
 """
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 import torch.distributed as dist
 from helpers.families import LORA, TOKENIZER, exact, save
+from helpers.made_up_processes import assert_slices, process
 from helpers.tiny import FAMILIES, tiny_model
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch.distributed.tensor import DTensor
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from rlhf.config import InputError, ModelConfig
@@ -32,35 +29,9 @@ from rlhf.models.unread import adds_products, read_weights, unread
 TASKS = "CAUSAL_LM", "SEQ_CLS"
 
 
-@contextmanager
-def process(rank, world=2):
-    """Be one of several processes, the others of which do not exist."""
-    dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
 @pytest.fixture(autouse=True)
 def sharding(monkeypatch):
     monkeypatch.setattr("rlhf.models.load.sharding", lambda: "FSDP")
-
-
-def assert_slices(model, whole, rank, world=2):
-    """Each tensor of a sharded model is the process's share of that of a whole one."""
-    expected = dict(whole.named_parameters())
-    for name, parameter in model.named_parameters():
-        assert isinstance(parameter, DTensor) and parameter.dtype == expected[name].dtype
-        assert parameter.requires_grad == expected[name].requires_grad
-        parts = expected.pop(name).detach().chunk(world)
-        mine = parts[rank] if rank < len(parts) else parts[0][:0]
-        exact(parameter.detach().to_local(), mine)
-    assert not expected
-    buffers = dict(whole.named_buffers())
-    assert buffers.keys() == dict(model.named_buffers()).keys()
-    for name, buffer in model.named_buffers():
-        exact(buffer, buffers[name])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.rows import rows_of
 from helpers.tiny_ppo import make_config
 from safetensors.torch import load_file
 
@@ -26,11 +27,6 @@ def unsteady(prompts, responses):
     """Scores that grow a little with each call, as rounding changes those of other batches."""
     unsteady.calls = getattr(unsteady, "calls", 0) + 1
     return [len(r) / 10 + 1e-6 * unsteady.calls for r in responses]
-
-
-def rows_of(file: Path) -> list[dict]:
-    """Rows of a JSONL file."""
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.fixture(scope="module")

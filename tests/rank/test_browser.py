@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 import pytest
-from helpers.browsers import Served, keep_picture, launched
+from helpers.browsers import Served, keep_picture, launched, pages, servers
 
 from rlhf.rank.store import Store
 
@@ -39,42 +39,33 @@ class Server(Served):
         return [json.loads(line) for line in lines]
 
 
-@pytest.fixture
-def serve(tmp_path):
-    servers = []
+started = pytest.fixture(servers)
+opened = pytest.fixture(pages)
 
+
+@pytest.fixture
+def serve(tmp_path, started):
     def start(rows, *arguments):
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (tmp_path / "answers.jsonl").write_text(text, encoding="utf-8")
-        servers.append(Server(tmp_path, *arguments))
-        return servers[-1]
+        started.append(Server(tmp_path, *arguments))
+        return started[-1]
 
-    yield start
-    for server in servers:
-        if server.process.poll() is None:
-            server.kill()
+    return start
 
 
 @pytest.fixture
-def open_page(browser):
-    """Open the page as somebody; errors in the browser fail the test."""
-    contexts, errors = [], []
+def open_page(opened):
+    """Open the page as somebody."""
 
     def start(server, name, **options):
-        options = {"viewport": {"width": 1180, "height": 720}} | options
-        contexts.append(browser.new_context(**options))
-        page = contexts[-1].new_page()
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.goto(server.address)
+        page = opened(server, **options)
         page.fill("#name", name)
         page.keyboard.press("Enter")
         page.wait_for_selector(".card, #done:not([hidden])")
         return page
 
-    yield start
-    for context in contexts:
-        context.close()
-    assert errors == []
+    return start
 
 
 def rows(number: int, answers=("short", "longer one", "the longest one")) -> list[dict]:

@@ -15,6 +15,7 @@ from helpers.chat_models import random_policy, write
 from helpers.commands import blocks, commands
 from helpers.endpoints import Answers, running
 from helpers.judging import prefers_long_answers
+from helpers.rows import rows_of
 from helpers.scorers import policy_tokenizer, write_reward_model
 
 import rlhf.rank.__main__ as command_module
@@ -73,10 +74,6 @@ def command(capsys, people):
 def file_of(name: str, rows) -> str:
     Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return name
-
-
-def rows_of(name: str) -> list[dict]:
-    return [json.loads(line) for line in Path(name).read_text(encoding="utf-8").splitlines()]
 
 
 def shortest_first(store: Store, name: str = "ann", **more) -> None:

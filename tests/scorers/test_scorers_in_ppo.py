@@ -6,14 +6,13 @@ Run: python -m pytest tests/scorers/test_scorers_in_ppo.py
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 import socket
-from pathlib import Path
 
 import pytest
 import torch
+from helpers.rows import rows_of
 from helpers.runs import in_two_processes
 from helpers.scorers import MEAN, STD, num_words, raw_scores, rendered, write_reward_model
 from helpers.tiny_ppo import make_config, make_trainer
@@ -124,10 +123,6 @@ def test_a_score_at_the_end_trains_as_rewards_per_token_do(policy_dir, tmp_path)
         assert other == {k: v for k, v in row.items() if "win" not in k}
     samples = rows_of(rewards.parent / "samples.jsonl")
     assert samples and all(s["independent_score"] == pytest.approx(s["score"]) for s in samples)
-
-
-def rows_of(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def test_components_are_in_metrics_samples_and_table(policy_dir, tmp_path, capsys):
