@@ -21,7 +21,7 @@ from rlhf.data.rows import Row
 Format = Callable[[Row], Row | list[Row]]
 
 # name -> the function, and the fields that a row must have
-_TABLE: dict[str, tuple[Format, tuple[str, ...]]] = {
+TABLE: dict[str, tuple[Format, tuple[str, ...]]] = {
     "messages": (instructions.format_messages, ("messages",)),
     "prompt_completion": (instructions.format_prompt_completion, ("prompt", "completion")),
     "question_answer": (instructions.format_question_answer, ("question", "answer")),
@@ -57,8 +57,8 @@ _TABLE: dict[str, tuple[Format, tuple[str, ...]]] = {
     "chatllama_rlhf": (instructions.format_chatllama_rlhf, ("user_input",)),
     "tldr": (instructions.format_tldr, ("subreddit", "title", "post", "summary")),
 }
-FORMATS = {name: format for name, (format, _) in _TABLE.items()}
-FIELDS = {name: fields for name, (_, fields) in _TABLE.items()}  # PPO needs the first one alone
+FORMATS = {name: format for name, (format, _) in TABLE.items()}
+FIELDS = {name: fields for name, (_, fields) in TABLE.items()}  # PPO needs the first one alone
 
 # Formats whose rows hold one scored response each; `merge_by_prompt` makes rankings of them
 ONE_RESPONSE_PER_ROW = {"chatllama_reward"}

@@ -23,7 +23,7 @@ def heldout_name(data: DatasetConfig) -> str:
 def make_report(
     scores: list[Tensor], rows: list[Row], canonical: list[Row], tokenizer: Any, data: str
 ) -> Report:
-    """Make the report of a reward model; its keys are documented in `rlhf.reward.report`.
+    """Make the report of a reward model; its keys are in docs/reward-models.md.
 
     Args:
         scores: raw, one (K,) tensor per row.
