@@ -6,7 +6,6 @@ let models = []; // what /api/about says
 let rounds = []; // [{id, question, before, cards: [{model, text, notes}], marks}]
 let cleared = null; // what "New" cleared
 let number = 0; // of the next answer: it chooses the random numbers
-let plain = false; // texts as they were written
 let writing = null; // stops the answer that is being written
 const rendered = new Map(); // text -> what the server made of it
 
@@ -262,7 +261,7 @@ function drawCard(card) {
   const name = make("span", { className: "name quiet", textContent: models[card.model].name });
   const parts = [make("div", { className: "card-head" }, name)];
   const known = !card.writing && rendered.get(card.text);
-  if (known && card.text.trim()) parts.push(textOf(known, plain));
+  if (known && card.text.trim()) parts.push(textOf(known));
   else if (card.text.trim() || card.writing) {
     const text = make("pre", { className: "plain", dir: "auto", textContent: card.text });
     parts.push(make("div", { className: "text", dir: "auto" }, text));
@@ -302,12 +301,7 @@ $("question").addEventListener("input", remember);
 $("stop").addEventListener("click", () => writing?.abort());
 $("new").addEventListener("click", clear);
 $("undo").addEventListener("click", undo);
-$("help").addEventListener("click", () => $("help-dialog").showModal());
-$("plain").addEventListener("click", () => {
-  plain = !plain;
-  $("plain").setAttribute("aria-pressed", plain);
-  draw();
-});
+watchHeader(draw);
 
 const keys = { a: "another", n: "new", u: "undo", p: "plain", "?": "help" };
 

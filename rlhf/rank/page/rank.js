@@ -8,7 +8,6 @@ let task = null; // what /api/next gave
 let order = []; // [{card, tie}], best first; tie: equal to the one before
 let demonstration = ""; // a better answer that the person wrote
 let tieNext = false; // "=" was pressed
-let plain = false; // texts as they were written
 let busy = false; // a request that changes something is under way
 
 // --- The server ---------------------------------------------------------------------------------
@@ -165,7 +164,7 @@ function drawTask() {
     ...prompt.map((turn) => {
       const element = make("div", { className: `turn ${turn.role}` });
       if (named) element.append(make("span", { className: "role", textContent: roles[turn.role] || turn.role }));
-      element.append(textOf(turn, plain));
+      element.append(textOf(turn));
       return element;
     }),
   );
@@ -174,7 +173,7 @@ function drawTask() {
       const chip = make("button", { type: "button", className: "chip", textContent: card + 1 });
       chip.dataset.card = card;
       const head = make("div", { className: "card-head" }, chip, make("span", { className: "place" }));
-      const element = make("li", { className: "card" }, head, textOf(one, plain));
+      const element = make("li", { className: "card" }, head, textOf(one));
       element.addEventListener("click", (event) => {
         const selected = !getSelection().isCollapsed;
         if (!selected && !justDragged() && !event.target.closest("a, button")) pick(card);
@@ -282,12 +281,7 @@ $("undo").addEventListener("click", () => change("undo", {}));
 $("rest").addEventListener("click", tieRest);
 $("again").addEventListener("click", () => change("next", {}));
 $("reopen").addEventListener("click", () => change("next", { skipped: true }));
-$("help").addEventListener("click", () => $("help-dialog").showModal());
-$("plain").addEventListener("click", () => {
-  plain = !plain;
-  $("plain").setAttribute("aria-pressed", plain);
-  if (task) drawTask();
-});
+watchHeader(() => task && drawTask());
 
 function judge(kind, more) {
   if (task) change("submit", { token: task.token, kind, demonstration, ...more });

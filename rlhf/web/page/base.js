@@ -22,7 +22,18 @@ function make(tag, properties = {}, ...children) {
   return element;
 }
 
-function textOf(one, plain) {
+let plain = false; // texts as they were written
+
+function watchHeader(draw) {
+  $("help").addEventListener("click", () => $("help-dialog").showModal());
+  $("plain").addEventListener("click", () => {
+    plain = !plain;
+    $("plain").setAttribute("aria-pressed", plain);
+    draw();
+  });
+}
+
+function textOf(one) {
   const element = make("div", { className: "text", dir: "auto" });
   if (!one.text.trim()) element.append(make("p", { className: "quiet", textContent: "(empty)" }));
   else if (plain) element.append(make("pre", { className: "plain", dir: "auto", textContent: one.plain }));
