@@ -51,7 +51,13 @@ from rlhf.models.forward import (
     without_padding_mask,
 )
 from rlhf.models.frozen import round_linear_weights
-from rlhf.models.head import choose_chunk_tokens, chunk_tokens, ends_with_head, response_logprobs
+from rlhf.models.head import (
+    Reading,
+    choose_chunk_tokens,
+    chunk_tokens,
+    ends_with_head,
+    response_logprobs,
+)
 from rlhf.models.load import (
     freeze,
     init_reward_model,

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,40 +26,50 @@ Head = Callable[[Tensor], Tensor]
 CHUNK, CHUNK_TOKENS = "_rlhf_chunk_tokens", 1024
 
 
-def response_logprobs(
-    model: Any,
-    sequence_ids: Tensor,
-    mask: Tensor,
-    positions: Tensor,
-    tokens: Tensor,
-    wanted: Tensor,
-    forbidden: Tensor,
-    temperature: float = 1.0,
-    with_entropy: bool = False,
-    on_states: Callable[[Tensor], None] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return log-probs of response tokens, and the entropy of what could be in their place.
+class Reading(NamedTuple):
+    """Which response tokens of a batch are read, and how.
 
-    Args:
-        model: a causal LM, possibly wrapped by PEFT or by a distributed wrapper.
+    Attributes:
         sequence_ids, mask: (B, L) int64, right-padded, and bool.
         positions: (B, T) int64, T < L; the position of the token before each response token.
         tokens, wanted: (B, T) int64 and bool; which response tokens are read.
         forbidden: ids of probability 0.
         temperature: divides the logits.
         with_entropy: false gives zeros in its place.
+    """
+
+    sequence_ids: Tensor
+    mask: Tensor
+    positions: Tensor
+    tokens: Tensor
+    wanted: Tensor
+    forbidden: Tensor
+    temperature: float = 1.0
+    with_entropy: bool = False
+
+
+def response_logprobs(
+    model: Any, reading: Reading, on_states: Callable[[Tensor], None] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return log-probs of response tokens, and the entropy of what could be in their place.
+
+    Args:
+        model: a causal LM, possibly wrapped by PEFT or by a distributed wrapper.
         on_states: gets the hidden states of the N wanted tokens, (N, H), row by row.
 
     Returns:
         (B, T) float32 each, nats; 0 where not wanted.
     """
-    inputs = forward_inputs(model, sequence_ids, mask)
+    mask, tokens, wanted = reading.mask, reading.tokens, reading.wanted
+    inputs = forward_inputs(model, reading.sequence_ids, mask)
     rows, steps = wanted.nonzero(as_tuple=True)
-    index = positions_in_hidden(inputs["input_ids"], mask, rows, positions[rows, steps])
-    asked, forbidden = tokens[rows, steps], forbidden.to(tokens.device)  # (N,)
+    index = positions_in_hidden(inputs["input_ids"], mask, rows, reading.positions[rows, steps])
+    asked, forbidden = tokens[rows, steps], reading.forbidden.to(tokens.device)  # (N,)
 
     def read(logits: Tensor, ids: Tensor) -> Tensor:
-        both = logprobs_and_entropy(logits[None], ids[None], temperature, forbidden, with_entropy)
+        both = logprobs_and_entropy(
+            logits[None], ids[None], reading.temperature, forbidden, reading.with_entropy
+        )
         return torch.cat(both).T  # (N, 2)
 
     numbers = _read(model, inputs, index, asked, read, on_states)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf.models.head import response_logprobs
+from rlhf.models.head import Reading, response_logprobs
 
 
 class ValueHead(nn.Module):
@@ -47,44 +47,22 @@ class SharedTrunk(nn.Module):
         super().__init__()
         self.policy, self.head = policy, head
 
-    def forward(
-        self,
-        sequence_ids: Tensor,
-        mask: Tensor,
-        positions: Tensor,
-        tokens: Tensor,
-        wanted: Tensor,
-        forbidden: Tensor,
-        temperature: float = 1.0,
-        with_entropy: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, reading: Reading) -> tuple[Tensor, Tensor, Tensor]:
         """As `response_logprobs`, and values of the states before the tokens, 0 where unwanted."""
         states: list[Tensor] = []
-        logprobs, entropy = response_logprobs(
-            self.policy,
-            sequence_ids,
-            mask,
-            positions,
-            tokens,
-            wanted,
-            forbidden,
-            temperature,
-            with_entropy,
-            states.append,
-        )
-        values = self.head(states[0])
-        rows = torch.zeros_like(logprobs).index_put(wanted.nonzero(as_tuple=True), values)
-        return logprobs, entropy, rows
+        logprobs, entropy = response_logprobs(self.policy, reading, states.append)
+        wanted = reading.wanted.nonzero(as_tuple=True)
+        values = torch.zeros_like(logprobs).index_put(wanted, self.head(states[0]))
+        return logprobs, entropy, values
 
 
-def token_outputs(model: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def token_outputs(model: Any, reading: Reading) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probs, entropy and values of response tokens; the values are 0 without a value head.
 
     Args:
         model: a causal LM or a `SharedTrunk`, possibly wrapped.
-        arguments: those of `response_logprobs` after the model.
     """
     if isinstance(getattr(model, "module", model), SharedTrunk):
-        return model(*arguments)
-    logprobs, entropy = response_logprobs(model, *arguments)
+        return model(reading)
+    logprobs, entropy = response_logprobs(model, reading)
     return logprobs, entropy, torch.zeros_like(logprobs)

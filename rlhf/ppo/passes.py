@@ -15,7 +15,7 @@ from torch import Tensor
 from rlhf.data import pad
 from rlhf.distributed import compute_device
 from rlhf.functional import masked_sum
-from rlhf.models import token_outputs
+from rlhf.models import Reading, token_outputs
 from rlhf.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -28,8 +28,7 @@ def policy_outputs(
     """Log-probs of the response tokens by the training forward pass, the entropy at each of them
     (else zeros), and the values of a head on the policy's trunk (zeros without one); (B, T) float32
     each, 0 where masked."""
-    return token_outputs(
-        model,
+    reading = Reading(
         part.sequence_ids,
         part.sequence_mask,
         part.state_positions,
@@ -39,6 +38,7 @@ def policy_outputs(
         sampling.temperature,
         with_entropy,
     )
+    return token_outputs(model, reading)
 
 
 def policy_logprobs(
@@ -78,6 +78,7 @@ def text_loss(model: Any, texts: Sequence[Sequence[int]], denominator: float) ->
     mask = pad([[True] * len(text) for text in texts], False, device=device)
     positions = torch.arange(ids.shape[1] - 1, device=device).expand(len(ids), -1)
     none, wanted = positions.new_empty(0), mask[:, 1:]
-    logprobs, _, values = token_outputs(model, ids, mask, positions, ids[:, 1:], wanted, none)
+    reading = Reading(ids, mask, positions, ids[:, 1:], wanted, none)
+    logprobs, _, values = token_outputs(model, reading)
     # with several processes, each weight must take part in each backward pass
     return masked_sum(-logprobs, wanted, denominator) + 0.0 * values.sum()

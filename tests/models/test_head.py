@@ -26,6 +26,7 @@ from torch.distributions import Categorical
 
 from rlhf.equivalence import choose_forward
 from rlhf.models import (
+    Reading,
     add_lora,
     choose_chunk_tokens,
     disable_padding_free,
@@ -178,5 +179,5 @@ def test_the_head_is_as_it_was_after_an_error():
     mask = torch.ones_like(ids, dtype=torch.bool)
     far = torch.tensor([[99]])  # a position that the row does not have
     with pytest.raises(IndexError):
-        response_logprobs(model, ids, mask, far, far, far > 0, NONE_FORBIDDEN)
+        response_logprobs(model, Reading(ids, mask, far, far, far > 0, NONE_FORBIDDEN))
     assert "forward" not in model.get_output_embeddings().__dict__

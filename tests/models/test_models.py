@@ -35,6 +35,7 @@ from torch import nn
 
 from rlhf.config import InputError, ModelConfig, ScorerConfig
 from rlhf.models import (
+    Reading,
     add_lora,
     freeze,
     init_reward_model,
@@ -443,10 +444,8 @@ def test_a_frozen_copy_gives_bit_identical_log_probs(num_response):
     for trains in (True, False):
         policy.requires_grad_(trains)
         with torch.no_grad():
-            read = response_logprobs(
-                policy, ids, mask, positions, tokens, wanted, torch.tensor([0])
-            )
-            logprobs.append(read[0])
+            reading = Reading(ids, mask, positions, tokens, wanted, torch.tensor([0]))
+            logprobs.append(response_logprobs(policy, reading)[0])
     assert torch.equal(*logprobs) and (logprobs[0] != 0).all()
 
 
