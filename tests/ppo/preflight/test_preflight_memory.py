@@ -204,6 +204,8 @@ def live_bytes():
 def test_the_estimate_keeps_no_activations(policy_dir, tmp_path):
     trainer = make_trainer(make_config(policy_dir, tmp_path), tmp_path)
     part = longest_micro_batch(trainer)
+    for name in ("sequence_ids", "sequence_mask", "state_positions"):
+        getattr(part, name)  # the part keeps these from when they are first read
     before = live_bytes()
     estimate_memory(trainer, part)
     assert live_bytes() == before
