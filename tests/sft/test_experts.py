@@ -10,10 +10,10 @@ from helpers.tiny import tiny_tokenizer
 from helpers.tiny_sft import sft_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from rlhf import train_sft
 from rlhf.config import ModelConfig
 from rlhf.equivalence import require_cache
 from rlhf.models import load_policy
-from rlhf.sft import train_sft
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2}
