@@ -140,6 +140,10 @@ def encode_ranked(
         row, sequences = rows[index], [prompt_ids + ids for ids in answers]
         lengths.append(_needed_length(row["ranks"], list(map(len, sequences))))
         fits = [i for i, ids in enumerate(sequences) if len(ids) <= max_length]
+        different = set(map(tuple, answers))
+        if len(set(zip(map(tuple, answers), row["ranks"], strict=True))) > len(different):
+            dropped["responses that the chat template makes equal, ranked differently"] += 1
+            continue
         if len({row["ranks"][i] for i in fits}) < 2:
             dropped[too_long] += 1
             continue

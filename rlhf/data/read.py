@@ -284,6 +284,8 @@ def _load_dataset(
 
     here = str(file) if file.is_dir() else ""
     try:
+        if here and (file / "state.json").is_file():  # of `save_to_disk`, without splits
+            return datasets.load_from_disk(here)
         return datasets.load_dataset(here or path, name=subset, split=split)
     except Exception as error:  # the Hub, Arrow or a builder may raise anything
         where = "" if here else "neither a file nor a directory here; "

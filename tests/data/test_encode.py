@@ -229,6 +229,20 @@ def test_encode_ranked_loses_only_long_responses_while_two_untied_remain():
         encode_ranked(rows, tokenizer, max_length=2)
 
 
+def test_responses_that_the_template_makes_equal_are_no_preference():
+    tokenizer = get_tokenizer("byte")
+    trims = "{% for m in messages %}{{ m.role }}:{{ m.content | trim }}{{ eos_token }}{% endfor %}"
+    tokenizer.chat_template = trims + "{% if add_generation_prompt %}assistant:{% endif %}"
+    prompt = [user("Hi")]
+    rows = [
+        {"prompt": prompt, "responses": ["Yes", "Yes "], "ranks": [0, 1]},
+        {"prompt": prompt, "responses": ["Yes", "No", "Yes "], "ranks": [0, 1, 0]},
+    ]
+    encoded, dropped = encode_ranked(rows, tokenizer, max_length=50)
+    assert [row["row"] for row in encoded] == [1]
+    assert dropped == {"responses that the chat template makes equal, ranked differently": 1}
+
+
 def test_texts_are_encoded_whole_cut_and_never_too_short_to_predict():
     tokenizer = get_tokenizer("byte")
     rows = [

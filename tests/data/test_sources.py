@@ -47,6 +47,14 @@ def test_every_file_type_loads_the_same_rows(tmp_path):
         load_rows(str(tmp_path / "sub"), "prompt_completion", "nosplit", "sft")
 
 
+def test_a_data_set_that_was_saved_to_disk_is_read(tmp_path):
+    import datasets
+
+    rows = [{"prompt": "p", "completion": "c"}]
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    assert load_rows(str(tmp_path / "saved"), None, "train", "sft")[0] == rows
+
+
 def test_lists_and_patterns_are_read_in_order(tmp_path, monkeypatch, capsys):
     names = ["b.jsonl", "a.jsonl", "c.csv"]
     for name in names[:2]:
