@@ -130,18 +130,12 @@ def encode_ranked(
     encoded, dropped = [], Counter[str]()
     lengths: list[int] = []  # of the longest response that the row needs
     too_long = _too_long("dataset.max_length", max_length)
-
-    def encode(row: Row) -> tuple[list[int], list[list[int]]]:
-        prompt = row["prompt"]
-        answers = [encode_response(prompt, text, tokenizer) for text in row["responses"]]
-        return encode_prompt(prompt, tokenizer), answers
-
+    encode = partial(_prompt_and_answers, tokenizer=tokenizer)
     for index, (prompt_ids, answers) in not_refused(rows, encode, on_bad_row, dropped):
         row, sequences = rows[index], [prompt_ids + ids for ids in answers]
         lengths.append(_needed_length(row["ranks"], list(map(len, sequences))))
         fits = [i for i, ids in enumerate(sequences) if len(ids) <= max_length]
-        different = set(map(tuple, answers))
-        if len(set(zip(map(tuple, answers), row["ranks"], strict=True))) > len(different):
+        if _are_equal(answers, row["ranks"]):
             dropped["responses that the chat template makes equal, ranked differently"] += 1
             continue
         if len({row["ranks"][i] for i in fits}) < 2:
@@ -162,6 +156,18 @@ def encode_ranked(
         )
     _require_fitting(encoded, lengths, "dataset.max_length", max_length, room)
     return encoded, dropped
+
+
+def _prompt_and_answers(row: Row, tokenizer: Any) -> tuple[list[int], list[list[int]]]:
+    prompt = row["prompt"]
+    answers = [encode_response(prompt, text, tokenizer) for text in row["responses"]]
+    return encode_prompt(prompt, tokenizer), answers
+
+
+def _are_equal(answers: list[list[int]], ranks: list[int]) -> bool:
+    """True if two responses have the same ids and different ranks."""
+    texts = [tuple(ids) for ids in answers]
+    return len(set(zip(texts, ranks, strict=True))) > len(set(texts))
 
 
 def _needed_length(ranks: list[int], lengths: list[int]) -> int:
