@@ -117,7 +117,7 @@ def _legend(labels: list[str]) -> list[Any]:
 
 
 def draw_frontier(rows: list[dict[str, Any]], best_of_n: list[dict[str, Any]] | None = None) -> Any:
-    """Draw scores against the square root of the KL to the policy before PPO, a panel for each
+    """Draw scores against the square root of the KL to the reference, a panel for each
     scorer; return a matplotlib figure, or None where there are fewer than two points.
 
     Args:
@@ -150,9 +150,7 @@ def draw_frontier(rows: list[dict[str, Any]], best_of_n: list[dict[str, Any]] | 
             _draw_bars(axis, bars, "best of n of the policy before PPO", "C1")
         _set_style(axis, title)
         axis.legend(fontsize=8, frameon=False)
-    figure.supxlabel(
-        "square root of the KL to the policy before PPO, nats per response", fontsize=9
-    )
+    figure.supxlabel("square root of the KL to the reference, nats per response", fontsize=9)
     return figure
 
 

@@ -316,7 +316,7 @@ def test_the_page_shows_hidden_characters_and_keeps_markup_apart():
 
 def test_a_picture_is_drawn_of_names_with_dollars(tmp_path):
     judgements = [Judgement("q", "x", "y", "a")] * 3
-    figures = {"a": "runs/$x_$/a", "b": "b$", "by": "x.y"} | figures_of(judgements)
+    figures = {"a": "runs/$x_$/a", "b": "b", "by": "x.y"} | figures_of(judgements)
     draw(figures).savefig(tmp_path / "picture.png")
 
 

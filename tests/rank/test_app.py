@@ -174,7 +174,7 @@ def test_a_browser_that_disappears_in_a_request_is_no_traceback_and_stops_nobody
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = server_of(make_app(store))
         server.config.timeout_graceful_shutdown = 0.2
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
         address = listener.getsockname()
         with socket.create_connection(address) as waits, socket.create_connection(address) as gone:
