@@ -68,7 +68,7 @@ from rlhf.models.load import (
     parameter_count,
     stored_stop_ids,
 )
-from rlhf.models.quantization import is_quantized, undo_first_pass
+from rlhf.models.quantization import is_quantized, require_trainable, undo_first_pass
 from rlhf.models.roles import own_parameters, scalar_role, stored_role
 from rlhf.models.sampling_settings import (
     mend_sampling_settings,

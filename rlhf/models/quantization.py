@@ -12,7 +12,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
-from rlhf.config import InputError, ModelConfig, one_line
+from rlhf.config import InputError, ModelConfig, PeftConfig, one_line
 
 
 def quantization_arguments(config: ModelConfig) -> dict[str, Any]:
@@ -52,6 +52,16 @@ def require_quantized(model: nn.Module, config: ModelConfig) -> None:
         # that the model would differ from the one in training.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+def require_trainable(model: nn.Module, config: ModelConfig, peft: PeftConfig) -> None:
+    """Refuse to train all weights of a model that is stored in 8 or 4 bits: only its embeddings and
+    norms would train."""
+    if not peft.enabled and any(is_quantized(module) for module in model.modules()):
+        raise InputError(
+            f"model.path={config.path} is stored in 8 or 4 bits, and such weights cannot be "
+            "trained: set peft=lora, or take the model that is not quantised"
+        )
 
 
 def is_quantized(module: Any) -> bool:

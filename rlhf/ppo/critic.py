@@ -28,6 +28,7 @@ from rlhf.models import (
     init_reward_model,
     load_policy,
     load_reward_model,
+    require_trainable,
     scalar_role,
     stored_role,
 )
@@ -99,7 +100,9 @@ def load_base(config: PPOStageConfig, tokenizer: Any) -> Any:
     """Load the policy without adapters of its own. With `ppo.base=stacked`, that of SFT is apart
     from the base."""
     if config.ppo.base == "merged":
-        return load_policy(config.model, tokenizer, in_slices=True)
+        model = load_policy(config.model, tokenizer, in_slices=True)
+        require_trainable(model, config.model, config.peft)
+        return model
     adapter, below = adapter_and_base(str(config.model.path), "model.path")
     source = replace(config.model, path=below, revision=None)
     model = load_policy(source, tokenizer, stacked=adapter, in_slices=True)

@@ -40,6 +40,7 @@ from rlhf.models import (
     init_reward_model,
     new_token_rows,
     parameter_count,
+    require_trainable,
     shard_unread,
     stored_stop_ids,
     try_settings,
@@ -151,6 +152,7 @@ def _check_and_choose_forward(
     scalar: Any, tokenizer: Any, config: RewardStageConfig, args: TrainingArguments, where: str
 ) -> str:
     """Require that padding changes no score; return how training will read rows."""
+    require_trainable(scalar, config.model, config.peft)
     with as_in_training(scalar, config, args):
         require_padding(scalar, tokenizer, where, OTHER_FAMILY)
         return choose_forward(scalar, tokenizer, config.model.forward)

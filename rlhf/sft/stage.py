@@ -61,6 +61,7 @@ from rlhf.models import (
     mend_sampling_settings,
     new_token_rows,
     parameter_count,
+    require_trainable,
     shard_unread,
     try_settings,
     what_to_save,
@@ -138,6 +139,7 @@ def _train(config: SFTStageConfig, run: StageRun) -> SFTResult:
     token_rows = _trained_token_rows(config, tokenizer)
     torch.manual_seed(config.seed)
     model = load_policy(config.model, tokenizer, in_slices=True)
+    require_trainable(model, config.model, config.peft)
     lines = mend_sampling_settings(model)
     require_writable(model, tokenizer, config)
     args.max_length = row_length(config, context_length(model))

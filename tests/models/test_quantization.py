@@ -43,6 +43,7 @@ from rlhf.config import (  # noqa: E402
     DatasetConfig,
     EvaluationConfig,
     InputError,
+    ModelConfig,
     PeftConfig,
     PPOConfig,
     PPOStageConfig,
@@ -331,6 +332,20 @@ def test_all_stages_train_adapters_on_a_quantised_base(quantization, folder, sav
 def test_layers_that_transformers_does_not_quantise_are_refused(family, quantization, saved):
     with pytest.raises(InputError, match=f"model.quantization={quantization}: .*FalconLinear"):
         load_policy(saved(family, quantization), TOKENIZER)
+
+
+def test_a_model_that_is_stored_in_4_bits_is_not_trained_as_a_whole(folder, saved, tmp_path):
+    load_policy(saved("llama", "4bit"), TOKENIZER).save_pretrained(tmp_path / "stored")
+    TOKENIZER.save_pretrained(tmp_path / "stored")
+    for train, kind, stage in (
+        (train_sft, SFTStageConfig, "sft"),
+        (train_reward, RewardStageConfig, "reward"),
+    ):
+        values = settings(folder, "4bit", stage, ModelConfig(path=str(tmp_path / "stored")))
+        config = kind(**values | {"peft": PeftConfig(), "run_name": "whole"})
+        with pytest.raises(InputError, match="stored is stored in 8 or 4 bits, .*set peft=lora"):
+            train(config)
+        assert not config.stage_dir(stage).exists()
 
 
 def test_an_adapter_directory_is_refused_with_the_way_to_merge_it(saved, tmp_path):
