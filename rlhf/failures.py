@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -76,8 +77,13 @@ def fingerprint(rows: list[Any]) -> str:
     """Number and hash of rows."""
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(json.dumps(row, sort_keys=True, default=repr).encode())
+        digest.update(json.dumps(row, skipkeys=True, default=_without_address).encode())
     return f"{len(rows)} with SHA-256 {digest.hexdigest()[:12]}..."
+
+
+def _without_address(value: Any) -> str:
+    """A value that JSON lacks, as a text that is the same in each process."""
+    return re.sub(" at 0x[0-9a-f]+", "", repr(value))
 
 
 # --- Who failed -----------------------------------------------------------------------------------

@@ -119,6 +119,13 @@ def test_rows_differ_in_number_order_or_content():
     assert len({fingerprint(rows), *map(fingerprint, others)}) == 4
 
 
+def test_rows_of_objects_and_of_names_that_are_no_texts_have_a_fingerprint():
+    made = [[{"prompt": "a", 1: "b", (2, 3): "c", "x": failures}] for _ in range(2)]
+    for rows in made:
+        rows[0]["own"] = type("Own", (), {})()
+    assert fingerprint(made[0]) == fingerprint(made[1])
+
+
 def test_one_process_asks_nobody(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setattr(failures, "gather_object", os.abort)
