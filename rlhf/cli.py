@@ -40,7 +40,7 @@ from rlhf.config import (
     schema,
     stage_help,
 )
-from rlhf.console import is_main_process, num_processes, print_help, rank, say
+from rlhf.console import accept_any_text, is_main_process, num_processes, print_help, rank, say
 from rlhf.overrides import (
     job_name,
     jobs,
@@ -209,6 +209,7 @@ def _composed(command: _Command, node: Any, typed: list[str], swept: list[str]) 
 
 def run_to_exit(run: Run, config: StageConfig) -> None:
     """Run a stage and exit with its status; an error on any process is printed with its rank."""
+    accept_any_text()
     try:
         stopped_by = run(config)
     except InputError as error:

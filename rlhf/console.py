@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import warnings
@@ -46,6 +47,14 @@ def _print_apart(text: str) -> None:
         tqdm.write(text, file=sys.stderr)
     else:
         print(text, file=sys.stderr, flush=True)
+
+
+def accept_any_text() -> None:
+    """Let a terminal or log in another encoding than UTF-8 show what it can: models say anything,
+    and a character that cannot be written would end the command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def print_help(text: str) -> None:

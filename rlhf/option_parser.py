@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from rlhf.config import InputError, hide, nearest, refuse, sentences, value_problems, yaml_scalar
-from rlhf.console import print_help
+from rlhf.console import accept_any_text, print_help
 
 Options = TypeVar("Options")
 
@@ -40,6 +40,7 @@ def run_command(
     The status is what `run` returns (None counts as 0), 2 after an `InputError`, which is printed
     in one line, and 130 after Ctrl-C. `--help` prints `usage` above the options.
     """
+    accept_any_text()
     if {"-h", "--help"} & set(arguments):
         print_help(help_text(usage, options))
         return 0

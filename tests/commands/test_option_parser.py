@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ast
+import io
 from pathlib import Path
 
 import pytest
 
 from rlhf.chat import ChatOptions
-from rlhf.config import InputError
+from rlhf.cli import run_to_exit
+from rlhf.config import InputError, SFTStageConfig
+from rlhf.console import say
 from rlhf.generate import GenerateOptions
-from rlhf.option_parser import read_options
+from rlhf.option_parser import read_options, run_command
 from rlhf.pipeline import PipelineOptions
 from rlhf.score import ScoreOptions
 
@@ -54,3 +57,14 @@ def test_the_help_of_every_command_begins_with_what_to_type():
         if "run_command(str(__doc__)" in source:
             usage = ast.get_docstring(ast.parse(source))
             assert "python -m rlhf." in usage, f"{file} has no example in its --help"
+
+
+@pytest.mark.parametrize("kind", ["stage", "command"])
+def test_a_terminal_in_another_encoding_shows_what_it_can(kind, monkeypatch):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", stdout)
+    if kind == "stage":
+        run_to_exit(lambda _: say("\U0001f600 yes"), SFTStageConfig())
+    else:
+        assert run_command("", ChatOptions, lambda _: say("\U0001f600 yes"), ["path=a"]) == 0
+    assert stdout.buffer.getvalue() == b"\\U0001f600 yes\n"
