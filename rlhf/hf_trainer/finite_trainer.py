@@ -8,13 +8,15 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from rlhf.checkpoint import NonFiniteError, find_non_finite_on_any, optimizer_tensors
 from rlhf.hf_trainer.sharded_trainer import ShardedTrainer
-from rlhf.hf_trainer.token_batches import split_batch
+from rlhf.hf_trainer.token_batches import LevelBatches, split_batch
 
 MAX_SKIPPED = 20  # a loss scaler starts at 2^16 and halves: it has passed through 2^-4 by then
 
@@ -36,6 +38,20 @@ class FiniteTrainer(ShardedTrainer):
         wrote `final/` continues there."""
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
+
+    def row_lengths(self) -> list[int]:
+        """Tokens of each training row."""
+        assert self.train_dataset is not None
+        return [len(ids) for ids in self.train_dataset["input_ids"]]
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Read training rows; several processes have similar numbers of tokens in a step."""
+        loader = super().get_train_dataloader()
+        shard = loader.batch_sampler
+        if isinstance(shard, BatchSamplerShard):
+            batches, processes = shard.batch_sampler, shard.num_processes
+            shard.batch_sampler = LevelBatches(batches, self.row_lengths(), processes)
+        return loader
 
     def training_step(
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None

@@ -1,14 +1,16 @@
-"""A batch of the Trainer, divided into forward passes of so many tokens.
+"""Batches of the Trainer by tokens: forward passes of so many, and as many for each process.
 
 The optimiser step stays the same: the losses of the passes are shares of one mean.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, islice
 from typing import Any
 
 from torch import Tensor
+from torch.utils.data import BatchSampler
 
 Batch = Mapping[str, Any]
 
@@ -82,3 +84,31 @@ def together(sizes: Sequence[tuple[int, int]], tokens: int, padded: bool) -> lis
         bounds.append((first, last))
         first = last
     return bounds
+
+
+class LevelBatches(BatchSampler):
+    """The batches of a sampler, whose rows the processes exchange within each step until all have
+    similar numbers of tokens: in a step, each waits for the slowest."""
+
+    def __init__(self, batches: BatchSampler, lengths: Sequence[int], num_processes: int):
+        """Take a sampler of the batches of all processes, and the tokens of each row."""
+        super().__init__(batches.sampler, batches.batch_size, batches.drop_last)
+        self.lengths, self.num_processes = lengths, num_processes
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batches = super().__iter__()
+        while step := list(islice(batches, self.num_processes)):
+            full = len(step) == self.num_processes and len(step[-1]) == self.batch_size
+            yield from level(step, self.lengths) if full else step
+
+
+def level(batches: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[list[int]]:
+    """Deal the rows of equally large batches anew: each, the longest first, to the batch with the
+    fewest tokens that has room."""
+    dealt: list[list[int]] = [[] for _ in batches]
+    room, totals = len(batches[0]), [0] * len(batches)
+    for row in sorted(chain(*batches), key=lambda row: -lengths[row]):
+        number = min((i for i in range(len(dealt)) if len(dealt[i]) < room), key=totals.__getitem__)
+        dealt[number].append(row)
+        totals[number] += lengths[row]
+    return dealt

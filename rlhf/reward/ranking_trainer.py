@@ -41,6 +41,11 @@ class RankingTrainer(FiniteTrainer):
         self.model_accepts_loss_kwargs = True  # compute_loss scales for accumulation itself
         self._sums = torch.zeros(3)  # of accuracy, margin and 1 over pairs, since the last log
 
+    def row_lengths(self) -> list[int]:
+        """Tokens of all responses of each prompt."""
+        assert self.train_dataset is not None
+        return [sum(map(len, responses)) for responses in self.train_dataset["input_ids"]]
+
     def get_train_dataloader(self) -> DataLoader:
         """Read the planned batches, if any, in a new order each epoch."""
         if self.batches is None:

@@ -1,5 +1,5 @@
-"""A batch of the Trainer in several passes: what is in each, and that a step stays the same; and
-that no step makes all logits.
+"""Batches of the Trainer by tokens: what each pass and process gets; that a step stays the same,
+and makes the logits of few tokens at a time.
 
 Run: pytest tests/sft/test_token_batches.py
 """
@@ -10,14 +10,19 @@ import dataclasses
 
 import pytest
 import torch
+from accelerate.data_loader import prepare_data_loader
+from datasets import Dataset
 from helpers.stages import WORLD, reward_config, sft_config
 from safetensors.torch import load_file
 from torch.testing import assert_close
+from torch.utils.data import DataLoader
+from transformers import Trainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from rlhf import train_reward, train_sft
 from rlhf.hf_trainer import finite_trainer
-from rlhf.hf_trainer.token_batches import split_batch, together
+from rlhf.hf_trainer.finite_trainer import FiniteTrainer
+from rlhf.hf_trainer.token_batches import level, split_batch, together
 from rlhf.metrics import read_jsonl
 
 
@@ -54,6 +59,50 @@ def test_padded_rows_are_sorted_and_lose_padding_and_groups_stay_together():
     assert [part["ranks"].tolist() for part in parts] == [[2, 3, 4], [0, 1]]
     assert [part["groups"].tolist() for part in parts] == [[1, 1, 1], [0, 0]]
     assert parts[1]["input_ids"].shape == (2, 2)
+
+
+def test_a_step_is_dealt_so_that_processes_have_similar_numbers_of_tokens():
+    lengths = [9, 1, 8, 2, 7, 3]
+    assert level([[0, 2], [1, 3]], lengths) == [[0, 1], [2, 3]]
+    assert level([[0, 1, 2], [3, 4, 5]], [10, 1, 1, 1, 1, 1]) == [[0, 4, 5], [1, 2, 3]]
+    assert level([[4], [5], [0]], lengths) == [[0], [4], [5]]
+
+
+def test_processes_share_the_rows_of_each_step_of_one_process(monkeypatch):
+    draw = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 100, (23,), generator=draw).tolist()
+    rows = Dataset.from_list([{"row": i, "input_ids": [0] * n} for i, n in enumerate(lengths)])
+
+    def batches_of(process, trainer=FiniteTrainer):
+        loader = DataLoader(rows.with_format("torch", ["row"]), 4, shuffle=True)
+        loader = prepare_data_loader(
+            *(loader, None, 2, process), put_on_device=False, use_seedable_sampler=True, data_seed=0
+        )
+        monkeypatch.setattr(Trainer, "get_train_dataloader", lambda _: loader)
+        stub = object.__new__(trainer)
+        stub.train_dataset = rows
+        loader = stub.get_train_dataloader()
+        epochs = []
+        for epoch in range(2):
+            loader.set_epoch(epoch)
+            epochs.append([batch["row"].tolist() for batch in loader])
+        return epochs
+
+    def apart(step):  # in tokens
+        one, two = (sum(lengths[row] for row in batch) for batch in step)
+        return abs(one - two)
+
+    dealt, drawn = ([batches_of(i, t) for i in range(2)] for t in (FiniteTrainer, Trainer))
+    for epoch in range(2):
+        ours = list(zip(dealt[0][epoch], dealt[1][epoch], strict=True))
+        theirs = list(zip(drawn[0][epoch], drawn[1][epoch], strict=True))
+        assert len(ours) == len(theirs) == 3
+        for step, expected in zip(ours[:2], theirs[:2], strict=True):
+            assert sorted(sum(step, [])) == sorted(sum(expected, []))
+        # the last step lacks a row, and gets one of the first once more
+        assert sorted(ours[2][0] + ours[2][1][:3]) == sorted(theirs[2][0] + theirs[2][1][:3])
+        assert sum(map(apart, ours[:2])) < sum(map(apart, theirs[:2])) / 3
+    assert dealt[0][0] != dealt[0][1]
 
 
 @pytest.mark.parametrize(
