@@ -45,6 +45,7 @@ from rlhf.pipeline import route, run_stage
 from rlhf.rank import check_server
 
 ANSWERS = 4  # to each prompt that is ranked
+NUM_AT_THE_END = 100  # prompts; their requests are in no round and not in PPO
 SETTINGS = [
     "recipe=demo",
     "reward.dataset.eval_path=python:rlhf.demo.world.rows",  # by gold; nothing is chosen by it
@@ -59,10 +60,8 @@ SETTINGS = [
 class Options:
     """The command line."""
 
-    num_rounds: int = knob(3, ge=1)
-    """Rounds of ranking, reward model and PPO."""
-    rankings: int = knob(100, ge=2)
-    """Prompts that are ranked in each round, with 4 answers each."""
+    rankings: list[int] = knob([100, 200, 400], ge=2)
+    """Prompts that are ranked in each round, with 4 answers each: as many rounds as numbers."""
     noise: float = knob(0.15, ge=0, le=0.5)
     """Share of the annotator's comparisons that come out wrong."""
     run_name: str = "loop"
@@ -87,24 +86,29 @@ def closed_loop(options: Options) -> int:
     """Run what is missing, draw, and print the table; return the status of what failed, or 0."""
     if hint := plot_hint("closed_loop.png"):
         raise InputError(hint)
+    if not options.rankings:
+        raise InputError("rankings=[] has no round; give a number for each, such as [100,200,400]")
     check_server("127.0.0.1", None)
     folder = Path(options.runs_dir) / options.run_name
     try:
         train(options, "sft", folder.name)
         newest = sft = folder / "sft/final"
         rankings: list[Path] = []
-        for number in range(1, options.num_rounds + 1):
+        for number, count in enumerate(options.rankings, start=1):
             name = f"{folder.name}-{number}"
-            rankings.append(rank(options, folder / f"round-{number}.jsonl", [newest], "train"))
+            before = sum(options.rankings[: number - 1])
+            asked = rows("ppo", "train")[before : before + count]
+            rankings.append(rank(options, folder / f"round-{number}.jsonl", [newest], asked))
             listed = f"[{','.join(map(str, rankings))}]"
             train(options, "reward", name, f"model.path={sft}", f"dataset.path={listed}")
             scorer = folder.with_name(name) / "reward/final"
             newest = improve(options, name, newest, sft, scorer)
-        rank(options, folder / "at-the-end.jsonl", [sft, newest], "eval")
+        asked = rows("ppo", "eval")[:NUM_AT_THE_END]
+        rank(options, folder / "at-the-end.jsonl", [sft, newest], asked)
         compare_with_old_labels(options, folder)
     except Failed as failure:
         return int(failure.args[0])
-    result = read_result(folder, options.num_rounds, ANSWERS)
+    result = read_result(folder, len(options.rankings), ANSWERS)
     result["noise"] = options.noise
     file = folder / "closed_loop.json"
     file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -118,7 +122,7 @@ def compare_with_old_labels(options: Options, folder: Path) -> None:
     """Make the PPO updates of rounds 2, 3, ... against the reward model of round 1."""
     sft, first = folder / "sft/final", folder.with_name(f"{folder.name}-1")
     newest = first / "ppo/final"
-    for number in range(2, options.num_rounds + 1):
+    for number in range(2, len(options.rankings) + 1):
         name = f"{folder.name}-old-{number}"
         newest = improve(options, name, newest, sft, first / "reward/final")
 
@@ -137,19 +141,15 @@ def train(options: Options, stage: str, run_name: str, *inputs: str) -> None:
         raise Failed(status)
 
 
-def rank(options: Options, prompts: Path, policies: Sequence[Path], split: str) -> Path:
-    """Let the annotator rank answers of policies to prompts that no round has ranked before.
+def rank(options: Options, prompts: Path, policies: Sequence[Path], asked: Sequence[Any]) -> Path:
+    """Let the annotator rank answers of policies to rows of prompts.
 
     Args:
-        prompts: file of the prompts, which is written here; its name ends with the round.
-        split: of the demo world; "eval" has other requests than the rounds and PPO.
+        prompts: file of the rows, which is written here.
 
     Returns:
         The file of the rankings.
     """
-    found = re.search(r"-(\d+)$", prompts.stem)
-    start = options.rankings * (int(found[1]) - 1 if found else 0)
-    asked = rows("ppo", split)[start : start + options.rankings]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in asked), encoding="utf-8")
     paths = f"path=[{','.join(map(str, policies))}]"
     how = f"samples_per_prompt={ANSWERS}", "response_length=24", "temperature=1"

@@ -23,7 +23,7 @@ import closed_loop  # noqa: E402
 import rounds  # noqa: E402
 
 MINIATURE = [
-    *("num_rounds=2", "rankings=4", "dataset.max_rows=64", "sft.trainer.max_steps=8"),
+    *("rankings=[4,6]", "dataset.max_rows=64", "sft.trainer.max_steps=8"),
     *("reward.trainer.max_steps=2", "reward.dataset.max_eval_rows=8", "ppo.num_updates=1"),
     *("evaluation.every=1", "evaluation.num_prompts=8", "ppo.batch_size=8"),
 ]
@@ -107,7 +107,7 @@ def test_a_miniature_goes_around_twice_and_continues(tmp_path, monkeypatch, capf
     assert closed_loop.main(MINIATURE) == 0
     folder = Path("runs/loop")
     result = json.loads((folder / "closed_loop.json").read_text())
-    assert [row["rankings"] for row in result["rounds"]] == [0, 4, 8]
+    assert [row["rankings"] for row in result["rounds"]] == [0, 4, 10]
     assert [row["round"] for row in result["old_labels"]] == [2]
     assert all(row["gold_low"] <= row["gold"] <= row["gold_high"] for row in result["rounds"])
     assert (folder / "closed_loop.png").stat().st_size > 5000
