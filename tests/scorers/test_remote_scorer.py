@@ -207,10 +207,11 @@ def test_the_server_says_what_is_wrong_with_a_request(body, status, message, cap
     assert capfd.readouterr().err == ""
 
 
-def test_a_request_that_is_cut_off_or_never_ends_keeps_nobody_waiting(capfd):
+def test_a_request_that_is_cut_off_or_never_ends_keeps_nobody_waiting(monkeypatch, capfd):
     head = b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: 500\r\n\r\n"
     with running(ScoreServer(lambda p, r: [1.0] * len(r), "127.0.0.1:0", "one")) as server:
-        server.RequestHandlerClass.timeout = 0.5
+        assert 0 < server.RequestHandlerClass.timeout <= 60
+        monkeypatch.setattr(server.RequestHandlerClass, "timeout", 0.5)
         address = "127.0.0.1", server.server_port
         with socket.create_connection(address) as waits, socket.create_connection(address) as gone:
             for connection in (waits, gone):
