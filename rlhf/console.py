@@ -27,6 +27,11 @@ def num_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def launched_with(name: str) -> bool:
+    """True if `accelerate launch` asked for "FSDP" or "DeepSpeed"."""
+    return os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() == "true"
+
+
 def say(text: str = "") -> None:
     """Print on the main process only."""
     if is_main_process():

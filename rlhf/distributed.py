@@ -3,7 +3,7 @@
 The errors of one of them are in `failures.py`.
 
 Weights are sharded by PyTorch FSDP2, through accelerate. A parameter is then a `DTensor`:
-each process holds a slice of it.
+each process holds a slice of it. For SFT and reward, DeepSpeed can do so too (`zero.py`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import clip_grad_norm_
 
 from rlhf.config import CONF_DIR, InputError, read_yaml
-from rlhf.console import num_processes, say
+from rlhf.console import launched_with, num_processes, say
+from rlhf.zero import Scattered, gathered, is_zero, own_numbers
 
 RAM_EFFICIENT = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
@@ -56,10 +57,22 @@ def launch_environment(name: str) -> dict[str, str]:
 
 def sharding() -> str | None:
     """What the launcher asked to shard the weights with: "FSDP", "DeepSpeed" or None."""
-    for name in ("FSDP", "DeepSpeed"):
-        if os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() == "true":
-            return name if num_processes() > 1 else None
-    return None
+    if launched_with("DeepSpeed"):  # which offloads with one process, too
+        return "DeepSpeed"
+    return "FSDP" if launched_with("FSDP") and num_processes() > 1 else None
+
+
+def zero_stage() -> int:
+    """The stage of DeepSpeed's ZeRO that the launcher asked for: 2 divides gradients and optimiser,
+    3 the weights too. 0: no DeepSpeed."""
+    if sharding() != "DeepSpeed":
+        return 0
+    return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
+
+
+def loads_in_slices() -> bool:
+    """True if the launcher asks that each process holds slices of the weights."""
+    return sharding() == "FSDP" or zero_stage() == 3
 
 
 def join_processes(launch: str | None = None, timeout_seconds: float | None = None) -> None:
@@ -94,6 +107,7 @@ def join_processes(launch: str | None = None, timeout_seconds: float | None = No
     if timeout_seconds is not None:
         limit["timeout"] = timedelta(seconds=timeout_seconds)
     state = PartialState(cpu=not torch.cuda.is_available(), **limit)
+    use_deepspeed_on_cpu()
     if sharding() and state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
         why = "use_cpu: true" if torch.cuda.is_available() else "no GPU is visible"
         raise InputError(
@@ -102,6 +116,15 @@ def join_processes(launch: str | None = None, timeout_seconds: float | None = No
             "and with use_cpu: false, or without sharding: accelerate launch --multi_gpu "
             f"--num_processes {num_processes()} -m rlhf.<stage> ..."
         )
+
+
+def use_deepspeed_on_cpu() -> None:
+    """Let accelerate use DeepSpeed on a CPU, if the launcher asks for it: DeepSpeed runs there, but
+    accelerate leaves it out. Needed again where a Trainer's arguments have made the group anew."""
+    state = PartialState._shared_state
+    if sharding() == "DeepSpeed" and state.get("distributed_type") == DistributedType.MULTI_CPU:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        state["distributed_type"] = DistributedType.DEEPSPEED
 
 
 def make_accelerator(precision: str) -> Accelerator:
@@ -116,7 +139,8 @@ def make_accelerator(precision: str) -> Accelerator:
     """
     if sharding() == "DeepSpeed":
         raise InputError(
-            "PPO does not run under DeepSpeed; FSDP2 shards in the same way: accelerate launch "
+            "PPO does not run under DeepSpeed, which has one optimiser for one model; FSDP2 shards "
+            "policy and critic in the same way: accelerate launch "
             f"--config_file {CONF_DIR / 'accelerate' / 'fsdp2.yaml'} -m rlhf.ppo ..."
         )
     cpu = not torch.cuda.is_available()
@@ -155,6 +179,8 @@ def slice_weights(model: Any, on_cpu: bool) -> None:
 
 def offloads() -> bool:
     """True if the launcher asks that slices wait in main memory."""
+    if sharding() == "DeepSpeed":
+        return os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE") == "cpu"
     return os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true"
 
 
@@ -202,7 +228,10 @@ def describe_sharding(
     """How the processes share weights, in words; None if each has all of them."""
     if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         return None
-    name = "FSDP2" if accelerator.is_fsdp2 else "DeepSpeed"
+    name = "FSDP2"
+    if not accelerator.is_fsdp2:
+        name = f"DeepSpeed ZeRO-{zero_stage()}"
+        what = what if zero_stage() == 3 else "gradients and optimiser"
     return f"{name}, {what} in slices over {accelerator.num_processes} processes{rest}"
 
 
@@ -221,28 +250,15 @@ def refuse_under_sharding(options: Mapping[str, Any]) -> None:
         )
 
 
-def refuse_zero3(plugin: Any, stage: str) -> None:
-    """Refuse DeepSpeed ZeRO-3: no process has whole weights, which a stage checks and writes.
-
-    Args:
-        plugin: the Trainer's `deepspeed_plugin`; None without DeepSpeed.
-    """
-    if plugin is not None and plugin.zero_stage == 3:
-        raise InputError(
-            f"zero_stage: 3: under DeepSpeed ZeRO-3 no process has the whole weights that {stage} "
-            "checks, merges and writes to final/; FSDP2 shards weights too: accelerate launch "
-            f"--config_file {CONF_DIR / 'accelerate' / 'fsdp2.yaml'} -m rlhf.{stage} ..., or set "
-            "zero_stage: 2"
-        )
-
-
 def is_sharded(model: nn.Module) -> bool:
     """True if this process holds only slices of the model's weights."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return any(isinstance(p, DTensor) or is_zero(p) for p in model.parameters())
 
 
 def local(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor."""
+    if is_zero(tensor):
+        return own_numbers(tensor)
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -310,7 +326,14 @@ def gathered_bytes(model: nn.Module) -> int:
 
 def whole(tensor: Tensor) -> Tensor:
     """The whole of a tensor that is in slices on the processes; all of them must ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if is_zero(tensor):
+        return gathered(tensor)
+    return tensor.full_tensor() if isinstance(tensor, DTensor | Scattered) else tensor
+
+
+def detached(tensor: Tensor) -> Tensor:
+    """A tensor without its graph; DeepSpeed's slices stay with the weight that knows them."""
+    return tensor if is_zero(tensor) else tensor.detach()
 
 
 def in_file(tensor: Tensor, folder: Path | None) -> Tensor:

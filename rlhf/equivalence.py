@@ -41,6 +41,7 @@ from rlhf.models import (
     watch_windows,
 )
 from rlhf.sampling import Sampling, context_length, generate, uniform_noise
+from rlhf.zero import shape_of
 
 NUM_STEPS = 6  # of the cache, after the prompt
 FLAT = 20.0  # temperature at which nearly every token is sampled: contexts that none can guess
@@ -202,7 +203,7 @@ def _smallest_trained(model: nn.Module) -> list[nn.Parameter]:
     """The smallest parameter that trains, if one does; not the first factor of LoRA, whose gradient
     is 0 as long as the second factor is."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad and "lora_A" not in n]
-    return [p for _, p in sorted(named, key=lambda item: item[1].numel())[:1]]
+    return [p for _, p in sorted(named, key=lambda item: shape_of(item[1]).numel())[:1]]
 
 
 def _gradient(loss: Tensor, parameter: nn.Parameter, model: Any) -> Tensor:

@@ -23,7 +23,7 @@ FLOORS = [
     {"console", "gguf_files", "slurm", "sqlite_files"},
     {"trackers"},
     {"option_parser", "overrides", "next_commands", "metrics", "hub", "http_endpoint", "rubrics"},
-    {"curves", "vllm_server"},
+    {"curves", "vllm_server", "zero"},
     {"tokenizer", "distributed", "failures"},
     {"data", "checkpoint"},
     {"models", "row_file", "inputs"},

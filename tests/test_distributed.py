@@ -5,7 +5,9 @@ Run: python -m pytest tests/test_distributed.py
 """
 
 import os
+import sys
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
@@ -16,12 +18,13 @@ from trl import SFTConfig
 
 import rlhf.distributed
 from rlhf.config import CONF_DIR, InputError, PPOStageConfig, SFTStageConfig, read_yaml
-from rlhf.distributed import join_processes, launch_environment, refuse_zero3
+from rlhf.distributed import join_processes, launch_environment, make_accelerator
 from rlhf.hf_trainer import trainer_arguments
+from rlhf.hf_trainer.deepspeed_settings import refuse_under_deepspeed
 from rlhf.ppo.stage import refuse_here
 
 FILES = sorted((CONF_DIR / "accelerate").glob("*.yaml"))
-SAID = ("ACCELERATE_USE_FSDP", "FSDP_")
+SAID = ("ACCELERATE_", "FSDP_")
 
 
 def told(file):
@@ -49,25 +52,89 @@ def test_torchrun_with_distributed_shards_as_accelerate_launch_does(name, monkey
     assert ours["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"
 
 
-def test_deepspeed_itself_reads_the_zero2_file():
+@pytest.mark.parametrize("name", ["zero2", "zero3", "zero3_offload"])
+def test_deepspeed_itself_reads_its_files(name):
     pytest.importorskip("deepspeed")
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    settings = read_yaml(CONF_DIR / "accelerate" / "zero2.yaml")["deepspeed_config"]
+    settings = read_yaml(CONF_DIR / "accelerate" / f"{name}.yaml")["deepspeed_config"]
     values = DeepSpeedPlugin(**settings).deepspeed_config
     batch = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 8}
     rest = {"gradient_accumulation_steps": 1, "gradient_clipping": 1.0}
     parsed = DeepSpeedConfig(values | batch | rest)
-    assert parsed.zero_config.stage == 2 and parsed.zero_enabled
-    assert parsed.zero_config.offload_optimizer.device == "none"
+    assert parsed.zero_config.stage == (2 if name == "zero2" else 3) and parsed.zero_enabled
+    place = "cpu" if name == "zero3_offload" else "none"
+    assert parsed.zero_config.offload_optimizer.device == place
+    assert parsed.zero_config.offload_param.device == place
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward"])
-def test_zero3_is_refused_by_name(stage):
-    refuse_zero3(None, stage)
-    refuse_zero3(SimpleNamespace(zero_stage=2), stage)
-    with pytest.raises(InputError, match=f"^zero_stage: 3: .* that {stage} checks, .*fsdp2.yaml"):
-        refuse_zero3(SimpleNamespace(zero_stage=3), stage)
+def under_deepspeed(monkeypatch, **said):
+    """Be one of two processes that accelerate launch told to use DeepSpeed."""
+    as_launched(monkeypatch, DistributedType.DEEPSPEED, ACCELERATE_USE_DEEPSPEED="true", **said)
+
+
+def test_ppo_refuses_deepspeed_and_names_another_way(monkeypatch):
+    under_deepspeed(monkeypatch)
+    with pytest.raises(InputError, match="^PPO does not run under DeepSpeed.*fsdp2.yaml"):
+        make_accelerator("float32")
+
+
+@pytest.mark.parametrize(
+    "variable, value, problem",
+    [
+        ("CONFIG_FILE", "zero.json", "deepspeed_config_file: zero.json .*; write its settings as"),
+        ("ZERO_STAGE", "1", "zero_stage: 1 .*; set it to 2 or 3"),
+        ("OFFLOAD_OPTIMIZER_DEVICE", "nvme", "offload_optimizer_device: nvme .*; set it to cpu or"),
+        ("OFFLOAD_PARAM_DEVICE", "nvme", "offload_param_device: nvme .*; set it to cpu or none"),
+        ("OFFLOAD_PARAM_DEVICE", "cpu", "offload_param_device: cpu needs zero_stage: 3"),
+    ],
+)
+def test_settings_of_deepspeed_that_no_stage_takes(variable, value, problem, monkeypatch):
+    under_deepspeed(monkeypatch, **{f"ACCELERATE_DEEPSPEED_{variable}": value})
+    with pytest.raises(InputError, match=f"^{problem}"):
+        refuse_under_deepspeed(SFTStageConfig())
+
+
+def test_settings_that_a_stage_decides_itself_are_refused_in_the_file(monkeypatch):
+    said = {"GRADIENT_CLIPPING": "0.5", "GRADIENT_ACCUMULATION_STEPS": "4"}
+    said = {f"ACCELERATE_{k}": v for k, v in (said | {"MIXED_PRECISION": "bf16"}).items()}
+    under_deepspeed(monkeypatch, **said)
+    with pytest.raises(InputError) as caught:
+        refuse_under_deepspeed(SFTStageConfig())
+    clipping, accumulation, precision = str(caught.value).splitlines()
+    assert clipping.startswith("gradient_clipping: 0.5") and "trainer.max_grad_norm" in clipping
+    assert accumulation.endswith("and set batch_size") and precision.endswith("and set precision")
+
+
+def test_settings_that_deepspeed_excludes_get_one_line_each(monkeypatch):
+    config = SFTStageConfig(trainer={"optim": "adamw_bnb_8bit", "fp16": True})
+    config.model.dtype = "bfloat16"
+    refuse_under_deepspeed(config)  # without DeepSpeed
+    under_deepspeed(monkeypatch)
+    with pytest.raises(InputError) as caught:
+        refuse_under_deepspeed(config)
+    optimiser, scaler, dtype = str(caught.value).splitlines()
+    assert optimiser.startswith("trainer.optim=adamw_bnb_8bit: ")
+    assert optimiser.endswith("set trainer.optim=adamw_torch")
+    assert scaler.startswith("trainer.fp16=true is not supported under DeepSpeed")
+    assert dtype.startswith("model.dtype=bfloat16: ") and "set model.dtype=float32" in dtype
+    for setting in ({"micro_batch_tokens": 64}, {"trainer": {"load_best_model_at_end": True}}):
+        with pytest.raises(InputError, match="not supported under DeepSpeed yet"):
+            trainer_arguments(SFTConfig, SFTStageConfig(**setting), "sft")
+
+
+def test_an_adam_that_cannot_be_built_is_refused_before_anything_loads(monkeypatch):
+    class Broken:
+        def load(self, verbose):
+            raise RuntimeError("no g++")
+
+    builders = SimpleNamespace(CPUAdamBuilder=Broken)
+    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "deepspeed.ops", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "deepspeed.ops.op_builder", builders)
+    under_deepspeed(monkeypatch, ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE="cpu")
+    with pytest.raises(InputError, match="^offload_optimizer_device: cpu: .*no g.*; install g"):
+        refuse_under_deepspeed(SFTStageConfig())
 
 
 def as_launched(monkeypatch, kind, **variables):
@@ -77,12 +144,25 @@ def as_launched(monkeypatch, kind, **variables):
     for name, value in {"WORLD_SIZE": "2", "RANK": "0", **variables}.items():
         monkeypatch.setenv(name, value)
     group = SimpleNamespace(distributed_type=kind)
-    monkeypatch.setattr(rlhf.distributed, "PartialState", lambda **_: group)
+    made = Mock(return_value=group, _shared_state=vars(group))
+    monkeypatch.setattr(rlhf.distributed, "PartialState", made)
+    return group
 
 
-@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
-def test_sharding_that_accelerate_leaves_out_on_a_cpu_is_refused(name, monkeypatch):
-    variables = {f"ACCELERATE_USE_{name}": "true", "FSDP_VERSION": "2"}
+def test_deepspeed_is_used_on_a_cpu_where_accelerate_leaves_it_out(monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "")
+    said = {"ACCELERATE_USE_DEEPSPEED": "true"}
+    group = as_launched(monkeypatch, DistributedType.MULTI_CPU, **said)
+    join_processes()
+    assert group.distributed_type == DistributedType.DEEPSPEED
+    assert os.environ["DS_ACCELERATOR"] == "cpu"
+    group = as_launched(monkeypatch, DistributedType.MULTI_CPU)
+    join_processes()
+    assert group.distributed_type == DistributedType.MULTI_CPU
+
+
+def test_sharding_that_accelerate_leaves_out_on_a_cpu_is_refused(monkeypatch):
+    variables = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     as_launched(monkeypatch, DistributedType.MULTI_CPU, **variables)
     with pytest.raises(InputError, match="shards over GPUs, but these 2 processes are on the CPU"):
         join_processes()

@@ -25,14 +25,14 @@ def find_non_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
     Returns:
         Its name and that number, e.g. "lm_head.weight holds nan"; None if all are finite.
     """
-    from torch.distributed.tensor import DTensor
+    from rlhf.distributed import local
 
     for name, tensor in tensors:
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        if not local.is_floating_point() or local.dtype.itemsize == 1 or not local.numel():
+        held = local(tensor)
+        if not held.is_floating_point() or held.dtype.itemsize == 1 or not held.numel():
             continue
         # one pass and no copy, unlike isfinite(); with a nan, both minimum and maximum are nan
-        for value in map(float, local.detach().aminmax()):
+        for value in map(float, held.detach().aminmax()):
             if not math.isfinite(value):
                 return f"{name} holds {value}"
     return None

@@ -49,7 +49,7 @@ from rlhf.config import (
     plain_values,
     resume_overrides,
 )
-from rlhf.console import num_processes, quiet_libraries, say, warn
+from rlhf.console import launched_with, num_processes, quiet_libraries, say, warn
 from rlhf.metrics import append_jsonl, cut_jsonl
 
 
@@ -118,7 +118,7 @@ def open_run(config: StageConfig, stage: str, writes: bool = True) -> Iterator[S
 def join_group(config: StageConfig) -> None:
     """Join the group of processes, if there are several, and require that all have the same
     configuration and packages."""
-    if num_processes() == 1 and config.distributed is None:
+    if num_processes() == 1 and config.distributed is None and not launched_with("DeepSpeed"):
         return
     from rlhf.distributed import join_processes
     from rlhf.failures import require_equal

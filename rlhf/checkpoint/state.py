@@ -25,8 +25,9 @@ from rlhf.checkpoint.ownership import facts_of_run, refuse_taken_steps, seal, st
 from rlhf.checkpoint.tensor_files import Part, divide, in_slices, stored_tensors, write_parts
 from rlhf.config import CONFIG_FILE, InputError, StageConfig, save_config
 from rlhf.console import is_main_process, num_processes, rank
-from rlhf.distributed import read_stored
+from rlhf.distributed import detached, read_stored
 from rlhf.failures import leave_word, read_word
+from rlhf.zero import put, shape_of
 
 
 class Incomplete(Exception):
@@ -178,7 +179,7 @@ def load_moments(directory: Path, name: str, optimizer: Any) -> None:
     with stored_tensors(directory, name) as saved:
         for key in saved.keys():
             index, _, entry = key.partition(".")
-            value = _read_finite(file, saved, key, own[int(index)])
+            value = read_finite(file, saved, key, own[int(index)])
             content["state"].setdefault(int(index), {})[entry] = value
     optimizer.load_state_dict(content)
 
@@ -193,14 +194,14 @@ def load_modules(directory: Path, modules: dict[str, Any]) -> None:
         file, own = directory / f"{name}.safetensors", trained(module)
         with stored_tensors(directory, name) as saved, torch.no_grad():
             shapes = {key: saved.get_slice(key).get_shape() for key in saved.keys()}
-            if shapes != {key: [*value.shape] for key, value in own.items()}:
+            if shapes != {key: [*shape_of(value)] for key, value in own.items()}:
                 what = "belong to another model or adapter configuration"
                 raise InputError(f"{directory}: the {name} weights there {what}")
             for key, value in own.items():
-                value.copy_(_read_finite(file, saved, key, value))
+                put(value, read_finite(file, saved, key, value))
 
 
-def _read_finite(file: Path, saved: Any, key: str, own: Tensor) -> Tensor:
+def read_finite(file: Path, saved: Any, key: str, own: Tensor) -> Tensor:
     """Read a tensor; an older version may have written non-finite numbers."""
     value = read_stored(saved, key, own)
     if problem := find_non_finite([(key, value)]):
@@ -213,7 +214,7 @@ def trained(module: Any) -> dict[str, Tensor]:
     """The parameters of a module that train, by name; a dict of tensors is given back."""
     if isinstance(module, dict):
         return module
-    return {name: p.data for name, p in module.named_parameters() if p.requires_grad}
+    return {name: detached(p) for name, p in module.named_parameters() if p.requires_grad}
 
 
 def moments(optimizer: Any) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from rlhf.checkpoint import UNSEALED
 from rlhf.config import (
@@ -18,8 +19,17 @@ from rlhf.config import (
     build_arguments,
     learning_rates,
 )
-from rlhf.distributed import is_sharded, refuse_under_sharding, refuse_zero3, use_bfloat16
+from rlhf.distributed import (
+    is_sharded,
+    offloads,
+    refuse_under_sharding,
+    sharding,
+    use_bfloat16,
+    use_deepspeed_on_cpu,
+)
+from rlhf.hf_trainer.deepspeed_settings import refuse_under_deepspeed
 from rlhf.hf_trainer.trial import check_trainer_values, try_out
+from rlhf.zero import runnable
 
 DEFAULT_LENGTH = 1024  # tokens of a row
 BEST_METRICS = {
@@ -47,6 +57,7 @@ def trainer_arguments(
             "trainer.load_best_model_at_end=true": config.trainer.get("load_best_model_at_end"),
         }
     )
+    refuse_under_deepspeed(config)
     given = config.trainer | {"learning_rate": learning_rates(config)["trainer.learning_rate"]}
     check_trainer_values(factory, given, stage)
     if given.get("fp16") and use_bfloat16(config.precision):
@@ -58,7 +69,9 @@ def trainer_arguments(
     load_best = _pop_load_best(values, stage)
     decided = _decided_by_stage(factory, config, stage, bool(values.get("fp16")))
     args = build_arguments(factory, values, decided | reserved)
-    refuse_zero3(args.deepspeed_plugin, stage)
+    if sharding() == "DeepSpeed":
+        use_deepspeed_on_cpu()
+        unset_hf_deepspeed_config()  # models come in slices in our own way
     try_out(args)
     # set after the fact: as an argument it would want evaluations at every checkpoint, and we add a
     # checkpoint to every evaluation that is the best
@@ -82,7 +95,7 @@ def _decided_by_stage(
         "report_to": "none",
         "disable_tqdm": True,
         "use_cpu": not torch.cuda.is_available(),
-        "bf16": use_bfloat16(config.precision),
+        "bf16": use_bfloat16(config.precision) and sharding() != "DeepSpeed",  # see ShardedTrainer
         "activation_checkpointing" if is_renamed else "gradient_checkpointing": False,
         "remove_unused_columns": False,
         # it would replace a nan in the logged loss; a loss scaler skips such steps
@@ -139,7 +152,11 @@ def as_in_training(
     """Put a model where the Trainer will have it, and read it in the precision of training."""
     if config.model.quantization is None and not is_sharded(model):  # else it is there already
         model.to(args.device)
-    with torch.autocast(args.device.type, torch.bfloat16, enabled=bool(args.bf16)):
+    is_cast = use_bfloat16(config.precision)
+    with (
+        runnable(model, offloads()),
+        torch.autocast(args.device.type, torch.bfloat16, enabled=is_cast),
+    ):
         yield
 
 

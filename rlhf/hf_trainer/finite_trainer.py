@@ -76,6 +76,8 @@ class FiniteTrainer(ShardedTrainer):
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         """Check the step; the Trainer asks for the norm right before the optimiser steps."""
         norm = super()._get_grad_norm(*args, **kwargs)
+        if self.is_deepspeed_enabled and self.accelerator.optimizer_step_was_skipped:
+            norm = math.nan  # DeepSpeed, which has stepped already, gives that of the step before
         numbers = [[float(self._step_loss), 0.0 if norm is None else float(norm)]]
         everywhere = self.accelerator.gather(torch.tensor(numbers, device=self.args.device))
         self._step_loss = 0.0
@@ -106,7 +108,7 @@ class FiniteTrainer(ShardedTrainer):
 
 def find_non_finite_state(trainer: Trainer) -> str | None:
     """As `find_non_finite`, in the weights and optimiser states of a Trainer on all processes."""
-    weights = trainer.accelerator.unwrap_model(trainer.model).state_dict()
+    weights = trainer.accelerator.unwrap_model(trainer.model).state_dict(keep_vars=True)
     tensors = itertools.chain(weights.items(), optimizer_tensors(trainer.optimizer))
     return find_non_finite_on_any(tensors)
 
@@ -115,7 +117,7 @@ def set_learning_rate(trainer: Trainer) -> None:
     """Use the learning rate and warm-up of the configuration. The Trainer restored those of the
     checkpoint, which differ if a run that met such a number goes on with a lower rate."""
     schedule: Any = trainer.lr_scheduler
-    if not isinstance(schedule, LambdaLR) or trainer.is_deepspeed_enabled:
+    if not isinstance(schedule, LambdaLR):
         return
     rate = trainer.args.learning_rate
     schedule.base_lrs = [rate for _ in schedule.base_lrs]

@@ -25,7 +25,7 @@ import pickle
 import time
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
@@ -39,6 +39,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from rlhf.checkpoint import (
     GracefulStop,
@@ -55,6 +56,7 @@ from rlhf.checkpoint import (
 from rlhf.config import InputError, RewardStageConfig, SFTStageConfig, resume_overrides, save_config
 from rlhf.console import is_main_process, num_processes, progress_bar, rank, say
 from rlhf.curves import write_curves
+from rlhf.distributed import describe_sharding, use_bfloat16
 from rlhf.failures import NOTE
 from rlhf.hf_trainer.finite_trainer import find_non_finite_state, set_learning_rate
 from rlhf.hf_trainer.sharded_trainer import ShardedTrainer
@@ -76,6 +78,9 @@ def run_trainer(
     """
     checkpoint = checkpoint_to_resume(config, directory)
     writer = MetricsWriter(directory, config, stage, run_id(directory))
+    cast(ShardedTrainer, trainer).in_bfloat16 = use_bfloat16(config.precision)
+    if shards := describe_sharding(trainer.accelerator):
+        say(f"sharding: {shards}")
     with GracefulStop(config.checkpoint.grace_seconds, directory) as stop:
         metrics = MetricsCallback(writer)
         checkpoints = CheckpointCallback(trainer, config, directory, checkpoint, stop)
@@ -85,6 +90,7 @@ def run_trainer(
         trainer.add_callback(checkpoints)
         try:
             _train(trainer, checkpoint)
+            unset_hf_deepspeed_config()  # models that are made now are whole
             problem = find_non_finite_state(trainer)
             if problem is not None:
                 raise NonFiniteError(f"{problem} after step {trainer.state.global_step}")

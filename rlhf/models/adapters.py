@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from rlhf.checkpoint import NonFiniteError, find_non_finite_on_any
 from rlhf.config import InputError, ModelConfig, PeftConfig, one_line
 from rlhf.console import is_main_process
-from rlhf.distributed import compute_device, in_file, is_sharded, whole
+from rlhf.distributed import compute_device, detached, in_file, is_sharded, whole
 from rlhf.hub import ADAPTER_WEIGHTS
 from rlhf.models.attention import is_padding_free
 from rlhf.models.forward import HEAD, unwrap_peft
@@ -33,6 +33,7 @@ from rlhf.models.quantization import dequantized_weight, is_quantized
 from rlhf.models.stacked import kept_delta
 from rlhf.models.unread import stand_ins
 from rlhf.tokenizer import stop_strings
+from rlhf.zero import gathering
 
 STORED_DTYPE = "_rlhf_stored_dtype"  # attribute of a model: the type of the weights in its files
 
@@ -260,27 +261,31 @@ def _merged_weights(
     base = unwrap_peft(model)
     names = plain.state_dict().keys()  # leaves out adapters, and the scales of quantised weights
     if not isinstance(model, PeftModel):
-        yield from ((k, whole(v.detach())) for k, v in base.state_dict().items() if k in names)
+        weights = base.state_dict(keep_vars=True)
+        yield from ((k, whole(detached(v))) for k, v in weights.items() if k in names)
         return
     adapter = model.active_adapter
     packed = {name for name, module in base.named_modules() if is_quantized(module)}
     state = {}
-    for key, value in base.state_dict().items():
+    for key, value in base.state_dict(keep_vars=True).items():
         name = key.replace(f".modules_to_save.{adapter}", "")
         name = name.replace(".token_adapter", "").replace(".base_layer", "")
         if name in names and ".original_module" not in key and key.rpartition(".")[0] not in packed:
-            state[name] = value.detach()
+            state[name] = detached(value)
     yield from ((key, whole(value)) for key, value in state.items())
     for name, module in base.named_modules():
         if isinstance(module, TrainableTokensLayer) and with_adapter:
-            weight = module.get_merged_weights([adapter]).detach()
+            with gathering(module.parameters()):
+                weight = module.get_merged_weights([adapter]).detach()
             yield f"{name.removesuffix('.token_adapter')}.weight", weight
         elif isinstance(module, LoraLayer) and not is_quantized(module.get_base_layer()):
             # PEFT wraps a layer of experts once for each weight: experts, experts.base_layer
             key = f"{name.replace('.base_layer', '')}.{getattr(module, 'parameter_name', 'weight')}"
             deltas = [kept_delta(module.get_base_layer())]
             if with_adapter:
-                deltas.append(cast(Any, module).get_delta_weight(adapter).detach())
+                layer = cast(Any, module)
+                with gathering(p for n, p in layer.named_parameters() if "lora_" in n):
+                    deltas.append(layer.get_delta_weight(adapter).detach())
             added = sum(whole(delta) for delta in deltas if delta is not None)
             yield key, (whole(state[key]) + added).to(state[key].dtype)
         elif (kept := kept_delta(module)) is not None and f"{name}.weight" in state:
@@ -345,8 +350,9 @@ def adapter_writer(
 ) -> Callable[[Path], None]:
     """Return a function that writes the adapter as it is now into a directory, with the name of its
     base. All processes that share a sharded model call this together."""
-    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
-    copies = {k: whole(v.detach()).cpu().contiguous().clone() for k, v in tensors.items()}
+    weights = model.state_dict(keep_vars=True)
+    tensors = get_peft_model_state_dict(model, weights, save_embedding_layers=False)
+    copies = {k: whole(detached(v)).cpu().contiguous().clone() for k, v in tensors.items()}
     settings = copy.copy(model.active_peft_config)
     return partial(_save_adapter, settings, copies, base, revision)
 

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from rlhf.distributed import compute_device
 from rlhf.models.attention import is_padding_free
+from rlhf.zero import shape_of
 
 HEAD = "score"
 
@@ -114,7 +115,7 @@ def is_causal(model: Any) -> bool:
     two rows with the same start must give the same there."""
     inner = unwrap_peft(getattr(model, "module", model))
     if not hasattr(inner, "_rlhf_is_causal"):
-        num_ids, device = len(inner.get_input_embeddings().weight), compute_device(inner)
+        num_ids, device = shape_of(inner.get_input_embeddings().weight)[0], compute_device(inner)
         rows = torch.tensor([[0, 1, 2, 3], [0, 1, num_ids - 1, num_ids - 2]], device=device)
         reader: Any = model if isinstance(model, FSDPModule) else inner.base_model
         with eval_mode(inner):

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf.checkpoint import find_non_finite, find_non_finite_in
 from rlhf.config import InputError, ModelConfig
 from rlhf.console import say
-from rlhf.distributed import sharding
+from rlhf.distributed import loads_in_slices
 from rlhf.gguf_files import is_gguf
 from rlhf.hub import Source, find_source, read_json
 from rlhf.models.build import build_model
@@ -37,6 +37,7 @@ from rlhf.models.weights import (
     put_stored_adapter,
 )
 from rlhf.tokenizer import end_token_ids, num_tokens
+from rlhf.zero import shape_of
 
 
 def load_policy(
@@ -61,7 +62,7 @@ def load_policy(
             is not valid.
     """
     if config.path is None:
-        model = build_model(config, tokenizer, in_slices and sharding() == "FSDP")
+        model = build_model(config, tokenizer, in_slices and loads_in_slices())
     else:
         model = load_language_model(_find(config, field, in_slices), config)
         require_numbers(model.generation_config, f"{field}={config.path}")
@@ -196,7 +197,7 @@ def parameter_count(model: nn.Module) -> tuple[int, int]:
     total = trainable = 0
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)  # 4 bits: a byte holds two parameters
-        size = parameter.numel() if state is None else math.prod(state.shape)
+        size = math.prod(shape_of(parameter) if state is None else state.shape)
         total += size
         trainable += size * parameter.requires_grad
     return total, trainable
@@ -216,7 +217,7 @@ def _find(config: ModelConfig, field: str, in_slices: bool = False) -> Source:
             "which is read in floating point; write safetensors first: python -m rlhf.export "
             f"path={config.path} out=<new directory>"
         )
-    if not in_slices or sharding() != "FSDP":
+    if not in_slices or not loads_in_slices():
         return source
     if not all(map(adds_products, source.adapters)):
         say(

@@ -31,6 +31,7 @@ from rlhf.config import InputError
 from rlhf.distributed import (
     compute_device,
     default_device,
+    detached,
     like,
     local,
     move,
@@ -39,10 +40,12 @@ from rlhf.distributed import (
     read_rows,
     slice_weights,
     whole,
+    zero_stage,
 )
 from rlhf.hub import ADAPTER, ADAPTER_WEIGHTS, Misfits, read_json, tensor_names, weight_files
 from rlhf.models.forward import HEAD
 from rlhf.models.shared_slices import slice_base, slices_of
+from rlhf.zero import divide_weights, is_zero, put
 
 UNREAD = "_rlhf_unread"  # attribute of a model: `Unread`
 RENAMED = {"lm_head.weight": "embed_out.weight"}  # in files of GPT-NeoX
@@ -81,8 +84,13 @@ class Unread:
             self._places[name] = model.get_submodule(owner), own
 
     @torch.no_grad()
-    def read(self) -> str | None:
-        """Read this process's slices; return what is wrong with them, if anything is."""
+    def read(self, then: Callable[[nn.Parameter], None] = lambda _: None) -> str | None:
+        """Read this process's slices; return what is wrong with them, if anything is.
+
+        Args:
+            then: called with each parameter that has been read; processes may do this together.
+        """
+        problem = None
         try:
             for name, stored in self.tensors():
                 if name not in self._places:  # the head of another task
@@ -93,11 +101,11 @@ class Unread:
                 first, end = own_rows(parameter)
                 for added in self._added.get(name, ()):
                     local(parameter).add_(added()[first:end].to(parameter.device))
-                if problem := find_non_finite([(name, parameter)]):
-                    return problem
+                problem = problem or find_non_finite([(name, parameter)])
+                then(parameter)
         except (SafetensorError, OSError) as error:
             return f"its weights cannot be read ({error})"
-        return None
+        return problem
 
 
 def _in_files(names: dict[Path, list[tuple[str, str]]]) -> Iterator[tuple[str, Any]]:
@@ -199,7 +207,7 @@ def _fill_token_rows(model: nn.Module) -> None:
     """Give the rows of tables that adapters train their first numbers, which PEFT did not see."""
     for layer in model.modules():
         if isinstance(layer, TrainableTokensLayer):
-            table = whole(cast(Any, layer.get_base_layer()).weight.detach())
+            table = whole(detached(cast(Any, layer.get_base_layer()).weight))
             for name, rows in layer.trainable_tokens_delta.items():
                 first = table[layer.token_indices[name]]
                 rows.data.copy_(like(first, rows.data))
@@ -222,8 +230,32 @@ def shard(model: Any, on_cpu: bool = False) -> None:
         InputError: on all processes, if one of them read a number that is not finite.
     """
     on_cpu |= offloads()
+    if zero_stage() == 3:
+        _divide(model, on_cpu)
+        return
     slice_weights(model, on_cpu)
     _read(model, on_cpu)
+
+
+def _divide(model: Any, on_cpu: bool) -> None:
+    """`shard` under DeepSpeed. Weights that come from files are whole one after the other."""
+    waits = unread(model)
+    if waits is not None:
+        _take_memory(model)
+        problem = waits.read(lambda parameter: divide_weights([parameter], on_cpu))
+        _have_been_read(model, waits, problem)
+    divide_weights(model.parameters(), on_cpu)
+    move(model, default_device())  # buffers
+
+
+def _take_memory(model: nn.Module) -> None:
+    """Give weights on the meta device main memory, of which none is used until it is written to."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, own in module._parameters.items():
+            if own is not None and own.is_meta:
+                empty = nn.Parameter(torch.empty_like(own, device="cpu"), own.requires_grad)
+                module._parameters[name] = made.setdefault(own, empty)
 
 
 def shard_base(base: Any, whole_tables: bool = False) -> None:
@@ -248,11 +280,16 @@ def _read(model: Any, on_cpu: bool) -> None:
     device = "cpu" if on_cpu else compute_device(model)
     for units in filter(None, (slices_of(model), model)):
         units._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
-    problems = gather_object([waits.read()])
+    _have_been_read(model, waits, waits.read())
+
+
+def _have_been_read(model: Any, waits: Unread, problem: str | None) -> None:
+    """Finish a model whose slices all processes have read; refuse it if one has a problem."""
+    problems = gather_object([problem])
     for module in model.modules():
         module.__dict__.pop(UNREAD, None)
-    for problem in filter(None, problems):
-        raise waits.refuse(problem)
+    for found in filter(None, problems):
+        raise waits.refuse(found)
     _fill_token_rows(model)
 
 
@@ -265,16 +302,19 @@ def read_weights(model: Any, directory: Path) -> None:
     """
     is_adapted = isinstance(model, PeftModel)
     files = weight_files(directory, {})
-    own: dict[str, torch.Tensor] = model.state_dict()
+    own: dict[str, torch.Tensor] = model.state_dict(keep_vars=True)
     if is_adapted:
         files = [directory / ADAPTER_WEIGHTS]
-        own = get_peft_model_state_dict(model, save_embedding_layers=False)
-    tied: set[int] = set()
+        own = get_peft_model_state_dict(model, own, save_embedding_layers=False)
+    known: set[int] = set()
     for file in files:
         with safe_open(file, framework="pt") as tensors:
-            for name in own.keys() & tensors.keys():
-                read_rows(own[name], tensors.get_slice(name))
-                tied.add(local(own[name]).data_ptr())
-    lost = [name for name, tensor in own.items() if local(tensor).data_ptr() not in tied]
+            for name in sorted(own.keys() & tensors.keys()):  # in one order on all processes
+                if is_zero(own[name]):
+                    put(own[name], tensors.get_tensor(name))
+                else:
+                    read_rows(own[name], tensors.get_slice(name))
+                known.add(id(own[name]))  # of tied tables, one is in the file
+    lost = [name for name, tensor in own.items() if id(tensor) not in known]
     if lost:
         raise InputError(f"{directory} does not fit the model: {Misfits(lost)}")

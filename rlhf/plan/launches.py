@@ -2,6 +2,8 @@
 
 ddp            each GPU holds all of it; buckets hold the gradients a second time
 zero2          gradients and Adam's states in slices (Rajbhandari et al. 2020)
+zero3          weights in slices too; DeepSpeed keeps what it gathers up to a limit
+zero3_offload  as zero3, but the slices are in main memory
 fsdp2          weights in slices too; blocks are whole, in float32, while they are used
 fsdp2_offload  as fsdp2, but the slices are in main memory
 
@@ -18,7 +20,10 @@ from rlhf.models import ModelMemory
 from rlhf.plan.counting import FLOAT, HALF, Measured
 from rlhf.ppo.preflight.memory import FULL, MemoryEstimate
 
-LAUNCHES = ("ddp", "zero2", "fsdp2", "fsdp2_offload")
+LAUNCHES = ("ddp", "zero2", "zero3", "zero3_offload", "fsdp2", "fsdp2_offload")
+OFFLOADED = ("fsdp2_offload", "zero3_offload")
+# DeepSpeed's defaults, float32 numbers: its bucket of gradients, and the gathered weights it keeps.
+BUCKET, LIVE = 500_000_000, 1_000_000_000
 
 
 @dataclass
@@ -48,7 +53,7 @@ def launches(setting: Setting) -> tuple[str, ...]:
     """The files that the stage takes; those that shard need several GPUs."""
     if setting.gpus == 1:
         return LAUNCHES[:1]
-    return tuple(x for x in LAUNCHES if not (x == "zero2" and setting.stage == "ppo"))
+    return tuple(x for x in LAUNCHES if not (x.startswith("zero") and setting.stage == "ppo"))
 
 
 def estimate(model: Measured, setting: Setting, launch: str, rows: int = 1) -> MemoryEstimate:
@@ -95,13 +100,16 @@ def _trained(model: Measured, setting: Setting, launch: str) -> ModelMemory:
     if launch == "ddp":
         return ModelMemory(model.weights, gradients * (1 + (n > 1)), 2 * gradients, copies)
     if launch == "zero2":
-        return ModelMemory(model.weights, gradients // n, 2 * gradients // n, copies)
+        bucket = FLOAT * BUCKET + copies
+        return ModelMemory(model.weights, gradients // n, 2 * gradients // n, bucket)
     if setting.share_base:
         return _on_base(model, setting, launch, copies)
     # the block in use, the next one, the gradient of one; embeddings and head for the whole pass
     outer = model.parameters - model.num_blocks * model.block
     used = FLOAT * (3 * model.block + max(outer, 0)) + copies
-    if launch == "fsdp2_offload":
+    if launch.startswith("zero3"):
+        used = FLOAT * (min(model.parameters, LIVE) + BUCKET) + copies
+    if launch in OFFLOADED:
         return ModelMemory(0, 0, 0, used)
     return ModelMemory(model.weights // n, gradients // n, 2 * gradients // n, used)
 
@@ -124,12 +132,12 @@ def _reference(model: Measured, setting: Setting, launch: str) -> ModelMemory:
 
 
 def main_memory(model: Measured, setting: Setting, launch: str) -> int:
-    """Bytes that all processes keep in main memory: the slices of `fsdp2_offload`, and in PPO the
-    copy from which a checkpoint is written."""
+    """Bytes that all processes keep in main memory: the slices of an offload, and in PPO the copy
+    from which a checkpoint is written."""
     num_models = 1 + (setting.critic and setting.stage == "ppo")
     trained = num_models * FLOAT * model.trained
     copy = 3 * trained * (setting.stage == "ppo")  # and Adam's two moments
-    if launch != "fsdp2_offload":
+    if launch not in OFFLOADED:
         return copy
     if setting.share_base:
         return copy + model.weights - FLOAT * model.trained

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rlhf.models import unwrap_peft
 from rlhf.tokenizer import StopStrings, end_token_ids, forbidden_token_ids
+from rlhf.zero import shape_of
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def sampling_for(
 ) -> Sampling:
     """The settings for a model: its stop tokens and the stop strings of its chat template end a
     response, and its unused ids are forbidden."""
-    num_logits = model.get_output_embeddings().weight.shape[0]
+    num_logits = shape_of(model.get_output_embeddings().weight)[0]
     stops, stop_ids = StopStrings(tokenizer), stop_token_ids(model, tokenizer)
     return Sampling(
         max_new_tokens=max_new_tokens,

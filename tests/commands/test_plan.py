@@ -118,7 +118,12 @@ def test_each_launch_holds_what_its_scheme_says():
     parts = {name: estimate(counted(), eight, name).models["model"] for name in LAUNCHES}
     sizes = {n: (p.weights, p.gradients, p.adam, p.activations) for n, p in parts.items()}
     # the gradient twice in buckets; a pass keeps 50 of a row and the copies of weights
-    assert sizes["ddp"] == (400, 800, 800, 80) and sizes["zero2"] == (400, 50, 100, 80)
+    assert sizes["ddp"] == (400, 800, 800, 80)
+    bucket = 4 * 500_000_000  # of DeepSpeed, for gradients
+    assert sizes["zero2"] == (400, 50, 100, 80 + bucket)
+    # all weights are fewer than it keeps gathered
+    assert sizes["zero3"] == (50, 50, 100, 50 + 30 + 400 + bucket)
+    assert sizes["zero3_offload"] == (0, 0, 0, 50 + 30 + 400 + bucket)
     # two blocks, the gradient of one, and the rest of 50 numbers, in float32
     assert sizes["fsdp2"] == (50, 50, 100, 50 + 30 + 4 * (3 * 10 + 50))
     assert sizes["fsdp2_offload"] == (0, 0, 0, 400)
@@ -165,6 +170,7 @@ def test_ppo_holds_its_roles_and_lora_no_reference():
     assert offloaded["policy"].weights == 16
     assert launches(replace(one_base, gpus=2)) == ("ddp", "fsdp2", "fsdp2_offload")
     assert launches(replace(ppo, gpus=2)) == ("ddp", "fsdp2", "fsdp2_offload")
+    assert launches(replace(SETTING, gpus=2)) == LAUNCHES
     assert launches(ppo) == ("ddp",)
     lora = estimate(counted(trained=4), replace(ppo, lora=True, critic=False), "ddp").models
     assert list(lora) == ["policy", "reward model", "sampler"] and lora["policy"].adam == 32

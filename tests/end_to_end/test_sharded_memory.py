@@ -8,13 +8,12 @@ C library, which would keep freed memory for later, gives it back here at once.
 Run: python -m pytest -m slow tests/end_to_end/test_sharded_memory.py
 """
 
-import ctypes
 import gc
 import json
-import threading
 
 import pytest
 import torch
+from helpers.memory import Peak, give_back_at_once
 from helpers.sharded import in_group, text_of
 from helpers.tiny import tiny_model, tiny_tokenizer
 from transformers import AutoConfig
@@ -36,38 +35,6 @@ from rlhf.plan.launches import Setting, estimate, main_memory
 from rlhf.ppo.optimizer import make_optimizer
 from rlhf.sampling import use_engine
 from rlhf.tokenizer import load_tokenizer
-
-M_MMAP_THRESHOLD = -3  # of malloc.h
-
-
-def allocated():
-    """Bytes of this process's own memory."""
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) * 1024
-
-
-class Peak(threading.Thread):
-    """The most that a process has allocated inside the block, beyond what it had before."""
-
-    def __enter__(self):
-        gc.collect()
-        self.before = self.most = allocated()
-        self.ended = threading.Event()
-        self.start()
-        return self
-
-    def run(self):
-        while not self.ended.wait(0.002):
-            self.most = max(self.most, allocated())
-
-    def settle(self):
-        """Let the thread see what is held now."""
-        self.ended.wait(0.05)
-
-    def __exit__(self, *_):
-        self.ended.set()
-        self.join()
-        self.bytes = self.most - self.before
 
 
 def train(path, folder, measures):
@@ -155,7 +122,7 @@ def train_adapters(path, folder, on_one_base, measures):
 
 def train_both(warm_up, path, folder):
     """A tiny model first: libraries take memory at their first use."""
-    assert ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
+    give_back_at_once()
     for source, measures in ((warm_up, False), (path, True)):
         train(source, folder if measures else folder / "warm_up", measures)
         for on_one_base in (False, True):

@@ -59,7 +59,7 @@ def file(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ["F32", "Q8_0"])
 def test_each_process_reads_its_slice_of_a_gguf_file_tensor_by_tensor(kind, tmp_path, monkeypatch):
-    monkeypatch.setattr("rlhf.models.load.sharding", lambda: "FSDP")
+    monkeypatch.setattr("rlhf.models.load.loads_in_slices", lambda: True)
     model = tiny_model("llama", TOKENIZER, num_key_value_heads=2, hidden_size=64)
     config = ModelConfig(path=str(write_gguf(tmp_path / "m.gguf", model, tiny_tokenizer(), kind)))
     tokenizer = load_tokenizer(config)  # of one more token

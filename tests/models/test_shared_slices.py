@@ -36,7 +36,7 @@ CONFIG = ModelConfig(path="base")
 
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch):
-    monkeypatch.setattr("rlhf.models.load.sharding", lambda: "FSDP")
+    monkeypatch.setattr("rlhf.models.load.loads_in_slices", lambda: True)
 
 
 @pytest.fixture

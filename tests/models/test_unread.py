@@ -31,7 +31,7 @@ TASKS = "CAUSAL_LM", "SEQ_CLS"
 
 @pytest.fixture(autouse=True)
 def sharding(monkeypatch):
-    monkeypatch.setattr("rlhf.models.load.sharding", lambda: "FSDP")
+    monkeypatch.setattr("rlhf.models.load.loads_in_slices", lambda: True)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

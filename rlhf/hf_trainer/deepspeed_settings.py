@@ -1,0 +1,95 @@
+"""Settings that exclude DeepSpeed, and settings of DeepSpeed that a stage does not take: one line
+each, before anything loads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from rlhf.config import CONF_DIR, InputError, RewardStageConfig, SFTStageConfig, one_line
+from rlhf.distributed import sharding, zero_stage
+
+OPTIMISERS = ("adamw_torch", "adamw_torch_fused")
+# What accelerate launch says about its file: setting there -> variable, values that a stage takes,
+# what to do instead.
+TAKEN = {
+    "deepspeed_config_file": (
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE",
+        ("none",),
+        f"write its settings as in {CONF_DIR / 'accelerate' / 'zero3.yaml'}",
+    ),
+    "zero_stage": ("ACCELERATE_DEEPSPEED_ZERO_STAGE", ("2", "3"), "set it to 2 or 3"),
+    "offload_optimizer_device": (
+        "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE",
+        ("none", "cpu"),
+        "set it to cpu or none",
+    ),
+    "offload_param_device": (
+        "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE",
+        ("none", "cpu"),
+        "set it to cpu or none",
+    ),
+    "gradient_clipping": (
+        "ACCELERATE_GRADIENT_CLIPPING",
+        ("auto",),
+        "leave it out there, and set trainer.max_grad_norm",
+    ),
+    "gradient_accumulation_steps": (
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
+        ("auto",),
+        "leave it out there, and set batch_size",
+    ),
+    "mixed_precision": (
+        "ACCELERATE_MIXED_PRECISION",
+        ("no",),
+        "set it to 'no' there, and set precision",
+    ),
+}
+
+
+def refuse_under_deepspeed(config: SFTStageConfig | RewardStageConfig) -> None:
+    """Refuse what does not go together with DeepSpeed, if the launcher asks for it."""
+    if sharding() != "DeepSpeed":
+        return
+    if problems := [*_of_launcher(), *_of_stage(config)]:
+        raise InputError("\n".join(problems))
+    if os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE") == "cpu":
+        _build_adam()
+
+
+def _of_launcher() -> Iterator[str]:
+    for setting, (variable, taken, instead) in TAKEN.items():
+        value = os.environ.get(variable, taken[0])
+        if value not in taken:
+            yield f"{setting}: {value} in the file of accelerate launch is not supported; {instead}"
+    if os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE") == "cpu" and zero_stage() == 2:
+        yield "offload_param_device: cpu needs zero_stage: 3, which divides the weights; set it so"
+
+
+def _of_stage(config: SFTStageConfig | RewardStageConfig) -> Iterator[str]:
+    optim = config.trainer.get("optim", OPTIMISERS[0])
+    if optim not in OPTIMISERS:
+        yield (
+            f"trainer.optim={optim}: DeepSpeed gets slices that know no rows and layers; set "
+            f"trainer.optim={OPTIMISERS[0]}"
+        )
+    if config.trainer.get("fp16"):
+        yield "trainer.fp16=true is not supported under DeepSpeed; set precision=bfloat16 instead"
+    if config.model.dtype != "float32":
+        yield (
+            f"model.dtype={config.model.dtype}: under DeepSpeed, weights are float32; set "
+            "model.dtype=float32 (precision=bfloat16 is for passes)"
+        )
+
+
+def _build_adam() -> None:
+    """Build DeepSpeed's Adam for main memory, which its first use would do after everything."""
+    from deepspeed.ops.op_builder import CPUAdamBuilder
+
+    try:
+        CPUAdamBuilder().load(verbose=False)
+    except Exception as error:  # compilers and their absence raise anything
+        raise InputError(
+            "offload_optimizer_device: cpu: DeepSpeed cannot build its Adam for main memory "
+            f"({one_line(error)}); install g++ and ninja, or set offload_optimizer_device: none"
+        ) from error
