@@ -151,7 +151,12 @@ def test_the_command_of_the_docs_trains(runs, tmp_path):
     record = json.loads((tmp_path / "runs/typed/reward/final/rlhf.json").read_text())
     assert record["sharding"].startswith("DeepSpeed ZeRO-3, what trains in slices")
     ppo = [*launch[:-1], "rlhf.ppo", "run_name=typed", f"model.path={policy}"]
-    refused = run([sys.executable, *ppo, "scorer=python", "scorer.path=x.y"], tmp_path)
+    ppo += ["dataset=prompt_completion", "dataset.path=prompts.jsonl"]
+    ppo += ["scorer=python", "scorer.path=lengths.score", "critic.init=policy"]
+    (tmp_path / "lengths.py").write_text(
+        "def score(p, responses): return list(map(len, responses))"
+    )
+    refused = run([sys.executable, *ppo], tmp_path)
     assert refused.returncode != 0
     assert "PPO does not run under DeepSpeed" in refused.stdout + refused.stderr
 
