@@ -50,3 +50,12 @@ from rlhf.data.sources import (
     load_splits,
     to_conversation,
 )
+
+# Names that earlier versions had here.
+from rlhf.tokenizer import (
+    RefusedConversation,
+    answer_frame,
+    chat_template_text,
+    declare_stop_strings,
+    stop_strings,
+)

@@ -39,18 +39,16 @@ class FiniteTrainer(ShardedTrainer):
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
 
-    def row_lengths(self) -> list[int]:
-        """Tokens of each training row."""
-        assert self.train_dataset is not None
-        return [len(ids) for ids in self.train_dataset["input_ids"]]
+    def row_lengths(self) -> list[int] | None:
+        """Tokens of each training row; None if the rows are not texts."""
+        return None
 
     def get_train_dataloader(self) -> DataLoader:
         """Read training rows; several processes have similar numbers of tokens in a step."""
         loader = super().get_train_dataloader()
         shard = loader.batch_sampler
-        if isinstance(shard, BatchSamplerShard):
-            batches, processes = shard.batch_sampler, shard.num_processes
-            shard.batch_sampler = LevelBatches(batches, self.row_lengths(), processes)
+        if isinstance(shard, BatchSamplerShard) and (lengths := self.row_lengths()) is not None:
+            shard.batch_sampler = LevelBatches(shard.batch_sampler, lengths, shard.num_processes)
         return loader
 
     def training_step(

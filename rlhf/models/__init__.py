@@ -79,3 +79,13 @@ from rlhf.models.shared_slices import slices_of
 from rlhf.models.shared_trunk import SharedTrunk, ValueHead, token_outputs
 from rlhf.models.unread import read_weights, shard, shard_base, shard_unread
 from rlhf.models.weights import load_adapter
+
+# Names that earlier versions had here.
+from rlhf.tokenizer import (
+    StopStrings,
+    end_token_ids,
+    forbidden_token_ids,
+    load_tokenizer,
+    num_tokens,
+    response_text,
+)

@@ -94,6 +94,11 @@ class SFTResult(StageResult):
 class FiniteSFTTrainer(FiniteTrainer, SFTTrainer):
     """TRL's Trainer, but it stops at numbers that are not finite."""
 
+    def row_lengths(self) -> list[int]:
+        """Tokens of each training row."""
+        rows: Any = self.train_dataset
+        return [len(ids) for ids in rows["input_ids"]]
+
 
 def train_sft(
     config: SFTStageConfig,

@@ -5,7 +5,10 @@ Run: python -m pytest tests/config/test_public_names.py
 
 import ast
 import dataclasses
+import importlib
 from pathlib import Path
+
+import pytest
 
 import rlhf
 from rlhf.config import STAGES
@@ -36,3 +39,19 @@ def test_type_checkers_see_what_is_imported():
     assert sorted(seen) == sorted(rlhf.__all__)
     for name, module in seen.items():
         assert getattr(__import__(module, fromlist=[name]), name) is getattr(rlhf, name)
+
+
+@pytest.mark.parametrize(
+    ("room", "names"),
+    [
+        ("rlhf.sft", "SFTResult train_sft"),
+        ("rlhf.reward", "RewardResult train_reward"),
+        ("rlhf.ppo", "PPOResult PPOTrainer train_ppo"),
+        ("rlhf.scorers", "load_scorer"),
+        ("rlhf.data", "chat_template_text encode_row encode_sft load_rows stop_strings"),
+        ("rlhf.models", "ScalarModel load_policy load_reward_model load_tokenizer response_text"),
+    ],
+)
+def test_scripts_find_names_in_the_rooms_where_they_were(room, names):
+    for name in names.split():
+        assert callable(getattr(importlib.import_module(room), name)), name

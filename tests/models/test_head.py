@@ -160,9 +160,9 @@ def test_at_a_vocabulary_of_128k_a_chunk_of_logits_is_in_memory_and_not_all():
     positions, wanted = torch.arange(num_tokens)[None], torch.ones(1, num_tokens, dtype=torch.bool)
 
     def step():
-        rows = ids, torch.ones_like(ids, dtype=torch.bool)
-        read = positions, ids[:, 1:], wanted, NONE_FORBIDDEN
-        logprobs, entropy = response_logprobs(model, *rows, *read, with_entropy=True)
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        read = Reading(ids, mask, positions, ids[:, 1:], wanted, NONE_FORBIDDEN, with_entropy=True)
+        logprobs, entropy = response_logprobs(model, read)
         (logprobs + entropy).sum().backward()
 
     taken = {}

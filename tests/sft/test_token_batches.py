@@ -21,9 +21,9 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from rlhf import train_reward, train_sft
 from rlhf.hf_trainer import finite_trainer
-from rlhf.hf_trainer.finite_trainer import FiniteTrainer
 from rlhf.hf_trainer.token_batches import level, split_batch, together
 from rlhf.metrics import read_jsonl
+from rlhf.sft.stage import FiniteSFTTrainer
 
 
 def test_neighbours_join_while_they_fit():
@@ -73,7 +73,7 @@ def test_processes_share_the_rows_of_each_step_of_one_process(monkeypatch):
     lengths = torch.randint(1, 100, (23,), generator=draw).tolist()
     rows = Dataset.from_list([{"row": i, "input_ids": [0] * n} for i, n in enumerate(lengths)])
 
-    def batches_of(process, trainer=FiniteTrainer):
+    def batches_of(process, trainer=FiniteSFTTrainer):
         loader = DataLoader(rows.with_format("torch", ["row"]), 4, shuffle=True)
         loader = prepare_data_loader(
             *(loader, None, 2, process), put_on_device=False, use_seedable_sampler=True, data_seed=0
@@ -92,7 +92,7 @@ def test_processes_share_the_rows_of_each_step_of_one_process(monkeypatch):
         one, two = (sum(lengths[row] for row in batch) for batch in step)
         return abs(one - two)
 
-    dealt, drawn = ([batches_of(i, t) for i in range(2)] for t in (FiniteTrainer, Trainer))
+    dealt, drawn = ([batches_of(i, t) for i in range(2)] for t in (FiniteSFTTrainer, Trainer))
     for epoch in range(2):
         ours = list(zip(dealt[0][epoch], dealt[1][epoch], strict=True))
         theirs = list(zip(drawn[0][epoch], drawn[1][epoch], strict=True))
