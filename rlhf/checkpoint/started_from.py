@@ -75,7 +75,7 @@ def require_same_base(directory: Path, config: StageConfig) -> None:
 
 
 def _read_again(config: StageConfig) -> Iterator[tuple[str, str | None]]:
-    """Yield the models of which a checkpoint has no copy: below adapters, and those of PPO that do
+    """Yield the models that a checkpoint has no copy of: below adapters, and those of PPO that do
     not train."""
     if config.peft.enabled or isinstance(config, PPOStageConfig):
         yield "model.path", config.model.path

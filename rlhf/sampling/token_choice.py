@@ -39,7 +39,7 @@ def restrict(logprobs: Tensor, sampling: Sampling) -> Tensor:
         probs = sorted_logprobs.exp()
         mass_before = probs.cumsum(dim=-1) - probs  # of the tokens that are more likely
         dropped = torch.zeros_like(logprobs, dtype=torch.bool)
-        # the likeliest token stays, whatever top_p is: 0 means that alone
+        # the likeliest token always stays: top_p=0 means that alone
         dropped = dropped.scatter(-1, order, (mass_before >= sampling.top_p) & (mass_before > 0))
         logprobs = logprobs.masked_fill(dropped, -math.inf)
     return logprobs
