@@ -36,6 +36,7 @@ from rlhf.config import (
     hide,
     nothing_to_resume,
     read_run_config,
+    refused_file,
     remember_references,
     schema,
     stage_help,
@@ -196,6 +197,8 @@ def _composed(command: _Command, node: Any, typed: list[str], swept: list[str]) 
             config = _continued(config, stage, typed)
     except OmegaConfBaseException as error:
         raise InputError("\n".join([*problems, explain(error, STAGES[stage])])) from error
+    except OSError as error:
+        raise InputError("\n".join([*problems, refused_file(error)])) from error
     _require_typed_trust(config, typed)
     for key, final in default_paths(config).items():
         if earlier is not None and (final.is_dir() or final.parent.name in earlier):

@@ -31,6 +31,7 @@ from rlhf.config import (
     load_object,
     problems_of,
     refuse,
+    refused_file,
     with_default_paths,
 )
 from rlhf.data import load_splits, resolve_format
@@ -133,14 +134,21 @@ def failures(checks: Iterable[Check]) -> Iterator[str]:
             check()
         except InputError as error:
             yield str(error)
+        except OSError as error:
+            if error.filename is None:
+                raise
+            yield refused_file(error)
+
+
+def _check_directory(config: StageConfig, stage: str) -> None:
+    # of a run that is going on, the lock says more
+    if not (config.stage_dir(stage) / LOCK).exists():
+        refuse_used_directory(config, stage)
 
 
 def _checks(config: StageConfig, stage: str, awaited: Collection[str]) -> Iterator[Check]:
-    directory = config.stage_dir(stage)
-    writes = getattr(config, "preflight", None) != "only"
-    # of a run that is going on, the lock says more
-    if writes and not (directory / LOCK).exists():
-        yield lambda: refuse_used_directory(config, stage)
+    if getattr(config, "preflight", None) != "only":
+        yield lambda: _check_directory(config, stage)
     yield lambda: check_rows(config, stage)
     yield from _other_sources(config)
     model = config.model

@@ -17,7 +17,16 @@ import types
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from rlhf.config import InputError, hide, nearest, refuse, sentences, value_problems, yaml_scalar
+from rlhf.config import (
+    InputError,
+    hide,
+    nearest,
+    refuse,
+    refused_file,
+    sentences,
+    value_problems,
+    yaml_scalar,
+)
 from rlhf.console import accept_any_text, print_help
 
 Options = TypeVar("Options")
@@ -37,8 +46,9 @@ def run_command(
 ) -> int:
     """Run a command with `key=value` arguments; return its exit status.
 
-    The status is what `run` returns (None counts as 0), 2 after an `InputError`, which is printed
-    in one line, and 130 after Ctrl-C. `--help` prints `usage` above the options.
+    The status is what `run` returns (None counts as 0), 2 after an `InputError` or a file that the
+    system refuses, which are printed in one line, and 130 after Ctrl-C. `--help` prints `usage`
+    above the options.
     """
     accept_any_text()
     if {"-h", "--help"} & set(arguments):
@@ -48,6 +58,11 @@ def run_command(
         return run(read_options(options, arguments)) or 0
     except InputError as error:
         print(f"error: {hide(str(error))}", file=sys.stderr, flush=True)
+        return 2
+    except OSError as error:
+        if error.filename is None:  # of a connection
+            raise
+        print(f"error: {refused_file(error)}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         if when_interrupted is not None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rlhf.checkpoint.disk import UNSEALED, disk_errors
-from rlhf.config import InputError, StageConfig
+from rlhf.config import InputError, StageConfig, refused_file
 from rlhf.console import is_main_process, num_processes, say, warn
 
 LOCK = ".lock"
@@ -184,7 +184,7 @@ def _open(file: Path) -> int | None:
         if error.errno in (errno.ELOOP, errno.EISDIR):
             raise InputError(f"{file} is in the way of a lock file; delete it") from error
         if error.errno not in NOT_WRITABLE:
-            raise
+            raise InputError(refused_file(error)) from error
     try:
         return os.open(file, os.O_RDONLY | os.O_NOFOLLOW)  # the holder may be another user
     except OSError:

@@ -47,6 +47,7 @@ from rlhf.config import (
     load_config,
     nothing_to_resume,
     plain_values,
+    refused_file,
     resume_overrides,
 )
 from rlhf.console import launched_with, num_processes, quiet_libraries, say, warn
@@ -205,7 +206,10 @@ def prepare_run_directory(config: StageConfig, stage: str) -> Path:
     if state.is_main_process:
         if config.overwrite:
             clear(directory)
-        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{refused_file(error)}; set runs_dir to another folder") from error
         remove_unfinished(directory)
         write_identity(directory, stage)
         if latest_checkpoint(directory) is None:

@@ -7,7 +7,15 @@ mapping `trainer:` may hold is decided by the libraries that receive it (see `bu
 
 from rlhf.config.checks import check, check_scorer_config, has_frozen_models, problems_of
 from rlhf.config.environment import as_written, hide, keep_secret, remember_references
-from rlhf.config.errors import InputError, MissingValues, nearest, one_line, refuse, show
+from rlhf.config.errors import (
+    InputError,
+    MissingValues,
+    nearest,
+    one_line,
+    refuse,
+    refused_file,
+    show,
+)
 from rlhf.config.fields import knob, sentences, value_problems, yaml_scalar
 from rlhf.config.knobs import (
     DTYPES,

@@ -40,6 +40,11 @@ def show(value: Any) -> str:
     return f"{text[:60]}... ({type(value).__name__})" if len(text) > 60 else text
 
 
+def refused_file(error: OSError) -> str:
+    """Say in one line what the system said about a file."""
+    return f"{str(error.filename)[:200]}: {error.strerror}"
+
+
 def one_line(error: BaseException) -> str:
     """Describe an exception in one line: its type, and at most 400 characters of its text."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"

@@ -11,7 +11,7 @@ import torch
 from rlhf.checkpoint.disk import write_whole
 from rlhf.config import InputError
 from rlhf.console import interval_text, quiet_libraries, say, table
-from rlhf.data import BadRow, DropRow, as_prompt, as_text, read_rows
+from rlhf.data import BadRow, DropRow, as_prompt, as_text, read_rows, repaired
 from rlhf.evaluate.options import REPORT, EvaluateOptions
 from rlhf.evaluate.pairs import begin
 from rlhf.functional import bootstrap_interval, geometric_mean
@@ -89,7 +89,8 @@ def read_pairs(path: str) -> list[dict[str, Any]]:
             texts = {name: as_text(row.get(name), name) for name in ("chosen", "rejected")}
         except (InputError, DropRow) as error:
             raise InputError(f"data: {where}: {error}") from error
-        rows.append({"prompt": prompt, **texts, "subset": str(row.get("subset") or "all")})
+        pair = repaired({"prompt": prompt, **texts}, "row", [])
+        rows.append(pair | {"subset": str(row.get("subset") or "all")})
     if not rows:
         raise InputError(f"data={path} has no rows")
     return rows

@@ -142,6 +142,13 @@ def config_of(tmp_path, **values):
     return SFTStageConfig(runs_dir=str(tmp_path / "runs"), run_name="mine", **values)
 
 
+def test_a_place_where_no_folder_can_be_made_is_named():
+    config = SFTStageConfig(runs_dir="/proc", run_name="mine")
+    with pytest.raises(InputError, match="/proc/mine.*: No such file or directory"):
+        with one_writer(config, "sft"):
+            pass
+
+
 def test_run_that_does_not_begin_leaves_nothing(tmp_path):
     with pytest.raises(InputError, match="no such data"), one_writer(config_of(tmp_path), "sft"):
         raise InputError("no such data")

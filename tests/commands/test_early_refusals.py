@@ -24,6 +24,7 @@ from rlhf.inputs import check_inputs
 
 TORCH = 'raise SystemExit("torch was imported")\n'
 ROWS = "dataset=prompt_completion dataset.path=rows.jsonl run_name=new"
+LONG = "x" * 300
 COMMANDS = {
     f"rlhf.sft model.path=./nope model.chat_template=vicunna {ROWS} dataset.path=gone.jsonl "
     "mix.fraction=0.5 mix.path=no_texts.jsonl": [
@@ -98,6 +99,9 @@ COMMANDS = {
     ],
     "rlhf.export path=./nope out=policy": ["path=./nope: no such directory"],
     "rlhf.reward.report path=./nope": ["path=./nope: no such directory"],
+    f"rlhf.sft model.path=model dataset.path=rows.jsonl run_name={LONG}": ["run_name must be one"],
+    f"rlhf.sft resume=true run_name={LONG}": ["File name too long"],
+    f"rlhf.report run_name={LONG}": [f"runs/{LONG[:150]}", "File name too long"],
     "rlhf.report run_name=nope": ["path=runs/nope: no such directory"],
     "rlhf.compare path=[runs/mime]": ["path=runs/mime: no such directory. Did you mean runs/mine?"],
     "rlhf.diagnose run_name=nope": ["nope"],

@@ -176,6 +176,12 @@ def test_half_an_emoji_in_an_answer_loses_no_judgement(capsys):
     assert (row["prompt"], row["a"], row["winner"]) == ("Hi \ufffd", "a \ufffd", "b")
 
 
+def test_half_an_emoji_in_rewardbench_is_replaced():
+    half = {"prompt": "Hi \ud83c", "chosen": "a \ud83c", "rejected": "b"}
+    [row] = read_pairs(write("pairs.jsonl", [half]))
+    assert row == {"prompt": "Hi \ufffd", "chosen": "a \ufffd", "rejected": "b", "subset": "all"}
+
+
 def test_a_label_that_is_no_text_is_named(capsys):
     gold = write("gold.jsonl", [{"prompt": "Hi", "gold": ["a"]}])
     assert main([*two_files(), f"gold={gold}", "by=scorer", "scorer=os.path.join"]) == 2
