@@ -212,14 +212,14 @@ def describe_batches(
     minibatch = ppo.batch_size // ppo.num_mini_batches
     most, rows = ppo.micro_batch_tokens, ppo.rows_of(1)
     if isinstance(most, int):
-        limit = f"passes of at most {most} tokens"
+        limit = f", passes of at most {most} tokens"
     elif most == "auto":
-        limit = "passes of as many tokens as the preflight finds room for"
+        limit = ", passes of as many tokens as the preflight finds room for"
     elif ppo.micro_batch_size is None:
-        limit = f"passes with at most the tokens of the {rows} longest sequences"
+        limit = f", passes with at most the tokens of the {rows} longest sequences"
     else:
         number = math.ceil(minibatch // num_processes / rows)
-        limit = f"{number} micro-batches of at most {rows}"
+        limit = f" x {number} micro-batches of at most {rows}"
     total, trainable = parameter_count(actors.policy)
     own = "adapters off" if actors.reference is None else "own copy"
     reference = ppo.reference or own
@@ -246,5 +246,5 @@ def describe_batches(
         f"tokens each; {ppo.num_updates} updates = {ppo.num_updates * ppo.batch_size} episodes = "
         f"{passes:.1f} passes over the prompts\n"
         f"     update: {ppo.num_ppo_epochs} epochs x {ppo.num_mini_batches} minibatches of "
-        f"{minibatch} = {steps} optimiser steps; {processes} x {limit}{old}"
+        f"{minibatch} = {steps} optimiser steps; {processes}{limit}{old}"
     )
