@@ -135,8 +135,6 @@ def failures(checks: Iterable[Check]) -> Iterator[str]:
         except InputError as error:
             yield str(error)
         except OSError as error:
-            if error.filename is None:
-                raise
             yield refused_file(error)
 
 

@@ -60,8 +60,6 @@ def run_command(
         print(f"error: {hide(str(error))}", file=sys.stderr, flush=True)
         return 2
     except OSError as error:
-        if error.filename is None:  # of a connection
-            raise
         print(f"error: {refused_file(error)}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:

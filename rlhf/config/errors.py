@@ -41,7 +41,9 @@ def show(value: Any) -> str:
 
 
 def refused_file(error: OSError) -> str:
-    """Say in one line what the system said about a file."""
+    """Say in one line what the system said about a file; raise an error that is of none again."""
+    if error.filename is None:  # of a connection, or a pipe
+        raise error
     return f"{str(error.filename)[:200]}: {error.strerror}"
 
 

@@ -68,3 +68,16 @@ def test_a_terminal_in_another_encoding_shows_what_it_can(kind, monkeypatch):
     else:
         assert run_command("", ChatOptions, lambda _: say("\U0001f600 yes"), ["path=a"]) == 0
     assert stdout.buffer.getvalue() == b"\\U0001f600 yes\n"
+
+
+def test_a_file_that_the_system_refuses_is_named_and_an_error_of_a_connection_stays(capsys):
+    def read(options):
+        Path(options.path).read_text()
+
+    def connect(options):
+        raise ConnectionRefusedError(111, "Connection refused")
+
+    assert run_command("", ScoreOptions, read, ["path=/gone/rows.jsonl"]) == 2
+    assert capsys.readouterr().err == "error: /gone/rows.jsonl: No such file or directory\n"
+    with pytest.raises(ConnectionRefusedError):
+        run_command("", ScoreOptions, connect, ["path=a"])
