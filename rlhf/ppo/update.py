@@ -147,27 +147,30 @@ class Updater:
     def accumulate(
         self, batch: Experience, rows: Tensor, update: int, kl_coef: float, fills_in: bool = False
     ) -> dict[str, float]:
-        """Accumulate the gradients of the minibatch `rows` over micro-batches and processes; return
-        its statistics, all finite. `fills_in`: set `batch.logprobs` to what the policy gives."""
+        """Accumulate the gradients of the minibatch `rows` over micro-batches and processes, first
+        of the critic, then of the policy; return its statistics, all finite. `fills_in`: set
+        `batch.logprobs` to what the policy gives."""
         num_tokens = float(batch.loss_mask[rows].sum())
         denominator = num_tokens / self.accelerator.num_processes  # distributed wrappers average
         passes = micro_batches(batch, rows, self.config.ppo, self.accelerator)
         stats: Stats = {}
         found = torch.zeros_like(batch.logprobs)
-        for number, part in enumerate(map(batch.select, passes)):
-            last = number == len(passes) - 1
-            if self.critic is not None:
-                with self.syncing(self.critic, last):
+        last = len(passes) - 1
+        if self.critic is not None:
+            for number, part in enumerate(map(batch.select, passes)):
+                with self.syncing(self.critic, number == last):
                     stats = add_stats(stats, self.critic_backward(part, denominator))
-            if (trains := self.trains_policy(update)) or self.shares_trunk:
-                # with ptx the last of its micro-batches synchronises the processes
-                with self.syncing(self.policy, last and not (self.texts and trains)):
-                    if trains:
-                        new = self.policy_backward(part, denominator, kl_coef, fills_in)
-                    else:
-                        new = self.head_backward(part, denominator)
-                    stats = add_stats(stats, new)
-                found[passes[number], : part.logprobs.shape[1]] = part.logprobs
+        trains = self.trains_policy(update)
+        read = passes if trains or self.shares_trunk else []
+        for number, part in enumerate(map(batch.select, read)):
+            # with ptx the last of its micro-batches synchronises the processes
+            with self.syncing(self.policy, number == last and not (self.texts and trains)):
+                if trains:
+                    new = self.policy_backward(part, denominator, kl_coef, fills_in)
+                else:
+                    new = self.head_backward(part, denominator)
+                stats = add_stats(stats, new)
+            found[passes[number], : part.logprobs.shape[1]] = part.logprobs
         if fills_in:  # the rows of the other processes are 0 here
             batch.logprobs.copy_(self.accelerator.reduce(found, reduction="sum"))
         values = reduce_stats(stats, self.accelerator, num_tokens)

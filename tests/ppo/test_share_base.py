@@ -19,7 +19,14 @@ from rlhf import train_ppo
 from rlhf.checkpoint import make_record, read_record, write_stage
 from rlhf.config import InputError, ModelConfig, PeftConfig, RewardStageConfig, ScorerConfig
 from rlhf.metrics import read_jsonl
-from rlhf.models import add_lora, init_reward_model, load_policy, load_reward_model, what_to_save
+from rlhf.models import (
+    add_lora,
+    init_reward_model,
+    load_policy,
+    load_reward_model,
+    unwrap_peft,
+    what_to_save,
+)
 from rlhf.ppo.critic import require_same_base
 from rlhf.ppo.preflight.longest_step import longest_micro_batch
 from rlhf.ppo.preflight.memory import estimate_memory
@@ -136,6 +143,32 @@ def test_adapters_are_switched_once_for_the_reference_and_never_between_models(
     monkeypatch.setattr(BaseTunerLayer, "enable_adapters", record)
     trainer.step()
     assert switched == [False] * len(layers) + [True] * len(layers)
+
+
+def roles_in_turn(trainer):
+    """A list that gets the name of each role when another one was read before."""
+    actors, found = trainer.actors, []
+    layer = next(m for m in actors.policy.modules() if isinstance(m, BaseTunerLayer))
+
+    def note(name):
+        name = "reference" if name == "policy" and layer.disable_adapters else name
+        if found[-1:] != [name]:
+            found.append(name)
+
+    scalars = {"critic": actors.critic.model, "reward": actors.scorer.model.model}
+    for name, model in {"policy": actors.policy, **scalars}.items():
+        backbone = unwrap_peft(model).base_model
+        backbone.register_forward_pre_hook(lambda *_, name=name: note(name))
+    return found
+
+
+def test_all_passes_of_a_role_come_before_those_of_the_next(policy_dir, reward_dir, tmp_path):
+    config = lora_config(policy_dir, tmp_path, reward_dir, micro_batch_size=2)
+    trainer = make_trainer(config, tmp_path)
+    turns = roles_in_turn(trainer)
+    trainer.step()
+    rollout = ["policy", "reward", "policy", "reference", "critic"]
+    assert turns == [*rollout, "policy", *["critic", "policy"] * 3]  # four optimiser steps
 
 
 def test_memory_holds_the_base_once_and_the_estimate_knows(policy_dir, reward_dir, tmp_path):
