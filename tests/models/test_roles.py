@@ -52,9 +52,9 @@ def move(model, seed):
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
-def on_one_base(family="llama", config=CONFIG):
+def on_one_base(family="llama", config=CONFIG, dtype=torch.float32):
     """The base before it got adapters, and the roles on it by name."""
-    base = tiny_model(family, TOKENIZER)
+    base = tiny_model(family, TOKENIZER).to(dtype)
     before = copy.deepcopy(base)
     scalars = {name: scalar_role(base, config) for name in ROLES[1:]}
     roles = {"policy": add_lora(base, LORA, "CAUSAL_LM", 0)}
@@ -85,6 +85,54 @@ def test_each_role_gives_what_a_merged_model_of_its_own_gives(family):
     exact(found["reference"], logits_of(before))
     assert (found["critic"] - found["reward"]).abs().max() > 0.01  # not each other's
     assert (found["policy"] - found["reference"]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon_40b", "gemma2"])
+def test_a_base_in_bfloat16_gives_what_merged_weights_give_to_four_percent(family):
+    before, roles = on_one_base(family, dtype=torch.bfloat16)
+    found = outputs_in_bfloat16(roles)
+    alone = outputs({name: merged(model.float()).eval() for name, model in roles.items()})
+    for name in ROLES:
+        assert distance(found[name], alone[name]) < 0.04
+    for one, other in (("critic", "reward"), ("policy", "reference")):  # which is far from
+        assert distance(found[one], found[other]) > 0.08
+
+
+def outputs_in_bfloat16(roles):
+    with torch.autocast("cpu", torch.bfloat16):
+        return {name: found.float() for name, found in outputs(roles).items()}
+
+
+def distance(one, two):
+    """Of the size of the second."""
+    return float((one - two).norm() / two.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_roles_are_models_of_their_own_to_the_last_bit(family, dtype):
+    """Each with a base and adapters of its own, read under bfloat16 autocast: outputs and
+    gradients."""
+    bases = [tiny_model(family, TOKENIZER).to(dtype) for _ in ROLES]
+    apart = {"policy": bases[0]} | {
+        name: scalar_role(base, CONFIG) for name, base in zip(ROLES[1:], bases[1:], strict=True)
+    }
+    for seed, (name, model) in enumerate(apart.items()):
+        apart[name] = add_lora(model, LORA, "CAUSAL_LM" if name == "policy" else "SEQ_CLS", 0)
+        move(apart[name], seed)
+        apart[name].eval()
+    _, roles = on_one_base(family, dtype=dtype)
+    found, expected = outputs_in_bfloat16(roles), outputs_in_bfloat16(apart)
+    for name in found:
+        exact(found[name], expected[name])
+    for model in (roles["critic"], apart["critic"]):
+        with torch.autocast("cpu", torch.bfloat16):
+            ScalarModel(model)(IDS, MASK)[MASK].square().sum().backward()
+    for name, parameter in apart["critic"].named_parameters():
+        gradient = roles["critic"].get_parameter(name).grad
+        assert (gradient is None) is (parameter.grad is None) is not parameter.requires_grad
+        if gradient is not None:
+            exact(gradient, parameter.grad)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
