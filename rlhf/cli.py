@@ -236,6 +236,7 @@ def run_to_exit(run: Run, config: StageConfig) -> None:
         if num_processes() > 1:
             where = failures.phase_of(error) if failures else "before training"
             print(f"error on rank {rank()} ({where}):", file=sys.stderr)  # the traceback follows
+            error.add_note(f"rank: {rank()}")  # its last line
         raise
     if stopped_by is not None:
         raise SystemExit(128 + stopped_by)

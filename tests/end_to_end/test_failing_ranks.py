@@ -44,9 +44,10 @@ def command(config, how: str, folder) -> None:
     rank, plain = int(os.environ["RANK"]), Updater.accumulate
     os.chdir(folder / f"host-{rank}")
     asked = {"SIGTERM to one": [1], "SIGTERM to all": [0, 1]}.get(how, [])
+    config.seed += how == "settings" and rank
 
     def accumulate(self, batch, rows, update, *rest, **options):
-        if update == 1 and rank == 1 and how == "memory":
+        if update == 1 and how == f"memory of {rank}":
             raise torch.OutOfMemoryError("planted")
         if update == 1 and how == f"SIGKILL to {rank}":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -86,7 +87,12 @@ FAILURES = {
     "row": ("error: rank 1 (before training): ", "rows.jsonl"),
     "rows": ("error: the processes were not started alike:\n  rows of dataset.path: ", "on rank 1"),
     "scorer": ("error: rank 1: the scorer failed ", "the judge is away"),
-    "memory": ("error: rank 1 (training, update 2): OutOfMemoryError: planted", "resume=auto"),
+    "settings": ("error: the processes were not started alike:\n  seed: ", "on rank 1"),
+    "batch": (
+        "error: ppo.batch_size / ppo.num_mini_batches = 9 must be divisible by the 2 ",
+        "change",
+    ),
+    "memory of 1": ("error: rank 1 (training, update 2): OutOfMemoryError: planted", "resume=auto"),
     "SIGKILL to 1": ("error: no word from rank 1: killed", "; rank 0 (training, update 2): "),
 }
 
@@ -100,6 +106,8 @@ def test_failure_of_one_process_ends_both_and_the_first_names_it(how, shards, tm
         write_rows(tmp_path / "host-1/rows.jsonl", [*ROWS[:-1], row])
     if how == "scorer":
         config.scorer.path = f"python:{__name__}.fails_on_one"
+    if how == "batch":
+        config.ppo.batch_size, config.ppo.num_mini_batches = 9, 1
     log = tmp_path / "log"
     codes = in_group(command, config, how, tmp_path, log=log, shards=shards, seconds=120)
     assert codes[0] in (1, 2), (codes, text_of(log))
@@ -108,8 +116,19 @@ def test_failure_of_one_process_ends_both_and_the_first_names_it(how, shards, tm
     first = (tmp_path / "log-0").read_text()
     last = first[first.rindex("error: ") :]
     assert last.startswith(begins) and holds in last, first[-3000:]
-    assert how == "rows" or last.count("\n") == 1, last
+    assert "not started alike" in begins or last.count("\n") == 1, last
     assert "Traceback" not in first, first
+
+
+@SHARDS
+def test_first_process_that_fails_ends_both_and_its_last_lines_name_it(shards, tmp_path):
+    config, log = config_in(tmp_path), tmp_path / "log"
+    arguments = command, config, "memory of 0", tmp_path
+    assert in_group(*arguments, log=log, shards=shards, seconds=120) == [1, 1], text_of(log)
+    first = (tmp_path / "log-0").read_text()
+    assert "error on rank 0 (training, update 2):\n" in first
+    last = ["torch.OutOfMemoryError: planted", "phase: training", "phase: update 2", "rank: 0"]
+    assert first.splitlines()[-4:] == last
 
 
 @SHARDS

@@ -18,13 +18,28 @@ from helpers.scorers import write_reward_model
 from helpers.tiny_ppo import make_config, make_trainer, weights
 
 from rlhf import train_ppo
-from rlhf.config import InputError, PPOConfig, ScorerConfig
+from rlhf.config import InputError, PPOConfig, PPOStageConfig, ScorerConfig
 from rlhf.ppo.preflight import longest_step
 from rlhf.ppo.preflight.longest_step import Step, longest_micro_batch, measure_longest_step
 from rlhf.ppo.preflight.memory import MemoryEstimate, ModelMemory
 from rlhf.ppo.prompts import require_room_for_rows
 from rlhf.ppo.rollout import micro_batches, passes
+from rlhf.ppo.stage import require_equal_shares
 from rlhf.tokenizer import load_tokenizer
+
+
+def test_rows_that_the_processes_cannot_share_are_refused():
+    config = PPOStageConfig(ppo=PPOConfig(batch_size=24, num_mini_batches=4))
+    config.ptx.batch_size, config.ptx.coef = 9, 0.0
+    for number in (1, 2, 3, 6):
+        require_equal_shares(config, number)
+    text = "ppo.batch_size / ppo.num_mini_batches = 6 must be divisible by the 4 processes; change"
+    with pytest.raises(InputError, match=f"^{text} ppo.batch_size$"):
+        require_equal_shares(config, 4)
+    config.ptx.coef = 1.0
+    require_equal_shares(config, 3)
+    with pytest.raises(InputError, match="^ptx.batch_size=9 must be divisible by the 2 processes"):
+        require_equal_shares(config, 2)
 
 
 def test_a_pass_takes_as_many_rows_as_fit_at_the_length_of_its_longest():
