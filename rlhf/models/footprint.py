@@ -34,8 +34,7 @@ def model_memory(model: Any, distributed: bool = False, besides: Any = None) -> 
     """Count weights, gradients and Adam states (two moments, without the step counters).
 
     Weights that `model.quantization` has packed count at their packed size. 8bit: 1 byte a number,
-    without the scales (one a row). 4bit: half a byte and a float32 scale for each 64 numbers,
-    0.5625 bytes together.
+    without the scales (one a row). 4bit: half a byte, and a byte of scale for each 64 numbers.
 
     Args:
         distributed: the buckets of DistributedDataParallel hold the gradients a second time. Of a

@@ -44,6 +44,8 @@ class PlanOptions:
     """true: as peft=lora."""
     dtype: str = knob("float32", choices=("float32", "bfloat16"))
     """Type of the stored weights of what trains, as model.dtype."""
+    quantization: str | None = knob(None, choices=("8bit", "4bit"))
+    """Linear layers below LoRA, as model.quantization; needs lora=true."""
     checkpointing: bool = False
     """true: as model.gradient_checkpointing=true."""
     critic: bool = True
@@ -84,6 +86,10 @@ def run(options: PlanOptions) -> None:
     check_options(options)
     if options.share_base and not options.lora:
         raise InputError("share_base=true keeps adapters on one base; set lora=true")
+    if options.quantization and not options.lora:
+        raise InputError(
+            f"quantization={options.quantization} trains adapters alone; set lora=true"
+        )
     if options.stacked and not options.share_base:
         raise InputError("stacked=true says what one base for all roles holds; set share_base=true")
     quiet_libraries()
@@ -97,7 +103,8 @@ def run(options: PlanOptions) -> None:
     card = CARDS[options.card]
     names = [field.name for field in fields(Setting)]
     setting = Setting(**{name: getattr(options, name) for name in names})
-    model = measure(model_settings, setting.length, options.lora, options.dtype)
+    stored = options.lora, options.dtype, options.quantization
+    model = measure(model_settings, setting.length, *stored)
     say(
         f"{options.model}: {model.parameters / 1e9:.3f} B parameters, {model.trained / 1e9:.3f} B "
         f"of them trained; rows of {setting.prompt_length} + {setting.response_length} tokens\n"

@@ -22,6 +22,7 @@ from transformers import (
     AutoModelForCausalLM,
     PreTrainedConfig,
 )
+from transformers.pytorch_utils import Conv1D
 
 from rlhf.config import InputError, PeftConfig, one_line
 from rlhf.functional.tokens import BLOCK
@@ -38,6 +39,7 @@ from rlhf.models import (
 ATTENTION = "rlhf_plan"
 CHUNK = 1024  # ppo.chunk_tokens
 HALF, FLOAT = 2, 4  # bytes of a number in bfloat16 and in float32
+PACKED = {"8bit": 1, "4bit": 1 / 2 + 1 / 64}  # as `model_memory` counts them
 
 
 class _Flash(torch.autograd.Function):
@@ -94,19 +96,22 @@ class Measured:
         return (2 * chunk * HALF + 2 * min(BLOCK, chunk) * 4) * self.vocabulary
 
 
-def measure(settings: PreTrainedConfig, length: int, lora: bool, dtype: str) -> Measured:
+def measure(
+    settings: PreTrainedConfig, length: int, lora: bool, dtype: str, quantization: str | None = None
+) -> Measured:
     """Measure a causal language model that trains on rows of `length` tokens.
 
     Args:
         lora: only adapters train, on all linear layers with the rank of `peft=lora`.
         dtype: type of the stored weights; adapters are float32.
+        quantization: of the linear layers below the adapters, as `model.quantization`.
 
     Raises:
         InputError: the model's own code needs real numbers.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         try:
-            model = _build(settings, lora, dtype)
+            model = _build(settings, lora, dtype, quantization is not None)
             one, two = (_kept(model, rows, length) for rows in (1, 2))
             cache = _cache_bytes(model)
             passing = _passing(model, 2, length) - _passing(model, 1, length)
@@ -118,6 +123,9 @@ def measure(settings: PreTrainedConfig, length: int, lora: bool, dtype: str) -> 
         plain = unwrap_peft(model)
         blocks, hidden = decoder_blocks(plain), settings.get_text_config().hidden_size
         memory = model_memory(model)
+        if quantization is not None:
+            numbers = sum(module.weight.numel() for module in _quantized(model))
+            memory.weights -= int((HALF - PACKED[quantization]) * numbers)
         return Measured(
             parameters=sum(p.numel() for p in model.parameters()),
             trained=memory.gradients // FLOAT,
@@ -134,14 +142,23 @@ def measure(settings: PreTrainedConfig, length: int, lora: bool, dtype: str) -> 
         )
 
 
-def _build(settings: PreTrainedConfig, lora: bool, dtype: str) -> Any:
+def _quantized(model: Any) -> list[Any]:
+    """The linear layers of a model below LoRA that bitsandbytes would quantise."""
+    head = unwrap_peft(model).get_output_embeddings()
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
+    return [layer for layer in layers if not layer.weight.requires_grad]
+
+
+def _build(settings: PreTrainedConfig, lora: bool, dtype: str, is_packed: bool) -> Any:
     """Build a model on the meta device, which PEFT can adapt, and give it tensors without numbers
-    of a CPU, which has autocast."""
+    of a CPU, which has autocast. Packed weights are bfloat16 here: autocast makes no copy of
+    either."""
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(settings, dtype=getattr(torch, dtype))
         model.set_attn_implementation(ATTENTION)
         if lora:
             model = add_lora(model, PeftConfig(enabled=True), "CAUSAL_LM")
+    packed = {id(layer.weight) for layer in (_quantized(model) if is_packed else ())}
     fakes: dict[int, Any] = {}  # tied weights stay one tensor
     for module in model.modules():
         for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
@@ -151,7 +168,8 @@ def _build(settings: PreTrainedConfig, lora: bool, dtype: str) -> Any:
             if own not in fakes:
                 fakes[own] = torch.empty(tensor.shape, dtype=tensor.dtype)
                 if isinstance(tensor, nn.Parameter):
-                    kind = torch.float32 if lora and tensor.requires_grad else tensor.dtype
+                    kind = torch.bfloat16 if own in packed else tensor.dtype
+                    kind = torch.float32 if lora and tensor.requires_grad else kind
                     fakes[own] = nn.Parameter(fakes[own].to(kind), tensor.requires_grad)
             place = module._parameters if name in module._parameters else module._buffers
             place[name] = fakes[own]

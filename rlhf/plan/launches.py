@@ -36,6 +36,7 @@ class Setting:
     response_length: int
     lora: bool = False
     dtype: str = "float32"  # of the stored weights of what trains
+    quantization: str | None = None  # of the linear layers below LoRA
     checkpointing: bool = False
     critic: bool = True
     offload_frozen: bool = False
@@ -50,8 +51,9 @@ class Setting:
 
 
 def launches(setting: Setting) -> tuple[str, ...]:
-    """The files that the stage takes; those that shard need several GPUs."""
-    if setting.gpus == 1:
+    """The files that the stage takes; those that shard need several GPUs, and take no packed
+    weights."""
+    if setting.gpus == 1 or setting.quantization is not None:
         return LAUNCHES[:1]
     return tuple(x for x in LAUNCHES if not (x.startswith("zero") and setting.stage == "ppo"))
 

@@ -8,9 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.commands import ROOT
+from helpers.tiny import tiny_model, tiny_tokenizer
 from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from rlhf.config import ModelConfig, PeftConfig
+from rlhf.models import add_lora, load_policy, model_memory
 from rlhf.plan.__main__ import main
 from rlhf.plan.cards import Card
 from rlhf.plan.counting import Measured, measure
@@ -176,6 +179,33 @@ def test_ppo_holds_its_roles_and_lora_no_reference():
     assert list(lora) == ["policy", "reward model", "sampler"] and lora["policy"].adam == 32
 
 
+@pytest.mark.slow
+def test_a_7b_base_of_all_roles_takes_14_gb_and_less_than_6_in_4_bits():
+    settings = AutoConfig.for_model(**SIZES["llama-7b"])
+    ppo = replace(SETTING, stage="ppo", lora=True, share_base=True, dtype="bfloat16")
+    found = {}
+    for packed in (None, "4bit"):
+        model = measure(settings, ppo.length, True, ppo.dtype, packed)
+        parts = estimate(model, replace(ppo, quantization=packed), "ddp").models
+        found[packed] = [parts[role].weights / 1e9 for role in ("policy", "critic", "reward model")]
+    adapters = 2 * 39_976_960 * 4 / 1e9  # of rank 16: of critic and reward model
+    assert sum(found[None]) == pytest.approx(13.477 + 1.5 * adapters, abs=0.001)
+    assert sum(found["4bit"]) < 6
+
+
+def test_packed_weights_are_those_of_bitsandbytes(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    tokenizer = tiny_tokenizer()
+    tiny_model("llama", tokenizer, hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    config = ModelConfig(path=str(tmp_path), quantization="4bit")
+    real = add_lora(load_policy(config, tokenizer), PeftConfig(enabled=True), "CAUSAL_LM")
+    settings = AutoConfig.from_pretrained(tmp_path)
+    reckoned = measure(settings, 16, True, "float32", "4bit").weights
+    assert reckoned == pytest.approx(model_memory(real).weights, rel=1e-3)
+    assert launches(replace(SETTING, gpus=8, quantization="4bit")) == ("ddp",)
+
+
 def test_main_memory_has_slices_that_wait_and_the_copy_for_a_checkpoint():
     ppo, model = replace(SETTING, stage="ppo", gpus=8), counted()
     assert main_memory(model, replace(SETTING, gpus=8), "fsdp2") == 0
@@ -223,6 +253,8 @@ def test_command_plans_a_directory_and_names_what_it_does_not_know(tmp_path, cap
     assert "InstructGPT 6B, PPO" in out and "reward model" in out
     assert main([f"model={tmp_path}", "share_base=true"]) == 2
     assert "set lora=true" in capsys.readouterr().err
+    assert main([f"model={tmp_path}", "quantization=4bit"]) == 2
+    assert "quantization=4bit trains adapters alone; set lora=true" in capsys.readouterr().err
     assert main(["model=llama-7"]) == 2
     assert "Did you mean llama-7b" in capsys.readouterr().err
     assert main(["model=llama-7b", "card=h10"]) == 2
