@@ -13,13 +13,13 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DeepSpeedPlugin, DistributedType
-from accelerate.utils.launch import prepare_multi_gpu_env
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from trl import SFTConfig
 
 import rlhf.distributed
 from rlhf.config import CONF_DIR, InputError, PPOStageConfig, SFTStageConfig, read_yaml
 from rlhf.distributed import join_processes, launch_environment, make_accelerator
-from rlhf.hf_trainer import trainer_arguments
+from rlhf.hf_trainer import deepspeed_settings, trainer_arguments
 from rlhf.hf_trainer.deepspeed_settings import refuse_under_deepspeed
 from rlhf.ppo.stage import refuse_here
 
@@ -66,6 +66,25 @@ def test_deepspeed_itself_reads_its_files(name):
     place = "cpu" if name == "zero3_offload" else "none"
     assert parsed.zero_config.offload_optimizer.device == place
     assert parsed.zero_config.offload_param.device == place
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3", "zero3_offload"])
+def test_what_accelerate_says_of_our_files_of_deepspeed_is_taken(name, monkeypatch):
+    monkeypatch.setattr("accelerate.commands.launch.is_deepspeed_available", lambda: True)
+    given = ["--config_file", str(CONF_DIR / "accelerate" / f"{name}.yaml"), "script.py"]
+    args, *_ = _validate_launch_command(launch_command_parser().parse_args(given))
+    args.deepspeed_fields_from_accelerate_config = ""
+    _, variables = prepare_deepspeed_cmd_env(args)
+    said = {k: v for k, v in variables.items() if k.startswith(SAID)}
+    assert said["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == ("2" if name == "zero2" else "3")
+    monkeypatch.setattr(deepspeed_settings, "_build_adam", lambda: None)
+    autos = {
+        "ACCELERATE_GRADIENT_CLIPPING": "auto",
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "auto",
+    }
+    for more in ({}, autos):
+        as_launched(monkeypatch, DistributedType.DEEPSPEED, **(said | more))
+        refuse_under_deepspeed(SFTStageConfig())
 
 
 def under_deepspeed(monkeypatch, **said):
@@ -118,6 +137,9 @@ def test_settings_that_deepspeed_excludes_get_one_line_each(monkeypatch):
     assert optimiser.endswith("set trainer.optim=adamw_torch")
     assert scaler.startswith("trainer.fp16=true is not supported under DeepSpeed")
     assert dtype.startswith("model.dtype=bfloat16: ") and "set model.dtype=float32" in dtype
+    refuse_under_deepspeed(SFTStageConfig(trainer={"optim": "adamw_torch_fused"}))
+    with pytest.raises(InputError, match="^model.dtype=bfloat16: under DeepSpeed"):
+        trainer_arguments(SFTConfig, SFTStageConfig(model=config.model), "sft")
     for setting in ({"micro_batch_tokens": 64}, {"trainer": {"load_best_model_at_end": True}}):
         with pytest.raises(InputError, match="not supported under DeepSpeed yet"):
             trainer_arguments(SFTConfig, SFTStageConfig(**setting), "sft")
@@ -132,6 +154,8 @@ def test_an_adam_that_cannot_be_built_is_refused_before_anything_loads(monkeypat
     monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "deepspeed.ops", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "deepspeed.ops.op_builder", builders)
+    under_deepspeed(monkeypatch, ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE="none")
+    refuse_under_deepspeed(SFTStageConfig())
     under_deepspeed(monkeypatch, ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE="cpu")
     with pytest.raises(InputError, match="^offload_optimizer_device: cpu: .*no g.*; install g"):
         refuse_under_deepspeed(SFTStageConfig())

@@ -40,6 +40,9 @@ if TYPE_CHECKING:  # commands import this room before they need torch
 HARMLESS = (
     *("runs_dir", "run_name", "distributed", "distributed_timeout", "tracker", "checkpoint"),
     *("preflight", "watchdog"),
+    # rows and tokens of a forward pass: equal up to rounding
+    *("micro_batch_tokens", "ppo.micro_batch_tokens", "ppo.micro_batch_size"),
+    *("ppo.rollout_batch_size", "ppo.chunk_tokens"),
     *("num_samples", "response_length", "temperature", "top_p", "ppo.save_rollouts"),
     *("sampling.url", "sampling.vllm_python", "sampling.vllm_args", "sampling.weights_dir"),
     *("sampling.max_gap", "sampling.weights"),

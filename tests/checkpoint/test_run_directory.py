@@ -18,7 +18,14 @@ from rlhf.checkpoint import checkpoint_to_resume, prune_checkpoints
 from rlhf.checkpoint.config_changes import PROCESSES, refuse_changes
 from rlhf.checkpoint.ownership import facts_of_run, seal
 from rlhf.checkpoint.run_directory import finished_run, prepare_run_directory
-from rlhf.config import CheckpointConfig, InputError, RewardStageConfig, TrackerConfig, read_yaml
+from rlhf.config import (
+    CheckpointConfig,
+    InputError,
+    PPOStageConfig,
+    RewardStageConfig,
+    TrackerConfig,
+    read_yaml,
+)
 
 
 def test_new_run_directory_is_made(tmp_path):
@@ -231,6 +238,19 @@ def test_other_number_of_processes_must_read_the_same_rows_in_a_step(tmp_path, m
         prepare_run_directory(config, "sft")
     config.trainer["gradient_accumulation_steps"] = 2
     assert PROCESSES not in refuse_changes(config, directory / "checkpoint-1")
+
+
+def test_rows_of_a_pass_of_ppo_may_change_and_those_of_a_rollout_may_not(tmp_path):
+    config = PPOStageConfig(runs_dir=str(tmp_path), run_name="mine")
+    directory = prepare_run_directory(config, "ppo")
+    make_checkpoint(directory, 1, config)
+    passes = {"micro_batch_size": 1, "rollout_batch_size": 4, "chunk_tokens": 16}
+    moved = dataclasses.replace(config, resume=True, ppo=dataclasses.replace(config.ppo, **passes))
+    changes = refuse_changes(moved, directory / "checkpoint-1")
+    assert changes.keys() == {f"ppo.{name}" for name in passes}
+    moved.ppo.batch_size = 32
+    with pytest.raises(InputError, match="different configuration:\n  ppo.batch_size: 64 -> 32\n"):
+        refuse_changes(moved, directory / "checkpoint-1")
 
 
 def test_batches_planned_by_tokens_go_on_with_as_many_in_a_step(tmp_path, monkeypatch):

@@ -90,7 +90,7 @@ def command(config, how: str, folder) -> None:
     hydra_main("sft", lambda _: train(config).stopped_by)
 
 
-# what happens -> exit codes, whose last line it is, how that begins, and what is in it
+# what happens -> exit codes, whose last line it is, how that begins, and what is in it: one of |
 ENDS = {
     "disk of 0": ((2, 2), 0, "error: cannot write /", ": File too large; raise the limit on "),
     "disk of 1": ((2, 2), 0, "error: a checkpoint was not written: rank 1: ", "File too large; "),
@@ -100,7 +100,7 @@ ENDS = {
         (-9, 1),
         1,
         "error: no word from rank 0: killed",
-        "(sampling, update 3): ",
+        "(sampling, update 3): |(saving checkpoint-2): ",  # which the first did meanwhile
     ),
     "packages": ((2, 2), 0, "error: the processes were not started alike:\n  peft: ", "'9.9' on"),
     "Ctrl-C twice": ((130, 130), 0, "", ""),
@@ -129,7 +129,7 @@ def test_abused_process_ends_both_and_the_run_goes_on_bit_identically(how, shard
     print(f"\n{how}, {shards}: {codes}\n{text[-700:]}")
     assert tuple(codes) == expected, (codes, text_of(log))
     last = text[text.rindex("error: ") :] if begins else text
-    assert last.startswith(begins) and holds in last, text
+    assert last.startswith(begins) and any(part in last for part in holds.split("|")), text
     assert "Traceback" not in text and "GLHF" not in text, text
     assert how == "packages" or "resume=auto" in last, last
     (tmp_path / "hangs").unlink(missing_ok=True)

@@ -210,3 +210,25 @@ def test_stages_in_slices_resume_bit_identically_and_from_one_process(tmp_path):
     take_back(again[1], "final", "checkpoint-3")
     train(again[1])  # the reward model in one process
     assert_same(reward, again[1])
+
+
+@pytest.mark.slow
+def test_what_two_processes_saved_goes_on_in_four_with_smaller_batches_on_each(tmp_path):
+    sft, reward, ppo = three_steps(tmp_path)
+    reward.run_name = "reward"  # a run moves without the SFT run that it started from
+    configs = sft, reward, ppo, on_one_base(sft, reward, ppo)
+    train_all(*configs)
+    log, two = tmp_path / "log", [in_two(config) for config in configs]
+    assert in_group(train_all, *two, log=log) == [0, 0], text_of(log)
+    on = [dataclasses.replace(config, resume=True) for config in two]
+    for config in on[:2]:
+        take_back(config, "final", "checkpoint-3")
+        config.trainer = config.trainer | {"per_device_train_batch_size": 1}
+    for config in on[2:]:
+        take_back(config, "final", "critic", "checkpoint-2", "checkpoint-3")
+        config.ppo = dataclasses.replace(config.ppo, micro_batch_size=1)
+    log = tmp_path / "four"
+    assert in_group(train_all, *on, log=log, world=4) == [0] * 4, text_of(log)
+    assert (tmp_path / "four-0").read_text().count("number of processes: 2 -> 4") == len(on)
+    for config, moved in zip(configs, on, strict=True):
+        assert_same(config, moved, *(SAVED if config in configs[2:] else ()))
