@@ -26,7 +26,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from rlhf.config import CONF_DIR, InputError, read_yaml
 from rlhf.console import launched_with, num_processes, say
-from rlhf.zero import Scattered, gathered, is_zero, own_numbers
+from rlhf.zero import Scattered, gathered, is_zero, own_numbers, shape_of
 
 RAM_EFFICIENT = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
@@ -322,6 +322,13 @@ def gathered_bytes(model: nn.Module) -> int:
     rest = sum(p.nbytes for p in model.parameters() if id(p) not in inner)
     sizes = [sum(p.nbytes for p in unit.parameters()) for unit in units if unit is not model]
     return max([rest, *sizes])
+
+
+def sliced_bytes(model: nn.Module) -> int:
+    """Bytes of the weights of a model that are in slices, all slices together: what each process
+    gathers in a pass."""
+    weights = [p for p in model.parameters() if isinstance(p, DTensor) or is_zero(p)]
+    return sum(shape_of(weight).numel() * weight.itemsize for weight in weights)
 
 
 def whole(tensor: Tensor) -> Tensor:

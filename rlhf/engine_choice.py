@@ -11,9 +11,10 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 
 from rlhf.config import InputError, one_line
-from rlhf.distributed import compute_device
+from rlhf.distributed import compute_device, is_sharded
 from rlhf.equivalence import cache_deviation, tolerance
 from rlhf.models import unwrap_peft
 from rlhf.sampling import CHECK_EVERY, VLLM, use_engine
@@ -49,6 +50,8 @@ def choose_engine(
         name = "graph" if kind == "cuda" else "loop"
         reason = "" if kind == "cuda" else f"{field}=auto takes it on a CPU"
     failed = _why_not(model, tokenizer, name, check_every, dtype, num_rows)
+    if is_sharded(model):  # all processes must sample in the same way
+        failed = next(filter(None, gather_object([failed])), "")
     if failed and wanted != "auto":
         raise InputError(
             f"{field}={wanted}: {type(unwrap_peft(model)).__name__} cannot sample so, because "

@@ -45,7 +45,7 @@ HARMLESS = (
     *("ppo.rollout_batch_size", "ppo.chunk_tokens"),
     *("num_samples", "response_length", "temperature", "top_p", "ppo.save_rollouts"),
     *("sampling.url", "sampling.vllm_python", "sampling.vllm_args", "sampling.weights_dir"),
-    *("sampling.max_gap", "sampling.weights"),
+    *("sampling.max_gap", "sampling.weights", "sampling.gather"),
     *("peft.save", "scorer.endpoint"),
     *("reward.num_normalization_prompts", "normalization", "trainer.dataloader_num_workers"),
 )
@@ -67,7 +67,7 @@ PROCESSES = "number of processes"
 PER_DEVICE = ("trainer.per_device_train_batch_size", "trainer.gradient_accumulation_steps")
 # where URLs are: the same server may listen elsewhere
 SERVED = ("scorer.path", "scorer.components", "evaluation.scorer")
-FOUND = ("dataset.format",)  # settings that a stage finds if they are null
+FOUND = ("dataset.format", "sampling.gather")  # settings that a stage finds: null, auto
 TYPED = "model.trust_remote_code"  # a person types it each time; no file can give it
 
 
@@ -195,7 +195,7 @@ def _changed_settings(config: StageConfig, directory: Path) -> dict[str, str]:
     lines = {
         key: f"{key}: {_show(was, key)} -> {_show(now, key)}"
         for key in sorted(was.keys() | now.keys())
-        if was.get(key) != now.get(key) and not (key in FOUND and now[key] is None)
+        if was.get(key) != now.get(key) and not (key in FOUND and now[key] in (None, "auto"))
     }
     if TYPED in lines:
         lines[TYPED] += f" (type {TYPED}={_show(was, TYPED)} again: no file can give permission)"

@@ -16,6 +16,7 @@ Left out: slices of models on several processes (`rlhf.distributed`).
 from rlhf.models.adapters import (
     adapter_writer,
     add_lora,
+    copy_bytes,
     copy_weights,
     merged,
     new_token_rows,

@@ -238,6 +238,13 @@ def plain_copy(model: Any, dtype: torch.dtype) -> PreTrainedModel:
     return plain.requires_grad_(False).eval()
 
 
+def copy_bytes(model: Any, dtype: torch.dtype) -> int:
+    """Bytes of the weights of `plain_copy`."""
+    with torch.device("meta"):
+        plain = _empty_plain(unwrap_peft(model))
+    return sum(weight.numel() for weight in plain.parameters()) * dtype.itemsize
+
+
 @torch.no_grad()
 def copy_weights(model: Any, plain: nn.Module, with_adapter: bool = True) -> None:
     """Write the weights of a model, its adapter merged or left out, into one from `plain_copy`, in

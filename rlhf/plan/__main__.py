@@ -11,7 +11,7 @@ is counted on the model's own code; time is a bound of the card, divided by util
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from rlhf.config import STAGES, InputError, knob
@@ -62,6 +62,8 @@ class PlanOptions:
     """Tokens of a response."""
     sampled_rows: int = knob(64, ge=1)
     """Responses that one GPU samples together, as ppo.rollout_batch_size."""
+    gather: str = knob("auto", choices=("auto", "copy", "layers"))
+    """How PPO samples from a policy in slices, as sampling.gather."""
     rows: int = knob(256_000, ge=1)
     """Rows, or episodes of PPO, to reckon the time of."""
     epochs: int = knob(4, ge=1)
@@ -116,24 +118,40 @@ def run(options: PlanOptions) -> None:
 
 
 def _show_memory(model: Measured, setting: Setting, memory: float) -> None:
-    """Print the memory of each role, then what fits."""
-    from rlhf.plan.launches import estimate, launches, main_memory, rows_that_fit
+    """Print the memory of each role, then what fits, and where PPO has no room for a copy."""
+    from rlhf.plan.launches import (
+        chosen_gather,
+        estimate,
+        gathered_per_token,
+        launches,
+        main_memory,
+        rows_that_fit,
+    )
 
     parts: list[tuple[Any, ...]] = []
     fits: list[tuple[Any, ...]] = []
+    in_layers, room = [], int(memory * 1e9)
     for launch in launches(setting):
-        found = estimate(model, setting, launch)
+        chosen = replace(setting, gather=chosen_gather(model, setting, launch, room))
+        in_layers += [launch] * (chosen.gather == "layers")
+        found = estimate(model, chosen, launch)
         for role, part in found.models.items():
             sizes = (part.weights, part.gradients, part.adam, part.activations)
             parts.append((launch, role, *(round(size / 1e9, 1) for size in sizes)))
-        rows = rows_that_fit(model, setting, launch, int(memory * 1e9))
-        outside = main_memory(model, setting, launch)
+        rows = rows_that_fit(model, chosen, launch, room)
+        outside = main_memory(model, chosen, launch)
         gigabytes = [round(size / 1e9, 1) for size in (found.total, outside)]
         fits.append((launch, *gigabytes, "yes" if rows else "no", rows, rows * setting.length))
     columns = ("weights", "gradients", "Adam", "activations of a row")
     say(table(parts, ("GB of each GPU", "", *columns)))
     header = ("GB of each GPU, 1 row", "GB of main memory", f"fits {memory:.0f} GB")
     say("\n" + table(fits, ("", *header, "rows at once", "tokens")))
+    if in_layers:
+        size = gathered_per_token(model, setting) / 1e9
+        say(
+            f"\n{' and '.join(in_layers)}: PPO samples without a whole copy of the policy, layer "
+            f"by layer; each GPU gathers {size:.1f} GB for each token, which the times leave out"
+        )
 
 
 def _show_time(phases: dict[str, float], setting: Setting, options: PlanOptions) -> None:

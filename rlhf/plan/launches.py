@@ -8,7 +8,8 @@ fsdp2          weights in slices too; blocks are whole, in float32, while they a
 fsdp2_offload  as fsdp2, but the slices are in main memory
 
 With one base for all roles, FSDP2 slices the base; adapters stay whole on each GPU. PPO samples
-from a whole copy of a policy in slices, and writes checkpoints from a copy in main memory.
+from a whole copy of a policy in slices, or gathers its layers for each token; it writes checkpoints
+from a copy in main memory.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from rlhf.ppo.preflight.memory import FULL, MemoryEstimate
 
 LAUNCHES = ("ddp", "zero2", "zero3", "zero3_offload", "fsdp2", "fsdp2_offload")
 OFFLOADED = ("fsdp2_offload", "zero3_offload")
+SLICED = ("fsdp2", "zero3", *OFFLOADED)  # weights too
 # DeepSpeed's defaults, float32 numbers: its bucket of gradients, and the gathered weights it keeps.
 BUCKET, LIVE = 500_000_000, 1_000_000_000
 
@@ -43,6 +45,7 @@ class Setting:
     share_base: bool = False  # one base in memory, with LoRA adapters for each role
     stacked: bool = False  # the adapter of SFT apart from that base
     sampled_rows: int = 64  # of the rollout, on one GPU
+    gather: str = "auto"  # sampling.gather; `estimate` takes auto for copy
 
     @property
     def length(self) -> int:
@@ -83,14 +86,35 @@ def estimate(model: Measured, setting: Setting, launch: str, rows: int = 1) -> M
     if not (setting.offload_frozen or setting.lora):  # with LoRA: the policy with its adapters off
         models["reference"] = _reference(model, setting, launch)
     cache = setting.sampled_rows * setting.length * model.cache_per_token
-    copies = setting.dtype == "float32" or launch.startswith("fsdp2")
-    copy = HALF * model.parameters * copies
-    models["sampler"] = ModelMemory(copy + cache)
     read = model.passing * setting.prompt_length // setting.length
     prompts = setting.sampled_rows * (setting.prompt_length * model.cache_per_token + read)
+    if launch in SLICED and setting.gather == "layers":
+        prompts = max(prompts, cache)  # engine loop drops its cache after the rollout
+    else:
+        copies = setting.dtype == "float32" or launch in SLICED
+        models["sampler"] = ModelMemory(HALF * model.parameters * copies + cache)
     scored = min(setting.sampled_rows, ScorerConfig().batch_size) * model.passing
     visiting = frozen.weights if setting.offload_frozen else 0
     return MemoryEstimate(models, prompts, scored, visiting)
+
+
+def chosen_gather(model: Measured, setting: Setting, launch: str, memory: int) -> str:
+    """How PPO samples from a policy in slices, as `sampling.gather` chooses: "copy" or "layers";
+    "itself" where no policy is in slices.
+
+    Args:
+        memory: bytes of a GPU.
+    """
+    if launch not in SLICED or setting.stage != "ppo":
+        return "itself"
+    if setting.gather != "auto":
+        return setting.gather
+    return "copy" if estimate(model, setting, launch).total <= FULL * memory else "layers"
+
+
+def gathered_per_token(model: Measured, setting: Setting) -> int:
+    """Bytes of the slices of all GPUs together, which "layers" gathers for each token."""
+    return model.weights - FLOAT * model.trained * setting.share_base
 
 
 def _trained(model: Measured, setting: Setting, launch: str) -> ModelMemory:

@@ -7,14 +7,18 @@ from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 
 from rlhf.config import PPOStageConfig
-from rlhf.distributed import compute_device
+from rlhf.console import say
+from rlhf.distributed import compute_device, is_sharded, sliced_bytes
 from rlhf.engine_choice import choose_engine, choose_server
-from rlhf.models import unwrap_peft
-from rlhf.ppo.actors import Actors
-from rlhf.sampling import VLLM
+from rlhf.models import copy_bytes, model_memory, unwrap_peft
+from rlhf.ppo.preflight.examine import least_free
+from rlhf.ppo.preflight.longest_step import chooses_tokens, longest_micro_batch
+from rlhf.ppo.preflight.memory import FULL, estimate_memory, size_text
+from rlhf.ppo.trainer import PPOTrainer
+from rlhf.sampling import VLLM, engine_of, use_engine
+from rlhf.scorers import Scorer
 
 
 @contextmanager
@@ -28,27 +32,80 @@ def sampling_server(config: PPOStageConfig) -> Iterator[VLLM | None]:
         yield server
 
 
-def choose_sampler(
-    config: PPOStageConfig, actors: Actors, accelerator: Accelerator, server: VLLM | None
-) -> None:
-    """Choose how the policy samples, and set `actors.sampling` to that in words."""
+def choose_sampler(trainer: PPOTrainer, independent: Scorer | None, server: VLLM | None) -> None:
+    """Choose how the policy samples, and set `actors.sampling` to that in words. Of a policy in
+    slices, `sampling.gather` becomes what is chosen.
+
+    Args:
+        independent: the scorer of `evaluation.scorer`.
+    """
+    config, actors = trainer.config, trainer.actors
     given, policy, tokenizer = config.sampling, actors.policy, actors.tokenizer
-    with accelerator.autocast(), actors.in_use(policy):
-        dtype = _copy_type(config, policy, accelerator.is_fsdp2)
+    with trainer.accelerator.autocast():
+        dtype = _copy_type(config, policy)
+    if is_sharded(policy) and server is None and given.gather == "auto":
+        given.gather = _gather(trainer, independent, dtype or unwrap_peft(policy).dtype)
+    with trainer.accelerator.autocast():
         if server is not None:
             actors.sampling = choose_server(policy, tokenizer, server, dtype)
+        elif is_sharded(policy) and given.gather == "layers":
+            use_engine(policy)  # `require_cache` has measured it
+            actors.sampling = "loop"
         else:
             choice = given.engine, "sampling.engine", given.check_every, dtype
             actors.sampling = choose_engine(policy, tokenizer, *choice)
+    if is_sharded(policy):
+        actors.sampling += _cost(config, policy)
 
 
-def _copy_type(config: PPOStageConfig, policy: Any, shards: bool) -> torch.dtype | None:
-    """Type of the copy that samples, by `sampling.dtype`; None where the policy itself samples.
-    With slices of it alone, it cannot."""
-    inner, given = unwrap_peft(policy), config.sampling.dtype
+def _copy_type(config: PPOStageConfig, policy: Any) -> torch.dtype | None:
+    """Type of the copy that samples, by `sampling.dtype`; None where the policy itself samples."""
+    inner, given, shards = unwrap_peft(policy), config.sampling.dtype, is_sharded(policy)
     if given is None:
         kind = compute_device(inner).type
         serves = kind == "cuda" and torch.is_autocast_enabled(kind) and inner.dtype == torch.float32
         return torch.bfloat16 if serves else inner.dtype if shards else None
     dtype = getattr(torch, given)
     return None if inner is policy and inner.dtype == dtype and not shards else dtype
+
+
+def _gather(trainer: PPOTrainer, independent: Scorer | None, dtype: torch.dtype) -> str:
+    """Choose `sampling.gather` on all processes alike: copy, if one fits next to all else on each
+    of them, or if the settings need it; else layers."""
+    config, accelerator = trainer.config, trainer.accelerator
+    if config.sampling.engine == "graph":
+        return "copy"
+    size = copy_bytes(trainer.actors.policy, dtype)
+    engine = "graph" if accelerator.device.type == "cuda" else "loop"
+    if config.sampling.engine != "auto":
+        engine = config.sampling.engine
+    part = longest_micro_batch(trainer)
+    if chooses_tokens(trainer):  # the preflight takes fewer rows where there is no room
+        part = part.select(torch.arange(1, device=accelerator.device))
+    estimate = estimate_memory(trainer, part, independent, (engine, size))
+    free = least_free(accelerator)[1]
+    room = free + estimate.sum("weights") - estimate.models["sampler"].weights  # that is not there
+    mine = torch.tensor([[estimate.total / room, room]], dtype=torch.float64)
+    shares, rooms = accelerator.gather(mine.to(accelerator.device)).unbind(dim=1)
+    fullest = int(shares.argmax())
+    share, room = float(shares[fullest]), int(rooms[fullest])
+    if share <= FULL:
+        return "copy"
+    say(
+        f"sampling.gather=layers: with a copy of the policy of {size_text(size)}, the run would "
+        f"take {share:.0%} of the {size_text(room)} of a process"
+    )
+    return "layers"
+
+
+def _cost(config: PPOStageConfig, policy: Any) -> str:
+    """What sampling from a policy in slices takes, in words."""
+    engine, rows = engine_of(policy), config.ppo.rollout_batch_size
+    if engine.copy is not None:
+        size = size_text(model_memory(engine.copy).weights)
+        return f": {size} on each process, gathered once before a rollout"
+    gathered = size_text(sliced_bytes(policy))
+    return (
+        f", layer by layer: each process gathers {gathered} for each token of up to {rows} "
+        "responses, and keeps no copy of the policy"
+    )

@@ -48,8 +48,6 @@ from rlhf.ppo.trainer import PPOTrainer
 from rlhf.sampling import context_length
 from rlhf.scorers import Scorer, instance, reward_models
 
-GATHERS = "each gathers the copy that samples before a rollout"
-
 
 def train_ppo(
     config: PPOStageConfig,
@@ -102,7 +100,6 @@ def _train(config: PPOStageConfig, scorer: Scorer | None, run: StageRun, server:
     actors = load_actors(config, tokenizer, scorer, accelerator)
     require_writable(unwrap_peft(actors.policy), tokenizer, config)
     forward = check_promises(config, actors, accelerator)
-    choose_sampler(config, actors, accelerator, server)
     own = None if scorer is not None or config.ppo.share_base else actors.scorer
     loaded = [s for s in (own, independent) if s is not None]
     frozen = settle_frozen(config, actors, loaded, accelerator)
@@ -111,18 +108,19 @@ def _train(config: PPOStageConfig, scorer: Scorer | None, run: StageRun, server:
     require_room_for_rows(config.ppo, max(len(prompt["input_ids"]) for prompt in prompts))
     say(describe_batches(config, len(prompts), num_processes, actors))
     compiled = compile_actors(actors, accelerator) if config.compile else ""
+    trainer = PPOTrainer(config, actors, prompts, accelerator, run.directory, texts)
+    choose_sampler(trainer, independent, server)
     scoring, shards = choose_scoring(config, actors), actors.describe_sharding(accelerator)
     chosen: dict[str, str | None] = {"one base": actors.shared_base}
     chosen |= {"forward": "; ".join(filter(None, (forward, actors.other_forwards)))}
     chosen |= {"sampling": actors.sampling}
-    chosen |= {"scoring": scoring, "sharding": shards and f"{shards}; {GATHERS}"}
+    chosen |= {"scoring": scoring, "sharding": shards}
     chosen |= {"frozen models": frozen, "compile": compiled}
     say("\n".join(f"     {name}: {text}" for name, text in chosen.items() if text))
     say(splits.describe(too_long))
     splits.dropped += too_long
 
     # Look: the preflight measures on the loaded models whether the run can succeed.
-    trainer = PPOTrainer(config, actors, prompts, accelerator, run.directory, texts)
     if config.preflight:
         run_preflight(trainer, heldout, independent)
     if config.preflight == "only":

@@ -19,6 +19,7 @@ from rlhf.console import is_main_process
 from rlhf.distributed import is_sharded
 from rlhf.models import copy_weights, eval_mode, plain_copy, unwrap_peft
 from rlhf.sampling.graph import GraphDecoder
+from rlhf.sampling.in_step import in_step
 from rlhf.sampling.settings import Generation, Sampling
 from rlhf.sampling.token_loop import Step, loop
 from rlhf.sampling.vllm import VLLM
@@ -60,6 +61,11 @@ class Engine:
         if name == "graph":
             self._steps = GraphDecoder(reader, check_every)
 
+    @property
+    def reads_slices(self) -> bool:
+        """True if the model itself samples and is in slices: all processes sample together."""
+        return self.copy is None and self.server is None and is_sharded(self.model)
+
     @contextmanager
     def ready(self) -> Iterator[Callable[..., Iterator[Step]]]:
         """Give the function that samples one batch, with the weights as they are now; of slices,
@@ -70,7 +76,7 @@ class Engine:
         if self.copy is not None and not is_sharded(self.model):
             copy_weights(self.model, self.copy)
         if self.copy is None:
-            with eval_mode(self.model):
+            with eval_mode(self.model), in_step(self.model):
                 yield self._steps
             return
         with torch.autocast(self.copy.device.type, enabled=False):  # the copy has its type already

@@ -17,7 +17,16 @@ from rlhf.models import add_lora, load_policy, model_memory
 from rlhf.plan.__main__ import main
 from rlhf.plan.cards import Card
 from rlhf.plan.counting import Measured, measure
-from rlhf.plan.launches import LAUNCHES, Setting, estimate, launches, main_memory, rows_that_fit
+from rlhf.plan.launches import (
+    LAUNCHES,
+    Setting,
+    chosen_gather,
+    estimate,
+    gathered_per_token,
+    launches,
+    main_memory,
+    rows_that_fit,
+)
 from rlhf.plan.sizes import SIZES
 from rlhf.plan.work import Shape, seconds_of_phases, train_operations
 
@@ -206,6 +215,25 @@ def test_packed_weights_are_those_of_bitsandbytes(tmp_path):
     assert launches(replace(SETTING, gpus=8, quantization="4bit")) == ("ddp",)
 
 
+def test_a_policy_in_slices_samples_by_layers_where_its_copy_does_not_fit():
+    ppo, model = replace(SETTING, stage="ppo", gpus=8, critic=False, lora=True), counted(trained=4)
+    whole = estimate(model, ppo, "fsdp2")
+    assert whole.models["sampler"].weights == 200 + 4 * 64 and whole.sampling == 4 * (24 + 240)
+    in_layers = estimate(model, replace(ppo, gather="layers"), "fsdp2")
+    assert "sampler" not in in_layers.models and in_layers.sampling == 4 * (24 + 240)
+    small = counted(trained=4, passing=0, cache_per_token=9)  # the cache of whole rows is larger
+    assert estimate(small, replace(ppo, gather="layers"), "fsdp2").sampling == 4 * 64 * 9
+    needed = int(whole.total / 0.85)
+    chosen = [chosen_gather(model, ppo, "fsdp2", needed + more) for more in (0, 1)]
+    assert chosen == ["layers", "copy"]
+    for gather in ("copy", "layers"):
+        assert chosen_gather(model, replace(ppo, gather=gather), "fsdp2", 1) == gather
+    assert chosen_gather(model, ppo, "ddp", 1) == "itself"
+    assert chosen_gather(model, replace(ppo, stage="sft"), "fsdp2", 1) == "itself"
+    assert gathered_per_token(model, ppo) == 400
+    assert gathered_per_token(model, replace(ppo, share_base=True)) == 400 - 16
+
+
 def test_main_memory_has_slices_that_wait_and_the_copy_for_a_checkpoint():
     ppo, model = replace(SETTING, stage="ppo", gpus=8), counted()
     assert main_memory(model, replace(SETTING, gpus=8), "fsdp2") == 0
@@ -250,7 +278,10 @@ def test_command_plans_a_directory_and_names_what_it_does_not_know(tmp_path, cap
     assert main([f"model={tmp_path}/config.json", "gpus=2", "price_per_hour=2", *few]) == 0
     out = capsys.readouterr().out
     assert "rows of 24 + 40 tokens" in out and "fsdp2_offload" in out and "cost: about 0" in out
-    assert "InstructGPT 6B, PPO" in out and "reward model" in out
+    assert "InstructGPT 6B, PPO" in out and "reward model" in out and "layer by" not in out
+    assert main([f"model={tmp_path}/config.json", "gpus=2", "memory=0.001", *few]) == 0
+    in_layers = "fsdp2 and fsdp2_offload: PPO samples without a whole copy of the policy, layer by "
+    assert in_layers + "layer; each GPU gathers 0.0 GB for each token" in capsys.readouterr().out
     assert main([f"model={tmp_path}", "share_base=true"]) == 2
     assert "set lora=true" in capsys.readouterr().err
     assert main([f"model={tmp_path}", "quantization=4bit"]) == 2

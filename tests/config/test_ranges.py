@@ -67,6 +67,7 @@ BAD_VALUES = [
     ("ppo", "sampling.engine", "graphs", "be one of auto, loop, graph, vllm"),
     ("ppo", "ppo.base", "alone", "be one of merged, stacked"),
     ("ppo", "sampling.check_every", 0, "be >= 1"),
+    ("ppo", "sampling.gather", "whole", "be one of auto, copy, layers"),
     ("ppo", "sampling.weights", "lora", "be one of auto, files, adapter, nccl"),
     ("ppo", "sampling.dtype", "float16", "be one of float32, bfloat16, null"),
     ("ppo", "ppo.response_length", 0, "be >= 1"),

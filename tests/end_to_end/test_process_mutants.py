@@ -17,9 +17,16 @@ from types import FunctionType
 
 import pytest
 from helpers.runs import directory_of, ppo_config, reward_config, write_data, write_random_policy
-from helpers.sharded import assert_same, in_group, in_two, text_of, train_all
+from helpers.sharded import (
+    assert_same,
+    in_group,
+    in_two,
+    text_of,
+    train_all,
+    train_with_little_memory,
+)
 
-from rlhf.config import PeftConfig, ScorerConfig
+from rlhf.config import PeftConfig, SamplingConfig, ScorerConfig
 
 PACKAGE = Path(__file__).parents[2] / "rlhf"
 SHARE = "    return accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)"
@@ -77,6 +84,18 @@ MUTANTS = {
         "        if self.copy is not None and is_read:\n            copy_weights",
         "        if not vars(self).setdefault('done', []):\n            self.done.append(1)\n"
         "            copy_weights",
+    ),
+    "a process whose responses have ended makes no more passes": (
+        "layers",
+        "sampling.in_step",
+        "    while _count(False, device).item():",
+        "    while False:",
+    ),
+    "a process chooses how to sample by its own memory": (
+        "auto",
+        "ppo.sampler",
+        "    fullest = int(shares.argmax())",
+        "    fullest = accelerator.process_index",
     ),
     "a loss counts the tokens of one process": (
         "ppo",
@@ -151,15 +170,17 @@ def runs(tmp_path_factory):
     guards.watchdog = dataclasses.replace(ppo.watchdog, kl_budget=KL / 2)
     shared = dataclasses.replace(ppo, run_name="shared", peft=PeftConfig(enabled=True, r=4))
     shared.ppo = dataclasses.replace(ppo.ppo, reference=None, kl_target=None, share_base=True)
+    layers = dataclasses.replace(ppo, run_name="layers", sampling=SamplingConfig(gather="layers"))
+    auto = dataclasses.replace(ppo, run_name="auto")
     reward = reward_config(folder / "one", folder, folder / "policy")
     reward.peft, reward.batch_size, reward.dataset.max_length = PeftConfig(), 8, 128
     reward.trainer |= {"max_steps": 2, "logging_steps": 1, "eval_steps": 2}
     reward.trainer |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
-    train_all(ppo, guards, shared, reward)
+    train_all(ppo, guards, shared, layers, auto, reward)
     resumed = dataclasses.replace(ppo, run_name="resumed", resume=True)
     shutil.copytree(directory_of(ppo), directory_of(resumed))
     found = {"ppo": ppo, "guards": guards, "shared": shared, "resumed": resumed}
-    return found | {"reward": reward}
+    return found | {"layers": layers, "auto": auto, "reward": reward}
 
 
 def in_both(config, folder):
@@ -193,7 +214,8 @@ def work(mutant, *configs) -> None:
     """Train with a bug, in one of the processes."""
     if mutant is not None:
         plant(*mutant)
-    train_all(*configs)
+    for config in configs:
+        (train_with_little_memory if config.run_name == "auto" else train_all)(config)
 
 
 @pytest.mark.parametrize("bug", MUTANTS)
@@ -221,7 +243,7 @@ def test_bug_of_several_processes_is_found(bug, runs, tmp_path):
     codes = in_group(work, mutant, two, log=log, seconds=180)
     text = text_of(log)
     assert "NameError" not in text, text
-    assert name == "guards" or "Timed out" not in text, text
+    assert name in ("guards", "layers", "auto") or "Timed out" not in text, text
     if codes == [0, 0]:
         with pytest.raises(AssertionError) as difference:
             assert_same(runs[name], two)

@@ -28,7 +28,7 @@ from helpers.runs import (
 from helpers.sharded import assert_same, in_group, in_two, text_of, train_all
 from safetensors.torch import load_file
 
-from rlhf.config import PeftConfig, ScorerConfig
+from rlhf.config import PeftConfig, SamplingConfig, ScorerConfig
 from rlhf.distributed import offloads
 from rlhf.export import ExportOptions, export
 from rlhf.metrics import read_jsonl
@@ -59,12 +59,14 @@ def three_steps(folder):
 
 
 def on_one_base(sft, reward, ppo):
-    """The same PPO with LoRA on one base, which reads the reward model of the one process."""
+    """The same PPO with LoRA on one base, which reads the reward model of the one process; two
+    processes sample from slices."""
     shared = dataclasses.replace(ppo, run_name="shared", peft=LORA, preflight=True)
     shared.model = dataclasses.replace(ppo.model, path=str(directory_of(sft) / "final"))
     shared.ppo = dataclasses.replace(ppo.ppo, share_base=True)
     shared.scorer = ScorerConfig(str(directory_of(reward) / "final"))
     shared.critic = dataclasses.replace(ppo.critic, init="reward")
+    shared.sampling = SamplingConfig(gather="layers")
     return shared
 
 
@@ -87,6 +89,7 @@ def test_stages_in_slices_give_the_result_of_one_process_and_resume_in_one(tmp_p
         assert record["forward"] == "padding-free"
     printed = (directory_of(in_two(shared)) / "output.log").read_text()
     assert "sharding: FSDP2, the base in slices over 2 processes; adapters" in printed
+    assert "sampling: loop, layer by layer: each process gathers" in printed
     assert_same(sft, in_two(sft), "checkpoint-3/model.safetensors")
     assert_same(reward, in_two(reward))
     assert_same(ppo, in_two(ppo), *SAVED)

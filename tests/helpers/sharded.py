@@ -36,6 +36,15 @@ def train_all(*configs):
         train(config)
 
 
+def train_with_little_memory(*configs):
+    """As `train_all`; the second process has nearly no memory left."""
+    from rlhf.ppo.preflight import examine
+
+    if os.environ["RANK"] == "1":
+        examine.free_bytes = lambda device: 1000
+    train_all(*configs)
+
+
 def in_two(config, **values):
     """The same run in the folder of the two processes."""
     values = {"runs_dir": config.runs_dir.replace("/one", "/two")} | values

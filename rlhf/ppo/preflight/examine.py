@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from rlhf.checkpoint.state import random_state, restore_random_state
@@ -36,6 +37,7 @@ from rlhf.ppo.preflight.memory import (
 )
 from rlhf.ppo.preflight.samples import NUM_SAMPLES, examine_policy, examine_scoring, sample_policy
 from rlhf.ppo.trainer import PPOTrainer
+from rlhf.sampling import engine_of
 from rlhf.scorers import Scorer, reward_models
 
 NUM_PROMPTS = 16
@@ -109,6 +111,8 @@ def _examine_all(
         samples = sample_policy(trainer, prompts)
         if accelerator.is_main_process:
             findings += examine_policy(trainer, samples)
+        elif engine_of(trainer.actors.policy).reads_slices:
+            examine_policy(trainer, samples)  # the main process cannot sample alone
     fix = f"set scorer.batch_size={max(1, config.scorer.batch_size // 2)}"
     with out_of_memory_found("scorer", fix):
         models = [m.model for m in reward_models(trainer.actors.scorer)]
@@ -119,14 +123,21 @@ def _examine_all(
     return findings
 
 
+def least_free(accelerator: Accelerator) -> tuple[int, int]:
+    """Bytes of main memory, and of its device, that every process can still get."""
+    device = accelerator.device
+    # main memory is shared by the processes of this machine
+    main = free_bytes(torch.device("cpu")) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    mine = torch.tensor([[main, main if device.type == "cpu" else free_bytes(device)]])
+    main, free = accelerator.gather(mine.to(device)).min(dim=0).values.tolist()
+    return main, free
+
+
 def _examine_device(trainer: PPOTrainer, independent: Scorer | None) -> list[Finding]:
     """Examine whether the run fits; every process makes the same exchanges."""
     config, device = trainer.config, trainer.accelerator.device
     part = longest_micro_batch(trainer)
-    # main memory is shared by the processes of this machine
-    main = free_bytes(torch.device("cpu")) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    mine = torch.tensor([[main, main if device.type == "cpu" else free_bytes(device)]])
-    main, free = trainer.accelerator.gather(mine.to(device)).min(dim=0).values.tolist()
+    main, free = least_free(trainer.accelerator)
     estimate = estimate_memory(trainer, part, independent)
     findings = [examine_memory(estimate, free + estimate.sum("weights"), config)]
     if device.type != "cpu" and config.checkpoint.background is not False:

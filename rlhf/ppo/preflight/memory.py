@@ -23,7 +23,7 @@ from transformers import DynamicCache
 
 from rlhf.config import PPOStageConfig, has_frozen_models
 from rlhf.console import table
-from rlhf.distributed import local
+from rlhf.distributed import loads_in_slices, local
 from rlhf.functional.tokens import BLOCK
 from rlhf.models import (
     ModelMemory,
@@ -163,6 +163,10 @@ def remedy(estimate: MemoryEstimate, config: PPOStageConfig) -> str:
             "offload_frozen=true": torch.cuda.is_available()
             and has_frozen_models(config)
             and not (config.offload_frozen or ppo.share_base),
+            "sampling.gather=layers": loads_in_slices()
+            and config.sampling.gather == "copy"
+            and config.sampling.engine in ("auto", "loop")
+            and config.sampling.dtype is None,
         },
         "gradients and Adam states": {"peft=lora": not lora},
         "activations": {
@@ -186,13 +190,17 @@ def remedy(estimate: MemoryEstimate, config: PPOStageConfig) -> str:
 
 
 def estimate_memory(
-    trainer: PPOTrainer, part: Responses, independent: Scorer | None = None
+    trainer: PPOTrainer,
+    part: Responses,
+    independent: Scorer | None = None,
+    planned: tuple[str, int] | None = None,
 ) -> MemoryEstimate:
     """Estimate what a run needs on this process.
 
     Args:
         part: see `longest_micro_batch`.
         independent: the scorer of `evaluation.scorer`.
+        planned: engine that will sample, and bytes of its copy of the policy (None: as now).
     """
     actors, sampling, ppo = trainer.actors, trainer.sampling, trainer.config.ppo
     distributed = trainer.accelerator.num_processes > 1
@@ -223,7 +231,7 @@ def estimate_memory(
     frozen = [name for name in ("reference", "reward models") if name in models]
     away = [models.pop(name).weights for name in frozen if actors.reading_device]
     num_rows = min(ppo.rollout_batch_size, ppo.batch_size // trainer.accelerator.num_processes)
-    rollout = _sampling(trainer, part, models, num_rows)
+    rollout = _sampling(trainer, part, models, num_rows, planned)
     scored = [] if actors.reading_device else readers
     scoring = max((scoring_bytes(model, part) for model in scored), default=0)
     scoring *= min(num_rows, trainer.config.scorer.batch_size)
@@ -243,25 +251,30 @@ def checkpoint_bytes(trainer: PPOTrainer) -> int:
 
 
 def _sampling(
-    trainer: PPOTrainer, part: Responses, models: dict[str, ModelMemory], num_rows: int
+    trainer: PPOTrainer,
+    part: Responses,
+    models: dict[str, ModelMemory],
+    num_rows: int,
+    planned: tuple[str, int] | None,
 ) -> int:
     """Bytes that sampling takes for a while; what the sampler keeps is added to `models`."""
     policy = trainer.actors.policy
     engine = engine_of(policy)
+    copied = 0 if engine.copy is None else model_memory(engine.copy).weights
+    name, copied = planned or (engine.name, copied)
     passing = num_rows * policy.get_output_embeddings().weight.shape[0] * SAMPLER_BYTES
     per_token, length = num_rows * cache_bytes_per_token(policy, part), part.sequence_ids.shape[1]
-    if engine.name == "graph":
+    if name == "graph":
         cache = per_token * length
         models["sampler"] = ModelMemory(cache)  # its cache stays where it is
     elif engine.server is None:  # the last token is not read
         passing += per_token * room_of(part.prompt_ids.shape[1], part.response_ids.shape[1] - 1)
-    if engine.copy is not None:
-        kept = models.setdefault("sampler", ModelMemory(0))
-        kept.weights += model_memory(engine.copy).weights
+    if copied:
+        models.setdefault("sampler", ModelMemory(0)).weights += copied
     if engine.server is not None:
         return passing
     num_prompts = -(-num_rows // trainer.config.ppo.samples_per_prompt)  # equal ones are read once
-    new_cache = roomy_cache if engine.name == "loop" else lambda config: DynamicCache(config=config)
+    new_cache = roomy_cache if name == "loop" else lambda config: DynamicCache(config=config)
     return max(passing, num_prompts * prefill_bytes(engine.copy or policy, part, new_cache))
 
 

@@ -133,6 +133,7 @@ CONFIGS = {
     "lora, function": PYTHON | LORA,
     "tokens": {"ppo.micro_batch_tokens": 2048},
     "background": {"checkpoint.background": True},
+    "copy": {"sampling.gather": "copy"},
     "tokens of a row": {"ppo.micro_batch_tokens": 64, "ppo.response_length": 48},
 }
 
@@ -141,6 +142,7 @@ def found(name: str, changes: dict) -> tuple[Finding, set[str]]:
     """A finding, and the settings that it proposes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("torch.cuda.is_available", lambda: True)  # a GPU has settings of its own
+        patch.setattr(memory, "loads_in_slices", lambda: True)
         finding = FAILURES[name](valid_config("ppo", changes))
     return finding, {*SETTING.findall(finding.remedy), *filter(None, [finding.override])}
 
