@@ -13,7 +13,7 @@ from rlhf.console import say
 from rlhf.distributed import compute_device, is_sharded, sliced_bytes
 from rlhf.engine_choice import choose_engine, choose_server
 from rlhf.models import copy_bytes, model_memory, unwrap_peft
-from rlhf.ppo.preflight.examine import least_free
+from rlhf.ppo.preflight.examine import free_here
 from rlhf.ppo.preflight.longest_step import chooses_tokens, longest_micro_batch
 from rlhf.ppo.preflight.memory import FULL, estimate_memory, size_text
 from rlhf.ppo.trainer import PPOTrainer
@@ -76,15 +76,14 @@ def _gather(trainer: PPOTrainer, independent: Scorer | None, dtype: torch.dtype)
     if config.sampling.engine == "graph":
         return "copy"
     size = copy_bytes(trainer.actors.policy, dtype)
-    engine = "graph" if accelerator.device.type == "cuda" else "loop"
-    if config.sampling.engine != "auto":
-        engine = config.sampling.engine
+    replays = config.sampling.engine == "auto" and accelerator.device.type == "cuda"
+    planned = "graph" if replays else "loop", size
     part = longest_micro_batch(trainer)
     if chooses_tokens(trainer):  # the preflight takes fewer rows where there is no room
         part = part.select(torch.arange(1, device=accelerator.device))
-    estimate = estimate_memory(trainer, part, independent, (engine, size))
-    free = least_free(accelerator)[1]
-    room = free + estimate.sum("weights") - estimate.models["sampler"].weights  # that is not there
+    estimate = estimate_memory(trainer, part, independent, planned)
+    room = free_here(accelerator.device)[1]
+    room += estimate.sum("weights") - estimate.models["sampler"].weights  # that is not there
     mine = torch.tensor([[estimate.total / room, room]], dtype=torch.float64)
     shares, rooms = accelerator.gather(mine.to(accelerator.device)).unbind(dim=1)
     fullest = int(shares.argmax())

@@ -13,6 +13,7 @@ import os
 import shutil
 import signal
 import time
+from itertools import count
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ from helpers.runs import (
 from helpers.sharded import in_group, text_of
 
 from rlhf.cli import run_to_exit
-from rlhf.config import ScorerConfig
+from rlhf.config import SamplingConfig, ScorerConfig
 
 pytestmark = pytest.mark.slow
 ROWS = [{"prompt": f"Name a fruit {i}"} for i in range(24)]
@@ -39,9 +40,11 @@ SHARDS = pytest.mark.parametrize("shards", [False, True], ids=["ddp", "fsdp2"])
 def command(config, how: str, folder) -> None:
     """A run from the command line whose second process fails in its second update, or reads a bad
     row before."""
+    from rlhf.ppo import rollout
     from rlhf.ppo.update import Updater
 
     rank, plain = int(os.environ["RANK"]), Updater.accumulate
+    rollouts, sample = count(), rollout.generate
     os.chdir(folder / f"host-{rank}")
     asked = {"SIGTERM to one": [1], "SIGTERM to all": [0, 1]}.get(how, [])
     config.seed += how == "settings" and rank
@@ -58,8 +61,18 @@ def command(config, how: str, folder) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return plain(self, batch, rows, update, *rest, **options)
 
-    Updater.accumulate = accumulate
+    def generate(*arguments, **options):
+        number = next(rollouts)  # the first is of an evaluation
+        if number == 2 and rank == 1 and how == "sampling":
+            options["ended"] = run_out_of_memory
+        return sample(*arguments, **options)
+
+    Updater.accumulate, rollout.generate = accumulate, generate
     run_to_exit(lambda config: train(config).stopped_by, config)
+
+
+def run_out_of_memory(row, ids):
+    raise torch.OutOfMemoryError("planted")
 
 
 def fails_on_one(prompts, responses):
@@ -92,6 +105,7 @@ FAILURES = {
         "error: ppo.batch_size / ppo.num_mini_batches = 9 must be divisible by the 2 ",
         "change",
     ),
+    "sampling": ("error: rank 1 (sampling, update 2): OutOfMemoryError: planted", "resume=auto"),
     "memory of 1": ("error: rank 1 (training, update 2): OutOfMemoryError: planted", "resume=auto"),
     "SIGKILL to 1": ("error: no word from rank 1: killed", "; rank 0 (training, update 2): "),
 }
@@ -106,6 +120,8 @@ def test_failure_of_one_process_ends_both_and_the_first_names_it(how, shards, tm
         write_rows(tmp_path / "host-1/rows.jsonl", [*ROWS[:-1], row])
     if how == "scorer":
         config.scorer.path = f"python:{__name__}.fails_on_one"
+    if how == "sampling":
+        config.sampling = SamplingConfig(gather="layers")
     if how == "batch":
         config.ppo.batch_size, config.ppo.num_mini_batches = 9, 1
     log = tmp_path / "log"

@@ -171,6 +171,7 @@ def runs(tmp_path_factory):
     shared = dataclasses.replace(ppo, run_name="shared", peft=PeftConfig(enabled=True, r=4))
     shared.ppo = dataclasses.replace(ppo.ppo, reference=None, kl_target=None, share_base=True)
     layers = dataclasses.replace(ppo, run_name="layers", sampling=SamplingConfig(gather="layers"))
+    layers.ppo = dataclasses.replace(ppo.ppo, rollout_batch_size=1)  # other numbers of passes
     auto = dataclasses.replace(ppo, run_name="auto")
     reward = reward_config(folder / "one", folder, folder / "policy")
     reward.peft, reward.batch_size, reward.dataset.max_length = PeftConfig(), 8, 128

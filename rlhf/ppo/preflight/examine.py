@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from rlhf.checkpoint.state import random_state, restore_random_state
@@ -123,21 +122,19 @@ def _examine_all(
     return findings
 
 
-def least_free(accelerator: Accelerator) -> tuple[int, int]:
-    """Bytes of main memory, and of its device, that every process can still get."""
-    device = accelerator.device
+def free_here(device: torch.device) -> tuple[int, int]:
+    """Bytes of main memory, and of its device, that this process can still get."""
     # main memory is shared by the processes of this machine
     main = free_bytes(torch.device("cpu")) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    mine = torch.tensor([[main, main if device.type == "cpu" else free_bytes(device)]])
-    main, free = accelerator.gather(mine.to(device)).min(dim=0).values.tolist()
-    return main, free
+    return main, main if device.type == "cpu" else free_bytes(device)
 
 
 def _examine_device(trainer: PPOTrainer, independent: Scorer | None) -> list[Finding]:
     """Examine whether the run fits; every process makes the same exchanges."""
     config, device = trainer.config, trainer.accelerator.device
     part = longest_micro_batch(trainer)
-    main, free = least_free(trainer.accelerator)
+    mine = torch.tensor([free_here(device)], device=device)
+    main, free = trainer.accelerator.gather(mine).min(dim=0).values.tolist()
     estimate = estimate_memory(trainer, part, independent)
     findings = [examine_memory(estimate, free + estimate.sum("weights"), config)]
     if device.type != "cpu" and config.checkpoint.background is not False:
