@@ -172,9 +172,8 @@ class SamplingConfig:
     """Type of a copy of the policy that samples in its place, adapters merged (null: bfloat16 on a
     GPU where a float32 policy trains with precision=bfloat16, else no copy)."""
     gather: str = knob("auto", choices=("auto", "copy", "layers"))
-    """Where each process has slices of the policy. copy: gather a whole copy before each rollout;
-    layers: gather one layer after the other for each token, which takes less memory and far more
-    time (engine loop); auto: copy, if it fits into the memory of every process."""
+    """Of a policy in slices, copy gathers a whole one before each rollout; layers gathers one layer
+    after the other for each token: less memory, far more time. auto: copy, if it fits."""
     url: str | None = None
     """vLLM server that was started in developer mode (VLLM_SERVER_DEV_MODE=1) with --logprobs-mode
     processed_logprobs, e.g. http://127.0.0.1:8000."""
