@@ -21,7 +21,7 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 FLOORS = [
     {"functional", "config"},
     {"console", "gguf_files", "slurm", "sqlite_files"},
-    {"trackers"},
+    {"trackers", "launched"},
     {"option_parser", "overrides", "next_commands", "metrics", "hub", "http_endpoint", "rubrics"},
     {"curves", "vllm_server", "zero"},
     {"tokenizer", "distributed", "failures"},

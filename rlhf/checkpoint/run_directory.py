@@ -51,6 +51,7 @@ from rlhf.config import (
     resume_overrides,
 )
 from rlhf.console import launched_with, num_processes, quiet_libraries, say, warn
+from rlhf.launched import settle_launch
 from rlhf.metrics import append_jsonl, cut_jsonl
 
 
@@ -119,6 +120,7 @@ def open_run(config: StageConfig, stage: str, writes: bool = True) -> Iterator[S
 def join_group(config: StageConfig) -> None:
     """Join the group of processes, if there are several, and require that all have the same
     configuration and packages."""
+    settle_launch()
     if num_processes() == 1 and config.distributed is None and not launched_with("DeepSpeed"):
         return
     from rlhf.distributed import join_processes

@@ -282,9 +282,9 @@ class RankedCollator:
 
     Returns:
         input_ids (N, L) right-padded, attention_mask (N, L) from lengths (so that pad may equal
-        EOS), ranks (N,), groups (N,): index of the prompt in the batch. All int64. (N,) float32:
-        scores of the data (0 where the row has none), margin of the response's pair (0), and the
-        probability that the response is preferred (1).
+        EOS), ranks (N,), groups (N,): index of the prompt in the batch, -1 where a row is
+        "weightless". All int64. (N,) float32: scores of the data (0 where the row has none), margin
+        of the response's pair (0), and the probability that the response is preferred (1).
     """
 
     pad_token_id: int
@@ -297,7 +297,7 @@ class RankedCollator:
         for group, row in enumerate(rows):
             num, probability = len(row["ranks"]), row.get("probability")
             columns["ranks"] += row["ranks"]
-            columns["groups"] += [group] * num
+            columns["groups"] += [-1 if row.get("weightless") else group] * num
             columns["scores"] += row.get("scores") or [0.0] * num
             columns["margin"] += [float(row.get("margin") or 0.0)] * num
             pair = [1.0] * num if probability is None else [probability, 1.0 - probability]

@@ -16,7 +16,7 @@ from transformers import Trainer
 
 from rlhf.checkpoint import NonFiniteError, find_non_finite_on_any, optimizer_tensors
 from rlhf.hf_trainer.sharded_trainer import ShardedTrainer
-from rlhf.hf_trainer.token_batches import LevelBatches, split_batch
+from rlhf.hf_trainer.token_batches import SharedBatches, WithWeightlessRow, split_batch
 
 MAX_SKIPPED = 20  # a loss scaler starts at 2^16 and halves: it has passed through 2^-4 by then
 
@@ -43,12 +43,24 @@ class FiniteTrainer(ShardedTrainer):
         """Tokens of each training row; None if the rows are not texts."""
         return None
 
+    def weightless_row(self) -> dict[str, Any]:
+        """A row that adds nothing to the loss."""
+        raise NotImplementedError
+
     def get_train_dataloader(self) -> DataLoader:
-        """Read training rows; several processes have similar numbers of tokens in a step."""
+        """Read training rows; several processes read each row once, and have similar numbers of
+        tokens in a step."""
+        rows: Any = self.train_dataset
+        lengths = self.row_lengths() if self.accelerator.num_processes > 1 else None
+        if lengths is None:
+            return super().get_train_dataloader()
+        self.train_dataset = WithWeightlessRow(rows, self.weightless_row())
         loader = super().get_train_dataloader()
+        self.train_dataset = rows
         shard = loader.batch_sampler
-        if isinstance(shard, BatchSamplerShard) and (lengths := self.row_lengths()) is not None:
-            shard.batch_sampler = LevelBatches(shard.batch_sampler, lengths, shard.num_processes)
+        assert isinstance(shard, BatchSamplerShard)
+        shard.batch_sampler = SharedBatches(shard.batch_sampler, lengths, shard.num_processes)
+        shard.even_batches = False  # it would repeat rows
         return loader
 
     def training_step(

@@ -10,7 +10,7 @@ from itertools import chain, islice
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import BatchSampler
+from torch.utils.data import BatchSampler, Dataset
 
 Batch = Mapping[str, Any]
 
@@ -86,29 +86,51 @@ def together(sizes: Sequence[tuple[int, int]], tokens: int, padded: bool) -> lis
     return bounds
 
 
-class LevelBatches(BatchSampler):
+class SharedBatches(BatchSampler):
     """The batches of a sampler, whose rows the processes exchange within each step until all have
-    similar numbers of tokens: in a step, each waits for the slowest."""
+    similar numbers of tokens: in a step, each waits for the slowest.
+
+    The last rows are shared too, and none is read twice. A process that gets no row of them gets
+    the number of rows instead, as which `WithWeightlessRow` has a row that counts for nothing.
+    """
 
     def __init__(self, batches: BatchSampler, lengths: Sequence[int], num_processes: int):
         """Take a sampler of the batches of all processes, and the tokens of each row."""
         super().__init__(batches.sampler, batches.batch_size, batches.drop_last)
         self.lengths, self.num_processes = lengths, num_processes
 
+    def __len__(self) -> int:
+        return -(-super().__len__() // self.num_processes) * self.num_processes
+
     def __iter__(self) -> Iterator[list[int]]:
         batches = super().__iter__()
         while step := list(islice(batches, self.num_processes)):
-            full = len(step) == self.num_processes and len(step[-1]) == self.batch_size
-            yield from level(step, self.lengths) if full else step
+            dealt = level([*chain(*step)], self.lengths, self.num_processes)
+            yield from (rows or [len(self.lengths)] for rows in dealt)
 
 
-def level(batches: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[list[int]]:
-    """Deal the rows of equally large batches anew: each, the longest first, to the batch with the
-    fewest tokens that has room."""
-    dealt: list[list[int]] = [[] for _ in batches]
-    room, totals = len(batches[0]), [0] * len(batches)
-    for row in sorted(chain(*batches), key=lambda row: -lengths[row]):
-        number = min((i for i in range(len(dealt)) if len(dealt[i]) < room), key=totals.__getitem__)
+def level(rows: Sequence[int], lengths: Sequence[int], num_batches: int) -> list[list[int]]:
+    """Deal rows to batches that differ in size by one row at most: each, the longest first, to the
+    batch with the fewest tokens that has room."""
+    dealt: list[list[int]] = [[] for _ in range(num_batches)]
+    each, rest = divmod(len(rows), num_batches)
+    room, totals = [each + (i < rest) for i in range(num_batches)], [0] * num_batches
+    for row in sorted(rows, key=lambda row: -lengths[row]):
+        open_ones = (i for i in range(num_batches) if len(dealt[i]) < room[i])
+        number = min(open_ones, key=totals.__getitem__)
         dealt[number].append(row)
         totals[number] += lengths[row]
     return dealt
+
+
+class WithWeightlessRow(Dataset[Any]):
+    """Rows, and after the last one another that adds nothing to the loss."""
+
+    def __init__(self, rows: Any, weightless: dict[str, Any]):
+        self.rows, self.weightless = rows, weightless
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> Any:
+        return self.weightless if number == len(self.rows) else self.rows[number]

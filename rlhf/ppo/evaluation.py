@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ class Evaluator:
     """Evaluates the policy of a trainer on held-out prompts.
 
     Attributes:
-        prompts: encoded held-out prompts; their number is a multiple of the number of processes.
+        prompts: encoded held-out prompts.
         independent: a second scorer, which PPO does not train on.
         baseline: scores of the responses before training, for the win rate; from the first call.
         baseline_responses: these responses; none in a run that an earlier version began.
@@ -67,10 +68,13 @@ class Evaluator:
     def _evaluate(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
         trainer, actors, ppo = self.trainer, self.trainer.actors, self.trainer.config.ppo
         key, accelerator = (trainer.config.seed, EVALUATION_KEY), trainer.accelerator
+        shared = with_equal_shares(self.prompts, accelerator.num_processes)
         with trainer.updater.averaged_weights():
             rollout = collect(
-                actors, self.prompts, key, trainer.sampling, ppo, accelerator, with_values=False
+                actors, shared, key, trainer.sampling, ppo, accelerator, with_values=False
             )
+        if len(shared) > len(self.prompts):
+            rollout = rollout.select(torch.arange(len(self.prompts)))
         trainer.require_finite(rollout, "logprobs", "ref_logprobs", "scores")
         responses = response_texts(rollout, actors.tokenizer, self.prompts)
         figures = {
@@ -110,6 +114,12 @@ class Evaluator:
             pairs = zip(responses, self.baseline_responses, strict=True)
             baseline = torch.where(torch.tensor([a == b for a, b in pairs]), judged, baseline)
         return wins(judged, baseline)
+
+
+def with_equal_shares(prompts: list[Any], num_processes: int) -> list[Any]:
+    """Repeat the first prompts at the end, so that each process gets as many."""
+    number = -len(prompts) % num_processes
+    return prompts + list(islice(cycle(prompts), number))
 
 
 def _with_bounds(figures: dict[str, Tensor]) -> dict[str, float]:

@@ -76,11 +76,7 @@ def require_room_for_rows(ppo: PPOConfig, longest: int) -> None:
 
 
 def choose_prompts(
-    config: PPOStageConfig,
-    splits: Splits,
-    actors: Actors,
-    independent: Scorer | None,
-    num_processes: int,
+    config: PPOStageConfig, splits: Splits, actors: Actors, independent: Scorer | None
 ) -> tuple[Prompts, Prompts, Counter[str]]:
     """Encode training and held-out prompts, and drop those that are too long.
 
@@ -105,8 +101,7 @@ def choose_prompts(
             f"no held-out prompt is left: {describe_dropped(dropped_heldout)}; lower "
             "ppo.response_length, or set evaluation.num_prompts=0"
         )
-    number = min(len(heldout), config.evaluation.num_prompts)
-    return prompts, heldout[: number - number % num_processes], dropped + dropped_heldout
+    return prompts, heldout[: config.evaluation.num_prompts], dropped + dropped_heldout
 
 
 def prompt_budget(config: PPOStageConfig, actors: Actors) -> tuple[int, int]:

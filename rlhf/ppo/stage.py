@@ -104,7 +104,7 @@ def _train(config: PPOStageConfig, scorer: Scorer | None, run: StageRun, server:
     loaded = [s for s in (own, independent) if s is not None]
     frozen = settle_frozen(config, actors, loaded, accelerator)
     texts = load_texts(config, tokenizer, context_length(actors.policy))
-    prompts, heldout, too_long = choose_prompts(config, splits, actors, independent, num_processes)
+    prompts, heldout, too_long = choose_prompts(config, splits, actors, independent)
     require_room_for_rows(config.ppo, max(len(prompt["input_ids"]) for prompt in prompts))
     say(describe_batches(config, len(prompts), num_processes, actors))
     compiled = compile_actors(actors, accelerator) if config.compile else ""

@@ -46,6 +46,11 @@ class RankingTrainer(FiniteTrainer):
         assert self.train_dataset is not None
         return [sum(map(len, responses)) for responses in self.train_dataset["input_ids"]]
 
+    def weightless_row(self) -> dict[str, Any]:
+        """The first prompt, in no group."""
+        assert self.train_dataset is not None
+        return self.train_dataset[0] | {"weightless": True}
+
     def get_train_dataloader(self) -> DataLoader:
         """Read the planned batches, if any, in a new order each epoch."""
         if self.batches is None:
@@ -66,7 +71,8 @@ class RankingTrainer(FiniteTrainer):
     ) -> tuple[list, Any]:
         """Count the prompts of an optimiser step over its micro-batches and all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        num_prompts = sum(len(batch["groups"].unique()) for batch in batches)
+        groups = (batch["groups"].unique() for batch in batches)
+        num_prompts = sum(int((numbers >= 0).sum()) for numbers in groups)
         total = torch.tensor(num_prompts, device=self.args.device)
         return batches, self.accelerator.reduce(total, reduction="sum")
 
@@ -92,6 +98,8 @@ class RankingTrainer(FiniteTrainer):
             label_smoothing=ranking.label_smoothing,
             center_coef=ranking.center_coef,
         )
+        if inputs["groups"][0] < 0:
+            loss, stats = loss * 0, {name: value * 0 for name, value in stats.items()}
         if num_items_in_batch is not None:
             share = stats["num_groups"] / num_items_in_batch
             loss = loss * (share * self.accelerator.num_processes)

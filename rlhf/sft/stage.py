@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from rlhf.checkpoint import (
@@ -45,7 +45,6 @@ from rlhf.distributed import describe_sharding, is_sharded
 from rlhf.equivalence import choose_forward, require_cache, require_packing, require_padding
 from rlhf.failures import same_rows
 from rlhf.hf_trainer import (
-    FiniteTrainer,
     as_in_training,
     best_step,
     describe_batches,
@@ -68,6 +67,7 @@ from rlhf.models import (
     without_padding_mask,
 )
 from rlhf.sampling import context_length, generate, sampling_for, uniform_noise
+from rlhf.sft.sft_trainer import FiniteSFTTrainer
 from rlhf.sft.training_rows import encode_splits
 from rlhf.tokenizer import (
     RefusedConversation,
@@ -89,15 +89,6 @@ class SFTResult(StageResult):
     """
 
     samples: list[dict[str, Any]] = field(default_factory=list)
-
-
-class FiniteSFTTrainer(FiniteTrainer, SFTTrainer):
-    """TRL's Trainer, but it stops at numbers that are not finite."""
-
-    def row_lengths(self) -> list[int]:
-        """Tokens of each training row."""
-        rows: Any = self.train_dataset
-        return [len(ids) for ids in rows["input_ids"]]
 
 
 def train_sft(
@@ -269,7 +260,11 @@ def _trained_token_rows(config: SFTStageConfig, tokenizer: Any) -> list[int]:
 
 
 def _finish(
-    trainer: SFTTrainer, tokenizer: Any, splits: Splits, config: SFTStageConfig, directory: Path
+    trainer: FiniteSFTTrainer,
+    tokenizer: Any,
+    splits: Splits,
+    config: SFTStageConfig,
+    directory: Path,
 ) -> SFTResult:
     """Answer some held-out prompts, write `final/`, and show the result."""
     policy: Any = trainer.accelerator.unwrap_model(trainer.model)
@@ -332,7 +327,7 @@ def sample_responses(
     ]
 
 
-def _last_evaluation(trainer: SFTTrainer) -> dict[str, float]:
+def _last_evaluation(trainer: FiniteSFTTrainer) -> dict[str, float]:
     """Return the metrics of the weights with which training ended."""
     names = ("eval_loss", "eval_mean_token_accuracy")
     step = best_step(trainer.args, trainer.state) or trainer.state.global_step

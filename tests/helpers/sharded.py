@@ -25,7 +25,7 @@ from rlhf.metrics import read_jsonl
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}  # after three steps
 # Metrics that differ between one process and two: the clock and rounding; in SFT also TRL's means
-# over processes, not over tokens.
+# over passes, not over tokens.
 LOOSE = ("seconds", "tokens_per_second", "sampler_gap")
 LOOSE_IN_SFT = ("entropy", "mean_token_accuracy")
 
@@ -73,11 +73,11 @@ def tensors(one, two, *files: str):
 def metrics(one, two):
     """Each metric of two runs that the number of processes does not change."""
     rows = (read_jsonl(directory_of(config) / "metrics.jsonl") for config in (one, two))
-    loose = LOOSE + LOOSE_IN_SFT * (directory_of(one).name == "sft")
+    in_training = LOOSE_IN_SFT * (directory_of(one).name == "sft")
     for first, second in zip(*rows, strict=True):
         assert first.keys() == second.keys()
         for name in first:
-            if not name.removeprefix("eval_").endswith(loose):
+            if name not in in_training and not name.endswith(LOOSE):
                 yield name, first[name], second[name]
 
 

@@ -294,7 +294,7 @@ def data(tmp_path_factory):
 def overfitting(runs, data, **trainer):
     """An SFT run whose held-out loss is lowest in the middle, at step 10 of 14."""
     config = sft_config(runs, data)
-    config.trainer |= {"learning_rate": 1e-2, "lr_scheduler_type": "constant", "eval_steps": 2}
+    config.trainer |= {"learning_rate": 3e-2, "lr_scheduler_type": "constant", "eval_steps": 2}
     config.trainer |= {"load_best_model_at_end": True} | trainer
     config.checkpoint.keep_last = 1
     return config

@@ -7,6 +7,7 @@ Run: pytest tests/sft/test_token_batches.py
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,13 +16,19 @@ from datasets import Dataset
 from helpers.stages import WORLD, reward_config, sft_config
 from safetensors.torch import load_file
 from torch.testing import assert_close
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 from transformers import Trainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from rlhf import train_reward, train_sft
 from rlhf.hf_trainer import finite_trainer
-from rlhf.hf_trainer.token_batches import level, split_batch, together
+from rlhf.hf_trainer.token_batches import (
+    SharedBatches,
+    WithWeightlessRow,
+    level,
+    split_batch,
+    together,
+)
 from rlhf.metrics import read_jsonl
 from rlhf.sft.stage import FiniteSFTTrainer
 
@@ -63,15 +70,25 @@ def test_padded_rows_are_sorted_and_lose_padding_and_groups_stay_together():
 
 def test_a_step_is_dealt_so_that_processes_have_similar_numbers_of_tokens():
     lengths = [9, 1, 8, 2, 7, 3]
-    assert level([[0, 2], [1, 3]], lengths) == [[0, 1], [2, 3]]
-    assert level([[0, 1, 2], [3, 4, 5]], [10, 1, 1, 1, 1, 1]) == [[0, 4, 5], [1, 2, 3]]
-    assert level([[4], [5], [0]], lengths) == [[0], [4], [5]]
+    assert level([0, 2, 1, 3], lengths, 2) == [[0, 1], [2, 3]]
+    assert level([0, 1, 2, 3, 4, 5], [10, 1, 1, 1, 1, 1], 2) == [[0, 4, 5], [1, 2, 3]]
+    assert level([4, 5, 0], lengths, 3) == [[0], [4], [5]]
+    assert level([0, 1, 2], lengths, 2) == [[0, 1], [2]], "the last rows of an epoch"
+    assert level([3], lengths, 2) == [[3], []]
+
+
+def test_a_process_without_a_row_of_the_last_step_gets_one_that_is_no_row():
+    rows = [*range(5)]
+    batches = SharedBatches(BatchSampler(rows, 2, False), [1] * 5, 2)
+    assert [*batches] == [[0, 2], [1, 3], [4], [5]] and len(batches) == 4
+    assert WithWeightlessRow(rows, {"none": 0})[5] == {"none": 0}
 
 
 def test_processes_share_the_rows_of_each_step_of_one_process(monkeypatch):
     draw = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 100, (23,), generator=draw).tolist()
-    rows = Dataset.from_list([{"row": i, "input_ids": [0] * n} for i, n in enumerate(lengths)])
+    found = [{"row": i, "input_ids": [0] * n, "labels": [0] * n} for i, n in enumerate(lengths)]
+    rows = Dataset.from_list(found)
 
     def batches_of(process, trainer=FiniteSFTTrainer):
         loader = DataLoader(rows.with_format("torch", ["row"]), 4, shuffle=True)
@@ -80,7 +97,7 @@ def test_processes_share_the_rows_of_each_step_of_one_process(monkeypatch):
         )
         monkeypatch.setattr(Trainer, "get_train_dataloader", lambda _: loader)
         stub = object.__new__(trainer)
-        stub.train_dataset = rows
+        stub.train_dataset, stub.accelerator = rows, SimpleNamespace(num_processes=2)
         loader = stub.get_train_dataloader()
         epochs = []
         for epoch in range(2):
@@ -99,8 +116,8 @@ def test_processes_share_the_rows_of_each_step_of_one_process(monkeypatch):
         assert len(ours) == len(theirs) == 3
         for step, expected in zip(ours[:2], theirs[:2], strict=True):
             assert sorted(sum(step, [])) == sorted(sum(expected, []))
-        # the last step lacks a row, and gets one of the first once more
-        assert sorted(ours[2][0] + ours[2][1][:3]) == sorted(theirs[2][0] + theirs[2][1][:3])
+        # the last step lacks a row: accelerate repeats one of the first
+        assert sorted(sum(ours[2], [])) == sorted(theirs[2][0] + theirs[2][1][:3])
         assert sum(map(apart, ours[:2])) < sum(map(apart, theirs[:2])) / 3
     assert dealt[0][0] != dealt[0][1]
 

@@ -1,0 +1,68 @@
+"""What a launcher tells a process of a run: refused where it cannot be, switched off where a stage
+decides.
+
+Left out: sharding (`distributed.py`), and what DeepSpeed's file may hold (`hf_trainer/`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import MutableMapping
+
+from rlhf.config import InputError
+from rlhf.console import launched_with, say
+
+MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # accelerate takes them
+NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # next to WORLD_SIZE
+
+
+def require_whole_group(environment: MutableMapping[str, str]) -> None:
+    """Require all variables that make this process one of several, or none of them.
+
+    Raises:
+        InputError: some are missing, or RANK is no number of a process.
+    """
+    world, rank = (environment.get(name, str(i)) for name, i in (("WORLD_SIZE", 1), ("RANK", 0)))
+    if not (world.isdecimal() and rank.isdecimal()) or int(rank) >= int(world):
+        raise InputError(
+            f"RANK={rank} must be a number from 0 to WORLD_SIZE - 1, and WORLD_SIZE is {world}; "
+            "unset both for one process, or let torchrun set them"
+        )
+    started_by_mpi = next((name for name in MPI if int(environment.get(name, "1")) > 1), None)
+    if started_by_mpi and "WORLD_SIZE" not in environment:
+        number = environment[started_by_mpi]
+        raise InputError(
+            f"{started_by_mpi}={number}: mpirun started this process, and stages do not read its "
+            f"variables; start them with torchrun --nproc-per-node {number} -m rlhf.<stage> ..."
+        )
+    missing = [name for name in NEEDED if name not in environment]
+    if int(world) > 1 and missing:
+        raise InputError(
+            f"WORLD_SIZE={world} makes this process one of {world}, but {', '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} not set; unset WORLD_SIZE for one process, or "
+            f"let torchrun set all: torchrun --nproc-per-node {world} -m rlhf.<stage> ..."
+        )
+
+
+def leave_to_the_stage(environment: MutableMapping[str, str]) -> None:
+    """Switch off what the file of accelerate launch may ask for and the stage decides; say so."""
+    compiler = environment.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if compiler.lower() != "no":
+        say(
+            f"dynamo_backend: {compiler} of accelerate launch is off: it would compile whole "
+            "models, unchecked; PPO has compile=true"
+        )
+        environment["ACCELERATE_DYNAMO_BACKEND"] = "no"
+    precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision != "no" and not launched_with("DeepSpeed"):  # which refuses it
+        say(
+            f"mixed_precision: {precision} of accelerate launch is off: `precision` of the stage "
+            "decides (auto: bfloat16 on a GPU that has it, else float32)"
+        )
+        environment["ACCELERATE_MIXED_PRECISION"] = "no"
+
+
+def settle_launch() -> None:
+    """Check the variables of this process, before it joins others."""
+    require_whole_group(os.environ)
+    leave_to_the_stage(os.environ)

@@ -1,0 +1,70 @@
+"""What a launcher tells a process of a run.
+
+Run: python -m pytest tests/test_launched.py
+"""
+
+import subprocess
+import sys
+
+import pytest
+
+from rlhf.config import InputError
+from rlhf.launched import leave_to_the_stage, require_whole_group
+
+TWO = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
+TWO |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize("environment", [{}, {"RANK": "0"}, {"WORLD_SIZE": "1"}, TWO])
+def test_whole_groups_are_taken(environment):
+    require_whole_group(environment)
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"RANK": "1"}, "^RANK=1 must be .*WORLD_SIZE is 1; unset both"),
+        (TWO | {"RANK": "2"}, "^RANK=2 must be .*WORLD_SIZE is 2"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is two; unset"),
+        ({"WORLD_SIZE": "2"}, "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT are not set; .*torchrun"),
+        (TWO | {"RANK": "0"}, None),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "^OMPI_COMM_WORLD_SIZE=4: mpirun .*--nproc-per-node 4"),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, None),
+        (TWO | {"PMI_SIZE": "2"}, None),
+    ],
+)
+def test_half_a_group_is_refused(environment, message):
+    if message is None:
+        require_whole_group(environment)
+        return
+    with pytest.raises(InputError, match=message):
+        require_whole_group(environment)
+
+
+def test_a_missing_address_of_the_group_is_named():
+    with pytest.raises(InputError, match="but MASTER_PORT is not set"):
+        require_whole_group({name: TWO[name] for name in TWO if name != "MASTER_PORT"})
+
+
+def test_what_the_stage_decides_is_off_and_said(capsys, monkeypatch):
+    asked = {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR", "ACCELERATE_MIXED_PRECISION": "fp16"}
+    leave_to_the_stage(asked)
+    assert {*asked.values()} == {"no"}
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("dynamo_backend: INDUCTOR of accelerate launch is off")
+    assert second.startswith("mixed_precision: fp16 of accelerate launch is off")
+    leave_to_the_stage(asked)
+    assert capsys.readouterr().out == ""
+    asked["ACCELERATE_MIXED_PRECISION"] = "fp16"
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    leave_to_the_stage(asked)
+    assert asked["ACCELERATE_MIXED_PRECISION"] == "fp16", "refused later"
+
+
+def test_a_lone_rank_ends_in_one_line_and_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    command = [sys.executable, "-m", "rlhf.sft", "recipe=demo"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: rank 1: RANK=1 must be a number from 0")
+    assert not list(tmp_path.rglob("*.safetensors"))
