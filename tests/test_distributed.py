@@ -224,13 +224,17 @@ def test_what_sharded_training_does_not_do_is_refused(monkeypatch):
     as_launched(monkeypatch, DistributedType.MULTI_GPU, ACCELERATE_USE_FSDP="true")
     config = PPOStageConfig()
     config.critic.share_trunk = config.compile = True
+    config.model.quantization = "4bit"
     with pytest.raises(InputError) as caught:
         refuse_here(config)
     assert str(caught.value).startswith(
-        "compile=true, critic.share_trunk=true: not supported under FSDP yet; leave them "
+        "compile=true, critic.share_trunk=true, model.quantization=4bit: not supported under FSDP "
+        "yet; leave them "
         "out, or start without sharding: accelerate launch"
     )
     with pytest.raises(InputError, match="^micro_batch_tokens=64: not supported under FSDP yet"):
         trainer_arguments(SFTConfig, SFTStageConfig(micro_batch_tokens=64), "sft")
+    with pytest.raises(InputError, match="^model.quantization=4bit: not supported under FSDP yet"):
+        trainer_arguments(SFTConfig, SFTStageConfig(model=config.model), "sft")
     monkeypatch.delenv("ACCELERATE_USE_FSDP")
     refuse_here(config)

@@ -14,6 +14,7 @@ import shutil
 import signal
 import time
 from itertools import count
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +23,10 @@ from helpers.runs import (
     lengths,
     outcome,
     ppo_config,
+    reward_config,
+    sft_config,
     train,
+    write_data,
     write_random_policy,
     write_rows,
 )
@@ -134,6 +138,22 @@ def test_failure_of_one_process_ends_both_and_the_first_names_it(how, shards, tm
     assert last.startswith(begins) and holds in last, first[-3000:]
     assert "not started alike" in begins or last.count("\n") == 1, last
     assert "Traceback" not in first, first
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_other_stages_refuse_other_rows_on_one_process(stage, tmp_path):
+    for rank in (0, 1):
+        (tmp_path / f"host-{rank}").mkdir()
+        write_data(tmp_path / f"host-{rank}")
+    config = sft_config(tmp_path / "runs", Path())
+    if stage == "reward":
+        config = reward_config(tmp_path / "runs", Path(), write_random_policy(tmp_path / "policy"))
+    file = tmp_path / "host-1" / config.dataset.path
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
+    log = tmp_path / "log"
+    assert 0 not in in_group(command, config, "", tmp_path, log=log, shards=False, seconds=120)
+    first = (tmp_path / "log-0").read_text()
+    assert "error: the processes were not started alike:\n  rows of dataset.path: " in first, first
 
 
 @SHARDS
