@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from rlhf.checkpoint import NonFiniteError, find_non_finite_on_any, optimizer_tensors
+from rlhf.failures import phase
 from rlhf.hf_trainer.sharded_trainer import ShardedTrainer
 from rlhf.hf_trainer.token_batches import SharedBatches, WithWeightlessRow, split_batch
 
@@ -77,7 +78,8 @@ class FiniteTrainer(ShardedTrainer):
         total: Tensor | float = 0.0
         for number, part in enumerate(parts, start=1):
             is_last = number == len(parts)
-            with nullcontext() if is_last else self.accelerator.no_sync(model):
+            syncs = nullcontext() if is_last else self.accelerator.no_sync(model)
+            with phase("training"), syncs:
                 total = total + super().training_step(model, part, num_items_in_batch)
         loss = torch.as_tensor(total)
         self._step_loss = self._step_loss + loss.detach()
@@ -89,7 +91,8 @@ class FiniteTrainer(ShardedTrainer):
         if self.is_deepspeed_enabled and self.accelerator.optimizer_step_was_skipped:
             norm = math.nan  # DeepSpeed, which has stepped already, gives that of the step before
         numbers = [[float(self._step_loss), 0.0 if norm is None else float(norm)]]
-        everywhere = self.accelerator.gather(torch.tensor(numbers, device=self.args.device))
+        with phase("training"):
+            everywhere = self.accelerator.gather(torch.tensor(numbers, device=self.args.device))
         self._step_loss = 0.0
         names, step = ("loss", "gradient norm"), self.state.global_step + 1
         bad = [
@@ -107,6 +110,14 @@ class FiniteTrainer(ShardedTrainer):
                 f"{MAX_SKIPPED} steps in a row"
             )
         return norm
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with phase("evaluation"):
+            return super()._evaluate(*args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with phase("saving a checkpoint"):
+            super()._save_checkpoint(*args, **kwargs)
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         """Save a checkpoint; none where it would hold a number that is not finite."""

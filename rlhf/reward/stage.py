@@ -31,7 +31,7 @@ from rlhf.console import say
 from rlhf.data import RankedCollator, Splits, encode_ranked, load_splits, with_rows
 from rlhf.distributed import describe_sharding
 from rlhf.equivalence import choose_forward, require_padding
-from rlhf.failures import same_rows
+from rlhf.failures import phase, same_rows
 from rlhf.hf_trainer import as_in_training, row_length, run_trainer, trainer_arguments
 from rlhf.metrics import StageResult
 from rlhf.models import (
@@ -134,7 +134,8 @@ def _train(config: RewardStageConfig, run: StageRun) -> RewardResult:
     trainer.micro_batch_tokens = config.micro_batch_tokens
     if (signal := run_trainer(trainer, config, directory, "reward")) is not None:
         return RewardResult(None, {}, stage_dir=directory, stopped_by=signal)
-    return _finish(trainer, completions, splits, config, parent, directory)
+    with phase("after training"):
+        return _finish(trainer, completions, splits, config, parent, directory)
 
 
 def choose_pad(tokenizer: Any, source: ModelConfig) -> None:

@@ -43,7 +43,7 @@ from rlhf.data import (
 )
 from rlhf.distributed import describe_sharding, is_sharded
 from rlhf.equivalence import choose_forward, require_cache, require_packing, require_padding
-from rlhf.failures import same_rows
+from rlhf.failures import phase, same_rows
 from rlhf.hf_trainer import (
     as_in_training,
     best_step,
@@ -164,7 +164,8 @@ def _train(config: SFTStageConfig, run: StageRun) -> SFTResult:
         stopped_by = run_trainer(trainer, config, directory, "sft")
     if stopped_by is not None:
         return SFTResult(None, {}, stage_dir=directory, stopped_by=stopped_by)
-    return _finish(trainer, tokenizer, splits, config, directory)
+    with phase("after training"):
+        return _finish(trainer, tokenizer, splits, config, directory)
 
 
 def load_sft_tokenizer(config: ModelConfig, prompts: str) -> Any:

@@ -44,6 +44,8 @@ SHARDS = pytest.mark.parametrize("shards", [False, True], ids=["ddp", "fsdp2"])
 def command(config, how: str, folder) -> None:
     """A run from the command line whose second process fails in its second update, or reads a bad
     row before."""
+    from transformers import Trainer
+
     from rlhf.ppo import rollout
     from rlhf.ppo.update import Updater
 
@@ -72,6 +74,16 @@ def command(config, how: str, folder) -> None:
         return sample(*arguments, **options)
 
     Updater.accumulate, rollout.generate = accumulate, generate
+
+    def training_step(self, *arguments, **options):
+        if self.state.global_step == 1 and how == f"memory of {rank}":
+            raise torch.OutOfMemoryError("planted")
+        if self.state.global_step == 1 and how == f"SIGKILL to {rank}":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain_step(self, *arguments, **options)
+
+    plain_step = Trainer.training_step
+    Trainer.training_step = training_step
     run_to_exit(lambda config: train(config).stopped_by, config)
 
 
@@ -140,14 +152,35 @@ def test_failure_of_one_process_ends_both_and_the_first_names_it(how, shards, tm
     assert "Traceback" not in first, first
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward"])
-def test_other_stages_refuse_other_rows_on_one_process(stage, tmp_path):
+OTHERS = pytest.mark.parametrize("stage", ["sft", "reward"])
+
+
+def other_config_in(folder, stage):
+    """SFT or reward on rows that each host has in a file of its own."""
     for rank in (0, 1):
-        (tmp_path / f"host-{rank}").mkdir()
-        write_data(tmp_path / f"host-{rank}")
-    config = sft_config(tmp_path / "runs", Path())
-    if stage == "reward":
-        config = reward_config(tmp_path / "runs", Path(), write_random_policy(tmp_path / "policy"))
+        (folder / f"host-{rank}").mkdir()
+        write_data(folder / f"host-{rank}")
+    if stage == "sft":
+        return sft_config(folder / "runs", Path())
+    return reward_config(folder / "runs", Path(), write_random_policy(folder / "policy"))
+
+
+@SHARDS
+@OTHERS
+@pytest.mark.parametrize("how", ["memory of 1", "SIGKILL to 1"])
+def test_failure_in_other_stages_ends_both_and_the_first_names_it(how, stage, shards, tmp_path):
+    config, log = other_config_in(tmp_path, stage), tmp_path / "log"
+    codes = in_group(command, config, how, tmp_path, log=log, shards=shards, seconds=120)
+    assert codes == [1, 1 if how == "memory of 1" else -signal.SIGKILL], (codes, text_of(log))
+    last = (tmp_path / "log-0").read_text().splitlines()[-1]
+    begins, holds = FAILURES[how]
+    said = begins.replace("update 2", "step 2"), holds.replace("update 2", "step 2")
+    assert last.startswith(said[0]) and said[1] in last, last
+
+
+@OTHERS
+def test_other_stages_refuse_other_rows_on_one_process(stage, tmp_path):
+    config = other_config_in(tmp_path, stage)
     file = tmp_path / "host-1" / config.dataset.path
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
     log = tmp_path / "log"
