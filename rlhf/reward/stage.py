@@ -134,8 +134,7 @@ def _train(config: RewardStageConfig, run: StageRun) -> RewardResult:
     trainer.micro_batch_tokens = config.micro_batch_tokens
     if (signal := run_trainer(trainer, config, directory, "reward")) is not None:
         return RewardResult(None, {}, stage_dir=directory, stopped_by=signal)
-    with phase("after training"):
-        return _finish(trainer, completions, splits, config, parent, directory)
+    return _finish(trainer, completions, splits, config, parent, directory)
 
 
 def choose_pad(tokenizer: Any, source: ModelConfig) -> None:
@@ -159,6 +158,7 @@ def _check_and_choose_forward(
         return choose_forward(scalar, tokenizer, config.model.forward)
 
 
+@phase("after training")
 def _finish(
     trainer: RankingTrainer,
     completions: list[list[int]],

@@ -164,8 +164,7 @@ def _train(config: SFTStageConfig, run: StageRun) -> SFTResult:
         stopped_by = run_trainer(trainer, config, directory, "sft")
     if stopped_by is not None:
         return SFTResult(None, {}, stage_dir=directory, stopped_by=stopped_by)
-    with phase("after training"):
-        return _finish(trainer, tokenizer, splits, config, directory)
+    return _finish(trainer, tokenizer, splits, config, directory)
 
 
 def load_sft_tokenizer(config: ModelConfig, prompts: str) -> Any:
@@ -260,6 +259,7 @@ def _trained_token_rows(config: SFTStageConfig, tokenizer: Any) -> list[int]:
     return rows
 
 
+@phase("after training")
 def _finish(
     trainer: FiniteSFTTrainer,
     tokenizer: Any,
