@@ -77,6 +77,9 @@ def trainer_arguments(
     # checkpoint to every evaluation that is the best
     args.load_best_model_at_end = load_best
     if config.batch_size is not None:
+        args.per_device_train_batch_size = rows_of_a_pass(
+            config.batch_size, args.per_device_train_batch_size, args.world_size
+        )
         rows = args.train_batch_size * args.world_size
         args.gradient_accumulation_steps = accumulation_steps(config.batch_size, rows)
     return args
@@ -107,6 +110,13 @@ def _decided_by_stage(
         "save_total_limit": None,  # it would delete by name, whoever wrote it
         "save_only_model": False,
     }
+
+
+def rows_of_a_pass(batch_size: int, per_device: int, num_processes: int) -> int:
+    """Rows of a forward pass on a process: less than `per_device` where the processes have an equal
+    share of `batch_size` that is less."""
+    share, rest = divmod(batch_size, num_processes)
+    return per_device if rest or not share else min(per_device, share)
 
 
 def accumulation_steps(batch_size: int, rows: int) -> int:

@@ -37,7 +37,12 @@ from rlhf.config import InputError, MixConfig, PeftConfig, RewardStageConfig, SF
 from rlhf.data import encode_prompt, encode_sft
 from rlhf.demo.world import build_tokenizer
 from rlhf.demo.world import rows as demo_rows
-from rlhf.hf_trainer.arguments import accumulation_steps, row_length, trainer_arguments
+from rlhf.hf_trainer.arguments import (
+    accumulation_steps,
+    rows_of_a_pass,
+    row_length,
+    trainer_arguments,
+)
 from rlhf.metrics import read_jsonl
 from rlhf.sft.stage import sample_responses
 from rlhf.sft.training_rows import interleaved, mix_texts
@@ -272,6 +277,19 @@ def test_batch_size_sets_the_accumulation_of_this_process(factory, config, stage
     config.batch_size = 25
     with pytest.raises(InputError, match="set it to 24 or 27"):
         trainer_arguments(factory, config, stage)
+    config.batch_size = 2
+    args = trainer_arguments(factory, config, stage)
+    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "per_device", "processes", "rows"),
+    [(64, 8, 1, 8), (64, 8, 8, 8), (32, 8, 8, 4), (8, 8, 8, 1), (4, 8, 8, 8), (30, 8, 8, 8)],
+)
+def test_a_pass_has_no_more_rows_than_a_process_has_of_a_batch(
+    batch_size, per_device, processes, rows
+):
+    assert rows_of_a_pass(batch_size, per_device, processes) == rows
 
 
 # --- The best step --------------------------------------------------------------------------------

@@ -77,7 +77,8 @@ class RewardStageConfig(StageConfig):
     normalization: NormalizationConfig = group(NormalizationConfig)
     batch_size: int | None = knob(None, ge=1)
     """Prompts per optimiser step over all processes; sets trainer.gradient_accumulation_steps to
-    batch_size / (trainer.per_device_train_batch_size x processes), a whole number (null: off)."""
+    batch_size / (trainer.per_device_train_batch_size x processes), a whole number (null: off).
+    A pass has fewer rows where a process's share of batch_size is less."""
     micro_batch_tokens: int | None = knob(None, ge=1)
     """Tokens per forward pass and process: a batch that has more is read in several passes, whose
     gradients add up, so that the step is the same; the responses of a prompt stay together (null:

@@ -46,9 +46,10 @@ class SFTStageConfig(StageConfig):
     train_on_prompt: bool = False
     """Also put loss on prompts and user turns (false: only on assistant turns and their EOS)."""
     batch_size: int | None = knob(None, ge=1)
-    """Rows (with packing: sequences) per optimiser step; trainer.gradient_accumulation_steps
-    becomes batch_size / (trainer.per_device_train_batch_size x processes), a whole number (null:
-    off)."""
+    """Rows (with packing: sequences) per optimiser step over all processes;
+    trainer.gradient_accumulation_steps becomes batch_size / (trainer.per_device_train_batch_size x
+    processes), a whole number (null: off). A pass has fewer rows where a process's share of
+    batch_size is less."""
     micro_batch_tokens: int | None = knob(None, ge=1)
     """Tokens per forward pass and process: a batch that has more is read in several passes, whose
     gradients add up, so that the step is the same (null: in one pass)."""
