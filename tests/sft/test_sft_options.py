@@ -39,8 +39,8 @@ from rlhf.demo.world import build_tokenizer
 from rlhf.demo.world import rows as demo_rows
 from rlhf.hf_trainer.arguments import (
     accumulation_steps,
-    rows_of_a_pass,
     row_length,
+    rows_of_a_pass,
     trainer_arguments,
 )
 from rlhf.metrics import read_jsonl
