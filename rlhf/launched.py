@@ -15,6 +15,22 @@ from rlhf.console import launched_with, say
 MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # accelerate takes them
 NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # next to WORLD_SIZE
 
+# What the file of accelerate launch may not ask for -> variable that says so, what to do instead.
+REFUSED = {
+    "fsdp_activation_checkpointing": (
+        "FSDP_ACTIVATION_CHECKPOINTING",
+        "set it to false there, and model.gradient_checkpointing=true",
+    ),
+    "parallelism_config": (
+        "ACCELERATE_USE_PARALLELISM_CONFIG",
+        "leave it out there: all processes share the rows, and FSDP2 divides a model among them",
+    ),
+    "megatron_lm_config": (
+        "ACCELERATE_USE_MEGATRON_LM",
+        "take conf/accelerate/fsdp2.yaml, which divides any model",
+    ),
+}
+
 
 def require_whole_group(environment: MutableMapping[str, str]) -> None:
     """Require all variables that make this process one of several, or none of them.
@@ -44,6 +60,13 @@ def require_whole_group(environment: MutableMapping[str, str]) -> None:
         )
 
 
+def refuse_other_ways(environment: MutableMapping[str, str]) -> None:
+    """Refuse what no stage does, and what would fail in its middle."""
+    for setting, (variable, instead) in REFUSED.items():
+        if environment.get(variable, "false").lower() == "true":
+            raise InputError(f"{setting} of accelerate launch is not supported; {instead}")
+
+
 def leave_to_the_stage(environment: MutableMapping[str, str]) -> None:
     """Switch off what the file of accelerate launch may ask for and the stage decides; say so."""
     compiler = environment.get("ACCELERATE_DYNAMO_BACKEND", "no")
@@ -65,4 +88,5 @@ def leave_to_the_stage(environment: MutableMapping[str, str]) -> None:
 def settle_launch() -> None:
     """Check the variables of this process, before it joins others."""
     require_whole_group(os.environ)
+    refuse_other_ways(os.environ)
     leave_to_the_stage(os.environ)

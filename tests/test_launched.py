@@ -7,12 +7,21 @@ import subprocess
 import sys
 
 import pytest
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 
-from rlhf.config import InputError
-from rlhf.launched import leave_to_the_stage, require_whole_group
+from rlhf.config import CONF_DIR, InputError
+from rlhf.launched import leave_to_the_stage, refuse_other_ways, require_whole_group
 
 TWO = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
 TWO |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+def told(file):
+    """What accelerate launch tells the processes of a file."""
+    given = ["--config_file", str(file), "--main_process_port", "0", "script.py"]
+    args, *_ = _validate_launch_command(launch_command_parser().parse_args(given))
+    return prepare_multi_gpu_env(args)
 
 
 @pytest.mark.parametrize("environment", [{}, {"RANK": "0"}, {"WORLD_SIZE": "1"}, TWO])
@@ -59,6 +68,23 @@ def test_what_the_stage_decides_is_off_and_said(capsys, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     leave_to_the_stage(asked)
     assert asked["ACCELERATE_MIXED_PRECISION"] == "fp16", "refused later"
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("  fsdp_activation_checkpointing: true\n", "checkpointing .*model.gradient_checkpointing"),
+        ("parallelism_config:\n  parallelism_config_tp_size: 2\n", "^parallelism_config of"),
+    ],
+)
+def test_what_no_stage_does_is_refused(lines, message, tmp_path):
+    plain = CONF_DIR / "accelerate/fsdp2.yaml"
+    own = plain.read_text()
+    under = "fsdp_config:\n" if lines.startswith(" ") else "use_cpu: false\n"
+    (tmp_path / "own.yaml").write_text(own.replace(under, under + lines))
+    with pytest.raises(InputError, match=message):
+        refuse_other_ways(told(tmp_path / "own.yaml"))
+    refuse_other_ways(told(plain))
 
 
 def test_a_lone_rank_ends_in_one_line_and_writes_nothing(tmp_path, monkeypatch):
