@@ -83,7 +83,8 @@ def read_options(options: type[Options], arguments: Sequence[str]) -> Options:
         elif takes_overrides:
             overrides.append(argument)
         elif not equals:
-            raise InputError(f"cannot read {argument!r}; write key=value, e.g. path={argument}")
+            first = next(iter(known), "path")
+            raise InputError(f"cannot read {argument!r}; write key=value, e.g. {first}={argument}")
         else:
             hint = nearest(name, known)
             raise InputError(f"unknown option {name!r}.{hint} (--help lists the options)")

@@ -86,6 +86,9 @@ def run(options: PlanOptions) -> None:
         InputError: a value is not allowed, or the model is unknown or cannot be reckoned.
     """
     check_options(options)
+    for name in ("share_base", "stacked", "offload_frozen"):
+        if getattr(options, name) and options.stage != "ppo":
+            raise InputError(f"{name}=true is about the models of PPO; set stage=ppo")
     if options.share_base and not options.lora:
         raise InputError("share_base=true keeps adapters on one base; set lora=true")
     if options.quantization and not options.lora:
@@ -105,6 +108,12 @@ def run(options: PlanOptions) -> None:
     card = CARDS[options.card]
     names = [field.name for field in fields(Setting)]
     setting = Setting(**{name: getattr(options, name) for name in names})
+    context = getattr(model_settings.get_text_config(), "max_position_embeddings", None)
+    if context is not None and setting.length > context:
+        raise InputError(
+            f"prompt_length={options.prompt_length} + response_length={options.response_length} "
+            f"exceed the context of {options.model}, {context} tokens; lower one of them"
+        )
     stored = options.lora, options.dtype, options.quantization
     model = measure(model_settings, setting.length, *stored)
     say(

@@ -38,9 +38,9 @@ KNOWN = (
     Known("Alpaca 7B, SFT", "llama-7b", "sft", 52_002, 3, 115),
     Known("Vicuna 13B, SFT", "llama-13b", "sft", 70_000, 3, 2048),
     Known("Dolly 12B, SFT", "pythia-12b", "sft", 15_011, 2, 200),
-    Known("InstructGPT 1.3B, PPO", "opt-1.3b", "ppo", 256_000, 4, 256, 256),
-    Known("InstructGPT 6B, PPO", "opt-6.7b", "ppo", 256_000, 4, 256, 256),
-    Known("InstructGPT's episodes at 70B, PPO", "llama-2-70b", "ppo", 256_000, 4, 256, 256),
+    Known("InstructGPT 1.3B, PPO", "opt-1.3b", "ppo", 256_000, 1, 256, 256),
+    Known("InstructGPT 6B, PPO", "opt-6.7b", "ppo", 256_000, 1, 256, 256),
+    Known("InstructGPT's episodes at 70B, PPO", "llama-2-70b", "ppo", 256_000, 1, 256, 256),
 )
 
 
