@@ -12,10 +12,13 @@ import hashlib
 import json
 import os
 import re
+import signal
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from threading import Thread
+from threading import Thread, current_thread, main_thread
+from types import FrameType
 from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
@@ -139,6 +142,24 @@ def on_main_process(task: Callable[[], Result]) -> Result:
 def lost_the_others(error: BaseException) -> bool:
     """True if an exception says that another process does not answer: gloo has no type for it."""
     return isinstance(error, dist.DistError) or "/gloo/" in str(error)
+
+
+def outlive_launcher() -> None:
+    """Let the first process say which other one it lost. A launcher sends SIGTERM to all as soon as
+    one has died, often before the first has told, and gives them time to end."""
+    before = signal.getsignal(signal.SIGTERM)
+    in_main_thread = current_thread() is main_thread()
+    if not (is_main_process() and in_main_thread) or before is signal.SIG_IGN:
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        error = sys.exc_info()[1]
+        if error is not None and lost_the_others(error):
+            return
+        signal.signal(number, before)
+        os.kill(os.getpid(), number)
+
+    signal.signal(signal.SIGTERM, handle)
 
 
 def report(error: BaseException) -> str:

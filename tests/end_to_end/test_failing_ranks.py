@@ -219,6 +219,7 @@ def test_process_that_hangs_ends_the_others_after_the_timeout(shards, tmp_path):
     assert codes == [1, 3], (codes, text_of(log))
     last = (tmp_path / "log-0").read_text().splitlines()[-1]
     assert last.startswith("error: no word from rank 1: killed") and ", hanging, or" in last, last
+    assert f"Timed out waiting {TIMEOUT}000ms" in last, "it waits no longer than that"
 
 
 @SHARDS

@@ -32,19 +32,50 @@ hydra_main("sft", run)
 """
 
 
-@pytest.mark.parametrize("failing, rank", [("1", "rank 1: "), ("0,1", "")])
-def test_error_on_one_process_is_printed_once_and_ends_all(failing, rank, tmp_path):
-    (tmp_path / "stage.py").write_text(STAGE)
+KILLED = """
+import os, signal
+import torch
+from rlhf.checkpoint.run_directory import join_group
+from rlhf.cli import hydra_main
+from rlhf.failures import phase
+
+def run(config):
+    join_group(config)
+    with phase("training"):
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        torch.distributed.all_reduce(torch.ones(1))
+
+hydra_main("sft", run)
+"""
+
+
+def launched(folder, text, *arguments):
+    """What torchrun does with two processes of a file."""
+    (folder / "stage.py").write_text(text)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    began = time.perf_counter()
-    done = subprocess.run(
-        [*launcher, "--nproc_per_node", "2", "stage.py", failing, "recipe=demo"],
-        cwd=tmp_path,
+    return subprocess.run(
+        [*launcher, "--nproc_per_node", "2", "stage.py", *arguments, "recipe=demo"],
+        cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=100,
     )
+
+
+def test_first_process_under_a_launcher_tells_which_one_was_killed(tmp_path):
+    done = launched(tmp_path, KILLED)
+    assert done.returncode != 0 and "exitcode  : -9" in done.stderr, done.stderr
+    (error,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert error.startswith("error: no word from rank 1: killed"), error
+    assert "; rank 0 (training): " in error and error.endswith("the newest checkpoint"), error
+
+
+@pytest.mark.parametrize("failing, rank", [("1", "rank 1: "), ("0,1", "")])
+def test_error_on_one_process_is_printed_once_and_ends_all(failing, rank, tmp_path):
+    began = time.perf_counter()
+    done = launched(tmp_path, STAGE, failing)
     assert done.returncode != 0 and time.perf_counter() - began < 90
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert errors == [f"error: {rank}dataset.path=rows.jsonl is not there"]
