@@ -21,9 +21,10 @@ RUN python -m venv /opt/rlhf \
 FROM python:3.11.14-slim-bookworm
 COPY --from=build /opt/rlhf /opt/rlhf
 RUN useradd --create-home --uid 1000 rlhf && install --directory --owner=rlhf /work
-# HF_HOME: models from the Hub go into the mounted folder. USER: for a --user without a name.
+# HF_HOME: models from the Hub go into the mounted folder. USER: for a --user without a name. A number
+# below, because Kubernetes (runAsNonRoot) does not look names up.
 ENV PATH=/opt/rlhf/bin:$PATH HF_HOME=/work/.huggingface USER=rlhf PYTHONUNBUFFERED=1
-USER rlhf
+USER 1000
 WORKDIR /work
 ENTRYPOINT ["python"]
 CMD ["-m", "rlhf.demo"]

