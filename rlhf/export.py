@@ -1,12 +1,16 @@
-"""Write a plain model directory, or one GGUF file for llama.cpp.
+"""Write a plain model directory, its LoRA adapter alone, or one GGUF file for llama.cpp.
 
     python -m rlhf.export path=runs/demo/ppo/checkpoint-40 out=policy
+    python -m rlhf.export path=runs/demo/ppo/checkpoint-40 out=adapter format=adapter
     python -m rlhf.export path=runs/demo/ppo/final out=policy.gguf format=gguf llama_cpp=llama.cpp
 
 `from_pretrained`, `transformers serve` and other readers of Hugging Face directories cannot load
 adapters of ours or the checkpoints of a run; they load what this command writes. Tokenizer, chat
 template, rlhf.json and config.yaml are copied too. If a run averages its weights (ppo.ema_decay),
 the averages are written.
+
+format=adapter writes what a run with peft.save=adapter leaves: the adapter, which names its base,
+and the head of a reward model.
 
 format=gguf runs the converter of a checkout of llama.cpp (llama_cpp=) in a process of its own. The
 file holds tokenizer, chat template and end token. Stop strings are in the template, where llama.cpp
@@ -26,6 +30,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -46,7 +51,7 @@ from rlhf.config import (
 )
 from rlhf.console import quiet_libraries, say
 from rlhf.gguf_files import SUFFIX
-from rlhf.hub import local_directory
+from rlhf.hub import ADAPTER, ADAPTER_WEIGHTS, local_directory
 from rlhf.option_parser import check_options, run_command
 
 ITS_MODEL = "its model.path"  # in messages: the setting of the checkpoint's run
@@ -69,9 +74,9 @@ class ExportOptions:
     trust_remote_code: bool = False
     """true: the model's own Python files, and functions named in a checkpoint's config.yaml, may
     run."""
-    format: str = knob("safetensors", choices=("safetensors", "gguf"))
-    """safetensors: a Hugging Face directory; gguf: a policy as one file for llama.cpp, which
-    out=<name>.gguf names."""
+    format: str = knob("safetensors", choices=("safetensors", "adapter", "gguf"))
+    """safetensors: a Hugging Face directory, adapters merged; adapter: the LoRA adapter alone;
+    gguf: a policy as one file for llama.cpp, which out=<name>.gguf names."""
     llama_cpp: str | None = None
     """format=gguf: folder of llama.cpp, which has convert_hf_to_gguf.py."""
 
@@ -93,10 +98,13 @@ def export(options: ExportOptions) -> None:
     quiet_libraries()
     code = options.trust_remote_code
     if (path / CONFIG_FILE).is_file() and not (path / checkpoint.RECORD).is_file():
-        model, tokenizer, record = load_checkpoint(path, code)
+        model, tokenizer, record = load_checkpoint(path, code, merges=options.format != "adapter")
     else:
         record = checkpoint.require_stage(path, tuple(STAGES), "path")
         model, tokenizer = load_directory(options.path, code)
+    write = model.save_pretrained
+    if options.format == "adapter":
+        model, write = _adapter_of(model, path, record)
     for line in mend_sampling_settings(model, trains=False):
         say(line)
     if converter is not None:
@@ -113,13 +121,43 @@ def export(options: ExportOptions) -> None:
         )
     again = checkpoint.disk_errors(out.parent, "give the same command again")
     with again, checkpoint.complete_or_nothing(out) as temporary:
-        model.save_pretrained(temporary)
+        write(temporary)
         tokenizer.save_pretrained(temporary)
         if (path / CONFIG_FILE).is_file():
             shutil.copyfile(path / CONFIG_FILE, temporary / CONFIG_FILE)
         if record is not None:
             checkpoint.write_record(temporary, record, model)
     _say_result(model, out)
+
+
+def _adapter_of(model: Any, path: Path, record: Any) -> tuple[Any, Callable[[Path], None]]:
+    """The plain model around an adapter, and a function that writes the adapter into a directory.
+
+    Args:
+        model: with adapters, of a checkpoint; else that of the directory `path`, merged.
+    """
+    from peft import PeftModel
+
+    from rlhf.models import adapter_writer
+
+    if isinstance(model, PeftModel):  # of a checkpoint
+        if record.parent is None:
+            raise InputError(f"path={path} has a base that is in no file; leave out format=adapter")
+        return model.get_base_model(), adapter_writer(model, record.parent, record.revision)
+    found = checkpoint.adapters_in(path)
+    if not found:
+        raise InputError(
+            f"path={path} holds no adapter; leave out format=adapter, or train with peft=lora "
+            "(and peft.save=both or adapter)"
+        )
+
+    def write(directory: Path) -> None:
+        for name in (ADAPTER, ADAPTER_WEIGHTS):
+            shutil.copyfile(found[0] / name, directory / name)
+        if model.can_generate():
+            model.generation_config.save_pretrained(directory)
+
+    return model, write
 
 
 # --- GGUF -----------------------------------------------------------------------------------------
@@ -132,6 +170,8 @@ def _converter(options: ExportOptions) -> Path | None:
         if out.suffix != SUFFIX or out.is_dir():
             raise InputError(f"out={out} is the file of format=gguf; give out={out}{SUFFIX}")
         return find_converter(options.llama_cpp)
+    if options.format == "adapter" and options.dtype != "auto":
+        raise InputError(f"dtype={options.dtype} is for merged weights; leave it out")
     if options.dtype == "q8_0" or options.llama_cpp or out.suffix == SUFFIX:
         raise InputError("dtype=q8_0, llama_cpp= and out=<name>.gguf need format=gguf; add it")
     return None
@@ -223,7 +263,9 @@ def _add_old_names(file: Path) -> None:
 # --- What is exported ---------------------------------------------------------------------------
 
 
-def load_checkpoint(path: Path, trust_remote_code: bool = False) -> tuple[Any, Any, Any]:
+def load_checkpoint(
+    path: Path, trust_remote_code: bool = False, merges: bool = True
+) -> tuple[Any, Any, Any]:
     """Build the policy that a checkpoint of an SFT or PPO run holds.
 
     Only `trust_remote_code` decides whether Python files of the model, and a function that makes
@@ -236,6 +278,7 @@ def load_checkpoint(path: Path, trust_remote_code: bool = False) -> tuple[Any, A
         InputError: the checkpoint is damaged or of the reward stage, the model that its run started
             from is gone, or the model's code would have to run.
     """
+    from rlhf import models
     from rlhf.checkpoint import find_damage, make_record, read_manifest, read_record, step_of
     from rlhf.checkpoint.started_from import require_same_base
     from rlhf.tokenizer import load_tokenizer
@@ -256,6 +299,7 @@ def load_checkpoint(path: Path, trust_remote_code: bool = False) -> tuple[Any, A
     try:
         tokenizer = load_tokenizer(config.model, ITS_MODEL)
         model = _policy_of(path, stage, config, tokenizer)
+        model = models.merged(model) if merges else model
     except InputError as error:
         raise InputError(
             f"{path}: {error}. The paths in its {CONFIG_FILE} start from the folder where the run "
@@ -296,7 +340,7 @@ def _policy_of(path: Path, stage: str, config: StageConfig, tokenizer: Any) -> A
         load_modules(path, {"averages" if averaged else "policy": model})
         ppo = cast(PPOStageConfig, config).ppo
         models.sample_as_trained(models.unwrap_peft(model), ppo.temperature, ppo.top_p, ppo.top_k)
-    return models.merged(model)
+    return model
 
 
 def load_directory(path: str, trust_remote_code: bool = False) -> tuple[Any, Any]:
@@ -318,6 +362,11 @@ def _say_result(model: Any, out: Path) -> None:
 
     size = sum(file.stat().st_size for file in out.glob("*.safetensors")) / 1e6
     name, dtype = type(model).__name__, str(model.dtype).removeprefix("torch.")
+    if (out / ADAPTER).is_file():
+        base = json.loads((out / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        say(f"saved {out}: an adapter on {base}, {size:,.1f} MB")
+        say(f'  PeftModel.from_pretrained(model, "{out}")    # model: that base')
+        return
     say(f"saved {out}: {name}, {parameter_count(model)[0]:,} parameters, {dtype}, {size:,.1f} MB")
     if name.endswith("ForSequenceClassification"):
         say(f'  AutoModelForSequenceClassification.from_pretrained("{out}")')

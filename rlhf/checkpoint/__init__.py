@@ -50,6 +50,7 @@ from rlhf.checkpoint.run_directory import StageRun, checkpoint_to_resume, finish
 from rlhf.checkpoint.stage_directory import (
     adapter_and_base,
     adapter_on_base,
+    adapters_in,
     describe_saved,
     require_same_tokenizer,
     require_same_weights,

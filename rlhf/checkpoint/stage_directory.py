@@ -207,7 +207,7 @@ def adapter_on_base(directory: str, field: str, base: str, revision: str | None 
     Raises:
         InputError: there is no adapter, or it was trained on other weights.
     """
-    place, kept = local_copy(directory, None), _adapters_in(directory)
+    place, kept = local_copy(directory, None), adapters_in(directory)
     command = f"python -m rlhf.reward peft=lora model.path={base}"
     if not kept:
         raise InputError(
@@ -230,7 +230,8 @@ def adapter_on_base(directory: str, field: str, base: str, revision: str | None 
     return kept[0]
 
 
-def _adapters_in(directory: str) -> list[Path]:
+def adapters_in(directory: str | Path) -> list[Path]:
+    """Return where a stage, or PEFT, keeps its adapter in a directory; nothing without one."""
     place = local_copy(directory, None)
     return [f for f in (place / ADAPTER_FOLDER, place) if (f / ADAPTER).is_file()]
 
@@ -244,7 +245,7 @@ def adapter_and_base(directory: str, field: str) -> tuple[Path, str]:
     Raises:
         InputError: there is no adapter, or its base has changed since.
     """
-    kept = _adapters_in(directory)
+    kept = adapters_in(directory)
     if not kept:
         raise InputError(
             f"ppo.base=stacked: {field}={directory} holds no adapter that could stay apart from "

@@ -183,6 +183,55 @@ def test_an_adapter_alone_answers_scores_and_is_exported(alone, tmp_path):
     torch.testing.assert_close(logits(plain).float(), expected, rtol=0.05, atol=0.05)
 
 
+def test_export_gives_the_adapter_that_a_run_with_adapters_alone_leaves(both, alone, tmp_path):
+    for stage in STAGES:
+        for run in (both, alone):
+            out, final = tmp_path / f"{run.name}-{stage}", run / stage / "final"
+            export(ExportOptions(path=str(final), out=str(out), format="adapter"))
+            where = final / "adapter" if run is both else final
+            ours, theirs = (load_file(d / "adapter_model.safetensors") for d in (out, where))
+            assert ours.keys() == theirs.keys() and all(
+                torch.equal(ours[n], theirs[n]) for n in ours
+            )
+            assert [file.name for file in out.rglob("*.safetensors")] == [
+                "adapter_model.safetensors"
+            ]
+            record, known = read_record(out), read_record(final)
+            assert record.parent_weights == known.parent_weights
+            assert (record.score_mean, record.score_std) == (known.score_mean, known.score_std)
+    torch.testing.assert_close(
+        logits(policy(tmp_path / "both-ppo")),
+        logits(policy(both / "ppo/final")),
+        rtol=0.05,
+        atol=0.05,
+    )
+    scorers = [
+        load_scorer(ScorerConfig(path=str(path), normalize="none"))
+        for path in (tmp_path / "both-reward", both / "reward/final")
+    ]
+    scores = [scorer([PROMPT] * 2, ["dog cat .", "red dog wolf ."]) for scorer in scorers]
+    torch.testing.assert_close(*scores, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_export_gives_the_adapter_of_a_checkpoint(stage, both, tmp_path):
+    newest = max((both / stage).glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+    for kind in ("adapter", "safetensors"):
+        export(ExportOptions(path=str(newest), out=str(tmp_path / kind), format=kind))
+    found = logits(policy(tmp_path / "adapter"))
+    expected = logits(policy(tmp_path / "safetensors"))
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+
+
+def test_export_of_an_adapter_that_is_not_there_is_refused(both, tmp_path):
+    base, out = tmp_path / "merged", str(tmp_path / "out")
+    export(ExportOptions(path=str(both / "sft/final"), out=str(base)))
+    with pytest.raises(InputError, match="holds no adapter; leave out format=adapter, or train"):
+        export(ExportOptions(path=str(base), out=out, format="adapter"))
+    with pytest.raises(InputError, match="^dtype=float16 is for merged weights; leave it out"):
+        export(ExportOptions(path=str(base), out=out, format="adapter", dtype="float16"))
+
+
 def test_a_run_starts_from_the_adapter_of_a_critic(alone, tmp_path):
     critic = alone / "ppo/critic"
     config = ppo_config(tmp_path, critic=CriticConfig(init=str(critic)))
