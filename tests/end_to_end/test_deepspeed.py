@@ -21,6 +21,7 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env
 from helpers.commands import run
 from helpers.memory import Peak, give_back_at_once
 from helpers.runs import directory_of, reward_config, sft_config, write_data, write_random_policy
+from helpers.sampled_shares import assert_shares_of_one, sample_shares
 from helpers.sharded import assert_same, in_group, in_two, read, text_of, train_all
 from helpers.tiny import tiny_model, tiny_tokenizer
 
@@ -28,7 +29,7 @@ from rlhf.config import CONF_DIR, ModelConfig, PeftConfig
 from rlhf.distributed import join_processes
 from rlhf.models import load_policy, shard
 from rlhf.tokenizer import load_tokenizer
-from rlhf.zero import divide_weights
+from rlhf.zero import divide_weights, runnable
 
 pytest.importorskip("deepspeed", reason="make test-deepspeed installs it")
 pytestmark = pytest.mark.slow
@@ -200,3 +201,23 @@ def test_under_zero3_no_process_loads_the_whole_model(tmp_path):
     for rank in (0, 1):
         peak = int((tmp_path / f"peak-{rank}").read_text())
         assert 0.9 * weights / 2 < peak < 1.1 * weights / 2 + 4 * largest
+
+
+def sample_in_slices(variables, path, folder):
+    """Sample this process's rows of a model that DeepSpeed keeps in slices."""
+    os.environ.pop("ACCELERATE_USE_CPU", None)
+    os.environ.update(variables)
+    join_processes()
+    config = ModelConfig(path=str(path))
+    tokenizer = load_tokenizer(config)
+    model = load_policy(config, tokenizer, in_slices=True)
+    shard(model)
+    with runnable(model, on_cpu=False):
+        sample_shares(model, tokenizer, int(os.environ["RANK"]), folder)
+
+
+def test_processes_sample_their_own_rows_of_slices_as_one_process_does(tmp_path):
+    path, log = write_random_policy(tmp_path / "policy"), tmp_path / "log"
+    codes = in_group(sample_in_slices, told("zero3"), path, tmp_path, log=log, shards=False)
+    assert codes == [0, 0], text_of(log)
+    assert_shares_of_one(path, tmp_path)
