@@ -18,7 +18,13 @@ from helpers.tiny import tiny_model, tiny_tokenizer
 from helpers.tiny_ppo import make_config, make_trainer
 
 from rlhf.config import PeftConfig, ScorerConfig
-from rlhf.models import add_lora, choose_chunk_tokens, disable_dropout, init_reward_model
+from rlhf.models import (
+    add_lora,
+    choose_chunk_tokens,
+    copy_bytes,
+    disable_dropout,
+    init_reward_model,
+)
 from rlhf.ppo.preflight import examine
 from rlhf.ppo.preflight.longest_step import examine_longest_step, longest_micro_batch, measure_step
 from rlhf.ppo.preflight.memory import (
@@ -110,12 +116,23 @@ def test_the_copy_and_the_cache_of_graph_stay_during_training(policy_dir, tmp_pa
     trainer = make_trainer(make_config(policy_dir, tmp_path), tmp_path)
     part, policy = longest_micro_batch(trainer), trainer.actors.policy
     loop = estimate_memory(trainer, part)
+    planned = "graph", copy_bytes(policy, torch.bfloat16)
+    before = estimate_memory(trainer, part, planned=planned)
     use_engine(policy, "graph", dtype=torch.bfloat16)
     graph = estimate_memory(trainer, part)
     cache = 8 * part.sequence_ids.shape[1] * cache_bytes_per_token(policy, part)
     copied = nbytes({p.data_ptr(): p for p in policy.parameters()}.values()) // 2
     assert graph.models["sampler"] == ModelMemory(cache + copied)
     assert "sampler" not in loop.models
+    assert before.models == graph.models and before.sampling < loop.sampling
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_copy_that_is_planned_counts_as_the_copy_does(tied):
+    model = tiny_model("llama", tiny_tokenizer(), tie_word_embeddings=tied)
+    adapted = add_lora(model, PeftConfig(enabled=True, r=4), "CAUSAL_LM", 0)
+    copied = use_engine(adapted, dtype=torch.bfloat16).copy
+    assert copy_bytes(adapted, torch.bfloat16) == model_memory(copied).weights
 
 
 def test_gradients_stand_twice_where_processes_exchange_them(policy_dir, tmp_path):
