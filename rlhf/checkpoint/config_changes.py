@@ -67,7 +67,7 @@ PROCESSES = "number of processes"
 PER_DEVICE = ("trainer.per_device_train_batch_size", "trainer.gradient_accumulation_steps")
 # where URLs are: the same server may listen elsewhere
 SERVED = ("scorer.path", "scorer.components", "evaluation.scorer")
-FOUND = ("dataset.format", "sampling.gather")  # settings that a stage finds: null, auto
+FOUND = ("dataset.format",)  # settings that a stage finds if they are null
 TYPED = "model.trust_remote_code"  # a person types it each time; no file can give it
 
 
@@ -195,7 +195,7 @@ def _changed_settings(config: StageConfig, directory: Path) -> dict[str, str]:
     lines = {
         key: f"{key}: {_show(was, key)} -> {_show(now, key)}"
         for key in sorted(was.keys() | now.keys())
-        if was.get(key) != now.get(key) and not (key in FOUND and now[key] in (None, "auto"))
+        if was.get(key) != now.get(key) and not (key in FOUND and now[key] is None)
     }
     if TYPED in lines:
         lines[TYPED] += f" (type {TYPED}={_show(was, TYPED)} again: no file can give permission)"
