@@ -3,11 +3,14 @@
 Run: python -m pytest tests/commands/test_plan.py
 """
 
+import time
 from dataclasses import replace
 
+import huggingface_hub
 import pytest
 import torch
 from helpers.commands import ROOT
+from helpers.stored import as_hub_id
 from helpers.tiny import tiny_model, tiny_tokenizer
 from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -270,6 +273,23 @@ def test_time_is_the_arithmetic_and_the_traffic_of_each_phase():
     assert found["train"] == pytest.approx(2 * 4 * 8 * 20 * 600 / 2000)
     slow = Card(tera=1, bandwidth=1e-6, memory=1)
     assert seconds_of_phases(shape, ppo, slow, 8, 4)["sample"] == pytest.approx(10 * 200 / 1000)
+
+
+def test_command_plans_the_configuration_of_a_hub_id_without_weights(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    tiny("llama").save_pretrained(tmp_path / "model")
+    name = as_hub_id(tmp_path / "model", tmp_path / "hub")
+    began = time.perf_counter()
+    assert main([f"model={name}", "prompt_length=24", "response_length=40"]) == 0
+    assert time.perf_counter() - began < 60, "seconds"
+    out = capsys.readouterr().out
+    runs = ("Alpaca 7B, SFT", "Vicuna 13B, SFT", "Dolly 12B, SFT", "InstructGPT 1.3B, PPO")
+    for run in (*runs, "InstructGPT 6B, PPO", "InstructGPT's episodes at 70B, PPO"):
+        assert f"\n{run} " in out
+    assert out.startswith("someone/model: 0.000 B parameters")
+    assert main(["model=someone/else"]) == 2
+    assert capsys.readouterr().err.startswith("error: model=someone/else")
 
 
 def test_command_plans_a_directory_and_names_what_it_does_not_know(tmp_path, capsys):
