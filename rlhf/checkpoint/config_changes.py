@@ -105,16 +105,17 @@ def refuse_changes(config: StageConfig, directory: Path) -> dict[str, str]:
     processes = num_processes() if is_finished else manifest_of(directory)["processes"]
     if processes != num_processes():  # equal up to rounding
         lines[PROCESSES] = f"{PROCESSES}: {processes} -> {num_processes()}"
+    batches: list[str] = []
     if not isinstance(config, PPOStageConfig):
-        refused += _other_batches(lines, read_settings(directory), _plain(config), processes)
-    if refused:
+        batches = _other_batches(lines, read_settings(directory), _plain(config), processes)
+    if refused := refused + batches:
         listed = "\n  ".join(refused)
         also = f" (only {', '.join(allowed)} may change after the stop)" if allowed else ""
+        alone = "" if batches else f", as {resume_overrides(config)} alone does"
         raise InputError(
             f"{directory} was written with a different configuration:\n  {listed}\n"
             "A resumed run must end as if it had never stopped: set these back to their old "
-            f"values{also}, as {resume_overrides(config)} alone does, or start a new run with "
-            "another run_name"
+            f"values{also}{alone}, or start a new run with another run_name"
         )
     return lines
 

@@ -226,8 +226,11 @@ def test_other_number_of_processes_must_read_the_same_rows_in_a_step(tmp_path, m
         "\n  rows of an optimiser step: 8 -> 16 (number of processes: 1 -> 2; "
         "trainer.per_device_train_batch_size=4 keeps 8)\n"
     )
-    with pytest.raises(InputError, match=re.escape(problem)):
+    with pytest.raises(InputError, match=re.escape(problem)) as caught:
         prepare_run_directory(config, "sft")
+    assert str(caught.value).endswith(
+        "set these back to their old values, or start a new run with another run_name"
+    )
     config.trainer["per_device_train_batch_size"] = 4
     assert refuse_changes(config, directory / "checkpoint-1").keys() == {
         "number of processes",
