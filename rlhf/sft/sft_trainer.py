@@ -31,6 +31,17 @@ class FiniteSFTTrainer(FiniteTrainer, SFTTrainer):
         assert self.train_dataset is not None
         return _without_labels(self.train_dataset[0])
 
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
+        """As TRL, which also counts the tokens of a row without labels, on a resumed run."""
+        if not self.model.training or self.accelerator.num_processes == 1:
+            return super().compute_loss(model, inputs, *args, **options)
+        before, number = self._total_train_tokens, _num_tokens(inputs)
+        result = super().compute_loss(model, inputs, *args, **options)
+        total = self.accelerator.reduce(number.to(self.args.device), reduction="sum").item()
+        self._total_train_tokens = before + total
+        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        return result
+
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Average loss, accuracy and entropy over the tokens of all held-out rows.
 
@@ -72,3 +83,10 @@ class FiniteSFTTrainer(FiniteTrainer, SFTTrainer):
 
 def _without_labels(row: dict[str, Any]) -> dict[str, Any]:
     return row | {"labels": [IGNORED] * len(row["labels"])}
+
+
+def _num_tokens(inputs: Any) -> Tensor:
+    """Tokens of a batch; 0 if none has a label."""
+    mask = inputs.get("attention_mask")
+    number = torch.tensor(inputs["position_ids"].shape[1]) if mask is None else mask.sum()
+    return number * (inputs["labels"] != IGNORED).any().to(number.device)

@@ -7,6 +7,7 @@ Run: python -m pytest tests/end_to_end/test_uneven_shares.py, with `-m slow` for
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from helpers.runs import (
@@ -39,7 +40,7 @@ def runs(folder):
         ):
             rows = [json.loads(line) for line in open(path)][:number]
             write_rows(folder / f"{stage}_{split}.jsonl", rows)
-        config.batch_size = 4
+        config.batch_size, config.checkpoint.every = 4, 3
         config.trainer = {"num_train_epochs": 2, "learning_rate": 1e-3, "logging_steps": 1}
         config.trainer |= {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 4}
         config.trainer |= {"eval_strategy": "epoch"}
@@ -63,6 +64,11 @@ def test_unequal_shares_give_the_result_of_one_process(shards, tmp_path):
     assert codes == [0, 0], text_of(log)
     for one, two in zip(configs, both, strict=True):
         assert_same(one, two)
+    shutil.rmtree(directory_of(both[0]) / "final")
+    shutil.rmtree(directory_of(both[0]) / "checkpoint-8")
+    both[0].resume = True  # from step 6, in the middle of an epoch
+    assert in_group(train_all, both[0], log=log, shards=shards) == [0, 0], text_of(log)
+    assert_same(sft, both[0])
     samples = read_jsonl(directory_of(both[2]) / "samples.jsonl")
     assert [row["step"] for row in samples] == [0] * 3 + [1] * 3 + [2] * 3
     assert read_jsonl(directory_of(sft) / "metrics.jsonl")[-1]["step"] == 8
