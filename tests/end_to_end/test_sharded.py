@@ -1,5 +1,5 @@
-"""Two processes that FSDP2 shards give the result of one process on the same global batch, and what
-they save in slices goes on in any number of processes.
+"""Two processes, with whole models (DDP) or in slices (FSDP2), give the result of one process on
+the same global batch, and what they save in slices goes on in any number of processes.
 
 FSDP2 runs on the CPU here, see helpers/sharded.py. The stages of a test share two processes.
 
@@ -76,10 +76,15 @@ def take_back(config, *names):
         shutil.rmtree(directory_of(config) / name)
 
 
-def test_stages_in_slices_give_the_result_of_one_process_and_resume_in_one(tmp_path):
+def test_stages_in_two_processes_give_the_result_of_one_and_resume_in_one(tmp_path):
     sft, reward, ppo = three_steps(tmp_path)
     configs = sft, reward, ppo, shared = sft, reward, ppo, on_one_base(sft, reward, ppo)
     train_all(*configs)
+    whole = [in_two(config, runs_dir=str(tmp_path / "ddp")) for config in configs]
+    log = tmp_path / "ddp-log"
+    assert in_group(train_all, *whole, log=log, shards=False) == [0, 0], text_of(log)
+    for config, two in zip(configs, whole, strict=True):
+        assert_same(config, two)
     log = tmp_path / "log"
     assert in_group(train_all, *map(in_two, configs), log=log) == [0, 0], text_of(log)
     for config in configs:
