@@ -67,8 +67,9 @@ $(VLLM)/.installed:
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
-test-deepspeed: $(DEEPSPEED)/.installed  ## run SFT and reward under DeepSpeed on a CPU, minutes
-	$(DEEPSPEED)/bin/python -m pytest -q -m slow tests/end_to_end/test_deepspeed.py
+test-deepspeed: $(DEEPSPEED)/.installed  ## run the stages under DeepSpeed on a CPU, a quarter of an hour
+	$(DEEPSPEED)/bin/python -m pytest -q -m slow tests/end_to_end/test_deepspeed.py tests/end_to_end/test_deepspeed_ppo.py
+	$(DEEPSPEED)/bin/python -m pytest -q -m slow -s tests/end_to_end/test_process_matrix.py -k zero
 	$(DEEPSPEED)/bin/python -m pytest -q tests/test_distributed.py
 
 $(DEEPSPEED)/.installed: pyproject.toml constraints.txt

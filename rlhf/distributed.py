@@ -3,16 +3,17 @@
 The errors of one of them are in `failures.py`.
 
 Weights are sharded by PyTorch FSDP2, through accelerate. A parameter is then a `DTensor`:
-each process holds a slice of it. For SFT and reward, DeepSpeed can do so too (`zero.py`).
+each process holds a slice of it. DeepSpeed can do so too (`zero.py`).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from pathlib import Path
-from tempfile import TemporaryFile
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -20,15 +21,16 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 
 from rlhf.config import CONF_DIR, InputError, read_yaml
 from rlhf.console import launched_with, num_processes, say
-from rlhf.zero import Scattered, gathered, is_zero, own_numbers, shape_of
+from rlhf.zero import Scattered, come_to_rest, gathered, is_engine, is_zero, own_numbers
 
 RAM_EFFICIENT = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+ZERO = ("zero2", "zero3", "zero3_offload")  # files of DeepSpeed in conf/accelerate/
 
 
 def default_device() -> str:
@@ -47,12 +49,17 @@ def use_bfloat16(precision: str) -> bool:
 
 
 def launch_environment(name: str) -> dict[str, str]:
-    """What `accelerate launch` would tell the processes of `conf/accelerate/<name>.yaml`, an FSDP
-    file, about sharding."""
-    settings = read_yaml(CONF_DIR / "accelerate" / f"{name}.yaml")["fsdp_config"]
-    values = {key.upper(): str(value) for key, value in settings.items()}
+    """What `accelerate launch` would tell the processes of `conf/accelerate/<name>.yaml` about
+    sharding."""
+    content = read_yaml(CONF_DIR / "accelerate" / f"{name}.yaml")
+    kind, prefix = ("DEEPSPEED", "ACCELERATE_DEEPSPEED_") if name in ZERO else ("FSDP", "")
+    settings = content[f"{kind.lower()}_config"]
+    values = {
+        f"{prefix}{key.upper().removesuffix('_FLAG')}": str(value)
+        for key, value in settings.items()
+    }
     values = {k: v.lower() if v in ("True", "False") else v for k, v in values.items()}
-    return {"ACCELERATE_USE_FSDP": "true"} | values
+    return {f"ACCELERATE_USE_{kind}": "true"} | values
 
 
 def sharding() -> str | None:
@@ -93,6 +100,9 @@ def join_processes(launch: str | None = None, timeout_seconds: float | None = No
                 "distributed=null"
             )
         os.environ.update(launch_environment(launch))
+    if sharding() == "DeepSpeed" and find_spec("deepspeed") is None:
+        where = f"distributed={launch}" if launch else "the launcher asks for DeepSpeed, which"
+        raise InputError(f"{where} needs a package: pip install 'rlhf[deepspeed]', or take FSDP2")
     if sharding() == "FSDP" and os.environ.get("FSDP_VERSION", "1") != "2":
         raise InputError(
             "fsdp_version: 1 is not supported; set fsdp_version: 2 in the file of accelerate "
@@ -103,6 +113,9 @@ def join_processes(launch: str | None = None, timeout_seconds: float | None = No
     if sharding() == "FSDP" and os.environ.get(RAM_EFFICIENT, "false").lower() == "true":
         say("fsdp_cpu_ram_efficient_loading: off; each process checks the weights that it loads")
         os.environ[RAM_EFFICIENT] = "false"
+    if sharding() == "DeepSpeed":  # it calls collectives of torch by their old names (0.19.8)
+        old = r"`torch\.distributed\.\w+` is deprecated"
+        warnings.filterwarnings("ignore", old, FutureWarning)
     limit: dict[str, Any] = {}
     if timeout_seconds is not None:
         limit["timeout"] = timedelta(seconds=timeout_seconds)
@@ -134,15 +147,8 @@ def make_accelerator(precision: str) -> Accelerator:
     of earlier stages no longer need it, so it is reset; the process group is kept.
 
     Raises:
-        InputError: one of several processes was on a different device before, or PPO cannot shard
-            as the launcher asks.
+        InputError: one of several processes was on a different device before.
     """
-    if sharding() == "DeepSpeed":
-        raise InputError(
-            "PPO does not run under DeepSpeed, which has one optimiser for one model; FSDP2 shards "
-            "policy and critic in the same way: accelerate launch "
-            f"--config_file {CONF_DIR / 'accelerate' / 'fsdp2.yaml'} -m rlhf.ppo ..."
-        )
     cpu = not torch.cuda.is_available()
     state = PartialState._shared_state
     other_device = bool(state) and cpu != (state["device"].type == "cpu")
@@ -154,7 +160,25 @@ def make_accelerator(precision: str) -> Accelerator:
     AcceleratorState._reset_state(reset_partial_state=other_device)
     if state.get("distributed_type") == DistributedType.FSDP:  # else it gets no settings again
         state["distributed_type"] = DistributedType.MULTI_GPU
-    return Accelerator(cpu=cpu, mixed_precision="bf16" if use_bfloat16(precision) else "no")
+    with _plain_processes():
+        return Accelerator(cpu=cpu, mixed_precision="bf16" if use_bfloat16(precision) else "no")
+
+
+@contextmanager
+def _plain_processes() -> Iterator[None]:
+    """Hide DeepSpeed from accelerate inside the block: accelerate steps at the end of each backward
+    pass, and PPO has engines of its own (`share`)."""
+    if sharding() != "DeepSpeed":
+        yield
+        return
+    several = DistributedType.MULTI_GPU if torch.cuda.is_available() else DistributedType.MULTI_CPU
+    kind = several if num_processes() > 1 else DistributedType.NO
+    PartialState._shared_state["distributed_type"] = kind
+    del os.environ["ACCELERATE_USE_DEEPSPEED"]
+    try:
+        yield
+    finally:
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
 
 
 # --- Sharded weights ------------------------------------------------------------------------------
@@ -185,28 +209,49 @@ def offloads() -> bool:
 
 
 def share(model: Any, accelerator: Accelerator) -> Any:
-    """Let all processes train a model together: with DDP, or in the slices that they have."""
-    if not accelerator.is_fsdp2:
+    """Let all processes train a model together: with DDP, or in the slices that they have. Under
+    DeepSpeed, `zero.make_engine` comes next."""
+    if sharding() is None:
         return accelerator.prepare_model(model)
-    accelerator.state.fsdp_plugin.auto_wrap_policy = None  # it would look for units again
+    if accelerator.is_fsdp2:
+        accelerator.state.fsdp_plugin.auto_wrap_policy = None  # it would look for units again
     return accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+
+
+def backward(model: Any, loss: Tensor, accelerator: Accelerator) -> None:
+    """Add up the gradients of a model that `share`, or DeepSpeed, has wrapped."""
+    if is_engine(model):
+        model.backward(loss, scale_wrt_gas=False)
+    else:
+        accelerator.backward(loss)
+
+
+def syncing(model: Any, syncs: bool, accelerator: Accelerator) -> AbstractContextManager[Any]:
+    """The context of a pass that exchanges the gradients of the processes, or not. Models in slices
+    always do, because a process has no room for the gradients of whole weights; DeepSpeed is told
+    which pass is the last of a step."""
+    if is_engine(model):
+        model.set_gradient_accumulation_boundary(syncs)
+    if syncs or is_engine(model) or is_sharded(model):
+        return nullcontext()
+    return accelerator.no_sync(model)
 
 
 def clip_gradients(
     parameters: Iterable[nn.Parameter], limit: float, accelerator: Accelerator
 ) -> float:
     """Scale the gradients of a model so that their norm, over all slices, is at most `limit`;
-    return the norm before."""
+    return the norm before. DeepSpeed's optimiser does so itself, see `zero.gradient_norm`."""
     parameters = list(parameters)
-    if not accelerator.is_fsdp2:
+    if sharding() is None:
         return float(accelerator.clip_grad_norm_(parameters, limit))
     _average_whole_gradients(parameters, accelerator)
     return float(whole(clip_grad_norm_(parameters, limit)))
 
 
 def _average_whole_gradients(parameters: list[nn.Parameter], accelerator: Accelerator) -> None:
-    """Give all processes the mean of the gradients of what FSDP2 does not shard: adapters and heads
-    on one base."""
+    """Give all processes the mean of the gradients of what is not in slices: adapters and heads on
+    one base."""
     whole_ones = (p.grad for p in parameters if not isinstance(p, DTensor))
     gradients = [gradient for gradient in whole_ones if gradient is not None]
     if not gradients:
@@ -226,28 +271,13 @@ def describe_sharding(
     accelerator: Accelerator, what: str = "what trains", rest: str = ""
 ) -> str | None:
     """How the processes share weights, in words; None if each has all of them."""
-    if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+    if sharding() is None:
         return None
     name = "FSDP2"
-    if not accelerator.is_fsdp2:
+    if sharding() == "DeepSpeed":
         name = f"DeepSpeed ZeRO-{zero_stage()}"
         what = what if zero_stage() == 3 else "gradients and optimiser"
     return f"{name}, {what} in slices over {accelerator.num_processes} processes{rest}"
-
-
-def refuse_under_sharding(options: Mapping[str, Any]) -> None:
-    """Refuse what sharded training does not do yet.
-
-    Args:
-        options: setting as it is typed -> whether it is set.
-    """
-    bad = [option for option, is_set in options.items() if is_set]
-    if sharding() and bad:
-        raise InputError(
-            f"{', '.join(bad)}: not supported under {sharding()} yet; leave "
-            f"{'it' if len(bad) == 1 else 'them'} out, or start without sharding: accelerate "
-            f"launch --config_file {CONF_DIR / 'accelerate' / 'ddp.yaml'} -m rlhf.<stage> ..."
-        )
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -262,49 +292,12 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def own_rows(tensor: Tensor) -> tuple[int, int]:
-    """First and last + 1 of the rows of a tensor that this process holds.
-
-    5 rows over 4 processes: 0 to 2, 2 to 4, 4 to 5, 5 to 5
-    """
-    if not isinstance(tensor, DTensor):
-        return 0, len(tensor)
-    mesh = tensor.device_mesh
-    each = -(-len(tensor) // mesh.size())
-    first, end = (min(each * (mesh.get_local_rank() + i), len(tensor)) for i in (0, 1))
-    return first, end
-
-
-def read_rows(target: Tensor, stored: Any) -> None:
-    """Copy this process's rows of a stored tensor, in place. Rows that a table has beyond those of
-    its file are their mean.
-
-    Args:
-        target: a parameter, in slices or whole.
-        stored: a tensor, or of `safe_open(...).get_slice`.
-    """
-    first, end = own_rows(target)
-    mine = local(target)
-    rows = len(stored) if isinstance(stored, Tensor) else stored.get_shape()[0]
-    known = max(0, min(end, rows) - first)
-    if known:
-        mine[:known] = stored[first : first + known].to(mine)
-    if known < end - first:
-        mine[known:] = stored[:].to(mine).mean(dim=0)
-
-
-def read_stored(file: Any, name: str, other: Tensor) -> Tensor:
-    """A tensor in a safetensors file, or this process's slice of it, if `other` is a slice of a
-    tensor of that shape.
-
-    Args:
-        file: of `safe_open`.
-    """
-    if not isinstance(other, DTensor) or [*other.shape] != file.get_slice(name).get_shape():
-        return file.get_tensor(name)
-    result = torch.empty_like(other)
-    read_rows(result, file.get_slice(name))
-    return result
+@torch.no_grad()
+def to_write(tensor: Any) -> Tensor:
+    """What this process holds of a weight, so that it can be written to."""
+    if is_zero(tensor):
+        come_to_rest([tensor])
+    return local(detached(tensor))
 
 
 def compute_device(model: nn.Module) -> torch.device:
@@ -312,23 +305,9 @@ def compute_device(model: nn.Module) -> torch.device:
     parameter = next(model.parameters())
     if isinstance(parameter, DTensor) and parameter.device_mesh.device_type == "cuda":
         return torch.device("cuda", torch.cuda.current_device())
+    if is_zero(parameter):
+        return torch.device(default_device())
     return parameter.device if parameter.device.type != "meta" else torch.device("cpu")
-
-
-def gathered_bytes(model: nn.Module) -> int:
-    """Bytes of the largest unit of a sharded model, whose weights are whole while it runs."""
-    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    inner = {id(p) for unit in units if unit is not model for p in unit.parameters()}
-    rest = sum(p.nbytes for p in model.parameters() if id(p) not in inner)
-    sizes = [sum(p.nbytes for p in unit.parameters()) for unit in units if unit is not model]
-    return max([rest, *sizes])
-
-
-def sliced_bytes(model: nn.Module) -> int:
-    """Bytes of the weights of a model that are in slices, all slices together: what each process
-    gathers in a pass."""
-    weights = [p for p in model.parameters() if isinstance(p, DTensor) or is_zero(p)]
-    return sum(shape_of(weight).numel() * weight.itemsize for weight in weights)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -341,34 +320,3 @@ def whole(tensor: Tensor) -> Tensor:
 def detached(tensor: Tensor) -> Tensor:
     """A tensor without its graph; DeepSpeed's slices stay with the weight that knows them."""
     return tensor if is_zero(tensor) else tensor.detach()
-
-
-def in_file(tensor: Tensor, folder: Path | None) -> Tensor:
-    """A copy of a tensor that takes no main memory: it is mapped from a file in a folder, which has
-    no name and ends with the copy."""
-    if not tensor.numel():
-        return tensor.cpu()
-    with TemporaryFile(dir=folder) as file:
-        os.posix_fallocate(file.fileno(), 0, tensor.nbytes)  # a full disk is an error here
-        path, kind = f"/proc/self/fd/{file.fileno()}", tensor.dtype
-        copy = torch.from_file(path, shared=True, size=tensor.numel(), dtype=kind)
-    return copy.view(tensor.shape).copy_(tensor)
-
-
-def load_optimizer(optimizer: Any, content: dict[str, Any]) -> None:
-    """Give an optimiser a state with whole tensors; its weights may be in slices."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, values in content["state"].items():
-        own = parameters[int(index)]
-        for name, value in values.items():
-            if isinstance(value, Tensor) and value.shape == own.shape:
-                values[name] = like(value, own)
-    optimizer.load_state_dict(content)
-
-
-def like(tensor: Tensor, other: Tensor) -> Tensor:
-    """A whole tensor, which every process has, as `other` is: whole, or this process's slice."""
-    if not isinstance(other, DTensor):
-        return tensor
-    tensor = tensor.to(other.device, other.dtype)
-    return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)

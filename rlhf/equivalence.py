@@ -41,7 +41,7 @@ from rlhf.models import (
     watch_windows,
 )
 from rlhf.sampling import Sampling, context_length, generate, uniform_noise
-from rlhf.zero import shape_of
+from rlhf.zero import is_zero, shape_of
 
 NUM_STEPS = 6  # of the cache, after the prompt
 FLAT = 20.0  # temperature at which nearly every token is sampled: contexts that none can guess
@@ -207,9 +207,9 @@ def _smallest_trained(model: nn.Module) -> list[nn.Parameter]:
 
 
 def _gradient(loss: Tensor, parameter: nn.Parameter, model: Any) -> Tensor:
-    if not is_sharded(model):
+    if is_zero(parameter) or not is_sharded(model):
         return torch.autograd.grad(loss, parameter)[0]
-    loss.backward()  # gradients of slices exist only there
+    loss.backward()  # gradients of FSDP2's slices exist only there
     assert parameter.grad is not None
     found = whole(parameter.grad)
     for other in model.parameters():

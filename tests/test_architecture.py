@@ -25,6 +25,7 @@ FLOORS = [
     {"option_parser", "overrides", "next_commands", "metrics", "hub", "http_endpoint", "rubrics"},
     {"curves", "vllm_server", "zero"},
     {"tokenizer", "distributed", "failures"},
+    {"slices", "sharding_settings"},
     {"data", "checkpoint"},
     {"models", "row_file", "inputs"},
     {"cli", "sampling"},

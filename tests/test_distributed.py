@@ -13,15 +13,17 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DeepSpeedPlugin, DistributedType
-from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from accelerate.utils.launch import prepare_multi_gpu_env
+from helpers.zero import told as told_about_deepspeed
 from trl import SFTConfig
 
 import rlhf.distributed
+import rlhf.sharding_settings
 from rlhf.config import CONF_DIR, InputError, PPOStageConfig, SFTStageConfig, read_yaml
-from rlhf.distributed import join_processes, launch_environment, make_accelerator
-from rlhf.hf_trainer import deepspeed_settings, trainer_arguments
-from rlhf.hf_trainer.deepspeed_settings import refuse_under_deepspeed
+from rlhf.distributed import ZERO, join_processes, launch_environment
+from rlhf.hf_trainer import trainer_arguments
 from rlhf.ppo.stage import refuse_here
+from rlhf.sharding_settings import refuse_under_deepspeed
 
 FILES = sorted((CONF_DIR / "accelerate").glob("*.yaml"))
 SAID = ("ACCELERATE_", "FSDP_")
@@ -52,7 +54,15 @@ def test_torchrun_with_distributed_shards_as_accelerate_launch_does(name, monkey
     assert ours["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"
 
 
-@pytest.mark.parametrize("name", ["zero2", "zero3", "zero3_offload"])
+@pytest.mark.parametrize("name", ZERO)
+def test_torchrun_with_distributed_uses_deepspeed_as_accelerate_launch_does(name, monkeypatch):
+    monkeypatch.setattr("accelerate.commands.launch.is_deepspeed_available", lambda: True)
+    launched = told_about_deepspeed(name)
+    ours = launch_environment(name)
+    assert len(ours) == 5 and ours.items() <= launched.items()
+
+
+@pytest.mark.parametrize("name", ZERO)
 def test_deepspeed_itself_reads_its_files(name):
     pytest.importorskip("deepspeed")
     from deepspeed.runtime.config import DeepSpeedConfig
@@ -68,34 +78,25 @@ def test_deepspeed_itself_reads_its_files(name):
     assert parsed.zero_config.offload_param.device == place
 
 
-@pytest.mark.parametrize("name", ["zero2", "zero3", "zero3_offload"])
+@pytest.mark.parametrize("name", ZERO)
 def test_what_accelerate_says_of_our_files_of_deepspeed_is_taken(name, monkeypatch):
     monkeypatch.setattr("accelerate.commands.launch.is_deepspeed_available", lambda: True)
-    given = ["--config_file", str(CONF_DIR / "accelerate" / f"{name}.yaml"), "script.py"]
-    args, *_ = _validate_launch_command(launch_command_parser().parse_args(given))
-    args.deepspeed_fields_from_accelerate_config = ""
-    _, variables = prepare_deepspeed_cmd_env(args)
-    said = {k: v for k, v in variables.items() if k.startswith(SAID)}
+    said = told_about_deepspeed(name)
     assert said["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == ("2" if name == "zero2" else "3")
-    monkeypatch.setattr(deepspeed_settings, "_build_adam", lambda: None)
+    monkeypatch.setattr(rlhf.sharding_settings, "_build_adam", lambda: None)
     autos = {
         "ACCELERATE_GRADIENT_CLIPPING": "auto",
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "auto",
     }
     for more in ({}, autos):
         as_launched(monkeypatch, DistributedType.DEEPSPEED, **(said | more))
-        refuse_under_deepspeed(SFTStageConfig())
+        for config in (SFTStageConfig(), PPOStageConfig()):
+            refuse_under_deepspeed(config)
 
 
 def under_deepspeed(monkeypatch, **said):
     """Be one of two processes that accelerate launch told to use DeepSpeed."""
     as_launched(monkeypatch, DistributedType.DEEPSPEED, ACCELERATE_USE_DEEPSPEED="true", **said)
-
-
-def test_ppo_refuses_deepspeed_and_names_another_way(monkeypatch):
-    under_deepspeed(monkeypatch)
-    with pytest.raises(InputError, match="^PPO does not run under DeepSpeed.*fsdp2.yaml"):
-        make_accelerator("float32")
 
 
 @pytest.mark.parametrize(
@@ -123,6 +124,11 @@ def test_settings_that_a_stage_decides_itself_are_refused_in_the_file(monkeypatc
     clipping, accumulation, precision = str(caught.value).splitlines()
     assert clipping.startswith("gradient_clipping: 0.5") and "trainer.max_grad_norm" in clipping
     assert accumulation.endswith("and set batch_size") and precision.endswith("and set precision")
+    with pytest.raises(InputError) as caught:
+        refuse_here(PPOStageConfig())
+    clipping, accumulation, _ = str(caught.value).splitlines()
+    assert clipping.endswith("set ppo.max_grad_norm")
+    assert accumulation.endswith("set ppo.batch_size")
 
 
 def test_settings_that_deepspeed_excludes_get_one_line_each(monkeypatch):
@@ -145,8 +151,12 @@ def test_settings_that_deepspeed_excludes_get_one_line_each(monkeypatch):
             trainer_arguments(SFTConfig, SFTStageConfig(**setting), "sft")
 
 
-def test_an_adam_that_cannot_be_built_is_refused_before_anything_loads(monkeypatch):
+def test_an_adam_that_cannot_be_built_is_refused_before_anything_loads(
+    monkeypatch, capsys, tmp_path
+):
     class Broken:
+        NAME = "cpu_adam"
+
         def load(self, verbose):
             raise RuntimeError("no g++")
 
@@ -159,6 +169,13 @@ def test_an_adam_that_cannot_be_built_is_refused_before_anything_loads(monkeypat
     under_deepspeed(monkeypatch, ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE="cpu")
     with pytest.raises(InputError, match="^offload_optimizer_device: cpu: .*no g.*; install g"):
         refuse_under_deepspeed(SFTStageConfig())
+    assert not capsys.readouterr().out
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    (tmp_path / "cpu_adam").mkdir()
+    (tmp_path / "cpu_adam/lock").touch()  # torch would wait for ever
+    with pytest.raises(InputError, match="no g"):
+        refuse_under_deepspeed(SFTStageConfig())
+    assert f"and delete {tmp_path}/cpu_adam/lock" in capsys.readouterr().out
 
 
 def as_launched(monkeypatch, kind, **variables):
@@ -177,12 +194,23 @@ def test_deepspeed_is_used_on_a_cpu_where_accelerate_leaves_it_out(monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "")
     said = {"ACCELERATE_USE_DEEPSPEED": "true"}
     group = as_launched(monkeypatch, DistributedType.MULTI_CPU, **said)
+    monkeypatch.setattr(rlhf.distributed, "find_spec", lambda name: name)
     join_processes()
     assert group.distributed_type == DistributedType.DEEPSPEED
     assert os.environ["DS_ACCELERATOR"] == "cpu"
     group = as_launched(monkeypatch, DistributedType.MULTI_CPU)
     join_processes()
     assert group.distributed_type == DistributedType.MULTI_CPU
+
+
+def test_without_the_package_deepspeed_is_refused(monkeypatch):
+    monkeypatch.setattr(rlhf.distributed, "find_spec", lambda name: None)
+    as_launched(monkeypatch, DistributedType.MULTI_CPU)
+    with pytest.raises(InputError, match="^distributed=zero3 needs a package: pip install 'rlhf"):
+        join_processes("zero3")
+    as_launched(monkeypatch, DistributedType.MULTI_CPU, ACCELERATE_USE_DEEPSPEED="true")
+    with pytest.raises(InputError, match="^the launcher asks for DeepSpeed, which needs"):
+        join_processes()
 
 
 def test_sharding_that_accelerate_leaves_out_on_a_cpu_is_refused(monkeypatch):

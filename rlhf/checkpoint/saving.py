@@ -18,8 +18,18 @@ from rlhf.checkpoint.state import Incomplete, TakenState, take_state
 from rlhf.config import InputError, StageConfig, one_line
 from rlhf.console import is_main_process, num_processes, rank, warn
 from rlhf.failures import GO_ON
+from rlhf.zero import SlicedOptimizer
 
 STOP_SECONDS = 5.0  # that a thread may need to end after it is asked to
+
+
+def in_background(config: StageConfig, optimizers: dict[str, Any], on_gpu: bool) -> bool:
+    """Whether a thread writes the checkpoints, from a copy. DeepSpeed's slices are gathered, which
+    a thread cannot do while the processes sample."""
+    if any(isinstance(optimizer, SlicedOptimizer) for optimizer in optimizers.values()):
+        return False
+    given = config.checkpoint.background
+    return on_gpu if given is None else given
 
 
 class CheckpointWriter:

@@ -25,9 +25,10 @@ from rlhf.checkpoint.ownership import facts_of_run, refuse_taken_steps, seal, st
 from rlhf.checkpoint.tensor_files import Part, divide, in_slices, stored_tensors, write_parts
 from rlhf.config import CONFIG_FILE, InputError, StageConfig, save_config
 from rlhf.console import is_main_process, num_processes, rank
-from rlhf.distributed import detached, read_stored
+from rlhf.distributed import detached
 from rlhf.failures import leave_word, read_word
-from rlhf.zero import put, shape_of
+from rlhf.slices import read_stored
+from rlhf.zero import Scattered, SlicedOptimizer, put, shape_of, written_weights
 
 
 class Incomplete(Exception):
@@ -61,9 +62,10 @@ class TakenState:
 
     @property
     def gathers(self) -> bool:
-        """True if the processes must write it together, because they share no disk."""
+        """True if the processes must write it together: DeepSpeed has its slices, or they share no
+        disk."""
         parts = (part for parts in self.tensors.values() for part in parts.values())
-        return any(isinstance(part.tensor, DTensor) for part in parts)
+        return any(isinstance(part.tensor, DTensor | Scattered) for part in parts)
 
     def write(self, go_on: Callable[[], None] = lambda: None) -> None:
         """Write it, complete or not at all, as safetensors and JSON; nothing is pickled. All
@@ -134,11 +136,13 @@ def take_state(
     files = {name: trained(module) for name, module in modules.items()}
     files |= {f"optimizer_{name}": moments(one) for name, one in optimizers.items()}
     if copies or in_slices(files):  # else the files are searched before they get their name
-        named = ((f"{n}.safetensors: {key}", t) for n, ts in files.items() for key, t in ts.items())
+        every = ((n, key, t) for n, ts in files.items() for key, t in ts.items())
+        named = ((f"{n}.safetensors: {key}", t) for n, key, t in every if isinstance(t, Tensor))
         if problem := find_non_finite_on_any(named):
             raise NonFiniteError(f"{directory} was not written: {problem}")
     opened = ExitStack()
     temporary, token = on_main_process(partial(_begin, directory, opened))
+    files = {name: written_weights(own) for name, own in files.items()}
     tensors, slices = divide(temporary, files, copies)
     values = {"state": state, "random": random_numbers or random_state()}
     texts = {name: json.dumps(value, indent=2) for name, value in values.items()}
@@ -172,10 +176,14 @@ def load_training_state(
 
 def load_moments(directory: Path, name: str, optimizer: Any) -> None:
     """Give an optimiser the state that a checkpoint has under a name."""
+    file = directory / f"{name}.safetensors"
+    if isinstance(optimizer, SlicedOptimizer):
+        with stored_tensors(directory, name) as saved:
+            optimizer.put(partial(read_finite, file, saved))
+        return
     content = optimizer.state_dict()
     content["state"] = {}
     own = [p.detach() for group in optimizer.param_groups for p in group["params"]]
-    file = directory / f"{name}.safetensors"
     with stored_tensors(directory, name) as saved:
         for key in saved.keys():
             index, _, entry = key.partition(".")
@@ -217,8 +225,10 @@ def trained(module: Any) -> dict[str, Tensor]:
     return {name: detached(p) for name, p in module.named_parameters() if p.requires_grad}
 
 
-def moments(optimizer: Any) -> dict[str, Tensor]:
+def moments(optimizer: Any) -> dict[str, Any]:
     """The tensors of an optimiser's state: "3.exp_avg"."""
+    if isinstance(optimizer, SlicedOptimizer):
+        return optimizer.written()
     return {
         f"{index}.{key}": torch.as_tensor(value)
         for index, values in optimizer.state_dict()["state"].items()

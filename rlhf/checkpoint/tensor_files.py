@@ -24,7 +24,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from rlhf.console import is_main_process, rank
-from rlhf.distributed import local, own_rows, whole
+from rlhf.distributed import local, whole
+from rlhf.slices import own_rows
+from rlhf.zero import Scattered
 
 SLICES = "DCP_SHARDING_INFO"  # in the metadata: name of a tensor -> where the slice begins
 # Names of types in the header of a safetensors file.
@@ -72,15 +74,19 @@ def divide(
     return {name: _own_parts(own, copies) for name, own in files.items()}, slices
 
 
-def in_slices(files: dict[str, dict[str, Tensor]]) -> list[str]:
+def in_slices(files: dict[str, dict[str, Any]]) -> list[str]:
     """The names of the files whose tensors are in slices on the processes."""
     return [n for n, ts in files.items() if any(isinstance(t, DTensor) for t in ts.values())]
 
 
 def _own_parts(tensors: Mapping[str, Tensor], copies: bool) -> dict[str, Part]:
-    """What this process writes: its slices, and on the main process what is whole."""
+    """What this process writes: its slices, and on the main process what is whole. What DeepSpeed
+    has in slices, all gather together."""
     parts = {}
     for name, tensor in tensors.items():
+        if isinstance(tensor, Scattered):
+            parts[name] = Part(tensor)
+            continue
         is_slice, held = isinstance(tensor, DTensor), local(tensor).detach()
         if held.numel() if is_slice else is_main_process():
             first = own_rows(tensor)[0] if is_slice else 0

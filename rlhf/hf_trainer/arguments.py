@@ -19,16 +19,9 @@ from rlhf.config import (
     build_arguments,
     learning_rates,
 )
-from rlhf.distributed import (
-    is_sharded,
-    offloads,
-    refuse_under_sharding,
-    sharding,
-    use_bfloat16,
-    use_deepspeed_on_cpu,
-)
-from rlhf.hf_trainer.deepspeed_settings import refuse_under_deepspeed
+from rlhf.distributed import is_sharded, offloads, sharding, use_bfloat16, use_deepspeed_on_cpu
 from rlhf.hf_trainer.trial import check_trainer_values, try_out
+from rlhf.sharding_settings import refuse_under_deepspeed, refuse_under_sharding
 from rlhf.zero import runnable
 
 DEFAULT_LENGTH = 1024  # tokens of a row

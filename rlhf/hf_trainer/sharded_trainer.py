@@ -31,9 +31,10 @@ from rlhf.checkpoint.state import (
 )
 from rlhf.checkpoint.tensor_files import Part, divide, stored_tensors, write_parts
 from rlhf.console import is_main_process, rank
-from rlhf.distributed import is_sharded, load_optimizer, share, zero_stage
+from rlhf.distributed import is_sharded, share, zero_stage
 from rlhf.models import read_weights, shard
-from rlhf.zero import put_moments, written_moments, written_weights
+from rlhf.slices import load_optimizer
+from rlhf.zero import SlicedOptimizer, written_weights
 
 MODEL, OPTIMIZER = "model", "optimizer"  # folders of slices
 SCHEDULE = "scheduler.json"
@@ -94,7 +95,7 @@ class ShardedTrainer(Trainer):
             super()._save_optimizer_and_scheduler(output_dir)
             return
         if self.is_deepspeed_enabled:
-            self._write(output_dir, OPTIMIZER, written_moments(self.optimizer, self._trained))
+            self._write(output_dir, OPTIMIZER, self._divided().written())
         else:
             self._write(output_dir, OPTIMIZER, moments(self.optimizer))
         if is_main_process():
@@ -141,7 +142,7 @@ class ShardedTrainer(Trainer):
             )
             if self.is_deepspeed_enabled:
                 known = {f"{i}.{k}": v for i, vs in state["state"].items() for k, v in vs.items()}
-                put_moments(self.optimizer, self._trained, lambda name, _: known[name])
+                self._divided().put(lambda name, _: known[name])
             else:
                 load_optimizer(self.optimizer, state)
             self._load_schedule(schedule)
@@ -159,8 +160,11 @@ class ShardedTrainer(Trainer):
     def _put_moments(self, checkpoint: Path) -> None:
         file = checkpoint / f"{OPTIMIZER}.safetensors"
         with stored_tensors(checkpoint, OPTIMIZER) as saved:
-            read = partial(read_finite, file, saved)
-            put_moments(self.optimizer, self._trained, read)
+            self._divided().put(partial(read_finite, file, saved))
+
+    def _divided(self) -> SlicedOptimizer:
+        """DeepSpeed's optimiser, which accelerate has wrapped."""
+        return SlicedOptimizer(self.optimizer.optimizer, self._trained)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is None or not holds_slices(checkpoint):

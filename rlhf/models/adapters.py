@@ -25,13 +25,14 @@ from transformers.pytorch_utils import Conv1D
 from rlhf.checkpoint import NonFiniteError, find_non_finite_on_any
 from rlhf.config import InputError, ModelConfig, PeftConfig, one_line
 from rlhf.console import is_main_process
-from rlhf.distributed import compute_device, detached, in_file, is_sharded, whole
+from rlhf.distributed import compute_device, detached, is_sharded, whole
 from rlhf.hub import ADAPTER_WEIGHTS
 from rlhf.models.attention import is_padding_free
 from rlhf.models.forward import HEAD, unwrap_peft
 from rlhf.models.quantization import dequantized_weight, is_quantized
 from rlhf.models.stacked import kept_delta
 from rlhf.models.unread import stand_ins
+from rlhf.slices import in_file
 from rlhf.tokenizer import stop_strings
 from rlhf.zero import gathering
 

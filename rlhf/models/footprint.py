@@ -15,9 +15,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rlhf.distributed import gathered_bytes, is_sharded, local
+from rlhf.console import num_processes
+from rlhf.distributed import is_sharded, local, zero_stage
 from rlhf.models.roles import own_parameters
 from rlhf.models.shared_slices import slices_of
+from rlhf.slices import gathered_bytes
+from rlhf.zero import unit_numel
 
 
 @dataclass
@@ -39,6 +42,7 @@ def model_memory(model: Any, distributed: bool = False, besides: Any = None) -> 
     Args:
         distributed: the buckets of DistributedDataParallel hold the gradients a second time. Of a
             sharded model, a slice is here, and the largest unit and its gradient are whole at once.
+            DeepSpeed has a second copy of weights that train, and of their gradients in a step.
         besides: a model whose weights are counted already: with `ppo.share_base` the policy.
     """
     named = model.named_parameters() if besides is None else own_parameters(model, besides).items()
@@ -52,7 +56,11 @@ def model_memory(model: Any, distributed: bool = False, besides: Any = None) -> 
         return ModelMemory(weights + unit, 2 * trained, 2 * trained)
     if is_sharded(model):
         unit = gathered_bytes(model)
-        return ModelMemory(weights + unit, trained + unit * (trained > 0), 2 * trained)
+        own = trained * (zero_stage() > 0)  # DeepSpeed steps a copy, and joins gradients for that
+        return ModelMemory(weights + unit + own, trained + unit * (trained > 0) + own, 2 * trained)
+    if zero_stage() == 2 and trained:
+        own, bucket = trained // num_processes(), torch.float32.itemsize * unit_numel(model)
+        return ModelMemory(weights + own, 2 * own + bucket, 2 * own)
     return ModelMemory(weights, trained * (1 + distributed), 2 * trained)
 
 

@@ -32,20 +32,18 @@ from rlhf.distributed import (
     compute_device,
     default_device,
     detached,
-    like,
     local,
     move,
     offloads,
-    own_rows,
-    read_rows,
     slice_weights,
     whole,
     zero_stage,
 )
 from rlhf.hub import ADAPTER, ADAPTER_WEIGHTS, Misfits, read_json, tensor_names, weight_files
 from rlhf.models.forward import HEAD
-from rlhf.models.shared_slices import slice_base, slices_of
-from rlhf.zero import divide_weights, is_zero, put
+from rlhf.models.shared_slices import run_in_slices, slice_base, slices_of
+from rlhf.slices import like, own_rows, read_rows
+from rlhf.zero import divide_weights, is_zero, make_runnable, put, save_slices
 
 UNREAD = "_rlhf_unread"  # attribute of a model: `Unread`
 RENAMED = {"lm_head.weight": "embed_out.weight"}  # in files of GPT-NeoX
@@ -238,14 +236,19 @@ def shard(model: Any, on_cpu: bool = False) -> None:
 
 
 def _divide(model: Any, on_cpu: bool) -> None:
-    """`shard` under DeepSpeed. Weights that come from files are whole one after the other."""
+    """`shard` under DeepSpeed, of a base its slices alone. Weights that come from files are whole
+    one after the other."""
     waits = unread(model)
     if waits is not None:
         _take_memory(model)
-        problem = waits.read(lambda parameter: divide_weights([parameter], on_cpu))
+    divided = [*(slices_of(model) or model).parameters()]
+    known = {id(weight) for weight in divided}
+    if waits is not None:
+        problem = waits.read(lambda p: divide_weights([p] if id(p) in known else [], on_cpu))
         _have_been_read(model, waits, problem)
-    divide_weights(model.parameters(), on_cpu)
-    move(model, default_device())  # buffers
+    divide_weights(divided, on_cpu)
+    save_slices(model)
+    move(model, default_device())  # what is whole
 
 
 def _take_memory(model: nn.Module) -> None:
@@ -265,11 +268,17 @@ def shard_base(base: Any, whole_tables: bool = False) -> None:
         whole_tables: rows of the embedding tables will train.
     """
     slice_base(base, offloads(), whole_tables)
+    slices: Any = slices_of(base)
+    if zero_stage() == 3:
+        _divide(base, offloads())
+        base.tie_weights()
+        make_runnable(slices, offloads(), slices.parts)
+        run_in_slices(base, base)
+        return
     _read(base, offloads())
     base.tie_weights()  # a tied table, which is whole
     move(base, default_device())
-    if (slices := slices_of(base)) is not None:
-        slices(lambda: None)  # FSDP2 takes the first module that runs for the outermost one
+    slices(lambda: None)  # FSDP2 takes the first module that runs for the outermost one
 
 
 def _read(model: Any, on_cpu: bool) -> None:

@@ -55,10 +55,10 @@ class Setting:
 
 def launches(setting: Setting) -> tuple[str, ...]:
     """The files that the stage takes; those that shard need several GPUs, and take no packed
-    weights."""
+    weights. DeepSpeed's take float32."""
     if setting.gpus == 1 or setting.quantization is not None:
         return LAUNCHES[:1]
-    return tuple(x for x in LAUNCHES if not (x.startswith("zero") and setting.stage == "ppo"))
+    return tuple(x for x in LAUNCHES if setting.dtype == "float32" or not x.startswith("zero"))
 
 
 def estimate(model: Measured, setting: Setting, launch: str, rows: int = 1) -> MemoryEstimate:
@@ -125,18 +125,23 @@ def _trained(model: Measured, setting: Setting, launch: str) -> ModelMemory:
     copies = model.copies // (model.num_blocks if setting.checkpointing else 1)
     if launch == "ddp":
         return ModelMemory(model.weights, gradients * (1 + (n > 1)), 2 * gradients, copies)
+    is_ppo, outer = setting.stage == "ppo", model.parameters - model.num_blocks * model.block
+    unit = max(model.block, outer)
+    own = gradients // n  # of what DeepSpeed steps, a copy of weights, and of joined gradients
     if launch == "zero2":
-        bucket = FLOAT * BUCKET + copies
-        return ModelMemory(model.weights, gradients // n, 2 * gradients // n, bucket)
+        bucket = FLOAT * (unit if is_ppo else BUCKET) + copies
+        return ModelMemory(model.weights + own, 2 * own, 2 * own, bucket)
     if setting.share_base:
         return _on_base(model, setting, launch, copies)
     # the block in use, the next one, the gradient of one; embeddings and head for the whole pass
-    outer = model.parameters - model.num_blocks * model.block
     used = FLOAT * (3 * model.block + max(outer, 0)) + copies
     if launch.startswith("zero3"):
-        used = FLOAT * (min(model.parameters, LIVE) + BUCKET) + copies
+        kept = 3 * unit if is_ppo else min(model.parameters, LIVE) + BUCKET
+        used = FLOAT * kept + copies
     if launch in OFFLOADED:
         return ModelMemory(0, 0, 0, used)
+    if launch == "zero3":
+        return ModelMemory(model.weights // n + own, 2 * own, 2 * own, used)
     return ModelMemory(model.weights // n, gradients // n, 2 * gradients // n, used)
 
 
@@ -147,14 +152,14 @@ def _on_base(model: Measured, setting: Setting, launch: str, copies: int) -> Mod
     number = base / max(model.parameters - model.trained, 1)  # bytes of one, as stored
     outer = model.parameters - model.num_blocks * model.block
     used = int(number * max(2 * model.block, outer)) + copies  # the block in use, the next one
-    here = base // setting.gpus if launch == "fsdp2" else 0
+    here = 0 if launch in OFFLOADED else base // setting.gpus
     return ModelMemory(here + adapters, 2 * adapters, 2 * adapters, used)
 
 
 def _reference(model: Measured, setting: Setting, launch: str) -> ModelMemory:
-    if launch == "fsdp2":
-        return ModelMemory(model.weights // setting.gpus)
-    return ModelMemory(0 if launch == "fsdp2_offload" else HALF * model.parameters)
+    if launch in SLICED:
+        return ModelMemory(0 if launch in OFFLOADED else model.weights // setting.gpus)
+    return ModelMemory(HALF * model.parameters)
 
 
 def main_memory(model: Measured, setting: Setting, launch: str) -> int:
@@ -162,12 +167,14 @@ def main_memory(model: Measured, setting: Setting, launch: str) -> int:
     from which a checkpoint is written."""
     num_models = 1 + (setting.critic and setting.stage == "ppo")
     trained = num_models * FLOAT * model.trained
-    copy = 3 * trained * (setting.stage == "ppo")  # and Adam's two moments
+    by_thread = setting.stage == "ppo" and not launch.startswith("zero")
+    copy = 3 * trained * by_thread  # and Adam's two moments
     if launch not in OFFLOADED:
         return copy
     if setting.share_base:
         return copy + model.weights - FLOAT * model.trained
-    return copy + num_models * model.weights + 3 * trained  # gradients and Adam
+    kept = 5 if launch == "zero3_offload" else 3  # gradients and Adam; DeepSpeed's copies of both
+    return copy + num_models * model.weights + kept * trained
 
 
 def rows_that_fit(model: Measured, setting: Setting, launch: str, memory: int) -> int:

@@ -20,7 +20,14 @@ from transformers import PreTrainedModel
 from rlhf.checkpoint import StageRecord, require_same_tokenizer, require_stage, warn_about_sft_model
 from rlhf.config import InputError, ModelConfig, PPOStageConfig
 from rlhf.console import say, warn
-from rlhf.distributed import describe_sharding, is_sharded, move
+from rlhf.distributed import (
+    describe_sharding,
+    is_sharded,
+    loads_in_slices,
+    move,
+    offloads,
+    zero_stage,
+)
 from rlhf.equivalence import (
     choose_forward,
     compile_if_same,
@@ -55,6 +62,7 @@ from rlhf.ppo.critic import (
 )
 from rlhf.scorers import Scorer, load_scorer, reward_models
 from rlhf.tokenizer import hash_rendering, hash_tokenizer, load_tokenizer
+from rlhf.zero import make_runnable
 
 
 @dataclass
@@ -222,7 +230,7 @@ def _place_base(policy: Any, accelerator: Accelerator, rows: Sequence[int]) -> A
     Args:
         rows: of the embedding tables, which will train.
     """
-    if accelerator.is_fsdp2:
+    if loads_in_slices():
         shard_base(policy, whole_tables=bool(rows))
     else:
         policy.to(accelerator.device)
@@ -232,8 +240,10 @@ def _place_base(policy: Any, accelerator: Accelerator, rows: Sequence[int]) -> A
 def _place(model: Any, accelerator: Accelerator, waits: bool) -> None:
     """Put a model on this process's device, or there in slices, in place; slices of one that
     `waits` are in main memory."""
-    if accelerator.is_fsdp2 and slices_of(model) is None:
+    if loads_in_slices() and slices_of(model) is None:
         shard(model, on_cpu=waits and accelerator.device.type != "cpu")
+        if zero_stage() == 3:
+            make_runnable(model, offloads())
     else:
         move(model, accelerator.device)
 

@@ -25,7 +25,7 @@ from rlhf.checkpoint import (
     run_id,
     write_stage,
 )
-from rlhf.checkpoint.saving import CheckpointWriter
+from rlhf.checkpoint.saving import CheckpointWriter, in_background
 from rlhf.checkpoint.state import load_modules, load_training_state, random_state
 from rlhf.config import InputError, PPOStageConfig, resume_overrides
 from rlhf.console import progress_bar, say, warn
@@ -63,9 +63,9 @@ class PPOLoop:
         self.config, self.trainer, self.evaluate, self.splits = config, trainer, evaluator, splits
         self.directory = trainer.directory
         self.watchdog = Watchdog(config, self.directory)
-        background = config.checkpoint.background
-        is_on_gpu = trainer.accelerator.device.type == "cuda"
-        self.checkpoints = CheckpointWriter(config, is_on_gpu if background is None else background)
+        on_gpu = trainer.accelerator.device.type == "cuda"
+        by_thread = in_background(config, trainer.updater.optimizers, on_gpu)
+        self.checkpoints = CheckpointWriter(config, by_thread)
         self.before: dict[str, float] = {}
         self.last: dict[str, float] = {}
         self.best: dict[str, Any] | None = None

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rlhf.config import PPOConfig
+from rlhf.zero import shape_of
 
 KERNEL_FROM = 1_000_000  # weights of a model on a CPU
 
@@ -28,8 +29,11 @@ def make_optimizer(parameters: Iterable[Tensor], rate: float, ppo: PPOConfig) ->
     """
     parameters = list(parameters)
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": ppo.weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1]},
+        {
+            "params": [p for p in parameters if len(shape_of(p)) > 1],
+            "weight_decay": ppo.weight_decay,
+        },
+        {"params": [p for p in parameters if len(shape_of(p)) <= 1]},
     ]
     common: dict[str, Any] = {"betas": tuple(ppo.adam_betas), "eps": ppo.adam_epsilon}
     common["fused"] = is_one_kernel(parameters, ppo)
@@ -40,13 +44,13 @@ def is_one_kernel(parameters: Sequence[Tensor], ppo: PPOConfig) -> bool:
     """`ppo.fused_adam`, with a value for null: whether one kernel updates these weights."""
     if ppo.fused_adam is not None:
         return ppo.fused_adam
-    kind = parameters[0].device.type
-    return kind == "cuda" or (kind == "cpu" and sum(p.numel() for p in parameters) >= KERNEL_FROM)
+    kind, numel = parameters[0].device.type, sum(shape_of(p).numel() for p in parameters)
+    return kind == "cuda" or (kind == "cpu" and numel >= KERNEL_FROM)
 
 
 def describe_optimizers(optimizers: Mapping[str, torch.optim.AdamW]) -> str:
     """Which models one kernel updates, in words; "" where none."""
-    names = [model for model, optimizer in optimizers.items() if optimizer.defaults["fused"]]
+    names = [model for model, optimizer in optimizers.items() if optimizer.defaults.get("fused")]
     if not names:
         return ""
     return f"AdamW in one kernel for {' and '.join(names)} (ppo.fused_adam=false: the plain loop)"

@@ -10,7 +10,7 @@ import torch
 
 from rlhf.config import PPOStageConfig
 from rlhf.console import say
-from rlhf.distributed import compute_device, is_sharded, sliced_bytes
+from rlhf.distributed import compute_device, is_sharded
 from rlhf.engine_choice import choose_engine, choose_server
 from rlhf.models import copy_bytes, model_memory, unwrap_peft
 from rlhf.ppo.preflight.examine import free_here
@@ -19,6 +19,7 @@ from rlhf.ppo.preflight.memory import FULL, estimate_memory, size_text
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.sampling import VLLM, engine_of, use_engine
 from rlhf.scorers import Scorer
+from rlhf.slices import sliced_bytes
 
 
 @contextmanager

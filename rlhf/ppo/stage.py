@@ -23,7 +23,7 @@ from rlhf.config import (
 )
 from rlhf.console import say
 from rlhf.data import describe_dropped, encode_texts, first_cases, load_rows, load_splits, with_rows
-from rlhf.distributed import make_accelerator, refuse_under_sharding
+from rlhf.distributed import make_accelerator
 from rlhf.failures import same_rows
 from rlhf.models import parameter_count, unwrap_peft, why_not_compiled
 from rlhf.ppo.actors import (
@@ -47,6 +47,7 @@ from rlhf.ppo.scoring import choose_scoring
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.sampling import context_length
 from rlhf.scorers import Scorer, instance, reward_models
+from rlhf.sharding_settings import refuse_under_deepspeed, refuse_under_sharding
 
 
 def train_ppo(
@@ -142,6 +143,7 @@ def refuse_here(config: PPOStageConfig) -> None:
             f"model.quantization={config.model.quantization}": config.model.quantization,
         }
     )
+    refuse_under_deepspeed(config)
 
 
 def with_sources(config: PPOStageConfig, scorer: Scorer | None) -> PPOStageConfig:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from rlhf.checkpoint import NonFiniteError
 from rlhf.config import PPOStageConfig, learning_rates
-from rlhf.distributed import clip_gradients, is_sharded, share
+from rlhf.distributed import backward, clip_gradients, offloads, sharding, share, syncing, to_write
 from rlhf.functional import (
     Stats,
     importance_weights,
@@ -35,12 +35,14 @@ from rlhf.functional import (
     policy_loss,
     value_loss,
 )
+from rlhf.models import slices_of
 from rlhf.ppo.actors import Actors
 from rlhf.ppo.optimizer import make_optimizer
 from rlhf.ppo.passes import critic_values, policy_outputs, text_loss
 from rlhf.ppo.rollout import Experience, Rollout, micro_batches, minibatches, stream_rows
 from rlhf.ppo.sampler_gap import require_sampler
 from rlhf.sampling import Sampling
+from rlhf.zero import SlicedOptimizer, like_weight, make_engine
 
 PTX_STREAM = 1  # keeps the order of the ptx texts apart from that of the prompts
 PREFIX = {"policy": "", "critic": "critic_"}  # of a model's metrics
@@ -79,22 +81,31 @@ class Updater:
         self.rates = {"policy": rates["ppo.learning_rate"]}
         if actors.critic is not None:
             self.rates["critic"] = rates["critic.learning_rate"]
-        self.shares_trunk, self.critic = actors.shares_trunk, None
-        self.policy = share(actors.reader, accelerator)
-        if actors.critic is not None and not actors.shares_trunk:
-            self.critic = share(actors.critic, accelerator)
-        self.in_slices = any(is_sharded(m) for m in (self.policy, self.critic) if m is not None)
         self.trainable: dict[str, dict[str, torch.nn.Parameter]] = {}
-        self.optimizers: dict[str, torch.optim.AdamW] = {}
+        self.optimizers: dict[str, Any] = {}
         for model, rate in self.rates.items():
             named = getattr(actors, model).named_parameters()
             self.trainable[model] = {name: p for name, p in named if p.requires_grad}
             self.optimizers[model] = make_optimizer(
                 self.trainable[model].values(), rate, config.ppo
             )
+        self.shares_trunk, self.critic = actors.shares_trunk, None
+        self.policy = self._share("policy", actors.reader)
+        if actors.critic is not None and not actors.shares_trunk:
+            self.critic = self._share("critic", actors.critic)
         self.averages: dict[str, Tensor] | None = None
         if config.ppo.ema_decay is not None:
-            self.averages = {n: p.detach().clone() for n, p in self.trainable["policy"].items()}
+            self.averages = {n: like_weight(p) for n, p in self.trainable["policy"].items()}
+
+    def _share(self, name: str, model: Any) -> Any:
+        """Let all processes train a model together; DeepSpeed has an optimiser of its own, which
+        replaces ours."""
+        shared = share(model, self.accelerator)
+        if sharding() != "DeepSpeed" or slices_of(model) is not None:
+            return shared
+        parts = self.optimizers[name], self.config.ppo.max_grad_norm, offloads()
+        shared, self.optimizers[name] = make_engine(shared, *parts)
+        return shared
 
     def run(
         self, batch: Experience, update: int, kl_coef: float, has_logprobs: bool = True
@@ -158,13 +169,14 @@ class Updater:
         last = len(passes) - 1
         if self.critic is not None:
             for number, part in enumerate(map(batch.select, passes)):
-                with self.syncing(self.critic, number == last):
+                with syncing(self.critic, number == last, self.accelerator):
                     stats = add_stats(stats, self.critic_backward(part, denominator))
         trains = self.trains_policy(update)
         read = passes if trains or self.shares_trunk else []
         for number, part in enumerate(map(batch.select, read)):
             # with ptx the last of its micro-batches synchronises the processes
-            with self.syncing(self.policy, number == last and not (self.texts and trains)):
+            syncs = number == last and not (self.texts and trains)
+            with syncing(self.policy, syncs, self.accelerator):
                 if trains:
                     new = self.policy_backward(part, denominator, kl_coef, fills_in)
                 else:
@@ -180,7 +192,7 @@ class Updater:
     def critic_backward(self, part: Experience, denominator: float) -> Stats:
         """Accumulate the gradient of the value loss of one micro-batch."""
         loss, stats = self.scaled_value_loss(critic_values(self.critic, part), part, denominator)
-        self.accelerator.backward(loss)
+        backward(self.critic, loss, self.accelerator)
         return stats
 
     def head_backward(self, part: Experience, denominator: float) -> Stats:
@@ -188,7 +200,7 @@ class Updater:
         of the policy are dropped; several processes need one for each weight."""
         logprobs, _, values = policy_outputs(self.policy, part, self.sampling)
         loss, stats = self.scaled_value_loss(values, part, denominator)
-        self.accelerator.backward(loss + 0.0 * logprobs.sum())
+        backward(self.policy, loss + 0.0 * logprobs.sum(), self.accelerator)
         return stats
 
     def scaled_value_loss(
@@ -239,7 +251,7 @@ class Updater:
         if self.shares_trunk:
             loss_of_values, of_values = self.scaled_value_loss(values, part, denominator)
             total, more = total + loss_of_values, more | of_values
-        self.accelerator.backward(total)
+        backward(self.policy, total, self.accelerator)
         del stats["num_tokens"]
         stats["entropy"] = entropy.detach().where(mask, 0.0).sum()
         return {"policy_loss": loss.detach(), **stats, **more}
@@ -264,9 +276,9 @@ class Updater:
         starts = range(0, len(mine), size)
         for start in starts:
             part = mine[start : start + size]
-            with self.syncing(self.policy, start == starts[-1]):
+            with syncing(self.policy, start == starts[-1], self.accelerator):
                 loss = text_loss(self.policy, part, num_tokens / world)
-                self.accelerator.backward(ptx.coef * loss)
+                backward(self.policy, ptx.coef * loss, self.accelerator)
             total += loss.detach()
         mean = self.accelerator.reduce(total, reduction="sum") / world
         stats = {"ptx_loss": float(mean)}
@@ -292,8 +304,11 @@ class Updater:
         models = [model for model in trains if trains[model]]
         norms = {}
         for model in models:
-            parameters, limit = list(self.trainable[model].values()), self.config.ppo.max_grad_norm
-            norm = clip_gradients(parameters, limit, self.accelerator)
+            optimizer, limit = self.optimizers[model], self.config.ppo.max_grad_norm
+            if isinstance(optimizer, SlicedOptimizer):
+                norm = optimizer.norm()
+            else:
+                norm = clip_gradients(self.trainable[model].values(), limit, self.accelerator)
             norms[f"{PREFIX[model]}grad_norm"] = norm
         self.require_finite(norms, minibatch, update)
         for model in models:
@@ -301,7 +316,7 @@ class Updater:
         if self.averages is not None and self.trains_policy(update):
             weight = 1.0 - (self.config.ppo.ema_decay or 0.0)
             for name, parameter in self.trainable["policy"].items():
-                self.averages[name].lerp_(parameter.detach(), weight)
+                to_write(self.averages[name]).lerp_(to_write(parameter), weight)
         self._zero_grad()
         return norms
 
@@ -311,28 +326,23 @@ class Updater:
         if self.averages is None:
             yield
             return
-        kept = {name: p.detach().clone() for name, p in self.trainable["policy"].items()}
+        weights = self.trainable["policy"]
+        kept = {name: to_write(p).clone() for name, p in weights.items()}
+        averaged = {name: to_write(average) for name, average in self.averages.items()}
         try:
-            self._set_policy(self.averages)
+            self._set_policy(averaged)
             yield
         finally:
             self._set_policy(kept)
 
     @torch.no_grad()
-    def _set_policy(self, weights: dict[str, Tensor]) -> None:
+    def _set_policy(self, numbers: dict[str, Tensor]) -> None:
         for name, parameter in self.trainable["policy"].items():
-            parameter.copy_(weights[name])
+            to_write(parameter).copy_(numbers[name])
 
     def _zero_grad(self) -> None:
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
-
-    def syncing(self, model: Any, syncs: bool) -> AbstractContextManager[Any]:
-        """The context of a backward pass that exchanges the gradients of the processes, or not.
-        Sharded models always do: a process has no room for the gradients of whole weights."""
-        if syncs or self.in_slices:
-            return nullcontext()
-        return self.accelerator.no_sync(model)
 
     def _set_learning_rates(self, update: int) -> dict[str, float]:
         ppo = self.config.ppo

@@ -135,9 +135,10 @@ def test_each_launch_holds_what_its_scheme_says():
     # the gradient twice in buckets; a pass keeps 50 of a row and the copies of weights
     assert sizes["ddp"] == (400, 800, 800, 80)
     bucket = 4 * 500_000_000  # of DeepSpeed, for gradients
-    assert sizes["zero2"] == (400, 50, 100, 80 + bucket)
+    # it steps a copy of the weights, with joined gradients
+    assert sizes["zero2"] == (400 + 50, 2 * 50, 100, 80 + bucket)
     # all weights are fewer than it keeps gathered
-    assert sizes["zero3"] == (50, 50, 100, 50 + 30 + 400 + bucket)
+    assert sizes["zero3"] == (50 + 50, 2 * 50, 100, 50 + 30 + 400 + bucket)
     assert sizes["zero3_offload"] == (0, 0, 0, 50 + 30 + 400 + bucket)
     # two blocks, the gradient of one, and the rest of 50 numbers, in float32
     assert sizes["fsdp2"] == (50, 50, 100, 50 + 30 + 4 * (3 * 10 + 50))
@@ -183,9 +184,18 @@ def test_ppo_holds_its_roles_and_lora_no_reference():
     assert sliced.activations == 50 + 200 + 30
     offloaded = estimate(counted(trained=4), replace(one_base, gpus=4), "fsdp2_offload").models
     assert offloaded["policy"].weights == 16
-    assert launches(replace(one_base, gpus=2)) == ("ddp", "fsdp2", "fsdp2_offload")
-    assert launches(replace(ppo, gpus=2)) == ("ddp", "fsdp2", "fsdp2_offload")
-    assert launches(replace(SETTING, gpus=2)) == LAUNCHES
+    divided = estimate(counted(trained=4), replace(one_base, gpus=4), "zero3").models
+    assert divided["policy"] == sliced
+    whole = estimate(counted(trained=4), replace(one_base, gpus=4), "zero2").models["policy"]
+    # a quarter of the adapters' numbers: a copy, two of gradients, two moments
+    assert (whole.weights, whole.gradients, whole.adam) == (400 + 4, 8, 8)
+    both = [estimate(counted(), eight, name).models for name in ("zero3", "zero3_offload")]
+    assert [models["reference"].weights for models in both] == [50, 0]
+    assert both[0]["policy"].activations == 50 + 30 + 4 * 3 * 50  # units, not DeepSpeed's billion
+    for setting in (one_base, ppo, SETTING):
+        assert launches(replace(setting, gpus=2)) == LAUNCHES
+    sixteen = replace(ppo, gpus=2, dtype="bfloat16")
+    assert launches(sixteen) == ("ddp", "fsdp2", "fsdp2_offload")
     assert launches(ppo) == ("ddp",)
     lora = estimate(counted(trained=4), replace(ppo, lora=True, critic=False), "ddp").models
     assert list(lora) == ["policy", "reward model", "sampler"] and lora["policy"].adam == 32

@@ -19,7 +19,12 @@ BAD_VALUES = [
     ("sft", "model.dropout", 1.0, "lie in [0, 1)"),
     ("sft", "precision", "fp16", "be one of auto, float32, bfloat16"),
     ("sft", "resume", "yes", "be one of true, false, auto"),
-    ("sft", "distributed", "fsdp", "be one of fsdp2, fsdp2_offload, null"),
+    (
+        "sft",
+        "distributed",
+        "fsdp",
+        "be one of fsdp2, fsdp2_offload, zero2, zero3, zero3_offload, null",
+    ),
     ("ppo", "distributed_timeout", 0, "be >= 1"),
     ("sft", "checkpoint.every", 0, "be >= 1"),
     ("sft", "checkpoint.keep_last", 0, "be >= 1"),

@@ -1,8 +1,10 @@
 """Two processes give the result of one on the same global batch after three steps, whatever trains
-and however: SFT, reward and PPO x DDP, FSDP2 x full, LoRA, one base x padded, padding-free.
+and however: SFT, reward and PPO x DDP, FSDP2, ZeRO-2, ZeRO-3 x full, LoRA, one base x padded,
+padding-free.
 
 All runs of a launch share two processes. FSDP2 runs on the CPU here, see helpers/sharded.py. What
-the processes save and resume is in test_sharded.py.
+the processes save and resume is in test_sharded.py, and for DeepSpeed, which needs a package, in
+test_deepspeed.py and test_deepspeed_ppo.py.
 
 Run: python -m pytest tests/end_to_end/test_process_matrix.py -m slow -s    (-s: a table of the
 largest differences)
@@ -11,10 +13,19 @@ largest differences)
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
-from helpers.runs import ppo_config, reward_config, sft_config, write_data, write_random_policy
+from helpers.runs import (
+    directory_of,
+    ppo_config,
+    reward_config,
+    sft_config,
+    write_data,
+    write_random_policy,
+)
 from helpers.sharded import in_group, in_two, metrics, tensors, text_of, train_all
+from helpers.zero import in_zero
 
 from rlhf.config import ModelConfig, PeftConfig, ScorerConfig
 from rlhf.console import table
@@ -76,13 +87,21 @@ def differences(one, two) -> tuple[float, float]:
     return max(weights), max(gaps)
 
 
-@pytest.mark.parametrize("shards", [False, True], ids=["ddp", "fsdp2"])
-def test_two_processes_give_the_result_of_one(shards, runs, tmp_path):
+@pytest.mark.parametrize("launch", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_two_processes_give_the_result_of_one(launch, runs, tmp_path):
     log = tmp_path / "log"
     both = [in_two(config, runs_dir=str(tmp_path)) for config in runs]
-    codes = in_group(train_all, *both, log=log, shards=shards, seconds=1500)
-    assert codes == [0, 0], text_of(log)
-    assert ("sharding: FSDP2" in text_of(log)) is shards
+    if launch.startswith("zero"):
+        pytest.importorskip("deepspeed", reason="make test-deepspeed installs it")
+        in_zero(launch, log, *both, seconds=1500)
+    else:
+        codes = in_group(train_all, *both, log=log, shards=launch == "fsdp2", seconds=1500)
+        assert codes == [0, 0], text_of(log)
+    said = {"fsdp2": "FSDP2", "zero2": "DeepSpeed ZeRO-2", "zero3": "DeepSpeed ZeRO-3"}.get(launch)
+    for config in both:
+        record = json.loads((directory_of(config) / "final/rlhf.json").read_text())
+        sharding = record["sharding"]
+        assert sharding is None if said is None else sharding.startswith(said)
     rows = [(one.run_name, *differences(one, two)) for one, two in zip(runs, both, strict=True)]
-    print("\n" + table(rows, ("fsdp2" if shards else "ddp", "weights", "metrics")))
+    print("\n" + table(rows, (launch, "weights", "metrics")))
     assert all(max(weights, metrics) <= LIMIT for _, weights, metrics in rows), rows

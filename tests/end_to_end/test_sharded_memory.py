@@ -20,7 +20,7 @@ from transformers import AutoConfig
 
 from rlhf.checkpoint.state import save_training_state, take_state
 from rlhf.config import ModelConfig, PeftConfig, PPOConfig, StageConfig
-from rlhf.distributed import clip_gradients, gathered_bytes, make_accelerator, share
+from rlhf.distributed import clip_gradients, make_accelerator, share
 from rlhf.models import (
     ScalarModel,
     add_lora,
@@ -34,6 +34,7 @@ from rlhf.plan.counting import measure
 from rlhf.plan.launches import Setting, estimate, main_memory
 from rlhf.ppo.optimizer import make_optimizer
 from rlhf.sampling import use_engine
+from rlhf.slices import gathered_bytes
 from rlhf.tokenizer import load_tokenizer
 
 

@@ -16,7 +16,7 @@ from helpers.tiny import FAMILIES, tiny_model
 from torch.distributed.tensor import DTensor
 
 from rlhf.config import ModelConfig
-from rlhf.distributed import gathered_bytes, is_sharded
+from rlhf.distributed import is_sharded
 from rlhf.models import (
     ScalarModel,
     add_lora,
@@ -29,6 +29,7 @@ from rlhf.models import (
     unwrap_peft,
 )
 from rlhf.models.stacked import keep_apart
+from rlhf.slices import gathered_bytes
 
 IDS, MASK = padded(SEQUENCES, "right")
 CONFIG = ModelConfig(path="base")

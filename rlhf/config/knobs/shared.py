@@ -179,7 +179,9 @@ class StageConfig:
     """Delete what this stage wrote for run_name and start afresh."""
     precision: str = knob("auto", choices=("auto", "float32", "bfloat16"))
     """Forward passes in float32 or bfloat16 (autocast); auto: bfloat16 on a GPU that has it."""
-    distributed: str | None = knob(None, choices=("fsdp2", "fsdp2_offload"))
+    distributed: str | None = knob(
+        None, choices=("fsdp2", "fsdp2_offload", "zero2", "zero3", "zero3_offload")
+    )
     """Under torchrun: shard what trains over the processes, as conf/accelerate/<name>.yaml says
     (null: whole models on each, or what accelerate launch says)."""
     distributed_timeout: int = knob(1800, ge=1)

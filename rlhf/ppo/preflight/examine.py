@@ -28,6 +28,7 @@ from rlhf.ppo.preflight.longest_step import (
 )
 from rlhf.ppo.preflight.memory import (
     checkpoint_bytes,
+    copies_checkpoint,
     estimate_memory,
     examine_main_memory,
     examine_memory,
@@ -137,7 +138,7 @@ def _examine_device(trainer: PPOTrainer, independent: Scorer | None) -> list[Fin
     main, free = trainer.accelerator.gather(mine).min(dim=0).values.tolist()
     estimate = estimate_memory(trainer, part, independent)
     findings = [examine_memory(estimate, free + estimate.sum("weights"), config)]
-    if device.type != "cpu" and config.checkpoint.background is not False:
+    if device.type != "cpu" and copies_checkpoint(trainer):
         findings.append(examine_main_memory(checkpoint_bytes(trainer), main))
     if findings[0].status != FAIL:  # a system without swap kills the process rather than say no
         step, part = measure_longest_step(trainer, estimate, free, part)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from rlhf.config import PPOStageConfig
+from rlhf.distributed import backward, syncing
 from rlhf.ppo.passes import policy_logprobs, text_loss
 from rlhf.ppo.preflight.findings import FAIL, OK, Finding
 from rlhf.ppo.preflight.memory import (
@@ -148,9 +149,9 @@ def _forward_and_backward(trainer: PPOTrainer, part: Responses) -> bool:
     denominator = float(batch.loss_mask.sum())
     losses = []
     with ExitStack() as stack:
-        stack.enter_context(updater.syncing(updater.policy, False))
+        stack.enter_context(syncing(updater.policy, False, accelerator))
         if updater.critic is not None:
-            stack.enter_context(updater.syncing(updater.critic, False))
+            stack.enter_context(syncing(updater.critic, False, accelerator))
             losses.append(updater.critic_backward(batch, denominator)["value_loss"])
         policy = updater.policy_backward(batch, denominator, trainer.kl_coef)
         losses += [policy[name] for name in LOSSES if name in policy]
@@ -158,7 +159,7 @@ def _forward_and_backward(trainer: PPOTrainer, part: Responses) -> bool:
             num_texts = trainer.config.ppo.rows_of(trainer.config.ptx.max_length)
             texts = sorted(updater.texts, key=len)[-num_texts:]
             loss = text_loss(updater.policy, texts, denominator)
-            accelerator.backward(trainer.config.ptx.coef * loss)
+            backward(updater.policy, trainer.config.ptx.coef * loss, accelerator)
             losses.append(loss.detach())
     return all(bool(loss.isfinite()) for loss in losses)
 

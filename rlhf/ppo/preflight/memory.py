@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from rlhf.checkpoint.saving import in_background
 from rlhf.config import PPOStageConfig, has_frozen_models
 from rlhf.console import table
-from rlhf.distributed import loads_in_slices, local
+from rlhf.distributed import loads_in_slices, local, sharding
 from rlhf.functional.tokens import BLOCK
 from rlhf.models import (
     ModelMemory,
@@ -158,8 +159,10 @@ def remedy(estimate: MemoryEstimate, config: PPOStageConfig) -> str:
             "checkpoint.background=false": bool(config.checkpoint.background)
             and not torch.cuda.is_available(),  # the copy of a GPU's weights is in main memory
             # the adapters stay in float32
-            "model.dtype=bfloat16": lora and model.dtype in ("auto", "float32"),
-            "model.quantization=4bit": lora and model.quantization is None,
+            "model.dtype=bfloat16": lora
+            and model.dtype in ("auto", "float32")
+            and sharding() != "DeepSpeed",
+            "model.quantization=4bit": lora and model.quantization is None and not sharding(),
             "offload_frozen=true": torch.cuda.is_available()
             and has_frozen_models(config)
             and not (config.offload_frozen or ppo.share_base),
@@ -235,9 +238,15 @@ def estimate_memory(
     scored = [] if actors.reading_device else readers
     scoring = max((scoring_bytes(model, part) for model in scored), default=0)
     scoring *= min(num_rows, trainer.config.scorer.batch_size)
-    if trainer.config.checkpoint.background and trainer.accelerator.device.type == "cpu":
+    if trainer.accelerator.device.type == "cpu" and copies_checkpoint(trainer):
         models["checkpoint"] = ModelMemory(checkpoint_bytes(trainer))
     return MemoryEstimate(models, rollout, scoring, max(away, default=0))
+
+
+def copies_checkpoint(trainer: PPOTrainer) -> bool:
+    """True if a thread writes checkpoints, from a copy in main memory."""
+    on_gpu = trainer.accelerator.device.type == "cuda"
+    return in_background(trainer.config, trainer.updater.optimizers, on_gpu)
 
 
 def checkpoint_bytes(trainer: PPOTrainer) -> int:

@@ -1,12 +1,15 @@
-"""Settings that exclude DeepSpeed, and settings of DeepSpeed that a stage does not take: one line
+"""Settings that exclude sharding, and settings of DeepSpeed that a stage does not take: one line
 each, before anything loads."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
-from rlhf.config import CONF_DIR, InputError, RewardStageConfig, SFTStageConfig, one_line
+from rlhf.config import CONF_DIR, InputError, PPOStageConfig, StageConfig, one_line
+from rlhf.console import say
 from rlhf.distributed import sharding, zero_stage
 
 OPTIMISERS = ("adamw_torch", "adamw_torch_fused")
@@ -32,12 +35,12 @@ TAKEN = {
     "gradient_clipping": (
         "ACCELERATE_GRADIENT_CLIPPING",
         ("auto",),
-        "leave it out there, and set trainer.max_grad_norm",
+        "leave it out there, and set {norm}",
     ),
     "gradient_accumulation_steps": (
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
         ("auto",),
-        "leave it out there, and set batch_size",
+        "leave it out there, and set {batch}",
     ),
     "mixed_precision": (
         "ACCELERATE_MIXED_PRECISION",
@@ -47,33 +50,53 @@ TAKEN = {
 }
 
 
-def refuse_under_deepspeed(config: SFTStageConfig | RewardStageConfig) -> None:
+def refuse_under_sharding(options: Mapping[str, Any]) -> None:
+    """Refuse what sharded training does not do yet.
+
+    Args:
+        options: setting as it is typed -> whether it is set.
+    """
+    bad = [option for option, is_set in options.items() if is_set]
+    if sharding() and bad:
+        raise InputError(
+            f"{', '.join(bad)}: not supported under {sharding()} yet; leave "
+            f"{'it' if len(bad) == 1 else 'them'} out, or start without sharding: accelerate "
+            f"launch --config_file {CONF_DIR / 'accelerate' / 'ddp.yaml'} -m rlhf.<stage> ..."
+        )
+
+
+def refuse_under_deepspeed(config: StageConfig) -> None:
     """Refuse what does not go together with DeepSpeed, if the launcher asks for it."""
     if sharding() != "DeepSpeed":
         return
-    if problems := [*_of_launcher(), *_of_stage(config)]:
+    if problems := [*_of_launcher(config), *_of_stage(config)]:
         raise InputError("\n".join(problems))
     if os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE") == "cpu":
         _build_adam()
 
 
-def _of_launcher() -> Iterator[str]:
+def _of_launcher(config: StageConfig) -> Iterator[str]:
+    is_ppo = isinstance(config, PPOStageConfig)
+    own = {"norm": "ppo.max_grad_norm", "batch": "ppo.batch_size"}
+    names = own if is_ppo else {"norm": "trainer.max_grad_norm", "batch": "batch_size"}
     for setting, (variable, taken, instead) in TAKEN.items():
         value = os.environ.get(variable, taken[0])
         if value not in taken:
-            yield f"{setting}: {value} in the file of accelerate launch is not supported; {instead}"
+            place = f"{setting}: {value} in the file of accelerate launch"
+            yield f"{place} is not supported; {instead.format(**names)}"
     if os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE") == "cpu" and zero_stage() == 2:
         yield "offload_param_device: cpu needs zero_stage: 3, which divides the weights; set it so"
 
 
-def _of_stage(config: SFTStageConfig | RewardStageConfig) -> Iterator[str]:
-    optim = config.trainer.get("optim", OPTIMISERS[0])
+def _of_stage(config: StageConfig) -> Iterator[str]:
+    trainer: Mapping[str, Any] = getattr(config, "trainer", {})  # PPO has its own loop
+    optim = trainer.get("optim", OPTIMISERS[0])
     if optim not in OPTIMISERS:
         yield (
             f"trainer.optim={optim}: DeepSpeed gets slices that know no rows and layers; set "
             f"trainer.optim={OPTIMISERS[0]}"
         )
-    if config.trainer.get("fp16"):
+    if trainer.get("fp16"):
         yield "trainer.fp16=true is not supported under DeepSpeed; set precision=bfloat16 instead"
     if config.model.dtype != "float32":
         yield (
@@ -85,7 +108,14 @@ def _of_stage(config: SFTStageConfig | RewardStageConfig) -> Iterator[str]:
 def _build_adam() -> None:
     """Build DeepSpeed's Adam for main memory, which its first use would do after everything."""
     from deepspeed.ops.op_builder import CPUAdamBuilder
+    from torch.utils.cpp_extension import _get_build_directory as get_build_directory
 
+    lock = Path(get_build_directory(CPUAdamBuilder.NAME, False)) / "lock"
+    if lock.exists():
+        say(
+            "waiting for another process, which builds DeepSpeed's Adam for main memory; if there "
+            f"is none, a build was killed: stop this run, and delete {lock}"
+        )
     try:
         CPUAdamBuilder().load(verbose=False)
     except Exception as error:  # compilers and their absence raise anything
