@@ -99,10 +99,11 @@ def join_processes(launch: str | None = None, timeout_seconds: float | None = No
                 "start them with torchrun --nproc-per-node <GPUs> -m rlhf.<stage> ..., or set "
                 "distributed=null"
             )
-        os.environ.update(launch_environment(launch))
-    if sharding() == "DeepSpeed" and find_spec("deepspeed") is None:
+    if (launch in ZERO or sharding() == "DeepSpeed") and find_spec("deepspeed") is None:
         where = f"distributed={launch}" if launch else "the launcher asks for DeepSpeed, which"
         raise InputError(f"{where} needs a package: pip install 'rlhf[deepspeed]', or take FSDP2")
+    if launch is not None:
+        os.environ.update(launch_environment(launch))
     if sharding() == "FSDP" and os.environ.get("FSDP_VERSION", "1") != "2":
         raise InputError(
             "fsdp_version: 1 is not supported; set fsdp_version: 2 in the file of accelerate "
