@@ -149,7 +149,7 @@ def outlive_launcher() -> None:
     one has died, often before the first has told, and gives them time to end."""
     before = signal.getsignal(signal.SIGTERM)
     in_main_thread = current_thread() is main_thread()
-    if not (is_main_process() and in_main_thread) or before is signal.SIG_IGN:
+    if not (is_main_process() and in_main_thread) or before in (signal.SIG_IGN, None):
         return
 
     def handle(number: int, frame: FrameType | None) -> None:
