@@ -14,6 +14,7 @@ import json
 import pytest
 import torch
 from helpers.memory import Peak, give_back_at_once
+from helpers.sampled_shares import sampled
 from helpers.sharded import in_group, text_of
 from helpers.tiny import tiny_model, tiny_tokenizer
 from transformers import AutoConfig
@@ -68,11 +69,13 @@ def train(path, folder, measures):
 
 def sample_and_copy(path, folder, measures):
     """Train a policy in bfloat16 by a step, and hold what PPO then has at once: slices with Adam's
-    states, the whole copy that samples, and the copy from which a checkpoint is written."""
+    states, the whole copy that samples, and the copy from which a checkpoint is written. Then
+    sample from the slices."""
     accelerator = make_accelerator("float32")
     config = ModelConfig(path=str(path), dtype="bfloat16")
+    tokenizer = load_tokenizer(config)
     with Peak(daemon=True) as peak:
-        model = load_policy(config, load_tokenizer(config), in_slices=True)
+        model = load_policy(config, tokenizer, in_slices=True)
         shard(model)
         share(model, accelerator)
         optimizer = make_optimizer(model.parameters(), 1e-3, PPOConfig())
@@ -84,8 +87,13 @@ def sample_and_copy(path, folder, measures):
         taken = take_state(folder / "checkpoint-9", *parts, copies=True)
         peak.settle()
     taken.write()
+    del taken
+    use_engine(model)
+    with Peak(daemon=True) as layers:
+        sampled(model, tokenizer, [accelerator.process_index])
     if measures:
-        (folder / f"copies-{accelerator.process_index}.json").write_text(str(peak.bytes))
+        numbers = {"copies": peak.bytes, "layers": layers.bytes, "layer": gathered_bytes(model)}
+        (folder / f"copies-{accelerator.process_index}.json").write_text(json.dumps(numbers))
 
 
 def train_adapters(path, folder, on_one_base, measures):
@@ -163,8 +171,9 @@ def test_each_process_has_its_share_of_weights_gradients_and_optimiser(tmp_path)
         assert found["loading"] < 1.3 * weights / 2 + found["layer"], found
         assert found["final"] < 5 * found["tensor"], "one is gathered at a time"
         assert found["peak"] > 0.9 * share_of_all, "the measurement sees the memory"
-        copies = json.loads((tmp_path / f"copies-{rank}.json").read_text())
-        assert copies == pytest.approx(planned_copies(tmp_path / "model"), rel=0.15)
+        held = json.loads((tmp_path / f"copies-{rank}.json").read_text())
+        assert held["copies"] == pytest.approx(planned_copies(tmp_path / "model"), rel=0.15)
+        assert held["layer"] < held["layers"] < 4 * held["layer"], held  # of bfloat16
         for on_one_base in (False, True):
             own = json.loads((tmp_path / f"adapters-{on_one_base}-{rank}.json").read_text())
             # the frozen base; of each role's adapters also gradients, their mean and two moments
