@@ -299,6 +299,7 @@ def read_tokens(
             part = responses.select(rows)
             width = part.response_ids.shape[1]
             result[rows, :width] = function(part).where(part.response_mask, 0.0)
+    torch.clear_autocast_cache()  # rounded weights of one model at a time
     if accelerator.num_processes == 1:
         return result
     # the rows of the other processes are 0 here: a sum puts the shares together

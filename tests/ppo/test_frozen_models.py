@@ -11,6 +11,7 @@ import json
 
 import pytest
 import torch
+from helpers.allocations import Rounded
 from helpers.families import TOKENIZER, every_family, exact, padded
 from helpers.scorers import write_reward_model
 from helpers.tiny import tiny_model
@@ -26,6 +27,7 @@ from rlhf.config import InputError, ScorerConfig
 from rlhf.equivalence import choose_forward, store_as_read
 from rlhf.metrics import read_jsonl
 from rlhf.models import ScalarModel, forward_inputs, freeze
+from rlhf.ppo.passes import policy_logprobs
 from rlhf.ppo.preflight.longest_step import longest_micro_batch
 from rlhf.ppo.preflight.memory import estimate_memory
 
@@ -114,6 +116,22 @@ def test_a_run_in_bfloat16_has_the_metrics_of_float32_weights(
     assert f"     frozen models: {said}\n" in capsys.readouterr().out
     assert rows[True] == rows[False] and "eval_independent_score" in rows[True][0]
     assert json.loads((directory / "rlhf.json").read_text())["frozen"] == said
+
+
+def test_a_model_that_has_been_read_leaves_no_rounded_weights(policy_dir, tmp_path):
+    trainer = make_trainer(make_config(policy_dir, tmp_path), tmp_path)
+    policy, rollout, counts = trainer.actors.policy, trainer.collect(), []
+
+    def read(part):
+        return policy_logprobs(policy, part, trainer.sampling)[0]
+
+    settings = trainer.config.ppo, trainer.accelerator
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for _ in range(2):
+            with Rounded() as rounded:
+                rollout_module.read_tokens(rollout, [torch.arange(8)], read, *settings)
+            counts.append(rounded.count)
+    assert counts[0] == counts[1] > 20_000
 
 
 def test_a_float32_run_says_nothing_about_frozen_models(policy_dir, tmp_path, capsys):

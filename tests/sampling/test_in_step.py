@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.allocations import Rounded
 from helpers.runs import write_random_policy
 from helpers.sampled_shares import assert_shares_of_one, sample_shares, sampled
 from helpers.sharded import in_group, text_of
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf import engine_choice
 from rlhf.config import InputError, ModelConfig
@@ -26,18 +26,6 @@ from rlhf.models import copy_bytes, load_policy, shard
 from rlhf.sampling import engine_of, use_engine
 from rlhf.sampling.in_step import in_step
 from rlhf.tokenizer import load_tokenizer
-
-
-class Rounded(TorchDispatchMode):
-    """Counts the numbers that are rounded to bfloat16."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **kwargs or {})
-        if function is torch.ops.aten._to_copy.default and result.dtype == torch.bfloat16:
-            self.count += result.numel()
-        return result
 
 
 def refuse(row, ids):
