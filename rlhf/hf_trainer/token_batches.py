@@ -134,3 +134,6 @@ class WithWeightlessRow(Dataset[Any]):
 
     def __getitem__(self, number: int) -> Any:
         return self.weightless if number == len(self.rows) else self.rows[number]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.rows)  # `group_by_length` reads their lengths

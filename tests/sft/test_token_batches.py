@@ -81,7 +81,9 @@ def test_a_process_without_a_row_of_the_last_step_gets_one_that_is_no_row():
     rows = [*range(5)]
     batches = SharedBatches(BatchSampler(rows, 2, False), [1] * 5, 2)
     assert [*batches] == [[0, 2], [1, 3], [4], [5]] and len(batches) == 4
-    assert WithWeightlessRow(rows, {"none": 0})[5] == {"none": 0}
+    with_another = WithWeightlessRow(rows, {"none": 0})
+    assert with_another[5] == {"none": 0}
+    assert [*with_another] == rows, "group_by_length takes the lengths of these"
 
 
 def test_processes_share_the_rows_of_each_step_of_one_process(monkeypatch):
