@@ -21,10 +21,11 @@ from helpers.sharded import in_group, text_of
 
 from rlhf import engine_choice
 from rlhf.config import InputError, ModelConfig
-from rlhf.distributed import make_accelerator, share, sliced_bytes
+from rlhf.distributed import make_accelerator, share
 from rlhf.models import copy_bytes, load_policy, shard
 from rlhf.sampling import engine_of, use_engine
 from rlhf.sampling.in_step import in_step
+from rlhf.slices import sliced_bytes
 from rlhf.tokenizer import load_tokenizer
 
 
