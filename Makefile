@@ -70,6 +70,7 @@ $(VLLM)/.installed:
 test-deepspeed: $(DEEPSPEED)/.installed  ## run the stages under DeepSpeed on a CPU, a quarter of an hour
 	$(DEEPSPEED)/bin/python -m pytest -q -m slow tests/end_to_end/test_deepspeed.py tests/end_to_end/test_deepspeed_ppo.py
 	$(DEEPSPEED)/bin/python -m pytest -q -m slow -s tests/end_to_end/test_process_matrix.py -k zero
+	$(DEEPSPEED)/bin/python -m pytest -q -m slow tests/end_to_end/test_failing_ranks.py -k zero3
 	$(DEEPSPEED)/bin/python -m pytest -q tests/test_distributed.py
 
 $(DEEPSPEED)/.installed: pyproject.toml constraints.txt

@@ -99,6 +99,11 @@ def join_processes(launch: str | None = None, timeout_seconds: float | None = No
                 "start them with torchrun --nproc-per-node <GPUs> -m rlhf.<stage> ..., or set "
                 "distributed=null"
             )
+        if (asked := sharding()) not in (None, "DeepSpeed" if launch in ZERO else "FSDP"):
+            raise InputError(
+                f"distributed={launch}: the launcher asks for {asked} already; leave it out, or "
+                "start the stage with torchrun, which asks for nothing"
+            )
     if (launch in ZERO or sharding() == "DeepSpeed") and find_spec("deepspeed") is None:
         where = f"distributed={launch}" if launch else "the launcher asks for DeepSpeed, which"
         raise InputError(f"{where} needs a package: pip install 'rlhf[deepspeed]', or take FSDP2")

@@ -1,7 +1,7 @@
 """What a launcher tells a process of a run: refused where it cannot be, switched off where a stage
 decides.
 
-Left out: sharding (`distributed.py`), and what DeepSpeed's file may hold (`hf_trainer/`).
+Left out: sharding (`distributed.py`), and what excludes it (`sharding_settings.py`).
 """
 
 from __future__ import annotations

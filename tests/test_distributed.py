@@ -13,8 +13,7 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DeepSpeedPlugin, DistributedType
-from accelerate.utils.launch import prepare_multi_gpu_env
-from helpers.zero import told as told_about_deepspeed
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from trl import SFTConfig
 
 import rlhf.distributed
@@ -29,11 +28,14 @@ FILES = sorted((CONF_DIR / "accelerate").glob("*.yaml"))
 SAID = ("ACCELERATE_", "FSDP_")
 
 
-def told(file):
+def told(name):
     """What accelerate launch tells the processes of a file about sharding."""
-    given = ["--config_file", str(file), "--main_process_port", "0", "script.py"]
+    file = str(CONF_DIR / "accelerate" / f"{name}.yaml")
+    given = ["--config_file", file, "--main_process_port", "0", "script.py"]
     args, *_ = _validate_launch_command(launch_command_parser().parse_args(given))
-    return {k: v for k, v in prepare_multi_gpu_env(args).items() if k.startswith(SAID)}
+    args.deepspeed_fields_from_accelerate_config = ""
+    said = prepare_deepspeed_cmd_env(args)[1] if name in ZERO else prepare_multi_gpu_env(args)
+    return {k: v for k, v in said.items() if k.startswith(SAID)}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
@@ -46,7 +48,7 @@ def test_accelerate_reads_every_launch_file(file):
 @pytest.mark.parametrize("name", ["fsdp2", "fsdp2_offload"])
 def test_torchrun_with_distributed_shards_as_accelerate_launch_does(name, monkeypatch):
     monkeypatch.setattr("accelerate.commands.launch.is_deepspeed_available", lambda: True)
-    launched = told(CONF_DIR / "accelerate" / f"{name}.yaml")
+    launched = told(name)
     ours = launch_environment(name)
     assert ours.items() <= launched.items()
     assert ours["FSDP_VERSION"] == "2"
@@ -57,7 +59,7 @@ def test_torchrun_with_distributed_shards_as_accelerate_launch_does(name, monkey
 @pytest.mark.parametrize("name", ZERO)
 def test_torchrun_with_distributed_uses_deepspeed_as_accelerate_launch_does(name, monkeypatch):
     monkeypatch.setattr("accelerate.commands.launch.is_deepspeed_available", lambda: True)
-    launched = told_about_deepspeed(name)
+    launched = told(name)
     ours = launch_environment(name)
     assert len(ours) == 5 and ours.items() <= launched.items()
 
@@ -81,7 +83,7 @@ def test_deepspeed_itself_reads_its_files(name):
 @pytest.mark.parametrize("name", ZERO)
 def test_what_accelerate_says_of_our_files_of_deepspeed_is_taken(name, monkeypatch):
     monkeypatch.setattr("accelerate.commands.launch.is_deepspeed_available", lambda: True)
-    said = told_about_deepspeed(name)
+    said = told(name)
     assert said["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == ("2" if name == "zero2" else "3")
     monkeypatch.setattr(rlhf.sharding_settings, "_build_adam", lambda: None)
     autos = {
@@ -201,6 +203,14 @@ def test_deepspeed_is_used_on_a_cpu_where_accelerate_leaves_it_out(monkeypatch):
     group = as_launched(monkeypatch, DistributedType.MULTI_CPU)
     join_processes()
     assert group.distributed_type == DistributedType.MULTI_CPU
+
+
+@pytest.mark.parametrize("launch, asked", [("zero3", "FSDP"), ("fsdp2", "DeepSpeed")])
+def test_a_launcher_and_distributed_that_shard_otherwise_are_refused(launch, asked, monkeypatch):
+    said = {f"ACCELERATE_USE_{asked.upper()}": "true"}
+    as_launched(monkeypatch, DistributedType.MULTI_GPU, **said)
+    with pytest.raises(InputError, match=f"^distributed={launch}: the launcher asks for {asked}"):
+        join_processes(launch)
 
 
 def test_without_the_package_deepspeed_is_refused(monkeypatch):

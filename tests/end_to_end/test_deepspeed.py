@@ -21,7 +21,7 @@ from helpers.runs import directory_of, reward_config, sft_config, write_data, wr
 from helpers.sampled_shares import assert_shares_of_one, sample_shares
 from helpers.sharded import assert_same, in_group, in_two, text_of, train_all
 from helpers.tiny import tiny_model, tiny_tokenizer
-from helpers.zero import assert_equal, go_back, in_zero, told, train_under
+from helpers.zero import assert_equal, go_back, in_zero
 
 from rlhf.config import CONF_DIR, ModelConfig, PeftConfig
 from rlhf.distributed import join_processes
@@ -117,16 +117,14 @@ def test_a_number_that_is_not_finite_stops_the_run_and_is_not_saved(runs, tmp_pa
     config.checkpoint = dataclasses.replace(config.checkpoint, every=1)
     for name in ("zero2", "zero3"):
         config.run_name, log = name, tmp_path / f"{name}-log"
-        codes = in_group(train_under, told(name), config, log=log, shards=False)
+        codes = in_group(train_all, config, log=log, shards=name)
         assert 0 not in codes
         assert "nothing was updated with it" in text_of(log) or "was not written" in text_of(log)
         assert not (directory_of(config) / "final").exists()
 
 
-def load(variables, path, folder):
+def load(path, folder):
     """Load a model in slices; write the peak of this process's memory."""
-    os.environ.pop("ACCELERATE_USE_CPU", None)
-    os.environ.update(variables)
     give_back_at_once()
     join_processes()
     config = ModelConfig(path=str(path))
@@ -145,17 +143,15 @@ def test_under_zero3_no_process_loads_the_whole_model(tmp_path):
     tokenizer.save_pretrained(tmp_path / "model")
     weights = sum(p.nbytes for p in model.parameters())
     log, largest = tmp_path / "log", max(p.nbytes for p in model.parameters())
-    work = load, told("zero3"), tmp_path / "model", tmp_path
-    assert in_group(*work, log=log, shards=False) == [0, 0], text_of(log)
+    work = load, tmp_path / "model", tmp_path
+    assert in_group(*work, log=log, shards="zero3") == [0, 0], text_of(log)
     for rank in (0, 1):
         peak = int((tmp_path / f"peak-{rank}").read_text())
         assert 0.9 * weights / 2 < peak < 1.1 * weights / 2 + 4 * largest
 
 
-def sample_in_slices(variables, path, folder):
+def sample_in_slices(path, folder):
     """Sample this process's rows of a model that DeepSpeed keeps in slices."""
-    os.environ.pop("ACCELERATE_USE_CPU", None)
-    os.environ.update(variables)
     join_processes()
     config = ModelConfig(path=str(path))
     tokenizer = load_tokenizer(config)
@@ -167,6 +163,6 @@ def sample_in_slices(variables, path, folder):
 
 def test_processes_sample_their_own_rows_of_slices_as_one_process_does(tmp_path):
     path, log = write_random_policy(tmp_path / "policy"), tmp_path / "log"
-    codes = in_group(sample_in_slices, told("zero3"), path, tmp_path, log=log, shards=False)
+    codes = in_group(sample_in_slices, path, tmp_path, log=log, shards="zero3")
     assert codes == [0, 0], text_of(log)
     assert_shares_of_one(path, tmp_path)

@@ -22,7 +22,7 @@ from helpers.runs import directory_of, outcome, write_data, write_random_policy
 from helpers.sharded import assert_same, in_group, in_two, text_of, train_all
 from helpers.sharded_runs import LORA, SAVED, guarded, on_one_base, take_back, three_steps
 from helpers.tiny import tiny_model, tiny_tokenizer
-from helpers.zero import assert_equal, go_back, in_zero, told, train_under
+from helpers.zero import assert_equal, go_back, in_zero
 from safetensors.torch import load_file
 
 from rlhf.config import CONF_DIR, ModelConfig, PPOConfig
@@ -150,7 +150,7 @@ def test_a_number_that_is_not_finite_stops_the_run_and_is_not_saved(runs, tmp_pa
         config.ppo = replace(config.ppo, learning_rate=1e30)
         config.critic = replace(config.critic, learning_rate=1e30)
         log = tmp_path / f"{name}-log"
-        codes = in_group(train_under, told(name), config, log=log, shards=False)
+        codes = in_group(train_all, config, log=log, shards=name)
         assert 0 not in codes
         assert "not finite" in text_of(log) or "holds" in text_of(log)
         assert not (directory_of(config) / "final").exists()
@@ -158,11 +158,9 @@ def test_a_number_that_is_not_finite_stops_the_run_and_is_not_saved(runs, tmp_pa
             assert all(math.isfinite(x.float().sum()) for x in load_file(file).values()), file
 
 
-def make_steps(variables, small, path, folder):
+def make_steps(small, path, folder):
     """Load a policy as PPO does and make two steps, first of a tiny one, as libraries take memory
     at their first use; write the peaks of this process and what the preflight counts."""
-    os.environ.pop("ACCELERATE_USE_CPU", None)
-    os.environ.update(variables)
     give_back_at_once()
     join_processes()
     accelerator = make_accelerator("float32")
@@ -195,8 +193,8 @@ def test_a_process_holds_what_the_preflight_counts(name, tmp_path):
         model.save_pretrained(tmp_path / folder)
         tokenizer.save_pretrained(tmp_path / folder)
     weights = sum(p.nbytes for p in model.parameters())
-    work = make_steps, told(name), tmp_path / "small", tmp_path / "model", tmp_path
-    assert in_group(*work, log=tmp_path / "log", shards=False) == [0, 0], text_of(tmp_path / "log")
+    work = make_steps, tmp_path / "small", tmp_path / "model", tmp_path
+    assert in_group(*work, log=tmp_path / "log", shards=name) == [0, 0], text_of(tmp_path / "log")
     for rank in (0, 1):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
         assert found["peak"] == pytest.approx(found["counted"], rel=0.15), found

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from rlhf.checkpoint.tensor_files import stored_tensors
-from rlhf.distributed import launch_environment
+from rlhf.distributed import ZERO, launch_environment
 from rlhf.metrics import read_jsonl
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}  # after three steps
@@ -90,11 +90,16 @@ def assert_same(one, two, *files: str) -> None:
 
 
 def join(rank: int, world: int, port: int, shards: bool | str) -> None:
-    """Make this process one of a group; `shards` may name a file of `conf/accelerate/`."""
+    """Make this process one of a group; `shards` may name a file of `conf/accelerate/`. DeepSpeed
+    itself runs on a CPU."""
     os.environ |= {"WORLD_SIZE": str(world), "RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"LOCAL_WORLD_SIZE": str(world), "ACCELERATE_USE_CPU": "true"}
     if not shards:
+        return
+    if shards in ZERO:
+        del os.environ["ACCELERATE_USE_CPU"]
+        os.environ |= launch_environment(shards)
         return
     from accelerate import PartialState
     from accelerate.utils import DistributedType

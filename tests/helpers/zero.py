@@ -1,40 +1,18 @@
-"""Processes of a run that DeepSpeed shards on the CPU, over gloo; it runs there as on GPUs."""
+"""Runs that two processes make under DeepSpeed on the CPU, over gloo; see helpers/sharded.py."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
 
 import torch
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils.launch import prepare_deepspeed_cmd_env
 from helpers.runs import directory_of
 from helpers.sharded import in_group, read, text_of, train_all
-
-from rlhf.config import CONF_DIR
-
-
-def told(name):
-    """What accelerate launch tells the processes of a file."""
-    file = str(CONF_DIR / "accelerate" / f"{name}.yaml")
-    given = ["--config_file", file, "--main_process_port", "0", "script.py"]
-    args, *_ = _validate_launch_command(launch_command_parser().parse_args(given))
-    args.deepspeed_fields_from_accelerate_config = ""
-    _, variables = prepare_deepspeed_cmd_env(args)
-    return {k: v for k, v in variables.items() if k.startswith("ACCELERATE_")}
-
-
-def train_under(variables, *configs):
-    """Train several runs in a process that accelerate launch told so."""
-    os.environ.pop("ACCELERATE_USE_CPU", None)
-    os.environ.update(variables)
-    train_all(*configs)
 
 
 def in_zero(name, log, *configs, seconds=500):
     """Train in two processes under a launch file, and require that they succeed."""
-    codes = in_group(train_under, told(name), *configs, log=log, shards=False, seconds=seconds)
+    codes = in_group(train_all, *configs, log=log, shards=name, seconds=seconds)
     assert codes == [0, 0], text_of(log)
 
 
