@@ -92,23 +92,7 @@ def join_processes(launch: str | None = None, timeout_seconds: float | None = No
         InputError: accelerate would leave out the sharding without a word, or there is only one
             process, or the processes shard in a way that no stage supports.
     """
-    if launch is not None:
-        if num_processes() == 1:
-            raise InputError(
-                f"distributed={launch} shards a model over several processes, but there is one; "
-                "start them with torchrun --nproc-per-node <GPUs> -m rlhf.<stage> ..., or set "
-                "distributed=null"
-            )
-        if (asked := sharding()) not in (None, "DeepSpeed" if launch in ZERO else "FSDP"):
-            raise InputError(
-                f"distributed={launch}: the launcher asks for {asked} already; leave it out, or "
-                "start the stage with torchrun, which asks for nothing"
-            )
-    if (launch in ZERO or sharding() == "DeepSpeed") and find_spec("deepspeed") is None:
-        where = f"distributed={launch}" if launch else "the launcher asks for DeepSpeed, which"
-        raise InputError(f"{where} needs a package: pip install 'rlhf[deepspeed]', or take FSDP2")
-    if launch is not None:
-        os.environ.update(launch_environment(launch))
+    _ask_for(launch)
     if sharding() == "FSDP" and os.environ.get("FSDP_VERSION", "1") != "2":
         raise InputError(
             "fsdp_version: 1 is not supported; set fsdp_version: 2 in the file of accelerate "
@@ -135,6 +119,27 @@ def join_processes(launch: str | None = None, timeout_seconds: float | None = No
             "and with use_cpu: false, or without sharding: accelerate launch --multi_gpu "
             f"--num_processes {num_processes()} -m rlhf.<stage> ..."
         )
+
+
+def _ask_for(launch: str | None) -> None:
+    """Tell this process what `accelerate launch` would, if `distributed` asks for it."""
+    if launch is not None:
+        if num_processes() == 1:
+            raise InputError(
+                f"distributed={launch} shards a model over several processes, but there is one; "
+                "start them with torchrun --nproc-per-node <GPUs> -m rlhf.<stage> ..., or set "
+                "distributed=null"
+            )
+        if (asked := sharding()) not in (None, "DeepSpeed" if launch in ZERO else "FSDP"):
+            raise InputError(
+                f"distributed={launch}: the launcher asks for {asked} already; leave it out, or "
+                "start the stage with torchrun, which asks for nothing"
+            )
+    if (launch in ZERO or sharding() == "DeepSpeed") and find_spec("deepspeed") is None:
+        where = f"distributed={launch}" if launch else "the launcher asks for DeepSpeed, which"
+        raise InputError(f"{where} needs a package: pip install 'rlhf[deepspeed]', or take FSDP2")
+    if launch is not None:
+        os.environ.update(launch_environment(launch))
 
 
 def use_deepspeed_on_cpu() -> None:
