@@ -25,7 +25,7 @@ from helpers.tiny import tiny_model, tiny_tokenizer
 from helpers.zero import assert_equal, go_back, in_zero
 from safetensors.torch import load_file
 
-from rlhf.config import CONF_DIR, ModelConfig, PPOConfig
+from rlhf.config import CONF_DIR, ModelConfig, PPOConfig, SamplingConfig
 from rlhf.distributed import backward, join_processes, make_accelerator, share, syncing, zero_stage
 from rlhf.metrics import read_jsonl
 from rlhf.models import load_policy, model_memory, shard
@@ -39,11 +39,12 @@ replace = dataclasses.replace
 
 
 def variants(sft, reward, ppo, folder):
-    """PPO in full with averaged weights, in small passes, padded, without a critic, with LoRA, on
-    one base; with ptx texts and abandoned epochs; and ended by a budget."""
+    """PPO in full with averaged weights, in small passes and sampled from slices, padded, without a
+    critic, with LoRA, on one base; with ptx texts and abandoned epochs; and ended by a budget."""
     settings = {"micro_batch_size": 1, "num_ppo_epochs": 2, "weight_decay": 0.1}
     settings = replace(ppo.ppo, max_grad_norm=0.1, **settings)
     small = replace(ppo, run_name="small", ppo=settings, preflight=True)
+    small.sampling = SamplingConfig(gather="layers")
     model = replace(ppo.model, forward="padded", gradient_checkpointing=True)
     padded = replace(ppo, run_name="padded", model=model)
     settings = {"advantage": "grpo", "samples_per_prompt": 4, "kl_in": "loss", "ema_decay": None}
