@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -309,14 +309,17 @@ class SlicedOptimizer:
                     found[f"{index}.{key}"] = torch.tensor(float(value))
         return found
 
-    def put(self, read: Callable[[str, Any], Tensor]) -> None:
+    def put(self, names: Collection[str], read: Callable[[str, Any], Tensor]) -> None:
         """Take states from a checkpoint, before the first step and after the weights.
 
         Args:
+            names: of the states; none if the model has made no step.
             read: name of a state, and its weight -> the whole tensor.
         """
         zero, third = self._zero, self._stage3
         zero.refresh_fp32_params()  # its copies of the weights, which are loaded already
+        if not names:
+            return
         steps = read("0.step", None)
         for numbers in getattr(zero, FLAT if third else "single_partition_of_fp32_groups"):
             states = {key: torch.zeros_like(numbers) for key in ("exp_avg", "exp_avg_sq")}

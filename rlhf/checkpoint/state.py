@@ -179,7 +179,7 @@ def load_moments(directory: Path, name: str, optimizer: Any) -> None:
     file = directory / f"{name}.safetensors"
     if isinstance(optimizer, SlicedOptimizer):
         with stored_tensors(directory, name) as saved:
-            optimizer.put(partial(read_finite, file, saved))
+            optimizer.put(saved.keys(), partial(read_finite, file, saved))
         return
     content = optimizer.state_dict()
     content["state"] = {}

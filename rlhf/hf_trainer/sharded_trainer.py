@@ -142,7 +142,7 @@ class ShardedTrainer(Trainer):
             )
             if self.is_deepspeed_enabled:
                 known = {f"{i}.{k}": v for i, vs in state["state"].items() for k, v in vs.items()}
-                self._divided().put(lambda name, _: known[name])
+                self._divided().put(known, lambda name, _: known[name])
             else:
                 load_optimizer(self.optimizer, state)
             self._load_schedule(schedule)
@@ -160,7 +160,7 @@ class ShardedTrainer(Trainer):
     def _put_moments(self, checkpoint: Path) -> None:
         file = checkpoint / f"{OPTIMIZER}.safetensors"
         with stored_tensors(checkpoint, OPTIMIZER) as saved:
-            self._divided().put(partial(read_finite, file, saved))
+            self._divided().put(saved.keys(), partial(read_finite, file, saved))
 
     def _divided(self) -> SlicedOptimizer:
         """DeepSpeed's optimiser, which accelerate has wrapped."""

@@ -34,7 +34,7 @@ from rlhf.models.stacked import kept_delta
 from rlhf.models.unread import stand_ins
 from rlhf.slices import in_file
 from rlhf.tokenizer import stop_strings
-from rlhf.zero import gathering
+from rlhf.zero import gathering, is_zero
 
 STORED_DTYPE = "_rlhf_stored_dtype"  # attribute of a model: the type of the weights in its files
 
@@ -142,9 +142,10 @@ class _TableRows(TrainableTokensWrapper):
         return True
 
     def _getattr_wrapped(self, name: str, modules: Any) -> Any:
-        if name == "weight":
+        table = modules["token_adapter"].get_base_layer()
+        if name == "weight" and not is_zero(table.weight):
             return super()._getattr_wrapped(name, modules)
-        return getattr(modules["token_adapter"].get_base_layer(), name)
+        return getattr(table, name)  # in DeepSpeed's slices, a weight has no rows to replace
 
 
 class _Rows(TrainableTokensLayer):

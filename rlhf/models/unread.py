@@ -212,6 +212,18 @@ def _fill_token_rows(model: nn.Module) -> None:
                 layer.trainable_tokens_original[name].copy_(first)
 
 
+def _gather_token_rows(model: nn.Module) -> None:
+    """Have DeepSpeed gather a table and the rows that adapters train where they are read: not in
+    the forward pass of their own modules."""
+    from deepspeed import zero
+
+    for layer in model.modules():
+        if isinstance(layer, TrainableTokensLayer):
+            table = cast(Any, layer.get_base_layer()).weight
+            for weight in filter(is_zero, (table, *layer.trainable_tokens_delta.values())):
+                zero.register_external_parameter(layer, weight)
+
+
 def shard_unread(model: Any) -> None:
     """`shard` a model that came without weights."""
     if unread(model) is not None:
@@ -248,6 +260,7 @@ def _divide(model: Any, on_cpu: bool) -> None:
         _have_been_read(model, waits, problem)
     divide_weights(divided, on_cpu)
     save_slices(model)
+    _gather_token_rows(model)
     move(model, default_device())  # what is whole
 
 

@@ -40,7 +40,8 @@ replace = dataclasses.replace
 
 def variants(sft, reward, ppo, folder):
     """PPO in full with averaged weights, in small passes and sampled from slices, padded, without a
-    critic, with LoRA, on one base; with ptx texts and abandoned epochs; and ended by a budget."""
+    critic, with LoRA and rows of new tokens, with a policy that waits, on one base; with ptx texts
+    and abandoned epochs; and ended by a budget."""
     settings = {"micro_batch_size": 1, "num_ppo_epochs": 2, "weight_decay": 0.1}
     settings = replace(ppo.ppo, max_grad_norm=0.1, **settings)
     small = replace(ppo, run_name="small", ppo=settings, preflight=True)
@@ -50,8 +51,11 @@ def variants(sft, reward, ppo, folder):
     settings = {"advantage": "grpo", "samples_per_prompt": 4, "kl_in": "loss", "ema_decay": None}
     settings = replace(ppo.ppo, kl_estimator="k3", **settings)
     grpo = replace(ppo, run_name="grpo", ppo=settings)
-    lora = replace(ppo, run_name="lora", peft=LORA, preflight=True)
-    others = small, padded, grpo, lora, on_one_base(sft, reward, ppo)
+    model = replace(ppo.model, special_tokens=["<|one|>", "<|two|>"])
+    lora = replace(ppo, run_name="lora", model=model, peft=LORA, preflight=True)
+    critic = replace(ppo.critic, warmup_updates=2)
+    waits = replace(ppo, run_name="waits", critic=critic, ppo=replace(ppo.ppo, ema_decay=None))
+    others = small, padded, grpo, lora, waits, on_one_base(sft, reward, ppo)
     return [ppo, *others, *guarded(ppo, folder)]
 
 
@@ -87,7 +91,7 @@ def test_two_processes_give_the_result_of_one(name, runs, tmp_path):
 
 
 def test_runs_go_on_under_the_same_and_other_launches(runs, tmp_path):
-    names = "run", "lora", "shared"
+    names = "run", "lora", "waits", "shared"
     ones = [runs[name] for name in names]
     saved = [n for n in SAVED if "averages" not in n]
     for launch in ("zero3", "zero2"):

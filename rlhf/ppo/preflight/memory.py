@@ -48,6 +48,7 @@ from rlhf.ppo.rollout import Responses
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.sampling import engine_of, room_of, roomy_cache
 from rlhf.scorers import Scorer, reward_models
+from rlhf.zero import shape_of
 
 FULL = 0.85  # share of the memory beyond which a run is at risk
 # while sampling, for each number of the vocabulary: logits and log-probs in float32, three float64
@@ -271,7 +272,8 @@ def _sampling(
     engine = engine_of(policy)
     copied = 0 if engine.copy is None else model_memory(engine.copy).weights
     name, copied = planned or (engine.name, copied)
-    passing = num_rows * policy.get_output_embeddings().weight.shape[0] * SAMPLER_BYTES
+    num_logits = shape_of(policy.get_output_embeddings().weight)[0]
+    passing = num_rows * num_logits * SAMPLER_BYTES
     per_token, length = num_rows * cache_bytes_per_token(policy, part), part.sequence_ids.shape[1]
     if name == "graph":
         cache = per_token * length
@@ -292,10 +294,11 @@ def further_logits(trainer: PPOTrainer, part: Responses) -> int:
     head's gradient by one of several chunks, less the logits of all tokens."""
     policy, ppo = trainer.actors.policy, trainer.config.ppo
     num_tokens, weight = int(part.lengths.sum()), policy.get_output_embeddings().weight
-    size = weight.element_size() if trainer.accelerator.mixed_precision == "no" else 2
+    own, shape = weight.element_size(), shape_of(weight)
+    size = own if trainer.accelerator.mixed_precision == "no" else 2
     chunk = min(num_tokens, ppo.chunk_tokens) if ends_with_head(policy) else num_tokens
-    logits = ((2 * chunk - num_tokens) * size + 2 * min(BLOCK, chunk) * 4) * weight.shape[0]
-    return logits + weight.nbytes * (weight.requires_grad and chunk < num_tokens)
+    logits = ((2 * chunk - num_tokens) * size + 2 * min(BLOCK, chunk) * 4) * shape[0]
+    return logits + shape.numel() * own * (weight.requires_grad and chunk < num_tokens)
 
 
 def activation_bytes(read: Callable[[Responses], None], model: Any, part: Responses) -> int:

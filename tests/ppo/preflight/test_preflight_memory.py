@@ -25,7 +25,7 @@ from rlhf.models import (
     disable_dropout,
     init_reward_model,
 )
-from rlhf.ppo.preflight import examine
+from rlhf.ppo.preflight import examine, memory
 from rlhf.ppo.preflight.longest_step import examine_longest_step, longest_micro_batch, measure_step
 from rlhf.ppo.preflight.memory import (
     MemoryEstimate,
@@ -361,3 +361,17 @@ def test_running_out_of_memory_is_a_failed_check_with_the_remedy(policy_dir, tmp
     finding = examine_longest_step(step, estimate_of(activations=9), 10**9, part, config)
     assert finding.status == "FAIL" and "ppo.micro_batch_size=512" in finding.remedy
     assert measure_step(trainer, part).problem == ""
+
+
+def test_logits_are_counted_where_the_head_is_in_slices(policy_dir, tmp_path, monkeypatch):
+    trainer = make_trainer(make_config(policy_dir, tmp_path, chunk_tokens=4), tmp_path)
+    part = longest_micro_batch(trainer)
+    monkeypatch.setattr(memory, "prefill_bytes", lambda *_: 0)
+    monkeypatch.setattr(memory, "cache_bytes_per_token", lambda *_: 0)
+
+    def counted():
+        return memory.further_logits(trainer, part), memory._sampling(trainer, part, {}, 8, None)
+
+    whole, weight = counted(), trainer.actors.policy.get_output_embeddings().weight
+    weight.ds_shape, weight.data = weight.shape, torch.empty(0)  # as in DeepSpeed's slices
+    assert counted() == whole
