@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -132,6 +132,20 @@ def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
     from deepspeed.runtime.zero.linear import zero3_linear_wrap
 
     return zero3_linear_wrap(x, layer.weight, layer.bias)
+
+
+def recomputed() -> tuple[Any, Any]:
+    """Contexts of the passes over a block that gradient checkpointing runs again: torch 2.13 keeps
+    the weights that do not train themselves for the backward pass, not what they are, and DeepSpeed
+    empties them after each layer."""
+    return nullcontext(), _keeping_values()
+
+
+@contextmanager
+def _keeping_values() -> Iterator[None]:
+    pack, unpack = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: pack(x.detach()), unpack):
+        yield
 
 
 @contextmanager

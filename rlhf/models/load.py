@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf.checkpoint import find_non_finite, find_non_finite_in
 from rlhf.config import InputError, ModelConfig
 from rlhf.console import say
-from rlhf.distributed import loads_in_slices
+from rlhf.distributed import loads_in_slices, zero_stage
 from rlhf.gguf_files import is_gguf
 from rlhf.hub import Source, find_source, read_json
 from rlhf.models.build import build_model
@@ -37,7 +37,7 @@ from rlhf.models.weights import (
     put_stored_adapter,
 )
 from rlhf.tokenizer import end_token_ids, num_tokens
-from rlhf.zero import shape_of
+from rlhf.zero import recomputed, shape_of
 
 
 def load_policy(
@@ -168,7 +168,8 @@ def leave_out_router_logits(model: Any) -> None:
 def recompute_activations(model: PreTrainedModel) -> None:
     """Switch gradient checkpointing on, in place."""
     new_name = getattr(model, "activation_checkpointing_enable", None)  # transformers renames
-    (new_name or model.gradient_checkpointing_enable)()
+    settings = {"use_reentrant": False, "context_fn": recomputed} if zero_stage() == 3 else None
+    (new_name or model.gradient_checkpointing_enable)(settings)
 
 
 def _require_finite(model: PreTrainedModel, config: ModelConfig, field: str) -> None:

@@ -28,7 +28,7 @@ from rlhf.checkpoint import (
     warn_about_template,
     write_stage,
 )
-from rlhf.config import ModelConfig, SFTStageConfig, with_learning_rates
+from rlhf.config import InputError, ModelConfig, SFTStageConfig, with_learning_rates
 from rlhf.console import say, table, warn
 from rlhf.data import (
     Row,
@@ -41,7 +41,7 @@ from rlhf.data import (
     prompt_of,
     with_rows,
 )
-from rlhf.distributed import describe_sharding, is_sharded
+from rlhf.distributed import describe_sharding, is_sharded, zero_stage
 from rlhf.equivalence import choose_forward, require_cache, require_packing, require_padding
 from rlhf.failures import phase, same_rows
 from rlhf.hf_trainer import (
@@ -248,8 +248,15 @@ def _require_packing(config: SFTStageConfig, args: SFTConfig, model: Any, tokeni
 
 
 def _trained_token_rows(config: SFTStageConfig, tokenizer: Any) -> list[int]:
-    """Return the rows of new tokens that adapters train; warn if there are none."""
+    """Return the rows of new tokens that adapters train; warn if there are none, and refuse them
+    where TRL, which reads the head's weights outside of the head, would find them empty."""
     rows = new_token_rows(tokenizer, config.model, config.peft)
+    if config.peft.enabled and rows and zero_stage() == 3:
+        raise InputError(
+            f"peft.train_new_tokens={config.peft.train_new_tokens}: SFT cannot train the rows of "
+            "new tokens in DeepSpeed's slices; launch it with zero2 or fsdp2 in place of zero3, or "
+            "set peft.train_new_tokens=false"
+        )
     if config.peft.enabled and config.model.special_tokens and not rows:
         warn(
             f"peft.train_new_tokens={config.peft.train_new_tokens}: new tokens of "

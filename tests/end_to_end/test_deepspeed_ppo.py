@@ -40,8 +40,8 @@ replace = dataclasses.replace
 
 def variants(sft, reward, ppo, folder):
     """PPO in full with averaged weights, in small passes and sampled from slices, padded, without a
-    critic, with LoRA and rows of new tokens, with a policy that waits, on one base; with ptx texts
-    and abandoned epochs; and ended by a budget."""
+    critic, with LoRA, rows of new tokens and recomputed blocks, with a policy that waits, on one
+    base; with ptx texts and abandoned epochs; and ended by a budget."""
     settings = {"micro_batch_size": 1, "num_ppo_epochs": 2, "weight_decay": 0.1}
     settings = replace(ppo.ppo, max_grad_norm=0.1, **settings)
     small = replace(ppo, run_name="small", ppo=settings, preflight=True)
@@ -51,8 +51,10 @@ def variants(sft, reward, ppo, folder):
     settings = {"advantage": "grpo", "samples_per_prompt": 4, "kl_in": "loss", "ema_decay": None}
     settings = replace(ppo.ppo, kl_estimator="k3", **settings)
     grpo = replace(ppo, run_name="grpo", ppo=settings)
-    model = replace(ppo.model, special_tokens=["<|one|>", "<|two|>"])
-    lora = replace(ppo, run_name="lora", model=model, peft=LORA, preflight=True)
+    tokens = ["<|one|>", "<|two|>"]
+    model = replace(ppo.model, special_tokens=tokens, gradient_checkpointing=True)
+    peft = replace(LORA, train_new_tokens=True)
+    lora = replace(ppo, run_name="lora", model=model, peft=peft, preflight=True)
     critic = replace(ppo.critic, warmup_updates=2)
     waits = replace(ppo, run_name="waits", critic=critic, ppo=replace(ppo.ppo, ema_decay=None))
     others = small, padded, grpo, lora, waits, on_one_base(sft, reward, ppo)

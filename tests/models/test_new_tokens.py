@@ -39,6 +39,7 @@ from rlhf.metrics import read_jsonl
 from rlhf.models import add_lora, load_policy, merged, new_token_rows, resize_embeddings
 from rlhf.ppo.rollout import policy_logprobs
 from rlhf.sampling import Sampling
+from rlhf.sft.stage import _trained_token_rows
 from rlhf.tokenizer import load_tokenizer
 
 ROWS = [VOCAB, VOCAB + 1]  # of two tokens that the tokenizer of the tiny models does not have
@@ -132,6 +133,18 @@ def test_train_new_tokens_is_checked():
     config.model.path, config.dataset.path = "some/model", "rows.jsonl"
     with pytest.raises(InputError, match="peft.train_new_tokens must be one of true, false, auto"):
         check(config)
+
+
+def test_sft_refuses_rows_in_slices_of_zero3(tmp_path, monkeypatch):
+    tiny_tokenizer().save_pretrained(tmp_path)
+    config = SFTStageConfig(peft=PeftConfig(enabled=True, train_new_tokens=True))
+    config.model = ModelConfig(str(tmp_path), special_tokens=[END])
+    tokenizer = load_tokenizer(config.model)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert _trained_token_rows(config, tokenizer) == ROWS[:1]  # ZeRO-2
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    with pytest.raises(InputError, match="peft.train_new_tokens=True: SFT cannot train the rows"):
+        _trained_token_rows(config, tokenizer)
 
 
 # --- The stages -----------------------------------------------------------------------------------
