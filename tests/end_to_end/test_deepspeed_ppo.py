@@ -81,7 +81,8 @@ def test_two_processes_give_the_result_of_one(name, runs, tmp_path):
         record = json.loads((directory_of(two) / "final/rlhf.json").read_text())
         said = f"DeepSpeed ZeRO-{2 if name == 'zero2' else 3}, {what} in slices over 2 processes"
         assert record["sharding"].startswith(said)
-        way = "layer by layer" if one.ppo.share_base else "a copy of the policy in float32"
+        way = "a copy of the policy in float32"
+        way = "layer by layer" if one.sampling.gather == "layers" else way
         assert (way in record["sampling"]) == (name != "zero2")
         last = directory_of(one) / "checkpoint-3"
         names = [n for n in SAVED if (directory_of(one) / n).is_file()] if last.is_dir() else []
