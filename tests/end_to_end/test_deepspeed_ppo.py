@@ -54,10 +54,11 @@ def variants(sft, reward, ppo, folder):
     tokens = ["<|one|>", "<|two|>"]
     model = replace(ppo.model, special_tokens=tokens, gradient_checkpointing=True)
     peft = replace(LORA, train_new_tokens=True)
-    lora = replace(ppo, run_name="lora", model=model, peft=peft, preflight=True)
+    rows = replace(ppo, run_name="rows", model=model, peft=peft)
+    lora = replace(ppo, run_name="lora", peft=LORA, preflight=True)
     critic = replace(ppo.critic, warmup_updates=2)
     waits = replace(ppo, run_name="waits", critic=critic, ppo=replace(ppo.ppo, ema_decay=None))
-    others = small, padded, grpo, lora, waits, on_one_base(sft, reward, ppo)
+    others = small, padded, grpo, lora, rows, waits, on_one_base(sft, reward, ppo)
     return [ppo, *others, *guarded(ppo, folder)]
 
 
