@@ -34,7 +34,7 @@ from rlhf.models.stacked import kept_delta
 from rlhf.models.unread import stand_ins
 from rlhf.slices import in_file
 from rlhf.tokenizer import stop_strings
-from rlhf.zero import gathering, is_zero
+from rlhf.zero import gathering
 
 STORED_DTYPE = "_rlhf_stored_dtype"  # attribute of a model: the type of the weights in its files
 
@@ -143,9 +143,9 @@ class _TableRows(TrainableTokensWrapper):
 
     def _getattr_wrapped(self, name: str, modules: Any) -> Any:
         table = modules["token_adapter"].get_base_layer()
-        if name == "weight" and not is_zero(table.weight):
+        if name == "weight" and not is_sharded(table):
             return super()._getattr_wrapped(name, modules)
-        return getattr(table, name)  # in DeepSpeed's slices, a weight has no rows to replace
+        return getattr(table, name)  # outside of a pass, a weight in slices has no rows to replace
 
 
 class _Rows(TrainableTokensLayer):
@@ -284,8 +284,10 @@ def _merged_weights(
     yield from ((key, whole(value)) for key, value in state.items())
     for name, module in base.named_modules():
         if isinstance(module, TrainableTokensLayer) and with_adapter:
-            with gathering(module.parameters()):
-                weight = module.get_merged_weights([adapter]).detach()
+            table = whole(detached(cast(Any, module.get_base_layer()).weight))
+            rows = whole(detached(module.trainable_tokens_delta[adapter])).to(table)
+            index = torch.tensor(module.token_indices[adapter], device=table.device)
+            weight = table.index_copy(0, index, rows)
             yield f"{name.removesuffix('.token_adapter')}.weight", weight
         elif isinstance(module, LoraLayer) and not is_quantized(module.get_base_layer()):
             # PEFT wraps a layer of experts once for each weight: experts, experts.base_layer

@@ -70,7 +70,9 @@ def test_more_settings_in_slices_give_the_result_of_one_process(tmp_path):
     sft, reward, ppo = three_steps(tmp_path)
     train(sft)
     reward.peft = PeftConfig()
-    adapters = dataclasses.replace(ppo, run_name="adapters", peft=LORA, preflight=True)
+    rows = dataclasses.replace(LORA, train_new_tokens=True)
+    adapters = dataclasses.replace(ppo, run_name="adapters", peft=rows, preflight=True)
+    adapters.model = dataclasses.replace(ppo.model, special_tokens=["<|one|>", "<|two|>"])
     adapters.ppo = dataclasses.replace(ppo.ppo, ema_decay=None)
     padded = dataclasses.replace(
         ppo, run_name="padded", model=dataclasses.replace(ppo.model, forward="padded")
