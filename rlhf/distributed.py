@@ -252,7 +252,7 @@ def clip_gradients(
     parameters: Iterable[nn.Parameter], limit: float, accelerator: Accelerator
 ) -> float:
     """Scale the gradients of a model so that their norm, over all slices, is at most `limit`;
-    return the norm before. DeepSpeed's optimiser does so itself, see `zero.gradient_norm`."""
+    return the norm before. DeepSpeed's optimiser does so itself: `zero.SlicedOptimizer`."""
     parameters = list(parameters)
     if sharding() is None:
         return float(accelerator.clip_grad_norm_(parameters, limit))

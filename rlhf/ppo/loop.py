@@ -25,7 +25,7 @@ from rlhf.checkpoint import (
     run_id,
     write_stage,
 )
-from rlhf.checkpoint.saving import CheckpointWriter, in_background
+from rlhf.checkpoint.saving import CheckpointWriter
 from rlhf.checkpoint.state import load_modules, load_training_state, random_state
 from rlhf.config import InputError, PPOStageConfig, resume_overrides
 from rlhf.console import progress_bar, say, warn
@@ -38,6 +38,7 @@ from rlhf.models import what_to_save
 from rlhf.ppo.critic import critic_base
 from rlhf.ppo.evaluation import Evaluator, describe_selection, selection_value
 from rlhf.ppo.optimizer import describe_optimizers
+from rlhf.ppo.preflight.memory import copies_checkpoint
 from rlhf.ppo.result import PPOResult, closing_table
 from rlhf.ppo.scoring import describe_scoring
 from rlhf.ppo.trainer import PPOTrainer
@@ -63,9 +64,7 @@ class PPOLoop:
         self.config, self.trainer, self.evaluate, self.splits = config, trainer, evaluator, splits
         self.directory = trainer.directory
         self.watchdog = Watchdog(config, self.directory)
-        on_gpu = trainer.accelerator.device.type == "cuda"
-        by_thread = in_background(config, trainer.updater.optimizers, on_gpu)
-        self.checkpoints = CheckpointWriter(config, by_thread)
+        self.checkpoints = CheckpointWriter(config, copies_checkpoint(trainer))
         self.before: dict[str, float] = {}
         self.last: dict[str, float] = {}
         self.best: dict[str, Any] | None = None
