@@ -168,8 +168,8 @@ def _acquire(file: Path, what: str, fix: str, wait_seconds: float) -> int | None
             os.close(descriptor)  # its holder deleted it in the meantime: try the new file
             continue
         if time.monotonic() - began >= wait_seconds:
-            waited = f" after {wait_seconds:g} seconds (checkpoint.grace_seconds)" if waits else ""
-            raise InputError(f"{what} is in use{waited}, by {holder}; {fix}")
+            waited = f" after {wait_seconds:g} seconds (checkpoint.grace_seconds)"
+            raise InputError(f"{what} is in use{waited * (wait_seconds > 0)}, by {holder}; {fix}")
         if not waits:
             say(f"{what} is in use, by {holder}: waiting for at most {wait_seconds:g} seconds")
         waits = True

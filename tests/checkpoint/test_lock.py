@@ -208,11 +208,16 @@ def test_of_runs_that_start_at_once_one_trains_and_the_others_are_refused(wholes
     )
 
 
+def holds(process, file) -> bool:
+    """Whether a process holds a lock: the file is there a moment before it is locked."""
+    return file.exists() and f"process {process.pid} on" in file.read_text()
+
+
 def test_requeued_run_waits_for_the_one_before_and_continues_it(wholes, tmp_path):
     plain, _, whole = wholes("sft")
     config = new_run(plain, tmp_path, "run")
     first = start(config, ask=signal.SIGTERM)
-    wait_for((directory_of(config) / ".lock").exists, first)
+    wait_for(lambda: holds(first, directory_of(config) / ".lock"), first)
     os.kill(first.pid, signal.SIGSTOP)  # it holds the lock until the second one has met it
     second = start(config)
     try:

@@ -261,9 +261,13 @@ def finish(process, config) -> None:
 
 
 def wait_for(condition, process) -> None:
+    """Wait until a condition holds; fail where a process ends, or a minute passes, without it."""
     began = time.perf_counter()
-    while not condition():
-        assert process.is_alive() and time.perf_counter() - began < 60
+    while True:
+        alive = process.is_alive()  # before the condition, which its last act may bring about
+        if condition():
+            return
+        assert alive and time.perf_counter() - began < 60
         time.sleep(0.005)
 
 
