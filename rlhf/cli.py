@@ -41,7 +41,15 @@ from rlhf.config import (
     schema,
     stage_help,
 )
-from rlhf.console import accept_any_text, is_main_process, num_processes, print_help, rank, say
+from rlhf.console import (
+    accept_any_text,
+    is_main_process,
+    num_processes,
+    print_error,
+    print_help,
+    rank,
+    say,
+)
 from rlhf.overrides import (
     job_name,
     jobs,
@@ -59,7 +67,6 @@ Run = Callable[[Any], int | None]  # of a stage; returns the signal that interru
 VALUED = set("--config-dir -cd --config-name -cn --config-path -cp --cfg -c --package -p".split())
 PRINTING = set("--hydra-help --info -i --version --cfg -c --package -p --resolve".split())
 WORK = ("recipe=", "dataset=", "dataset.path=")  # with one of these, a user has data in mind
-REPEAT_SECONDS = 3.0  # between the first process's error and that of another
 SUBMITS = "hydra/launcher=submitit_"
 DEMO_HINT = "\n(recipe=demo runs the embedded demo, which needs none of them)"
 
@@ -250,11 +257,8 @@ def _refuse(message: str, status: int = 2) -> NoReturn:
 
 
 def _exit(message: str, status: int = 2) -> NoReturn:
-    """Print an error and exit. Most errors occur on all processes: the first one prints and exits,
-    and the launcher then ends the others before they print."""
-    if not is_main_process():
-        time.sleep(REPEAT_SECONDS)
-    print(f"error: {hide(message)}", file=sys.stderr, flush=True)
+    """Print an error and exit."""
+    print_error(message)
     raise SystemExit(status)
 
 
@@ -291,9 +295,8 @@ def _as_dataclass(node: Any, config_class: type[StageConfig]) -> StageConfig:
 
 def _require_typed_trust(config: StageConfig, typed: list[str]) -> None:
     """Refuse permission to run a model's own code if a file gives it, such as a recipe."""
-    if config.model.trust_remote_code and not any(
-        o.lstrip("+").startswith("model.trust_remote_code=") for o in typed
-    ):
+    is_typed = any(o.lstrip("+").startswith("model.trust_remote_code=") for o in typed)
+    if config.model.trust_remote_code and not is_typed:
         raise InputError(
             "model.trust_remote_code=true comes from a file; only the command line may set it: "
             "add model.trust_remote_code=true there, or set it to false in the file"

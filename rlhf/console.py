@@ -5,11 +5,14 @@ from __future__ import annotations
 import io
 import os
 import sys
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlhf.config import hide
+
+REPEAT_SECONDS = 3.0  # between the first process's error and that of another
 
 
 def rank() -> int:
@@ -42,6 +45,14 @@ def warn(text: str) -> None:
     """Print a warning, with its remedy, on the main process only."""
     if is_main_process():
         _print_apart(f"warning: {hide(text)}")
+
+
+def print_error(text: str) -> None:
+    """Print the error that ends this process. Most errors occur on all processes: the first one
+    prints and exits, and the launcher then ends the others before they print."""
+    if not is_main_process():
+        time.sleep(REPEAT_SECONDS)
+    print(f"error: {hide(text)}", file=sys.stderr, flush=True)
 
 
 def _print_apart(text: str) -> None:

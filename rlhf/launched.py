@@ -7,7 +7,7 @@ Left out: sharding (`distributed.py`), and what excludes it (`sharding_settings.
 from __future__ import annotations
 
 import os
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 
 from rlhf.config import InputError
 from rlhf.console import launched_with, say
@@ -57,6 +57,18 @@ def require_whole_group(environment: MutableMapping[str, str]) -> None:
             f"WORLD_SIZE={world} makes this process one of {world}, but {', '.join(missing)} "
             f"{'is' if len(missing) == 1 else 'are'} not set; unset WORLD_SIZE for one process, or "
             f"let torchrun set all: torchrun --nproc-per-node {world} -m rlhf.<stage> ..."
+        )
+
+
+def require_one_process(environment: Mapping[str, str]) -> None:
+    """Require that no launcher started this process as one of several: each of them would do all of
+    the work, and write the same files."""
+    counts = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", *MPI)
+    name = next((name for name in counts if environment.get(name, "1") != "1"), None)
+    if name is not None:
+        raise InputError(
+            f"{name}={environment[name]}: only rlhf.sft, rlhf.reward and rlhf.ppo run in several "
+            f"processes; start this command without a launcher, or unset {name}"
         )
 
 

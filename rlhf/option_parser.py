@@ -11,6 +11,7 @@ Left out: the command line of the stages, which Hydra reads (`rlhf.cli`).
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import textwrap
 import types
@@ -19,7 +20,6 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from rlhf.config import (
     InputError,
-    hide,
     nearest,
     refuse,
     refused_file,
@@ -27,7 +27,8 @@ from rlhf.config import (
     value_problems,
     yaml_scalar,
 )
-from rlhf.console import accept_any_text, print_help
+from rlhf.console import accept_any_text, print_error, print_help
+from rlhf.launched import require_one_process
 
 Options = TypeVar("Options")
 
@@ -46,21 +47,22 @@ def run_command(
 ) -> int:
     """Run a command with `key=value` arguments; return its exit status.
 
-    The status is what `run` returns (None counts as 0), 2 after an `InputError` or a file that the
-    system refuses, which are printed in one line, and 130 after Ctrl-C. `--help` prints `usage`
-    above the options.
+    The processes of a launcher are refused. The status is what `run` returns (None counts as 0), 2
+    after an `InputError` or a file that the system refuses, which are printed in one line, and 130
+    after Ctrl-C. `--help` prints `usage` above the options.
     """
     accept_any_text()
     if {"-h", "--help"} & set(arguments):
         print_help(help_text(usage, options))
         return 0
     try:
+        require_one_process(os.environ)
         return run(read_options(options, arguments)) or 0
     except InputError as error:
-        print(f"error: {hide(str(error))}", file=sys.stderr, flush=True)
+        print_error(str(error))
         return 2
     except OSError as error:
-        print(f"error: {refused_file(error)}", file=sys.stderr, flush=True)
+        print_error(refused_file(error))
         return 2
     except KeyboardInterrupt:
         if when_interrupted is not None:

@@ -36,7 +36,7 @@ from typing import Any
 from rlhf.checkpoint import finished_run
 from rlhf.cli import hydra_main
 from rlhf.config import STAGES, InputError, StageConfig, config_keys, nearest, suggest
-from rlhf.console import num_processes, say, table
+from rlhf.console import say, table
 from rlhf.option_parser import run_command
 
 # settings of the model that SFT stores with its result: the later stages read them there
@@ -102,16 +102,9 @@ def plan(options: PipelineOptions) -> list[Step]:
     """Check the whole pipeline: overrides, the configuration of each stage, finished stages.
 
     Raises:
-        InputError: several processes, an unknown stage or override, or stages that do not fit
-            together.
+        InputError: an unknown stage or override, or stages that do not fit together.
         SystemExit: a stage refuses its configuration; the message is printed.
     """
-    if num_processes() > 1:
-        raise InputError(
-            f"rlhf.pipeline starts one process for each stage, but here are {num_processes()} "
-            "processes of a launcher; give the launcher one stage after the other: -m rlhf.sft, "
-            "-m rlhf.reward, -m rlhf.ppo"
-        )
     for name in options.stages:
         if name not in STAGES:
             raise InputError(

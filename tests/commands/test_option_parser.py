@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import io
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,29 @@ def test_the_help_of_every_command_begins_with_what_to_type():
         if "run_command(str(__doc__)" in source:
             usage = ast.get_docstring(ast.parse(source))
             assert "python -m rlhf." in usage, f"{file} has no example in its --help"
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"])
+def test_every_command_but_the_stages_refuses_the_processes_of_a_launcher(
+    name, monkeypatch, capsys
+):
+    monkeypatch.setenv(name, "2")
+    assert run_command("", ChatOptions, lambda options: pytest.fail("it ran"), ["path=a"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {name}=2: only rlhf.sft, rlhf.reward and rlhf.ppo run in")
+    monkeypatch.setenv(name, "1")
+    assert run_command("", ChatOptions, lambda options: 0, ["path=a"]) == 0
+
+
+def test_torchrun_with_two_processes_of_a_command_prints_one_error_and_writes_nothing(
+    tmp_path, policy_dir
+):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "rlhf.export", f"path={policy_dir}", "out=exported"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode != 0
+    assert done.stderr.count("error: WORLD_SIZE=2: only rlhf.sft") == 1, done.stderr
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("kind", ["stage", "command"])

@@ -140,12 +140,6 @@ def test_the_whole_pipeline_is_checked_before_the_first_stage(folder, capfd, arg
     assert message in refusal(capfd, "recipe=demo", *arguments)
 
 
-def test_the_processes_of_a_launcher_are_refused(folder, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="here are 2 processes of a launcher; give the launcher"):
-        plan(PipelineOptions(overrides=["recipe=demo"]))
-
-
 def test_a_refusal_names_the_stage(folder, capfd):
     error = refusal(capfd, "recipe=demo", "ppo.ppo.kl_coef=-1")
     assert error.splitlines()[-1] == "the ppo stage refuses this; nothing was started"

@@ -93,7 +93,7 @@ def test_error_of_a_stage_has_its_rank(error, status, printed, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     for name, value in {"HYDRA_FULL_ERROR": "0", "RANK": "1", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(rlhf.cli, "REPEAT_SECONDS", 0.0)
+    monkeypatch.setattr(rlhf.console, "REPEAT_SECONDS", 0.0)
     monkeypatch.setattr("sys.argv", ["rlhf.sft"])
     for_launcher = tmp_path / "error.json"  # torchrun ends with the rank and this text
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(for_launcher))
