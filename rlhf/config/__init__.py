@@ -5,7 +5,7 @@ from them. Library users build a dataclass; only `rlhf.cli` knows Hydra. What th
 mapping `trainer:` may hold is decided by the libraries that receive it (see `build_arguments`).
 """
 
-from rlhf.config.checks import check, check_scorer_config, has_frozen_models, problems_of
+from rlhf.config.checks import check, check_scorer_config, problems_of
 from rlhf.config.environment import as_written, hide, keep_secret, remember_references
 from rlhf.config.errors import (
     InputError,
@@ -56,6 +56,7 @@ from rlhf.config.objects import (
     refuse_named_code,
 )
 from rlhf.config.paths import CONF_DIR, default_paths, with_default_paths
+from rlhf.config.ppo_checks import has_frozen_models
 from rlhf.config.saved_config import (
     CONFIG_FILE,
     config_file_of_run,

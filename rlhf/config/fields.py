@@ -4,7 +4,7 @@
     \"\"\"Weight of the KL penalty, score units per nat.\"\"\"
 
 From that declaration come the range check, the YAML files in `conf/`, `--help` and `help(...)`.
-Rules between two knobs are in `rlhf.config.checks`.
+Rules between two knobs are in `rlhf.config.checks` and `rlhf.config.ppo_checks`.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from rlhf.config import (
     SFTStageConfig,
     check,
     checks,
+    ppo_checks,
     with_default_paths,
 )
 
@@ -350,8 +351,8 @@ def test_bad_value_is_named_with_what_is_allowed(stage, changes, message):
 
 
 def messages_of_checks():
-    """A pattern for each message that `rlhf.config.checks` yields, read from its source."""
-    for node in ast.walk(ast.parse(inspect.getsource(checks))):
+    """A pattern for each message that the checks yield, read from their source."""
+    for node in ast.walk(ast.parse(inspect.getsource(checks) + inspect.getsource(ppo_checks))):
         if isinstance(node, ast.Yield):
             parts = getattr(node.value, "values", [node.value])
             yield "".join(

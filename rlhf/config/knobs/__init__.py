@@ -4,18 +4,16 @@ import dataclasses
 
 from rlhf.config.knobs.endpoint import EndpointConfig
 from rlhf.config.knobs.ppo import (
-    NORMALIZATIONS,
     CriticConfig,
     EvaluationConfig,
     PPOConfig,
     PPOStageConfig,
     PtxConfig,
     SamplingConfig,
-    ScorerComponent,
-    ScorerConfig,
     WatchdogConfig,
 )
 from rlhf.config.knobs.reward import NormalizationConfig, RewardConfig, RewardStageConfig
+from rlhf.config.knobs.scorer import NORMALIZATIONS, ScorerComponent, ScorerConfig
 from rlhf.config.knobs.sft import MixConfig, SFTStageConfig
 from rlhf.config.knobs.shared import (
     DTYPES,
