@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -27,6 +28,7 @@ from rlhf.tokenizer import hash_template, hash_tokenizer
 RECORD = "rlhf.json"
 CHANGES = "changes.jsonl"  # rows of `after_step` and `changed`, e.g. ["precision: ... -> ..."]
 ANNOUNCED_BYTES = 1_000_000_000  # reading more than this takes seconds, so a line says so
+TICK_SECONDS = 2.0  # that the clock of a file system may need to tell two changes apart
 PACKAGES = ("rlhf", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
 
@@ -177,18 +179,22 @@ def _version(package: str) -> str:
 
 def hash_weights(path: Path) -> str:
     """SHA-256 over a directory's safetensors files, or over a GGUF file; unchanged files are read
-    once per process."""
+    once per process, unless they are a moment old."""
     path = path.resolve()
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     files = files or sorted(path.glob("*.gguf"))
     states = [(file, file.stat()) for file in files]
     facts = [(f, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for f, s in states]
-    return _hash_files(tuple(facts))
+    age = time.time_ns() - max((s.st_ctime_ns for _, s in states), default=0)
+    # within a tick, a file can change, and its times do not
+    read = _hash_files if age >= TICK_SECONDS * 1e9 else _hash_files.__wrapped__
+    return read(tuple(facts))
 
 
 @cache
 def _hash_files(facts: tuple[tuple[Path, int, int, int, int], ...]) -> str:
-    """SHA-256 over the content of files; the facts about a file change whenever it changes."""
+    """SHA-256 over the content of files; the facts about a file that is older than a tick of the
+    clock change whenever it changes."""
     size = sum(num_bytes for _, _, num_bytes, *_ in facts)
     if size > ANNOUNCED_BYTES and is_main_process():
         where = facts[0][0].parent

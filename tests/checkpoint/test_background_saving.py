@@ -16,7 +16,7 @@ from helpers.checkpoints import names
 from helpers.processes import Fork
 from helpers.runs import directory_of, finish, new_run, outcome, start
 
-from rlhf.checkpoint import NonFiniteError, find_damage, read_manifest, tensor_files
+from rlhf.checkpoint import NonFiniteError, find_damage, read_manifest, saving, tensor_files
 from rlhf.checkpoint.ownership import remove_unfinished
 from rlhf.checkpoint.saving import CheckpointWriter
 from rlhf.checkpoint.state import load_training_state
@@ -29,7 +29,7 @@ def gate(monkeypatch):
     gate, write = threading.Event(), tensor_files.write_tensors
 
     def waits(file, parts, go_on):
-        assert gate.wait(10)
+        assert gate.wait(300)
         write(file, parts, go_on)
 
     monkeypatch.setattr(tensor_files, "write_tensors", waits)
@@ -89,10 +89,11 @@ def test_error_of_the_background_comes_up_at_the_next_boundary(gate, monkeypatch
     assert not list(tmp_path.glob(".checkpoint*"))
 
 
-def test_run_that_ends_at_once_leaves_no_half_checkpoint(gate, capsys, tmp_path):
+def test_run_that_ends_at_once_leaves_no_half_checkpoint(gate, monkeypatch, capsys, tmp_path):
     writer, weights = writer_and_weights()
     save(writer, tmp_path, 1, weights)
-    threading.Timer(0.2, gate.set).start()
+    monkeypatch.setattr(saving, "STOP_SECONDS", 300)
+    threading.Thread(target=lambda: writer._abandoned.wait(300) and gate.set()).start()
     writer.abandon()
     assert list(tmp_path.iterdir()) == []
     assert "the last checkpoint was not written: the run ended first" in capsys.readouterr().err
@@ -102,7 +103,7 @@ def test_run_that_fails_keeps_a_checkpoint_that_becomes_complete_in_time(gate, t
     writer, weights = writer_and_weights()
     save(writer, tmp_path, 1, weights)
     threading.Timer(0.2, gate.set).start()
-    writer.abandon(wait_seconds=10)
+    writer.abandon(wait_seconds=300)
     assert names(tmp_path) == ["checkpoint-1"]
 
 
@@ -125,7 +126,7 @@ def die_in_the_second_save(directory):
 def test_killed_background_write_leaves_the_checkpoint_before(tmp_path):
     process = Fork(target=die_in_the_second_save, args=(tmp_path,))
     process.start()
-    process.join(30)
+    process.join(300)
     assert process.exitcode == -signal.SIGKILL
     assert names(tmp_path) == [".checkpoint-2.tmp", "checkpoint-1"]
     assert find_damage(tmp_path / "checkpoint-1") is None

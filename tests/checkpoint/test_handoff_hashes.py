@@ -174,8 +174,10 @@ def test_an_exported_directory_has_the_hash_of_its_own_weights():
 
 def test_a_large_directory_is_read_once_and_said_so(capfd, monkeypatch):
     monkeypatch.setattr("rlhf.checkpoint.record.ANNOUNCED_BYTES", 1000)
-    for _ in range(2):
-        require_stage("other", ("sft",), "model.path")
+    with monkeypatch.context() as patch:
+        patch.setattr("rlhf.checkpoint.record.TICK_SECONDS", 0)  # as if it had been there for long
+        for _ in range(2):
+            require_stage("other", ("sft",), "model.path")
     output, errors = capfd.readouterr()
     assert output == ""  # what chat says there are answers
     assert errors.count("reading 0.0 GB in ") == 1

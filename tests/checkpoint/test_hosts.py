@@ -38,7 +38,7 @@ def test_hosts_get_what_the_first_has_and_it_collects_what_they_wrote(tmp_path):
     (tmp_path / "host-1/runs").mkdir(parents=True)
     (tmp_path / "host-1/runs/config.yaml").write_bytes(FILES["config.yaml"])
     log = tmp_path / "log"
-    codes = in_group(exchange, tmp_path, log=log, shards=False, seconds=60)
+    codes = in_group(exchange, tmp_path, log=log, shards=False)
     assert codes == [0, 0], text_of(log)
     own = {"sums_1.json": b"of 1"}
     assert tree(tmp_path / "host-1/runs") == FILES | own

@@ -15,11 +15,11 @@ import shutil
 import signal
 import socket
 import sys
-import threading
 import time
 
 import pytest
 from helpers.checkpoints import snapshot
+from helpers.ports import held_port
 from helpers.processes import FORKS, Fork
 from helpers.runs import directory_of, new_run, outcome, start, text_of, train, wait_for
 from helpers.scorers import policy_tokenizer, write_reward_model
@@ -35,12 +35,11 @@ HERE = socket.gethostname()
 def hold(file, ready) -> None:
     """Hold a lock until killed; a forked child outlives this process, as a DataLoader's may."""
     with locked(file, "x", ""):
-        child = os.fork()
-        if not child:
-            time.sleep(30)
+        if not os.fork():
+            ready.send(os.getpid())  # it has closed the lock's file by now
+            time.sleep(600)
             os._exit(0)
-        ready.send(child)
-        time.sleep(60)
+        time.sleep(600)
 
 
 @pytest.fixture
@@ -96,21 +95,20 @@ def test_a_child_that_leaves_the_block_leaves_the_lock_to_its_parent(tmp_path):
     assert not file.exists()
 
 
-def test_lock_is_waited_for(holder, tmp_path, capsys):
-    file = tmp_path / "lock"
+def test_lock_is_waited_for(holder, tmp_path, monkeypatch):
+    file, said = tmp_path / "lock", []
     process, _ = holder(file)
-    threading.Timer(0.5, process.kill).start()
-    with locked(file, "x", "go", wait_seconds=20):
-        process.join()
-    said = capsys.readouterr().out
-    assert (
-        said == f"x is in use, by process {process.pid} on {HERE}: waiting for at most 20 seconds\n"
-    )
+    with monkeypatch.context() as patch:
+        patch.setattr("rlhf.checkpoint.lock.say", lambda line: (said.append(line), process.kill()))
+        with locked(file, "x", "go", wait_seconds=600):
+            process.join()
+    by = f"process {process.pid} on {HERE}"
+    assert said == [f"x is in use, by {by}: waiting for at most 600 seconds"]
     process, _ = holder(file)
     began = time.monotonic()
     with pytest.raises(InputError, match="after 0.3 seconds"), locked(file, "x", "go", 0.3):
         pass
-    assert 0.3 <= time.monotonic() - began < 5
+    assert 0.3 <= time.monotonic() - began < 60
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
@@ -197,7 +195,7 @@ def test_of_runs_that_start_at_once_one_trains_and_the_others_are_refused(wholes
     config = new_run(plain, tmp_path, "run", resume=False)
     processes = [start(config) for _ in range(3)]
     for process in processes:
-        process.join(120)
+        process.join(300)
     assert sorted(process.exitcode for process in processes) == [0, 1, 1]
     assert outcome(config) == whole.outcome
     assert not (directory_of(config) / ".lock").exists()
@@ -216,18 +214,18 @@ def holds(process, file) -> bool:
 def test_requeued_run_waits_for_the_one_before_and_continues_it(wholes, tmp_path):
     plain, _, whole = wholes("sft")
     config = new_run(plain, tmp_path, "run")
-    first = start(config, ask=signal.SIGTERM)
-    wait_for(lambda: holds(first, directory_of(config) / ".lock"), first)
-    os.kill(first.pid, signal.SIGSTOP)  # it holds the lock until the second one has met it
-    second = start(config)
+    config.checkpoint = dataclasses.replace(config.checkpoint, grace_seconds=600)
+    # the first run stays in its third step until the second one has met the lock
+    first = start(config, ask=signal.SIGTERM, ask_when=tmp_path / "met")
     try:
-        wait_for(lambda: "waiting for at most 60 seconds" in text_of(config), second)
+        wait_for(lambda: holds(first, directory_of(config) / ".lock"), first)
+        second = start(config)
+        wait_for(lambda: "waiting for at most 600 seconds" in text_of(config), second)
     finally:
-        os.kill(first.pid, signal.SIGCONT)
+        (tmp_path / "met").touch()
     for process in (first, second):
-        process.join(120)
+        process.join(300)
     assert (first.exitcode, second.exitcode) == (143, 0), text_of(config)[-3000:]
-    assert "waiting for at most 60 seconds" in text_of(config)
     assert outcome(config) == whole.outcome
 
 
@@ -246,21 +244,19 @@ def test_all_processes_of_a_run_learn_that_its_directory_is_in_use(holder, whole
     config = new_run(wholes("ppo")[0], tmp_path, "run", resume=False)
     directory_of(config).mkdir(parents=True)
     process, _ = holder(directory_of(config) / ".lock")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     ends = [FORKS.Pipe() for _ in range(2)]
-    ranks = [
-        Fork(target=refused_rank, args=(rank, port, config, theirs))
-        for rank, (_, theirs) in enumerate(ends)
-    ]
-    for rank in ranks:
-        rank.start()
-    for ours, _ in ends:
-        assert ours.poll(120) and f"in use, by process {process.pid} on" in ours.recv()
-    for rank in ranks:
-        rank.join(10)
-        assert rank.exitcode == 0
+    with held_port() as port:
+        ranks = [
+            Fork(target=refused_rank, args=(rank, port, config, theirs))
+            for rank, (_, theirs) in enumerate(ends)
+        ]
+        for rank in ranks:
+            rank.start()
+        for ours, _ in ends:
+            assert ours.poll(300) and f"in use, by process {process.pid} on" in ours.recv()
+        for rank in ranks:
+            rank.join(300)
+            assert rank.exitcode == 0
 
 
 # --- Scores ---------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ Run: python -m pytest tests/checkpoint/test_stage_directory.py
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -165,4 +166,16 @@ def test_hash_of_weights_is_of_all_shards(tmp_path):
         (tmp_path / f"{name}.safetensors").write_text("a")
     before = hash_weights(tmp_path)
     (tmp_path / "model-00002-of-00002.safetensors").write_text("b")
+    assert hash_weights(tmp_path) != before
+
+
+def test_weights_that_change_within_a_tick_of_the_clock_are_read_again(tmp_path, monkeypatch):
+    file = tmp_path / "model.safetensors"
+    file.write_text("a")
+    first, stat = file.stat(), Path.stat
+    monkeypatch.setattr(
+        Path, "stat", lambda path, **how: first if path == file else stat(path, **how)
+    )
+    before = hash_weights(tmp_path)
+    file.write_text("b")
     assert hash_weights(tmp_path) != before

@@ -10,13 +10,13 @@ import dataclasses
 import json
 import os
 import random
-import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from helpers.ports import held_port
 from helpers.runs import in_two_processes
 from helpers.tiny_ppo import make_config, write_policy
 from safetensors.torch import load_file
@@ -247,10 +247,8 @@ def test_failure_on_one_process_ends_all_of_them_with_the_run_saved(policy, tmp_
     config = make_config(policy, tmp_path)
     config.checkpoint.every, config.evaluation.num_prompts = 100, 0
     config.scorer.path = f"python:{__name__}.fails_on_the_second"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    in_two_processes(run_rank, port, config, tmp_path)
+    with held_port() as port:
+        in_two_processes(run_rank, port, config, tmp_path)
     checkpoint = config.stage_dir("ppo") / "checkpoint-2"
     assert (checkpoint / "manifest.json").is_file()
     for rank in (0, 1):

@@ -10,12 +10,12 @@ import json
 import math
 import multiprocessing
 import os
-import socket
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from helpers.families import TOKENIZER
+from helpers.ports import held_port
 from helpers.tiny import tiny_model
 from helpers.tiny_ppo import make_config, make_trainer
 from torch import nn
@@ -109,20 +109,18 @@ def one_of_two(rank: int, port: int, folder, answers) -> None:
 
 
 def test_all_processes_stop_at_what_one_of_them_meets(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     processes = multiprocessing.get_context("fork")
     answers = processes.Queue()
-    started = [
-        processes.Process(target=one_of_two, args=(rank, port, tmp_path, answers))
-        for rank in range(2)
-    ]
+    with held_port() as port:
+        started = [
+            processes.Process(target=one_of_two, args=(rank, port, tmp_path, answers))
+            for rank in range(2)
+        ]
+        for process in started:
+            process.start()
+        said = dict(answers.get(timeout=300) for _ in started)
     for process in started:
-        process.start()
-    said = dict(answers.get(timeout=60) for _ in started)
-    for process in started:
-        process.join(timeout=60)
+        process.join(timeout=300)
     assert set(said) == {0, 1} and said[0] == said[1]
     assert said[0].startswith("the loss is nan in step 3")
 

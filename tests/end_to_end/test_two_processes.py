@@ -12,10 +12,10 @@ from __future__ import annotations
 import os
 import random
 import signal
-import socket
 import time
 
 import pytest
+from helpers.ports import held_port
 from helpers.processes import Fork
 from helpers.runs import directory_of, log_of, new_run, outcome, run_stage, text_of
 
@@ -37,12 +37,15 @@ def launch(config, kill_at: tuple[int, int] = (0, 0), after: float | None = None
         Exit status of each.
     """
     os.makedirs(config.runs_dir, exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = [
-        Fork(target=run_rank, args=(config, rank, port, kill_at[rank], ask)) for rank in range(2)
-    ]
+    with held_port() as port:
+        ranks = [
+            Fork(target=run_rank, args=(config, rank, port, kill_at[rank], ask))
+            for rank in range(2)
+        ]
+        return ends(ranks, config, after, ask)
+
+
+def ends(ranks, config, after: float | None, ask) -> list[int]:
     for rank in ranks:
         rank.start()
     began = time.monotonic()

@@ -162,12 +162,20 @@ class Whole:
     accesses: int
 
 
-def run_stage(config, log: str, kill_at: int, hang_at: int | None, ask: int | None) -> None:
+def run_stage(
+    config,
+    log: str,
+    kill_at: int,
+    hang_at: int | None,
+    ask: int | None,
+    ask_when: Path | None = None,
+) -> None:
     """Run a stage in this process; kill it at its `kill_at`-th access to a file that it writes.
 
     Args:
         hang_at: number of steps after which the Trainer hangs.
         ask: number of a signal that the run gets as it writes its first row of metrics.
+        ask_when: a file for which that moment waits.
     """
     with open(log, "a") as stream:
         os.dup2(stream.fileno(), 1)
@@ -181,6 +189,8 @@ def run_stage(config, log: str, kill_at: int, hang_at: int | None, ask: int | No
         nonlocal accesses, ask
         if ask is not None and event == "open" and str(arguments[0]).endswith("/metrics.jsonl"):
             number, ask = ask, None
+            while ask_when is not None and not ask_when.exists():
+                time.sleep(0.01)
             os.kill(os.getpid(), number)
         if event in ACCESSES and any(str(path).startswith(directory) for path in arguments[:2]):
             accesses += 1
@@ -230,7 +240,7 @@ def in_two_processes(run_rank, *arguments) -> None:
     for process in both:
         process.start()
     for process in both:
-        process.join(120)
+        process.join(300)
     assert [process.exitcode for process in both] == [0, 0]
 
 
@@ -246,28 +256,34 @@ def names(directory: Path, pattern: str) -> list[str]:
     return sorted(str(path.relative_to(directory)) for path in directory.glob(pattern))
 
 
-def start(config, kill_at: int = 0, hang_at: int | None = None, ask: int | None = None):
+def start(
+    config,
+    kill_at: int = 0,
+    hang_at: int | None = None,
+    ask: int | None = None,
+    ask_when: Path | None = None,
+):
     """Start a stage as a process of its own."""
     Path(config.runs_dir).mkdir(exist_ok=True, parents=True)
-    arguments = (config, str(log_of(config)), kill_at, hang_at, ask)
+    arguments = (config, str(log_of(config)), kill_at, hang_at, ask, ask_when)
     process = Fork(target=run_stage, args=arguments)
     process.start()
     return process
 
 
 def finish(process, config) -> None:
-    process.join(120)
+    process.join(300)
     assert process.exitcode == 0, text_of(config)[-3000:]
 
 
 def wait_for(condition, process) -> None:
-    """Wait until a condition holds; fail where a process ends, or a minute passes, without it."""
+    """Wait until a condition holds; fail where a process ends, or minutes pass, without it."""
     began = time.perf_counter()
     while True:
         alive = process.is_alive()  # before the condition, which its last act may bring about
         if condition():
             return
-        assert alive and time.perf_counter() - began < 60
+        assert alive and time.perf_counter() - began < 300
         time.sleep(0.005)
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import dataclasses
 import os
 import runpy
-import socket
 import sys
 from pathlib import Path
 
 import pytest
+from helpers.ports import held_port
 from helpers.processes import Fork
 from helpers.runs import directory_of, train
 from safetensors.torch import load_file
@@ -115,12 +115,6 @@ def join(rank: int, world: int, port: int, shards: bool | str) -> None:
     os.environ |= launch_environment("fsdp2" if shards is True else shards)
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 def _run(rank: int, world: int, port: int, shards: bool | str, log: Path, work, arguments) -> None:
     with open(f"{log}-{rank}", "a") as stream:
         os.dup2(stream.fileno(), 1)
@@ -144,15 +138,15 @@ def text_of(log: Path) -> str:
 
 def in_group(work, *arguments, log: Path, world: int = 2, shards: bool | str = True, seconds=240):
     """Call `work(*arguments)` in each of several processes; return their exit codes."""
-    port = free_port()
-    ranks = [
-        Fork(target=_run, args=(rank, world, port, shards, log, work, arguments))
-        for rank in range(world)
-    ]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(seconds)
+    with held_port() as port:
+        ranks = [
+            Fork(target=_run, args=(rank, world, port, shards, log, work, arguments))
+            for rank in range(world)
+        ]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join(seconds)
     for rank in ranks:
         if rank.is_alive():
             rank.kill()

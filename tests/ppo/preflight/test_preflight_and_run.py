@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 import os
 import random
-import socket
 
 import numpy as np
 import pytest
 import torch
 from helpers.commands import run_forked
+from helpers.ports import held_port
 from helpers.preflight import constant, heldout_prompts, letters, look, noisy
 from helpers.runs import in_two_processes
 from helpers.tiny_ppo import make_config, make_trainer, write_prompts
@@ -155,10 +155,8 @@ def run_rank(rank, port, config, folder):
 def test_all_processes_come_to_the_same_end(policy_dir, tmp_path):
     config = make_config(policy_dir, tmp_path, missing_eos_penalty=None)
     config.watchdog.eos_rate = None
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    in_two_processes(run_rank, port, config, tmp_path)
+    with held_port() as port:
+        in_two_processes(run_rank, port, config, tmp_path)
     one, two = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert one == two
     assert one[0] == ["ok"] * 8 and "scorer: mean score 0.25" in one[1] and one[2] == 0.0
