@@ -8,11 +8,13 @@ from typing import Any
 
 from rlhf.config import (
     CONF_DIR,
+    UNKNOWN,
     DatasetConfig,
     PPOStageConfig,
     SFTStageConfig,
     StageConfig,
     override,
+    stage_command,
     with_default_paths,
 )
 from rlhf.console import say
@@ -22,7 +24,10 @@ NOT_NEEDED = ("max_rows", "max_eval_rows", "max_length", "split_long")  # of one
 
 def say_next(config: StageConfig) -> None:
     """Print the commands after a stage that has finished."""
-    say("\n".join(["", *next_commands(config, _recipe())]))
+    first, *commands = next_commands(config, _recipe())
+    if any(UNKNOWN in command for command in commands):
+        first += f"; {UNKNOWN}: as you started this stage"
+    say("\n".join(["", first, *commands]))
 
 
 def next_commands(config: StageConfig, recipe: str | None) -> list[str]:
@@ -101,4 +106,4 @@ def _stage_command(stage: str, config: StageConfig, recipe: str | None, data: Da
         values |= {f"dataset.{name}": changed[name] for name in changed if name not in NOT_NEEDED}
         values |= {f"dataset.columns.{name}": column for name, column in columns.items()}
     overrides = (override(key, value) for key, value in values.items())
-    return f"  python -m rlhf.{stage} {' '.join(overrides)}"
+    return f"  {stage_command(stage, list(overrides), config.distributed)}"

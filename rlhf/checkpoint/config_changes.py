@@ -29,6 +29,7 @@ from rlhf.config import (
     one_line,
     plain_values,
     resume_overrides,
+    stage_command,
     written_settings,
 )
 from rlhf.console import is_main_process, num_processes
@@ -272,7 +273,7 @@ def explain_stop(
     if usable:
         newer = ", ".join(str(path) for path in checkpoints if path not in usable)
         delete = f"delete {newer}, whose weights led to it, then " if newer else ""
-        command = f"python -m rlhf.{directory.name} {resume_overrides(config)}"
+        command = stage_command(directory.name, [resume_overrides(config)], config.distributed)
         way = f"To go on from {usable[-1]}: {delete}{command}"
     else:
         way = "No checkpoint is from before: start again with the same command, overwrite=true and"

@@ -76,5 +76,6 @@ from rlhf.config.saved_config import (
     schema,
     written_settings,
 )
+from rlhf.config.stage_command import UNKNOWN, stage_command
 from rlhf.config.stage_help import stage_help
 from rlhf.config.synonyms import suggest

@@ -24,6 +24,7 @@ from rlhf.config.knobs import (
 from rlhf.config.paths import default_paths
 from rlhf.config.ppo_checks import ppo_rules, scorer_rules
 from rlhf.config.saved_config import config_file_of_run, resume_overrides
+from rlhf.config.stage_command import stage_command
 from rlhf.config.trainer_values import trainer_problems
 
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
@@ -93,12 +94,12 @@ def _missing(config: StageConfig) -> Iterator[str]:
 
 def _way_to(final: Path, config: StageConfig) -> str:
     """How the missing result of an earlier stage is made."""
-    command = f"python -m rlhf.{final.parent.name}"
+    stage = final.parent.name
+    rows = "<rows> model.path=<model>" if stage == "sft" else "<ranked rows>"
+    overrides, way = f"run_name={config.run_name} dataset.path={rows}", "run `{}` first"
     if config_file_of_run(final.parent) is not None:
-        return f"finish that stage with `{command} {resume_overrides(config, 'auto')}`"
-    data = "dataset.path=<rows> model.path=<model>"
-    data = data if final.parent.name == "sft" else "dataset.path=<ranked rows>"
-    return f"run `{command} run_name={config.run_name} {data}` first"
+        overrides, way = resume_overrides(config, "auto"), "finish that stage with `{}`"
+    return way.format(stage_command(stage, [overrides], config.distributed))
 
 
 def _missing_in_sft(config: SFTStageConfig) -> Iterator[str]:

@@ -9,17 +9,22 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from rlhf.chat import ChatOptions
 from rlhf.config import (
+    UNKNOWN,
     DatasetConfig,
+    InputError,
     ModelConfig,
     PPOStageConfig,
     RewardStageConfig,
     SFTStageConfig,
     StageConfig,
+    check,
 )
+from rlhf.distributed import launch_environment
 from rlhf.export import ExportOptions
 from rlhf.generate import GenerateOptions
-from rlhf.next_commands import next_commands
+from rlhf.next_commands import next_commands, say_next
 from rlhf.option_parser import read_options
+from rlhf.ppo.preflight.findings import FAIL, Finding, mended_command
 from rlhf.reward.report.__main__ import ReportOptions
 
 DATA = DatasetConfig(
@@ -88,3 +93,64 @@ def test_a_recipe_brings_the_rows_of_the_next_stage(config: StageConfig):
     assert found[later] == ["recipe=demo", "run_name=demo"]
     assert ("rlhf.ppo" in found) == (later == "rlhf.ppo")
     assert "recipe=dolly_v1" not in str(commands(config, "dolly_v1"))  # it has SFT only
+
+
+# --- As this stage was started --------------------------------------------------------------------
+
+ONE_HOST = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+FSDP = {"ACCELERATE_USE_FSDP": "true"}
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
+CHOICES = StageConfig.__dataclass_fields__["distributed"].metadata["limits"].choices
+
+
+def next_under(environment, monkeypatch, capsys, distributed=None):
+    """What a reward stage prints at its end: what comes next, and the start of PPO's command."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    say_next(RewardStageConfig(run_name="mine", distributed=distributed))
+    first, report, ppo = capsys.readouterr().out.splitlines()[1:]
+    assert report == "  python -m rlhf.reward.report path=runs/mine/reward/final"
+    return first, ppo.strip()
+
+
+@pytest.mark.parametrize("name", filter(None, CHOICES))
+def test_what_a_launch_file_asks_for_is_what_torchrun_is_asked_for(name, monkeypatch, capsys):
+    told = launch_environment(name)
+    first, ppo = next_under(ONE_HOST | told, monkeypatch, capsys)
+    ends = f"run_name=mine distributed={name}"
+    assert ppo == f"torchrun --nproc-per-node 2 -m rlhf.ppo {ends}"
+    assert UNKNOWN not in first
+    assert next_under({}, monkeypatch, capsys, name)[1] == ppo, "named once"
+
+
+def test_processes_that_share_whole_models_and_one_process(monkeypatch, capsys):
+    assert next_under({}, monkeypatch, capsys)[1] == "python -m rlhf.ppo run_name=mine"
+    _, ppo = next_under(ONE_HOST, monkeypatch, capsys)
+    assert ppo == "torchrun --nproc-per-node 2 -m rlhf.ppo run_name=mine"
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"} | FSDP,  # two hosts
+        {"WORLD_SIZE": "8", "SLURM_STEP_NUM_TASKS": "8"},
+        ONE_HOST | ZERO | {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"},
+        ZERO,  # one process
+    ],
+)
+def test_a_launcher_that_cannot_be_known_is_left_to_the_user(environment, monkeypatch, capsys):
+    first, ppo = next_under(environment, monkeypatch, capsys)
+    assert first.endswith(f"; {UNKNOWN}: as you started this stage")
+    assert ppo == f"{UNKNOWN} -m rlhf.ppo run_name=mine"
+
+
+def test_an_earlier_stage_and_a_mended_preflight_start_as_this_stage_does(monkeypatch):
+    for name, value in (ONE_HOST | FSDP).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="`torchrun --nproc-per-node 2 -m rlhf.sft run_name=new"):
+        check(RewardStageConfig(run_name="new", dataset=DATA))
+    given = ["rlhf/ppo/__main__.py", "run_name=a b", "distributed=fsdp2", "ppo.top_k=1"]
+    monkeypatch.setattr("sys.argv", given)
+    command = mended_command([Finding("samples", FAIL, "bad", override="ppo.top_k=0")])
+    start = "torchrun --nproc-per-node 2 -m rlhf.ppo"
+    assert command == f"{start} 'run_name=a b' distributed=fsdp2 ppo.top_k=0"

@@ -8,6 +8,8 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rlhf.config import stage_command
+
 WIDTH, INDENT = 110, 20  # characters
 OK, WARN, FAIL = "ok", "WARN", "FAIL"
 
@@ -54,4 +56,4 @@ def mended_command(findings: Sequence[Finding]) -> str:
         return " ".join(overrides)
     keys = tuple(override.partition("=")[0] + "=" for override in overrides)
     kept = [argument for argument in sys.argv[1:] if not argument.startswith(keys)]
-    return shlex.join(["python", "-m", "rlhf.ppo", *kept, *overrides])
+    return stage_command("ppo", [shlex.quote(o) for o in [*kept, *overrides]])
