@@ -375,6 +375,7 @@ def _alone(model: Any, row: Sequence[int]) -> Tensor:
 def _read(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     """Logits (B, L, V) of a causal LM, values (B, L) of a `ScalarModel`, scores (B, 1) of a
     `TextModel`."""
+    torch.clear_autocast_cache()  # a gradient after several passes is too late for FSDP2's slices
     if isinstance(model, ScalarModel):
         return model(ids, mask)
     if isinstance(model, TextModel):

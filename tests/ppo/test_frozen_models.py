@@ -118,6 +118,13 @@ def test_a_run_in_bfloat16_has_the_metrics_of_float32_weights(
     assert json.loads((directory / "rlhf.json").read_text())["frozen"] == said
 
 
+def test_the_preflight_reads_rounded_weights_as_the_run_does(policy_dir, tmp_path, capsys):
+    config = run_in_bfloat16(policy_dir, tmp_path)
+    config.preflight = "only"
+    train_ppo(config)
+    assert "\npreflight: 2 warnings" in capsys.readouterr().out
+
+
 def test_a_model_that_has_been_read_leaves_no_rounded_weights(policy_dir, tmp_path):
     trainer = make_trainer(make_config(policy_dir, tmp_path), tmp_path)
     policy, rollout, counts = trainer.actors.policy, trainer.collect(), []

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -237,7 +238,8 @@ def estimate_memory(
     num_rows = min(ppo.rollout_batch_size, ppo.batch_size // trainer.accelerator.num_processes)
     rollout = _sampling(trainer, part, models, num_rows, planned)
     scored = [] if actors.reading_device else readers
-    scoring = max((scoring_bytes(model, part) for model in scored), default=0)
+    autocast = trainer.accelerator.autocast
+    scoring = max((scoring_bytes(model, part, autocast) for model in scored), default=0)
     scoring *= min(num_rows, trainer.config.scorer.batch_size)
     if trainer.accelerator.device.type == "cpu" and copies_checkpoint(trainer):
         models["checkpoint"] = ModelMemory(checkpoint_bytes(trainer))
@@ -341,15 +343,22 @@ def prefill_bytes(model: Any, part: Responses, new_cache: Callable[[Any], Dynami
         return passing_bytes(partial(read, 2)) - passing_bytes(partial(read, 1))
 
 
-def scoring_bytes(model: Any, part: Responses) -> int:
+def scoring_bytes(
+    model: Any, part: Responses, autocast: Callable[[], AbstractContextManager[None]]
+) -> int:
     """Bytes that a reward model takes at most to score a response by its token ids; 0 for one that
-    scores texts."""
+    scores texts.
+
+    Args:
+        autocast: the context in which it is read; its weights may be stored as that reads them.
+    """
     if not isinstance(model, ScalarModel):
         return 0
 
     def read(num_rows: int) -> None:
         ids = torch.zeros_like(part.sequence_ids[:1]).repeat(num_rows, 1)
-        sequence_scores(model, ids, torch.ones_like(ids, dtype=torch.bool))
+        with autocast():  # of each pass: what it keeps of the weights is in both
+            sequence_scores(model, ids, torch.ones_like(ids, dtype=torch.bool))
 
     return passing_bytes(partial(read, 2)) - passing_bytes(partial(read, 1))
 
