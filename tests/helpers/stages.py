@@ -34,7 +34,7 @@ def sft_config(runs: Path, **values) -> SFTStageConfig:
             config=MODEL_CONFIG | {"hidden_size": 32, "intermediate_size": 64},
             tokenizer="python:rlhf.demo.world.build_tokenizer",
         ),
-        dataset=WORLD,
+        dataset=dataclasses.replace(WORLD),
         num_samples=8,
         response_length=16,
     )
@@ -46,7 +46,7 @@ def sft_config(runs: Path, **values) -> SFTStageConfig:
 
 def reward_config(runs: Path, **values) -> RewardStageConfig:
     """Sixteen optimiser steps of the demo's reward stage."""
-    config = RewardStageConfig(runs_dir=str(runs), dataset=WORLD)
+    config = RewardStageConfig(runs_dir=str(runs), dataset=dataclasses.replace(WORLD))
     config.trainer |= {"max_steps": 16, "learning_rate": 1e-3, "logging_steps": 4, "eval_steps": 8}
     config.trainer["per_device_train_batch_size"] = 8
     config.checkpoint.every = 8
@@ -58,7 +58,7 @@ def ppo_config(runs: Path, **values) -> PPOStageConfig:
     return dataclasses.replace(
         PPOStageConfig(
             runs_dir=str(runs),
-            dataset=WORLD,
+            dataset=dataclasses.replace(WORLD),
             ppo=PPOConfig(num_updates=2, batch_size=16, response_length=16, learning_rate=1e-3),
             evaluation=EvaluationConfig(
                 every=1, num_prompts=8, scorer="python:rlhf.demo.world.gold_scores"

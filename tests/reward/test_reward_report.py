@@ -302,7 +302,7 @@ WORLD = DatasetConfig(
 
 
 def reward_config(runs: Path, **values) -> RewardStageConfig:
-    config = RewardStageConfig(runs_dir=str(runs), dataset=WORLD)
+    config = RewardStageConfig(runs_dir=str(runs), dataset=dataclasses.replace(WORLD))
     config.trainer |= {"max_steps": 24, "learning_rate": 3e-3, "per_device_train_batch_size": 8}
     return dataclasses.replace(config, **values)
 
@@ -310,7 +310,7 @@ def reward_config(runs: Path, **values) -> RewardStageConfig:
 def ppo_config(runs: Path, scorer: ScorerConfig) -> PPOStageConfig:
     return PPOStageConfig(
         runs_dir=str(runs),
-        dataset=WORLD,
+        dataset=dataclasses.replace(WORLD),
         model=ModelConfig(path=str(runs / "run/sft/final")),
         scorer=scorer,
         ppo=PPOConfig(num_updates=1, batch_size=8, response_length=8, missing_eos_penalty=None),
@@ -337,7 +337,7 @@ def runs(tmp_path_factory) -> Path:
             config=MODEL_CONFIG | {"hidden_size": 32, "intermediate_size": 64},
             tokenizer="python:rlhf.demo.world.build_tokenizer",
         ),
-        dataset=WORLD,
+        dataset=dataclasses.replace(WORLD),
         num_samples=0,
     )
     sft.trainer |= {"max_steps": 8, "learning_rate": 3e-3}
