@@ -26,6 +26,7 @@ MODULE = "vllm.entrypoints.openai.api_server"
 ENDPOINT = EndpointConfig(timeout=600.0, retries=3)
 ONCE = EndpointConfig(timeout=10.0, retries=0)
 LONGEST_START = 900.0  # seconds
+LONGEST_END = 10.0  # seconds from when a server that dies closes its port to its end
 # developer mode takes weights; the other takes LoRA adapters
 NEEDED = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
 # a CPU's share of memory for the cache of keys and values, GiB; else vLLM takes most of the memory
@@ -102,9 +103,12 @@ class ServerProcess:
 
     def __init__(self, python: str, model: Path, dtype: str, arguments: Sequence[str]):
         """Start a server of the model in a folder."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        self._held = socket.socket()  # keeps other programs from the port until the server has it
+        self._held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # vLLM sets it too
+        self._held.bind(("127.0.0.1", 0))
+        port = self._held.getsockname()[1]
+        if sys.platform != "linux":
+            self._held.close()  # elsewhere, the server could not bind it
         self.url, self._python = f"http://127.0.0.1:{port}", python
         self._log = model.parent / "server.log"
         command = [python, "-m", MODULE, "--model", str(model), "--host", "127.0.0.1"]
@@ -120,6 +124,10 @@ class ServerProcess:
 
     def wait(self) -> float:
         """Wait until it answers; return the seconds that it took."""
+        with self._held:
+            return self._wait()
+
+    def _wait(self) -> float:
         began = time.monotonic()
         while time.monotonic() - began < LONGEST_START:
             if self._process.poll() is not None:
@@ -134,9 +142,15 @@ class ServerProcess:
             f"{LONGEST_START:.0f} seconds"
         )
 
-    def last_words(self) -> str:
-        """Why it has ended, in one line; empty while it runs."""
-        if self._process.poll() is None:
+    def last_words(self, seconds: float = 0.0) -> str:
+        """Why it has ended, in one line; empty while it runs.
+
+        Args:
+            seconds: in which it may still end.
+        """
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
             return ""
         lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
         lines = [line for line in lines if "WARNING" not in line and "INFO" not in line]

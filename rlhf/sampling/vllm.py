@@ -40,7 +40,7 @@ from rlhf.sampling.vllm_weights import (
     why_no_adapter,
     write_base,
 )
-from rlhf.vllm_server import ENDPOINT, ServerProcess, check_server, model_and_version
+from rlhf.vllm_server import ENDPOINT, LONGEST_END, ServerProcess, check_server, model_and_version
 
 MOST_REQUESTS = 128  # under way at once; the server decides how many it decodes together
 NEVER = -100.0  # logit of a forbidden token, the least that vLLM accepts
@@ -229,7 +229,8 @@ class VLLM:
         try:
             return ask(f"{self.url}{path}", body, endpoint, self._field, is_json=is_json)
         except InputError as error:
-            ended = self._process.last_words() if self._process is not None else ""
+            own, is_last = self._process, num_retries > 0 and "cannot be reached" in str(error)
+            ended = own.last_words(LONGEST_END if is_last else 0.0) if own is not None else ""
             raise InputError(f"{error}; {ended}" if ended else str(error)) from error
 
     def _body(self, prompt: Sequence[int], seed: int | None, sampling: Sampling) -> dict[str, Any]:

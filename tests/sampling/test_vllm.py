@@ -281,7 +281,7 @@ def test_what_is_missing_is_said_before_a_model_loads(server, tmp_path, monkeypa
     python = tmp_path / "python"
     without = "has no vLLM; install it there: "
     table = {
-        f"sampling.url={server.url}1 is not a URL": {"url": f"{server.url}1"},
+        "sampling.url=http://127.0.0.1:99999 is not a URL": {"url": "http://127.0.0.1:99999"},
         "sampling.url=http://127.0.0.1:9 cannot be reached (Connection refused)": {
             "url": "http://127.0.0.1:9"
         },
@@ -309,7 +309,7 @@ def test_what_is_missing_is_said_before_a_model_loads(server, tmp_path, monkeypa
 
 # a `python` that has vLLM, whose server answers nothing but who it is
 SCRIPT = """
-import json, os, sys
+import json, os, sys, time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 if sys.argv[1] == "-c":
     sys.exit(0)
@@ -326,6 +326,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         print("WARNING [a.py:1] limits can cause OSError: too many files", file=sys.stderr)
         print("RuntimeError: out of memory", file=sys.stderr, flush=True)
+        self.server.socket.close()
+        self.connection.shutdown(2)
+        time.sleep(1)  # as a process that ends takes a moment
         os._exit(3)
 
 port = int(sys.argv[sys.argv.index("--port") + 1])
