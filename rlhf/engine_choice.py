@@ -31,13 +31,14 @@ def choose_engine(
     check_every: int = CHECK_EVERY,
     dtype: torch.dtype | None = None,
     num_rows: int = 3,
+    in_slices: bool = False,
 ) -> str:
     """Let `generate` sample from a causal LM with an engine, in place. `graph`, and a copy of the
     model, must sample what the model itself predicts without a cache.
 
     Args:
         wanted: "auto", "loop" or "graph"; `field` is the setting that has this value.
-        dtype: of a copy that samples, see `Engine`.
+        dtype, in_slices: of a copy that samples, see `Engine`.
 
     Returns:
         "graph", or "loop, because ..." with the reason, and what is special.
@@ -47,9 +48,10 @@ def choose_engine(
     """
     kind, name, reason = compute_device(model).type, wanted, ""
     if wanted == "auto":
-        name = "graph" if kind == "cuda" else "loop"
+        name = "graph" if kind == "cuda" and not in_slices else "loop"
         reason = "" if kind == "cuda" else f"{field}=auto takes it on a CPU"
-    failed = _why_not(model, tokenizer, name, check_every, dtype, num_rows)
+    options: dict[str, Any] = {"check_every": check_every, "dtype": dtype, "in_slices": in_slices}
+    failed = _why_not(model, tokenizer, name, num_rows, **options)
     if is_sharded(model):  # all processes must sample in the same way
         failed = next(filter(None, gather_object([failed])), "")
     if failed and wanted != "auto":
@@ -94,13 +96,11 @@ def choose_server(model: Any, tokenizer: Any, server: VLLM, dtype: torch.dtype |
     return f"{said} ({server.sent} in {type_name}; a probe differs by {far:.1e})"
 
 
-def _why_not(
-    model: Any, tokenizer: Any, name: str, check_every: int, dtype: Any, num_rows: int
-) -> str:
+def _why_not(model: Any, tokenizer: Any, name: str, num_rows: int, **options: Any) -> str:
     """Set the engine; return the reason where the model must not use it."""
     try:
-        engine = use_engine(model, name, check_every, dtype)
-        if name == "loop" and dtype is None:
+        engine = use_engine(model, name, **options)
+        if name == "loop" and options["dtype"] is None:
             return ""  # `require_cache` has measured it
         engine.refresh()
         far = cache_deviation(model, tokenizer, num_rows)

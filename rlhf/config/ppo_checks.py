@@ -163,10 +163,10 @@ def _rollout_rules(ppo: PPOConfig) -> Iterator[str]:
 
 def _sampling_rules(sampling: SamplingConfig, ppo: PPOConfig, peft: PeftConfig) -> Iterator[str]:
     url, python = sampling.url, sampling.vllm_python
-    if sampling.gather == "layers" and (sampling.engine in ("graph", "vllm") or sampling.dtype):
+    if sampling.gather == "layers" and sampling.engine in ("graph", "vllm"):
         yield (
-            "sampling.gather=layers needs sampling.engine=loop and sampling.dtype=null, got "
-            f"{sampling.engine} and {sampling.dtype or 'null'}; or set sampling.gather=auto"
+            f"sampling.gather=layers needs sampling.engine=loop, got {sampling.engine}; or set "
+            "sampling.gather=auto"
         )
     if sampling.engine != "vllm":
         for name in ("url", "vllm_python", "vllm_args", "weights", "weights_dir"):

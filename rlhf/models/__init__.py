@@ -6,23 +6,14 @@ Weights come from safetensors only. Rows are right-padded wherever a model train
 the sampler pads on the left.
 
 `load` gives each role its model: `build` makes one from a configuration, `weights` reads one from
-files. `adapters` puts LoRA on a model and takes it off again.
+files. `adapters` puts LoRA on a model, `plain` takes it off again.
 `roles` puts several models on the layers of one base, `footprint` counts the memory of a model.
 `forward` holds the forward passes, `head` the log-probs that a causal LM gives to tokens.
 
 Left out: slices of models on several processes (`rlhf.distributed`).
 """
 
-from rlhf.models.adapters import (
-    adapter_writer,
-    add_lora,
-    copy_bytes,
-    copy_weights,
-    merged,
-    new_token_rows,
-    plain_copy,
-    what_to_save,
-)
+from rlhf.models.adapters import adapter_writer, add_lora, new_token_rows, what_to_save
 from rlhf.models.attention import (
     disable_padding_free,
     enable_padding_free,
@@ -69,6 +60,7 @@ from rlhf.models.load import (
     parameter_count,
     stored_stop_ids,
 )
+from rlhf.models.plain import copy_bytes, copy_weights, merged, plain_copy, sliced_copy
 from rlhf.models.quantization import is_quantized, require_trainable, undo_first_pass
 from rlhf.models.roles import own_parameters, scalar_role, stored_role
 from rlhf.models.sampling_settings import (

@@ -23,9 +23,9 @@ from transformers import PreTrainedModel
 
 from rlhf.config import InputError, ModelConfig
 from rlhf.distributed import compute_device
-from rlhf.models.adapters import STORED_DTYPE
 from rlhf.models.forward import HEAD, linear_head, unwrap_peft
 from rlhf.models.load import recompute_activations
+from rlhf.models.plain import STORED_DTYPE
 from rlhf.models.shared_slices import run_in_slices
 from rlhf.models.stacked import without_adapter
 from rlhf.models.weights import new_classifier, put_stored_adapter

@@ -40,10 +40,10 @@ from rlhf.hub import (
     tensor_names,
     weight_files,
 )
-from rlhf.models.adapters import STORED_DTYPE
 from rlhf.models.embeddings import pad_arguments, resize_embeddings
 from rlhf.models.forward import HEAD, has_linear_head, linear_head
 from rlhf.models.from_gguf import gguf_arguments, unread_gguf
+from rlhf.models.plain import STORED_DTYPE
 from rlhf.models.quantization import quantization_arguments
 from rlhf.models.unread import leave_unread, pass_on, stand_ins, unread
 

@@ -10,9 +10,9 @@ import torch
 
 from rlhf.config import PPOStageConfig
 from rlhf.console import say
-from rlhf.distributed import compute_device, is_sharded
+from rlhf.distributed import compute_device, is_sharded, local
 from rlhf.engine_choice import choose_engine, choose_server
-from rlhf.models import copy_bytes, model_memory, unwrap_peft
+from rlhf.models import copy_bytes, unwrap_peft
 from rlhf.ppo.preflight.examine import free_here
 from rlhf.ppo.preflight.longest_step import chooses_tokens, longest_micro_batch
 from rlhf.ppo.preflight.memory import FULL, estimate_memory, size_text
@@ -46,15 +46,16 @@ def choose_sampler(trainer: PPOTrainer, independent: Scorer | None, server: VLLM
         dtype = _copy_type(config, policy)
     if is_sharded(policy) and server is None and given.gather == "auto":
         given.gather = _gather(trainer, independent, dtype or unwrap_peft(policy).dtype)
+    in_slices = is_sharded(policy) and given.gather == "layers"
     with trainer.accelerator.autocast():
         if server is not None:
             actors.sampling = choose_server(policy, tokenizer, server, dtype)
-        elif is_sharded(policy) and given.gather == "layers":
+        elif in_slices and dtype == _computed_type(policy):
             use_engine(policy)  # `require_cache` has measured it
             actors.sampling = "loop"
         else:
             choice = given.engine, "sampling.engine", given.check_every, dtype
-            actors.sampling = choose_engine(policy, tokenizer, *choice)
+            actors.sampling = choose_engine(policy, tokenizer, *choice, in_slices=in_slices)
     if is_sharded(policy):
         actors.sampling += _cost(config, policy)
 
@@ -68,6 +69,13 @@ def _copy_type(config: PPOStageConfig, policy: Any) -> torch.dtype | None:
         return torch.bfloat16 if serves else inner.dtype if shards else None
     dtype = getattr(torch, given)
     return None if inner is policy and inner.dtype == dtype and not shards else dtype
+
+
+def _computed_type(policy: Any) -> torch.dtype:
+    """Type in which the layers of a policy compute."""
+    kind = compute_device(policy).type
+    autocasts = torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if autocasts else unwrap_peft(policy).dtype
 
 
 def _gather(trainer: PPOTrainer, independent: Scorer | None, dtype: torch.dtype) -> str:
@@ -101,11 +109,13 @@ def _gather(trainer: PPOTrainer, independent: Scorer | None, dtype: torch.dtype)
 def _cost(config: PPOStageConfig, policy: Any) -> str:
     """What sampling from a policy in slices takes, in words."""
     engine, rows = engine_of(policy), config.ppo.rollout_batch_size
-    if engine.copy is not None:
-        size = size_text(model_memory(engine.copy).weights)
-        return f": {size} on each process, gathered once before a rollout"
-    gathered = size_text(sliced_bytes(policy))
-    return (
-        f", layer by layer: each process gathers {gathered} for each token of up to {rows} "
-        "responses, and keeps no copy of the policy"
-    )
+    kept = 0 if engine.copy is None else sum(local(p).nbytes for p in engine.copy.parameters())
+    if engine.reads_slices:
+        gathered = size_text(sliced_bytes(engine.copy or policy))
+        keeps = f"{size_text(kept)} of the copy" if kept else "no copy of the policy"
+        return (
+            f", layer by layer: each process gathers {gathered} for each token of up to {rows} "
+            f"responses, and keeps {keeps}"
+        )
+    where = "each process" if engine.server is None else "the first process"
+    return f": {size_text(kept)} on {where}, gathered once before a rollout" if kept else ""

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from rlhf.console import is_main_process
-from rlhf.distributed import is_sharded
-from rlhf.models import copy_weights, eval_mode, plain_copy, unwrap_peft
+from rlhf.distributed import compute_device, is_sharded
+from rlhf.models import copy_weights, eval_mode, plain_copy, sliced_copy, unwrap_peft
 from rlhf.sampling.graph import GraphDecoder
 from rlhf.sampling.in_step import in_step
 from rlhf.sampling.settings import Generation, Sampling
@@ -43,11 +43,13 @@ class Engine:
         check_every: int = CHECK_EVERY,
         dtype: torch.dtype | None = None,
         server: VLLM | None = None,
+        in_slices: bool = False,
     ):
         """Prepare to sample.
 
         Args:
             dtype: of a copy of the model that samples in its place, adapters merged; None: no copy.
+            in_slices: the copy, as the model is.
 
         Raises:
             ValueError: the model cannot sample with this engine.
@@ -55,7 +57,12 @@ class Engine:
         self.name, self.model, self.server = name, model, server
         if server is not None:
             dtype = server.copy_type(model, dtype)
-        self.copy = None if dtype is None else plain_copy(model, dtype)
+        self.copy = None
+        if dtype is not None and in_slices:
+            self.copy = sliced_copy(model, dtype)
+        elif dtype is not None:  # the main process sends it to the server
+            elsewhere = server is not None and not is_main_process()
+            self.copy = plain_copy(model, dtype, "meta" if elsewhere else None)
         reader = self.copy or model
         self._steps: Callable[..., Iterator[Step]] = partial(loop, reader)
         if name == "graph":
@@ -63,8 +70,8 @@ class Engine:
 
     @property
     def reads_slices(self) -> bool:
-        """True if the model itself samples and is in slices: all processes sample together."""
-        return self.copy is None and self.server is None and is_sharded(self.model)
+        """True if what samples is in slices: all processes sample together."""
+        return self.server is None and is_sharded(self.copy or self.model)
 
     @contextmanager
     def ready(self) -> Iterator[Callable[..., Iterator[Step]]]:
@@ -79,7 +86,8 @@ class Engine:
             with eval_mode(self.model), in_step(self.model):
                 yield self._steps
             return
-        with torch.autocast(self.copy.device.type, enabled=False):  # the copy has its type already
+        kind = compute_device(self.copy).type
+        with torch.autocast(kind, enabled=False), in_step(self.copy):  # it has its type already
             yield self._steps
 
     def refresh(self) -> None:

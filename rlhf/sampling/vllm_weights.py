@@ -61,7 +61,7 @@ def write_base(model: Any, dtype: torch.dtype, folder: Path) -> None:
     sharded model call this together."""
     base = unwrap_peft(model)
     if base is not model or is_sharded(model) or base.dtype != dtype:
-        base = plain_copy(model, dtype)
+        base = plain_copy(model, dtype, None if is_main_process() else "meta")
         copy_weights(model, base, with_adapter=False)
     if is_main_process():
         base.save_pretrained(folder)

@@ -18,7 +18,7 @@ import torch
 from helpers.commands import run
 from helpers.memory import Peak, give_back_at_once
 from helpers.runs import directory_of, reward_config, sft_config, write_data, write_random_policy
-from helpers.sampled_shares import assert_shares_of_one, sample_shares
+from helpers.sampled_shares import assert_shares_of_one, require_same_from_copies, sample_shares
 from helpers.sharded import assert_same, in_group, in_two, text_of, train_all
 from helpers.tiny import tiny_model, tiny_tokenizer
 from helpers.zero import assert_equal, go_back, in_zero
@@ -159,6 +159,7 @@ def sample_in_slices(path, folder):
     shard(model)
     with runnable(model, on_cpu=False):
         sample_shares(model, tokenizer, int(os.environ["RANK"]), folder)
+        require_same_from_copies(model, tokenizer, int(os.environ["RANK"]))
 
 
 def test_processes_sample_their_own_rows_of_slices_as_one_process_does(tmp_path):

@@ -25,6 +25,7 @@ from helpers.sharded import (
 from omegaconf import OmegaConf
 
 from rlhf.config import PeftConfig, SamplingConfig, ScorerConfig, WatchdogConfig
+from rlhf.metrics import read_jsonl
 
 pytestmark = pytest.mark.slow
 STATE = ("policy", "critic", "averages", "optimizer_policy", "optimizer_critic")
@@ -75,6 +76,30 @@ def test_sampling_from_slices_gives_the_result_of_one_process_and_resumes(tmp_pa
     again = [dataclasses.replace(config, resume=True) for config in two]
     assert in_group(train_all, *again, log=log) == [0, 0], text_of(log)
     assert [outcome(config) for config in two] == expected
+
+
+def test_slices_sample_in_the_type_of_a_copy(tmp_path):
+    full, adapters, _ = three_updates(tmp_path, "layers")
+    full.preflight = True
+    given = {"copy": [], "layers": []}
+    for gather, configs in given.items():
+        sampling = SamplingConfig(gather=gather, dtype="bfloat16")
+        for config in (full, adapters):
+            values = {"runs_dir": str(tmp_path / gather), "sampling": sampling}
+            configs.append(dataclasses.replace(config, **values))
+        assert in_group(train_all, *configs, log=tmp_path / gather) == [0, 0], text_of(
+            tmp_path / gather
+        )
+    for copied, config in zip(*given.values(), strict=True):
+        results = [outcome(run) for run in (config, copied)]
+        for files in results:
+            del files["rlhf.json"]  # it says how each sampled
+        assert results[0] == results[1]
+        said = sampling_of(config)
+        way = "by a copy of the policy in bfloat16, layer by layer: each process gathers 0.1 MiB"
+        assert way in said and said.endswith("and keeps 0.0 MiB of the copy"), said
+        rows = read_jsonl(directory_of(config) / "metrics.jsonl")[-3:]
+        assert min(row["sampler_gap"] for row in rows) > 1e-4, "bfloat16 rounds"
 
 
 def test_processes_sample_from_slices_if_a_copy_does_not_fit_on_one_of_them(tmp_path):

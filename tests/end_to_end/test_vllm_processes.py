@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 
 import pytest
 from helpers.fake_vllm import fake_vllm
@@ -17,6 +18,7 @@ from helpers.sharded import in_group, text_of
 
 from rlhf.config import PeftConfig, SamplingConfig, ScorerConfig
 from rlhf.metrics import read_jsonl
+from rlhf.sampling import VLLM
 from rlhf.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -41,6 +43,20 @@ def server(run):
 def train_all(*configs):
     for config in configs:
         train(config)
+
+
+def train_and_note(folder, *configs):
+    """As `train_all`; write where this process has the copies that go to the server."""
+    devices, load = set(), VLLM.load
+
+    def noting(self, model, plain):
+        if plain is not model:
+            devices.add(plain.device.type)
+        load(self, model, plain)
+
+    VLLM.load = noting
+    train_all(*configs)
+    (folder / f"devices-{os.environ['RANK']}").write_text(",".join(devices))
 
 
 def paths_of(server):
@@ -73,15 +89,18 @@ def test_two_processes_with_one_server_are_one_run(shards, run, server, tmp_path
     own = paths_of(server)
     server.requests.clear()
     two = [dataclasses.replace(config, runs_dir=str(tmp_path / "two")) for config in one]
-    assert in_group(train_all, *two, log=tmp_path / "log", shards=shards) == [0, 0], text_of(
-        tmp_path / "log"
-    )
+    work, log = (train_and_note, tmp_path, *two), tmp_path / "log"
+    assert in_group(*work, log=log, shards=shards) == [0, 0], text_of(log)
+    devices = [(tmp_path / f"devices-{rank}").read_text() for rank in (0, 1)]
+    assert devices == (["cpu", "meta"] if shards else ["", ""]), "the first process holds a copy"
     for path in ("/collective_rpc", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"):
         assert paths_of(server).count(path) == own.count(path) > 0  # of the first process alone
     for config, other in zip(one, two, strict=True):
         assert_same_rows(config, other)
         record = json.loads((directory_of(other) / "final/rlhf.json").read_text())
         assert f"server {server.url} (weights as " in record["sampling"]
+        held = " on the first process, gathered once before a rollout" in record["sampling"]
+        assert held == (shards and config.run_name == "full"), record["sampling"]
 
 
 def test_a_server_that_dies_ends_both_processes_and_the_run_goes_on(run, server, tmp_path):

@@ -1,4 +1,6 @@
-"""Rows that processes sample from a model in slices, each its own, with other numbers of passes."""
+"""Rows that processes sample from a model in slices, or from its copies: each its own, with other
+numbers of passes.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +8,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from rlhf.config import ModelConfig
 from rlhf.models import load_policy
-from rlhf.sampling import generate, sampling_for, uniform_noise
+from rlhf.sampling import generate, sampling_for, uniform_noise, use_engine
 from rlhf.tokenizer import load_tokenizer
 
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13], [5], [9] * 12]
@@ -32,6 +35,21 @@ def sample_shares(model, tokenizer, rank: int, folder: Path) -> None:
         result = sampled(model, tokenizer, shares[rank])
         found.append([result.ids, result.logprobs, result.finished])
     (folder / f"shares-{rank}.json").write_text(json.dumps(found))
+
+
+def require_same_from_copies(model, tokenizer, rank: int) -> None:
+    """A copy in slices samples what a whole one does, to the last bit, in each type; in the type of
+    the model, also the tokens of that."""
+    found = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        for in_slices in (False, True):
+            use_engine(model, dtype=dtype, in_slices=in_slices).refresh()
+            found[dtype, in_slices] = [sampled(model, tokenizer, s[rank]) for s in SHARES]
+        assert found[dtype, True] == found[dtype, False], dtype
+    assert found[torch.float32, True] != found[torch.bfloat16, True]
+    use_engine(model)
+    itself = [sampled(model, tokenizer, s[rank]).ids for s in SHARES]
+    assert itself == [made.ids for made in found[torch.float32, True]]
 
 
 def assert_shares_of_one(path: Path, folder: Path) -> None:

@@ -16,7 +16,12 @@ import pytest
 import torch
 from helpers.allocations import Rounded
 from helpers.runs import write_random_policy
-from helpers.sampled_shares import assert_shares_of_one, sample_shares, sampled
+from helpers.sampled_shares import (
+    assert_shares_of_one,
+    require_same_from_copies,
+    sample_shares,
+    sampled,
+)
 from helpers.sharded import in_group, text_of
 
 from rlhf import engine_choice
@@ -72,6 +77,7 @@ def sample_in_slices(path: Path, folder: Path) -> None:
     shard(model)
     content = {"failure": failure_on_the_second(model, tokenizer, rank)}
     sample_shares(model, tokenizer, rank, folder)
+    require_same_from_copies(model, tokenizer, rank)
     copied = use_engine(model, dtype=torch.float32).copy
     size = sum(p.nbytes for p in copied.parameters())
     assert copy_bytes(model, torch.float32) == sliced_bytes(model) == size

@@ -166,7 +166,8 @@ class SamplingConfig:
     GPU where a float32 policy trains with precision=bfloat16, else no copy)."""
     gather: str = knob("auto", choices=("auto", "copy", "layers"))
     """Of a policy in slices, copy gathers a whole one before each rollout; layers gathers one layer
-    after the other for each token: less memory, far more time. auto: copy, if it fits."""
+    after the other for each token, in the same type: less memory, far more time. auto: copy, if it
+    fits."""
     url: str | None = None
     """vLLM server that was started in developer mode (VLLM_SERVER_DEV_MODE=1) with --logprobs-mode
     processed_logprobs, e.g. http://127.0.0.1:8000."""

@@ -170,8 +170,7 @@ def remedy(estimate: MemoryEstimate, config: PPOStageConfig) -> str:
             and not (config.offload_frozen or ppo.share_base),
             "sampling.gather=layers": loads_in_slices()
             and config.sampling.gather == "copy"
-            and config.sampling.engine in ("auto", "loop")
-            and config.sampling.dtype is None,
+            and config.sampling.engine in ("auto", "loop"),
         },
         "gradients and Adam states": {"peft=lora": not lora},
         "activations": {
@@ -272,7 +271,8 @@ def _sampling(
     """Bytes that sampling takes for a while; what the sampler keeps is added to `models`."""
     policy = trainer.actors.policy
     engine = engine_of(policy)
-    copied = 0 if engine.copy is None else model_memory(engine.copy).weights
+    is_here = engine.copy is not None and engine.copy.device.type != "meta"
+    copied = model_memory(engine.copy).weights if is_here else 0
     name, copied = planned or (engine.name, copied)
     num_logits = shape_of(policy.get_output_embeddings().weight)[0]
     passing = num_rows * num_logits * SAMPLER_BYTES
