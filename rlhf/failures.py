@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from threading import Thread, current_thread, main_thread
+from threading import Event, Thread, current_thread, main_thread
 from types import FrameType
 from typing import Any, TypeVar, cast
 
@@ -27,14 +27,57 @@ from accelerate.utils import gather_object
 from torch.distributed.distributed_c10d import _get_default_store
 
 from rlhf.config import InputError, one_line, show
-from rlhf.console import is_main_process, num_processes
+from rlhf.console import is_main_process, num_processes, rank
 
 Result = TypeVar("Result")
 Rows = TypeVar("Rows")  # `rlhf.data.Splits`
 NOTE = "phase: "  # begins the notes of an exception that say what the process did
+PATIENCE_SECONDS = 30.0  # after which a process says for whom it waits
 WORD_SECONDS = 5.0  # in which a process that fails says so
 ADVICE = ". This is typically caused by a remote worker"  # gloo's, after its error
 GO_ON = "the same command with resume=auto goes on from the newest checkpoint"
+
+
+# --- Meeting --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def meeting(timeout_seconds: float) -> Iterator[None]:
+    """Inside the block, this process joins the others. It says for whom it waits, and ends in one
+    line if they do not come. torch waits too, but without end where another program answers.
+
+    Raises:
+        InputError: torch has given up.
+    """
+    place = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    others = f"the others of {num_processes()} processes at {place}"
+    failed = f"rank {rank()}: did not meet {others}"
+    fix = (
+        f"start all {num_processes()} processes, with MASTER_ADDR and MASTER_PORT an address of "
+        "rank 0's host and a port that is open there"
+    )
+    met = Event()
+
+    def watch() -> None:
+        if not met.wait(PATIENCE_SECONDS):
+            limit = f"for up to distributed_timeout={timeout_seconds:g} seconds"
+            line = f"rank {rank()}: waiting for {others}, {limit}: {fix}"
+            print(line, file=sys.stderr, flush=True)
+        if not met.wait(2 * timeout_seconds):  # torch may try twice
+            print(f"error: {failed}; {fix}", file=sys.stderr, flush=True)
+            os._exit(2)
+
+    Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    except Exception as error:
+        if not lost_the_others(error):
+            raise
+        if "EADDRINUSE" in str(error):
+            fix = "another program has this port: choose another MASTER_PORT"
+        raise InputError(f"{failed} ({one_line(error).rstrip('.')}); {fix}") from error
+    finally:
+        met.set()
 
 
 # --- The same on all ------------------------------------------------------------------------------
@@ -124,9 +167,9 @@ def on_every_process(task: Callable[[], Result], accelerator: Any) -> Result:
     except InputError as caught:
         error = caught
     messages = gather_object([None if error is None else str(error)])
-    for rank, message in enumerate(messages):
+    for number, message in enumerate(messages):
         if message is not None:
-            raise InputError(f"rank {rank}: {message}") from error
+            raise InputError(f"rank {number}: {message}") from error
     return result
 
 

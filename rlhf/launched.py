@@ -36,7 +36,7 @@ def require_whole_group(environment: MutableMapping[str, str]) -> None:
     """Require all variables that make this process one of several, or none of them.
 
     Raises:
-        InputError: some are missing, or RANK is no number of a process.
+        InputError: some are missing or empty, or RANK or MASTER_PORT is no possible number.
     """
     world, rank = (environment.get(name, str(i)) for name, i in (("WORLD_SIZE", 1), ("RANK", 0)))
     if not (world.isdecimal() and rank.isdecimal()) or int(rank) >= int(world):
@@ -51,13 +51,16 @@ def require_whole_group(environment: MutableMapping[str, str]) -> None:
             f"{started_by_mpi}={number}: mpirun started this process, and stages do not read its "
             f"variables; start them with torchrun --nproc-per-node {number} -m rlhf.<stage> ..."
         )
-    missing = [name for name in NEEDED if name not in environment]
+    missing = [name for name in NEEDED if not environment.get(name)]
     if int(world) > 1 and missing:
         raise InputError(
             f"WORLD_SIZE={world} makes this process one of {world}, but {', '.join(missing)} "
             f"{'is' if len(missing) == 1 else 'are'} not set; unset WORLD_SIZE for one process, or "
             f"let torchrun set all: torchrun --nproc-per-node {world} -m rlhf.<stage> ..."
         )
+    port = environment["MASTER_PORT"] if int(world) > 1 else "1"
+    if not (port.isdecimal() and 0 < int(port) < 2**16):
+        raise InputError(f"MASTER_PORT={port} must be a number from 1 to 65535, on all processes")
 
 
 def require_one_process(environment: Mapping[str, str]) -> None:

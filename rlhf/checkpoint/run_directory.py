@@ -124,9 +124,10 @@ def join_group(config: StageConfig) -> None:
     if num_processes() == 1 and config.distributed is None and not launched_with("DeepSpeed"):
         return
     from rlhf.distributed import join_processes
-    from rlhf.failures import outlive_launcher, require_equal
+    from rlhf.failures import meeting, outlive_launcher, require_equal
 
-    join_processes(config.distributed, config.distributed_timeout)
+    with meeting(config.distributed_timeout):
+        join_processes(config.distributed, config.distributed_timeout)
     outlive_launcher()
     require_equal(dotted(plain_values(config)) | versions())
 
