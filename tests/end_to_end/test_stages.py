@@ -311,8 +311,10 @@ def test_text_prompts_after_conversations_become_conversations_unless_told_not_t
     assert read_record(final).prompts == "text"
 
 
-def test_ppo_logs_to_wandb_offline_when_asked(runs, tmp_path):
+def test_ppo_logs_to_wandb_offline_when_asked(runs, tmp_path, monkeypatch):
     pytest.importorskip("wandb")
+    for name in ("X_SERVICE_WAIT", "INIT_TIMEOUT"):  # seconds that its own process may take
+        monkeypatch.setenv(f"WANDB_{name}", "300")
     config = ppo_config(
         tmp_path,
         model=ModelConfig(path=str(runs / "run/sft/final")),

@@ -90,6 +90,6 @@ class Served:
     def end(self) -> str:
         """Ctrl-C; return what it prints."""
         self.process.send_signal(signal.SIGINT)
-        output, _ = self.process.communicate(timeout=60)
+        output, _ = self.process.communicate(timeout=300)
         assert self.process.returncode == 0
         return str(output)

@@ -25,7 +25,7 @@ def draw_no_pictures() -> None:
 
 
 def run(
-    command: list[str], folder: Path, timeout: float = 300, **environment: str
+    command: list[str], folder: Path, timeout: float = 1200, **environment: str
 ) -> subprocess.CompletedProcess:
     """Run a command on one thread, without a terminal."""
     variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
@@ -41,7 +41,7 @@ def run(
 
 
 def run_forked(
-    arguments: list[str], folder: Path, timeout: float = 300, **environment: str
+    arguments: list[str], folder: Path, timeout: float = 1200, **environment: str
 ) -> subprocess.CompletedProcess:
     """As `run` for `python <arguments>`, but in a fork of a process that has imported torch and the
     libraries: that saves six seconds. Not for variables that a library reads as it is imported."""
@@ -92,7 +92,7 @@ print(json.dumps(answers))
 
 
 def run_in_forks(
-    commands: list[str], imports: list[str], folder: Path, timeout: float = 300, **environment: str
+    commands: list[str], imports: list[str], folder: Path, timeout: float = 1200, **environment: str
 ) -> dict[str, subprocess.CompletedProcess]:
     """As `run` for several `python ...`, one after another: forks of one process of their own
     environment, which imports once what all of them import."""
@@ -124,7 +124,7 @@ def _python(
         runpy.run_path(arguments[0], run_name="__main__")
 
 
-def check_runs(command: str, folder: Path, timeout: float = 300, **environment: str) -> str:
+def check_runs(command: str, folder: Path, timeout: float = 1200, **environment: str) -> str:
     """Run a shell command, which must succeed; return what it printed."""
     result = run(["bash", "-c", command], folder, timeout, **environment)
     assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}{result.stderr[-3000:]}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,17 +23,21 @@ def running(server: Any) -> Iterator[Any]:
         thread.join()
 
 
+TOO_LATE = object()  # an answer that comes when the client has gone
+
+
 class Answers(ThreadingHTTPServer):
     """Answers each request by the next of `answers`, the last one again and again.
 
     An answer is a function of the request's JSON, or what is sent as it is: (status, body), or None
-    for a connection that is closed without a word.
+    for a connection that is closed without a word, or `TOO_LATE`.
 
     Attributes:
         requests: (path, headers, JSON) of each request.
     """
 
     daemon_threads = True
+    request_queue_size = 128
 
     def __init__(self, *answers: Any):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -52,7 +55,9 @@ class Handler(BaseHTTPRequestHandler):
         server.requests.append((self.path, dict(self.headers), body))
         answer = server.answers.pop(0) if len(server.answers) > 1 else server.answers[0]
         answer = answer(body) if isinstance(answer, Callable) else answer
-        if answer is None:
+        if answer is TOO_LATE:
+            self.rfile.read(1)  # returns when the client closes the connection
+        if answer is None or answer is TOO_LATE:
             return
         status, content, *headers = answer
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
@@ -69,9 +74,3 @@ class Handler(BaseHTTPRequestHandler):
 def words(body: dict[str, Any]) -> tuple[int, Any]:
     """Score each response by its number of words."""
     return 200, {"scores": [len(text.split()) for text in body["responses"]]}
-
-
-def slow(body: dict[str, Any]) -> tuple[int, Any]:
-    """Answer too late for a client that waits 0.2 seconds."""
-    time.sleep(0.5)
-    return words(body)

@@ -86,7 +86,7 @@ def launch(stage: str, arguments: list[str], tmp_path: Path) -> None:
         text=True,
         env=environment,
         cwd=tmp_path,
-        timeout=300,
+        timeout=1200,
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     assert "2 processes" in result.stdout

@@ -12,7 +12,7 @@ import urllib.request
 
 import pytest
 import torch
-from helpers.endpoints import Answers, running, slow, words
+from helpers.endpoints import TOO_LATE, Answers, running, words
 from helpers.scorers import PROMPTS, RESPONSES
 from helpers.tiny_ppo import make_config
 from torch.testing import assert_close
@@ -124,7 +124,7 @@ def test_a_server_that_misbehaves_ends_the_run_and_is_named(answer, tries, messa
 
 
 def test_a_server_that_is_slow_is_named():
-    with running(Answers(slow)) as server:
+    with running(Answers(TOO_LATE)) as server:
         with pytest.raises(InputError, match="did not answer within 0.2 seconds .after 2 tries"):
             remote(server.url, timeout=0.2, retries=1)(PROMPTS[:1], ["a b"])
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from bad_input import Case
 from bad_input.world import append, write_rows
 
-PORT = 47811
+PORT = 18811  # below those that Linux gives away by itself
 RANK = "rlhf.rank prompts=answers.jsonl"
 POLICY, REWARD = "runs/mine/sft/final", "runs/mine/reward/final"
 TAKEN: list[socket.socket] = []

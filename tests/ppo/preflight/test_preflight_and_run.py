@@ -106,7 +106,7 @@ def test_exit_status_says_whether_a_check_failed(policy_dir, tmp_path):
         command += [f"scorer.path=python:helpers.preflight.{scorer}", "scorer.normalize=none"]
         command += ["ppo.batch_size=8", "ppo.response_length=12", "dataset.eval_fraction=0.3"]
         command += ["ppo.missing_eos_penalty=-2", "watchdog.eos_rate=null"]
-        done = run_forked(command, tmp_path, 120)
+        done = run_forked(command, tmp_path)
         assert done.returncode == status, done.stderr
         assert "Traceback" not in done.stderr and "error:" not in done.stderr
         expected = "preflight: failed: scorer" if status else "preflight: "
