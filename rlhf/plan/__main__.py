@@ -120,25 +120,19 @@ def run(options: PlanOptions) -> None:
         f"{options.model}: {model.parameters / 1e9:.3f} B parameters, {model.trained / 1e9:.3f} B "
         f"of them trained; rows of {setting.prompt_length} + {setting.response_length} tokens\n"
     )
-    _show_memory(model, setting, options.memory or card.memory)
+    _show_memory(model, setting, card, options)
     phases = seconds_of_phases(Shape.of(model), setting, card, options.rows, options.epochs)
     _show_time(phases, setting, options)
     _show_known(options, card)
 
 
-def _show_memory(model: Measured, setting: Setting, memory: float) -> None:
+def _show_memory(model: Measured, setting: Setting, card: Card, options: PlanOptions) -> None:
     """Print the memory of each role, then what fits, and where PPO has no room for a copy."""
-    from rlhf.plan.launches import (
-        chosen_gather,
-        estimate,
-        gathered_per_token,
-        launches,
-        main_memory,
-        rows_that_fit,
-    )
+    from rlhf.plan.launches import chosen_gather, estimate, launches, main_memory, rows_that_fit
 
     parts: list[tuple[Any, ...]] = []
     fits: list[tuple[Any, ...]] = []
+    memory = options.memory or card.memory
     in_layers, room = [], int(memory * 1e9)
     for launch in launches(setting):
         chosen = replace(setting, gather=chosen_gather(model, setting, launch, room))
@@ -156,11 +150,23 @@ def _show_memory(model: Measured, setting: Setting, memory: float) -> None:
     header = ("GB of each GPU, 1 row", "GB of main memory", f"fits {memory:.0f} GB")
     say("\n" + table(fits, ("", *header, "rows at once", "tokens")))
     if in_layers:
-        size = gathered_per_token(model, setting) / 1e9
-        say(
-            f"\n{' and '.join(in_layers)}: PPO samples without a whole copy of the policy, layer "
-            f"by layer; each GPU gathers {size:.1f} GB for each token, which the times leave out"
-        )
+        _show_gathering(" and ".join(in_layers), model, setting, card, options.rows)
+
+
+def _show_gathering(
+    launches: str, model: Measured, setting: Setting, card: Card, rows: int
+) -> None:
+    """Print what sampling from slices takes."""
+    from rlhf.plan.launches import gathered_per_token
+    from rlhf.plan.work import seconds_of_gathering
+
+    size = gathered_per_token(model, setting)
+    token, run = seconds_of_gathering(size, setting, card, rows)
+    say(
+        f"\n{launches}: PPO samples without a whole copy of the policy, layer by layer; each GPU "
+        f"gathers {size / 1e9:.1f} GB for each token, in at least {1000 * token:.1f} ms at "
+        f"{card.link:.0f} GB/s: {run / HOUR:.1f} hours more than below"
+    )
 
 
 def _show_time(phases: dict[str, float], setting: Setting, options: PlanOptions) -> None:

@@ -10,14 +10,15 @@ class Card:
     tera: float  # operations per second in bfloat16, without sparsity, 1e12
     bandwidth: float  # GB/s
     memory: float  # GB
+    link: float  # GB/s from another GPU of the host: one direction of NVLink, or of PCIe
 
 
 CARDS = {
-    "h200": Card(989, 4800, 141),
-    "h100": Card(989, 3350, 80),
-    "a100": Card(312, 2039, 80),
-    "a100-40gb": Card(312, 1555, 40),
-    "l40s": Card(362, 864, 48),
-    "a10": Card(125, 600, 24),
-    "rtx4090": Card(165, 1008, 24),
+    "h200": Card(989, 4800, 141, 450),
+    "h100": Card(989, 3350, 80, 450),
+    "a100": Card(312, 2039, 80, 300),
+    "a100-40gb": Card(312, 1555, 40, 300),
+    "l40s": Card(362, 864, 48, 32),
+    "a10": Card(125, 600, 24, 32),
+    "rtx4090": Card(165, 1008, 24, 32),
 }

@@ -8,8 +8,8 @@ fsdp2          weights in slices too; blocks are whole, in float32, while they a
 fsdp2_offload  as fsdp2, but the slices are in main memory
 
 With one base for all roles, FSDP2 slices the base; adapters stay whole on each GPU. PPO samples
-from a whole copy of a policy in slices, or gathers its layers for each token; it writes checkpoints
-from a copy in main memory.
+from a whole copy of a policy in slices, or gathers layers for each token, both in bfloat16; it
+writes checkpoints from a copy in main memory.
 """
 
 from __future__ import annotations
@@ -90,6 +90,8 @@ def estimate(model: Measured, setting: Setting, launch: str, rows: int = 1) -> M
     prompts = setting.sampled_rows * (setting.prompt_length * model.cache_per_token + read)
     if launch in SLICED and setting.gather == "layers":
         prompts = max(prompts, cache)  # engine loop drops its cache after the rollout
+        if setting.dtype == "float32":
+            models["sampler"] = ModelMemory(_in_slices(model, setting, launch))
     else:
         copies = setting.dtype == "float32" or launch in SLICED
         models["sampler"] = ModelMemory(HALF * model.parameters * copies + cache)
@@ -112,8 +114,18 @@ def chosen_gather(model: Measured, setting: Setting, launch: str, memory: int) -
     return "copy" if estimate(model, setting, launch).total <= FULL * memory else "layers"
 
 
+def _in_slices(model: Measured, setting: Setting, launch: str) -> int:
+    """Bytes of a copy in bfloat16: its slice, the block in use and the next one."""
+    here = 0 if launch in OFFLOADED else model.parameters // setting.gpus
+    outer = model.parameters - model.num_blocks * model.block
+    return HALF * (here + max(2 * model.block, outer))
+
+
 def gathered_per_token(model: Measured, setting: Setting) -> int:
-    """Bytes of the slices of all GPUs together, which "layers" gathers for each token."""
+    """Bytes of the slices of all GPUs together, which "layers" gathers for each token: of a copy in
+    bfloat16, or of a policy that is stored so."""
+    if setting.dtype == "float32":
+        return HALF * model.parameters
     return model.weights - FLOAT * model.trained * setting.share_base
 
 
@@ -171,6 +183,8 @@ def main_memory(model: Measured, setting: Setting, launch: str) -> int:
     copy = 3 * trained * by_thread  # and Adam's two moments
     if launch not in OFFLOADED:
         return copy
+    if setting.stage == "ppo" and setting.gather == "layers" and setting.dtype == "float32":
+        copy += HALF * model.parameters  # slices that sample
     if setting.share_base:
         return copy + model.weights - FLOAT * model.trained
     kept = 5 if launch == "zero3_offload" else 3  # gradients and Adam; DeepSpeed's copies of both

@@ -4,7 +4,8 @@ With N parameters, a token costs 2 N operations forward and 4 N backward (Kaplan
 attention 4 x blocks x hidden x length forward and twice that backward (Chowdhery et al. 2022,
 appendix B; half of it is masked, and counted). With LoRA the backward pass needs no gradients of
 the frozen weights: 2 N. Gradient checkpointing reads forward once more. A sampling step reads the
-weights and the cache once, in bfloat16, and takes at least as long as that.
+weights and the cache once, in bfloat16, and takes at least as long as that; from slices, also what
+it takes to receive those of the other GPUs.
 """
 
 from __future__ import annotations
@@ -107,3 +108,14 @@ def seconds_of_phases(
         "score": (2 + num_models) * forward / rate,
         "train": num_models * trained / rate,
     }
+
+
+def seconds_of_gathering(size: int, setting: Setting, card: Card, rows: int) -> tuple[float, float]:
+    """Seconds for a GPU to receive the slices of the others, for a token, and for those of a run.
+
+    Args:
+        size: bytes of the slices of all GPUs.
+        rows: episodes of PPO.
+    """
+    token = size * (setting.gpus - 1) / setting.gpus / (card.link * 1e9)
+    return token, rows / (setting.sampled_rows * setting.gpus) * setting.response_length * token

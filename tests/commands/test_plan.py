@@ -31,7 +31,7 @@ from rlhf.plan.launches import (
     rows_that_fit,
 )
 from rlhf.plan.sizes import SIZES
-from rlhf.plan.work import Shape, seconds_of_phases, train_operations
+from rlhf.plan.work import Shape, seconds_of_gathering, seconds_of_phases, train_operations
 
 # from the papers and model cards, 1e9
 PUBLISHED = {
@@ -233,7 +233,16 @@ def test_a_policy_in_slices_samples_by_layers_where_its_copy_does_not_fit():
     whole = estimate(model, ppo, "fsdp2")
     assert whole.models["sampler"].weights == 200 + 4 * 64 and whole.sampling == 4 * (24 + 240)
     in_layers = estimate(model, replace(ppo, gather="layers"), "fsdp2")
-    assert "sampler" not in in_layers.models and in_layers.sampling == 4 * (24 + 240)
+    # of two bytes a number: an eighth of all, and the numbers outside of blocks
+    assert in_layers.models["sampler"].weights == 2 * (100 // 8 + 50)
+    assert in_layers.sampling == 4 * (24 + 240)
+    offloaded = estimate(model, replace(ppo, gather="layers"), "fsdp2_offload")
+    assert offloaded.models["sampler"].weights == 2 * 50
+    blocks = counted(block=19)  # the one in use and the next one
+    in_layers = estimate(blocks, replace(ppo, gather="layers"), "zero3")
+    assert in_layers.models["sampler"].weights == 2 * (100 // 8 + 2 * 19)
+    sixteen = replace(ppo, gather="layers", dtype="bfloat16")
+    assert "sampler" not in estimate(model, sixteen, "fsdp2").models, "the policy itself samples"
     small = counted(trained=4, passing=0, cache_per_token=9)  # the cache of whole rows is larger
     assert estimate(small, replace(ppo, gather="layers"), "fsdp2").sampling == 4 * 64 * 9
     needed = int(whole.total / 0.85)
@@ -243,8 +252,9 @@ def test_a_policy_in_slices_samples_by_layers_where_its_copy_does_not_fit():
         assert chosen_gather(model, replace(ppo, gather=gather), "fsdp2", 1) == gather
     assert chosen_gather(model, ppo, "ddp", 1) == "itself"
     assert chosen_gather(model, replace(ppo, stage="sft"), "fsdp2", 1) == "itself"
-    assert gathered_per_token(model, ppo) == 400
-    assert gathered_per_token(model, replace(ppo, share_base=True)) == 400 - 16
+    assert gathered_per_token(model, ppo) == 200
+    assert gathered_per_token(model, sixteen) == 400
+    assert gathered_per_token(model, replace(sixteen, share_base=True)) == 400 - 16
 
 
 def test_main_memory_has_slices_that_wait_and_the_copy_for_a_checkpoint():
@@ -254,6 +264,9 @@ def test_main_memory_has_slices_that_wait_and_the_copy_for_a_checkpoint():
     assert main_memory(model, ppo, "ddp") == main_memory(model, ppo, "fsdp2") == copy
     assert main_memory(model, ppo, "fsdp2_offload") == copy + 2 * 4 * 400
     assert main_memory(model, replace(ppo, critic=False), "fsdp2") == copy / 2
+    in_layers = replace(ppo, gather="layers")
+    more = [main_memory(model, in_layers, n) - main_memory(model, ppo, n) for n in LAUNCHES]
+    assert more == [0, 0, 0, 200, 0, 200], "the slices of a copy wait too"
     one_base, model = replace(ppo, lora=True, share_base=True), counted(trained=4)
     assert main_memory(model, one_base, "fsdp2") == 2 * 3 * 16
     assert main_memory(model, one_base, "fsdp2_offload") == 2 * 3 * 16 + 400 - 16
@@ -269,7 +282,9 @@ def test_rows_that_fit_are_as_many_as_leave_room():
 
 
 def test_time_is_the_arithmetic_and_the_traffic_of_each_phase():
-    card = Card(tera=1e-9, bandwidth=1e-6, memory=1)  # 1,000 operations and 1,000 bytes a second
+    card = Card(
+        tera=1e-9, bandwidth=1e-6, memory=1, link=1e-6
+    )  # 1,000 operations and 1,000 bytes a second
     shape = Shape(parameters=100, blocks=0, hidden=0, cache_per_token=0)
     sft = replace(SETTING, prompt_length=10, response_length=0)
     assert seconds_of_phases(shape, sft, card, 5, 2)["train"] == pytest.approx(60)
@@ -281,7 +296,10 @@ def test_time_is_the_arithmetic_and_the_traffic_of_each_phase():
     assert found["sample"] == pytest.approx(8 * 10 * 200 / 2000 + 10 * 8 * 200 / 2000)
     assert found["score"] == pytest.approx(4 * 8 * 20 * 200 / 2000)
     assert found["train"] == pytest.approx(2 * 4 * 8 * 20 * 600 / 2000)
-    slow = Card(tera=1, bandwidth=1e-6, memory=1)
+    # seven eighths of 800 bytes for a token; 64 rows are two steps of 8 x 4, with 10 tokens each
+    eight = replace(ppo, gpus=8, sampled_rows=4)
+    assert seconds_of_gathering(800, eight, card, 64) == pytest.approx((0.7, 2 * 10 * 0.7))
+    slow = Card(tera=1, bandwidth=1e-6, memory=1, link=1)
     assert seconds_of_phases(shape, ppo, slow, 8, 4)["sample"] == pytest.approx(10 * 200 / 1000)
 
 
@@ -311,7 +329,8 @@ def test_command_plans_a_directory_and_names_what_it_does_not_know(tmp_path, cap
     assert "InstructGPT 6B, PPO" in out and "reward model" in out and "layer by" not in out
     assert main([f"model={tmp_path}/config.json", "gpus=2", "memory=0.001", *few]) == 0
     in_layers = "fsdp2 and fsdp2_offload: PPO samples without a whole copy of the policy, layer by "
-    assert in_layers + "layer; each GPU gathers 0.0 GB for each token" in capsys.readouterr().out
+    gathered = "layer; each GPU gathers 0.0 GB for each token, in at least 0.0 ms at 450 GB/s: 0.0 "
+    assert in_layers + gathered + "hours more than below" in capsys.readouterr().out
     assert main([f"model={tmp_path}", "share_base=true"]) == 2
     assert "set lora=true" in capsys.readouterr().err
     assert main([f"model={tmp_path}", "quantization=4bit"]) == 2
