@@ -24,7 +24,14 @@ from rlhf.models.build import try_settings
 from rlhf.models.compiled import compile_blocks, why_not_compiled
 from rlhf.models.dropout import disable_dropout
 from rlhf.models.embeddings import resize_embeddings
-from rlhf.models.footprint import ModelMemory, cache_bytes, kept_bytes, model_memory, passing_bytes
+from rlhf.models.footprint import (
+    ModelMemory,
+    cache_bytes,
+    cache_numbers,
+    kept_bytes,
+    model_memory,
+    passing_bytes,
+)
 from rlhf.models.forward import (
     HEAD,
     ScalarModel,

@@ -118,7 +118,16 @@ def _tensors(values: Any) -> list[Tensor]:
     return [x for x in tree_leaves(values) if isinstance(x, Tensor)]
 
 
+def cache_numbers(cache: Any) -> int:
+    """Numbers in the keys and values of a cache of transformers."""
+    return sum(tensor.numel() for tensor in _keys_and_values(cache))
+
+
 def cache_bytes(cache: Any) -> int:
     """Bytes of the keys and values in a cache of transformers."""
-    tensors = (t for layer in cache.layers for t in vars(layer).values() if torch.is_tensor(t))
-    return sum(tensor.nbytes for tensor in tensors)
+    return sum(tensor.nbytes for tensor in _keys_and_values(cache))
+
+
+def _keys_and_values(cache: Any) -> list[Tensor]:
+    tensors = [t for layer in cache.layers for t in vars(layer).values() if torch.is_tensor(t)]
+    return [tensor for tensor in tensors if tensor.is_floating_point()]

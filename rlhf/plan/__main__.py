@@ -86,17 +86,7 @@ def run(options: PlanOptions) -> None:
         InputError: a value is not allowed, or the model is unknown or cannot be reckoned.
     """
     check_options(options)
-    for name in ("share_base", "stacked", "offload_frozen"):
-        if getattr(options, name) and options.stage != "ppo":
-            raise InputError(f"{name}=true is about the models of PPO; set stage=ppo")
-    if options.share_base and not options.lora:
-        raise InputError("share_base=true keeps adapters on one base; set lora=true")
-    if options.quantization and not options.lora:
-        raise InputError(
-            f"quantization={options.quantization} trains adapters alone; set lora=true"
-        )
-    if options.stacked and not options.share_base:
-        raise InputError("stacked=true says what one base for all roles holds; set share_base=true")
+    _check_rules(options)
     quiet_libraries()
     from rlhf.plan.sizes import find_settings
 
@@ -116,14 +106,45 @@ def run(options: PlanOptions) -> None:
         )
     stored = options.lora, options.dtype, options.quantization
     model = measure(model_settings, setting.length, *stored)
-    say(
-        f"{options.model}: {model.parameters / 1e9:.3f} B parameters, {model.trained / 1e9:.3f} B "
-        f"of them trained; rows of {setting.prompt_length} + {setting.response_length} tokens\n"
-    )
+    if options.stage == "ppo" and not model.cache_per_token:
+        raise InputError(
+            f"model={options.model}: model_type={model_settings.model_type} keeps no keys and "
+            "values, with which PPO samples; take another family, or stage=sft"
+        )
+    _show_model(model, model_settings, options)
     _show_memory(model, setting, card, options)
     phases = seconds_of_phases(Shape.of(model), setting, card, options.rows, options.epochs)
     _show_time(phases, setting, options)
     _show_known(options, card)
+
+
+def _check_rules(options: PlanOptions) -> None:
+    for name in ("share_base", "stacked", "offload_frozen"):
+        if getattr(options, name) and options.stage != "ppo":
+            raise InputError(f"{name}=true is about the models of PPO; set stage=ppo")
+    if options.share_base and not options.lora:
+        raise InputError("share_base=true keeps adapters on one base; set lora=true")
+    if options.quantization and not options.lora:
+        raise InputError(
+            f"quantization={options.quantization} trains adapters alone; set lora=true"
+        )
+    if options.stacked and not options.share_base:
+        raise InputError("stacked=true says what one base for all roles holds; set share_base=true")
+
+
+def _show_model(model: Measured, model_settings: Any, options: PlanOptions) -> None:
+    """Print the size of the model, and that its files are quantised."""
+    say(
+        f"{options.model}: {model.parameters / 1e9:.3f} B parameters, {model.trained / 1e9:.3f} B "
+        f"of them trained; rows of {options.prompt_length} + {options.response_length} tokens\n"
+    )
+    packed = getattr(model_settings, "quantization_config", None)
+    if packed:
+        packed = packed if isinstance(packed, dict) else packed.to_dict()
+        say(
+            f"its files are quantised ({packed.get('quant_method')}): reckoned as if they held "
+            f"{options.dtype}; lora=true quantization=4bit packs them here\n"
+        )
 
 
 def _show_memory(model: Measured, setting: Setting, card: Card, options: PlanOptions) -> None:
@@ -144,10 +165,11 @@ def _show_memory(model: Measured, setting: Setting, card: Card, options: PlanOpt
         rows = rows_that_fit(model, chosen, launch, room)
         outside = main_memory(model, chosen, launch)
         gigabytes = [round(size / 1e9, 1) for size in (found.total, outside)]
-        fits.append((launch, *gigabytes, "yes" if rows else "no", rows, rows * setting.length))
+        room_left = "yes" if rows else "no", rows, rows * setting.length
+        fits.append((launch, *gigabytes, found.moment(), *room_left))
     columns = ("weights", "gradients", "Adam", "activations of a row")
     say(table(parts, ("GB of each GPU", "", *columns)))
-    header = ("GB of each GPU, 1 row", "GB of main memory", f"fits {memory:.0f} GB")
+    header = ("GB of each GPU, 1 row", "GB of main memory", "most in", f"fits {memory:g} GB")
     say("\n" + table(fits, ("", *header, "rows at once", "tokens")))
     if in_layers:
         _show_gathering(" and ".join(in_layers), model, setting, card, options.rows)
@@ -180,7 +202,8 @@ def _show_time(phases: dict[str, float], setting: Setting, options: PlanOptions)
     header = f"hours for {options.rows:,} {what} on {options.gpus} x {options.card}"
     columns = ("at the card's limits", f"at {options.utilisation:.0%} of them", "in days")
     say("\n" + table(times, (header, *columns)))
-    rate = options.rows * setting.length / total
+    passes = 1 if options.stage == "ppo" else options.epochs
+    rate = passes * options.rows * setting.length / total
     say(f"\nat most {rate:,.0f} tokens/s, about {rate * options.utilisation:,.0f}")
     if options.price_per_hour is not None:
         say(f"cost: about {_cost(total, options):,.0f}")

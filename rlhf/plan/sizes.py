@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.config import InputError, nearest
-from rlhf.hub import call_loader, config_directory
+from rlhf.hub import call_loader, config_directory, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -73,7 +73,7 @@ def find_settings(model: str) -> PreTrainedConfig:
     """Return the configuration of a named size, a config.json, a directory or a Hub id.
 
     Raises:
-        InputError: there is no such model.
+        InputError: there is no such model, or it is no causal language model of transformers.
     """
     path = Path(model).expanduser()
     if path.name == "config.json":
@@ -89,4 +89,26 @@ def find_settings(model: str) -> PreTrainedConfig:
     if model in SIZES:
         return AutoConfig.for_model(**SIZES[model])
     directory = config_directory(str(path) if path.is_dir() else model, "model", None, False)
+    _require_known(read_json(directory / "config.json"), model)
     return call_loader(AutoConfig.from_pretrained, directory, f"model={model}", False)
+
+
+def _require_known(given: dict[str, Any], model: str) -> None:
+    """Refuse a family whose code transformers does not have, or that predicts no next token."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    family = given.get("model_type")
+    if given.get("auto_map") and family not in CONFIG_MAPPING_NAMES:
+        raise InputError(
+            f"model={model} needs Python code of its own, which is not run here; give the "
+            "config.json of a family that transformers has, with its sizes"
+        )
+    is_known = family in CONFIG_MAPPING_NAMES
+    if is_known and (
+        family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or given.get("is_encoder_decoder")
+    ):
+        raise InputError(
+            f"model={model}: model_type={family} is no causal language model, which all stages "
+            "train"
+        )

@@ -1,7 +1,8 @@
 """Time of a run: its arithmetic and its memory traffic, against those of a card.
 
-With N parameters, a token costs 2 N operations forward and 4 N backward (Kaplan et al. 2020), and
-attention 4 x blocks x hidden x length forward and twice that backward (Chowdhery et al. 2022,
+With N parameters, a token costs 2 N operations forward and 4 N backward (Kaplan et al. 2020; tables
+in which tokens are looked up, and experts that a token does not take, cost none), and attention 4 x
+blocks x width of the queries x length forward and twice that backward (Chowdhery et al. 2022,
 appendix B; half of it is masked, and counted). With LoRA the backward pass needs no gradients of
 the frozen weights: 2 N. Gradient checkpointing reads forward once more. A sampling step reads the
 weights and the cache once, in bfloat16, and takes at least as long as that; from slices, also what
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from rlhf.models import decoder_blocks
 from rlhf.plan.cards import Card
-from rlhf.plan.counting import HALF, Measured
+from rlhf.plan.counting import HALF, Measured, multiplied, query_width
 from rlhf.plan.launches import Setting
 
 
@@ -50,28 +51,31 @@ class Shape:
     """What the arithmetic of a model depends on."""
 
     parameters: int
+    multiplied: int  # as `Measured` has it
     blocks: int
-    hidden: int
+    width: int
     cache_per_token: int
 
     @classmethod
     def of(cls, model: Measured) -> Shape:
-        return cls(model.parameters, model.num_blocks, model.hidden, model.cache_per_token)
+        sizes = model.parameters, model.multiplied, model.num_blocks, model.width
+        return cls(*sizes, model.cache_per_token)
 
     @classmethod
     def of_settings(cls, settings: PreTrainedConfig) -> Shape:
         """Count a model's parameters, and two numbers per value of the cache of each token."""
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(settings)
-        heads = getattr(settings, "num_key_value_heads", None) or settings.num_attention_heads
-        width = settings.hidden_size // settings.num_attention_heads * heads
+        heads, width = settings.num_attention_heads, query_width(settings)
+        kept = getattr(settings, "num_key_value_heads", None) or heads
         blocks = len(decoder_blocks(model))
         parameters = sum(p.numel() for p in model.parameters())
-        return cls(parameters, blocks, settings.hidden_size, 2 * HALF * blocks * width)
+        cache = 2 * HALF * blocks * width // heads * kept
+        return cls(parameters, multiplied(model), blocks, width, cache)
 
     def forward(self, tokens: float, length: int) -> float:
         """Operations of a forward pass over tokens, in rows of a length."""
-        return tokens * (2 * self.parameters + 4 * self.blocks * self.hidden * length)
+        return tokens * (2 * self.multiplied + 4 * self.blocks * self.width * length)
 
 
 def train_operations(shape: Shape, setting: Setting, tokens: float) -> float:

@@ -124,7 +124,7 @@ def counted(**values) -> Measured:
     """A model of round numbers."""
     given = dict(parameters=100, trained=100, weights=400, copies=30, per_row=50, input_per_row=2)
     given |= dict(passing=640)
-    rest = dict(cache_per_token=1, num_blocks=5, block=10, hidden=8, vocabulary=0)
+    rest = dict(cache_per_token=1, num_blocks=5, block=10, width=8, vocabulary=0, multiplied=100)
     return Measured(**given | rest | values)
 
 
@@ -285,7 +285,7 @@ def test_time_is_the_arithmetic_and_the_traffic_of_each_phase():
     card = Card(
         tera=1e-9, bandwidth=1e-6, memory=1, link=1e-6
     )  # 1,000 operations and 1,000 bytes a second
-    shape = Shape(parameters=100, blocks=0, hidden=0, cache_per_token=0)
+    shape = Shape(parameters=100, multiplied=100, blocks=0, width=0, cache_per_token=0)
     sft = replace(SETTING, prompt_length=10, response_length=0)
     assert seconds_of_phases(shape, sft, card, 5, 2)["train"] == pytest.approx(60)
     assert train_operations(shape, replace(sft, lora=True), 1) == 400

@@ -86,6 +86,13 @@ class MemoryEstimate:
         reading["the rollout's cache"], reading["the scorer's pass"] = 0, self.scoring
         return max(step, rollout, reading, key=lambda parts: sum(parts.values()))
 
+    def moment(self) -> str:
+        """What that moment is in: "training", "sampling" or "scoring"."""
+        parts = self.largest()
+        if "activations" in parts:
+            return "training"
+        return "scoring" if "the scorer's pass" in parts else "sampling"
+
     @property
     def total(self) -> int:
         """Bytes of that moment."""
