@@ -21,7 +21,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 
@@ -210,6 +210,18 @@ def slice_weights(model: Any, on_cpu: bool) -> None:
     offload = CPUOffloadPolicy(torch.cuda.is_available()) if on_cpu else OffloadPolicy()
     for unit in [*units, model]:
         fully_shard(unit, reshard_after_forward=True, offload_policy=offload)
+
+
+@contextmanager
+def ending_in_slices(model: nn.Module) -> Iterator[None]:
+    """Have FSDP2 drop what it has gathered of a model at the end of the block; after a pass that
+    fails half way, it keeps that in place of the slices."""
+    try:
+        yield
+    finally:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def offloads() -> bool:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from rlhf.config import InputError, one_line
 from rlhf.data import pad
-from rlhf.distributed import compute_device, is_sharded, whole
+from rlhf.distributed import compute_device, ending_in_slices, is_sharded, whole
 from rlhf.models import (
     ScalarModel,
     TextModel,
@@ -339,7 +339,7 @@ def _left_as_it_was(model: Any) -> Iterator[None]:
     """Without dropout and gradients; restore modes, random numbers and 8-bit layers at the end."""
     device = compute_device(model)
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.no_grad(), eval_mode(model):
+    with torch.random.fork_rng(devices), torch.no_grad(), eval_mode(model), ending_in_slices(model):
         yield
     undo_first_pass(model)
 
@@ -356,10 +356,8 @@ def _rows(model: Any, tokenizer: Any) -> list[list[int]]:
 
 
 def _padded(model: Any, rows: list[list[int]], token: int) -> tuple[Tensor, Tensor]:
-    device = compute_device(model)
-    return pad(rows, token, device=device), pad(
-        [[True] * len(r) for r in rows], False, device=device
-    )
+    device, full = compute_device(model), [[True] * len(row) for row in rows]
+    return pad(rows, token, device=device), pad(full, False, device=device)
 
 
 def _inner(model: Any) -> Any:

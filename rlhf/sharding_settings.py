@@ -12,7 +12,8 @@ from rlhf.config import CONF_DIR, InputError, PPOStageConfig, StageConfig, one_l
 from rlhf.console import say
 from rlhf.distributed import sharding, zero_stage
 
-OPTIMISERS = ("adamw_torch", "adamw_torch_fused")
+OPTIMISERS = ("adamw_torch", "adamw_torch_fused")  # under DeepSpeed
+OF_TORCH = (*OPTIMISERS, "sgd", "adagrad", "rmsprop")  # under FSDP2: each number by itself
 # What accelerate launch says about its file: setting there -> variable, values that a stage takes,
 # what to do instead.
 TAKEN = {

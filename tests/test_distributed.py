@@ -274,5 +274,7 @@ def test_what_sharded_training_does_not_do_is_refused(monkeypatch):
         trainer_arguments(SFTConfig, SFTStageConfig(micro_batch_tokens=64), "sft")
     with pytest.raises(InputError, match="^model.quantization=4bit: not supported under FSDP yet"):
         trainer_arguments(SFTConfig, SFTStageConfig(model=config.model), "sft")
+    with pytest.raises(InputError, match="^trainer.optim=adafactor: not supported under FSDP yet"):
+        trainer_arguments(SFTConfig, SFTStageConfig(trainer={"optim": "adafactor"}), "sft")
     monkeypatch.delenv("ACCELERATE_USE_FSDP")
     refuse_here(config)

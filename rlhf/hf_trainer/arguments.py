@@ -21,7 +21,7 @@ from rlhf.config import (
 )
 from rlhf.distributed import is_sharded, offloads, sharding, use_bfloat16, use_deepspeed_on_cpu
 from rlhf.hf_trainer.trial import check_trainer_values, try_out
-from rlhf.sharding_settings import refuse_under_deepspeed, refuse_under_sharding
+from rlhf.sharding_settings import OF_TORCH, refuse_under_deepspeed, refuse_under_sharding
 from rlhf.zero import runnable
 
 DEFAULT_LENGTH = 1024  # tokens of a row
@@ -43,8 +43,11 @@ def trainer_arguments(
     Raises:
         InputError: the stage cannot use a value.
     """
+    optim = config.trainer.get("optim", OF_TORCH[0])
+    others = sharding() == "FSDP" and optim not in OF_TORCH  # they read rows, or make own tensors
     refuse_under_sharding(
         {
+            f"trainer.optim={optim}": others,
             f"micro_batch_tokens={config.micro_batch_tokens}": config.micro_batch_tokens,
             f"model.quantization={config.model.quantization}": config.model.quantization,
             "trainer.load_best_model_at_end=true": config.trainer.get("load_best_model_at_end"),

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -171,7 +172,8 @@ def enable_padding_free(model: Any) -> None:
         return
     if model.config._attn_implementation not in ("sdpa", NAME):
         raise ValueError(f"its attention is {model.config._attn_implementation}, not sdpa")
-    if not model._can_set_attn_implementation():
+    written: Any = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+    if not written._can_set_attn_implementation():  # it reads the code around the class
         raise ValueError("its attention cannot be replaced")
     _set_attention(model, NAME)
     model.base_model._rlhf_hooks = [

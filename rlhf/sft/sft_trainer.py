@@ -78,7 +78,8 @@ class FiniteSFTTrainer(FiniteTrainer, SFTTrainer):
         tokens = (inputs["labels"][:, 1:] != IGNORED).sum()
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
-        return torch.stack([loss.float() * tokens, tokens])
+        # without tokens, the mean of label smoothing is 0 / 0
+        return torch.stack([(loss.float() * tokens).where(tokens > 0, 0.0), tokens])
 
 
 def _without_labels(row: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import functools
 
 import huggingface_hub
 import pytest
+import torch.distributed as dist
 from helpers.families import TOKENIZER, save
 from helpers.tiny import tiny_model
 
@@ -21,3 +22,11 @@ def hub_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path / "hub"
+
+
+@pytest.fixture
+def group():
+    """A group of one process, in which slices are real."""
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    yield
+    dist.destroy_process_group()

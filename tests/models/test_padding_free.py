@@ -29,11 +29,13 @@ from helpers.scorers import write_reward_model
 from helpers.stages import WORLD, ppo_config, reward_config, sft_config
 from helpers.tiny import tiny_model
 from helpers.tiny_ppo import make_config, write_policy
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForSequenceClassification
 
 from rlhf import train_ppo, train_reward, train_sft
 from rlhf.checkpoint import read_record
 from rlhf.config import InputError, ScorerConfig
+from rlhf.distributed import slice_weights, whole
 from rlhf.equivalence import choose_forward
 from rlhf.metrics import read_jsonl
 from rlhf.models import (
@@ -313,6 +315,24 @@ def test_a_torch_without_the_kernel_is_padded(monkeypatch):
     monkeypatch.setattr(attention, "_has_kernel", lambda query: True)
     monkeypatch.delattr("torch.nn.attention.varlen.varlen_attn")
     assert "cannot import name 'varlen_attn'" in why_padded(tiny_model("llama", TOKENIZER))
+
+
+def test_a_model_in_slices_has_them_again_after_a_pass_that_failed_half_way(group, monkeypatch):
+    monkeypatch.setattr(attention, "_has_kernel", lambda query: True)
+    monkeypatch.delattr("torch.nn.attention.varlen.varlen_attn")
+    model = tiny_model("llama", TOKENIZER)
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    slice_weights(model, on_cpu=False)
+    assert "cannot import name 'varlen_attn'" in why_padded(model)
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(whole(weight), before[name], rtol=0, atol=0)
+        assert isinstance(weight, DTensor), name
+
+
+def test_a_model_in_slices_is_padded_for_the_reason_of_a_whole_one(group):
+    model = tiny_model("falcon_7b", TOKENIZER)
+    slice_weights(model, on_cpu=False)
+    assert why_padded(model) == PADDED["falcon_7b"]
 
 
 def test_a_window_that_only_the_mask_has_is_found(monkeypatch):

@@ -9,7 +9,6 @@ Run: python -m pytest tests/models/test_shared_slices.py
 
 import pytest
 import torch
-import torch.distributed as dist
 from helpers.families import LORA, SEQUENCES, TOKENIZER, close, logits_of, padded, save, scores_of
 from helpers.made_up_processes import process
 from helpers.tiny import FAMILIES, tiny_model
@@ -38,13 +37,6 @@ CONFIG = ModelConfig(path="base")
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch):
     monkeypatch.setattr("rlhf.models.load.loads_in_slices", lambda: True)
-
-
-@pytest.fixture
-def group():
-    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-    yield
-    dist.destroy_process_group()
 
 
 def move(model, seed):
