@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-from rlhf.config import CONF_DIR, InputError, PPOStageConfig, StageConfig, one_line
-from rlhf.console import say
+from rlhf.config import CONF_DIR, InputError, PPOStageConfig, StageConfig
+from rlhf.cpu_adam import build_adam
 from rlhf.distributed import sharding, zero_stage
 
 OPTIMISERS = ("adamw_torch", "adamw_torch_fused")  # under DeepSpeed
@@ -73,7 +72,7 @@ def refuse_under_deepspeed(config: StageConfig) -> None:
     if problems := [*_of_launcher(config), *_of_stage(config)]:
         raise InputError("\n".join(problems))
     if os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE") == "cpu":
-        _build_adam()
+        build_adam()
 
 
 def _of_launcher(config: StageConfig) -> Iterator[str]:
@@ -104,23 +103,3 @@ def _of_stage(config: StageConfig) -> Iterator[str]:
             f"model.dtype={config.model.dtype}: under DeepSpeed, weights are float32; set "
             "model.dtype=float32 (precision=bfloat16 is for passes)"
         )
-
-
-def _build_adam() -> None:
-    """Build DeepSpeed's Adam for main memory, which its first use would do after everything."""
-    from deepspeed.ops.op_builder import CPUAdamBuilder
-    from torch.utils.cpp_extension import _get_build_directory as get_build_directory
-
-    lock = Path(get_build_directory(CPUAdamBuilder.NAME, False)) / "lock"
-    if lock.exists():
-        say(
-            "waiting for another process, which builds DeepSpeed's Adam for main memory; if there "
-            f"is none, a build was killed: stop this run, and delete {lock}"
-        )
-    try:
-        CPUAdamBuilder().load(verbose=False)
-    except Exception as error:  # compilers and their absence raise anything
-        raise InputError(
-            "offload_optimizer_device: cpu: DeepSpeed cannot build its Adam for main memory "
-            f"({one_line(error)}); install g++ and ninja, or set offload_optimizer_device: none"
-        ) from error

@@ -23,7 +23,7 @@ FLOORS = [
     {"console", "gguf_files", "slurm", "sqlite_files"},
     {"trackers", "launched"},
     {"option_parser", "overrides", "next_commands", "metrics", "hub", "http_endpoint", "rubrics"},
-    {"curves", "vllm_server", "zero"},
+    {"curves", "vllm_server", "zero", "cpu_adam"},
     {"tokenizer", "distributed", "failures"},
     {"slices", "sharding_settings"},
     {"data", "checkpoint"},

@@ -6,6 +6,10 @@ Run: python -m pytest tests/test_distributed.py
 
 import os
 import sys
+import time
+from contextlib import contextmanager
+from subprocess import PIPE, Popen
+from threading import Timer
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -18,7 +22,9 @@ from trl import SFTConfig
 
 import rlhf.distributed
 import rlhf.sharding_settings
+from rlhf import cpu_adam
 from rlhf.config import CONF_DIR, InputError, PPOStageConfig, SFTStageConfig, read_yaml
+from rlhf.cpu_adam import wait_for_build
 from rlhf.distributed import ZERO, join_processes, launch_environment
 from rlhf.hf_trainer import trainer_arguments
 from rlhf.ppo.stage import refuse_here
@@ -85,7 +91,7 @@ def test_what_accelerate_says_of_our_files_of_deepspeed_is_taken(name, monkeypat
     monkeypatch.setattr("accelerate.commands.launch.is_deepspeed_available", lambda: True)
     said = told(name)
     assert said["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == ("2" if name == "zero2" else "3")
-    monkeypatch.setattr(rlhf.sharding_settings, "_build_adam", lambda: None)
+    monkeypatch.setattr(rlhf.sharding_settings, "build_adam", lambda: None)
     autos = {
         "ACCELERATE_GRADIENT_CLIPPING": "auto",
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "auto",
@@ -173,11 +179,72 @@ def test_an_adam_that_cannot_be_built_is_refused_before_anything_loads(
         refuse_under_deepspeed(SFTStageConfig())
     assert not capsys.readouterr().out
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    (tmp_path / "cpu_adam").mkdir()
-    (tmp_path / "cpu_adam/lock").touch()  # torch would wait for ever
-    with pytest.raises(InputError, match="no g"):
+    lock = tmp_path / "cpu_adam/lock"
+    lock.parent.mkdir()
+    lock.touch()
+    os.utime(lock, (0, 0))
+    with pytest.raises(InputError, match=f"^{lock} is from a build .* that was killed.*delete it$"):
         refuse_under_deepspeed(SFTStageConfig())
-    assert f"and delete {tmp_path}/cpu_adam/lock" in capsys.readouterr().out
+
+
+# --- A build that another process has begun -------------------------------------------------------
+
+
+@pytest.fixture
+def build(tmp_path, monkeypatch):
+    """The folder of a build that was begun an hour ago."""
+    monkeypatch.setattr(cpu_adam, "LOOK_SECONDS", 0.02)
+    for name in ("lock", "cpu_adam.o"):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (time.time() - 3600,) * 2)
+    return tmp_path
+
+
+@contextmanager
+def ending_after(seconds, lock):
+    """Inside the block, a build ends after a while."""
+    timer = Timer(seconds, lock.unlink)
+    timer.start()
+    yield
+    timer.cancel()
+
+
+def test_a_killed_build_ends_the_stage_and_names_its_lock(build):
+    with (
+        ending_after(5, build / "lock"),
+        pytest.raises(InputError, match=r"changed for 60 minutes, and no process .*; delete it$"),
+    ):
+        wait_for_build(build / "lock")
+    (build / "lock").unlink()
+    wait_for_build(build / "lock")
+
+
+def test_a_build_of_a_living_process_is_waited_for_however_slow(build, capsys):
+    command = "import sys; file = open(sys.argv[1]); print(flush=True); sys.stdin.read()"
+    with Popen([sys.executable, "-c", command, build / "lock"], stdin=PIPE, stdout=PIPE) as process:
+        process.stdout.readline()
+        with ending_after(0.5, build / "lock"):
+            wait_for_build(build / "lock")
+    said = capsys.readouterr().out
+    assert said.count("waiting for the process that builds") == 1 and str(build / "lock") in said
+
+
+def test_a_build_whose_files_change_is_waited_for_until_they_do_not(build, monkeypatch):
+    monkeypatch.setattr(cpu_adam, "DEAD_SECONDS", 0.5)
+    looks = []
+
+    def compile_for_a_while(seconds):
+        looks.append(seconds)
+        if len(looks) < 5:
+            (build / "cpu_adam.o").touch()
+        sleep(0.2)
+
+    sleep, began = time.sleep, time.monotonic()
+    (build / "cpu_adam.o").touch()
+    monkeypatch.setattr(cpu_adam.time, "sleep", compile_for_a_while)
+    with ending_after(5, build / "lock"), pytest.raises(InputError, match="delete it$"):
+        wait_for_build(build / "lock")
+    assert len(looks) >= 6 and time.monotonic() - began > 1.2
 
 
 def as_launched(monkeypatch, kind, **variables):
