@@ -14,7 +14,7 @@ from pathlib import Path
 from rlhf.config import InputError, one_line
 from rlhf.console import say
 
-DEAD_SECONDS = 600.0  # a file of this build takes a minute, on a slow machine a few
+DEAD_SECONDS = 600.0  # both files of a build took 3 to 7 minutes on two busy cores
 LOOK_SECONDS = 1.0
 
 

@@ -183,7 +183,10 @@ def test_an_adam_that_cannot_be_built_is_refused_before_anything_loads(
     lock.parent.mkdir()
     lock.touch()
     os.utime(lock, (0, 0))
-    with pytest.raises(InputError, match=f"^{lock} is from a build .* that was killed.*delete it$"):
+    with (
+        ending_after(5, lock),
+        pytest.raises(InputError, match=f"^{lock} is from a build .* that was killed.*delete it$"),
+    ):
         refuse_under_deepspeed(SFTStageConfig())
 
 

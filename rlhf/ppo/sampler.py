@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from rlhf.config import PPOStageConfig
+from rlhf.config import InputError, PPOStageConfig
 from rlhf.console import say
 from rlhf.distributed import compute_device, is_sharded, local
 from rlhf.engine_choice import choose_engine, choose_server
@@ -44,7 +44,7 @@ def choose_sampler(trainer: PPOTrainer, independent: Scorer | None, server: VLLM
     given, policy, tokenizer = config.sampling, actors.policy, actors.tokenizer
     with trainer.accelerator.autocast():
         dtype = _copy_type(config, policy)
-    if is_sharded(policy) and server is None and given.gather == "auto":
+    if is_sharded(policy) and server is None and given.gather != "layers":
         given.gather = _gather(trainer, independent, dtype or unwrap_peft(policy).dtype)
     in_slices = is_sharded(policy) and given.gather == "layers"
     with trainer.accelerator.autocast():
@@ -80,13 +80,19 @@ def _computed_type(policy: Any) -> torch.dtype:
 
 def _gather(trainer: PPOTrainer, independent: Scorer | None, dtype: torch.dtype) -> str:
     """Choose `sampling.gather` on all processes alike: copy, if one fits next to all else on each
-    of them, or if the settings need it; else layers."""
+    of them, or if the settings need it; else layers.
+
+    Raises:
+        InputError: the settings need a copy, and there is no room for it.
+    """
     config, accelerator = trainer.config, trainer.accelerator
-    if config.sampling.engine == "graph":
+    graph = config.sampling.engine == "graph"
+    needs_copy = graph or config.sampling.gather == "copy"
+    if needs_copy and not config.preflight:
         return "copy"
     size = copy_bytes(trainer.actors.policy, dtype)
     replays = config.sampling.engine == "auto" and accelerator.device.type == "cuda"
-    planned = "graph" if replays else "loop", size
+    planned = "graph" if graph or replays else "loop", size
     part = longest_micro_batch(trainer)
     if chooses_tokens(trainer):  # the preflight takes fewer rows where there is no room
         part = part.select(torch.arange(1, device=accelerator.device))
@@ -97,12 +103,19 @@ def _gather(trainer: PPOTrainer, independent: Scorer | None, dtype: torch.dtype)
     shares, rooms = accelerator.gather(mine.to(accelerator.device)).unbind(dim=1)
     fullest = int(shares.argmax())
     share, room = float(shares[fullest]), int(rooms[fullest])
-    if share <= FULL:
+    if share <= (1 if needs_copy else FULL):
         return "copy"
-    say(
-        f"sampling.gather=layers: with a copy of the policy of {size_text(size)}, the run would "
-        f"take {share:.0%} of the {size_text(room)} of a process"
+    need = (
+        f"with a copy of the policy of {size_text(size)}, the run would take {share:.0%} of the "
+        f"{size_text(room)} of a process"
     )
+    if needs_copy:
+        given, loop = ("engine=graph", "sampling.engine=loop ") if graph else ("gather=copy", "")
+        raise InputError(
+            f"sampling.{given}: {need}; set {loop}sampling.gather=layers, which samples from the "
+            "slices (preflight=false tries nevertheless)"
+        )
+    say(f"sampling.gather=layers: {need}")
     return "layers"
 
 

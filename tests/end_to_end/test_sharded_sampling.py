@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 
 import pytest
@@ -100,6 +101,23 @@ def test_slices_sample_in_the_type_of_a_copy(tmp_path):
         assert way in said and said.endswith("and keeps 0.0 MiB of the copy"), said
         rows = read_jsonl(directory_of(config) / "metrics.jsonl")[-3:]
         assert min(row["sampler_gap"] for row in rows) > 1e-4, "bfloat16 rounds"
+
+
+def test_a_copy_that_does_not_fit_is_refused_before_it_is_made(tmp_path):
+    ppo, _, _ = three_updates(tmp_path, "copy")
+    ppo.preflight = True
+    graph = dataclasses.replace(ppo, sampling=SamplingConfig(engine="graph"))
+    log, fixes = (
+        tmp_path / "log",
+        {"gather=copy": "set ", "engine=graph": "set sampling.engine=loop "},
+    )
+    for config, (given, fix) in zip((ppo, graph), fixes.items(), strict=True):
+        assert in_group(train_with_little_memory, config, log=log) == [1, 1]
+        error = rf"InputError: sampling\.{given}: with a copy of the policy of 0\.2 MiB, the run .*"
+        assert len(re.findall(rf"{error}; {fix}sampling\.gather=layers, which", text_of(log))) == 2
+    assert not (directory_of(ppo) / "final").exists()
+    ppo.preflight = False
+    assert in_group(train_with_little_memory, ppo, log=log) == [0, 0], text_of(log)
 
 
 def test_processes_sample_from_slices_if_a_copy_does_not_fit_on_one_of_them(tmp_path):
