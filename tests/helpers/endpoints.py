@@ -12,12 +12,17 @@ from typing import Any
 
 @contextmanager
 def running(server: Any) -> Iterator[Any]:
-    """Have a server answer inside the block."""
+    """Have a server answer inside the block, until all that the block has asked is answered: a
+    thread that outlived it would try again, and say so in the middle of another test."""
+    before = {*threading.enumerate()}
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     try:
         yield server
     finally:
+        for asking in {*threading.enumerate()} - before:
+            if asking.name.startswith("ThreadPoolExecutor"):
+                asking.join(300)
         server.shutdown()
         server.server_close()
         thread.join()
@@ -42,6 +47,7 @@ class Answers(ThreadingHTTPServer):
     def __init__(self, *answers: Any):
         super().__init__(("127.0.0.1", 0), Handler)
         self.answers, self.requests = list(answers), []
+        self.lock = threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_port}/score"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -52,8 +58,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         server: Any = self.server
-        server.requests.append((self.path, dict(self.headers), body))
-        answer = server.answers.pop(0) if len(server.answers) > 1 else server.answers[0]
+        with server.lock:
+            server.requests.append((self.path, dict(self.headers), body))
+            answer = server.answers.pop(0) if len(server.answers) > 1 else server.answers[0]
         answer = answer(body) if isinstance(answer, Callable) else answer
         if answer is TOO_LATE:
             self.rfile.read(1)  # returns when the client closes the connection

@@ -290,8 +290,8 @@ def test_a_judge_that_ranks_all_needs_no_page_and_goes_on_after_a_failure(comman
         (["prompts=a.jsonl", "host=0.0.0.0"], "host=0.0.0.0 lets other machines in; add token="),
         (["prompts=a.jsonl", "token=short"], "at least 8 characters, got 5"),
         (
-            ["prompts=a.jsonl", "host=no.such.host", "token=long secret"],
-            "host=no.such.host is not an address",
+            ["prompts=a.jsonl", "host=no.such.invalid", "token=long secret"],
+            "host=no.such.invalid is not an address",
         ),
         (["prompts=a.jsonl", "out=taken.jsonl"], "taken.jsonl exists already"),
         (["prompts=a.jsonl", "out=mine.sqlite"], "give out=mine.jsonl"),

@@ -32,7 +32,7 @@ def own_cache(monkeypatch, tmp_path):
 
 
 def judge(server, rubric="helpfulness", **endpoint):
-    config = {"model": "wise", "url": f"{server.url}/v1", "timeout": 5.0, "retries": 1} | endpoint
+    config = {"model": "wise", "url": f"{server.url}/v1", "retries": 1} | endpoint
     return load_scorer(ScorerConfig(f"judge:{rubric}", endpoint=EndpointConfig(**config)))
 
 

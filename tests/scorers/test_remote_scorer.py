@@ -13,6 +13,7 @@ import urllib.request
 import pytest
 import torch
 from helpers.endpoints import TOO_LATE, Answers, running, words
+from helpers.ports import held_port
 from helpers.scorers import PROMPTS, RESPONSES
 from helpers.tiny_ppo import make_config
 from torch.testing import assert_close
@@ -34,7 +35,7 @@ def short_waits(monkeypatch):
 
 
 def remote(url, batch_size=2, **endpoint):
-    config = EndpointConfig(**({"timeout": 5.0, "retries": 2} | endpoint))
+    config = EndpointConfig(**({"retries": 2} | endpoint))
     return load_scorer(ScorerConfig(url, batch_size=batch_size, endpoint=config))
 
 
@@ -142,12 +143,6 @@ def test_the_key_is_sent_and_never_shown(monkeypatch):
     assert "is $SCORER_KEY the right key?" in str(caught.value)
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.mark.parametrize(
     ("url", "endpoint", "message"),
     [
@@ -162,11 +157,10 @@ def test_a_url_that_cannot_work_is_refused_before_models_load(
     policy_dir, tmp_path, url, endpoint, message
 ):
     config = make_config(policy_dir, tmp_path)
-    url = url.format(port=free_port())
-    config.scorer = ScorerConfig(url, endpoint=EndpointConfig(**endpoint))
     from rlhf.inputs import check_inputs
 
-    with pytest.raises(InputError, match=message):
+    with held_port() as port, pytest.raises(InputError, match=message):
+        config.scorer = ScorerConfig(url.format(port=port), endpoint=EndpointConfig(**endpoint))
         check_inputs(config, "ppo")
 
 
@@ -207,19 +201,34 @@ def test_the_server_says_what_is_wrong_with_a_request(body, status, message, cap
     assert capfd.readouterr().err == ""
 
 
+HALF = b'POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: 500\r\n\r\n{"prompts": ["a"'
+
+
+def server_of_ones():
+    return ScoreServer(lambda prompts, responses: [1.0] * len(responses), "127.0.0.1:0", "one")
+
+
 def test_a_request_that_is_cut_off_or_never_ends_keeps_nobody_waiting(monkeypatch, capfd):
-    head = b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: 500\r\n\r\n"
-    with running(ScoreServer(lambda p, r: [1.0] * len(r), "127.0.0.1:0", "one")) as server:
-        assert 0 < server.RequestHandlerClass.timeout <= 60
-        monkeypatch.setattr(server.RequestHandlerClass, "timeout", 0.5)
+    with running(server_of_ones()) as server:
+        monkeypatch.setattr(server.RequestHandlerClass, "timeout", 600)
         address = "127.0.0.1", server.server_port
         with socket.create_connection(address) as waits, socket.create_connection(address) as gone:
             for connection in (waits, gone):
-                connection.sendall(head + b'{"prompts": ["a"')
+                connection.sendall(HALF)
             gone.close()
             assert remote(server.url)(PROMPTS, RESPONSES).tolist() == [1.0] * 3
-            waits.settimeout(5)
-            assert waits.recv(100) == b""  # the server gave it up
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_request_that_never_ends_is_given_up(monkeypatch, capfd):
+    server = server_of_ones()
+    assert 0 < server.RequestHandlerClass.timeout <= 60
+    monkeypatch.setattr(server.RequestHandlerClass, "timeout", 0.2)
+    address = "127.0.0.1", server.server_port
+    with socket.create_connection(address, timeout=300) as waits:
+        waits.sendall(HALF)
+        with running(server):
+            assert waits.recv(100) == b""
     assert "Traceback" not in capfd.readouterr().err
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-import socket
 
 import pytest
 import torch
+from helpers.ports import held_port
 from helpers.rows import rows_of
 from helpers.runs import in_two_processes
 from helpers.scorers import MEAN, STD, num_words, raw_scores, rendered, write_reward_model
@@ -259,10 +259,8 @@ def test_two_processes_gather_rewards_per_token_and_components_and_whiten_all_sc
 ):
     config = make_config(policy_dir, tmp_path)
     save_rollouts(config, tmp_path / "one.pt", tmp_path)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    in_two_processes(run_rank, port, config, tmp_path)
+    with held_port() as port:
+        in_two_processes(run_rank, port, config, tmp_path)
     alone = torch.load(tmp_path / "one.pt")
     assert alone[0]["component_scores"].shape == (8, 2)
     assert alone[1]["component_scores"].shape == (8, 0)
