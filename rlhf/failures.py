@@ -260,11 +260,12 @@ def _words_of(ranks: Collection[int]) -> dict[int, str]:
         deadline = time.monotonic() + WORD_SECONDS
         with suppress(Exception):
             store = _get_default_store()
-            while len(words) < len(ranks) and time.monotonic() < deadline:
+            while True:
                 for rank in ranks:
                     if rank not in words and store.check([_key(rank)]):
                         words[rank] = store.get(_key(rank)).decode()
-                if any(word[0] == "0" for word in words.values()):
+                is_known = any(word[0] == "0" for word in words.values())
+                if is_known or len(words) == len(ranks) or time.monotonic() > deadline:
                     break
                 time.sleep(0.1)
 

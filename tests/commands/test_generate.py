@@ -12,6 +12,7 @@ import pytest
 from helpers.chat_models import TOKENIZER, random_policy, write
 from helpers.endpoints import Answers, running
 from helpers.judging import chat
+from helpers.ports import held_port
 from helpers.rows import rows_of
 from helpers.scorers import policy_tokenizer, write_reward_model
 from helpers.tiny import tiny_model
@@ -329,12 +330,14 @@ def test_a_reward_model_chooses_among_the_answers_of_an_endpoint(reward_model, c
         ([], "add path=<model directory>, or url=<endpoint> and model=<name>; neither is given"),
         (["path=x", "url=http://a"], "both are given"),
         (["url=http://127.0.0.1:9/v1"], "model is missing; add model=<name of the model at"),
-        (["url=http://127.0.0.1:9/v1", "model=m"], "cannot be reached (Connection refused)"),
+        (["url=http://127.0.0.1:{port}/v1", "model=m"], "cannot be reached (Connection refused)"),
         (["url=http://a/v1", "model=m", "top_k=5"], "top_k is for a model at path, not for url"),
     ],
 )
 def test_an_endpoint_that_cannot_be_asked_is_refused(command, tmp_path, arguments, message):
     prompts = file_of(tmp_path / "p.jsonl", [{"prompt": "Hi"}])
-    status, _, errors = command(f"prompts={prompts}", *arguments)
+    with held_port() as port:
+        given = [argument.format(port=port) for argument in arguments]
+        status, _, errors = command(f"prompts={prompts}", *given)
     assert status == 2 and message in errors
     assert [*tmp_path.iterdir()] == [prompts]

@@ -7,7 +7,6 @@ Run: python -m pytest -m slow tests/commands/test_serve.py
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+from helpers.ports import held_port
 from helpers.tiny import tiny_model, tiny_tokenizer
 from huggingface_hub import InferenceClient
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -55,10 +55,11 @@ def stage(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(stage, tmp_path_factory):
     """Address of a server on a free port; it is killed at the end, whatever happens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    folder = tmp_path_factory.mktemp("server")
+    with held_port() as port:
+        yield from served(stage, port, tmp_path_factory.mktemp("server"))
+
+
+def served(stage, port, folder):
     address, log = f"http://127.0.0.1:{port}", folder / "log"
     command = [Path(sys.executable).with_name("transformers"), "serve", stage, "--device", "cpu"]
     command += ["--host", "127.0.0.1", "--port", str(port)]
@@ -75,11 +76,11 @@ def server(stage, tmp_path_factory):
         process.wait()
 
 
-def wait_for(address, process, log, timeout=90.0):
+def wait_for(address, process, log, timeout=300.0):
     end = time.monotonic() + timeout
     while process.poll() is None and time.monotonic() < end:
         try:
-            if httpx.get(f"{address}/health", timeout=5.0, trust_env=False).is_success:
+            if httpx.get(f"{address}/health", timeout=60.0, trust_env=False).is_success:
                 return
         except httpx.TransportError:
             time.sleep(0.2)
@@ -100,7 +101,7 @@ def greedy(stage, messages, num_tokens):
 @pytest.mark.parametrize("messages", [[QUESTION], DIALOGUE], ids=["question", "dialogue"])
 def test_served_answer_is_the_greedy_one_of_transformers(messages, stage, server, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    client = InferenceClient(base_url=f"{server}/v1", timeout=60.0)
+    client = InferenceClient(base_url=f"{server}/v1", timeout=300.0)
     expected = greedy(stage, messages, 24)
     assert len(set(expected)) > 5
     asked = {"model": str(stage), "max_tokens": 24, "temperature": 0.0}

@@ -42,7 +42,7 @@ class Answers(ThreadingHTTPServer):
     """
 
     daemon_threads = True
-    request_queue_size = 128
+    request_queue_size = 128  # a full queue costs a client a second
 
     def __init__(self, *answers: Any):
         super().__init__(("127.0.0.1", 0), Handler)
