@@ -80,12 +80,12 @@ def test_sampling_from_slices_gives_the_result_of_one_process_and_resumes(tmp_pa
 
 
 def test_slices_sample_in_the_type_of_a_copy(tmp_path):
-    full, adapters, _ = three_updates(tmp_path, "layers")
-    full.preflight = True
+    runs = three_updates(tmp_path, "layers")
+    runs[0].preflight = True
     given = {"copy": [], "layers": []}
     for gather, configs in given.items():
         sampling = SamplingConfig(gather=gather, dtype="bfloat16")
-        for config in (full, adapters):
+        for config in runs:
             values = {"runs_dir": str(tmp_path / gather), "sampling": sampling}
             configs.append(dataclasses.replace(config, **values))
         assert in_group(train_all, *configs, log=tmp_path / gather) == [0, 0], text_of(

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers.allocations import Rounded
 from helpers.runs import write_random_policy
 from helpers.sampled_shares import (
@@ -27,7 +28,7 @@ from helpers.sharded import in_group, text_of
 from rlhf import engine_choice
 from rlhf.config import InputError, ModelConfig
 from rlhf.distributed import make_accelerator, share
-from rlhf.models import copy_bytes, load_policy, shard
+from rlhf.models import copy_bytes, load_policy, shard, sliced_copy
 from rlhf.sampling import engine_of, use_engine
 from rlhf.sampling.in_step import in_step
 from rlhf.slices import sliced_bytes
@@ -70,6 +71,24 @@ def rounded_in_passes(model, accelerator) -> list[int]:
     return found
 
 
+def gathered_in_a_pass(model) -> int:
+    """Bytes that this process gathers in a pass."""
+    name = "all_gather_single"
+    if not hasattr(dist, name):  # before torch 2.13
+        name = "all_gather_into_tensor"
+    number, gather = 0, getattr(dist, name)
+
+    def counted(output, *given, **options):
+        nonlocal number
+        number += output.nbytes
+        return gather(output, *given, **options)
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(dist, name, counted)
+        model(input_ids=torch.arange(4)[None])
+    return number
+
+
 def sample_in_slices(path: Path, folder: Path) -> None:
     accelerator, config = make_accelerator("bfloat16"), ModelConfig(path=str(path))
     tokenizer, rank = load_tokenizer(config), int(os.environ["RANK"])
@@ -81,6 +100,9 @@ def sample_in_slices(path: Path, folder: Path) -> None:
     copied = use_engine(model, dtype=torch.float32).copy
     size = sum(p.nbytes for p in copied.parameters())
     assert copy_bytes(model, torch.float32) == sliced_bytes(model) == size
+    copied = sliced_copy(model, torch.bfloat16)
+    assert gathered_in_a_pass(model) == 2 * gathered_in_a_pass(copied) == size
+    assert gathered_in_a_pass(copied) == sliced_bytes(copied)
     del copied
     content["choice"] = choice_if_a_copy_fails_on_the_second(model, tokenizer, rank)
     content["rounded"] = rounded_in_passes(model, accelerator)
