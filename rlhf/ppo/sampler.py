@@ -92,7 +92,7 @@ def _gather(trainer: PPOTrainer, independent: Scorer | None, dtype: torch.dtype)
         return "copy"
     size = copy_bytes(trainer.actors.policy, dtype)
     replays = config.sampling.engine == "auto" and accelerator.device.type == "cuda"
-    planned = "graph" if graph or replays else "loop", size
+    planned = "graph" if graph or replays else "loop", dtype
     part = longest_micro_batch(trainer)
     if chooses_tokens(trainer):  # the preflight takes fewer rows where there is no room
         part = part.select(torch.arange(1, device=accelerator.device))

@@ -21,6 +21,7 @@ from rlhf.config import InputError
 from rlhf.console import say
 from rlhf.distributed import is_sharded
 from rlhf.ppo.preflight.findings import FAIL, Finding, bottom_line, lay_out, mended_command
+from rlhf.ppo.preflight.free_memory import free_bytes, is_out_of_memory
 from rlhf.ppo.preflight.longest_step import (
     examine_longest_step,
     longest_micro_batch,
@@ -32,8 +33,6 @@ from rlhf.ppo.preflight.memory import (
     estimate_memory,
     examine_main_memory,
     examine_memory,
-    free_bytes,
-    is_out_of_memory,
 )
 from rlhf.ppo.preflight.samples import NUM_SAMPLES, examine_policy, examine_scoring, sample_policy
 from rlhf.ppo.trainer import PPOTrainer

@@ -14,14 +14,8 @@ from rlhf.config import PPOStageConfig
 from rlhf.distributed import backward, syncing
 from rlhf.ppo.passes import policy_logprobs, text_loss
 from rlhf.ppo.preflight.findings import FAIL, OK, Finding
-from rlhf.ppo.preflight.memory import (
-    MemoryEstimate,
-    is_out_of_memory,
-    judge,
-    read_kilobytes,
-    remedy,
-    size_text,
-)
+from rlhf.ppo.preflight.free_memory import is_out_of_memory, read_kilobytes
+from rlhf.ppo.preflight.memory import MemoryEstimate, judge, remedy, size_text
 from rlhf.ppo.rollout import Experience, Responses
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.ppo.update import LOSSES

@@ -1,4 +1,4 @@
-"""Memory of a PPO run: an estimate, and what there is.
+"""Memory of a PPO run: an estimate, and how it is judged.
 
 In the estimate, weights, gradients and Adam states are counted, so they are exact. Activations are
 measured: what autograd keeps of one and of two rows, extended to a micro-batch; and what a pass
@@ -10,13 +10,11 @@ of that.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +30,9 @@ from rlhf.models import (
     ScalarModel,
     accepts,
     cache_bytes,
+    cache_numbers,
     chunk_tokens,
+    copy_bytes,
     ends_with_head,
     eval_mode,
     kept_bytes,
@@ -204,14 +204,14 @@ def estimate_memory(
     trainer: PPOTrainer,
     part: Responses,
     independent: Scorer | None = None,
-    planned: tuple[str, int] | None = None,
+    planned: tuple[str, torch.dtype] | None = None,
 ) -> MemoryEstimate:
     """Estimate what a run needs on this process.
 
     Args:
         part: see `longest_micro_batch`.
         independent: the scorer of `evaluation.scorer`.
-        planned: engine that will sample, and bytes of its copy of the policy (None: as now).
+        planned: engine that will sample, and type of its copy of the policy (None: as now).
     """
     actors, sampling, ppo = trainer.actors, trainer.sampling, trainer.config.ppo
     distributed = trainer.accelerator.num_processes > 1
@@ -273,17 +273,21 @@ def _sampling(
     part: Responses,
     models: dict[str, ModelMemory],
     num_rows: int,
-    planned: tuple[str, int] | None,
+    planned: tuple[str, torch.dtype] | None,
 ) -> int:
     """Bytes that sampling takes for a while; what the sampler keeps is added to `models`."""
     policy = trainer.actors.policy
     engine = engine_of(policy)
+    name, kind = planned or (engine.name, None if engine.copy is None else engine.copy.dtype)
     is_here = engine.copy is not None and engine.copy.device.type != "meta"
     copied = model_memory(engine.copy).weights if is_here else 0
-    name, copied = planned or (engine.name, copied)
+    copied = copied if planned is None else copy_bytes(policy, planned[1])
+    if kind is None and name == "graph" and trainer.accelerator.mixed_precision != "no":
+        kind = torch.bfloat16  # it keeps them as attention reads them
     num_logits = shape_of(policy.get_output_embeddings().weight)[0]
     passing = num_rows * num_logits * SAMPLER_BYTES
-    per_token, length = num_rows * cache_bytes_per_token(policy, part), part.sequence_ids.shape[1]
+    per_token = num_rows * cache_bytes_per_token(policy, part, kind)
+    length = part.sequence_ids.shape[1]
     if name == "graph":
         cache = per_token * length
         models["sampler"] = ModelMemory(cache)  # its cache stays where it is
@@ -327,13 +331,18 @@ def activation_bytes(read: Callable[[Responses], None], model: Any, part: Respon
 
 
 @torch.no_grad()
-def cache_bytes_per_token(model: Any, part: Responses) -> int:
-    """Bytes of keys and values that generation keeps of one token."""
+def cache_bytes_per_token(model: Any, part: Responses, kind: torch.dtype | None = None) -> int:
+    """Bytes of keys and values that generation keeps of one token.
+
+    Args:
+        kind: their type; None: as the engine `loop` keeps what the model computes.
+    """
     ids, mask = part.prompt_ids[:1], part.prompt_mask[:1]
-    cache = DynamicCache(config=unwrap_peft(model).config)
+    cache = roomy_cache(unwrap_peft(model).config)
     with eval_mode(model):  # gradient checkpointing drops the cache
         model(**prefill_inputs(model, ids, mask), past_key_values=cache, use_cache=True)
-    return -(-cache_bytes(cache) // ids.shape[1])
+    size = cache_bytes(cache) if kind is None else kind.itemsize * cache_numbers(cache)
+    return -(-size // ids.shape[1])
 
 
 def prefill_bytes(model: Any, part: Responses, new_cache: Callable[[Any], DynamicCache]) -> int:
@@ -368,30 +377,3 @@ def scoring_bytes(
             sequence_scores(model, ids, torch.ones_like(ids, dtype=torch.bool))
 
     return passing_bytes(partial(read, 2)) - passing_bytes(partial(read, 1))
-
-
-# --- What there is --------------------------------------------------------------------------------
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that this process can still get: of its GPU, else of this machine's RAM."""
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
-    available = read_kilobytes("/proc/meminfo", "MemAvailable")
-    return available or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def read_kilobytes(file: str, name: str) -> int | None:
-    """Bytes under a name in a file of /proc; None where there is no such file, as on macOS."""
-    path = Path(file)
-    lines = path.read_text().splitlines() if path.is_file() else []
-    found = [line.split()[1] for line in lines if line.startswith(f"{name}:")]
-    return int(found[0]) * 1024 if found else None
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """True for the exceptions that torch and Python raise when memory ends."""
-    # the CPU allocator raises a plain RuntimeError
-    kinds = (torch.OutOfMemoryError, MemoryError)
-    return isinstance(error, kinds) or "DefaultCPUAllocator" in str(error)

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+from functools import partial
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from helpers import tiny_ppo
 from helpers.allocations import most_allocated
 from helpers.preflight import letters, look, scored_by
 from helpers.tiny import tiny_model, tiny_tokenizer
@@ -36,7 +40,7 @@ from rlhf.ppo.preflight.memory import (
     model_memory,
 )
 from rlhf.ppo.rollout import policy_logprobs
-from rlhf.sampling import generate, use_engine
+from rlhf.sampling import generate, token_loop, use_engine
 from rlhf.scorers import load_scorer, score_sequences
 
 
@@ -114,11 +118,11 @@ def test_the_copy_and_the_cache_of_graph_stay_during_training(policy_dir, tmp_pa
     trainer = make_trainer(make_config(policy_dir, tmp_path), tmp_path)
     part, policy = longest_micro_batch(trainer), trainer.actors.policy
     loop = estimate_memory(trainer, part)
-    planned = "graph", copy_bytes(policy, torch.bfloat16)
+    planned = "graph", torch.bfloat16
     before = estimate_memory(trainer, part, planned=planned)
     use_engine(policy, "graph", dtype=torch.bfloat16)
     graph = estimate_memory(trainer, part)
-    cache = 8 * part.sequence_ids.shape[1] * cache_bytes_per_token(policy, part)
+    cache = 8 * part.sequence_ids.shape[1] * cache_bytes_per_token(policy, part, torch.bfloat16)
     copied = nbytes({p.data_ptr(): p for p in policy.parameters()}.values()) // 2
     assert graph.models["sampler"] == ModelMemory(cache + copied)
     assert "sampler" not in loop.models
@@ -377,3 +381,36 @@ def test_logits_are_counted_where_the_head_is_in_slices(policy_dir, tmp_path, mo
     whole, weight = counted(), trainer.actors.policy.get_output_embeddings().weight
     weight.ds_shape, weight.data = weight.shape, torch.empty(0)  # as in DeepSpeed's slices
     assert counted() == whole
+
+
+@pytest.mark.parametrize("engine", ["loop", "graph"])
+@pytest.mark.parametrize("copied", [False, True])
+def test_the_cache_counts_in_the_type_in_which_it_is_kept(
+    engine, copied, policy_dir, tmp_path, monkeypatch
+):
+    rounding = partial(Accelerator, mixed_precision="bf16")  # passes of a policy in float32
+    monkeypatch.setattr(tiny_ppo, "Accelerator", rounding)
+    AcceleratorState._reset_state()
+    trainer = make_trainer(make_config(policy_dir, tmp_path), tmp_path)
+    part, caches, counted = longest_micro_batch(trainer), [], []
+    policy = trainer.actors.policy
+    sampler = use_engine(policy, engine, dtype=torch.bfloat16 if copied else None)
+    count, new = memory.cache_bytes_per_token, token_loop.roomy_cache
+    monkeypatch.setattr(
+        memory, "cache_bytes_per_token", lambda *given: counted.append(count(*given)) or 0
+    )
+    monkeypatch.setattr(
+        token_loop, "roomy_cache", lambda config: caches.append(new(config)) or caches[-1]
+    )
+    estimate_memory(trainer, part)
+    trainer.collect()
+    AcceleratorState._reset_state()
+    kept = sampler._steps._buffers if engine == "graph" else caches[-1].layers[0]
+    sizes = [
+        x[0].element_size() if isinstance(x, list) else x.element_size()
+        for x in (kept.keys, kept.values)
+    ]
+    settings = policy.config
+    numbers = settings.num_hidden_layers * settings.num_key_value_heads * settings.head_dim
+    assert counted == [numbers * sum(sizes)]
+    assert sum(sizes) == (4 + 2 if engine == "loop" and not copied else 2 + 2)
