@@ -69,7 +69,7 @@ def test_slices_in_bfloat16_give_the_result_of_whole_models(tmp_path):
     sft, reward, ppo = three_steps(tmp_path)
     ppo.model.path = str(directory_of(sft) / "final")
     ppo.scorer = ScorerConfig(str(directory_of(reward) / "final"))
-    ppo.critic.init, ppo.sampling.gather, ppo.preflight = "reward", "layers", True
+    ppo.critic.init, ppo.sampling.dtype, ppo.preflight = "reward", "bfloat16", True
     configs = sft, reward, ppo
     sft.trainer["max_steps"] = reward.trainer["max_steps"] = ppo.ppo.num_updates = 1
     for config in configs:
