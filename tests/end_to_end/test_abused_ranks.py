@@ -123,7 +123,7 @@ def test_abused_process_ends_both_and_the_run_goes_on_bit_identically(how, shard
     if how == "scorer":
         (tmp_path / "hangs").touch()
     log = tmp_path / "abused"
-    codes = in_group(command, config, how, tmp_path, log=log, shards=shards, seconds=120)
+    codes = in_group(command, config, how, tmp_path, log=log, shards=shards)
     expected, speaker, begins, holds = ENDS[how]
     text = (tmp_path / f"abused-{speaker}").read_text()
     print(f"\n{how}, {shards}: {codes}\n{text[-700:]}")

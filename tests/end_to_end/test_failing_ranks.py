@@ -147,7 +147,7 @@ def test_failure_of_one_process_ends_both_and_the_first_names_it(how, shards, tm
     if how == "batch":
         config.ppo.batch_size, config.ppo.num_mini_batches = 9, 1
     log = tmp_path / "log"
-    codes = in_group(command, config, how, tmp_path, log=log, shards=shards, seconds=120)
+    codes = in_group(command, config, how, tmp_path, log=log, shards=shards)
     assert codes[0] in (1, 2), (codes, text_of(log))
     assert codes[1] == -signal.SIGKILL if how == "SIGKILL to 1" else codes[1] in (1, 2), codes
     begins, holds = FAILURES[how]
@@ -176,7 +176,7 @@ def other_config_in(folder, stage):
 @pytest.mark.parametrize("how", ["memory of 1", "SIGKILL to 1"])
 def test_failure_in_other_stages_ends_both_and_the_first_names_it(how, stage, shards, tmp_path):
     config, log = other_config_in(tmp_path, stage), tmp_path / "log"
-    codes = in_group(command, config, how, tmp_path, log=log, shards=shards, seconds=120)
+    codes = in_group(command, config, how, tmp_path, log=log, shards=shards)
     assert codes == [1, 1 if how == "memory of 1" else -signal.SIGKILL], (codes, text_of(log))
     last = (tmp_path / "log-0").read_text().splitlines()[-1]
     begins, holds = FAILURES[how]
@@ -190,7 +190,7 @@ def test_other_stages_refuse_other_rows_on_one_process(stage, tmp_path):
     file = tmp_path / "host-1" / config.dataset.path
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
     log = tmp_path / "log"
-    assert 0 not in in_group(command, config, "", tmp_path, log=log, shards=False, seconds=120)
+    assert 0 not in in_group(command, config, "", tmp_path, log=log, shards=False)
     first = (tmp_path / "log-0").read_text()
     assert "error: the processes were not started alike:\n  rows of dataset.path: " in first, first
 
@@ -199,7 +199,7 @@ def test_other_stages_refuse_other_rows_on_one_process(stage, tmp_path):
 def test_first_process_that_fails_ends_both_and_its_last_lines_name_it(shards, tmp_path):
     config, log = config_in(tmp_path), tmp_path / "log"
     arguments = command, config, "memory of 0", tmp_path
-    assert in_group(*arguments, log=log, shards=shards, seconds=120) == [1, 1], text_of(log)
+    assert in_group(*arguments, log=log, shards=shards) == [1, 1], text_of(log)
     first = (tmp_path / "log-0").read_text()
     assert "error on rank 0 (training, update 2):\n" in first
     last = ["torch.OutOfMemoryError: planted", "phase: training", "phase: update 2", "rank: 0"]
@@ -210,7 +210,7 @@ def test_first_process_that_fails_ends_both_and_its_last_lines_name_it(shards, t
 def test_second_process_says_that_the_first_was_killed(shards, tmp_path):
     config, log = config_in(tmp_path), tmp_path / "log"
     arguments = command, config, "SIGKILL to 0", tmp_path
-    codes = in_group(*arguments, log=log, shards=shards, seconds=120)
+    codes = in_group(*arguments, log=log, shards=shards)
     assert codes == [-signal.SIGKILL, 1], (codes, text_of(log))
     last = (tmp_path / "log-1").read_text().splitlines()[-1]
     assert last.startswith("error: no word from rank 0: killed"), last
@@ -221,7 +221,7 @@ def test_second_process_says_that_the_first_was_killed(shards, tmp_path):
 def test_process_that_hangs_ends_the_others_after_the_timeout(shards, tmp_path):
     config, log = config_in(tmp_path), tmp_path / "log"
     config.distributed_timeout = TIMEOUT
-    codes = in_group(command, config, "hangs", tmp_path, log=log, shards=shards, seconds=200)
+    codes = in_group(command, config, "hangs", tmp_path, log=log, shards=shards)
     assert codes == [1, 3], (codes, text_of(log))
     last = (tmp_path / "log-0").read_text().splitlines()[-1]
     assert last.startswith("error: no word from rank 1: killed") and ", hanging, or" in last, last
@@ -237,7 +237,7 @@ def test_sigterm_saves_on_all_processes_and_the_run_goes_on_bit_identically(how,
     expected = outcome(config)
     shutil.rmtree(directory_of(config))
     config = dataclasses.replace(config, resume="auto")
-    codes = in_group(command, config, how, tmp_path, log=log, shards=shards, seconds=120)
+    codes = in_group(command, config, how, tmp_path, log=log, shards=shards)
     assert codes == [128 + signal.SIGTERM] * 2, text_of(log)
     assert (directory_of(config) / "checkpoint-2/manifest.json").is_file()
     assert in_group(command, config, "", tmp_path, log=log, shards=shards) == [0, 0], text_of(log)

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 import os
+from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.state import PartialState
 from helpers.families import TOKENIZER
-from helpers.ports import held_port
+from helpers.sharded import in_group, text_of
 from helpers.tiny import tiny_model
 from helpers.tiny_ppo import make_config, make_trainer
 from torch import nn
@@ -93,36 +93,19 @@ def test_a_loss_scaler_may_skip_steps_but_not_for_ever(tmp_path):
     assert model.layer.weight.isfinite().all()
 
 
-def one_of_two(rank: int, port: int, folder, answers) -> None:
-    """Train in a process of two, whose other one meets a loss that is not finite."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ |= {"ACCELERATE_USE_CPU": "true", "LOCAL_WORLD_SIZE": "2"}
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+def one_of_two(folder: Path) -> None:
+    """Train in a process of two, the second of which meets a loss that is not finite."""
     model = Regression({3: math.nan}, {}, rank=1)
-    try:
+    with pytest.raises(NonFiniteError) as stop:
         trainer_of(model, folder, ddp_find_unused_parameters=False).train()
-        answers.put((rank, "no error"))
-    except NonFiniteError as error:
-        answers.put((rank, str(error)))
+    (folder / f"said-{os.environ['RANK']}").write_text(str(stop.value))
 
 
 def test_all_processes_stop_at_what_one_of_them_meets(tmp_path):
-    processes = multiprocessing.get_context("fork")
-    answers = processes.Queue()
-    with held_port() as port:
-        started = [
-            processes.Process(target=one_of_two, args=(rank, port, tmp_path, answers))
-            for rank in range(2)
-        ]
-        for process in started:
-            process.start()
-        said = dict(answers.get(timeout=300) for _ in started)
-    for process in started:
-        process.join(timeout=300)
-    assert set(said) == {0, 1} and said[0] == said[1]
-    assert said[0].startswith("the loss is nan in step 3")
+    log = tmp_path / "log"
+    assert in_group(one_of_two, tmp_path, log=log, shards=False) == [0, 0], text_of(log)
+    said = [(tmp_path / f"said-{rank}").read_text() for rank in (0, 1)]
+    assert said[0] == said[1] and said[0].startswith("the loss is nan in step 3")
 
 
 # --- PPO ------------------------------------------------------------------------------------------

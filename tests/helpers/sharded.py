@@ -136,7 +136,7 @@ def text_of(log: Path) -> str:
     return "\n".join(f"{file.name}: {file.read_text()[-5000:]}" for file in files)
 
 
-def in_group(work, *arguments, log: Path, world: int = 2, shards: bool | str = True, seconds=240):
+def in_group(work, *arguments, log: Path, world: int = 2, shards: bool | str = True, seconds=900):
     """Call `work(*arguments)` in each of several processes; return their exit codes."""
     with held_port() as port:
         ranks = [

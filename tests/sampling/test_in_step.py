@@ -112,7 +112,7 @@ def sample_in_slices(path: Path, folder: Path) -> None:
 @pytest.mark.slow
 def test_processes_sample_their_own_rows_of_a_model_in_slices_as_one_process_does(tmp_path):
     path, log = write_random_policy(tmp_path / "policy"), tmp_path / "log"
-    assert in_group(sample_in_slices, path, tmp_path, log=log, seconds=60) == [0, 0], text_of(log)
+    assert in_group(sample_in_slices, path, tmp_path, log=log) == [0, 0], text_of(log)
     assert_shares_of_one(path, tmp_path)
     for rank in (0, 1):
         content = json.loads((tmp_path / f"found-{rank}.json").read_text())
