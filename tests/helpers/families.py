@@ -32,6 +32,11 @@ def close(actual, expected, atol=1e-6):
     assert_close(actual, expected, rtol=1e-5, atol=atol)
 
 
+def near(actual, expected):
+    """Equal to rounding: of the largest number, as that of a sum is of its largest terms."""
+    close(actual, expected, atol=2e-5 * max(1.0, float(expected.abs().max())))
+
+
 def save(directory, model, stage="sft", tokenizer=TOKENIZER, **record_values):
     """Write a stage directory and return the ModelConfig that loads it by path alone."""
     record = make_record(stage, StageConfig(), None, tokenizer)

@@ -1,7 +1,10 @@
 """Settings are tried on a model without weights: nothing but config.json is there to load."""
 
+import sys
+
 import pytest
 from helpers.tiny import FAMILIES, tiny_model, tiny_tokenizer
+from transformers import dynamic_module_utils
 
 from rlhf.config import InputError, ModelConfig, PeftConfig
 from rlhf.models import try_settings
@@ -54,7 +57,9 @@ def test_dropout_of_a_model_that_has_none_is_refused_without_weights():
         )
 
 
-def test_a_model_whose_code_needs_numbers_waits_for_its_weights(tmp_path):
+def test_a_model_whose_code_needs_numbers_waits_for_its_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("sys.path", [str(tmp_path / "modules"), *sys.path])
     (tmp_path / "config.json").write_text(
         '{"model_type": "needy", "auto_map": {"AutoConfig": "code.Config",'
         ' "AutoModelForCausalLM": "code.Model"}}'

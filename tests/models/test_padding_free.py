@@ -20,6 +20,7 @@ from helpers.families import (
     close,
     every_family,
     exact,
+    near,
     padded,
     positions_before_last,
     response_logits,
@@ -126,10 +127,10 @@ def test_logits_and_gradients_are_those_of_padded_rows(family):
         return response_logits(model, ids, mask, positions, NONE_FORBIDDEN)[real]
 
     (free, free_gradients), (plain, plain_gradients) = both_ways(model, read)
-    close(free, plain, atol=1e-5)
+    near(free, plain)
     assert len(free_gradients) == len(plain_gradients)
     for one, other in zip(free_gradients, plain_gradients, strict=True):
-        close(one, other, atol=1e-5)
+        near(one, other)
 
 
 @every_family
@@ -139,9 +140,9 @@ def test_values_and_their_gradients_are_those_of_padded_rows(family):
     reads = [lambda: model(ids, mask)[mask], lambda: sequence_scores(model, ids, mask)]
     for read in reads:
         (free, free_gradients), (plain, plain_gradients) = both_ways(model, read)
-        close(free, plain, atol=1e-5)
+        near(free, plain)
         for one, other in zip(free_gradients, plain_gradients, strict=True):
-            close(one, other, atol=1e-5)
+            near(one, other)
         choose_forward(model, TOKENIZER, "padding_free")
 
 
@@ -185,7 +186,7 @@ def test_adapters_on_a_padding_free_model_get_the_gradients_of_padded_rows():
     free = gradients()
     disable_padding_free(model)
     for one, other in zip(free, gradients(), strict=True):
-        close(one, other, atol=1e-5)
+        near(one, other)
 
 
 def test_gradient_checkpointing_reads_rows_apart_in_the_backward_pass_too():
@@ -203,7 +204,7 @@ def test_gradient_checkpointing_reads_rows_apart_in_the_backward_pass_too():
     plain = gradients()
     model.gradient_checkpointing_enable()
     for one, other in zip(gradients(), plain, strict=True):
-        close(one, other, atol=1e-5)
+        near(one, other)
 
 
 def test_a_window_shorter_than_the_rows_is_kept():
