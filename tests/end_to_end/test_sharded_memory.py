@@ -26,6 +26,7 @@ from rlhf.models import (
     ScalarModel,
     add_lora,
     load_policy,
+    model_memory,
     scalar_role,
     shard,
     shard_base,
@@ -70,7 +71,7 @@ def train(path, folder, measures):
 def sample_and_copy(path, folder, measures):
     """Train a policy in bfloat16 by a step, and hold what PPO then has at once: slices with Adam's
     states, the whole copy that samples, and the copy from which a checkpoint is written. Then
-    sample from the slices."""
+    sample from the slices, and from those of a copy in float32."""
     accelerator = make_accelerator("float32")
     config = ModelConfig(path=str(path), dtype="bfloat16")
     tokenizer = load_tokenizer(config)
@@ -91,8 +92,13 @@ def sample_and_copy(path, folder, measures):
     use_engine(model)
     with Peak(daemon=True) as layers:
         sampled(model, tokenizer, [accelerator.process_index])
+    with Peak(daemon=True) as sliced:
+        engine = use_engine(model, dtype=torch.float32, in_slices=True)
+        engine.refresh()
+        sampled(model, tokenizer, [accelerator.process_index])
     if measures:
         numbers = {"copies": peak.bytes, "layers": layers.bytes, "layer": gathered_bytes(model)}
+        numbers |= {"sliced": sliced.bytes, "counted": model_memory(engine.copy).weights}
         (folder / f"copies-{accelerator.process_index}.json").write_text(json.dumps(numbers))
 
 
@@ -174,6 +180,8 @@ def test_each_process_has_its_share_of_weights_gradients_and_optimiser(tmp_path)
         held = json.loads((tmp_path / f"copies-{rank}.json").read_text())
         assert held["copies"] == pytest.approx(planned_copies(tmp_path / "model"), rel=0.15)
         assert held["layer"] < held["layers"] < 4 * held["layer"], held  # of bfloat16
+        # slices in float32, and layers, which are twice as large as in bfloat16
+        assert 0.9 * held["counted"] < held["sliced"] < held["counted"] + 6 * held["layer"], held
         for on_one_base in (False, True):
             own = json.loads((tmp_path / f"adapters-{on_one_base}-{rank}.json").read_text())
             # the frozen base; of each role's adapters also gradients, their mean and two moments
