@@ -133,7 +133,7 @@ CONFIGS = {
     "lora, function": PYTHON | LORA,
     "tokens": {"ppo.micro_batch_tokens": 2048},
     "background": {"checkpoint.background": True},
-    "copy": {"sampling.gather": "copy"},
+    "copy": {"sampling.gather": "copy", "sampling.dtype": "bfloat16"},
     "tokens of a row": {"ppo.micro_batch_tokens": 64, "ppo.response_length": 48},
 }
 
