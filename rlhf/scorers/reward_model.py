@@ -29,6 +29,7 @@ from rlhf.models import (
     has_linear_head,
     load_reward_model,
     sequence_scores,
+    unwrap_peft,
 )
 from rlhf.sampling import context_length
 from rlhf.scorers.call import BuiltInScorer, Columns, Scores, Tokens, require_valid_scores
@@ -102,7 +103,8 @@ class RewardModelScorer(BuiltInScorer):
         where, fix = f"{field}={config.path}", "take a reward model of another family"
         require_padding(self.model, self.tokenizer, where, fix)
         self.forward = choose_forward(self.model, self.tokenizer)
-        if not (self.scores_texts or type(model).__module__.startswith("transformers.")):
+        written = type(unwrap_peft(model)).__module__
+        if not (self.scores_texts or written.startswith("transformers.")):
             self._require_own_scores(where)
 
     def score(
@@ -175,7 +177,10 @@ class RewardModelScorer(BuiltInScorer):
         token."""
         model, device = self.model.model, compute_device(self.model)
         rows = [self.encode("Hi", text) for text in ("Yes.", "No, not at all.", "What for?")]
-        raw = [model(input_ids=torch.tensor([row], device=device)).logits.view(-1) for row in rows]
+        # its head is float32 here, whatever the type of its layers
+        with torch.autocast(device.type, model.dtype, enabled=model.dtype != torch.float32):
+            ids = (torch.tensor([row], device=device) for row in rows)
+            raw = [model(input_ids=row).logits.view(-1) for row in ids]
         own = torch.cat(raw).float().cpu()
         ours = score_sequences(self.model, rows, 1) * self.model.std + self.model.mean
         if not (own - ours).abs().max() <= tolerance(model) * own.abs().max().clamp(min=1e-3):

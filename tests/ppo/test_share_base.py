@@ -102,6 +102,14 @@ def test_critic_and_scores_begin_at_the_reward_model(policy_dir, reward_dir, tmp
     assert torch.equal(one.response_ids, two.response_ids)
 
 
+def test_a_base_in_bfloat16_runs_through_preflight_and_update(policy_dir, reward_dir, tmp_path):
+    config = lora_config(policy_dir, tmp_path, reward_dir, num_updates=1)
+    config.model.dtype = config.precision = "bfloat16"
+    config.ppo.missing_eos_penalty, config.preflight = None, True
+    directory = train_ppo(config).directory
+    assert {row["step"] for row in read_jsonl(directory.parent / "metrics.jsonl")} == {0, 1}
+
+
 def test_updates_change_the_adapters_of_policy_and_critic_and_nothing_else(
     policy_dir, reward_dir, tmp_path
 ):
