@@ -32,6 +32,7 @@ from rlhf.console import is_main_process, num_processes, rank
 Result = TypeVar("Result")
 Rows = TypeVar("Rows")  # `rlhf.data.Splits`
 NOTE = "phase: "  # begins the notes of an exception that say what the process did
+MEETING = "meeting"  # name of the thread that watches it
 PATIENCE_SECONDS = 30.0  # after which a process says for whom it waits
 WORD_SECONDS = 5.0  # in which a process that fails says so
 ADVICE = ". This is typically caused by a remote worker"  # gloo's, after its error
@@ -67,7 +68,7 @@ def meeting(timeout_seconds: float) -> Iterator[None]:
             print(f"error: {failed}; {fix}", file=sys.stderr, flush=True)
             os._exit(2)
 
-    Thread(target=watch, daemon=True).start()
+    Thread(target=watch, name=MEETING, daemon=True).start()
     try:
         yield
     except Exception as error:
