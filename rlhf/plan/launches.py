@@ -80,7 +80,7 @@ def estimate(model: Measured, setting: Setting, launch: str, rows: int = 1) -> M
     if setting.critic:
         weights = adapters if setting.share_base else train.weights
         models["critic"] = ModelMemory(weights, train.gradients, train.adam, kept)
-    frozen = ModelMemory(adapters if setting.share_base else HALF * model.parameters)
+    frozen = ModelMemory(adapters if setting.share_base else _merged(model, setting))
     if not setting.offload_frozen:
         models["reward model"] = frozen
     if not (setting.offload_frozen or setting.lora):  # with LoRA: the policy with its adapters off
@@ -94,7 +94,7 @@ def estimate(model: Measured, setting: Setting, launch: str, rows: int = 1) -> M
             models["sampler"] = ModelMemory(_in_slices(model, setting, launch))
     else:
         copies = setting.dtype == "float32" or launch in SLICED
-        models["sampler"] = ModelMemory(HALF * model.parameters * copies + cache)
+        models["sampler"] = ModelMemory(_merged(model, setting) * copies + cache)
     scored = min(setting.sampled_rows, ScorerConfig().batch_size) * model.passing
     visiting = frozen.weights if setting.offload_frozen else 0
     return MemoryEstimate(models, prompts, scored, visiting)
@@ -114,6 +114,11 @@ def chosen_gather(model: Measured, setting: Setting, launch: str, memory: int) -
     return "copy" if estimate(model, setting, launch).total <= FULL * memory else "layers"
 
 
+def _merged(model: Measured, setting: Setting) -> int:
+    """Bytes of a model in bfloat16, adapters merged."""
+    return HALF * (model.parameters - model.trained * setting.lora)
+
+
 def _in_slices(model: Measured, setting: Setting, launch: str) -> int:
     """Bytes of a copy in bfloat16: its slice, the block in use and the next one."""
     here = 0 if launch in OFFLOADED else model.parameters // setting.gpus
@@ -125,7 +130,7 @@ def gathered_per_token(model: Measured, setting: Setting) -> int:
     """Bytes of the slices of all GPUs together, which "layers" gathers for each token: of a copy in
     bfloat16, or of a policy that is stored so."""
     if setting.dtype == "float32":
-        return HALF * model.parameters
+        return _merged(model, setting)
     return model.weights - FLOAT * model.trained * setting.share_base
 
 
@@ -184,7 +189,7 @@ def main_memory(model: Measured, setting: Setting, launch: str) -> int:
     if launch not in OFFLOADED:
         return copy
     if setting.stage == "ppo" and setting.gather == "layers" and setting.dtype == "float32":
-        copy += HALF * model.parameters  # slices that sample
+        copy += _merged(model, setting)  # slices that sample
     if setting.share_base:
         return copy + model.weights - FLOAT * model.trained
     kept = 5 if launch == "zero3_offload" else 3  # gradients and Adam; DeepSpeed's copies of both

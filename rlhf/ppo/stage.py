@@ -195,7 +195,8 @@ def require_equal_shares(config: PPOStageConfig, num_processes: int) -> None:
     if per_minibatch % num_processes:
         raise InputError(
             f"ppo.batch_size / ppo.num_mini_batches = {per_minibatch} must be divisible by the "
-            f"{num_processes} processes; change ppo.batch_size"
+            f"{num_processes} processes; start a number of them that divides it, or in a new run "
+            "change ppo.batch_size"
         )
     if config.ptx.coef and config.ptx.batch_size % num_processes:
         raise InputError(

@@ -231,7 +231,8 @@ def test_packed_weights_are_those_of_bitsandbytes(tmp_path):
 def test_a_policy_in_slices_samples_by_layers_where_its_copy_does_not_fit():
     ppo, model = replace(SETTING, stage="ppo", gpus=8, critic=False, lora=True), counted(trained=4)
     whole = estimate(model, ppo, "fsdp2")
-    assert whole.models["sampler"].weights == 200 + 4 * 64 and whole.sampling == 4 * (24 + 240)
+    merged = 2 * (100 - 4)
+    assert whole.models["sampler"].weights == merged + 4 * 64 and whole.sampling == 4 * (24 + 240)
     in_layers = estimate(model, replace(ppo, gather="layers"), "fsdp2")
     # of two bytes a number: an eighth of all, and the numbers outside of blocks
     assert in_layers.models["sampler"].weights == 2 * (100 // 8 + 50)
@@ -252,7 +253,7 @@ def test_a_policy_in_slices_samples_by_layers_where_its_copy_does_not_fit():
         assert chosen_gather(model, replace(ppo, gather=gather), "fsdp2", 1) == gather
     assert chosen_gather(model, ppo, "ddp", 1) == "itself"
     assert chosen_gather(model, replace(ppo, stage="sft"), "fsdp2", 1) == "itself"
-    assert gathered_per_token(model, ppo) == 200
+    assert gathered_per_token(model, ppo) == merged
     assert gathered_per_token(model, sixteen) == 400
     assert gathered_per_token(model, replace(sixteen, share_base=True)) == 400 - 16
 

@@ -33,8 +33,10 @@ def test_rows_that_the_processes_cannot_share_are_refused():
     config.ptx.batch_size, config.ptx.coef = 9, 0.0
     for number in (1, 2, 3, 6):
         require_equal_shares(config, number)
-    text = "ppo.batch_size / ppo.num_mini_batches = 6 must be divisible by the 4 processes; change"
-    with pytest.raises(InputError, match=f"^{text} ppo.batch_size$"):
+    text = (
+        "ppo.batch_size / ppo.num_mini_batches = 6 must be divisible by the 4 processes; start a "
+    )
+    with pytest.raises(InputError, match=f"^{text}number .* new run change ppo.batch_size$"):
         require_equal_shares(config, 4)
     config.ptx.coef = 1.0
     require_equal_shares(config, 3)
