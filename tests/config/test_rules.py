@@ -22,6 +22,13 @@ from rlhf.config import (
     with_default_paths,
 )
 
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """A checkout may hold runs."""
+    monkeypatch.chdir(tmp_path)
+
+
 PYTHON_SCORER = {"scorer.path": "python:my_module.score"}
 OFF_POLICY = "or set ppo.allow_off_policy_sampling=true"
 

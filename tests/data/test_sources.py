@@ -139,7 +139,7 @@ def test_what_looks_like_a_path_is_never_sent_to_the_hub(monkeypatch, tmp_path):
         raise ConnectionError("offline")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    for path in ("no/such.jsonl", "such.csv.gz", "./here", "/there/x", "~/x", "a.parquet"):
+    for path in ("no/such.jsonl", "such.csv.gz", "./here", "/there/x", "~/no/x", "a.parquet"):
         with pytest.raises(InputError, match="dataset.eval_path=.*neither a file nor a directory"):
             load_rows(path, "messages", "train", "sft", field="dataset.eval_path")
     assert not asked
