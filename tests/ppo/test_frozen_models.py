@@ -8,6 +8,7 @@ where it was moved last.
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -122,7 +123,9 @@ def test_the_preflight_reads_rounded_weights_as_the_run_does(policy_dir, tmp_pat
     config = run_in_bfloat16(policy_dir, tmp_path)
     config.preflight = "only"
     train_ppo(config)
-    assert "\npreflight: 2 warnings" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "\nok    memory " in printed and "\nok    scorer " in printed
+    assert re.search(r"\npreflight: (ok|\d+ warnings?) \(", printed), "what it warns of is luck"
 
 
 def test_a_model_that_has_been_read_leaves_no_rounded_weights(policy_dir, tmp_path):
