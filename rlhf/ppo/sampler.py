@@ -50,7 +50,7 @@ def choose_sampler(trainer: PPOTrainer, independent: Scorer | None, server: VLLM
     with trainer.accelerator.autocast():
         if server is not None:
             actors.sampling = choose_server(policy, tokenizer, server, dtype)
-        elif in_slices and dtype == _computed_type(policy):
+        elif in_slices and dtype == unwrap_peft(policy).dtype == _computed_type(policy):
             use_engine(policy)  # `require_cache` has measured it
             actors.sampling = "loop"
         else:

@@ -81,7 +81,7 @@ def test_sampling_from_slices_gives_the_result_of_one_process_and_resumes(tmp_pa
 
 def test_slices_sample_in_the_type_of_a_copy(tmp_path):
     runs = three_updates(tmp_path, "layers")
-    runs[0].preflight = True
+    runs[0].preflight, runs[1].precision = True, "bfloat16"  # slices are float32 all the same
     given = {"copy": [], "layers": []}
     for gather, configs in given.items():
         sampling = SamplingConfig(gather=gather, dtype="bfloat16")
