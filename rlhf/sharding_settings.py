@@ -65,6 +65,13 @@ def refuse_under_sharding(options: Mapping[str, Any]) -> None:
         )
 
 
+def mixes_types(config: StageConfig, has_head: bool) -> bool:
+    """True if FSDP2 would have to shard a float32 head together with layers of another type, which
+    all train; it takes weights of one type."""
+    in_full = sharding() == "FSDP" and not config.peft.enabled
+    return in_full and has_head and config.model.dtype != "float32"
+
+
 def refuse_under_deepspeed(config: StageConfig) -> None:
     """Refuse what does not go together with DeepSpeed, if the launcher asks for it."""
     if sharding() != "DeepSpeed":

@@ -18,12 +18,23 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DeepSpeedPlugin, DistributedType
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from transformers import TrainingArguments
 from trl import SFTConfig
 
 import rlhf.distributed
 import rlhf.sharding_settings
 from rlhf import cpu_adam
-from rlhf.config import CONF_DIR, InputError, PPOStageConfig, SFTStageConfig, read_yaml
+from rlhf.config import (
+    CONF_DIR,
+    InputError,
+    ModelConfig,
+    PeftConfig,
+    PPOConfig,
+    PPOStageConfig,
+    RewardStageConfig,
+    SFTStageConfig,
+    read_yaml,
+)
 from rlhf.cpu_adam import wait_for_build
 from rlhf.distributed import ZERO, join_processes, launch_environment
 from rlhf.hf_trainer import trainer_arguments
@@ -346,5 +357,12 @@ def test_what_sharded_training_does_not_do_is_refused(monkeypatch):
         trainer_arguments(SFTConfig, SFTStageConfig(model=config.model), "sft")
     with pytest.raises(InputError, match="^trainer.optim=adafactor: not supported under FSDP yet"):
         trainer_arguments(SFTConfig, SFTStageConfig(trainer={"optim": "adafactor"}), "sft")
+    model = ModelConfig(dtype="bfloat16")
+    with pytest.raises(InputError, match="^model.dtype=bfloat16: not supported under FSDP yet"):
+        trainer_arguments(TrainingArguments, RewardStageConfig(model=model), "reward")
+    with pytest.raises(InputError, match="^model.dtype=bfloat16: not supported under FSDP yet"):
+        refuse_here(PPOStageConfig(model=model))
+    refuse_here(PPOStageConfig(model=model, peft=PeftConfig(enabled=True)))
+    refuse_here(PPOStageConfig(model=model, ppo=PPOConfig(advantage="rloo")))
     monkeypatch.delenv("ACCELERATE_USE_FSDP")
     refuse_here(config)

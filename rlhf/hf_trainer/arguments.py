@@ -21,7 +21,12 @@ from rlhf.config import (
 )
 from rlhf.distributed import is_sharded, offloads, sharding, use_bfloat16, use_deepspeed_on_cpu
 from rlhf.hf_trainer.trial import check_trainer_values, try_out
-from rlhf.sharding_settings import OF_TORCH, refuse_under_deepspeed, refuse_under_sharding
+from rlhf.sharding_settings import (
+    OF_TORCH,
+    mixes_types,
+    refuse_under_deepspeed,
+    refuse_under_sharding,
+)
 from rlhf.zero import runnable
 
 DEFAULT_LENGTH = 1024  # tokens of a row
@@ -50,6 +55,7 @@ def trainer_arguments(
             f"trainer.optim={optim}": others,
             f"micro_batch_tokens={config.micro_batch_tokens}": config.micro_batch_tokens,
             f"model.quantization={config.model.quantization}": config.model.quantization,
+            f"model.dtype={config.model.dtype}": mixes_types(config, stage == "reward"),
             "trainer.load_best_model_at_end=true": config.trainer.get("load_best_model_at_end"),
         }
     )

@@ -47,7 +47,7 @@ from rlhf.ppo.scoring import choose_scoring
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.sampling import context_length
 from rlhf.scorers import Scorer, instance, reward_models
-from rlhf.sharding_settings import refuse_under_deepspeed, refuse_under_sharding
+from rlhf.sharding_settings import mixes_types, refuse_under_deepspeed, refuse_under_sharding
 
 
 def train_ppo(
@@ -141,6 +141,7 @@ def refuse_here(config: PPOStageConfig) -> None:
             "compile=true": config.compile,
             "critic.share_trunk=true": config.critic.share_trunk,
             f"model.quantization={config.model.quantization}": config.model.quantization,
+            f"model.dtype={config.model.dtype}": mixes_types(config, config.ppo.has_critic),
         }
     )
     refuse_under_deepspeed(config)
