@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from contextlib import suppress
+from glob import iglob
 from pathlib import Path
 
 from rlhf.config import InputError, one_line
@@ -46,7 +47,8 @@ def wait_for_build(lock: Path) -> None:
     if lock.exists():
         say(f"waiting for the process that builds DeepSpeed's Adam for main memory ({lock})")
     while (age := _newest_age(lock)) is not None:
-        if age > DEAD_SECONDS and not _is_open(lock):
+        # the last look is for a build that ended during the others
+        if age > DEAD_SECONDS and not _is_open(lock) and (_newest_age(lock) or 0) > DEAD_SECONDS:
             raise InputError(
                 f"{lock} is from a build of DeepSpeed's Adam that was killed: nothing in its "
                 f"folder has changed for {age / 60:.0f} minutes, and no process of this machine "
@@ -69,8 +71,8 @@ def _newest_age(lock: Path) -> float | None:
 def _is_open(file: Path) -> bool:
     """True if a process of this machine that this user may look at has a file open."""
     target = str(file.resolve())
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # it has ended, or is another user's
-            if any(os.readlink(entry) == target for entry in os.scandir(process / "fd")):
+    for entry in iglob("/proc/[0-9]*/fd/*"):  # skips other users' processes, and ended ones
+        with suppress(OSError):  # it was closed since
+            if os.readlink(entry) == target:
                 return True
     return False

@@ -9,7 +9,6 @@ import sys
 import time
 from contextlib import contextmanager
 from subprocess import PIPE, Popen
-from threading import Timer
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -194,20 +193,37 @@ def test_an_adam_that_cannot_be_built_is_refused_before_anything_loads(
     lock.parent.mkdir()
     lock.touch()
     os.utime(lock, (0, 0))
-    with (
-        ending_after(5, lock),
-        pytest.raises(InputError, match=f"^{lock} is from a build .* that was killed.*delete it$"),
-    ):
+    monkeypatch.setattr(cpu_adam, "time", Looks(lock, end=3))
+    with pytest.raises(InputError, match=f"^{lock} is from a build .* that was killed.*delete it$"):
         refuse_under_deepspeed(SFTStageConfig())
 
 
 # --- A build that another process has begun -------------------------------------------------------
 
 
+class Looks:
+    """The time of one who waits for a build: it passes when he sleeps."""
+
+    def __init__(self, lock, end, written=0):
+        """Of his looks, `end` sees the lock last, and `written` a file that has just changed."""
+        self.lock, self.end, self.written = lock, end, written
+        self.now, self.number = time.time(), 1
+
+    def time(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+        self.number += 1
+        if self.number <= self.written:
+            os.utime(self.lock.parent / "cpu_adam.o", (self.now,) * 2)
+        if self.number > self.end:
+            self.lock.unlink()
+
+
 @pytest.fixture
-def build(tmp_path, monkeypatch):
+def build(tmp_path):
     """The folder of a build that was begun an hour ago."""
-    monkeypatch.setattr(cpu_adam, "LOOK_SECONDS", 0.02)
     for name in ("lock", "cpu_adam.o"):
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (time.time() - 3600,) * 2)
@@ -215,50 +231,61 @@ def build(tmp_path, monkeypatch):
 
 
 @contextmanager
-def ending_after(seconds, lock):
-    """Inside the block, a build ends after a while."""
-    timer = Timer(seconds, lock.unlink)
-    timer.start()
-    yield
-    timer.cancel()
+def opened(file):
+    """Inside the block, another process has a file open."""
+    command = "import sys; file = open(sys.argv[1]); print(flush=True); sys.stdin.read()"
+    with Popen([sys.executable, "-c", command, file], stdin=PIPE, stdout=PIPE) as process:
+        process.stdout.readline()
+        yield
 
 
-def test_a_killed_build_ends_the_stage_and_names_its_lock(build):
-    with (
-        ending_after(5, build / "lock"),
-        pytest.raises(InputError, match=r"changed for 60 minutes, and no process .*; delete it$"),
-    ):
+def test_a_killed_build_ends_the_stage_and_names_its_lock(build, monkeypatch):
+    monkeypatch.setattr(cpu_adam, "time", Looks(build / "lock", end=3))
+    with pytest.raises(InputError, match=r"changed for 60 minutes, and no process .*; delete it$"):
         wait_for_build(build / "lock")
     (build / "lock").unlink()
     wait_for_build(build / "lock")
 
 
-def test_a_build_of_a_living_process_is_waited_for_however_slow(build, capsys):
-    command = "import sys; file = open(sys.argv[1]); print(flush=True); sys.stdin.read()"
-    with Popen([sys.executable, "-c", command, build / "lock"], stdin=PIPE, stdout=PIPE) as process:
-        process.stdout.readline()
-        with ending_after(0.5, build / "lock"):
-            wait_for_build(build / "lock")
+def test_a_build_of_a_living_process_is_waited_for_however_slow(build, monkeypatch, capsys):
+    looks = Looks(build / "lock", end=3)
+    monkeypatch.setattr(cpu_adam, "time", looks)
+    with opened(build / "lock"):
+        wait_for_build(build / "lock")
+    assert looks.number == 4
     said = capsys.readouterr().out
     assert said.count("waiting for the process that builds") == 1 and str(build / "lock") in said
 
 
 def test_a_build_whose_files_change_is_waited_for_until_they_do_not(build, monkeypatch):
-    monkeypatch.setattr(cpu_adam, "DEAD_SECONDS", 0.5)
-    looks = []
-
-    def compile_for_a_while(seconds):
-        looks.append(seconds)
-        if len(looks) < 5:
-            (build / "cpu_adam.o").touch()
-        sleep(0.2)
-
-    sleep, began = time.sleep, time.monotonic()
-    (build / "cpu_adam.o").touch()
-    monkeypatch.setattr(cpu_adam.time, "sleep", compile_for_a_while)
-    with ending_after(5, build / "lock"), pytest.raises(InputError, match="delete it$"):
+    monkeypatch.setattr(cpu_adam, "DEAD_SECONDS", 2.5)
+    looks = Looks(build / "lock", end=20, written=5)
+    os.utime(build / "cpu_adam.o", (looks.now,) * 2)
+    monkeypatch.setattr(cpu_adam, "time", looks)
+    with pytest.raises(InputError, match="delete it$"):
         wait_for_build(build / "lock")
-    assert len(looks) >= 6 and time.monotonic() - began > 1.2
+    assert looks.number == 8, "the third after the last change"
+
+
+def test_a_build_that_ends_while_it_is_looked_at_was_not_killed(build, monkeypatch):
+    def is_open(lock):
+        lock.unlink()
+        return False
+
+    monkeypatch.setattr(cpu_adam, "_is_open", is_open)
+    wait_for_build(build / "lock")
+
+
+def test_a_file_that_a_process_closes_does_not_hide_the_others_that_it_has_open(build, monkeypatch):
+    def readlink(entry):
+        if os.path.basename(entry) == "0":
+            raise FileNotFoundError
+        return original(entry)
+
+    original = os.readlink
+    with opened(build / "lock"), monkeypatch.context() as patch:
+        patch.setattr(os, "readlink", readlink)
+        assert cpu_adam._is_open(build / "lock")
 
 
 def as_launched(monkeypatch, kind, **variables):

@@ -134,13 +134,13 @@ def test_what_a_mutant_replaces_occurs_exactly_once():
 
 
 def test_without_a_mutant_every_test_passes(outcomes):
-    outcome = outcomes["control"].get(timeout=120)
+    outcome = outcomes["control"].get(timeout=600)
     assert outcome.status == pytest.ExitCode.OK, outcome.output
 
 
 @pytest.mark.parametrize("mutant", PARAMETERS)
 def test_a_planted_bug_makes_a_test_fail(mutant, outcomes):
-    outcome = outcomes[mutant.name].get(timeout=120)
+    outcome = outcomes[mutant.name].get(timeout=600)
     assert outcome.status != pytest.ExitCode.OK, f"survived: {mutant.name}; a test is missing"
     assert outcome.status == pytest.ExitCode.TESTS_FAILED, outcome.output
     assert outcome.error not in ("NameError", "UnboundLocalError", "ImportError"), outcome.output
@@ -150,7 +150,7 @@ def test_the_list_of_mutants_is_printed(outcomes, capsys):
     killed = 0
     lines = []
     for mutant in MUTANTS:
-        outcome = outcomes[mutant.name].get(timeout=120)
+        outcome = outcomes[mutant.name].get(timeout=600)
         killed += outcome.status == pytest.ExitCode.TESTS_FAILED
         fate = f"killed by {outcome.failed}" if outcome.failed else "SURVIVED"
         lines.append(f"{mutant.name}: {fate}")

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import threading
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+# asks a server of this machine, whatever proxy the environment names
+open_here = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import time
 import urllib.request
 
 import pytest
+from helpers.endpoints import open_here
 from starlette.testclient import TestClient
 
 import rlhf.rank.app
@@ -185,7 +186,7 @@ def test_a_browser_that_disappears_in_a_request_is_no_traceback_and_stops_nobody
             body = json.dumps({"annotator": "ann"}).encode()
             request = urllib.request.Request(f"http://127.0.0.1:{address[1]}/api/next", body)
             request.add_header("Content-Type", "application/json")
-            with urllib.request.urlopen(request, timeout=300) as answer:
+            with open_here(request, timeout=300) as answer:
                 assert json.load(answer)["task"]["number"] == 1
             assert capfd.readouterr().err == ""
             server.should_exit = True

@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 import re
 import socket
-import urllib.request
+import urllib.error
 
 import pytest
 import torch
-from helpers.endpoints import TOO_LATE, Answers, running, words
+from helpers.endpoints import TOO_LATE, Answers, open_here, running, words
 from helpers.ports import held_port
 from helpers.scorers import PROMPTS, RESPONSES
 from helpers.tiny_ppo import make_config
@@ -193,10 +193,10 @@ def test_a_port_in_use_is_refused():
 )
 def test_the_server_says_what_is_wrong_with_a_request(body, status, message, capfd):
     with running(ScoreServer(exact, "127.0.0.1:0", "exact")) as server:
-        with urllib.request.urlopen(server.url) as answer:
+        with open_here(server.url) as answer:
             assert json.load(answer) == {"scorer": "exact"}
         with pytest.raises(urllib.error.HTTPError) as caught:
-            urllib.request.urlopen(server.url, body)
+            open_here(server.url, body)
     assert caught.value.code == status and message in json.load(caught.value)["error"]
     assert capfd.readouterr().err == ""
 
