@@ -35,7 +35,7 @@ from rlhf.checkpoint.ownership import (
     write_identity,
 )
 from rlhf.checkpoint.record import CHANGES, RECORD, StageRecord, read_record, versions
-from rlhf.checkpoint.started_from import note_inputs
+from rlhf.checkpoint.started_from import note_inputs, require_same_models
 from rlhf.config import (
     CONFIG_FILE,
     InputError,
@@ -80,6 +80,7 @@ class StageRun:
         Args:
             train, heldout: the rows to train on, and those that are held out.
         """
+        require_same_models(self.config)
         prepare_run_directory(self.config, self.stage)
         rows = {"rows of dataset.path": train, "held-out rows": heldout}
         note_inputs(self.directory, self.config, rows)

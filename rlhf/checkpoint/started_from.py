@@ -7,6 +7,7 @@ what is there may have changed since. Left out: models on the Hub, and Python sc
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from rlhf.checkpoint.lock import on_main_process
 from rlhf.checkpoint.ownership import INPUTS, latest_checkpoint
 from rlhf.checkpoint.record import parent_weights
 from rlhf.config import InputError, PPOStageConfig, StageConfig, has_weights
-from rlhf.console import warn
+from rlhf.console import num_processes, warn
 
 
 def note_inputs(directory: Path, config: StageConfig, rows: dict[str, list[Any]]) -> None:
@@ -58,6 +59,27 @@ def _note(directory: Path, config: StageConfig, rows: dict[str, list[Any]]) -> N
             "with the new ones in another order, so that some rows come again and others never; "
             "put the old rows back, or start a new run with another run_name"
         )
+
+
+def require_same_models(config: StageConfig) -> None:
+    """On several hosts, require the same weights under the paths of the models on each: of hosts
+    with a disk each, those that did not write an earlier stage may have an older one. All processes
+    call this.
+
+    Raises:
+        InputError: on all processes; names the model.
+    """
+    if int(os.environ.get("LOCAL_WORLD_SIZE", num_processes())) == num_processes():
+        return
+    from rlhf.failures import require_equal  # it imports torch
+
+    paths = {"model.path": config.model.path, **dict(_read_again(config))}
+    if isinstance(config, PPOStageConfig):  # a directory, or one of two words
+        paths["critic.init"] = config.critic.init
+    hashes = {name: parent_weights(path) for name, path in paths.items()}
+    require_equal(
+        {f"weights of {n}": hash and f"SHA-256 {hash[:12]}" for n, hash in hashes.items()}
+    )
 
 
 def require_same_base(directory: Path, config: StageConfig) -> None:

@@ -3,13 +3,17 @@
 Run: python -m pytest tests/checkpoint/test_started_from.py
 """
 
+from pathlib import Path
+
 import pytest
 import torch
 from helpers.checkpoints import make_checkpoint
 from safetensors.torch import save_file
 
+from rlhf import failures
+from rlhf.checkpoint import started_from
 from rlhf.checkpoint.run_directory import prepare_run_directory
-from rlhf.checkpoint.started_from import note_inputs, require_same_base
+from rlhf.checkpoint.started_from import note_inputs, require_same_base, require_same_models
 from rlhf.config import (
     InputError,
     ModelConfig,
@@ -108,3 +112,28 @@ def test_weights_that_a_checkpoint_holds_itself_may_change(tmp_path, capsys):
     weights(tmp_path / "base", 9.0)
     note_inputs(directory, config, ROWS)
     assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["model.path", "scorer.path", "critic.init", "ppo.reference"])
+def test_hosts_with_other_weights_under_the_same_path_are_refused(name, tmp_path, monkeypatch):
+    paths = {n: weights(tmp_path / n, 1.0) for n in ("model.path", "scorer.path", "critic.init")}
+    paths["ppo.reference"] = weights(tmp_path / "reference", 1.0)
+    config = PPOStageConfig(model=ModelConfig(path=paths["model.path"]))
+    config.scorer, config.critic.init = ScorerConfig(paths["scorer.path"]), paths["critic.init"]
+    config.ppo.reference = paths["ppo.reference"]
+    seen = []
+
+    def gather(own):
+        seen.append(own[0])
+        return [seen[0], own[0]]  # of the first host, and of this one
+
+    for module in (failures, started_from):
+        monkeypatch.setattr(module, "num_processes", lambda: 2)
+    monkeypatch.setattr(failures, "gather_object", gather)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    require_same_models(config)
+    weights(Path(paths[name]), 2.0)
+    with pytest.raises(InputError, match=f"not started alike:\n  weights of {name}: .* on rank 1"):
+        require_same_models(config)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # one host: the same files
+    require_same_models(config)
