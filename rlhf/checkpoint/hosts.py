@@ -6,12 +6,14 @@ On a shared file system nobody misses a file, and nothing is copied.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf.checkpoint.disk import files_of
+from rlhf.checkpoint.disk import MANIFEST, files_of
+from rlhf.checkpoint.record import RECORD
 from rlhf.console import is_main_process, num_processes, say
 
 CHUNK = 2**26  # bytes that are sent at once
@@ -24,17 +26,17 @@ def copy_to_all_hosts(directory: Path) -> None:
         return
     from accelerate.utils import broadcast_object_list, gather_object
 
-    listed: list[Any] = [_sizes(directory) if is_main_process() else None]
+    listed: list[Any] = [_marks(directory) if is_main_process() else None]
     broadcast_object_list(listed)
-    sizes: dict[str, int] = listed[0]
-    own = _sizes(directory)
-    missing = [name for name, size in sizes.items() if own.get(name) != size]
+    marks: dict[str, tuple[int, str]] = listed[0]
+    own = _marks(directory)
+    missing = [name for name, mark in marks.items() if own.get(name) != mark]
     wanted = set(gather_object(missing))
     if wanted:
         say(f"{directory} is not on all hosts: sending {len(wanted)} files to the others")
     writes = int(os.environ.get("LOCAL_RANK", "0")) == 0  # one process of each host
     for name in sorted(wanted):
-        _receive(directory / name, sizes[name], writes and name in missing)
+        _receive(directory / name, marks[name][0], writes and name in missing)
 
 
 def collect_from_hosts(directory: Path) -> None:
@@ -44,19 +46,29 @@ def collect_from_hosts(directory: Path) -> None:
         return
     from accelerate.utils import broadcast_object_list, gather_object
 
-    listed: list[Any] = [_sizes(directory) if is_main_process() else None]
+    listed: list[Any] = [_marks(directory) if is_main_process() else None]
     broadcast_object_list(listed)
-    names = [name for name in _sizes(directory) if name not in listed[0]]
+    names = [name for name in _marks(directory) if name not in listed[0]]
     for name, content in gather_object([(n, (directory / n).read_bytes()) for n in names]):
         if is_main_process():
             _write(directory / name, iter([content]))
 
 
-def _sizes(directory: Path) -> dict[str, int]:
-    """The sizes of the files of a directory, without hidden ones such as the lock, bytes."""
+def _marks(directory: Path) -> dict[str, tuple[int, str]]:
+    """Of each file of a directory, without hidden ones such as the lock: its bytes, and the hash of
+    the file of its checkpoint or `final/` that holds the hashes of all others. A checkpoint of an
+    earlier run has other content in files of the same size."""
     names = {file.relative_to(directory): file for file in files_of(directory)}
     is_hidden = {name: any(part.startswith(".") for part in name.parts) for name in names}
-    return {n.as_posix(): file.stat().st_size for n, file in names.items() if not is_hidden[n]}
+    seals: dict[str, str] = {}
+    for name, file in names.items():
+        if len(name.parts) <= 2 and name.name in (MANIFEST, RECORD):
+            seals["/".join(name.parts[:-1])] = hashlib.sha256(file.read_bytes()).hexdigest()
+    return {
+        name.as_posix(): (file.stat().st_size, seals.get(name.parts[0], seals.get("", "")))
+        for name, file in names.items()
+        if not is_hidden[name]
+    }
 
 
 def _receive(file: Path, size: int, writes: bool) -> None:

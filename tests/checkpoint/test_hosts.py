@@ -12,6 +12,8 @@ from helpers.sharded import in_group, text_of
 from rlhf.checkpoint import collect_from_hosts, copy_to_all_hosts, hosts
 
 FILES = {"final/model.safetensors": b"x" * 25, "config.yaml": b"seed: 1\n", "empty": b""}
+CHECKPOINT = {"checkpoint-2/model.safetensors": b"new", "checkpoint-2/manifest.json": b"of new"}
+OLDER = {"checkpoint-2/model.safetensors": b"old", "checkpoint-2/manifest.json": b"of old"}
 
 
 def tree(directory: Path) -> dict[str, bytes]:
@@ -24,26 +26,39 @@ def exchange(folder: Path) -> None:
     rank = PartialState(cpu=True).process_index
     hosts.CHUNK = 10
     os.chdir(folder / f"host-{rank}")
-    copy_to_all_hosts(Path("runs"))
+    copy_to_all_hosts(Path("runs/checkpoint-2" if os.environ.get("ONLY") else "runs"))
     Path("runs", f"sums_{rank}.json").write_text(f"of {rank}")
     collect_from_hosts(Path("runs"))
 
 
 def test_hosts_get_what_the_first_has_and_it_collects_what_they_wrote(tmp_path):
-    for name, content in FILES.items():
-        file = tmp_path / "host-0/runs" / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(content)
+    for host, given in (("host-0", FILES | CHECKPOINT), ("host-1", OLDER)):
+        for name, content in given.items():
+            file = tmp_path / host / "runs" / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content)
     (tmp_path / "host-0/runs/.lock").touch()
-    (tmp_path / "host-1/runs").mkdir(parents=True)
     (tmp_path / "host-1/runs/config.yaml").write_bytes(FILES["config.yaml"])
     log = tmp_path / "log"
     codes = in_group(exchange, tmp_path, log=log, shards=False)
     assert codes == [0, 0], text_of(log)
-    own = {"sums_1.json": b"of 1"}
-    assert tree(tmp_path / "host-1/runs") == FILES | own
-    assert tree(tmp_path / "host-0/runs") == FILES | own | {".lock": b"", "sums_0.json": b"of 0"}
-    assert "runs is not on all hosts: sending 2 files to the others" in text_of(log)
+    all_of = FILES | CHECKPOINT | {"sums_1.json": b"of 1"}
+    assert tree(tmp_path / "host-1/runs") == all_of
+    assert tree(tmp_path / "host-0/runs") == all_of | {".lock": b"", "sums_0.json": b"of 0"}
+    assert "runs is not on all hosts: sending 4 files to the others" in text_of(log)
+
+
+def test_a_checkpoint_of_an_earlier_run_is_replaced(tmp_path, monkeypatch):
+    for host, given in (("host-0", CHECKPOINT), ("host-1", OLDER)):
+        for name, content in given.items():
+            file = tmp_path / host / "runs" / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content)
+    monkeypatch.setenv("ONLY", "checkpoint-2")
+    log = tmp_path / "log"
+    codes = in_group(exchange, tmp_path, log=log, shards=False)
+    assert codes == [0, 0], text_of(log)
+    assert tree(tmp_path / "host-1/runs") == CHECKPOINT | {"sums_1.json": b"of 1"}
 
 
 def test_one_process_copies_nothing(tmp_path, monkeypatch):
