@@ -21,12 +21,12 @@ def tree(directory: Path) -> dict[str, bytes]:
     return {path.relative_to(directory).as_posix(): path.read_bytes() for path in files}
 
 
-def exchange(folder: Path) -> None:
+def exchange(folder: Path, place: str = "runs") -> None:
     os.environ["LOCAL_RANK"] = "0"
     rank = PartialState(cpu=True).process_index
     hosts.CHUNK = 10
     os.chdir(folder / f"host-{rank}")
-    copy_to_all_hosts(Path("runs/checkpoint-2" if os.environ.get("ONLY") else "runs"))
+    copy_to_all_hosts(Path(place))
     Path("runs", f"sums_{rank}.json").write_text(f"of {rank}")
     collect_from_hosts(Path("runs"))
 
@@ -48,15 +48,14 @@ def test_hosts_get_what_the_first_has_and_it_collects_what_they_wrote(tmp_path):
     assert "runs is not on all hosts: sending 4 files to the others" in text_of(log)
 
 
-def test_a_checkpoint_of_an_earlier_run_is_replaced(tmp_path, monkeypatch):
+def test_a_checkpoint_of_an_earlier_run_is_replaced(tmp_path):
     for host, given in (("host-0", CHECKPOINT), ("host-1", OLDER)):
         for name, content in given.items():
             file = tmp_path / host / "runs" / name
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(content)
-    monkeypatch.setenv("ONLY", "checkpoint-2")
     log = tmp_path / "log"
-    codes = in_group(exchange, tmp_path, log=log, shards=False)
+    codes = in_group(exchange, tmp_path, "runs/checkpoint-2", log=log, shards=False)
     assert codes == [0, 0], text_of(log)
     assert tree(tmp_path / "host-1/runs") == CHECKPOINT | {"sums_1.json": b"of 1"}
 
