@@ -111,6 +111,13 @@ def require_equal(values: Mapping[str, Any]) -> None:
         )
 
 
+def once_per_host(task: Callable[[], Result]) -> Result:
+    """Do a task on the first process of each host; return its result on all of that host."""
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    results = gather_object([None if local else task()])
+    return cast(Result, results[rank() - local])
+
+
 def same_rows(splits: Rows) -> Rows:
     """Require that all processes have read the same rows of `dataset:`; return them."""
     found: Any = splits

@@ -71,12 +71,12 @@ def require_same_models(config: StageConfig) -> None:
     """
     if int(os.environ.get("LOCAL_WORLD_SIZE", num_processes())) == num_processes():
         return
-    from rlhf.failures import require_equal  # it imports torch
+    from rlhf.failures import once_per_host, require_equal  # they import torch
 
     paths = {"model.path": config.model.path, **dict(_read_again(config))}
     if isinstance(config, PPOStageConfig):  # a directory, or one of two words
         paths["critic.init"] = config.critic.init
-    hashes = {name: parent_weights(path) for name, path in paths.items()}
+    hashes = once_per_host(lambda: {name: parent_weights(path) for name, path in paths.items()})
     require_equal(
         {f"weights of {n}": hash and f"SHA-256 {hash[:12]}" for n, hash in hashes.items()}
     )

@@ -121,19 +121,30 @@ def test_hosts_with_other_weights_under_the_same_path_are_refused(name, tmp_path
     config = PPOStageConfig(model=ModelConfig(path=paths["model.path"]))
     config.scorer, config.critic.init = ScorerConfig(paths["scorer.path"]), paths["critic.init"]
     config.ppo.reference = paths["ppo.reference"]
-    seen = []
-
-    def gather(own):
-        seen.append(own[0])
-        return [seen[0], own[0]]  # of the first host, and of this one
-
-    for module in (failures, started_from):
-        monkeypatch.setattr(module, "num_processes", lambda: 2)
-    monkeypatch.setattr(failures, "gather_object", gather)
+    monkeypatch.setattr(failures, "num_processes", lambda: 2)
+    monkeypatch.setattr(started_from, "num_processes", lambda: 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
-    require_same_models(config)
+    said = []
+    monkeypatch.setattr(failures, "gather_object", lambda own: said.extend(own) or own * 2)
+    require_same_models(config)  # the first host, and another one like it
+
     weights(Path(paths[name]), 2.0)
+    first = iter(said)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(failures, "gather_object", lambda own: [next(first), *own])
     with pytest.raises(InputError, match=f"not started alike:\n  weights of {name}: .* on rank 1"):
         require_same_models(config)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # one host: the same files
     require_same_models(config)
+
+
+@pytest.mark.parametrize("number, of_host", enumerate("aabb"))
+def test_the_first_process_of_each_host_does_a_task_for_all_there(number, of_host, monkeypatch):
+    done, hosts = [], ["a", None, "b", None]
+    monkeypatch.setattr(
+        failures, "gather_object", lambda own: hosts if own == hosts[number:][:1] else []
+    )
+    monkeypatch.setenv("RANK", str(number))
+    monkeypatch.setenv("LOCAL_RANK", str(number % 2))
+    assert failures.once_per_host(lambda: done.append(of_host) or of_host) == of_host
+    assert done == [of_host] * (number in (0, 2))
