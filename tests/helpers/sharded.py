@@ -86,7 +86,8 @@ def assert_same(one, two, *files: str) -> None:
     for name, first, second in tensors(one, two, *files):
         assert_close(second, first, **CLOSE, msg=lambda m, name=name: f"{name}: {m}")
     for name, first, second in metrics(one, two):
-        assert second == pytest.approx(first, rel=1e-4, abs=1e-5), name
+        bound = 1e-4 if name.startswith("sampler_gap") else 3e-5  # a gap is itself rounding
+        assert second == pytest.approx(first, rel=1e-4, abs=bound), name
 
 
 def join(rank: int, world: int, port: int, shards: bool | str) -> None:
