@@ -38,7 +38,7 @@ def refusal(config, target=run_stage, *arguments) -> str:
     os.makedirs(config.runs_dir, exist_ok=True)
     process = Fork(target=target, args=(config, str(log_of(config)), *arguments))
     process.start()
-    process.join(120)
+    process.join(300)
     assert process.exitcode == 1, text_of(config)[-2000:]
     return text_of(config).split("InputError: ")[-1].split("\n")[0]
 
@@ -46,7 +46,7 @@ def refusal(config, target=run_stage, *arguments) -> str:
 def finish(config) -> None:
     process = Fork(target=run_stage, args=(config, str(log_of(config)), 0, None, None))
     process.start()
-    process.join(120)
+    process.join(300)
     assert process.exitcode == 0, text_of(config)[-3000:]
 
 
@@ -101,7 +101,7 @@ def test_full_disk_is_said_and_the_run_continues_when_there_is_space(
     logged = new_run(plain, tmp_path / "log", "run")  # the log is on another disk
     process = Fork(target=run_stage, args=(config, str(log_of(logged)), 0, None, None))
     process.start()
-    process.join(120)
+    process.join(300)
     assert process.exitcode == 1
     message = text_of(logged).split("InputError: ")[-1].split("\n")[0]
     assert message.startswith(f"cannot write {disk}")

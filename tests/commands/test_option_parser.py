@@ -78,7 +78,7 @@ def test_torchrun_with_two_processes_of_a_command_prints_one_error_and_writes_no
 ):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += ["-m", "rlhf.export", f"path={policy_dir}", "out=exported"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode != 0
     assert done.stderr.count("error: WORLD_SIZE=2: only rlhf.sft") == 1, done.stderr
     assert not any(tmp_path.iterdir())
