@@ -34,7 +34,7 @@ def close(actual, expected, atol=1e-6):
 
 def near(actual, expected):
     """Equal to rounding: of the largest number, as that of a sum is of its largest terms."""
-    close(actual, expected, atol=2e-5 * max(1.0, float(expected.abs().max())))
+    close(actual, expected, atol=1e-5 * max(1.0, float(expected.abs().max())))
 
 
 def save(directory, model, stage="sft", tokenizer=TOKENIZER, **record_values):

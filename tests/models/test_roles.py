@@ -156,8 +156,8 @@ def test_gradients_are_those_of_the_merged_weights_of_that_role_alone(family):
                 of_weight = of_weight.T if layer.fan_in_fan_out else of_weight  # GPT-2
                 a, b = (getattr(layer, x)["default"].weight for x in ("lora_A", "lora_B"))
                 scale = layer.scaling["default"]
-                close(a.grad, scale * b.detach().T @ of_weight, atol=5e-5 * of_weight.abs().max())
-                close(b.grad, scale * of_weight @ a.detach().T, atol=5e-5 * of_weight.abs().max())
+                close(a.grad, scale * b.detach().T @ of_weight, atol=1e-5 * of_weight.abs().max())
+                close(b.grad, scale * of_weight @ a.detach().T, atol=1e-5 * of_weight.abs().max())
                 checked += 1
         assert checked >= 8
         if name != "policy":
