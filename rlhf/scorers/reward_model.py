@@ -177,7 +177,7 @@ class RewardModelScorer(BuiltInScorer):
         token."""
         model, device = self.model.model, compute_device(self.model)
         rows = [self.encode("Hi", text) for text in ("Yes.", "No, not at all.", "What for?")]
-        # its head is float32 here, whatever the type of its layers
+        # its head is float32 here, as layers of any type may be below it
         with torch.autocast(device.type, model.dtype, enabled=model.dtype != torch.float32):
             ids = (torch.tensor([row], device=device) for row in rows)
             raw = [model(input_ids=row).logits.view(-1) for row in ids]

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-# asks a server of this machine, whatever proxy the environment names
+# asks a server of this machine, past a proxy that the environment names
 open_here = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 
 
