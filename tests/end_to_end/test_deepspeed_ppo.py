@@ -20,7 +20,15 @@ from helpers.commands import run
 from helpers.memory import Peak, give_back_at_once
 from helpers.runs import directory_of, outcome, write_data, write_random_policy
 from helpers.sharded import assert_same, in_group, in_two, text_of, train_all
-from helpers.sharded_runs import LORA, SAVED, guarded, on_one_base, take_back, three_steps
+from helpers.sharded_runs import (
+    LORA,
+    SAVED,
+    guarded,
+    on_one_base,
+    one_step_in_bfloat16,
+    take_back,
+    three_steps,
+)
 from helpers.tiny import tiny_model, tiny_tokenizer
 from helpers.zero import assert_equal, go_back, in_zero
 from safetensors.torch import load_file
@@ -70,6 +78,15 @@ def runs(tmp_path_factory):
     configs = variants(sft, reward, ppo, folder)
     train_all(sft, reward, *configs)
     return {config.run_name: config for config in configs}
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_stages_in_bfloat16_give_the_result_of_whole_models(name, tmp_path):
+    configs = one_step_in_bfloat16(tmp_path)
+    assert in_group(train_all, *configs, log=tmp_path / "ddp", shards=False) == [0, 0]
+    in_zero(name, tmp_path / "log", *map(in_two, configs))
+    for config in configs:
+        assert_same(config, in_two(config))
 
 
 @pytest.mark.parametrize("name", ["zero2", "zero3", "zero3_offload"])

@@ -16,10 +16,18 @@ import pytest
 import torch
 from helpers.runs import directory_of, outcome, train
 from helpers.sharded import assert_same, in_group, in_two, text_of, train_all
-from helpers.sharded_runs import LORA, SAVED, guarded, on_one_base, take_back, three_steps
+from helpers.sharded_runs import (
+    LORA,
+    SAVED,
+    guarded,
+    on_one_base,
+    one_step_in_bfloat16,
+    take_back,
+    three_steps,
+)
 from safetensors.torch import load_file
 
-from rlhf.config import PeftConfig, ScorerConfig
+from rlhf.config import PeftConfig
 from rlhf.distributed import offloads
 from rlhf.export import ExportOptions, export
 from rlhf.metrics import read_jsonl
@@ -66,14 +74,7 @@ def test_stages_in_two_processes_give_the_result_of_one_and_resume_in_one(tmp_pa
 
 
 def test_slices_in_bfloat16_give_the_result_of_whole_models(tmp_path):
-    sft, reward, ppo = three_steps(tmp_path)
-    ppo.model.path = str(directory_of(sft) / "final")
-    ppo.scorer = ScorerConfig(str(directory_of(reward) / "final"))
-    ppo.critic.init, ppo.sampling.dtype, ppo.preflight = "reward", "bfloat16", True
-    configs = sft, reward, ppo
-    sft.trainer["max_steps"] = reward.trainer["max_steps"] = ppo.ppo.num_updates = 1
-    for config in configs:
-        config.precision = "bfloat16"
+    configs = one_step_in_bfloat16(tmp_path)
     for shards in (False, True):
         log = tmp_path / f"log-{shards}"
         runs = map(in_two, configs) if shards else configs

@@ -42,6 +42,18 @@ def three_steps(folder):
     return sft, reward, ppo
 
 
+def one_step_in_bfloat16(folder):
+    """The three stages, one after the other, as on a GPU: PPO with a reward model, by a copy."""
+    sft, reward, ppo = three_steps(folder)
+    ppo.model.path = str(directory_of(sft) / "final")
+    ppo.scorer = ScorerConfig(str(directory_of(reward) / "final"))
+    ppo.critic.init, ppo.sampling.dtype, ppo.preflight = "reward", "bfloat16", True
+    sft.trainer["max_steps"] = reward.trainer["max_steps"] = ppo.ppo.num_updates = 1
+    for config in (sft, reward, ppo):
+        config.precision = "bfloat16"
+    return sft, reward, ppo
+
+
 def on_one_base(sft, reward, ppo):
     """The same PPO with LoRA on one base, which reads the reward model of the one process; two
     processes sample from slices."""
