@@ -30,6 +30,16 @@ def num_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def local_rank() -> int:
+    """Number of this process among those of its host."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def on_several_hosts() -> bool:
+    """True if the launcher says that some processes run on other hosts."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", num_processes())) < num_processes()
+
+
 def launched_with(name: str) -> bool:
     """True if `accelerate launch` asked for "FSDP" or "DeepSpeed"."""
     return os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() == "true"

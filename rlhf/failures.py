@@ -27,7 +27,7 @@ from accelerate.utils import gather_object
 from torch.distributed.distributed_c10d import _get_default_store
 
 from rlhf.config import InputError, one_line, show
-from rlhf.console import is_main_process, num_processes, rank
+from rlhf.console import is_main_process, local_rank, num_processes, rank
 
 Result = TypeVar("Result")
 Rows = TypeVar("Rows")  # `rlhf.data.Splits`
@@ -113,9 +113,8 @@ def require_equal(values: Mapping[str, Any]) -> None:
 
 def once_per_host(task: Callable[[], Result]) -> Result:
     """Do a task on the first process of each host; return its result on all of that host."""
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    results = gather_object([None if local else task()])
-    return cast(Result, results[rank() - local])
+    results = gather_object([None if local_rank() else task()])
+    return cast(Result, results[rank() - local_rank()])
 
 
 def same_rows(splits: Rows) -> Rows:

@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from rlhf.config import EndpointConfig, InputError, SamplingConfig
-from rlhf.console import num_processes
+from rlhf.console import num_processes, on_several_hosts
 from rlhf.http_endpoint import ask, check_endpoint
 
 MODULE = "vllm.entrypoints.openai.api_server"
@@ -43,8 +43,7 @@ def check_server(sampling: SamplingConfig) -> None:
             f"vLLM; install it there: {sys.executable} -m pip install vllm; or set "
             "sampling.weights=files"
         )
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes()))
-    if sampling.url is None and here < num_processes():
+    if sampling.url is None and on_several_hosts():
         raise InputError(
             f"sampling.vllm_python starts a server that this host alone can reach, and the "
             f"{num_processes()} processes are on several hosts; start one yourself and give "

@@ -14,7 +14,7 @@ from typing import Any
 
 from rlhf.checkpoint.disk import MANIFEST, files_of
 from rlhf.checkpoint.record import RECORD
-from rlhf.console import is_main_process, num_processes, say
+from rlhf.console import is_main_process, local_rank, num_processes, say
 
 CHUNK = 2**26  # bytes that are sent at once
 
@@ -26,15 +26,15 @@ def copy_to_all_hosts(directory: Path) -> None:
         return
     from accelerate.utils import broadcast_object_list, gather_object
 
-    listed: list[Any] = [_marks(directory) if is_main_process() else None]
+    own = _marks(directory)
+    listed: list[Any] = [own if is_main_process() else None]
     broadcast_object_list(listed)
     marks: dict[str, tuple[int, str]] = listed[0]
-    own = _marks(directory)
     missing = [name for name, mark in marks.items() if own.get(name) != mark]
     wanted = set(gather_object(missing))
     if wanted:
         say(f"{directory} is not on all hosts: sending {len(wanted)} files to the others")
-    writes = int(os.environ.get("LOCAL_RANK", "0")) == 0  # one process of each host
+    writes = local_rank() == 0  # one process of each host
     for name in sorted(wanted):
         _receive(directory / name, marks[name][0], writes and name in missing)
 
@@ -46,28 +46,39 @@ def collect_from_hosts(directory: Path) -> None:
         return
     from accelerate.utils import broadcast_object_list, gather_object
 
-    listed: list[Any] = [_marks(directory) if is_main_process() else None]
+    own = [*_visible(directory)]
+    listed: list[Any] = [own if is_main_process() else None]
     broadcast_object_list(listed)
-    names = [name for name in _marks(directory) if name not in listed[0]]
+    names = [name for name in own if name not in listed[0]]
     for name, content in gather_object([(n, (directory / n).read_bytes()) for n in names]):
         if is_main_process():
             _write(directory / name, iter([content]))
 
 
-def _marks(directory: Path) -> dict[str, tuple[int, str]]:
-    """Of each file of a directory, without hidden ones such as the lock: its bytes, and the hash of
-    the file of its checkpoint or `final/` that holds the hashes of all others. A checkpoint of an
-    earlier run has other content in files of the same size."""
+def _visible(directory: Path) -> dict[str, Path]:
+    """The files of a directory by their names in it, without hidden ones such as the lock."""
     names = {file.relative_to(directory): file for file in files_of(directory)}
-    is_hidden = {name: any(part.startswith(".") for part in name.parts) for name in names}
-    seals: dict[str, str] = {}
-    for name, file in names.items():
-        if len(name.parts) <= 2 and name.name in (MANIFEST, RECORD):
-            seals["/".join(name.parts[:-1])] = hashlib.sha256(file.read_bytes()).hexdigest()
     return {
-        name.as_posix(): (file.stat().st_size, seals.get(name.parts[0], seals.get("", "")))
+        name.as_posix(): file
         for name, file in names.items()
-        if not is_hidden[name]
+        if not any(part.startswith(".") for part in name.parts)
+    }
+
+
+def _marks(directory: Path) -> dict[str, tuple[int, str]]:
+    """Of each visible file of a directory: its bytes, and the hash of the file of its checkpoint or
+    `final/` that holds the hashes of all others. A checkpoint of an earlier run has other content
+    in files of the same size."""
+    files = _visible(directory)
+    seals: dict[str, str] = {}
+    for name, file in files.items():
+        folder, _, own = name.rpartition("/")
+        if "/" not in folder and own in (MANIFEST, RECORD):
+            seals[folder] = hashlib.sha256(file.read_bytes()).hexdigest()
+    whole = seals.get("", "")
+    return {
+        name: (file.stat().st_size, seals.get(name.partition("/")[0], whole))
+        for name, file in files.items()
     }
 
 

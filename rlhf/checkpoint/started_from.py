@@ -7,7 +7,6 @@ what is there may have changed since. Left out: models on the Hub, and Python sc
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from rlhf.checkpoint.lock import on_main_process
 from rlhf.checkpoint.ownership import INPUTS, latest_checkpoint
 from rlhf.checkpoint.record import parent_weights
 from rlhf.config import InputError, PPOStageConfig, StageConfig, has_weights
-from rlhf.console import num_processes, warn
+from rlhf.console import on_several_hosts, warn
 
 
 def note_inputs(directory: Path, config: StageConfig, rows: dict[str, list[Any]]) -> None:
@@ -69,7 +68,7 @@ def require_same_models(config: StageConfig) -> None:
     Raises:
         InputError: on all processes; names the model.
     """
-    if int(os.environ.get("LOCAL_WORLD_SIZE", num_processes())) == num_processes():
+    if not on_several_hosts():
         return
     from rlhf.failures import once_per_host, require_equal  # they import torch
 

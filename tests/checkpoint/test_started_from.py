@@ -11,7 +11,6 @@ from helpers.checkpoints import make_checkpoint
 from safetensors.torch import save_file
 
 from rlhf import failures
-from rlhf.checkpoint import started_from
 from rlhf.checkpoint.run_directory import prepare_run_directory
 from rlhf.checkpoint.started_from import note_inputs, require_same_base, require_same_models
 from rlhf.config import (
@@ -121,8 +120,7 @@ def test_hosts_with_other_weights_under_the_same_path_are_refused(name, tmp_path
     config = PPOStageConfig(model=ModelConfig(path=paths["model.path"]))
     config.scorer, config.critic.init = ScorerConfig(paths["scorer.path"]), paths["critic.init"]
     config.ppo.reference = paths["ppo.reference"]
-    monkeypatch.setattr(failures, "num_processes", lambda: 2)
-    monkeypatch.setattr(started_from, "num_processes", lambda: 2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     said = []
     monkeypatch.setattr(failures, "gather_object", lambda own: said.extend(own) or own * 2)
